@@ -1,0 +1,108 @@
+"""The shape of a GPT-2, under the names that Hugging Face's config.json uses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes and rates of a GPT-2. The defaults are those of the published 124M model."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024  # the context: how many tokens the model can look at
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    activation_function: str = "gelu_new"  # GELU's tanh form; "gelu" is the exact form
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"config: {name} is {value!r}; expected a positive integer")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"config: {name} is {value!r}; expected 0 <= rate < 1")
+        if not isinstance(self.layer_norm_epsilon, int | float) or self.layer_norm_epsilon <= 0:
+            raise ValueError(f"config: layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a positive number")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"config: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"config: activation_function is {self.activation_function!r}; this model computes "
+                + " and ".join(repr(name) for name in ACTIVATIONS)
+            )
+
+    @staticmethod
+    def preset(name: str) -> GPT2Config:
+        """One of PRESETS. Raises ValueError for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> GPT2Config:
+        """The config of a Hugging Face config.json. What this model does not compute is refused, never ignored."""
+        for name, computed in FIXED.items():
+            if values.get(name, computed[0]) not in computed:
+                raise ValueError(
+                    f"config: {name} is {values[name]!r}, which this model does not compute; expected {computed[0]!r}"
+                )
+        inner = values.get("n_inner")
+        if inner is not None and inner != 4 * values.get("n_embd", GPT2Config.n_embd):
+            raise ValueError(f"config: n_inner is {inner}; this model computes 4 * n_embd")
+        return GPT2Config(**{f.name: values[f.name] for f in fields(GPT2Config) if f.name in values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: these fields, and what Hugging Face's loader needs to know beside them."""
+        fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
+        end_of_text = self.vocab_size - 1  # the last id, in GPT-2's vocabulary and in ours
+        ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        return {**fixed, **ids, "n_ctx": self.n_positions, **asdict(self)}
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the parameters hold; the output layer shares the token embedding."""
+        C = self.n_embd
+        block = 2 * 2 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C)
+        return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
+
+
+ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
+
+# Switches of Hugging Face's GPT2Config that change the function, with the values that this model computes.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
+
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. `nano` is ours: what two
+# processor cores train on bytes in two minutes.
+PRESETS = {
+    "nano": GPT2Config(
+        vocab_size=257,
+        n_positions=256,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+}

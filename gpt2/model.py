@@ -1,0 +1,143 @@
+"""GPT-2 as published: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+from gpt2 import weights
+from gpt2.config import GPT2Config
+from tinygrad2 import Key, Tensor, nn, ops
+from tinygrad2.backend import check_dtype, get_backend
+
+RESIDUAL_SITES = 3  # dropout sites of one block: attention weights, attention's result, MLP's result
+
+
+class _Init:
+    """Builds the layers' initial values: normal(0, std) drawn from the seed, or zeros where weights will be loaded."""
+
+    def __init__(self, seed: int | None):
+        self.seed = seed
+        self.sites = itertools.count()
+
+    def normal(self, std: float) -> nn.Initializer:
+        # The step of the key is out of reach of training's steps, so that no dropout mask shares its numbers.
+        return nn.zeros if self.seed is None else nn.normal(std, Key(self.seed, step=2**32 - 1, site=next(self.sites)))
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: one linear layer makes queries, keys and values, another mixes the heads."""
+
+    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+        self.config = config
+        C = config.n_embd
+        self.c_attn = nn.Linear(C, 3 * C, init=init.normal(config.initializer_range), **place)
+        self.c_proj = nn.Linear(C, C, init=init.normal(_residual_std(config)), **place)
+
+    def __call__(self, x: Tensor, key: Key | None, site: int) -> Tensor:
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        out = ops.attention(qkv, self.config.n_head, self.config.attn_pdrop, key and key.at(site))  # (B, T, C)
+        return ops.dropout(self.c_proj(out), self.config.resid_pdrop, key and key.at(site + 1))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between them. The first one's bias is added by GELU's kernel."""
+
+    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+        self.config = config
+        C = config.n_embd
+        self.c_fc = nn.Linear(C, 4 * C, init=init.normal(config.initializer_range), **place)
+        self.c_proj = nn.Linear(4 * C, C, init=init.normal(_residual_std(config)), **place)
+
+    def __call__(self, x: Tensor, key: Key | None, site: int) -> Tensor:
+        hidden = ops.linear(x, self.c_fc.weight)  # (B, T, 4 C)
+        hidden = ops.gelu(hidden, self.c_fc.bias, exact=self.config.activation_function == "gelu")
+        return ops.dropout(self.c_proj(hidden), self.config.resid_pdrop, key and key.at(site))
+
+
+class Block(nn.Module):
+    """One layer. The residual stream comes as x and the part `delta` not yet added to it, and leaves likewise:
+    each addition is fused with the LayerNorm that reads the sum."""
+
+    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+        self.attn = Attention(config, init, **place)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+        self.mlp = MLP(config, init, **place)
+
+    def __call__(self, x: Tensor, delta: Tensor | None, key: Key | None, site: int) -> tuple[Tensor, Tensor]:
+        x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.after_adding(x, delta)
+        x, h = self.ln_2.after_adding(x, self.attn(h, key, site))
+        return x, self.mlp(h, key, site + 2)
+
+
+class GPT2(nn.Module):
+    """GPT-2: token and position embeddings, pre-LayerNorm blocks, a final LayerNorm, and the output layer tied to the
+    token embedding.
+
+    config  sizes and dropout rates.
+    seed    of the initial weights: normal(0, 0.02), the two projections of each block onto the residual stream scaled
+            by 1 / sqrt(2 n_layer); None leaves them zero, for loading.
+    device, dtype   where the parameters live ("cpu") and their type ("float32" to train, "float64" to check).
+    """
+
+    def __init__(self, config: GPT2Config, seed: int | None = 0, device: str = "cpu", dtype: str = "float32"):
+        self.config = config
+        self.device = device
+        self.backend = get_backend(device)
+        self.dtype = check_dtype(dtype).name
+        place = {"device": device, "dtype": self.dtype}
+        init, std = _Init(seed), config.initializer_range
+        # Registered in the reverse of the order in which the backward pass finishes (see ParameterArena): wte serves at
+        # both ends, so its gradient is the last to be final.
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, init=init.normal(std), **place)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.normal(std), **place)
+        self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+
+    def features(self, tokens: Any, key: Key | None = None) -> Tensor:
+        """The last layer's normalised activations: tokens (B, T) -> (B, T, C)."""
+        shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
+        if len(shape) != 2:
+            raise ValueError(f"GPT2: tokens have shape {tuple(shape)}; expected (B, T)")
+        if shape[1] > self.config.n_positions:
+            raise ValueError(f"GPT2: {shape[1]} tokens given; the model's context is {self.config.n_positions}")
+        x = ops.embedding(tokens, self.wte.weight, self.wpe.weight)
+        x = ops.dropout(x, self.config.embd_pdrop, key and key.at(0))
+        delta = None
+        for layer, block in enumerate(self.h):
+            x, delta = block(x, delta, key, 1 + RESIDUAL_SITES * layer)
+        assert delta is not None
+        return self.ln_f.after_adding(x, delta)[1]
+
+    def __call__(self, tokens: Any) -> Tensor:
+        """Logits: tokens (B, T) of integers -> (B, T, V)."""
+        return self.features(tokens) @ self.wte.weight.transpose()
+
+    def loss(self, tokens: Any, targets: Any, key: Key | None = None) -> Tensor:
+        """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar.
+
+        key  names the dropout masks of this batch; without one there is no dropout, so evaluating needs no mode.
+        """
+        return ops.lm_head(self.features(tokens, key), self.wte.weight, targets)
+
+    @staticmethod
+    def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
+        """The model saved in a folder of the Hugging Face layout: config.json and model.safetensors.
+
+        Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
+        FileNotFoundError where a file is not there.
+        """
+        model = GPT2(weights.load_config(path), seed=None, device=device, dtype=dtype)
+        weights.load_into(model, path)
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
+        weights.save(self, path)
+
+
+def _residual_std(config: GPT2Config) -> float:
+    return config.initializer_range / math.sqrt(2 * config.n_layer)

@@ -1,0 +1,120 @@
+"""Modules: they hold parameters and say which operation uses them. The math is in ops and reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+
+from tinygrad2 import ops, random
+from tinygrad2.backend import check_dtype, get_backend
+from tinygrad2.params import Parameter, ParameterArena
+from tinygrad2.tensor import Tensor
+
+Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
+_sites = itertools.count(1 << 31)  # each layer that is given no initializer draws at a place of its own
+
+
+def normal(std: float, key: random.Key | None = None) -> Initializer:
+    """Fills with normal(0, std) values; without a key, from seed 0 at a site that counts the layers made so far."""
+    chosen = random.Key(0, site=next(_sites)) if key is None else key
+    return lambda shape: random.normal(chosen, shape, std)
+
+
+def zeros(shape: tuple[int, ...]) -> numpy.ndarray:
+    """Fills with zeros: for weights that are about to be loaded."""
+    return numpy.zeros(shape, dtype=numpy.float32)
+
+
+class Module:
+    """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
+        for name, value in vars(self).items():
+            yield from _named(f"{prefix}{name}", value)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter, in the order of registration."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def arena(self) -> ParameterArena:
+        """The flat buffers behind the parameters; the first call moves the parameters there."""
+        if "_arena" not in vars(self):
+            self._arena = ParameterArena(self.named_parameters())
+        return self._arena
+
+    def zero_grad(self) -> None:
+        """Clear every gradient."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def n_parameters(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(parameter.size for parameter in self.parameters())
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
+    if isinstance(value, Parameter):
+        yield name, value
+    elif isinstance(value, Module):
+        yield from value.named_parameters(f"{name}.")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _named(f"{name}.{i}", item)
+
+
+def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:
+    return Parameter(get_backend(device).asarray(values, dtype=check_dtype(dtype)))
+
+
+class Linear(Module):
+    """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        bias: bool = True,
+        init: Initializer | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ):
+        init = init or normal(1 / math.sqrt(n_in))
+        self.weight = _parameter(init((n_in, n_out)), device, dtype)
+        self.bias = _parameter(zeros((n_out,)), device, dtype) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Module):
+    """Normalises the last axis of length n, then y = weight xhat + bias; weight starts at 1, bias at 0."""
+
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", dtype: str = "float32"):
+        self.weight = _parameter(numpy.ones(n), device, dtype)
+        self.bias = _parameter(zeros((n,)), device, dtype)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.layernorm(x, self.weight, self.bias, self.eps)
+
+    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """s = x + delta and layernorm(s), fused."""
+        return ops.add_layernorm(x, delta, self.weight, self.bias, self.eps)
+
+
+class Embedding(Module):
+    """A table of n rows of the given width; the default initialisation is normal(0, 0.02)."""
+
+    def __init__(
+        self, n: int, width: int, init: Initializer | None = None, device: str = "cpu", dtype: str = "float32"
+    ):
+        init = init or normal(0.02)
+        self.weight = _parameter(init((n, width)), device, dtype)
+
+    def __call__(self, tokens: Any) -> Tensor:
+        return ops.embedding(tokens, self.weight)

@@ -1,0 +1,242 @@
+"""The operations that GPT-2 is made of, on Tensors.
+
+Each is two functions that stand together: the forward one checks its arguments, calls the kernel of the same name (see
+reference.py for the math) and records; the backward one calls the backward kernel with what was saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+from tinygrad2.backend import backend_of
+from tinygrad2.random import Key
+from tinygrad2.tensor import Tensor, record
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W + b.
+
+    x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
+    Raises ValueError where the shapes do not fit.
+    """
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
+    _expect("linear", "bias", bias, weight.shape[1:])
+    y = backend_of(x.data).kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
+    parents = (x, weight) if bias is None else (x, weight, bias)
+    return record(y, parents, _linear_backward, saved=(x.data, weight.data, bias is not None))
+
+
+def _linear_backward(saved, dy, into):
+    x, weight, has_bias = saved
+    dbias = into(2) if has_bias else None
+    dx = backend_of(dy).kernels.linear_backward(dy, x, weight, into(1), dbias)
+    return (dx, None, None) if has_bias else (dx, None)
+
+
+def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_position: int = 0) -> Tensor:
+    """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
+
+    tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
+    Saves the tokens. Raises ValueError for a token outside [0, V) and for a position past P.
+    """
+    backend = backend_of(wte.data)
+    ids = _indices(backend, "embedding", "tokens", tokens, wte.shape[0])
+    if wpe is not None:
+        _expect("embedding", "wpe", wpe, (wpe.shape[0], wte.shape[1]))
+        end = first_position + ids.shape[-1]
+        if end > wpe.shape[0]:
+            raise ValueError(f"embedding: positions {first_position} to {end - 1} asked for; wpe has {wpe.shape[0]}")
+    y = backend.kernels.embedding_forward(ids, wte.data, None if wpe is None else wpe.data, first_position)
+    parents = (wte,) if wpe is None else (wte, wpe)
+    return record(y, parents, _embedding_backward, saved=(ids, first_position, wpe is not None))
+
+
+def _embedding_backward(saved, dy, into):
+    tokens, first_position, has_wpe = saved
+    dwpe = into(1) if has_wpe else None
+    backend_of(dy).kernels.embedding_backward(dy, tokens, first_position, into(0), dwpe)
+    return (None, None) if has_wpe else (None,)
+
+
+def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
+    """y = x m / (1 - rate) with m Bernoulli(1 - rate); x itself where key is None or rate is 0.
+
+    x (samples, ...). The mask is a pure function of the key and of the element's index in the global batch; it is
+    computed again in backward, so nothing is saved. Raises ValueError for a rate outside [0, 1).
+    """
+    check_rate("dropout", rate)
+    if key is None or rate == 0:
+        return x
+    return record(backend_of(x.data).kernels.dropout_forward(x.data, rate, key), (x,), _dropout_backward, (rate, key))
+
+
+def _dropout_backward(saved, dy, into):
+    return (backend_of(dy).kernels.dropout_backward(dy, *saved),)
+
+
+def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """y = weight (x - mean) / sqrt(var + eps) + bias over the last axis (arXiv:1607.06450).
+
+    x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
+    """
+    _expect("layernorm", "weight", weight, x.shape[-1:])
+    _expect("layernorm", "bias", bias, x.shape[-1:])
+    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, eps)
+    return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, weight.data, mean, rstd))
+
+
+def _layernorm_backward(saved, dy, into):
+    return backend_of(dy).kernels.layernorm_backward(dy, *saved, into(1), into(2)), None, None
+
+
+def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """s = x + delta and y = layernorm(s), the residual connection and the normalisation after it, in one pass.
+
+    x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
+    """
+    _expect("add_layernorm", "delta", delta, x.shape)
+    _expect("add_layernorm", "weight", weight, x.shape[-1:])
+    _expect("add_layernorm", "bias", bias, x.shape[-1:])
+    k = backend_of(x.data).kernels
+    s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, eps)
+    return record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, weight.data, mean, rstd))
+
+
+def _add_layernorm_backward(saved, dy, into):
+    ds, dy = dy
+    if dy is None:  # only the sum was used
+        return ds, ds, None, None
+    k = backend_of(dy).kernels
+    if ds is None:  # only the normalised result was used, as after the last block
+        dx = k.layernorm_backward(dy, *saved, into(2), into(3))
+    else:
+        dx = k.add_layernorm_backward(ds, dy, *saved, into(2), into(3))
+    return dx, dx, None, None
+
+
+def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = None) -> Tensor:
+    """Causal multi-head softmax attention on packed queries, keys and values (arXiv:1706.03762, eq. 1).
+
+    qkv (B, T, 3 * n_head * D), as the one linear layer before it leaves them -> (B, T, n_head * D).
+    With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
+    no T x T array. Raises ValueError where qkv does not divide into heads.
+    """
+    check_rate("attention", rate)
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(
+            f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
+        )
+    key = None if rate == 0 else key
+    out, lse = backend_of(qkv.data).kernels.attention_forward(qkv.data, n_head, rate, key)
+    return record(out, (qkv,), _attention_backward, saved=(qkv.data, out, lse, n_head, rate, key))
+
+
+def _attention_backward(saved, dy, into):
+    return (backend_of(dy).kernels.attention_backward(dy, *saved),)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
+    """GELU of x + bias (arXiv:1606.08415): GPT-2's tanh form, or with `exact` the form with the error function.
+
+    x (..., C), bias (C,) or None -> (..., C). Saves x.
+    """
+    _expect("gelu", "bias", bias, x.shape[-1:])
+    k = backend_of(x.data).kernels
+    b = None if bias is None else bias.data
+    y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
+    parents = (x,) if bias is None else (x, bias)
+    return record(y, parents, _gelu_exact_backward if exact else _gelu_backward, saved=(x.data, b))
+
+
+def _gelu_backward(saved, dy, into):
+    x, bias = saved
+    if bias is None:
+        return (backend_of(dy).kernels.gelu_backward(dy, x, None, None),)
+    return backend_of(dy).kernels.gelu_backward(dy, x, bias, into(1)), None
+
+
+def _gelu_exact_backward(saved, dy, into):
+    x, bias = saved
+    if bias is None:
+        return (backend_of(dy).kernels.gelu_exact_backward(dy, x, None, None),)
+    return backend_of(dy).kernels.gelu_exact_backward(dy, x, bias, into(1)), None
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
+    y = backend_of(x.data).kernels.softmax_forward(x.data)
+    return record(y, (x,), _softmax_backward, saved=(y,))
+
+
+def _softmax_backward(saved, dy, into):
+    return (backend_of(dy).kernels.softmax_backward(dy, *saved),)
+
+
+def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
+    """The mean of -log softmax(logits)[target], in nats.
+
+    logits (..., V), targets (...) integers -> a scalar. Saves the logits and one statistic per row.
+    Raises ValueError for a target outside [0, V).
+    """
+    backend = backend_of(logits.data)
+    ids = _indices(backend, "cross_entropy", "targets", targets, logits.shape[-1])
+    _expect("cross_entropy", "targets", ids, logits.shape[:-1])
+    loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
+    return record(loss, (logits,), _cross_entropy_backward, saved=(logits.data, ids, lse))
+
+
+def _cross_entropy_backward(saved, dy, into):
+    return (backend_of(dy).kernels.cross_entropy_backward(dy, *saved),)
+
+
+def lm_head(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
+    """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
+
+    x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
+    holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
+    """
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"lm_head: x has shape {x.shape}, weight {weight.shape}; expected (..., C) and (V, C)")
+    backend = backend_of(x.data)
+    ids = _indices(backend, "lm_head", "targets", targets, weight.shape[0])
+    _expect("lm_head", "targets", ids, x.shape[:-1])
+    loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.data, ids)
+    return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.data))
+
+
+def _lm_head_backward(saved, dy, into):
+    return backend_of(dy).kernels.lm_head_backward(dy, *saved, into(1)), None
+
+
+def check_rate(op: str, rate: float) -> None:
+    """Raise ValueError unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
+
+
+def _expect(op: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if value is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; expected {tuple(shape)}")
+
+
+def _indices(backend: Any, op: str, name: str, values: Any, limit: int) -> Any:
+    """`values` as an int64 array of the backend, every one checked to be in [0, limit).
+
+    The check reads host memory. What is on a device already was checked before it went there, and reading it back would
+    make the host wait.
+    """
+    values = values.data if isinstance(values, Tensor) else values
+    if isinstance(values, list | tuple | int):
+        values = numpy.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
+    if values.size == 0:
+        raise ValueError(f"{op}: {name} have shape {values.shape}, which holds nothing")
+    if isinstance(values, numpy.ndarray):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{op}: {name} hold {low if low < 0 else high}; expected integers in [0, {limit})")
+    return backend.asarray(values, dtype=numpy.int64)

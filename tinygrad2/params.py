@@ -1,0 +1,109 @@
+"""Parameters, and the arena that keeps them in flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad2.backend import Backend, backend_of
+from tinygrad2.tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that an optimizer changes: always a leaf.
+
+    Assigning to `.data` and `.grad` copies into the parameter's memory (and assigning None to `.grad` clears it), so
+    that a parameter never leaves the arena it was placed in.
+    """
+
+    __slots__ = ("_data", "_placed")
+
+    def __init__(self, data: Any):
+        self._placed = False
+        super().__init__(data, requires_grad=True)
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return self._data
+
+    @data.setter
+    def data(self, values: Any) -> None:
+        if not hasattr(self, "_data"):
+            self._data = values
+        elif tuple(values.shape) != tuple(self._data.shape):
+            raise ValueError(f"parameter: data of shape {values.shape} assigned; expected {self._data.shape}")
+        else:
+            self._data[...] = values
+
+    @property
+    def grad(self) -> Any:  # type: ignore[override]
+        return self.leaf.grad  # type: ignore[union-attr]
+
+    @grad.setter
+    def grad(self, values: Any) -> None:
+        if not self._placed:
+            Tensor.grad.fset(self, values)  # type: ignore[attr-defined]
+        else:
+            self.leaf.grad[...] = 0 if values is None else values  # type: ignore[union-attr]
+
+    def place(self, data: Any, grad: Any) -> None:
+        """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""
+        data[...] = self._data
+        if self.leaf.grad is not None:  # type: ignore[union-attr]
+            grad[...] = self.leaf.grad  # type: ignore[union-attr]
+        self._data, self.leaf.grad, self._placed = data, grad, True  # type: ignore[union-attr]
+
+
+@dataclass
+class Region:
+    """One flat run of parameters that the optimizer treats alike.
+
+    values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
+    """
+
+    name: str
+    values: Any
+    grads: Any
+    where: dict[str, tuple[int, int]]
+
+
+class ParameterArena:
+    """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
+
+    Clearing the gradients is one memset a region, the optimizer one kernel a region, and any run of gradients that is
+    final can be reduced over ranks as one slice. For that, parameters stand in the order in which the backward pass
+    finishes their gradients: last registered, first final. An embedding that is tied to the output layer is registered
+    first and final last.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]):
+        backward_order = list(named_parameters)[::-1]
+        if not backward_order:
+            raise ValueError("ParameterArena: there are no parameters")
+        self.parameters = dict(backward_order)
+        self.backend: Backend = backend_of(backward_order[0][1].data)
+        self.dtype = backward_order[0][1].dtype
+        for name, parameter in backward_order:
+            if parameter.dtype != self.dtype:
+                raise TypeError(f"ParameterArena: {name} is {parameter.dtype}, others are {self.dtype}; use one dtype")
+        self.regions = [
+            self._place("decay", [(name, p) for name, p in backward_order if p.ndim >= 2]),
+            self._place("no_decay", [(name, p) for name, p in backward_order if p.ndim < 2]),
+        ]
+
+    def _place(self, region: str, members: list[tuple[str, Parameter]]) -> Region:
+        where, stop = {}, 0
+        for name, parameter in members:
+            where[name] = (stop, stop + parameter.size)
+            stop += parameter.size
+        values, grads = self.backend.zeros((stop,), self.dtype), self.backend.zeros((stop,), self.dtype)
+        for name, parameter in members:
+            part = slice(*where[name])
+            parameter.place(values[part].reshape(parameter.shape), grads[part].reshape(parameter.shape))
+        return Region(region, values, grads, where)
+
+    def zero_grad(self) -> None:
+        """Clear every gradient."""
+        for region in self.regions:
+            region.grads[...] = 0

@@ -1,0 +1,108 @@
+"""Random numbers without state: every draw is a pure function of (seed, step, site, element).
+
+A counter-based generator has no state to save, restore or share. Splitting a batch over micro-steps or machines,
+resuming a run, or moving to another device draws the same numbers: nothing depends on what was drawn before.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox4x32-10, Random123).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+_WORD = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # the round multipliers of the paper
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)  # the key increments: golden ratio, sqrt(3) - 1
+
+
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10: four 32-bit words of counter and two of key -> four 32-bit random words.
+
+    Every argument is a uint64 scalar or array holding a 32-bit value, so that a 32 x 32 product fits; arrays of any
+    library broadcast. Plain arithmetic only: the same function serves NumPy, CuPy and a JIT compiler.
+    """
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _WORD, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _WORD
+        k0 = (k0 + _W0) & _WORD
+        k1 = (k1 + _W1) & _WORD
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names one stream of random numbers.
+
+    seed          64 bits, chosen by the user.
+    step          the training step (or the epoch, for the data order).
+    first_sample  position in the *global* batch of the first sample at hand; shifts the element index, so that a part
+                  of a batch draws what the whole batch would have drawn there.
+    site          which of the model's random places is drawing (see `at`).
+
+    The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.
+    """
+
+    seed: int
+    step: int = 0
+    first_sample: int = 0
+    site: int = 0
+
+    def __post_init__(self) -> None:
+        for name, bits in (("seed", 64), ("step", 32), ("site", 32), ("first_sample", 48)):
+            value = getattr(self, name)
+            if not 0 <= value < 1 << bits:
+                raise ValueError(f"Key: {name} is {value}; it must be in [0, 2**{bits})")
+
+    def at(self, site: int) -> Key:
+        """The same key at another site."""
+        return replace(self, site=site)
+
+
+def draw(key: Key, group: Any) -> tuple[Any, Any, Any, Any]:
+    """The words of elements 4 * group ... 4 * group + 3; `group` is a uint64 array of any library and shape."""
+    seed, site, step = np.uint64(key.seed), np.uint64(key.site), np.uint64(key.step)
+    return philox4x32(group & _WORD, group >> _SHIFT, site, step, seed & _WORD, seed >> _SHIFT)
+
+
+def _words(key: Key, first_group: int, groups: int) -> np.ndarray:
+    index = np.arange(first_group, first_group + groups, dtype=np.uint64)
+    return np.stack(draw(key, index), axis=-1)
+
+
+def bits64(key: Key, count: int) -> np.ndarray:
+    """`count` uniform 64-bit integers, as a uint64 array on the host."""
+    words = _words(key, 0, (count + 1) // 2)
+    return ((words[:, 0::2] << _SHIFT) | words[:, 1::2]).reshape(-1)[:count]
+
+
+def uniform(key: Key, count: int) -> np.ndarray:
+    """`count` float64 values in [0, 1) with 53 random bits each, on the host."""
+    return (bits64(key, count) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(key: Key, n: int) -> np.ndarray:
+    """A uniformly random order of 0 ... n-1 (int64, on the host): the order that sorts n random 64-bit integers."""
+    return np.argsort(bits64(key, n), kind="stable")
+
+
+def normal(key: Key, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
+    """Normal(0, std) values of `shape`, float64 on the host, by the Box-Muller transform (1958).
+
+    Two uniforms u, v give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v); four words give two pairs.
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    out = np.empty((-(-count // 4), 4))
+    chunk = 1 << 14  # groups at a time: the temporaries stay in the cache
+    for first in range(0, len(out), chunk):
+        rows = out[first : first + chunk]
+        u = (_words(key, first, len(rows)) + 0.5) * 2.0**-32  # (0, 1): the logarithm is finite
+        radius = std * np.sqrt(-2.0 * np.log(u[:, :2]))
+        angle = 2.0 * np.pi * u[:, 2:]
+        rows[:, :2] = radius * np.cos(angle)
+        rows[:, 2:] = radius * np.sin(angle)
+    return out.reshape(-1)[:count].reshape(shape)
