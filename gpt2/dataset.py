@@ -1,0 +1,234 @@
+"""Token data sets on disk, the order in which training sees them, and the losses that any model must beat.
+
+A data set is a folder: manifest.json, vocabulary.json (the tokenizer's), and the shards train-00000.bin, ...,
+val-00000.bin, ...: raw little-endian uint16 ids, or uint32 where the vocabulary has more than 65536. `data/prepare.py`
+writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinygrad2.random import Key, permutation
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # the manifest's version
+SPLITS = ("train", "val")
+DATA_SITE = 2**32 - 1  # where the order draws its random numbers; the model's sites count from 0
+CHECKED_BYTES = 256 << 20  # a split up to this size has its checksums verified whenever it is opened
+PREPARE = "python data/prepare.py SOURCE..."
+BASELINE_TOKENS = 10_000_000
+BIGRAM_VOCAB = 4096  # beyond this the table of pairs would be larger than it is worth
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How ids below `vocab_size` are stored."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def find_dataset(data: str | Path) -> Path:
+    """The folder that `--data NAME|PATH` means: data/NAME under the current directory, else the path itself.
+
+    Raises FileNotFoundError that lists what data/ holds.
+    """
+    for folder in (Path("data") / data, Path(data)):
+        if (folder / MANIFEST).is_file():
+            return folder
+    held = ", ".join(sorted(manifest.parent.name for manifest in Path("data").glob(f"*/{MANIFEST}"))) or "no data set"
+    raise FileNotFoundError(f"data {str(data)!r}: no such data set (data/ holds {held}); make one with {PREPARE}")
+
+
+class TokenDataset:
+    """One split of a data set, memory-mapped: a line of `tokens` ids, cut into windows of block_size + 1.
+
+    path        the folder.
+    manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents,
+                tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources.
+    vocab_size  every id is below it; `read` checks.
+    """
+
+    def __init__(self, path: Path, split: str, manifest: dict[str, Any], files: list[Path], shards: list[np.ndarray]):
+        self.path, self.split, self.manifest = path, split, manifest
+        self.tokens = sum(len(shard) for shard in shards)
+        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
+        self._files, self._shards = files, shards
+        self._starts = np.cumsum([0] + [len(shard) for shard in shards])
+
+    @staticmethod
+    def open(path: str | Path, split: str) -> TokenDataset:
+        """The split "train" or "val" of the data set in the folder `path`.
+
+        Raises FileNotFoundError for a missing folder, manifest or shard, and ValueError for a damaged or empty one. The
+        checksums of a split of more than 256 MiB are not verified.
+        """
+        path = Path(path)
+        if split not in SPLITS:
+            raise ValueError(f"TokenDataset: split is {split!r}; expected one of {', '.join(SPLITS)}")
+        manifest = _read_manifest(path)
+        dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
+        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        check = sum(entry["tokens"] for entry in entries) * dtype.itemsize <= CHECKED_BYTES
+        if not entries:
+            raise ValueError(f"{path}: the split {split} is empty; make the data set anew with more text: {PREPARE}")
+        files = [path / entry["file"] for entry in entries]
+        shards = [_open_shard(file, entry, dtype, check) for file, entry in zip(files, entries, strict=True)]
+        return TokenDataset(path, split, manifest, files, shards)
+
+    def windows(self, block_size: int) -> int:
+        """How many windows there are: (tokens - 1) // block_size. Raises ValueError where there is not one."""
+        if self.tokens < block_size + 1:
+            raise ValueError(
+                f"{self.path}: the split {self.split} has {self.tokens} tokens; a block size of {block_size} needs "
+                f"{block_size} + 1 = {block_size + 1}; use a smaller --block-size or more text"
+            )
+        return (self.tokens - 1) // block_size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids start ... start + count - 1 in the stored dtype. Raises ValueError naming the shard of a foreign id."""
+        if not 0 <= start <= start + count <= self.tokens:
+            raise ValueError(f"{self.path}: read({start}, {count}) is outside the {self.tokens} tokens of {self.split}")
+        pieces = []
+        k = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while count > 0:
+            piece = self._shards[k][start - self._starts[k] :][:count]
+            if piece.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size}; "
+                    f"the shard is damaged or foreign, make the data set anew: {PREPARE}"
+                )
+            pieces.append(piece)
+            start, count, k = start + len(piece), count - len(piece), k + 1
+        return np.concatenate(pieces) if pieces else self._shards[0][:0]
+
+    def batch(self, indices: Sequence[int] | np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows -> (tokens, targets), int64 of shape (len(indices), block_size); targets are one position ahead.
+
+        Window i covers the ids i * block_size ... i * block_size + block_size, so that every id but the split's first
+        is a target once (those after the last whole window never).
+        """
+        windows = self.windows(block_size)
+        rows = np.empty((len(indices), block_size + 1), dtype=np.int64)
+        for row, i in zip(rows, indices, strict=True):
+            if not 0 <= i < windows:
+                raise ValueError(f"{self.path}: window {i} is outside the {windows} of {self.split}")
+            row[:] = self.read(int(i) * block_size, block_size + 1)
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such data set; make one with {PREPARE}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file; make the data set with {PREPARE}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version, dtype = manifest["format"], manifest["dtype"]
+        expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
+        for entry in manifest["shards"]:
+            entry["file"], entry["split"], entry["tokens"] + 0, entry["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file}: it is no manifest of a data set ({type(error).__name__}: {error}); make it anew: {PREPARE}"
+        ) from None
+    if version != FORMAT or dtype != expected:
+        raise ValueError(
+            f"{file}: format {version}, dtype {dtype}; expected format {FORMAT}, dtype {expected}: {PREPARE}"
+        )
+    return manifest
+
+
+def _open_shard(file: Path, entry: dict[str, Any], dtype: np.dtype, check: bool) -> np.ndarray:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: the shard is missing; make the data set anew: {PREPARE}")
+    got, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
+    if got != expected or not expected:
+        raise ValueError(
+            f"{file}: the shard has {got} bytes, expected {expected} ({entry['tokens']} tokens of "
+            f"{dtype.itemsize} bytes); it is truncated or foreign, make the data set anew: {PREPARE}"
+        )
+    if check and file_sha256(file) != entry["sha256"]:
+        raise ValueError(f"{file}: the shard's checksum differs from {MANIFEST}'s; make the data set anew: {PREPARE}")
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class SampleOrder:
+    """The order in which training sees `n` samples: an endless line of epochs, each a permutation of 0 ... n-1.
+
+    Position p is sample i = p % n of epoch e = p // n, that is permutation(Key(seed, step=e, site=DATA_SITE), n)[i]: a
+    fixed function of (seed, e, i). However a run is split over micro-steps, ranks and restarts, who reads the positions
+    first ... first + count - 1 gets the same samples, and each sample comes once per epoch.
+    """
+
+    def __init__(self, n: int, seed: int):
+        if n < 1:
+            raise ValueError(f"SampleOrder: n is {n}; expected at least one sample")
+        self.n, self.seed = n, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, first: int, count: int) -> np.ndarray:
+        """The samples at positions first ... first + count - 1 (int64)."""
+        out = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            epoch, i = divmod(first + done, self.n)
+            piece = self._permutation(epoch)[i : i + count - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+        return out
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._order = permutation(Key(self.seed, step=epoch, site=DATA_SITE), self.n)
+            self._epoch = epoch
+        return self._order
+
+
+def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
+    """Cross-entropies in nats per token, on `val`, of models that only count on `train`.
+
+    unigram  p(b) = (n(b) + 1) / (N + V), n(b) times that b was a target, N targets in all, V ids in the vocabulary
+    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), n(a, b) times that b followed a; only for V <= 4096
+
+    Add-one smoothing (Laplace). Both predict every id of a split but its first; at most the first 10 million are used.
+    """
+    V = train.vocab_size
+    order = 2 if V <= BIGRAM_VOCAB else 1
+    seen, asked = _counts(train, order), _counts(val, order)
+
+    def cross_entropy(seen: np.ndarray, asked: np.ndarray) -> float:
+        log_p = np.log(seen + 1.0) - np.log(seen.sum(axis=-1, keepdims=True) + float(V))
+        return float(-(asked * log_p).sum() / asked.sum())
+
+    if order == 1:
+        return {"unigram": cross_entropy(seen, asked)}
+    return {
+        "unigram": cross_entropy(seen.sum(axis=0), asked.sum(axis=0)),
+        "bigram": cross_entropy(seen, asked),
+    }
+
+
+def _counts(data: TokenDataset, order: int) -> np.ndarray:
+    """How often each target stands in `data`, shape (V,), or each pair of an id and its target, shape (V, V)."""
+    if data.tokens < 2:
+        raise ValueError(f"{data.path}: the split {data.split} has {data.tokens} token; expected at least 2")
+    V, total = data.vocab_size, min(data.tokens, BASELINE_TOKENS)
+    counts = np.zeros(V**order, dtype=np.int64)
+    chunk = 1 << 21
+    for start in range(0, total - 1, chunk):
+        ids = data.read(start, min(chunk + 1, total - start)).astype(np.int64)
+        keys = ids[1:] if order == 1 else ids[:-1] * V + ids[1:]
+        counts += np.bincount(keys, minlength=len(counts))
+    return counts.reshape((V,) * order)

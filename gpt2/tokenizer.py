@@ -1,0 +1,256 @@
+"""Text to token ids and back: byte-level BPE vocabularies, all through tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY, RANKS = "vocabulary.json", "vocabulary.tiktoken"  # what `save` writes
+HF_VOCAB, HF_MERGES = "vocab.json", "merges.txt"
+BUILT_IN = ("bytes", "gpt2")
+
+# How GPT-2 cuts text before it merges bytes (Radford et al., 2019, section 2.2): contractions, words, numbers, other
+# signs, each with the blank before it, and white space. Possessive, as tiktoken writes it: the same pieces, faster.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+BYTES_PATTERN = r"(?s:.+)"  # no two bytes ever merge, so nothing need be cut
+
+
+class Tokenizer:
+    """A vocabulary: tokens 0 ... vocab_size - 1 are byte strings, one of them the mark <|endoftext|>.
+
+    name         "bytes", "gpt2", or the name of the file or folder that it came from.
+    vocab_size   how many ids there are, the mark included.
+    end_of_text  the mark's id. `encode` never gives it: the text "<|endoftext|>" is plain text.
+
+    Make one with `Tokenizer.load`.
+    """
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding, pattern: str, built_in: bool):
+        self.name = name
+        self.vocab_size = encoding.n_vocab
+        self.end_of_text = encoding.eot_token
+        self._encoding = encoding
+        self._pattern = pattern
+        self._built_in = built_in
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
+
+    @staticmethod
+    def load(name: str | Path) -> Tokenizer:
+        """The tokenizer called `name`.
+
+        "bytes"   256 bytes and the mark; needs no file.
+        "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
+        a path    a .tiktoken file (lines of base64 token and rank), a folder with vocab.json and merges.txt, or a
+                  folder that `save` wrote to. Text is cut by GPT-2's pattern. The mark takes the first id that no
+                  token has.
+
+        Raises ValueError or FileNotFoundError for an unknown name and for files that make no vocabulary.
+        """
+        path = Path(name)
+        if name == "bytes":
+            ranks = {bytes([byte]): byte for byte in range(256)}
+            return Tokenizer("bytes", _encoding("bytes", ranks, BYTES_PATTERN, 256), BYTES_PATTERN, built_in=True)
+        if name == "gpt2":
+            return Tokenizer("gpt2", _download_gpt2(), GPT2_PATTERN, built_in=True)
+        if (path / VOCABULARY).is_file():
+            return _load_saved(path)
+        if (path / HF_VOCAB).is_file() and (path / HF_MERGES).is_file():
+            return _make(path.resolve().name, _read_hugging_face(path), path)
+        if path.is_file():
+            return _make(path.stem, _read_ranks(path), path)
+        if path.is_dir():
+            raise FileNotFoundError(
+                f"tokenizer {path}: the folder has neither {VOCABULARY} nor {HF_VOCAB} and {HF_MERGES}"
+            )
+        raise FileNotFoundError(
+            f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or of "
+            f"a folder with {HF_VOCAB} and {HF_MERGES}"
+        )
+
+    @staticmethod
+    def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
+        """The tokenizer of the model in `folder`: the one saved there, else the built-in one of this vocabulary size.
+
+        Raises ValueError where that is not known, or where the folder's has more tokens than the model.
+        """
+        folder = Path(folder)
+        if (folder / VOCABULARY).is_file() or (folder / HF_MERGES).is_file():
+            tokenizer = Tokenizer.load(folder)
+        elif vocab_size in (257, 50257):
+            tokenizer = Tokenizer.load("bytes" if vocab_size == 257 else "gpt2")
+        else:
+            raise ValueError(
+                f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}"
+            )
+        if tokenizer.vocab_size > vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
+        return tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The vocabulary's identity: SHA-256 (hex) of the pattern, every token in the order of ids, and the mark's id.
+
+        Equal for the same vocabulary read from another kind of file, whatever its name.
+        """
+        sha = hashlib.sha256(self._pattern.encode())
+        for i in range(self.vocab_size):
+            token = self._encoding.decode_single_token_bytes(i)
+            sha.update(len(token).to_bytes(4, "little") + token)
+        sha.update(self.end_of_text.to_bytes(4, "little"))
+        return sha.hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (uint32) of `text`. Lone surrogates, which no UTF-8 text has, become U+FFFD. Releases the GIL."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._encoding.encode_to_numpy(whole, disallowed_special=())
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of `ids`: what a stream needs, since a character may be spread over tokens.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        outside = array[(array < 0) | (array >= self.vocab_size)]
+        if len(outside):
+            raise ValueError(
+                f"decode: id {outside[0]} is outside the vocabulary {self.name}, 0 to {self.vocab_size - 1}"
+            )
+        return self._encoding.decode_bytes(array.tolist())
+
+    def save(self, folder: str | Path) -> None:
+        """Write into `folder` what `load(folder)` needs: name, fingerprint, and the tokens if they are not built in."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._built_in:
+            tokens = ((i, self._encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size))
+            lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in tokens if i != self.end_of_text)
+            (folder / RANKS).write_text("".join(lines), encoding="ascii")
+        text = json.dumps(self.describe(), indent=2)
+        (folder / VOCABULARY).write_text(text + "\n", encoding="utf-8")
+
+    def describe(self) -> dict[str, str | int]:
+        """What other files say of the tokenizer that they were made with."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
+
+
+def _encoding(name: str, ranks: dict[bytes, int], pattern: str, end_of_text: int) -> tiktoken.Encoding:
+    special = {END_OF_TEXT: end_of_text}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _make(name: str, ranks: dict[bytes, int], path: Path) -> Tokenizer:
+    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first."""
+    ids = set(ranks.values())
+    end_of_text = next(i for i in range(len(ids) + 1) if i not in ids)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; every one of the 256 bytes needs one")
+    if len(ids) != len(ranks) or ids | {end_of_text} != set(range(len(ids) + 1)):
+        raise ValueError(
+            f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 on once, "
+            f"with at most one left out for {END_OF_TEXT}"
+        )
+    return Tokenizer(name, _encoding(name, ranks, GPT2_PATTERN, end_of_text), GPT2_PATTERN, built_in=False)
+
+
+def _download_gpt2() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, a cache that cannot be written, a wrong checksum
+        raise FileNotFoundError(
+            f"tokenizer gpt2: its vocabulary could not be downloaded ({type(error).__name__}); connect once, or set "
+            f"TIKTOKEN_CACHE_DIR to a folder that has tiktoken's two files, or name a folder with {HF_VOCAB} and "
+            f"{HF_MERGES}"
+        ) from None
+
+
+def _load_saved(folder: Path) -> Tokenizer:
+    file = folder / VOCABULARY
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        name, fingerprint = str(saved["name"]), saved["fingerprint"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"tokenizer {file}: expected a JSON object with name and fingerprint; write it anew") from None
+    if (folder / RANKS).is_file():
+        tokenizer = _make(name, _read_ranks(folder / RANKS), folder / RANKS)
+    elif name in BUILT_IN:
+        tokenizer = Tokenizer.load(name)
+    else:
+        raise FileNotFoundError(
+            f"tokenizer {folder / RANKS}: there is no such file; {VOCABULARY} says that it is {name}"
+        )
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(
+            f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
+            f"{str(fingerprint)[:12]}; a file was changed, so restore it"
+        )
+    return tokenizer
+
+
+def _read_ranks(file: Path) -> dict[bytes, int]:
+    """A .tiktoken file. Not by tiktoken's own reader, which caches by path and would serve an edited file stale."""
+    ranks = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"tokenizer {file}: line {number} is no base64 token and rank") from None
+    return ranks
+
+
+def _read_hugging_face(folder: Path) -> dict[bytes, int]:
+    """vocab.json and merges.txt. Characters stand for bytes: printable ones for themselves, others from U+0100 on.
+
+    tiktoken merges the pair of lowest rank first, so the merges must stand in the order of their results' ids: checked.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    try:
+        vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
+        ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != END_OF_TEXT}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"tokenizer {folder / HF_VOCAB}: expected one JSON object of tokens and ids") from None
+    except KeyError as error:
+        raise ValueError(
+            f"tokenizer {folder / HF_VOCAB}: the character {error} stands for no byte; this is no byte-level vocabulary"
+        ) from None
+
+    merges = (folder / HF_MERGES).read_text(encoding="utf-8").split("\n")
+    previous, count = -1, 0
+    for number, line in enumerate(merges, 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        known = len(pair) == 2 and all(c in byte_of for c in "".join(pair))
+        token = bytes(byte_of[c] for c in "".join(pair)) if known else b""
+        if ranks.get(token, -1) <= previous:
+            raise ValueError(
+                f"tokenizer {folder / HF_MERGES}: line {number} ({line!r}) does not make the next token of {HF_VOCAB}"
+            )
+        previous, count = ranks[token], count + 1
+    if count + 256 != len(ranks):
+        raise ValueError(
+            f"tokenizer {folder / HF_MERGES}: {count} merges and 256 bytes make {count + 256} tokens; {HF_VOCAB} has "
+            f"{len(ranks)} besides {END_OF_TEXT}"
+        )
+    return ranks

@@ -1,0 +1,596 @@
+"""data/prepare.py: what the shards hold, whatever the threads and interruptions, and errors in one line."""
+
+import base64
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import prepare as module
+from data.prepare import PART_BYTES, find_sources, main, prepare, pydoc_corpus, read_parts, side_of
+from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
+from gpt2.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT.parent / "shared" / "tiktoken_cache"
+BYTES = Tokenizer.load("bytes")
+ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order
+
+
+def silent(line):
+    pass
+
+
+def make(sources, out, tokenizer="bytes", **options):
+    return prepare([str(source) for source in sources], tokenizer, out, say=silent, **options)
+
+
+def ids_of(folder, split):
+    data = TokenDataset.open(folder, split)
+    return data.read(0, data.tokens)
+
+
+def stream_of(folder):
+    """All ids of a data set made with ALL_TRAIN, in order."""
+    return np.concatenate([ids_of(folder, split) for split in SPLITS])
+
+
+def texts_of(ids):
+    """What stands between end-of-texts."""
+    pieces = np.split(ids, np.flatnonzero(ids == BYTES.end_of_text) + 1)
+    assert len(pieces[-1]) == 0
+    return [BYTES.decode(piece[:-1]) for piece in pieces[:-1]]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def varied_text(size, seed=0):
+    """Lines, long lines, runs of blanks and line ends, and letters of one to four bytes."""
+    rng = np.random.default_rng(seed)
+    words = ["the", "naïve", "日本語", "🙂", "x" * 50, "don't", "1234", "--", "\t", "  ", " \n", "\n\n\n", "\r\n", "\n"]
+    out, length = [], 0
+    while length < size:
+        piece = words[rng.integers(len(words))] + (" " if rng.random() < 0.8 else "")
+        out.append(piece)
+        length += len(piece.encode())
+    return "".join(out)
+
+
+def tiny_jobs(folder):
+    """Sources of every kind, of about 600 kB, some documents of many parts."""
+    folder.mkdir()
+    (folder / "a.txt").write_text(varied_text(250_000, 1), encoding="utf-8")
+    (folder / "b.md").write_text(varied_text(3_000, 2), encoding="utf-8")
+    lines = [json.dumps({"text": varied_text(size, size)}) for size in (10, 40_000, 2_000, 90_000, 16_384)]
+    (folder / "c.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    (folder / "d").mkdir()
+    (folder / "d" / "e.txt").write_text(varied_text(120_000, 3), encoding="utf-8")
+    return folder
+
+
+# What the shards hold.
+
+
+def test_documents_in_order_with_end_of_text_after_each(tmp_path):
+    texts = {"b.txt": "second\n", "a.md": "first", "sub/c.jsonl": None, "sub/d": "no extension"}
+    for name, text in texts.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = '{"text": "l1 \\u00e9"}\n\n  {"x": 1, "text": "l2"}  \n{"text": ""}\n{"text": "l3"}'
+        (tmp_path / "in" / name).write_text(text or lines, encoding="utf-8")
+    out = make([tmp_path / "in"], tmp_path / "out", val_fraction=ALL_TRAIN)
+    assert texts_of(stream_of(out)) == ["first", "second\n", "l1 é", "l2", "l3", "no extension"]
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["documents"] == 6
+    assert manifest["tokens"] == {split: TokenDataset.open(out, split).tokens for split in SPLITS}
+    assert manifest["tokens"]["val"] == 1
+    assert Tokenizer.load(out).fingerprint == manifest["tokenizer"]["fingerprint"] == BYTES.fingerprint
+    assert sorted(file.name for file in out.iterdir()) == [
+        "manifest.json",
+        "train-00000.bin",
+        "val-00000.bin",
+        "vocabulary.json",
+    ]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_hidden_files_are_left_out_and_others_named(tmp_path):
+    for name, data in {
+        ".hidden.txt": b"hidden",
+        ".git/a.txt": b"hidden",
+        "a.txt": b"text",
+        "b.png": b"\x89PNG\0",
+        "c.json": b"{}",
+    }.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    said = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
+    assert texts_of(stream_of(tmp_path / "out")) == ["text"]
+    assert said[0] == f"{tmp_path / 'in'}: skipped 2 files that are no text: b.png, c.json"
+
+
+def test_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "j"}\r\n')
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf" + b"x" * 3 * PART_BYTES)
+    out = make(
+        [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt", "d.txt")], tmp_path / "out", val_fraction=1e-15
+    )
+    assert texts_of(stream_of(out)) == ["a\r\nb\r\n", "j", "x" * 3 * PART_BYTES]
+
+
+def test_text_key_and_lone_surrogates(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x\\ud800y"}\n{"body": "\\ud83d\\ude42"}\n')
+    out = make([tmp_path / "a.jsonl"], tmp_path / "out", text_key="body", val_fraction=ALL_TRAIN)
+    assert texts_of(stream_of(out)) == ["x\ufffdy", "🙂"]
+
+
+def test_tokens_are_those_of_the_uncut_text(tmp_path, monkeypatch):
+    if not CACHE.is_dir():
+        pytest.skip("no GPT-2 vocabulary: ../shared/tiktoken_cache does not exist")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    text = varied_text(400_000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    out = make([tmp_path / "a.txt"], tmp_path / "out", "gpt2", val_fraction=ALL_TRAIN)
+    assert np.array_equal(stream_of(out), [*Tokenizer.load("gpt2").encode(text), 50256])
+
+
+@pytest.mark.parametrize("size", [1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES, 5 * PART_BYTES + 7])
+@pytest.mark.parametrize("unit", ["a", "é", "日", "🙂", "\n", " ", "word ", "line\n", "a\n\n \n"])
+def test_parts_are_the_text_in_pieces_and_each_cursor_leads_to_the_rest(tmp_path, unit, size):
+    text = (unit * size).encode()[:size].decode(errors="ignore")
+    if not text:
+        return
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "end"}))
+    sources = find_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], "text", silent)
+    parts = list(read_parts(sources, [0, 0, 0]))
+    assert all(0 < len(part.data) <= PART_BYTES for part in parts)
+    assert sum(part.ends for part in parts) == 3
+    assert b"".join(part.data for part in parts).decode() == 2 * text + "end"
+    for i, part in enumerate(parts):
+        assert list(read_parts(sources, part.cursor)) == parts[i + 1 :]
+
+
+def test_parts_end_before_the_white_space_at_a_line_end(tmp_path):
+    (tmp_path / "a.txt").write_text("some words \n\n" * 3000)
+    (tmp_path / "b.txt").write_text("some words " * 3000)
+    parts = list(read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0]))
+    assert all(part.data.endswith(b"words") and len(part.data) > PART_BYTES - 20 for part in parts[:-1])
+    assert all(part.data.startswith(b" \n\nsome") for part in parts[1:])
+    parts = list(read_parts(find_sources([str(tmp_path / "b.txt")], "text", silent), [0, 0, 0]))
+    assert all(part.data.startswith(b" ") for part in parts[1:])
+
+
+# The two splits.
+
+
+def test_equal_parts_never_stand_in_both_splits(tmp_path):
+    lines = [json.dumps({"text": f"document {i % 700}"}) for i in range(2000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
+    train, val = (texts_of(ids_of(out, split)) for split in SPLITS)
+    assert len(train) + len(val) == 2000
+    assert not set(train) & set(val)
+    assert 0.07 < len(val) / 2000 < 0.13
+    assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
+
+
+def test_end_of_text_stands_where_a_document_goes_on_in_the_other_split(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
+    out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
+    runs = []
+    for part in read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0]):
+        side = side_of(part.data, 0.3)
+        if not runs or runs[-1][0] != side:
+            runs.append((side, b""))
+        runs[-1] = (side, runs[-1][1] + part.data)
+    assert len(runs) > 5
+    for split in SPLITS:
+        assert texts_of(ids_of(out, split)) == [text.decode() for side, text in runs if side == split]
+
+
+@pytest.mark.parametrize("fraction", [ALL_TRAIN, 0.25, 1 - 1e-12])
+@pytest.mark.parametrize("shard_tokens", [7, 1000])
+def test_neither_split_stays_empty(tmp_path, fraction, shard_tokens):
+    """One part goes to one side; the other gets its share of the tokens."""
+    (tmp_path / "a.txt").write_text("a" * 99)
+    out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction, shard_tokens=shard_tokens)
+    tokens = {split: TokenDataset.open(out, split).tokens for split in SPLITS}
+    assert tokens["train"] + tokens["val"] == 100
+    assert tokens["val"] == {ALL_TRAIN: 1, 0.25: 25}.get(fraction, 99)
+    order = SPLITS if side_of(b"a" * 99, fraction) == "train" else SPLITS[::-1]
+    joined = np.concatenate([ids_of(out, split) for split in order])
+    assert texts_of(joined) == ["a" * 99]
+
+
+@pytest.mark.parametrize("shard_tokens", [1000, 4096, 10**9])
+def test_shards_hold_at_most_so_many_tokens(tmp_path, shard_tokens):
+    out = make([tiny_jobs(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
+    whole = make([tmp_path / "in"], tmp_path / "whole")
+    shards = json.loads((out / MANIFEST).read_text())["shards"]
+    for split in SPLITS:
+        counts = [shard["tokens"] for shard in shards if shard["split"] == split]
+        assert all(count == shard_tokens for count in counts[:-1])
+        assert 0 < counts[-1] <= shard_tokens
+        assert np.array_equal(ids_of(out, split), ids_of(whole, split))
+
+
+def test_large_vocabulary_makes_uint32_shards(tmp_path):
+    pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
+    singles = {bytes([b]): b for b in range(256)}
+    file = tmp_path / "pairs.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in (singles | pairs).items()))
+    (tmp_path / "a.txt").write_text("zzzz yy")
+    out = make([tmp_path / "a.txt"], tmp_path / "out", file, val_fraction=ALL_TRAIN)
+    assert json.loads((out / MANIFEST).read_text())["dtype"] == "uint32"
+    assert Tokenizer.load(out).decode(stream_of(out)) == "zzzz yy<|endoftext|>"
+    assert stream_of(out).max() == 65792
+
+
+# The embedded corpus.
+
+
+def test_pydoc_corpus():
+    texts = pydoc_corpus()
+    assert 1_000_000 < sum(map(len, texts)) < 5_000_000
+    assert len(set(texts)) == len(texts) > 300
+    assert any("Common operations on Posix pathnames." in text for text in texts)
+    assert texts == pydoc_corpus()
+
+
+def test_pydoc_imports_nothing():
+    code = (
+        "import sys, sysconfig; from data.prepare import pydoc_corpus; sysconfig.get_paths();"
+        "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"pydoc_data", "pydoc_data.topics"}
+
+
+def test_pydoc_without_topics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    said = []
+    texts = pydoc_corpus(said.append)
+    assert said == ["pydoc: this Python has no pydoc_data.topics; taking the docstrings only"]
+    assert sum(map(len, texts)) > 500_000
+
+
+def test_pydoc_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "pydoc_corpus", lambda say: ["one", "two " * 9000, "three"])
+    out = make(["pydoc"], tmp_path / "out", val_fraction=ALL_TRAIN)
+    assert texts_of(stream_of(out)) == ["one", "two " * 9000, "three"]
+
+
+# The same bytes, whatever happens.
+
+
+def test_threads_do_not_matter(tmp_path):
+    tiny_jobs(tmp_path / "in")
+    expected = contents(make([tmp_path / "in"], tmp_path / "one", threads=1))
+    assert contents(make([tmp_path / "in"], tmp_path / "five", threads=5)) == expected
+
+
+@pytest.mark.parametrize("calls", [1, 2, 7, 30, 44])
+def test_interruption_does_not_matter(tmp_path, monkeypatch, calls):
+    """Interrupted again and again after so many appends, until it is done."""
+    tiny_jobs(tmp_path / "in")
+    options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2}
+    expected = contents(make([tmp_path / "in"], tmp_path / "expected", **options))
+    monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(module, "BATCH_PARTS", 1)
+    append, left = module.Shards.append, calls
+
+    def failing(self, split, ids):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            append(self, split, ids[: len(ids) // 2])
+            raise KeyboardInterrupt
+        append(self, split, ids)
+
+    monkeypatch.setattr(module.Shards, "append", failing)
+    interruptions = 0
+    for _ in range(60):
+        left = calls + interruptions  # a little further each time, so that it ends
+        try:
+            make([tmp_path / "in"], tmp_path / "out", **options)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+            assert not (tmp_path / "out").exists()
+    assert interruptions > 0
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("where", ["append", "_save_journal", "restore", "_write_manifest"])
+@pytest.mark.parametrize("fraction", [0.25, 1 - 1e-12])
+def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, fraction):
+    (tmp_path / "a.txt").write_text("abcde" * 20)
+    options = {"val_fraction": fraction, "shard_tokens": 9}
+    expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected", **options))
+    owner = module.Shards if where in ("append", "restore") else module
+    appends = 4 if fraction < 0.5 else 2  # the text, end-of-text, then pieces of at most a shard, or one token
+    original = getattr(owner, where)
+    left = {"append": appends, "_save_journal": 1, "restore": 1, "_write_manifest": 0}[where]
+
+    def failing(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, failing)
+        with pytest.raises(KeyboardInterrupt):
+            make([tmp_path / "a.txt"], tmp_path / "out", **options)
+    said = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, **options)
+    assert "going on after 1 documents" in said[0]
+    assert contents(tmp_path / "out") == expected
+
+
+def interrupted(tmp_path, monkeypatch, **options):
+    """OUT.partial as an interruption in the middle leaves it."""
+    monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(module, "BATCH_PARTS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_fill_validation", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make([tmp_path / "in"], tmp_path / "out", **options)
+
+
+def test_changed_source_starts_anew(tmp_path, monkeypatch):
+    tiny_jobs(tmp_path / "in")
+    interrupted(tmp_path, monkeypatch)
+    (tmp_path / "in" / "b.md").write_text("changed")
+    said = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
+    assert said[0].endswith("the sources or options have changed since the interruption; starting anew")
+    assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
+
+
+def test_changed_option_starts_anew(tmp_path, monkeypatch):
+    tiny_jobs(tmp_path / "in")
+    interrupted(tmp_path, monkeypatch, shard_tokens=5000)
+    out = make([tmp_path / "in"], tmp_path / "out")
+    assert contents(out) == contents(make([tmp_path / "in"], tmp_path / "expected"))
+
+
+def test_truncated_work_starts_anew(tmp_path, monkeypatch):
+    tiny_jobs(tmp_path / "in")
+    interrupted(tmp_path, monkeypatch)
+    os.truncate(tmp_path / "out.partial" / "train-00000.bin", 100)
+    said = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
+    assert "shards are missing or truncated; starting anew" in said[0]
+    assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
+
+
+def start(code, *arguments, **options):
+    """A Python process in which the module is called `p`."""
+    code = "import sys; from data import prepare as p; " + code
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_control_c(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(200_000) * 60, encoding="utf-8", newline="")
+    arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
+    process = start("p.JOURNAL_BYTES = 1 << 18; sys.exit(p.main(sys.argv[1:]))", *arguments, "--threads", 1)
+    while not (tmp_path / "out.partial" / "journal.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted; the same command goes on"
+    assert not (tmp_path / "out").exists()
+    said = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append)
+    assert "going on after 0 documents and" in said[0]
+    assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
+
+
+def test_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(400_000), encoding="utf-8", newline="")
+    arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    process = start("sys.exit(p.main(sys.argv[1:]))", *arguments, preexec_fn=limit)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors == f"error: {tmp_path / 'out.partial'}: File too large\n"
+    assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == contents(
+        make([tmp_path / "a.txt"], tmp_path / "expected")
+    )
+
+
+def test_spawn_start_method(tmp_path):
+    tiny_jobs(tmp_path / "in")
+    process = multiprocessing.get_context("spawn").Process(
+        target=prepare, args=([str(tmp_path / "in")], "bytes", tmp_path / "out")
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("unit", [b"no line end ", b"line\n"])
+def test_memory_is_bounded(tmp_path, unit):
+    with (tmp_path / "a.txt").open("wb") as stream:
+        for _ in range(40):
+            stream.write(unit * ((1 << 20) // len(unit)))
+    tracemalloc.start()
+    try:
+        make([tmp_path / "a.txt"], tmp_path / "out", threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(TokenDataset.open(tmp_path / "out", split).tokens for split in SPLITS) > 39 << 20
+    assert peak < 20 << 20
+
+
+# Stdin.
+
+
+def test_stdin(tmp_path):
+    text = varied_text(100_000)
+    process = start(
+        "sys.exit(p.main(sys.argv[1:]))",
+        *("-", "--tokenizer", "bytes", "--val-fraction", ALL_TRAIN),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    output, _ = process.communicate(text, timeout=30)
+    assert process.returncode == 0
+    assert output.splitlines()[-1] == "train on it: python train.py --data stdin"
+    assert "".join(texts_of(stream_of(tmp_path / "data" / "stdin"))) == text
+
+
+def test_stdin_starts_anew_after_an_interruption(tmp_path, monkeypatch):
+    def give(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        give(b"before")
+        with pytest.raises(KeyboardInterrupt):
+            make(["-"], tmp_path / "out")
+    give(b"after")
+    said = []
+    prepare(["-"], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
+    assert said[0].endswith("stdin cannot be read again; starting anew")
+    assert texts_of(stream_of(tmp_path / "out")) == ["after"]
+
+
+# The command line.
+
+
+def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("some text\n" * 50)
+    assert main(["my.txt", "--tokenizer", "bytes", "--val-fraction", "0.1"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"data/my: 1 documents, 451 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
+    )
+    assert output[1] == "train on it: python train.py --data my"
+    Path("in.d").mkdir()
+    Path("in.d/a").write_text("text")
+    assert main(["in.d", "--tokenizer", "bytes"]) == 0
+    assert Path("data/in.d/manifest.json").is_file()
+
+
+def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("old text")
+    arguments = [str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    old = contents(tmp_path / "out")
+    (tmp_path / "a.txt").write_text("new text")
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to rename it away\n"
+    )
+    assert main([*arguments, "--fresh"]) == 0
+    assert main([*arguments, "--fresh"]) == 0
+    assert contents(tmp_path / "out.1") == old
+    assert contents(tmp_path / "out.2") == contents(tmp_path / "out") != old
+
+
+def test_two_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out.partial").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / "out.partial" / "lock").write_text(str(other.pid))
+    try:
+        with pytest.raises(ValueError, match=f"process {other.pid} is preparing it"):
+            make([tmp_path / "a.txt"], tmp_path / "out")
+    finally:
+        other.communicate(b"\n")
+    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that is no more is taken over
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+BAD = [  # files by name, arguments, what the line says
+    ({}, ["nothing.txt"], "source nothing.txt: there is no such file or folder"),
+    ({"a.txt": b""}, ["a.txt"], "sources a.txt: they have no text"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown or .jsonl file"),
+    ({"b.gz": b"\x1f\x8b\0"}, ["b.gz"], "source b.gz: it is no text"),
+    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8 or JSON lines"),
+    ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is no UTF-8 (0xe9)"),
+    ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is no UTF-8 (0xf0)"),
+    ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is no UTF-8 (0xbf)"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "source a.txt: it is no text"),
+    ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
+    ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
+    ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),
+    ({"a.jsonl": b'"text"'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
+    ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
+    ({"a.txt": b"a"}, ["a.txt", "--tokenizer", "gpt5"], "tokenizer 'gpt5' is unknown; choose bytes, gpt2"),
+    ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "1"], "--val-fraction is 1.0; expected 0 < fraction < 1"),
+    ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "nan"], "--val-fraction is nan; expected 0 < fraction < 1"),
+    ({"a.txt": b"a"}, ["a.txt", "--shard-tokens", "0"], "--shard-tokens is 0; expected at least 1"),
+    ({"a.txt": b"a"}, ["a.txt", "--threads", "0"], "--threads is 0; expected at least 1"),
+    ({"a.txt": b"a"}, ["a.txt", "--out", "a.txt/x"], "a.txt/x.partial: Not a directory"),
+    ({}, ["-", "-"], "source -: stdin is named twice"),
+]
+
+
+@pytest.mark.parametrize(("files", "arguments", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, data in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(data)
+    assert main(["--tokenizer", "bytes", *arguments]) == 1
+    output, errors = capsys.readouterr()
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not output
+    assert not list(Path(".").glob("data/*/manifest.json"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "--nonsense"], ["a", "--threads", "x"]])
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: data/prepare.py" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_read_only_folder(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "x")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
+
+
+def test_without_sources(tmp_path):
+    with pytest.raises(ValueError, match="sources: none is named"):
+        make([], tmp_path / "out")

@@ -1,0 +1,254 @@
+"""gpt2/dataset.py: windows and batches, damaged data, the sample order, and the counting baselines."""
+
+import hashlib
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from gpt2 import dataset
+from gpt2.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, baselines, find_dataset, token_dtype
+
+
+def write_dataset(folder, splits, vocab_size=257, shard_tokens=10):
+    """A data set of these ids, written by hand: the format's second description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = "<u2" if vocab_size <= 65536 else "<u4"
+    shards = []
+    for split, ids in splits.items():
+        for k in range(-(-len(ids) // shard_tokens)):
+            data = np.asarray(ids[k * shard_tokens : (k + 1) * shard_tokens], dtype=dtype).tobytes()
+            (folder / f"{split}-{k:05d}.bin").write_bytes(data)
+            tokens = len(data) // np.dtype(dtype).itemsize
+            sha = hashlib.sha256(data).hexdigest()
+            shards.append({"file": f"{split}-{k:05d}.bin", "split": split, "tokens": tokens, "sha256": sha})
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {"name": "x", "fingerprint": "0", "vocab_size": vocab_size},
+        "dtype": np.dtype(dtype).name,
+        "shards": shards,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_dataset(tmp_path / "set", {"train": np.arange(100, 137), "val": np.arange(5)})
+
+
+def test_reads_across_shards(folder):
+    data = TokenDataset.open(folder, "train")
+    assert data.tokens == 37
+    assert data.manifest["tokenizer"]["name"] == "x"
+    for start in range(38):
+        for count in range(38 - start):
+            assert data.read(start, count).tolist() == list(range(100 + start, 100 + start + count))
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 2), (30, 8), (38, 0), (3, -1)])
+def test_read_outside(folder, start, count):
+    with pytest.raises(ValueError, match="outside the 37 tokens of train"):
+        TokenDataset.open(folder, "train").read(start, count)
+
+
+@pytest.mark.parametrize("T", [1, 3, 9, 12, 35, 36])
+def test_windows_cover_each_target_once(folder, T):
+    data = TokenDataset.open(folder, "train")
+    windows = data.windows(T)
+    assert windows == 36 // T
+    tokens, targets = data.batch(np.arange(windows), T)
+    assert tokens.shape == targets.shape == (windows, T)
+    assert tokens.dtype == targets.dtype == np.int64
+    assert tokens.flags.c_contiguous
+    assert targets.flags.c_contiguous
+    assert tokens.ravel().tolist() == list(range(100, 100 + windows * T))
+    assert np.array_equal(targets, tokens + 1)
+
+
+def test_batch_follows_the_indices(folder):
+    tokens, _ = TokenDataset.open(folder, "train").batch([2, 0, 2], 4)
+    assert tokens[:, 0].tolist() == [108, 100, 108]
+
+
+@pytest.mark.parametrize("bad", [9, -1])
+def test_batch_refuses_a_window_outside(folder, bad):
+    with pytest.raises(ValueError, match=f"window {bad} is outside the 9 of train"):
+        TokenDataset.open(folder, "train").batch([0, bad], 4)
+
+
+def test_block_size_too_large_shows_the_arithmetic(folder):
+    with pytest.raises(ValueError, match=r"train has 37 tokens; a block size of 37 needs 37 \+ 1 = 38"):
+        TokenDataset.open(folder, "train").windows(37)
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_each"), [(257, 2), (65536, 2), (65537, 4)])
+def test_width_of_ids(tmp_path, vocab_size, bytes_each):
+    assert token_dtype(vocab_size).itemsize == bytes_each
+    ids = [0, vocab_size - 1, 1]
+    data = TokenDataset.open(write_dataset(tmp_path / "set", {"train": ids}, vocab_size), "train")
+    assert data.read(0, 3).tolist() == ids
+    assert (tmp_path / "set" / "train-00000.bin").stat().st_size == 3 * bytes_each
+
+
+def test_id_outside_the_vocabulary_names_the_shard(tmp_path):
+    folder = write_dataset(tmp_path / "set", {"train": [*range(15), 257, 3]})
+    data = TokenDataset.open(folder, "train")
+    assert data.read(0, 15).tolist() == list(range(15))
+    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary has 257"):
+        data.batch([1], 8)
+
+
+def delete_folder(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def edit_manifest(folder, edit):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    edit(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def flip_a_byte(folder):
+    data = bytearray((folder / "train-00002.bin").read_bytes())
+    data[6] ^= 1
+    (folder / "train-00002.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (delete_folder, "there is no such data set; make one with python data/prepare.py"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json: there is no such file; make the data set with"),
+        (lambda f: (f / MANIFEST).write_text("{"), "it is no manifest of a data set"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "it is no manifest of a data set"),
+        (lambda f: edit_manifest(f, lambda m: m.pop("shards")), "it is no manifest of a data set"),
+        (lambda f: edit_manifest(f, lambda m: m.update(format=99)), "format 99, .* expected format 1"),
+        (lambda f: edit_manifest(f, lambda m: m.update(dtype="uint32")), "dtype uint32; expected .* dtype uint16"),
+        (lambda f: edit_manifest(f, lambda m: m.update(shards=[])), "the split train is empty"),
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin: the shard is missing"),
+        (lambda f: (f / "train-00003.bin").write_bytes(b"12345"), "has 5 bytes, expected 14"),
+        (lambda f: (f / "train-00000.bin").write_bytes(bytes(40)), "has 40 bytes, expected 20"),
+        (flip_a_byte, "train-00002.bin: the shard's checksum differs"),
+    ],
+)
+def test_damage_is_named_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        TokenDataset.open(folder, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_split_is_not_hashed(folder, monkeypatch):
+    flip_a_byte(folder)
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", 73)  # the split has 74
+    assert TokenDataset.open(folder, "train").tokens == 37
+
+
+def test_unknown_split(folder):
+    with pytest.raises(ValueError, match="split is 'test'; expected one of train, val"):
+        TokenDataset.open(folder, "test")
+
+
+def test_find_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data 'mine': no such data set \(data/ holds no data set\)"):
+        find_dataset("mine")
+    write_dataset(tmp_path / "data" / "mine", {"train": [1, 2]})
+    write_dataset(tmp_path / "data" / "also", {"train": [1, 2]})
+    elsewhere = write_dataset(tmp_path / "elsewhere" / "set", {"train": [1, 2]})
+    assert find_dataset("mine").resolve() == tmp_path / "data" / "mine"
+    assert find_dataset("data/mine").resolve() == tmp_path / "data" / "mine"
+    assert find_dataset(elsewhere) == elsewhere
+    with pytest.raises(FileNotFoundError, match=r"data/ holds also, mine\); make one with python data/prepare.py"):
+        find_dataset("nine")
+
+
+# The order of samples.
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100])
+def test_each_sample_once_per_epoch(n):
+    order = SampleOrder(n, seed=3)
+    epochs = order.indices(0, 5 * n).reshape(5, n)
+    assert np.array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), (5, n)))
+    if n == 100:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+        assert not np.array_equal(epochs[0], SampleOrder(n, seed=4).indices(0, n))
+
+
+def test_any_split_sees_the_same_samples():
+    """Micro-steps, ranks and restarts cut the line of positions anywhere, in any order: the samples stay."""
+    n, total = 13, 200
+    whole = SampleOrder(n, seed=8).indices(0, total)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ranks = [SampleOrder(n, seed=8) for _ in range(rng.integers(1, 5))]
+        cuts = [0, *np.sort(rng.choice(np.arange(1, total), size=rng.integers(1, 30), replace=False)), total]
+        spans = list(pairwise(cuts))
+        seen = np.full(total, -1)
+        for i in rng.permutation(len(spans)):
+            first, last = map(int, spans[i])
+            seen[first:last] = ranks[i % len(ranks)].indices(first, last - first)
+        assert np.array_equal(seen, whole)
+
+
+def test_no_samples_is_an_error_and_no_positions_is_not():
+    with pytest.raises(ValueError, match="n is 0"):
+        SampleOrder(0, seed=0)
+    assert SampleOrder(3, seed=0).indices(2, 0).tolist() == []
+
+
+def test_order_is_pinned():
+    """Resuming a run relies on it: the order must not change with a version of this code."""
+    assert SampleOrder(8, seed=0).indices(0, 16).tolist() == [3, 6, 4, 0, 7, 5, 2, 1, 2, 5, 7, 6, 0, 3, 1, 4]
+
+
+# Baselines.
+
+
+def naive_baselines(train, val, V):
+    pairs, first, targets = {}, {}, {}
+    for a, b in pairwise(train):
+        pairs[a, b] = pairs.get((a, b), 0) + 1
+        first[a] = first.get(a, 0) + 1
+        targets[b] = targets.get(b, 0) + 1
+    unigram = bigram = 0.0
+    for a, b in pairwise(val):
+        unigram -= math.log((targets.get(b, 0) + 1) / (len(train) - 1 + V))
+        bigram -= math.log((pairs.get((a, b), 0) + 1) / (first.get(a, 0) + V))
+    return {"unigram": unigram / (len(val) - 1), "bigram": bigram / (len(val) - 1)}
+
+
+def test_baselines_equal_counting_by_hand(tmp_path):
+    rng = np.random.default_rng(1)
+    train, val = (rng.integers(0, 12, size) ** 2 % 12 for size in (900, 150))
+    folder = write_dataset(tmp_path / "set", {"train": train, "val": val}, vocab_size=12, shard_tokens=400)
+    got = baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))
+    assert got == pytest.approx(naive_baselines(train.tolist(), val.tolist(), 12), rel=1e-12)
+
+
+def test_baselines_of_a_large_vocabulary_have_no_pairs(tmp_path):
+    train, val = [5, 6, 7, 6], [6, 6, 4999]
+    folder = write_dataset(tmp_path / "set", {"train": train, "val": val}, vocab_size=5000)
+    got = baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))
+    assert got == {"unigram": pytest.approx(naive_baselines(train, val, 5000)["unigram"], rel=1e-12)}
+
+
+def test_baselines_count_the_pair_between_chunks(tmp_path):
+    """More than two chunks of constant ids: every pair is the same, so the count is exact."""
+    tokens = (1 << 22) + 3
+    ids = np.zeros(tokens, dtype=np.uint16)
+    folder = write_dataset(tmp_path / "set", {"train": ids, "val": ids[:9]}, vocab_size=2, shard_tokens=tokens)
+    got = baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))
+    assert got["bigram"] == pytest.approx(-math.log(tokens / (tokens + 1)), rel=1e-6)
+
+
+def test_baselines_need_a_target(tmp_path):
+    folder = write_dataset(tmp_path / "set", {"train": [1, 2], "val": [1]})
+    with pytest.raises(ValueError, match="the split val has 1 token; expected at least 2"):
+        baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))

@@ -1,0 +1,288 @@
+"""gpt2/tokenizer.py: published ids, round trips, every kind of vocabulary file, and errors."""
+
+import base64
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import tiktoken
+
+from gpt2.tokenizer import HF_MERGES, HF_VOCAB, RANKS, VOCABULARY, Tokenizer
+
+CACHE = Path(__file__).resolve().parents[2].parent / "shared" / "tiktoken_cache"
+HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+TEXTS = [
+    "Hello world",
+    "",
+    " \n\n  leading, trailing \t\n",
+    "I'll say: it's 2024, naïve café — 日本語テキスト 🙂👩‍👩‍👧",
+    "<|endoftext|> is plain text here",
+    "def f(x):\n    return x ** 2\n\n\nclass A:\r\n\tpass\n",
+    "\x00\x1f\x7f\ufeff\u00a0",
+]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """GPT-2's vocabulary, from files beside the repository or from a cache that the environment names."""
+    if not (CACHE.is_dir() or os.environ.get("TIKTOKEN_CACHE_DIR")):
+        pytest.skip("no GPT-2 vocabulary: neither ../shared/tiktoken_cache nor TIKTOKEN_CACHE_DIR")
+    with pytest.MonkeyPatch.context() as patch:
+        if CACHE.is_dir():
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+        yield Tokenizer.load("gpt2")
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    if not CACHE.is_dir():
+        pytest.skip("no GPT-2 vocabulary: ../shared/tiktoken_cache does not exist")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name, cached in HF_FILES.items():
+        (folder / name).write_bytes((CACHE / cached).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with the 256 bytes and two merges, `th` and `the`, in GPT-2's order of bytes."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocab = {token: i for i, token in enumerate([*letters, "th", "the", "<|endoftext|>"])}
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / HF_VOCAB).write_text(json.dumps(vocab))
+    (folder / HF_MERGES).write_text("#version: 0.2\nt h\nth e\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("hello world", [31373, 995]),
+        (" the", [262]),
+        ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+        ("\n\n", [628]),
+    ],
+)
+def test_gpt2_ids_are_the_published_ones(gpt2, text, ids):
+    assert gpt2.encode(text).tolist() == ids
+    assert gpt2.decode(ids) == text
+
+
+def test_gpt2_sizes_and_mark(gpt2):
+    assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
+    assert gpt2.decode([15496, 50256]) == "Hello<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gpt2_equals_tiktoken_and_round_trips(gpt2, text):
+    ids = gpt2.encode(text)
+    assert ids.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_are_bytes(text):
+    tokenizer = Tokenizer.load("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("bytes", 257, 256)
+
+
+def test_decoding_half_a_character_and_a_surrogate():
+    tokenizer = Tokenizer.load("bytes")
+    assert tokenizer.decode(list("é".encode()[:1])) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.decode(np.array([104, 105, 256], dtype=np.uint16)) == "hi<|endoftext|>"
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("bad", [257, -1])
+def test_decode_names_an_id_outside_the_vocabulary(bad):
+    with pytest.raises(ValueError, match=f"id {bad} is outside the vocabulary bytes, 0 to 256"):
+        Tokenizer.load("bytes").decode([65, bad])
+
+
+def test_hugging_face_folder_is_the_same_vocabulary(gpt2, hugging_face):
+    loaded = Tokenizer.load(hugging_face)
+    assert loaded.fingerprint == gpt2.fingerprint
+    assert loaded.end_of_text == gpt2.end_of_text
+    for text in TEXTS:
+        assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
+
+
+def test_tiktoken_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path):
+    Tokenizer.load(hugging_face).save(tmp_path / "saved")
+    file = shutil.copy(tmp_path / "saved" / RANKS, tmp_path / "own.tiktoken")
+    loaded = Tokenizer.load(file)
+    assert (loaded.name, loaded.fingerprint) == ("own", gpt2.fingerprint)
+
+
+def test_tiny_vocabulary_merges(tiny):
+    tokenizer = Tokenizer.load(tiny)
+    assert tokenizer.encode("the th").tolist() == [257, 220, 256]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
+
+
+def test_last_merge_counts_without_a_final_newline_and_with_windows_line_ends(tiny):
+    expected = Tokenizer.load(tiny).fingerprint
+    for merges in ("#version: 0.2\nt h\nth e", "t h\nth e\n", "#version: 0.2\r\nt h\r\nth e\r\n"):
+        (tiny / HF_MERGES).write_bytes(merges.encode())
+        assert Tokenizer.load(tiny).fingerprint == expected
+
+
+def test_an_edited_file_is_read_anew(tiny):
+    before = Tokenizer.load(tiny)
+    vocab = json.loads((tiny / HF_VOCAB).read_text())
+    vocab = {token: i for i, token in enumerate(token for token in vocab if token != "the")}
+    (tiny / HF_VOCAB).write_text(json.dumps(vocab))
+    (tiny / HF_MERGES).write_text("t h\n")
+    after = Tokenizer.load(tiny)
+    assert after.vocab_size == before.vocab_size - 1
+    assert after.fingerprint != before.fingerprint
+
+
+def test_mark_may_be_the_first_id(tiny):
+    vocab = json.loads((tiny / HF_VOCAB).read_text())
+    (tiny / HF_VOCAB).write_text(json.dumps({token: (i + 1) % 259 for token, i in vocab.items()}))
+    tokenizer = Tokenizer.load(tiny)
+    assert tokenizer.end_of_text == 0
+    assert tokenizer.encode("the").tolist() == [258]
+
+
+@pytest.mark.parametrize("which", ["bytes", "gpt2", "tiny"])
+def test_save_and_load(request, tmp_path, which):
+    tokenizer = Tokenizer.load(request.getfixturevalue("tiny")) if which == "tiny" else None
+    tokenizer = tokenizer or (request.getfixturevalue("gpt2") if which == "gpt2" else Tokenizer.load("bytes"))
+    tokenizer.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / VOCABULARY).read_text())
+    assert saved == {"name": which, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    assert (tmp_path / "saved" / RANKS).exists() == (which == "tiny")
+    loaded = Tokenizer.load(tmp_path / "saved")
+    assert (loaded.name, loaded.fingerprint) == (tokenizer.name, tokenizer.fingerprint)
+    assert loaded.encode("the other").tolist() == tokenizer.encode("the other").tolist()
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").fingerprint == tokenizer.fingerprint
+
+
+def test_a_folder_named_like_a_built_in_stays_itself(tiny, tmp_path):
+    folder = tiny.rename(tmp_path / "gpt2")
+    Tokenizer.load(folder).save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").vocab_size == 259
+
+
+def test_fingerprint_is_pinned():
+    """Data sets and checkpoints carry it: it must not change with a version of this code or of tiktoken."""
+    bytes_fingerprint = "b350629b73b250ca61dff26670d616b24221b24c4698d6c872ed0bef805fcab7"
+    assert Tokenizer.load("bytes").fingerprint == bytes_fingerprint
+
+
+def edit_saved(folder):
+    saved = json.loads((folder / VOCABULARY).read_text())
+    (folder / VOCABULARY).write_text(json.dumps(saved | {"fingerprint": "0" * 64}))
+
+
+def drop_ranks(folder):
+    (folder / RANKS).unlink()
+
+
+def damage_json(folder):
+    (folder / VOCABULARY).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_saved, "has fingerprint .* expected 000000000000"),
+        (drop_ranks, "there is no such file"),
+        (damage_json, "expected a JSON object"),
+    ],
+)
+def test_damaged_saved_folder(tiny, tmp_path, damage, message):
+    Tokenizer.load(tiny).save(tmp_path / "saved")
+    damage(tmp_path / "saved")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        Tokenizer.load(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (HF_VOCAB, "[]", "expected one JSON object"),
+        (HF_VOCAB, "{", "expected one JSON object"),
+        (HF_VOCAB, '{"日": 0}', "stands for no byte"),
+        (HF_VOCAB, '{"a": 0}', "line 2 .* does not make the next token"),
+        (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes make 257 tokens"),
+        (HF_MERGES, "th e\nt h\n", "line 2 .* does not make the next token"),
+        (HF_MERGES, "t h\nt x\n", "line 2 .* does not make the next token"),
+        (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not make the next token"),
+    ],
+)
+def test_bad_hugging_face_files(tiny, file, text, message):
+    (tiny / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(tiny)
+    assert str(tiny / file) in str(caught.value) or file == HF_VOCAB
+    assert "\n" not in str(caught.value)
+
+
+def ranks_file(ranks):
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+
+
+SINGLE = {bytes([b]): b for b in range(256)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("AA== 0\nnot a line\n", "line 2"),
+        ("%%% 0\n", "line 1"),
+        (ranks_file({b"a": 0}), "byte 0 has no token"),
+        (ranks_file(SINGLE | {b"ab": 258, b"abc": 260}), "expected every id from 0 on once"),
+        (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 on once"),
+    ],
+)
+def test_bad_tiktoken_file(tmp_path, text, message):
+    file = tmp_path / "own.tiktoken"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(file)
+    assert str(file) in str(caught.value)
+
+
+def test_mark_fills_the_one_gap(tmp_path):
+    file = tmp_path / "own.tiktoken"
+    file.write_text(ranks_file(SINGLE | {b"ab": 256, b"abc": 258}))
+    assert Tokenizer.load(file).end_of_text == 257
+
+
+def test_unknown_names_and_empty_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer 'gpt3' is unknown; choose bytes, gpt2, or the path"):
+        Tokenizer.load("gpt3")
+    with pytest.raises(FileNotFoundError, match="has neither"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [requests.exceptions.ConnectionError("down\nreally"), ValueError("hash"), OSError(28)]
+)
+def test_failed_download_says_what_to_do(monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(FileNotFoundError, match="connect once, or set TIKTOKEN_CACHE_DIR") as caught:
+        Tokenizer.load("gpt2")
+    assert "\n" not in str(caught.value)
