@@ -2,5 +2,6 @@
 
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2
+from gpt2.tokenizer import Tokenizer
 
-__all__ = ["GPT2", "GPT2Config"]
+__all__ = ["GPT2", "GPT2Config", "Tokenizer"]

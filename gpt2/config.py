@@ -31,8 +31,10 @@ class GPT2Config:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"config: {name} is {value!r}; expected 0 <= rate < 1")
-        if not isinstance(self.layer_norm_epsilon, int | float) or self.layer_norm_epsilon <= 0:
-            raise ValueError(f"config: layer_norm_epsilon is {self.layer_norm_epsilon!r}; expected a positive number")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
         if self.n_embd % self.n_head:
             raise ValueError(f"config: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
         if self.activation_function not in ACTIVATIONS:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2 import weights
 from gpt2.config import GPT2Config
+from gpt2.generate import KVCache, generate
 from tinygrad2 import Key, Tensor, nn, ops
 from tinygrad2.backend import check_dtype, get_backend
 
-RESIDUAL_SITES = 3  # dropout sites of one block: attention weights, attention's result, MLP's result
+SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
 
 class _Init:
@@ -30,22 +32,25 @@ class _Init:
 class Attention(nn.Module):
     """Causal multi-head self-attention: one linear layer makes queries, keys and values, another mixes the heads."""
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
         self.config = config
         C = config.n_embd
         self.c_attn = nn.Linear(C, 3 * C, init=init.normal(config.initializer_range), **place)
         self.c_proj = nn.Linear(C, C, init=init.normal(_residual_std(config)), **place)
 
-    def __call__(self, x: Tensor, key: Key | None, site: int) -> Tensor:
+    def __call__(self, x: Tensor, key: Key | None, site: int, past: tuple[Any, int] | None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3 C)
-        out = ops.attention(qkv, self.config.n_head, self.config.attn_pdrop, key and key.at(site))  # (B, T, C)
+        if past is None:
+            out = ops.attention(qkv, self.config.n_head, self.config.attn_pdrop, key and key.at(site))  # (B, T, C)
+        else:
+            out = ops.attention_cached(qkv, *past, self.config.n_head)
         return ops.dropout(self.c_proj(out), self.config.resid_pdrop, key and key.at(site + 1))
 
 
 class MLP(nn.Module):
     """Two linear layers with GELU between them. The first one's bias is added by GELU's kernel."""
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
         self.config = config
         C = config.n_embd
         self.c_fc = nn.Linear(C, 4 * C, init=init.normal(config.initializer_range), **place)
@@ -61,15 +66,17 @@ class Block(nn.Module):
     """One layer. The residual stream comes as x and the part `delta` not yet added to it, and leaves likewise:
     each addition is fused with the LayerNorm that reads the sum."""
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: str):
+    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
         self.attn = Attention(config, init, **place)
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
         self.mlp = MLP(config, init, **place)
 
-    def __call__(self, x: Tensor, delta: Tensor | None, key: Key | None, site: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, key: Key | None, site: int, past: tuple[Any, int] | None
+    ) -> tuple[Tensor, Tensor]:
         x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.after_adding(x, delta)
-        x, h = self.ln_2.after_adding(x, self.attn(h, key, site))
+        x, h = self.ln_2.after_adding(x, self.attn(h, key, site, past))
         return x, self.mlp(h, key, site + 2)
 
 
@@ -88,7 +95,7 @@ class GPT2(nn.Module):
         self.device = device
         self.backend = get_backend(device)
         self.dtype = check_dtype(dtype).name
-        place = {"device": device, "dtype": self.dtype}
+        place: dict[str, Any] = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
         # Registered in the reverse of the order in which the backward pass finishes (see ParameterArena): wte serves at
         # both ends, so its gradient is the last to be final.
@@ -97,18 +104,28 @@ class GPT2(nn.Module):
         self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
 
-    def features(self, tokens: Any, key: Key | None = None) -> Tensor:
-        """The last layer's normalised activations: tokens (B, T) -> (B, T, C)."""
+    def features(self, tokens: Any, key: Key | None = None, cache: KVCache | None = None) -> Tensor:
+        """The last layer's normalised activations: tokens (B, T) -> (B, T, C).
+
+        key    names the dropout masks; None is no dropout.
+        cache  what came before these tokens; they are added to it.
+        """
         shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
         if len(shape) != 2:
             raise ValueError(f"GPT2: tokens have shape {tuple(shape)}; expected (B, T)")
-        if shape[1] > self.config.n_positions:
-            raise ValueError(f"GPT2: {shape[1]} tokens given; the model's context is {self.config.n_positions}")
-        x = ops.embedding(tokens, self.wte.weight, self.wpe.weight)
+        before = 0 if cache is None else cache.length
+        if before + shape[1] > self.config.n_positions:
+            raise ValueError(
+                f"GPT2: {before + shape[1]} tokens given; the model's context is {self.config.n_positions}"
+            )
+        x = ops.embedding(tokens, self.wte.weight, self.wpe.weight, before)
         x = ops.dropout(x, self.config.embd_pdrop, key and key.at(0))
         delta = None
         for layer, block in enumerate(self.h):
-            x, delta = block(x, delta, key, 1 + RESIDUAL_SITES * layer)
+            past = None if cache is None else (cache.layers[layer], before)
+            x, delta = block(x, delta, key, 1 + SITES_PER_BLOCK * layer, past)
+        if cache is not None:
+            cache.length += shape[1]
         assert delta is not None
         return self.ln_f.after_adding(x, delta)[1]
 
@@ -122,6 +139,29 @@ class GPT2(nn.Module):
         key  names the dropout masks of this batch; without one there is no dropout, so evaluating needs no mode.
         """
         return ops.lm_head(self.features(tokens, key), self.wte.weight, targets)
+
+    def next_logits(self, tokens: Any, cache: KVCache | None = None) -> Tensor:
+        """The logits of the token after the last one: tokens (B, T) -> (B, V)."""
+        return self.features(tokens, cache=cache)[:, -1] @ self.wte.weight.transpose()
+
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any
+    ) -> list[list[int]]:
+        """Continue `tokens` (ids): for each sample the new ids, up to the `stop` id (such as end-of-text) if it comes.
+
+        sampling  samples, temperature, top_k, top_p, seed, cache: see gpt2.generate.generate, which yields tokens as
+                  they come.
+        """
+        rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
+        ended = [False] * len(rows)
+        for chosen in generate(self, tokens, max_tokens, **sampling):
+            for i, token in enumerate(chosen.tolist()):
+                ended[i] = ended[i] or token == stop
+                if not ended[i]:
+                    rows[i].append(token)
+            if all(ended):
+                break
+        return rows
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:

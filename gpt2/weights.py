@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gpt2.config import GPT2Config
+from tinygrad2.checkpoint import save_arrays
 
 if TYPE_CHECKING:
     from gpt2.model import GPT2
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that are read
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry; they are no parameters
 
 
@@ -28,9 +29,9 @@ def load_config(path: str | Path) -> GPT2Config:
         if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
         return GPT2Config.from_dict(values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FileNotFoundError(f"{file}: there is no such file; a model folder has {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
@@ -45,7 +46,12 @@ def load_into(model: GPT2, path: str | Path) -> None:
         raise FileNotFoundError(f"{file}: there is no such file; a model folder has {CONFIG} and {WEIGHTS}")
     try:
         with safe_open(file, framework="numpy") as tensors:
-            names = {name.removeprefix("transformer."): name for name in tensors.keys()}  # noqa: SIM118
+            names: dict[str, str] = {}
+            for stored in tensors.keys():  # noqa: SIM118 (it is no dict)
+                name = stored.removeprefix("transformer.")
+                if name in names:
+                    raise ValueError(f"tensor {name} is there twice, with and without the prefix `transformer.`")
+                names[name] = stored
             expected = dict(model.named_parameters())
             head = names.pop("lm_head.weight", None)
             for name in expected:
@@ -56,7 +62,10 @@ def load_into(model: GPT2, path: str | Path) -> None:
                     if name.endswith(BUFFERS):
                         continue
                     raise ValueError(f"tensor {stored} is not one of this model's")
-                values = _as_float(stored, tensors.get_tensor(stored))
+                kind = tensors.get_slice(stored).get_dtype()
+                if kind not in FLOATS:
+                    raise ValueError(f"tensor {stored} is of dtype {kind}; expected one of {', '.join(FLOATS)}")
+                values = tensors.get_tensor(stored)
                 if values.shape != expected[name].shape:
                     raise ValueError(f"tensor {stored} has shape {values.shape}; expected {expected[name].shape}")
                 expected[name].data = model.backend.asarray(values, dtype=model.dtype)
@@ -70,19 +79,11 @@ def load_into(model: GPT2, path: str | Path) -> None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _as_float(name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"tensor {name} is of dtype {values.dtype}; expected a floating-point type")
-    return values
-
-
 def save(model: GPT2, path: str | Path) -> None:
     """Write the model into the folder `path`, which is made if need be."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        f"transformer.{name}": np.ascontiguousarray(parameter.numpy()) for name, parameter in model.named_parameters()
-    }
-    save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})  # "pt" is what transformers insists on
+    arrays = {f"transformer.{name}": parameter.numpy() for name, parameter in model.named_parameters()}
+    save_arrays(folder / WEIGHTS, arrays, {"format": "pt"})  # "pt" is what transformers insists on
     text = json.dumps({**model.config.to_dict(), "torch_dtype": model.dtype}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -138,6 +138,21 @@ def _attention_backward(saved, dy, into):
     return (backend_of(dy).kernels.attention_backward(dy, *saved),)
 
 
+def attention_cached(qkv: Tensor, cache: Any, length: int, n_head: int) -> Tensor:
+    """Causal attention of new tokens, whose keys and values join those in `cache`; for generation, without gradients.
+
+    qkv (B, T, 3 * n_head * D) of the positions from `length` on; cache (2, B, n_head, capacity, D), written to
+    -> (B, T, n_head * D). Raises RuntimeError where a gradient would be recorded: use no_grad().
+    """
+    if qkv.requires_grad:
+        raise RuntimeError("attention_cached: it has no backward pass; generate inside no_grad()")
+    if length + qkv.shape[1] > cache.shape[3]:
+        raise ValueError(
+            f"attention_cached: {length + qkv.shape[1]} positions needed; the cache holds {cache.shape[3]}"
+        )
+    return Tensor(backend_of(qkv.data).kernels.attention_cached(qkv.data, cache, length, n_head))
+
+
 def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     """GELU of x + bias (arXiv:1606.08415): GPT-2's tanh form, or with `exact` the form with the error function.
 
@@ -230,8 +245,13 @@ def _indices(backend: Any, op: str, name: str, values: Any, limit: int) -> Any:
     """
     values = values.data if isinstance(values, Tensor) else values
     if isinstance(values, list | tuple | int):
-        values = numpy.asarray(values)
-    if values.dtype.kind not in "iu":
+        try:
+            values = numpy.asarray(values)
+        except ValueError:
+            raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
+    if not hasattr(values, "dtype"):
+        raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
+    if values.size and values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     if values.size == 0:
         raise ValueError(f"{op}: {name} have shape {values.shape}, which holds nothing")

@@ -56,9 +56,12 @@ class AdamW:
 
         max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063), folded into the
                   update. The gradients themselves stay as they are.
+        Where the norm is not finite, nothing is changed: a NaN never reaches the parameters.
         """
         np, kernels = self.arena.backend.np, self.arena.backend.kernels
         norm = self.grad_norm()
+        if not np.isfinite(norm):
+            return norm
         scale: Any = 1.0
         if max_norm is not None:
             scale = np.minimum(max_norm / (norm + 1e-6), 1.0).astype(self.arena.dtype)

@@ -24,7 +24,7 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=True)
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return self._data
 
     @data.setter
@@ -37,7 +37,7 @@ class Parameter(Tensor):
             self._data[...] = values
 
     @property
-    def grad(self) -> Any:  # type: ignore[override]
+    def grad(self) -> Any:
         return self.leaf.grad  # type: ignore[union-attr]
 
     @grad.setter

@@ -390,6 +390,29 @@ def attention_backward(dout, qkv, out, lse, n_head, rate, key):
     return dqkv
 
 
+def attention_cached(qkv, cache, length, n_head):
+    """Attention of new tokens to themselves and to all before them, for generation: there is no backward pass.
+
+    qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) holds the keys
+    and values of the positions before, and those of the new tokens are written to it. Returns out (B, T, C).
+    """
+    B, T, width = qkv.shape
+    q, k, v = _heads(qkv, 3, n_head)
+    end = length + T
+    cache[0, :, :, length:end] = k
+    cache[1, :, :, length:end] = v
+    out = np.empty((B, T, width // 3), dtype=qkv.dtype)
+    (o,) = _heads(out, 1, n_head)
+    for rows, _ in _query_blocks(T):
+        seen = length + rows.stop
+        scores = np.matmul(q[:, :, rows], cache[0, :, :, :seen].swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
+        position = np.arange(seen, dtype=np.int64)
+        visible = position <= position[length + rows.start :, None]
+        p = softmax_forward(np.where(visible, scores, -np.inf))
+        o[:, :, rows] = np.matmul(p, cache[1, :, :, :seen])
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GELU
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False, dtype: Any = None):
         if isinstance(data, Tensor):
             data = data.data
-        if dtype is None and isinstance(data, int | float | list | tuple):
-            dtype = "float32"
+        if dtype is None and isinstance(data, int | float | list | tuple) and not isinstance(data, numpy.generic):
+            dtype = "float32"  # (a NumPy scalar is a float too, but one with a dtype of its own)
         self.data: Any = data if _is_array(data) and dtype is None else get_backend().asarray(data, dtype)
         self._edge: autograd.Edge | None = None
         if requires_grad:

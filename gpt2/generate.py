@@ -1,0 +1,167 @@
+"""Generation: the key-value cache, choosing the next token, and text that streams as it is made."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinygrad2 import Key, no_grad, random
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT2
+    from gpt2.tokenizer import Tokenizer
+
+_SITE = 1 << 30  # where sampling draws its random numbers, apart from the model's own sites
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that each new token is read once.
+
+    layers  one array (2, B, H, capacity, D) a layer: keys, then values.
+    length  how many positions are filled.
+    """
+
+    def __init__(self, model: GPT2, batch: int, capacity: int):
+        c = model.config
+        shape = (2, batch, c.n_head, capacity, c.n_embd // c.n_head)
+        self.layers = [model.backend.zeros(shape, model.dtype) for _ in range(c.n_layer)]
+        self.length = 0
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for a sampling parameter out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected 0 (always the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k is {top_k}; expected 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top-p is {top_p}; expected 0 < top-p <= 1")
+
+
+def choose(
+    logits: np.ndarray,
+    draws: np.ndarray,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> np.ndarray:
+    """The next token of each row: logits (B, V), draws (B,) uniform in [0, 1) -> (B,) int64.
+
+    temperature  divides the logits; 0 takes the likeliest token.
+    top_k        only the k likeliest tokens (all that tie with the k-th) can be chosen.
+    top_p        of those, only the likeliest whose probabilities first add up to p (arXiv:1904.09751, section 3.1).
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return np.argmax(logits, axis=-1)
+    logits = logits.astype(np.float64)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
+        logits = np.where(logits >= kth, logits, -np.inf)
+    # The maximum is taken off first: dividing by a tiny temperature must not overflow.
+    p = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+    p /= p.sum(axis=-1, keepdims=True)
+    order = np.argsort(-p, axis=-1, kind="stable")
+    p = np.take_along_axis(p, order, axis=-1)
+    total = np.cumsum(p, axis=-1)
+    if top_p is not None:
+        p = np.where(total - p < top_p, p, 0.0)
+        total = np.cumsum(p, axis=-1)
+    rank = (total <= draws[:, None] * total[:, -1:]).sum(axis=-1)
+    rank = np.minimum(rank, (p > 0).sum(axis=-1) - 1)
+    return np.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+
+
+def generate(
+    model: GPT2,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    cache: bool = True,
+) -> Iterator[np.ndarray]:
+    """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
+
+    Beyond the model's context the first half of what it sees is dropped and the rest is read again.
+    The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
+    whatever the number of samples.
+    cache  False reads everything again for every token: slow, and what the cache is tested against.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if len(prompt) == 0:
+        raise ValueError("generate: the prompt holds no tokens; begin with the end-of-text token instead")
+    if samples < 1 or max_tokens < 0:
+        raise ValueError(f"generate: {samples} samples of {max_tokens} tokens; expected at least 1 and 0")
+    context = model.config.n_positions
+    seen = np.tile(np.asarray(prompt, dtype=np.int64)[-context:], (samples, 1))
+    state = _new_cache(model, seen, max_tokens) if cache else None
+    for step in range(max_tokens):
+        unread = seen if state is None else seen[:, state.length :]
+        with no_grad():
+            logits = model.next_logits(unread, state).numpy()
+        draws = random.uniform(Key(seed, step, site=_SITE), samples)
+        token = choose(logits, draws, temperature, top_k, top_p)
+        yield token
+        seen = np.concatenate((seen, token[:, None]), axis=1)
+        if seen.shape[1] > context:
+            seen = seen[:, -max(1, context // 2) :]
+            if state is not None:
+                state = _new_cache(model, seen, max_tokens - step)
+
+
+def _new_cache(model: GPT2, seen: np.ndarray, more: int) -> KVCache:
+    samples, length = seen.shape
+    return KVCache(model, samples, min(model.config.n_positions, length + more))
+
+
+def stream_text(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    **sampling: Any,
+) -> Iterator[tuple[int, str]]:
+    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is certain.
+
+    A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`. Bytes of an unfinished
+    character, and text that may be the beginning of a stop string, wait for what follows.
+    """
+    samples = sampling.get("samples", 1)
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
+    held = [""] * samples
+    running = set(range(samples))
+    for tokens in generate(model, prompt, max_tokens, **sampling):
+        for i in sorted(running):
+            ended = tokens[i] == tokenizer.end_of_text
+            held[i] += decoders[i].decode(b"" if ended else tokenizer.decode_bytes([int(tokens[i])]), final=bool(ended))
+            found = min((at for s in stop if (at := held[i].find(s)) >= 0), default=None)
+            if found is not None or ended:
+                running.discard(i)
+                ready, held[i] = (held[i] if found is None else held[i][:found]), ""
+            else:
+                ready, held[i] = _split_at_stop(held[i], stop)
+            if ready:
+                yield i, ready
+        if not running:
+            return
+    for i in sorted(running):
+        rest = held[i] + decoders[i].decode(b"", final=True)
+        if rest:
+            yield i, rest
+
+
+def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:
+    """(what can be shown, what may be the beginning of a stop string)."""
+    for length in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return text[:-length], text[-length:]
+    return text, ""

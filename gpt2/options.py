@@ -1,0 +1,221 @@
+"""The options of train.py: one table gives the flags, their help, the keys of a TOML file, and what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gpt2.config import PRESETS, GPT2Config
+from tinygrad2.backend import DTYPES
+
+
+def _option(
+    default: Any, kind: type, help: str, allowed: Callable[[Any], bool] | None = None, expected: str = ""
+) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help, "allowed": allowed, "expected": expected})
+
+
+def _positive(default: Any, kind: type, help: str) -> Any:
+    return _option(default, kind, help, lambda value: value > 0, "more than 0")
+
+
+def _at_least_0(default: Any, kind: type, help: str) -> Any:
+    return _option(default, kind, help, lambda value: 0 <= value < float("inf"), "0 or more")
+
+
+def _fraction(default: Any, help: str) -> Any:
+    return _option(default, float, help, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
+    return _option(default, str, f"{help}: {', '.join(choices)}", lambda value: value in choices, ", ".join(choices))
+
+
+@dataclass
+class Options:
+    """Everything that train.py can be told. Where the default is None, `complete` fills in what other options imply;
+    only those whose type says so may stay None."""
+
+    preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
+    recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
+    init: str | None = _option(None, str, "start from the weights in this model folder (fine-tuning)")
+    device: str = _one_of("auto", "where to compute", ("auto", "cpu"))
+    dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
+    data: str | None = _option(None, str, "data set: a name under data/, or a folder [pydoc, for nano]")
+    out_dir: str = _option("out", str, "where the log and the checkpoints go")
+    fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
+    batch_size: int = _positive(None, int, "sequences per rank and micro-step")
+    block_size: int = _positive(None, int, "tokens per sequence [the model's context]")
+    total_batch_size: int | None = _positive(None, int, "tokens per step, from which accumulation is derived")
+    max_iters: int = _positive(None, int, "steps in all")
+    eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
+    eval_iters: int = _positive(None, int, "batches per evaluation")
+    save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
+    log_interval: int = _positive(None, int, "steps between lines on the screen")
+    keep: int = _positive(2, int, "checkpoints kept, beside the best")
+    learning_rate: float = _positive(None, float, "peak learning rate [with --init a tenth]")
+    min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine [a tenth of the peak]")
+    warmup_iters: int = _at_least_0(None, int, "steps of linear warm-up")
+    lr_decay_iters: int = _positive(None, int, "step at which min-lr is reached [max-iters]")
+    weight_decay: float = _at_least_0(0.1, float, "AdamW's weight decay, on matrices")
+    beta1: float = _fraction(0.9, "AdamW's decay of the first moment")
+    beta2: float = _fraction(0.95, "AdamW's decay of the second moment")
+    grad_clip: float = _at_least_0(1.0, float, "largest norm of the gradient; 0: no clipping")
+    dropout: float | None = _fraction(None, "dropout rate, at all three places [the preset's]")
+    seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
+
+
+# What is implied where nothing else says so: for models that a small machine trains in minutes, and for the others.
+SMALL_MODEL = 20_000_000  # parameters
+IMPLIED: dict[str, dict[str, Any]] = {
+    "small": {
+        "batch_size": 16,
+        "block_size": 128,
+        "max_iters": 600,
+        "learning_rate": 2e-3,
+        "warmup_iters": 30,
+        "eval_interval": 100,
+        "eval_iters": 20,
+        "save_interval": 100,
+        "log_interval": 10,
+    },
+    "large": {
+        "batch_size": 4,
+        "block_size": 1024,
+        "max_iters": 19_073,
+        "learning_rate": 6e-4,
+        "warmup_iters": 715,
+        "eval_interval": 250,
+        "eval_iters": 20,
+        "save_interval": 250,
+        "log_interval": 1,
+    },
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # Radford et al. (2018, 2019): the learning rate of GPT, dropout 0.1, batches of 512 sequences of 1024 tokens.
+    "paper": {
+        "block_size": 1024,
+        "total_batch_size": 524_288,
+        "learning_rate": 2.5e-4,
+        "min_lr": 0.0,
+        "warmup_iters": 2000,
+        "weight_decay": 0.01,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "dropout": 0.1,
+    },
+    # Brown et al., arXiv:2005.14165, appendix B, as in Karpathy's "Let's reproduce GPT-2".
+    "modern": {
+        "block_size": 1024,
+        "total_batch_size": 524_288,
+        "learning_rate": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_iters": 715,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "dropout": 0.0,
+    },
+}
+
+# A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
+FIXED = ("preset", "init", "data", "block_size", "dtype", "seed")
+
+
+class UsageError(ValueError):
+    """The options do not make sense; the message says which and why."""
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [text for action in self._actions for text in action.option_strings if "_" not in text]
+            self.error(f"unknown option {unknown[0]}{_nearest(unknown[0].split('=')[0], known)}")
+        return found
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+    """The options given on the command line and in the files it names, the command line winning; nothing else."""
+    parser = Parser(prog="train.py", description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file (the same names)")
+    for f in fields(Options):
+        spellings = dict.fromkeys((flag(f.name), "--" + f.name))
+        text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
+        kind: dict[str, Any] = {"action": "store_true"} if f.type == "bool" else {"type": f.metadata["kind"]}
+        parser.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config")
+    try:
+        return check({**(_read_toml(Path(file)) if file else {}), **given})
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is no TOML ({error})"
+        raise UsageError(f"{path}: {reason}") from None
+    given = {}
+    names = [f.name for f in fields(Options)]
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            raise UsageError(f"{path}: unknown option {key}{_nearest(name, names)}")
+        kind = next(f.metadata["kind"] for f in fields(Options) if f.name == name)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UsageError(f"{path}: {key} is {value!r}; expected a value of type {kind.__name__}")
+        given[name] = value
+    return given
+
+
+def check(given: dict[str, Any]) -> dict[str, Any]:
+    """Raise UsageError for a value out of range; returns `given`."""
+    for f in fields(Options):
+        value, allowed = given.get(f.name), f.metadata["allowed"]
+        if value is not None and allowed is not None and not allowed(value):
+            raise UsageError(f"{flag(f.name)} is {value}; expected {f.metadata['expected']}")
+    return given
+
+
+def complete(given: dict[str, Any], config: GPT2Config) -> Options:
+    """All options: those given, else the recipe's, else what the size of the model implies, else the defaults."""
+    implied = dict(IMPLIED["small" if config.n_parameters < SMALL_MODEL else "large"])
+    recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
+    for values in (implied, recipe):  # sequences as long as the model can read, where the user names no length
+        if "block_size" in values:
+            values["block_size"] = min(values["block_size"], config.n_positions)
+    if recipe and "block_size" not in given and recipe["block_size"] < 1024:
+        recipe["total_batch_size"] = 512 * recipe["block_size"]  # as many sequences
+    if "init" in given:
+        implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
+    values = {**implied, **recipe, **given}
+    values.setdefault("lr_decay_iters", values["max_iters"])
+    values.setdefault("min_lr", values["learning_rate"] / 10)
+    return Options(**values)

@@ -1,0 +1,121 @@
+"""Continue a prompt with a trained model.
+
+Uses the model in checkpoint/, else the newest one of a training run in out/, else an untrained one.
+Text goes on beyond the model's context: the first half of what the model sees is dropped, and the rest read again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2.generate import check_sampling, stream_text
+from gpt2.options import Parser
+from tinygrad2 import checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("-p", "--prompt", default="", help="text to continue; without one the model begins a text of its own")
+    add("-m", "--max-tokens", "--max_tokens", type=int, default=200, help="tokens to add at most [%(default)s]")
+    add("-n", "--samples", type=int, default=1, help="how many continuations [%(default)s]")
+    add("-t", "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time [%(default)s]")
+    add("-k", "--top-k", "--top_k", type=int, help="choose among the k likeliest tokens only")
+    add("--top-p", "--top_p", type=float, help="choose among the likeliest tokens that hold probability p together")
+    add("--seed", type=int, default=0, help="the same seed gives the same text [%(default)s]")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
+    add("--checkpoint", metavar="DIR", help="a model folder, or the out-dir of a training run")
+    add("--device", default="auto", choices=("auto", "cpu"), help="where to compute [%(default)s]")
+    options = parser.parse_args(argv)
+    for name, value, least in (("--max-tokens", options.max_tokens, 0), ("--samples", options.samples, 1)):
+        if value < least:
+            parser.error(f"{name} is {value}; expected {least} or more")
+    if not 0 <= options.seed < 2**64:
+        parser.error(f"--seed is {options.seed}; expected 0 to 2**64 - 1")
+    if "" in options.stop:
+        parser.error("--stop is empty; expected some text")
+    try:
+        check_sampling(options.temperature, options.top_k, options.top_p)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    try:
+        return sample(options)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+
+
+def sample(options) -> int:
+    folder = find_model(options.checkpoint)
+    device = "cpu" if options.device == "auto" else options.device
+    if folder is None:
+        print(
+            "no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one",
+            file=sys.stderr,
+        )
+        tokenizer = Tokenizer.load("bytes")
+        model = GPT2(GPT2Config.preset("nano"), device=device)
+    else:
+        print(f"model: {folder}", file=sys.stderr)
+        model = GPT2.from_pretrained(folder, device=device)
+        tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
+    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    pieces = stream_text(
+        model,
+        tokenizer,
+        prompt,
+        options.max_tokens,
+        stop=options.stop,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    # The first sample is shown as it comes, the others, which are made in the same batch, after it.
+    texts = [options.prompt] * options.samples
+    heading = "--- sample {} of " + str(options.samples) + " ---"
+    if options.samples > 1:
+        print(heading.format(1))
+    print(options.prompt, end="", flush=True)
+    for i, piece in pieces:
+        texts[i] += piece
+        if i == 0:
+            print(piece, end="", flush=True)
+    print()
+    for i, text in enumerate(texts[1:], start=2):
+        print(f"{heading.format(i)}\n{text}")
+    return 0
+
+
+def find_model(given: str | None) -> Path | None:
+    """The model folder to use: the one given, or the newest of a run; None where none was given and there is none."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{given}: there is no such folder; --checkpoint names a model folder or an out-dir"
+            )
+        return path if (path / "config.json").is_file() else newest(path)
+    if (Path("checkpoint") / "config.json").is_file():
+        return Path("checkpoint")
+    return newest(Path("out")) if checkpoint.find(Path("out")) else None
+
+
+def newest(out: Path) -> Path:
+    """The newest checkpoint of a run that is whole."""
+    folder, damaged = checkpoint.newest(out)
+    for line in damaged:
+        print(f"damaged checkpoint, not used: {line}", file=sys.stderr)
+    if folder is None:
+        raise FileNotFoundError(f"{out}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+import dataclasses
+
+import pytest
+
+from gpt2 import GPT2, GPT2Config
+from gpt2.config import PRESETS
+
+PUBLISHED = {  # the parameters of transformers' gpt2, gpt2-medium, gpt2-large and gpt2-xl
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    config = GPT2Config.preset(name)
+    assert config.n_parameters == PUBLISHED[name]
+    assert (config.vocab_size, config.n_positions, config.activation_function) == (50257, 1024, "gelu_new")
+    assert config.embd_pdrop == config.attn_pdrop == config.resid_pdrop == 0.1
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"preset 'gpt3' is unknown.*nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+        GPT2Config.preset("gpt3")
+
+
+@pytest.mark.parametrize(
+    "config", [PRESETS["nano"], GPT2Config(vocab_size=7, n_positions=5, n_embd=6, n_layer=3, n_head=2)]
+)
+def test_n_parameters_counts_what_the_model_holds(config):
+    assert GPT2(config).n_parameters() == config.n_parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_dictionary_and_back(name):
+    config = dataclasses.replace(PRESETS[name], activation_function="gelu", embd_pdrop=0.25, layer_norm_epsilon=1e-6)
+    values = config.to_dict()
+    assert GPT2Config.from_dict(values) == config
+    assert values["model_type"] == "gpt2"
+    assert values["n_ctx"] == config.n_positions
+    assert values["bos_token_id"] == values["eos_token_id"] == config.vocab_size - 1
+
+
+def test_what_a_dictionary_leaves_out_is_as_published():
+    assert GPT2Config.from_dict({"unrelated": 1}) == GPT2Config()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 0, "vocab_size is 0; expected a positive integer"),
+        ("n_positions", -1, "n_positions is -1; expected a positive integer"),
+        ("n_embd", 12.0, "n_embd is 12.0; expected a positive integer"),
+        ("n_layer", True, "n_layer is True; expected a positive integer"),
+        ("n_head", "3", "n_head is '3'; expected a positive integer"),
+        ("n_head", 5, "n_embd = 768 does not divide into n_head = 5 heads"),
+        ("embd_pdrop", 1.0, "embd_pdrop is 1.0; expected 0 <= rate < 1"),
+        ("attn_pdrop", -0.1, "attn_pdrop is -0.1; expected 0 <= rate < 1"),
+        ("resid_pdrop", float("nan"), "resid_pdrop is nan; expected 0 <= rate < 1"),
+        ("resid_pdrop", None, "resid_pdrop is None; expected 0 <= rate < 1"),
+        ("layer_norm_epsilon", 0, "layer_norm_epsilon is 0; expected a positive number"),
+        ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon is '1e-5'; expected a positive number"),
+        ("activation_function", "relu", "activation_function is 'relu'; this model computes 'gelu_new' and 'gelu'"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True, which this model does not"),
+        ("scale_attn_weights", False, "scale_attn_weights is False, which this model does not compute; expected True"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False, which this model does not compute"),
+        ("add_cross_attention", True, "add_cross_attention is True, which this model does not compute"),
+        ("model_type", "llama", "model_type is 'llama', which this model does not compute; expected 'gpt2'"),
+        ("quantization_config", {"bits": 4}, "quantization_config is {'bits': 4}, which this model does not compute"),
+        ("n_inner", 2048, "n_inner is 2048; this model computes 4 * n_embd"),
+    ],
+)
+def test_what_this_model_does_not_compute_is_refused(field, value, message):
+    with pytest.raises(ValueError, match=r"^config: ") as error:
+        GPT2Config.from_dict({field: value})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_inner", None), ("n_inner", 3072), ("activation_function", "gelu_pytorch_tanh")]
+)
+def test_other_spellings_of_what_it_computes_are_taken(field, value):
+    GPT2Config.from_dict({field: value})

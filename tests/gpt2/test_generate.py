@@ -1,0 +1,218 @@
+"""gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2.generate import KVCache, choose, generate, stream_text
+from tinygrad2 import no_grad
+
+
+def make_model(vocab_size=61, n_positions=16, scale=8.0, **sizes):
+    config = GPT2Config(
+        **{"n_embd": 32, "n_layer": 2, "n_head": 4, **sizes}, vocab_size=vocab_size, n_positions=n_positions
+    )
+    model = GPT2(config, seed=1)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data * scale  # far from uniform, so that a wrong position shows
+    return model
+
+
+@pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 7, 3), (15, 1)])
+def test_features_through_the_cache_equal_the_plain_ones(pieces):
+    model = make_model()
+    tokens = np.random.default_rng(0).integers(0, 61, (3, 16))
+    cache = KVCache(model, batch=3, capacity=16)
+    with no_grad():
+        plain = model.features(tokens).numpy()
+        first = 0
+        for n in pieces:
+            part = model.features(tokens[:, first : first + n], cache=cache).numpy()
+            np.testing.assert_allclose(part, plain[:, first : first + n], rtol=0, atol=2e-5)
+            first += n
+    assert cache.length == 16
+
+
+def test_the_cache_refuses_more_than_it_and_the_model_hold():
+    model = make_model()
+    tokens = np.zeros((1, 9), dtype=np.int64)
+    with no_grad():
+        with pytest.raises(ValueError, match="9 positions needed; the cache holds 8"):
+            model.features(tokens, cache=KVCache(model, 1, 8))
+        cache = KVCache(model, 1, 32)
+        model.features(tokens, cache=cache)
+        with pytest.raises(ValueError, match="18 tokens given; the model's context is 16"):
+            model.features(tokens, cache=cache)
+
+
+def test_recording_through_the_cache_is_refused():
+    model = make_model()
+    with pytest.raises(RuntimeError, match="no_grad"):
+        model.features(np.zeros((1, 3), dtype=np.int64), cache=KVCache(model, 1, 8))
+
+
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(16)), list(range(40))])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}])
+def test_cached_equals_uncached_within_and_beyond_the_context(prompt, sampling):
+    model = make_model()
+    cached = model.generate(prompt, 40, samples=2, **sampling)
+    assert cached == model.generate(prompt, 40, samples=2, cache=False, **sampling)
+    assert [len(row) for row in cached] == [40, 40]
+
+
+def test_beyond_the_context_the_later_half_is_read_again():
+    model = make_model(n_positions=8)
+    seen, expected = [1, 2, 3], []
+    for _ in range(20):
+        with no_grad():
+            expected.append(int(model.next_logits(np.array([seen])).numpy().argmax()))
+        seen.append(expected[-1])
+        seen = seen if len(seen) <= 8 else seen[-4:]
+    assert model.generate([1, 2, 3], 20, temperature=0) == [expected]
+
+
+def test_a_context_of_one_token():
+    model = make_model(n_positions=1)
+    assert len(model.generate([1, 2], 3, temperature=0)[0]) == 3
+
+
+def test_the_seed_decides_whatever_the_number_of_samples():
+    model = make_model(scale=2.0)
+    one, three = (model.generate([1], 30, samples=n, seed=7) for n in (1, 3))
+    assert one[0] == three[0]
+    assert len({tuple(row) for row in three}) == 3
+    assert model.generate([1], 30, seed=8) != one
+
+
+def test_generate_stops_at_the_stop_token_without_giving_it():
+    model = make_model()
+    free = model.generate([1, 2, 3], 40, temperature=0)[0]
+    stop = free[10]
+    assert model.generate([1, 2, 3], 40, stop=stop, temperature=0) == [free[: free.index(stop)]]
+
+
+def test_generate_refuses_what_makes_no_sense():
+    model = make_model()
+    for arguments, message in [
+        (([], 3), "no tokens"),
+        (([1], -1), "at least 1 and 0"),
+        (([61], 3), "tokens hold 61"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(*arguments)
+    with pytest.raises(ValueError, match="at least 1 and 0"):
+        next(generate(model, [1], 3, samples=0))
+
+
+# Choosing
+
+
+def frequencies(logits, n=20_000, **sampling):
+    draws = (np.arange(n) + 0.5) / n  # evenly spread: the frequencies are the probabilities to 1 / n
+    tokens = choose(np.tile(np.asarray(logits, dtype=np.float32), (n, 1)), draws, **sampling)
+    return np.bincount(tokens, minlength=len(logits)) / n
+
+
+LOGITS = np.log([0.1, 0.4, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-30}, [0, 1, 0, 0]),
+        ({"temperature": 0.5}, np.array([1, 16, 4, 9]) / 30),
+        ({"temperature": 1e9}, [0.25] * 4),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 1.0}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),
+    ],
+)
+def test_choose_draws_with_the_right_probabilities(sampling, expected):
+    np.testing.assert_allclose(frequencies(LOGITS, **sampling), expected, atol=2e-4)
+
+
+def test_choose_never_takes_what_is_impossible():
+    logits = np.array([[-np.inf, 0.0, -np.inf, 0.0]])
+    for draw in (0.0, 0.5, np.nextafter(1.0, 0.0)):
+        assert choose(logits, np.array([draw]))[0] in (1, 3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_choose_refuses_parameters_out_of_range(bad):
+    with pytest.raises(ValueError, match="expected"):
+        choose(np.zeros((1, 3)), np.zeros(1), **bad)
+
+
+# Streaming
+
+
+class Scripted:
+    """Stands for a model: next_logits makes each sample say its text, byte by byte."""
+
+    def __init__(self, *texts):
+        from tinygrad2 import Tensor
+
+        self.texts, self.at, self.tensor = [t if isinstance(t, list) else list(t.encode()) for t in texts], 0, Tensor
+        self.config = GPT2Config(vocab_size=257, n_positions=10_000, n_embd=1, n_layer=0 + 1, n_head=1)
+
+    def next_logits(self, tokens, state):
+        logits = np.full((len(self.texts), 257), -1e9)
+        for row, text in zip(logits, self.texts, strict=True):
+            row[text[self.at] if self.at < len(text) else 256] = 0
+        self.at += 1
+        return self.tensor(logits)
+
+
+def streamed(*texts, stop=(), max_tokens=100):
+    pieces = list(
+        stream_text(
+            Scripted(*texts), Tokenizer.load("bytes"), [0], max_tokens, stop=stop, samples=len(texts), cache=False
+        )
+    )
+    assert all(piece for _, piece in pieces)
+    return ["".join(piece for i, piece in pieces if i == row) for row in range(len(texts))], pieces
+
+
+def test_text_streams_character_by_character_and_ends_at_end_of_text():
+    texts, pieces = streamed("né€😀!")
+    assert texts == ["né€😀!"]
+    assert pieces == [(0, c) for c in "né€😀!"]
+
+
+def test_a_character_cut_off_by_the_end_is_replaced():
+    assert streamed("a€", max_tokens=2)[0] == ["a\ufffd"]
+    assert streamed([97, 0xE2, 256])[0] == ["a\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one\ntwo", ["\n\n"], "one\ntwo"),
+        ("one\n", ["\n\n"], "one\n"),
+        ("aab", ["ab"], "a"),
+        ("abcabd", ["abd", "zz"], "abc"),
+        ("x END y", ["y", " END"], "x"),
+        ("né€", ["€"], "né"),
+    ],
+)
+def test_stop_strings_end_the_text_before_them(text, stop, expected):
+    assert streamed(text, stop=stop)[0] == [expected]
+
+
+def test_what_may_begin_a_stop_string_waits():
+    _, pieces = streamed("a\nb\n\nc", stop=["\n\n"])
+    assert pieces == [(0, "a"), (0, "\nb")]
+
+
+def test_samples_end_each_at_its_own_place():
+    assert streamed("first", "2", "third.x", stop=[".x"])[0] == ["first", "2", "third"]

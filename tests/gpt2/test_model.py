@@ -1,0 +1,206 @@
+import math
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config
+from tinygrad2 import Key, Tensor, no_grad, ops
+
+SIZES = {"vocab_size": 29, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
+RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
+KEY = Key(seed=5, step=7)
+
+
+@pytest.fixture
+def text():
+    return np.random.default_rng(0).integers(SIZES["vocab_size"], size=(3, 8))
+
+
+@pytest.fixture
+def model():
+    return GPT2(GPT2Config(**SIZES, **RATES), dtype="float64")
+
+
+def gradients(model):
+    return {name: parameter.grad.copy() for name, parameter in model.named_parameters()}
+
+
+def test_names_and_shapes_are_those_of_transformers(model):
+    layer = {
+        "ln_1.weight": (12,),
+        "ln_1.bias": (12,),
+        "attn.c_attn.weight": (12, 36),
+        "attn.c_attn.bias": (36,),
+        "attn.c_proj.weight": (12, 12),
+        "attn.c_proj.bias": (12,),
+        "ln_2.weight": (12,),
+        "ln_2.bias": (12,),
+        "mlp.c_fc.weight": (12, 48),
+        "mlp.c_fc.bias": (48,),
+        "mlp.c_proj.weight": (48, 12),
+        "mlp.c_proj.bias": (12,),
+    }
+    expected = {"wte.weight": (29, 12), "wpe.weight": (11, 12), "ln_f.weight": (12,), "ln_f.bias": (12,)}
+    expected |= {f"h.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == expected
+
+
+def test_initial_weights():
+    """normal(0, 0.02), residual projections by 1 / sqrt(2 n_layer) less, biases 0, gains 1, no two matrices alike."""
+    config = GPT2Config(vocab_size=300, n_positions=200, n_embd=96, n_layer=3, n_head=3)
+    first_numbers = set()
+    for name, parameter in GPT2(config).named_parameters():
+        values = parameter.numpy()
+        if parameter.ndim == 1:
+            assert (values == (1 if ".ln_" in f".{name}" and name.endswith("weight") else 0)).all(), name
+            continue
+        std = 0.02 / math.sqrt(2 * 3) if name.endswith("c_proj.weight") else 0.02
+        error_of_std = 1 / math.sqrt(2 * values.size)
+        assert abs(values.std() / std - 1) < 4 * error_of_std, name
+        assert abs(values.mean() / std) < 4 / math.sqrt(values.size), name
+        first_numbers.add(values.flat[0] / std)
+    assert len(first_numbers) == 2 + 4 * 3
+
+
+def test_initializer_range_is_used():
+    narrow, wide = (GPT2(GPT2Config(**SIZES, initializer_range=r), dtype="float64") for r in (0.02, 0.1))
+    for a, b in zip(narrow.parameters(), wide.parameters(), strict=True):
+        np.testing.assert_allclose(b.data, a.data * 5 if a.ndim == 2 else a.data, rtol=1e-12)
+
+
+def test_seed_decides_the_weights_whatever_the_dtype():
+    config = GPT2Config(**SIZES)
+    single, double, other = GPT2(config, seed=1), GPT2(config, seed=1, dtype="float64"), GPT2(config, seed=2)
+    for a, b, c in zip(single.parameters(), double.parameters(), other.parameters(), strict=True):
+        assert (a.dtype, b.dtype) == ("float32", "float64")
+        np.testing.assert_array_equal(a.data, b.data.astype("float32"))
+        assert (a.data != c.data).all() == (a.ndim == 2)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=64, n_layer=4, n_head=4)
+    text = np.random.default_rng(0).integers(1000, size=(4, 65))
+    assert GPT2(config).loss(text[:, :-1], text[:, 1:]).item() == pytest.approx(math.log(1000), abs=0.05)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(model, text):
+    logits = model(text[:, :-1])
+    assert logits.shape == (3, 7, 29)
+    assert logits.dtype == "float64"
+    loss = model.loss(text[:, :-1], text[:, 1:])
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(ops.cross_entropy(logits, text[:, 1:]).item(), rel=1e-13)
+
+
+def test_no_position_sees_what_comes_after_it(model, text):
+    changed = text.copy()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 29
+    before, after = model(text).numpy(), model(changed).numpy()
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
+
+
+def test_dropout_acts_only_with_a_key(model, text):
+    tokens, targets = text[:, :-1], text[:, 1:]
+    plain = model.loss(tokens, targets).item()
+    assert plain == GPT2(GPT2Config(**SIZES), dtype="float64").loss(tokens, targets).item()
+    assert model.loss(tokens, targets, KEY).item() == model.loss(tokens, targets, KEY).item() != plain
+    assert model.loss(tokens, targets, Key(seed=5, step=8)).item() != model.loss(tokens, targets, KEY).item()
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_rate_acts_by_itself(rate, text):
+    none = dict.fromkeys(RATES, 0.0)
+    model = GPT2(GPT2Config(**SIZES, **{**none, rate: 0.5}), dtype="float64")
+    for parameter in model.parameters():  # at the initial scale attention hardly moves the loss
+        parameter.data = parameter.data * (10 if parameter.ndim == 2 else 1)
+    with_key, without = (model.loss(text[:, :-1], text[:, 1:], key).item() for key in (KEY, None))
+    assert abs(with_key - without) > 1e-4
+
+
+def test_every_dropout_site_draws_a_mask_of_its_own(model, text, monkeypatch):
+    from tinygrad2 import reference
+
+    sites = []
+    dropout_scale = reference.dropout_scale
+    monkeypatch.setattr(
+        reference, "dropout_scale", lambda key, *rest: sites.append(key.site) or dropout_scale(key, *rest)
+    )
+    with no_grad():
+        model.loss(text[:, :-1], text[:, 1:], KEY)
+    assert sorted(sites) == list(range(1 + 3 * SIZES["n_layer"]))
+
+
+def test_a_split_batch_has_the_same_dropout(model, text):
+    """Parts of 1 and 2 samples, weighted by their size, give the loss and the gradients of the batch of 3."""
+    tokens, targets = text[:, :-1], text[:, 1:]
+    whole = model.loss(tokens, targets, KEY)
+    whole.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    total = 0.0
+    for part in (slice(0, 1), slice(1, 3)):
+        key = Key(seed=KEY.seed, step=KEY.step, first_sample=part.start)
+        loss = model.loss(tokens[part], targets[part], key) * ((part.stop - part.start) / 3)
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=1e-13)
+    for name, gradient in gradients(model).items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-11, atol=1e-15, err_msg=name)
+
+
+def test_tied_embedding_gets_the_gradients_of_both_uses(model, text):
+    tokens, targets, wte = text[:, :-1], text[:, 1:], model.wte.weight
+    model.loss(tokens, targets).backward()
+    both = wte.grad.copy()
+    model.zero_grad()
+    ops.lm_head(model.features(tokens).detach(), wte, targets).backward()
+    as_head = wte.grad.copy()
+    model.zero_grad()
+    ops.lm_head(model.features(tokens), wte.detach(), targets).backward()
+    as_embedding = wte.grad.copy()
+    unused = np.setdiff1d(np.arange(29), tokens)
+    assert (as_embedding[unused] == 0).all()
+    assert (as_head != 0).all()
+    np.testing.assert_allclose(both, as_head + as_embedding, rtol=1e-13, atol=1e-17)
+
+
+def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
+    expected = model(text).numpy()
+    for tokens in (text.tolist(), text.astype("uint16"), Tensor(text)):
+        np.testing.assert_array_equal(model(tokens).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (np.zeros(5, int), ValueError, r"tokens have shape \(5,\); expected \(B, T\)"),
+        (np.zeros((1, 2, 3), int), ValueError, r"tokens have shape \(1, 2, 3\); expected \(B, T\)"),
+        (np.zeros((1, 12), int), ValueError, "12 tokens given; the model's context is 11"),
+        (np.zeros((2, 0), int), ValueError, r"tokens have shape \(2, 0\), which holds nothing"),
+        ([[0, 29]], ValueError, r"tokens hold 29; expected integers in \[0, 29\)"),
+        ([[0, -1]], ValueError, r"tokens hold -1; expected integers in \[0, 29\)"),
+        ([[0.0, 1.0]], TypeError, "tokens are of dtype float64; expected integers"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(model, tokens, error, message):
+    with pytest.raises(error, match=message):
+        model(tokens)
+
+
+def test_targets_that_do_not_fit_are_refused(model, text):
+    with pytest.raises(ValueError, match=r"targets hold 29; expected integers in \[0, 29\)"):
+        model.loss(text, np.full_like(text, 29))
+    with pytest.raises(ValueError, match=r"targets has shape \(3, 7\); expected \(3, 8\)"):
+        model.loss(text, text[:, 1:])
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "tpu"), ("dtype", "float16")])
+def test_unknown_device_and_dtype_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} '{value}' is not"):
+        GPT2(GPT2Config(**SIZES), **{name: value})
+
+
+def test_full_context_works(model):
+    with no_grad():
+        assert model(np.zeros((1, 11), int)).shape == (1, 11, 29)

@@ -1,0 +1,141 @@
+"""gpt2/options.py: flags, TOML files, recipes, and what is refused."""
+
+from dataclasses import fields
+
+import pytest
+
+from gpt2 import GPT2Config
+from gpt2.options import RECIPES, Options, complete, flag, parse
+
+NANO, SMALL = GPT2Config.preset("nano"), GPT2Config.preset("gpt2")
+
+
+def given(*argv):
+    return parse(argv, "")
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        given(*argv)
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def example(f):
+    return {int: "3", float: "0.25", str: {"preset": "gpt2", "recipe": "paper", "dtype": "float64"}.get(f.name, "cpu")}[
+        f.metadata["kind"]
+    ]
+
+
+@pytest.mark.parametrize("f", [f for f in fields(Options) if f.type != "bool"], ids=lambda f: f.name)
+def test_every_option_has_both_spellings_and_a_place_in_a_file(f, tmp_path):
+    text = example(f)
+    value = f.metadata["kind"](text)
+    assert given(flag(f.name), text) == given("--" + f.name, text) == given(f"{flag(f.name)}={text}") == {f.name: value}
+    file = tmp_path / "options.toml"
+    written = f'"{text}"' if f.metadata["kind"] is str else text
+    for name in (f.name, flag(f.name)[2:]):
+        file.write_text(f"{name} = {written}\n")
+        assert given("--config", str(file)) == {f.name: value}
+
+
+def test_the_options_that_others_rely_on_exist():
+    names = (
+        "preset device dtype data out_dir batch_size block_size total_batch_size max_iters eval_interval eval_iters "
+        "save_interval log_interval learning_rate min_lr warmup_iters lr_decay_iters weight_decay beta1 beta2 "
+        "grad_clip dropout seed fresh init recipe"
+    )
+    assert set(names.split()) <= {f.name for f in fields(Options)}
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_text('recipe = "modern"\nlearning_rate = 1e-3\nbeta2 = 0.9\nmax-iters = 5\nfresh = true\n')
+    options = complete(given("--config", str(file), "--beta2", "0.99"), SMALL)
+    assert (options.beta2, options.learning_rate, options.warmup_iters) == (0.99, 1e-3, 715)
+    assert (options.max_iters, options.fresh, options.min_lr) == (5, True, 6e-5)
+
+
+def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_text("grad_clip = 2\n")
+    assert given("--config", str(file)) == {"grad_clip": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--learning_rat=3"], "unknown option --learning_rat=3; did you mean --learning-rate?"),
+        (["--batch", "3"], "unknown option --batch;"),  # no abbreviations: a new option must not change an old command
+        (["--nonsense"], "unknown option --nonsense ("),
+        (["--batch-size", "many"], "--batch-size/--batch_size: invalid int value: 'many'"),
+        (["--batch-size", "0"], "--batch-size is 0; expected more than 0"),
+        (["--max-iters", "-1"], "--max-iters is -1; expected more than 0"),
+        (["--dropout", "1"], "--dropout is 1.0; expected at least 0 and less than 1"),
+        (["--learning-rate", "nan"], "--learning-rate is nan; expected more than 0"),
+        (["--learning-rate", "0"], "--learning-rate is 0.0; expected more than 0"),
+        (["--grad-clip", "-1"], "--grad-clip is -1.0; expected 0 or more"),
+        (["--weight-decay", "inf"], "--weight-decay is inf; expected 0 or more"),
+        (["--beta2", "1.0"], "--beta2 is 1.0; expected at least 0 and less than 1"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
+        (["--preset", "gpt3"], "--preset is gpt3; expected nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        (["--recipe", "best"], "--recipe is best; expected paper, modern"),
+        (["--dtype", "float16"], "--dtype is float16; expected float32, float64"),
+        (["--device", "tpu"], "--device is tpu; expected auto, cpu"),
+    ],
+)
+def test_a_wrong_option_gets_one_line(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize = 3", "unknown option batchsize; did you mean batch_size?"),
+        ("batch_size = 'three'", "batch_size is 'three'; expected a value of type int"),
+        ("batch_size = 1.5", "batch_size is 1.5; expected a value of type int"),
+        ("batch_size = true", "batch_size is True; expected a value of type int"),
+        ("preset = 3", "preset is 3; expected a value of type str"),
+        ("fresh = 1", "fresh is 1; expected a value of type bool"),
+        ("[train]\nbatch_size = 3", "unknown option train"),
+        ("batch_size = 0", "--batch-size is 0; expected more than 0"),
+        ("import os", "it is no TOML"),
+    ],
+)
+def test_a_wrong_file_gets_one_line(capsys, tmp_path, text, message):
+    file = tmp_path / "options.toml"
+    file.write_text(text)
+    assert message in refused(capsys, "--config", str(file))
+
+
+def test_a_missing_file_gets_one_line(capsys):
+    assert "nowhere.toml: No such file" in refused(capsys, "--config", "nowhere.toml")
+
+
+def test_the_recipes_are_the_published_ones():
+    paper, modern = (complete({"recipe": name, "preset": "gpt2"}, SMALL) for name in ("paper", "modern"))
+    assert (paper.learning_rate, paper.weight_decay, paper.dropout) == (2.5e-4, 0.01, 0.1)
+    assert (paper.total_batch_size, paper.block_size) == (512 * 1024, 1024)
+    assert (modern.learning_rate, modern.min_lr, modern.warmup_iters) == (6e-4, 6e-5, 715)
+    assert (modern.beta1, modern.beta2, modern.weight_decay, modern.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (modern.dropout, modern.total_batch_size, modern.block_size) == (0.0, 524_288, 1024)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_a_model_with_a_shorter_context(recipe):
+    options = complete({"recipe": recipe}, NANO)
+    assert options.block_size == NANO.n_positions
+    assert options.total_batch_size == 512 * NANO.n_positions
+
+
+def test_what_is_implied():
+    nano, small = complete({}, NANO), complete({"preset": "gpt2"}, SMALL)
+    assert (nano.block_size, small.block_size) == (128, 1024)
+    assert nano.lr_decay_iters == nano.max_iters
+    assert nano.min_lr == nano.learning_rate / 10
+    assert complete({"max_iters": 7}, NANO).lr_decay_iters == 7
+    assert complete({"init": "somewhere"}, NANO).learning_rate == nano.learning_rate / 10
+    assert complete({"init": "somewhere", "learning_rate": 1e-3}, NANO).learning_rate == 1e-3

@@ -1,0 +1,223 @@
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from gpt2 import GPT2, GPT2Config
+
+SIZES = {"vocab_size": 13, "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2}
+
+
+@pytest.fixture
+def model():
+    """Its biases and gains are random too, so that no tensor can be taken for another one."""
+    model = GPT2(GPT2Config(**SIZES, activation_function="gelu", attn_pdrop=0.3, layer_norm_epsilon=1e-4))
+    random = np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.data = random.standard_normal(parameter.shape)
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change, metadata=None):
+    """Save the file again after `change` has edited the dictionary of its arrays."""
+    arrays = load_file(folder / "model.safetensors")
+    arrays = change(arrays) or arrays
+    save_file(arrays, folder / "model.safetensors", metadata)
+
+
+def assert_equal(a, b):
+    assert a.config == b.config
+    for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert name == other
+        np.testing.assert_array_equal(p.data, q.data, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_saved_and_loaded_is_bit_equal(dtype, tmp_path):
+    model = GPT2(GPT2Config(**SIZES), seed=4, dtype=dtype)
+    model.arena()  # as after training: the parameters are views of flat buffers
+    model.save_pretrained(tmp_path / "made" / "here")
+    assert_equal(GPT2.from_pretrained(tmp_path / "made" / "here", dtype=dtype), model)
+
+
+def test_saving_replaces_what_was_there(model, folder):
+    other = GPT2(GPT2Config(**{**SIZES, "n_layer": 1}), seed=9)
+    other.save_pretrained(folder)
+    assert_equal(GPT2.from_pretrained(folder), other)
+
+
+def test_layout_is_that_of_hugging_face(folder):
+    values = json.loads((folder / "config.json").read_text())
+    assert values["architectures"] == ["GPT2LMHeadModel"]
+    assert values["torch_dtype"] == "float32"
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+        names = set(file.keys())
+        assert file.get_tensor("transformer.h.1.mlp.c_fc.weight").shape == (8, 32)
+    assert "lm_head.weight" not in names
+    assert len(names) == 2 + 12 * 2 + 2
+    assert all(name.startswith("transformer.") for name in names)
+
+
+def unprefixed(arrays):
+    return {name.removeprefix("transformer."): values for name, values in arrays.items()}
+
+
+def with_head(arrays):
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"].copy()
+
+
+def with_buffers(arrays):
+    for layer in range(2):
+        arrays[f"transformer.h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 6, 6), "uint8"))
+        arrays[f"transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, "float32")
+
+
+def published(arrays):
+    """As the published `gpt2` is: no prefix, the causal masks, no head."""
+    with_buffers(arrays)
+    return unprefixed(arrays)
+
+
+@pytest.mark.parametrize("change", [unprefixed, with_head, with_buffers, published])
+def test_every_layout_in_use_is_read(change, model, folder):
+    rewrite(folder, change)
+    assert_equal(GPT2.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_other_dtypes_are_converted(stored, dtype, model, folder):
+    stored = np.dtype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
+    rewrite(folder, lambda arrays: {name: values.astype(stored) for name, values in arrays.items()})
+    for parameter, original in zip(
+        GPT2.from_pretrained(folder, dtype=dtype).parameters(), model.parameters(), strict=True
+    ):
+        assert parameter.dtype == dtype
+        np.testing.assert_array_equal(parameter.data, original.data.astype(stored).astype(dtype))
+
+
+def test_head_in_half_precision_is_compared(model, folder):
+    def change(arrays):
+        with_head(arrays)
+        return {name: values.astype(ml_dtypes.bfloat16) for name, values in arrays.items()}
+
+    rewrite(folder, change)
+    GPT2.from_pretrained(folder)
+
+
+def missing(arrays):
+    del arrays["transformer.h.1.ln_2.bias"]
+
+
+def surplus(arrays):
+    arrays["transformer.h.2.ln_1.weight"] = np.ones(8, "float32")
+
+
+def misshapen(arrays):
+    arrays["transformer.wpe.weight"] = np.zeros((7, 8), "float32")
+
+
+def transposed(arrays):
+    arrays["transformer.h.0.attn.c_attn.weight"] = np.zeros((24, 8), "float32")
+
+
+def integers(arrays):
+    arrays["transformer.ln_f.bias"] = np.zeros(8, "int32")
+
+
+def untied(arrays):
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"] + 1
+
+
+def other_vocabulary(arrays):
+    arrays["lm_head.weight"] = np.zeros((16, 8), "float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, "tensor h.1.ln_2.bias is missing"),
+        (surplus, "tensor transformer.h.2.ln_1.weight is not one of this model's"),
+        (misshapen, "tensor transformer.wpe.weight has shape (7, 8); expected (6, 8)"),
+        (transposed, "tensor transformer.h.0.attn.c_attn.weight has shape (24, 8); expected (8, 24)"),
+        (integers, "tensor transformer.ln_f.bias is of dtype I32; expected one of F64, F32, F16, BF16"),
+        (untied, "lm_head.weight differs from wte.weight"),
+        (other_vocabulary, "lm_head.weight differs from wte.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, folder):
+    rewrite(folder, change)
+    expect_one_line(folder, "model.safetensors", message)
+
+
+def expect_one_line(folder, file, message, kind=ValueError):
+    with pytest.raises(kind) as error:
+        GPT2.from_pretrained(folder)
+    text = str(error.value)
+    assert text.startswith(f"{folder / file}: ")
+    assert re.search(re.escape(message), text), text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False, which this model does not compute"),
+        ({"activation_function": "silu"}, "activation_function is 'silu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_inner": 16}, "n_inner is 16"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"vocab_size": "13"}, "vocab_size is '13'"),
+    ],
+)
+def test_configurations_that_are_not_computed_are_refused(changes, message, folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    expect_one_line(folder, "config.json", message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b'{"n_layer": 2,', "Expecting property name"),
+        (b"[1, 2]", "it holds no JSON object"),
+        (b"\xff\xfe{", "codec can't decode"),
+    ],
+)
+def test_damaged_config(content, message, folder):
+    (folder / "config.json").write_bytes(content)
+    expect_one_line(folder, "config.json", message)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_damaged_weights(keep, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    expect_one_line(folder, "model.safetensors", "header")
+
+
+def test_foreign_file(folder):
+    (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
+    expect_one_line(folder, "model.safetensors", "header")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file(name, folder):
+    (folder / name).unlink()
+    expect_one_line(folder, name, "there is no such file; a model folder has config.json and", FileNotFoundError)
+
+
+def test_missing_folder(tmp_path):
+    expect_one_line(tmp_path / "nowhere", "config.json", "there is no such file", FileNotFoundError)

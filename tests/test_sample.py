@@ -1,0 +1,170 @@
+"""sample.py, as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from tinygrad2 import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def save_model(folder, seed=0, vocab_size=257, tokenizer="bytes"):
+    model = GPT2(GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2), seed=seed)
+    with checkpoint.writing(Path(folder)) as partial:
+        model.save_pretrained(partial)
+        if tokenizer:
+            Tokenizer.load(tokenizer).save(partial)
+    return model
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *options, code=0):
+    assert sample.main(list(options)) == code
+    return capsys.readouterr()
+
+
+def test_it_says_which_model_it_takes(user, capsys):
+    assert "sampling an untrained one" in run(capsys, "-m", "2").err
+    save_model("out/ckpt-000001")
+    save_model("out/ckpt-000010")
+    assert run(capsys, "-m", "2").err == "model: out/ckpt-000010\n"
+    assert run(capsys, "-m", "2", "--checkpoint", "out").err == "model: out/ckpt-000010\n"
+    assert run(capsys, "-m", "2", "--checkpoint", "out/ckpt-000001").err == "model: out/ckpt-000001\n"
+    save_model("checkpoint")
+    assert run(capsys, "-m", "2").err == "model: checkpoint\n"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
+    save_model("out/ckpt-000001")
+    save_model("out/ckpt-000002")
+    (user / "out/ckpt-000002/config.json").write_text("{}")
+    said = run(capsys, "-m", "2").err
+    assert "damaged checkpoint, not used: out/ckpt-000002/config.json" in said
+    assert "model: out/ckpt-000001" in said
+
+
+def test_the_prompt_is_continued_and_the_seed_decides(user, capsys):
+    save_model("checkpoint")
+    first = run(capsys, "-p", "Hello", "-m", "40", "--seed", "3").out
+    assert first.startswith("Hello")
+    assert len(first) > len("Hello\n")
+    assert first == run(capsys, "-p", "Hello", "-m", "40", "--seed", "3").out
+    assert first != run(capsys, "-p", "Hello", "-m", "40", "--seed", "4").out
+    assert run(capsys, "-p", "Hello", "-m", "0").out == "Hello\n"
+
+
+def test_both_spellings_and_every_option(user, capsys):
+    save_model("checkpoint")
+    short = ["-p", "x", "-m", "5", "-n", "2", "-t", "0.7", "-k", "9", "--top-p", "0.9", "--seed", "1", "--stop", "qq"]
+    long = ["--prompt", "x", "--max_tokens", "5", "--samples", "2", "--temperature", "0.7", "--top_k", "9"]
+    long += ["--top_p", "0.9", "--seed", "1", "--stop", "qq", "--device", "cpu"]
+    assert run(capsys, *short).out == run(capsys, *long).out
+
+
+def test_several_samples_stand_one_after_the_other_and_the_first_is_the_only_one(user, capsys):
+    save_model("checkpoint")
+    one = run(capsys, "-p", "x", "-m", "30").out
+    three = run(capsys, "-p", "x", "-m", "30", "-n", "3").out
+    parts = re.split(r"--- sample \d of 3 ---\n", three)
+    assert parts[0] == ""
+    assert parts[1] == one
+    assert len(parts) == 4
+    assert all(part.startswith("x") for part in parts[1:])
+
+
+def test_greedy_text_beyond_the_context(user, capsys):
+    model = save_model("checkpoint")
+    said = run(capsys, "-p", "ab", "-m", "100", "-t", "0").out
+    (expected,) = model.generate(list(b"ab"), 100, stop=256, temperature=0)
+    assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
+
+
+def test_a_stop_string_ends_the_text(user, capsys):
+    save_model("checkpoint")
+    text = run(capsys, "-p", "ab", "-m", "60", "--seed", "2").out.removeprefix("ab").rstrip("\n")
+    stop = next(c for c in text if c.isascii() and c.isprintable())
+    assert run(capsys, "-p", "ab", "-m", "60", "--seed", "2", "--stop", stop).out == "ab" + text.split(stop)[0] + "\n"
+
+
+def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
+    model = save_model("checkpoint")
+    (expected,) = model.generate([256], 20, stop=256, temperature=0)
+    assert run(capsys, "-m", "20", "-t", "0").out == bytes(expected).decode("utf-8", "replace") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-m", "-1"], "--max-tokens is -1; expected 0 or more"),
+        (["-n", "0"], "--samples is 0; expected 1 or more"),
+        (["-t", "-0.1"], "temperature is -0.1; expected 0"),
+        (["-k", "0"], "top-k is 0; expected 1 or more"),
+        (["--top-p", "0"], "top-p is 0.0; expected 0 < top-p <= 1"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
+        (["--stop", ""], "--stop is empty"),
+        (["--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
+        (["-m", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_option_gets_one_line(user, capsys, options, message):
+    with pytest.raises(SystemExit) as end:
+        sample.main(options)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def broken(name, content):
+    def change(user):
+        save_model("checkpoint")
+        (user / "checkpoint" / name).write_text(content)
+
+    return change
+
+
+BAD = {
+    "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
+    "a folder with no model": (lambda user: (user / "x").mkdir(), ["--checkpoint", "x"], "x: it holds no model and no"),
+    "damaged weights": (broken("model.safetensors", "x"), [], "model.safetensors: "),
+    "a damaged config": (broken("config.json", "{"), [], "config.json: "),
+    "a model of another kind": (broken("config.json", '{"model_type": "llama"}'), [], "model_type is 'llama'"),
+    "an unknown vocabulary": (
+        lambda user: save_model("checkpoint", vocab_size=99, tokenizer=None),
+        [],
+        "checkpoint: no tokenizer is known for a vocabulary of 99",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(user, capsys, case):
+    change, options, message = BAD[case]
+    if change:
+        change(user)
+    lines = run(capsys, *options, code=1).err.splitlines()
+    assert message in lines[-1]
+    assert all(line.startswith(("sample.py: ", "model: ")) for line in lines)
+
+
+def test_text_streams(user):
+    """The first characters are there long before the last."""
+    save_model("checkpoint")
+    command = [sys.executable, "-u", ROOT / "sample.py", "-p", "abc", "-m", "100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert process.stdout.read(40).startswith(b"abc")
+    assert process.poll() is None
+    process.kill()
+    process.communicate()

@@ -1,0 +1,413 @@
+"""train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from data.prepare import prepare
+from gpt2 import GPT2
+from gpt2.dataset import SampleOrder
+from gpt2.run import read_log
+from tinygrad2 import checkpoint
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(f"{i} times {j} is {i * j}; the rest of line {i + j} is here.\n" for i in range(60) for j in range(12))
+QUICK = ["--batch-size", "2", "--block-size", "16", "--eval-iters", "2", "--eval-interval", "4", "--log-interval", "1"]
+SAME = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
+
+
+@pytest.fixture(scope="session")
+def folder_with_data(tmp_path_factory):
+    """A folder whose data/ holds the set `text`, prepared once."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "text.txt").write_text(TEXT)
+    prepare([str(folder / "text.txt")], "bytes", folder / "data" / "text")
+    return folder
+
+
+@pytest.fixture
+def user(folder_with_data, tmp_path, monkeypatch):
+    """An empty current directory with data/text in it; signal handlers are put back afterwards."""
+    (tmp_path / "data").mkdir()
+    shutil.copytree(folder_with_data / "data" / "text", tmp_path / "data" / "text")
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*options, code=0):
+    assert train.main(["--data", "text", *QUICK, *options]) == code
+
+
+def rows(out):
+    return [{key: row[key] for key in SAME if key in row} for row in read_log(Path(out) / "log.jsonl")]
+
+
+def newest_arrays(out):
+    folder, damaged = checkpoint.newest(Path(out))
+    assert not damaged
+    arrays = checkpoint.load_arrays(folder / "model.safetensors")
+    return {**arrays, **checkpoint.load_arrays(folder / "optimizer.safetensors")}
+
+
+def assert_same_run(a, b):
+    assert rows(a) == rows(b)
+    first, second = newest_arrays(a), newest_arrays(b)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert np.array_equal(array, second[name]), name
+
+
+def interrupt_at(monkeypatch, position, error):
+    """Make the data loader fail when it comes to this sample."""
+    whole = SampleOrder.indices
+
+    def indices(self, first, count):
+        if first == position:
+            raise error
+        return whole(self, first, count)
+
+    monkeypatch.setattr(SampleOrder, "indices", indices)
+    return lambda: monkeypatch.setattr(SampleOrder, "indices", whole)
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout", "0.2", "--total-batch-size", "96", "--weight-decay", "0.3"]])
+def test_a_run_that_crashed_goes_on_to_the_same_bits(user, monkeypatch, capsys, more):
+    run("--max-iters", "9", "--save-interval", "3", "--out-dir", "whole", *more)
+    per_step = 6 if more else 2
+    mend = interrupt_at(monkeypatch, 7 * per_step, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("--max-iters", "9", "--save-interval", "3", "--out-dir", "cut", *more)
+    assert [row["step"] for row in rows("cut")] == [1, 2, 3, 4, 5, 6, 7]
+    mend()
+    assert train.main(["--out-dir", "cut"]) == 0  # no other option: the run knows how it was started
+    assert "going on from cut/ckpt-000006, step 6" in capsys.readouterr().out
+    assert_same_run("whole", "cut")
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(user, capsys):
+    run("--max-iters", "8", "--out-dir", "whole")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = f"stopped-{number.name}"
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            "--data",
+            "text",
+            *QUICK,
+            "--out-dir",
+            out,
+            "--max-iters",
+            "100000",
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(number)
+                break
+        said = process.stdout.read()
+        assert process.wait(30) == 0
+        step = int(re.search(r"stopped after step ([\d,]+)", said)[1].replace(",", ""))
+        assert f"saved in {out}/{checkpoint.name(step)}; python train.py --out-dir {out} goes on from there" in said
+        assert checkpoint.newest(Path(out))[0].name == checkpoint.name(step)
+        assert [row["step"] for row in rows(out)] == list(range(1, step + 1))
+
+
+def test_killed_in_the_middle_nothing_is_lost(user):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--data",
+        "text",
+        *QUICK,
+        "--max-iters",
+        "100000",
+        "--save-interval",
+        "2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 9/"):
+            process.kill()
+            break
+    process.stdout.read()
+    assert process.wait(30) == -signal.SIGKILL
+    folder, _ = checkpoint.newest(Path("out"))
+    assert int(folder.name[5:]) >= 6
+    run("--max-iters", "12")
+    assert [row["step"] for row in rows("out")] == list(range(1, 13))
+
+
+def test_the_log_has_one_object_a_step(user):
+    run("--max-iters", "5", "--total-batch-size", "64")
+    logged = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5]
+    assert [row["tokens"] for row in logged] == [64, 128, 192, 256, 320]
+    for row in logged:
+        assert {"step", "loss", "lr", "grad_norm", "seconds", "tokens_per_s", "tokens"} <= row.keys()
+        assert row["tokens_per_s"] == pytest.approx(64 / row["seconds"], rel=1e-2)
+    assert [row["step"] for row in logged if "val_loss" in row] == [4, 5]
+
+
+def test_accumulation_is_the_same_as_one_large_batch(user):
+    common = ["--max-iters", "4", "--dtype", "float64", "--dropout", "0.1", "--total-batch-size", "128"]
+    for batch in (8, 4, 1):
+        run(*common, "--batch-size", str(batch), "--out-dir", f"batch{batch}", "--eval-interval", "0")
+    expected = newest_arrays("batch8")
+    for batch in (4, 1):
+        for name, array in newest_arrays(f"batch{batch}").items():
+            assert np.linalg.norm(array - expected[name]) <= 1e-9 * np.linalg.norm(expected[name]), name
+
+
+def test_training_learns(user):
+    run("--max-iters", "60", "--batch-size", "8", "--block-size", "32", "--warmup-iters", "5", "--eval-interval", "20")
+    losses = [row["loss"] for row in rows("out")]
+    assert losses[0] == pytest.approx(np.log(257), abs=0.3)
+    assert np.mean(losses[-5:]) < 2.6
+    values = [row["val_loss"] for row in rows("out") if "val_loss" in row]
+    assert values[-1] < values[0]
+
+
+def test_newest_best_and_the_last_few_are_kept(user, monkeypatch):
+    values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
+    monkeypatch.setattr(train, "mean_loss", lambda *args: next(values))
+    run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
+    assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
+    assert Path("out/best").resolve().name == "ckpt-000004"
+    GPT2.from_pretrained("out/best")
+
+
+def test_fresh_renames_and_never_deletes(user, capsys):
+    run("--max-iters", "2")
+    before = Path("out/log.jsonl").read_text()
+    run("--max-iters", "3", "--fresh")
+    (aside,) = Path().glob("out-*")
+    assert (aside / "log.jsonl").read_text() == before
+    checkpoint.verify(aside / "ckpt-000002")
+    assert f"out/ is now {aside}/" in capsys.readouterr().out
+    assert len(rows("out")) == 3
+
+
+def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
+    run("--max-iters", "2")
+    capsys.readouterr()
+    assert train.main([]) == 0
+    said = capsys.readouterr().out
+    assert "out/ has made its 2 steps" in said
+    assert "--max-iters 4 trains on, --fresh starts anew" in said
+    assert train.main(["--max-iters", "4"]) == 0
+    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--preset", "gpt2"], "--preset nano; it cannot go on with gpt2"),
+        (["--block-size", "8"], "--block-size 16; it cannot go on with 8"),
+        (["--seed", "3"], "--seed 1337; it cannot go on with 3"),
+        (["--dtype", "float64"], "--dtype float32; it cannot go on with float64"),
+        (["--data", "pydoc"], "--data text; it cannot go on with pydoc"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
+    run("--max-iters", "2")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert train.main(["--max-iters", "4", *option]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--fresh to start anew" in error
+    assert len(error.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_fine_tuning_starts_from_the_weights(user, capsys):
+    run("--max-iters", "3", "--out-dir", "base")
+    base = checkpoint.newest(Path("base"))[0]
+    run("--max-iters", "1", "--init", str(base), "--learning-rate", "1e-12", "--weight-decay", "0")
+    trained, start = GPT2.from_pretrained(checkpoint.newest(Path("out"))[0]), GPT2.from_pretrained(base)
+    for (name, a), (_, b) in zip(trained.named_parameters(), start.named_parameters(), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-9, err_msg=name)
+
+
+def test_matplotlib_is_not_needed_and_is_used_where_it_is(user, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run("--max-iters", "1")
+    assert not Path("out/loss.png").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    os.chdir(user)
+    run("--max-iters", "2")
+    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Bad input: one line, a non-zero exit, and nothing lost --------------------------------------------------------------
+
+
+def one_line(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: ")
+    return lines[0]
+
+
+def damage_shard(user, change):
+    shard = user / "data" / "text" / "train-00000.bin"
+    shard.write_bytes(change(shard.read_bytes()))
+
+
+def retell(user, **changes):
+    """Change the manifest, checksums included, so that only the content of the shard is wrong."""
+    from gpt2.dataset import file_sha256
+
+    file = user / "data" / "text" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for shard in manifest["shards"]:
+        shard["sha256"] = file_sha256(user / "data" / "text" / shard["file"])
+    file.write_text(json.dumps({**manifest, **changes}))
+
+
+def foreign_ids(user):
+    damage_shard(user, lambda data: b"\xff\x7f" * (len(data) // 2))
+    retell(user)
+
+
+BAD = {
+    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ holds text\)"),
+    "an empty folder": (lambda user: (user / "empty").mkdir(), ["--data", "empty"], "data 'empty': no such data set"),
+    "a truncated shard": (
+        lambda user: damage_shard(user, lambda data: data[:-10]),
+        [],
+        r"train-00000\.bin: the shard has [\d,]+ bytes, expected",
+    ),
+    "a changed shard": (
+        lambda user: damage_shard(user, lambda data: data[:-1] + b"\x01"),
+        [],
+        r"train-00000\.bin: the shard's checksum differs",
+    ),
+    "ids outside the vocabulary": (
+        foreign_ids,
+        [],
+        r"train-00000\.bin: it has the id 32767, but the vocabulary has 257",
+    ),
+    "a manifest of something else": (
+        lambda user: (user / "data" / "text" / "manifest.json").write_text("[1]"),
+        [],
+        r"manifest\.json: it is no manifest",
+    ),
+    "a context longer than the model's": (
+        None,
+        ["--block-size", "257"],
+        "257 is longer than the model's context of 256",
+    ),
+    "too little data": (None, ["--preset", "nano", "--block-size", "256", "--data", "small"], "no such data set"),
+    "a batch that does not divide": (
+        None,
+        ["--total-batch-size", "100"],
+        r"100 is no multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest that is: 96 or 128",
+    ),
+    "another vocabulary": (
+        None,
+        ["--preset", "gpt2"],
+        r"tokenizer bytes \(257 tokens\), which is not that of the preset gpt2 \(50,257 tokens\)",
+    ),
+    "no data named": (None, ["--preset", "gpt2", "--data", ""], "no data set is named"),
+    "no such model": (None, ["--init", "nowhere"], r"nowhere/config\.json: there is no such file"),
+    "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
+    "an out-dir that is a file": (
+        lambda user: (user / "taken").write_text("x"),
+        ["--out-dir", "taken"],
+        r"taken",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(user, capsys, case):
+    prepare_case, options, message = BAD[case]
+    if prepare_case:
+        prepare_case(user)
+    run("--max-iters", "3", *options, code=1)
+    assert re.search(message, one_line(capsys))
+    assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
+
+
+def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(user, capsys):
+    run("--max-iters", "4", "--save-interval", "2")
+    before = newest_arrays("out")
+    run("--max-iters", "40", "--learning-rate", "1e30", "--grad-clip", "0", "--warmup-iters", "0", code=1)
+    line = one_line(capsys)
+    assert re.search(r"step \d+: the loss is (nan|inf|[\d.e+]+) and the gradient's norm (nan|inf)", line)
+    assert "The last checkpoint is out/ckpt-000004." in line
+    after = newest_arrays("out")
+    assert all(np.array_equal(array, after[name]) for name, array in before.items())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(user, capsys):
+    run("--max-iters", "6", "--save-interval", "3", "--out-dir", "whole")
+    run("--max-iters", "6", "--save-interval", "3")
+    weights = Path("out/ckpt-000006/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+    run("--max-iters", "6", "--save-interval", "3")
+    said = capsys.readouterr().out
+    assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
+    assert "going on from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
+    assert_same_run("whole", "out")
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_overwritten(user, capsys):
+    run("--max-iters", "1")
+    (Path("out/ckpt-000001/trainer.json")).write_text("{}")
+    log = Path("out/log.jsonl").read_text()
+    run("--max-iters", "2", code=1)
+    assert "no checkpoint is whole; --fresh starts anew" in one_line(capsys)
+    assert Path("out/log.jsonl").read_text() == log
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(user, capsys, monkeypatch):
+    run("--max-iters", "2")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "out/.ckpt-000004.partial/optimizer.safetensors")
+
+    monkeypatch.setattr(checkpoint, "save_arrays", full)
+    run("--max-iters", "4", code=1)
+    assert "No space left on device: 'out/.ckpt-000004.partial" in one_line(capsys)
+    monkeypatch.undo()
+    os.chdir(user)
+    assert checkpoint.newest(Path("out"))[0].name == "ckpt-000002"
+    assert [path.name for path in Path("out").iterdir() if path.name.startswith(".")] == []
+    run("--max-iters", "4")
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(user, capsys):
+    user.chmod(0o500)
+    try:
+        run("--max-iters", "2", code=1)
+    finally:
+        user.chmod(0o700)
+    assert "Permission denied" in one_line(capsys)
+
+
+def test_the_help_needs_no_data_and_is_quick():
+    began = time.perf_counter()
+    said = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--batch-size" in said
+    assert time.perf_counter() - began < 10

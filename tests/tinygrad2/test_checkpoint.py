@@ -1,0 +1,116 @@
+"""tinygrad2/checkpoint.py: folders that are written whole or not at all."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tinygrad2 import checkpoint
+
+
+def write(folder, text="weights"):
+    with checkpoint.writing(folder) as partial:
+        (partial / "model.bin").write_text(text)
+        (partial / "sub").mkdir()
+        (partial / "sub" / "more.bin").write_text(text * 2)
+
+
+def test_a_checkpoint_appears_under_its_name_with_a_checksum_of_every_file(tmp_path):
+    write(tmp_path / "ckpt-000001")
+    listed = json.loads((tmp_path / "ckpt-000001" / checkpoint.MANIFEST).read_text())["files"]
+    assert sorted(listed) == ["model.bin", "sub/more.bin"]
+    checkpoint.verify(tmp_path / "ckpt-000001")
+    assert os.listdir(tmp_path) == ["ckpt-000001"]
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path):
+    write(tmp_path / "ckpt-000001", "first")
+
+    def fail():
+        with checkpoint.writing(tmp_path / "ckpt-000001") as partial:
+            (partial / "model.bin").write_text("second")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    checkpoint.verify(tmp_path / "ckpt-000001")
+    assert (tmp_path / "ckpt-000001" / "model.bin").read_text() == "first"
+    assert os.listdir(tmp_path) == ["ckpt-000001"]
+
+
+def test_writing_again_replaces_and_clears_what_a_killed_process_left(tmp_path):
+    (tmp_path / ".ckpt-000001.partial").mkdir()
+    (tmp_path / ".ckpt-000001.partial" / "half").write_text("x")
+    write(tmp_path / "ckpt-000001", "first")
+    write(tmp_path / "ckpt-000001", "second")
+    assert (tmp_path / "ckpt-000001" / "model.bin").read_text() == "second"
+    assert not (tmp_path / "ckpt-000001" / "half").exists()
+    assert os.listdir(tmp_path) == ["ckpt-000001"]
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip_a_bit(folder / "model.bin"), "model.bin: its checksum"),
+        (lambda folder: (folder / "model.bin").write_text("w"), "model.bin: 1 bytes; expected 7"),
+        (lambda folder: (folder / "sub" / "more.bin").unlink(), "more.bin: the file is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: it holds no JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: it holds no JSON object"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json: it lists no files"),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, message):
+    for step in (1, 2):
+        write(tmp_path / checkpoint.name(step))
+    damage(tmp_path / checkpoint.name(2))
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.verify(tmp_path / checkpoint.name(2))
+    folder, damaged = checkpoint.newest(tmp_path)
+    assert folder == tmp_path / checkpoint.name(1)
+    assert len(damaged) == 1
+    assert message in damaged[0]
+
+
+def test_newest_counts_steps_and_ignores_other_names(tmp_path):
+    assert checkpoint.newest(tmp_path / "none") == (None, [])
+    for step in (5, 999_999, 1_000_000):
+        write(tmp_path / checkpoint.name(step))
+    (tmp_path / "ckpt-final").mkdir()
+    (tmp_path / "ckpt-9999999").write_text("a file")
+    assert [folder.name for folder in checkpoint.find(tmp_path)] == ["ckpt-1000000", "ckpt-999999", "ckpt-000005"]
+
+
+def test_prune_keeps_the_newest_and_the_spared(tmp_path):
+    for step in range(6):
+        write(tmp_path / checkpoint.name(step))
+    checkpoint.prune(tmp_path, keep=2, spare={checkpoint.name(1)})
+    assert sorted(os.listdir(tmp_path)) == [checkpoint.name(step) for step in (1, 4, 5)]
+
+
+def test_arrays_come_back_bit_by_bit_and_others_can_read_the_file(tmp_path):
+    arrays = {"a": np.linspace(0, 1, 7), "b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "c": np.float64(3.5)}
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_arrays(path, arrays)
+    back = checkpoint.load_arrays(path)
+    for key, array in arrays.items():
+        assert back[key].dtype == array.dtype
+        assert np.array_equal(back[key], array)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(checkpoint.CheckpointError, match=r"x\.safetensors: it cannot be read"):
+        checkpoint.load_arrays(path)
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.write_json(tmp_path / "x.json", {"loss": float("nan")})

@@ -1,0 +1,157 @@
+"""Folders that are written whole or not at all, and that can tell whether they are still what was written.
+
+A checkpoint is a folder. It is filled under a temporary name, every file is flushed to the disk and listed with its
+SHA-256 in `manifest.json`, and only then does it get its name, which is one atomic step of the file system. Whatever
+interrupts the writing, the name holds either nothing, the folder before, or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"ckpt-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not what was written; the message says where and how."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; on leaving, lists its checksums, flushes it and gives it the name `folder`.
+
+    A folder of that name is replaced. Where the block raises, nothing is left behind and `folder` is as it was.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        listed = {path.relative_to(partial).as_posix(): _describe(path) for path in files}
+        write_json(partial / MANIFEST, {"files": listed})
+        for path in (*files, partial / MANIFEST, partial):
+            _flush(path)
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file is there with the size and checksum that the manifest lists."""
+    listed = read_json(folder / MANIFEST).get("files")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: it lists no files")
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']:,}")
+        if _describe(path) != expected:
+            raise CheckpointError(f"{path}: its checksum is not that of what was written")
+
+
+def name(step: int) -> str:
+    """The folder name of the checkpoint after `step` steps."""
+    return f"ckpt-{step:06d}"
+
+
+def find(out: Path) -> list[Path]:
+    """The checkpoints in the folder `out`, newest (highest step) first, verified or not."""
+    if not out.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in out.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `out` that verifies, or None, and a line about each newer one that does not."""
+    damaged: list[str] = []
+    for folder in find(out):
+        try:
+            verify(folder)
+            return folder, damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def prune(out: Path, keep: int, spare: set[str]) -> None:
+    """Delete all but the `keep` newest checkpoints in `out` and those named in `spare`."""
+    for folder in find(out)[keep:]:
+        if folder.name not in spare:
+            shutil.rmtree(folder)
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write named arrays as one safetensors file. Raises OSError where it cannot be written."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path, metadata)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"{path}: it cannot be written ({error})") from None
+    path.chmod(mode)  # the library makes files that nobody else can read
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what save_arrays wrote. Raises CheckpointError naming the file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: it cannot be read as safetensors ({error})") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as readable JSON. NaN and infinities, which JSON does not have, are an error."""
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: it holds no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: it holds no JSON object")
+    return values
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system put a file or folder on the disk (folders cannot be opened on Windows)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
