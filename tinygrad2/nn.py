@@ -34,8 +34,11 @@ class Module:
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
-        for name, value in vars(self).items():
-            yield from _named(f"{prefix}{name}", value)
+        seen: set[int] = set()
+        for name, parameter in _named(prefix, vars(self)):
+            if id(parameter) not in seen:  # a shared parameter counts once, under its first name
+                seen.add(id(parameter))
+                yield name, parameter
 
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter, in the order of registration."""
@@ -57,14 +60,14 @@ class Module:
         return sum(parameter.size for parameter in self.parameters())
 
 
-def _named(name: str, value: Any) -> Iterator[tuple[str, Parameter]]:
-    if isinstance(value, Parameter):
-        yield name, value
-    elif isinstance(value, Module):
-        yield from value.named_parameters(f"{name}.")
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _named(f"{name}.{i}", item)
+def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Parameter]]:
+    for name, value in members.items():
+        if isinstance(value, Parameter):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Module):
+            yield from _named(f"{prefix}{name}.", vars(value))
+        elif isinstance(value, list):
+            yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
 
 
 def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:

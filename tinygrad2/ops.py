@@ -21,6 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
     Raises ValueError where the shapes do not fit.
     """
+    _check_tensors("linear", x, weight, bias)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, weight.shape[1:])
@@ -42,12 +43,15 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
     Saves the tokens. Raises ValueError for a token outside [0, V) and for a position past P.
     """
+    _check_tensors("embedding", wte, wpe)
     backend = backend_of(wte.data)
     ids = _indices(backend, "embedding", "tokens", tokens, wte.shape[0])
     if wpe is not None:
         _expect("embedding", "wpe", wpe, (wpe.shape[0], wte.shape[1]))
+        if ids.ndim == 0:
+            raise ValueError("embedding: tokens have shape (); with positions, expected (..., T)")
         end = first_position + ids.shape[-1]
-        if end > wpe.shape[0]:
+        if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} asked for; wpe has {wpe.shape[0]}")
     y = backend.kernels.embedding_forward(ids, wte.data, None if wpe is None else wpe.data, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
@@ -67,9 +71,12 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     x (samples, ...). The mask is a pure function of the key and of the element's index in the global batch; it is
     computed again in backward, so nothing is saved. Raises ValueError for a rate outside [0, 1).
     """
-    check_rate("dropout", rate)
+    rate = _check_rate("dropout", rate)
     if key is None or rate == 0:
         return x
+    _check_tensors("dropout", x)
+    if x.ndim == 0 or x.size == 0:
+        raise ValueError(f"dropout: x has shape {x.shape}; expected (samples, ...)")
     return record(backend_of(x.data).kernels.dropout_forward(x.data, rate, key), (x,), _dropout_backward, (rate, key))
 
 
@@ -82,9 +89,10 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
 
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
+    _check_tensors("layernorm", x, weight, bias)
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
-    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, eps)
+    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, float(eps))
     return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, weight.data, mean, rstd))
 
 
@@ -97,11 +105,12 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
+    _check_tensors("add_layernorm", x, delta, weight, bias)
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
     k = backend_of(x.data).kernels
-    s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, eps)
+    s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, float(eps))
     return record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, weight.data, mean, rstd))
 
 
@@ -124,8 +133,9 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
     no T x T array. Raises ValueError where qkv does not divide into heads.
     """
-    check_rate("attention", rate)
-    if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
+    rate = _check_rate("attention", rate)
+    _check_tensors("attention", qkv)
+    if n_head < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
@@ -158,6 +168,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
 
     x (..., C), bias (C,) or None -> (..., C). Saves x.
     """
+    _check_tensors("gelu", x, bias)
     _expect("gelu", "bias", bias, x.shape[-1:])
     k = backend_of(x.data).kernels
     b = None if bias is None else bias.data
@@ -182,6 +193,7 @@ def _gelu_exact_backward(saved, dy, into):
 
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
+    _check_tensors("softmax", x)
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), _softmax_backward, saved=(y,))
 
@@ -196,6 +208,9 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     logits (..., V), targets (...) integers -> a scalar. Saves the logits and one statistic per row.
     Raises ValueError for a target outside [0, V).
     """
+    _check_tensors("cross_entropy", logits)
+    if logits.ndim == 0:
+        raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
     backend = backend_of(logits.data)
     ids = _indices(backend, "cross_entropy", "targets", targets, logits.shape[-1])
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
@@ -213,7 +228,8 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
     holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
     """
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+    _check_tensors("lm_head", x, weight)
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lm_head: x has shape {x.shape}, weight {weight.shape}; expected (..., C) and (V, C)")
     backend = backend_of(x.data)
     ids = _indices(backend, "lm_head", "targets", targets, weight.shape[0])
@@ -226,10 +242,22 @@ def _lm_head_backward(saved, dy, into):
     return backend_of(dy).kernels.lm_head_backward(dy, *saved, into(1)), None
 
 
-def check_rate(op: str, rate: float) -> None:
-    """Raise ValueError unless 0 <= rate < 1."""
+def _check_tensors(op: str, *tensors: Tensor | None) -> None:
+    """All given are Tensors of one floating-point dtype: nothing is promoted silently."""
+    dtypes = set()
+    for tensor in tensors:
+        if tensor is not None:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
+            dtypes.add(tensor.dtype.name)
+    if len(dtypes) != 1 or "float" not in next(iter(dtypes)):
+        raise TypeError(f"{op}: the arguments are of dtypes {', '.join(sorted(dtypes))}; expected one float type")
+
+
+def _check_rate(op: str, rate: float) -> float:
     if not 0 <= rate < 1:
         raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
+    return float(rate)
 
 
 def _expect(op: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
@@ -251,10 +279,10 @@ def _indices(backend: Any, op: str, name: str, values: Any, limit: int) -> Any:
             raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size and values.dtype.kind not in "iu":
-        raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     if values.size == 0:
         raise ValueError(f"{op}: {name} have shape {values.shape}, which holds nothing")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     if isinstance(values, numpy.ndarray):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= limit:

@@ -18,6 +18,7 @@ class Parameter(Tensor):
     """
 
     __slots__ = ("_data", "_placed")
+    _data: Any
 
     def __init__(self, data: Any):
         self._placed = False
@@ -29,12 +30,10 @@ class Parameter(Tensor):
 
     @data.setter
     def data(self, values: Any) -> None:
-        if not hasattr(self, "_data"):
-            self._data = values
-        elif tuple(values.shape) != tuple(self._data.shape):
-            raise ValueError(f"parameter: data of shape {values.shape} assigned; expected {self._data.shape}")
+        if hasattr(self, "_data"):
+            self._data[...] = self._fitting("data", values)
         else:
-            self._data[...] = values
+            self._data = values
 
     @property
     def grad(self) -> Any:
@@ -42,10 +41,18 @@ class Parameter(Tensor):
 
     @grad.setter
     def grad(self, values: Any) -> None:
-        if not self._placed:
-            Tensor.grad.fset(self, values)  # type: ignore[attr-defined]
-        else:
+        if values is not None:
+            values = self._fitting("grad", values)
+        if self._placed:
             self.leaf.grad[...] = 0 if values is None else values  # type: ignore[union-attr]
+        else:
+            self.leaf.grad = values  # type: ignore[union-attr]
+
+    def _fitting(self, name: str, values: Any) -> Any:
+        values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
+        if values.shape != self._data.shape:
+            raise ValueError(f"parameter: {name} of shape {values.shape} assigned; expected {self._data.shape}")
+        return values
 
     def place(self, data: Any, grad: Any) -> None:
         """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""

@@ -55,6 +55,8 @@ class Key:
     def __post_init__(self) -> None:
         for name, bits in (("seed", 64), ("step", 32), ("site", 32), ("first_sample", 48)):
             value = getattr(self, name)
+            if not hasattr(value, "__index__"):
+                raise TypeError(f"Key: {name} is {value!r}; expected an integer")
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"Key: {name} is {value}; it must be in [0, 2**{bits})")
 

@@ -82,8 +82,8 @@ def power_forward(x, exponent):
 
 
 def power_backward(dy, x, exponent):
-    """dx = dy exponent x^(exponent - 1)."""
-    return dy * (exponent * x ** (exponent - 1))
+    """dx = dy exponent x^(exponent - 1), and 0 for exponent 0, at x = 0 too."""
+    return dy * (exponent * x ** (exponent - 1)) if exponent else np.zeros_like(dy)
 
 
 def exp_forward(x):
@@ -532,11 +532,10 @@ def cross_entropy_forward(logits, targets):
 
 def cross_entropy_backward(dloss, logits, targets, lse):
     """dlogits = dloss (softmax(logits) - onehot(target)) / rows."""
-    dlogits = np.exp(logits - lse)
-    rows = dlogits.reshape(-1, logits.shape[-1])
+    rows = np.exp(logits - lse).reshape(-1, logits.shape[-1])
     rows[np.arange(len(rows), dtype=np.int64), targets.reshape(-1)] -= 1
-    dlogits *= dloss / targets.size
-    return dlogits
+    rows *= dloss / targets.size
+    return rows.reshape(logits.shape)
 
 
 def lm_head_forward(x, weight, targets):

@@ -104,8 +104,8 @@ class Tensor:
             if self.size != 1:
                 raise ValueError(f"backward: the tensor has shape {self.shape}, not one element; pass dy of that shape")
             dy = self.backend.np.ones(self.shape, dtype=self.dtype)
-        elif isinstance(dy, Tensor):
-            dy = dy.data
+        else:
+            dy = dy.data if isinstance(dy, Tensor) else self.backend.asarray(dy, dtype=self.dtype)
         if dy.shape != self.shape:
             raise ValueError(f"backward: dy has shape {dy.shape}; expected {self.shape}, the tensor's own")
         autograd.backward(self._edge, dy)
@@ -154,6 +154,7 @@ class Tensor:
     def __pow__(self, exponent: float) -> Tensor:
         if not isinstance(exponent, int | float):
             raise TypeError(f"**: the exponent must be a Python number, got {type(exponent).__name__}")
+        exponent = exponent if isinstance(exponent, int) else float(exponent)  # np.float64 would promote the result
         y = self.backend.kernels.power_forward(self.data, exponent)
         return record(y, (self,), _power_backward, saved=(self.data, exponent))
 
@@ -185,6 +186,8 @@ class Tensor:
     def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
         """The mean over `axis` (an axis, several, or None for all)."""
         total = self.sum(axis, keepdims)
+        if self.size == 0:
+            raise ValueError(f"mean: the tensor has shape {self.shape}, which holds nothing")
         return total * (total.size / self.size)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
@@ -200,7 +203,9 @@ class Tensor:
     def transpose(self, *axes: Any) -> Tensor:
         """The axes in another order, reversed if none is given."""
         order = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes or range(self.ndim)[::-1]
-        order = tuple(i % self.ndim for i in order)
+        order = _axes(tuple(order), self.ndim)
+        if sorted(order) != list(range(self.ndim)):
+            raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
         return record(self.data.transpose(order), (self,), _transpose_backward, saved=(order,))
 
 
@@ -252,7 +257,7 @@ def _plain_index(index: Any) -> Any:
 def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (int(axis),)
     for i in axes:
         if not -ndim <= i < ndim:
             raise ValueError(f"axis {i} is out of range for a tensor of {ndim} axes")

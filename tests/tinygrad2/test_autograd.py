@@ -1,0 +1,292 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from tinygrad2 import Tensor, autograd, no_grad, ops
+from tinygrad2.gradcheck import CASES
+from tinygrad2.tensor import record
+
+
+def leaf(values, dtype="float64"):
+    return Tensor(np.array(values, dtype=dtype), requires_grad=True)
+
+
+def scale(x, factor, seen=None):
+    """factor x, through into() where `seen` is None, else by a returned gradient that `seen` gets to keep."""
+
+    def backward(saved, dy, into):
+        if seen is None:
+            buffer = into(0)
+            buffer += factor * dy
+            return (None,)
+        seen.append(factor * dy)
+        return (seen[-1],)
+
+    return record(factor * x.data, (x,), backward)
+
+
+def test_a_shared_subexpression_is_walked_once():
+    calls = []
+    x = leaf([2.0])
+    shared = record(x.data**2, (x,), lambda saved, dy, into: (calls.append(dy.copy()) or 4.0 * dy,))
+    (shared * 3 + shared * shared + shared).sum().backward()
+    assert calls == [3 + 2 * 4 + 1]
+    assert x.grad == 4 * 12
+
+
+def test_a_diamond_of_diamonds():
+    x = leaf([1.5])
+    y = x
+    for _ in range(40):  # 2^40 paths
+        y = y + y
+    y.sum().backward()
+    assert x.grad == 2.0**40
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_the_same_tensor_twice(into):
+    x = leaf([[1.0, 2.0], [3.0, 4.0]])
+    y = scale(x, 1.0) if into else x
+    (y @ y).sum().backward()
+    ones = np.ones((2, 2))
+    np.testing.assert_array_equal(x.grad, ones @ x.data.T + x.data.T @ ones)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4])
+def test_a_borrowed_gradient_is_never_written_to(times):
+    """dy of an addition is shared by both operands; the sum of several contributions is made in another array."""
+    seen = []
+    x = leaf([1.0, 2.0])
+    h = scale(x, 1.0)
+    branches = [scale(h, float(i + 1), seen) for i in range(times)]
+    total = branches[0]
+    for branch in branches[1:]:
+        total = total + branch
+    total.sum().backward()
+    np.testing.assert_array_equal(sorted(array[0] for array in seen), np.arange(1.0, times + 1))
+    np.testing.assert_array_equal(x.grad, [times * (times + 1) / 2] * 2)
+
+
+def test_x_plus_x_leaves_the_incoming_gradient_alone():
+    x, dy = leaf([1.0, 2.0]), np.array([3.0, 5.0])
+    h = scale(x, 1.0)
+    (h + h).backward(dy)
+    np.testing.assert_array_equal(dy, [3.0, 5.0])
+    np.testing.assert_array_equal(x.grad, [6.0, 10.0])
+    x.grad[...] = 0
+    np.testing.assert_array_equal(dy, [3.0, 5.0])
+
+
+def test_a_leaf_never_shares_memory_with_the_incoming_gradient():
+    x, dy = leaf([1.0, 2.0]), np.array([3.0, 5.0])
+    x.backward(dy)
+    (x + 0).backward(dy)
+    np.testing.assert_array_equal(x.grad, 2 * dy)
+    np.testing.assert_array_equal(dy, [3.0, 5.0])
+    assert not np.shares_memory(x.grad, dy)
+
+
+def test_residual_fan_out():
+    x, dy = leaf([1.0, 2.0]), np.array([1.0, -1.0])
+    h = scale(x, 1.0)
+    s = h + scale(h, 2.0)
+    s = s + scale(s, 3.0, [])
+    s.backward(dy)
+    np.testing.assert_array_equal(x.grad, 12 * dy)
+    np.testing.assert_array_equal(dy, [1.0, -1.0])
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True), (True, True), (False, False, True, True)])
+def test_buffers_and_returned_gradients_mix(order):
+    x = leaf([1.0, 2.0])
+    h = scale(x, 1.0)
+    parts = [scale(h, 10.0**i, [] if returned else None) for i, returned in enumerate(order)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    total.sum().backward()
+    np.testing.assert_array_equal(x.grad, [sum(10.0**i for i in range(len(order)))] * 2)
+
+
+def test_a_deep_graph_needs_no_recursion():
+    x = leaf([1.0])
+    y = x
+    for _ in range(20_000):
+        y = y + 1
+    y.sum().backward()
+    assert x.grad == 1
+
+
+def test_a_deep_graph_is_dropped_without_recursion():
+    y = leaf([1.0])
+    for _ in range(50_000):
+        y = scale(y, 1.0)
+    del y
+
+
+def test_a_second_backward_raises_and_says_what_to_do():
+    x = leaf([1.0])
+    h = x * 2
+    y, z = h * 3, h * 5
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match=r"walked before.*run the forward pass again, or add the losses up"):
+        z.sum().backward()
+    assert x.grad == 6  # nothing was added by the walk that failed
+
+
+def test_gradients_of_several_walks_add_up():
+    x = leaf([1.0])
+    for factor in (2, 3):
+        (x * factor).sum().backward()
+    assert x.grad == 5
+
+
+def test_what_was_saved_is_dropped_after_the_walk():
+    x = leaf([1.0])
+    big = np.ones(1000)
+    alive = weakref.ref(big)
+    y = record(x.data * 1, (x,), lambda saved, dy, into: (dy,), saved=(big,))
+    del big
+    y.backward()
+    assert alive() is None
+
+
+def test_no_grad_records_nothing():
+    x = leaf([1.0])
+    with no_grad():
+        y = x * 2
+        z = ops.softmax(x)
+    assert not y.requires_grad
+    assert not z.requires_grad
+    with pytest.raises(RuntimeError, match="nothing is recorded here"):
+        y.backward()
+
+
+def test_no_grad_ends_after_an_exception_and_nests():
+    x = leaf([1.0])
+    with pytest.raises(KeyError), no_grad():
+        raise KeyError
+    assert (x * 2).requires_grad
+    with no_grad():
+        with no_grad():
+            pass
+        assert not autograd.is_recording()
+    assert autograd.is_recording()
+
+
+def test_constants_are_not_recorded():
+    a = Tensor(np.ones(3))
+    assert not (a * a + 1).requires_grad
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_reference_cycle(case):
+    """Where the last Tensor goes, the arrays go with it, without the garbage collector."""
+    random = np.random.default_rng(0)
+    inputs = [Tensor(np.array(case.draw(random, shape), float), requires_grad=True) for shape in case.shapes]
+    gc.collect()
+    gc.disable()
+    try:
+        y = case.fn(*inputs)
+        results = y if isinstance(y, tuple) else (y,)
+        alive = [weakref.ref(result.data) for result in results]
+        del y, results
+        assert not any(reference() is not None for reference in alive)
+    finally:
+        gc.enable()
+
+
+def test_hooks_fire_once_after_the_last_contribution():
+    x, unused = leaf([1.0, 2.0]), leaf([1.0])
+    events = []
+    x.leaf.on_final = lambda: events.append(x.grad.copy())
+    unused.leaf.on_final = lambda: events.append("unused")
+    (x * 2 + scale(x, 3.0) + scale(scale(x, 1.0), 4.0, [])).sum().backward()
+    np.testing.assert_array_equal(events, [[9.0, 9.0]])
+    x.sum().backward()
+    np.testing.assert_array_equal(events, [[9.0, 9.0], [10.0, 10.0]])
+    x.backward(np.ones(2))
+    assert len(events) == 3
+
+
+def test_hooks_fire_for_a_leaf_whose_branch_got_no_gradient():
+    x = leaf([1.0, 2.0])
+    events = []
+    x.leaf.on_final = lambda: events.append(x.grad)
+    first, second = record((x.data * 1, x.data * 2), (x,), lambda saved, dy, into: (None,))
+    assert second.requires_grad
+    first.sum().backward()
+    assert events == [None]
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (1, 1)])
+def test_results_that_nobody_used_give_none(used):
+    got = []
+
+    def backward(saved, dy, into):
+        got.append([None if g is None else g.copy() for g in dy])
+        return (sum(g for g in dy if g is not None),)
+
+    x = leaf([1.0, 2.0])
+    results = record((x.data + 0, x.data + 0), (x,), backward)
+    total = results[used[0]].sum()
+    for i in used[1:]:
+        total = total + results[i].sum()
+    total.backward()
+    expected = [used.count(i) or None for i in range(2)]
+    assert [None if g is None else g[0] for g in got[0]] == expected
+    np.testing.assert_array_equal(x.grad, [len(used)] * 2)
+
+
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_gradients_without_axes_add_up(times):
+    x = leaf(3.0)
+    h = scale(x, 1.0, [])
+    total = h
+    for _ in range(times - 1):
+        total = total + h
+    total.backward()
+    assert x.grad == times
+    assert x.grad.shape == ()
+    assert isinstance(x.grad, np.ndarray)
+
+
+def test_into_tells_what_is_wanted():
+    asked = []
+
+    def backward(saved, dy, into):
+        asked.append((into.wanted(0), into.wanted(1), into(1)))
+        return dy, dy
+
+    x, constant = leaf([1.0]), Tensor(np.ones(1))
+    record(x.data + constant.data, (x, constant), backward).backward()
+    assert asked == [(True, False, None)]
+    assert x.grad == 1
+
+
+def test_a_backward_that_returns_too_few_gradients_is_noticed():
+    x = leaf([1.0])
+    y = record(x.data * 1, (x, x), lambda saved, dy, into: (dy,))
+    with pytest.raises(ValueError, match="zip"):
+        y.backward()
+
+
+def test_the_fixture_for_saved_arrays_bites():
+    x = leaf([1.0, 2.0])
+    inner = np.ones(2)
+
+    def writes(where):
+        def backward(saved, dy, into):
+            target = {"saved": lambda: saved[0], "nested": lambda: saved[1][0], "dy": lambda: dy}[where]()
+            target += 1
+            return (dy,)
+
+        return backward
+
+    for where in ("saved", "nested", "dy"):
+        y = record(x.data * 1, (x,), writes(where), saved=(x.data, (inner,)))
+        with pytest.raises(ValueError, match="read-only"):
+            y.backward(np.ones(2))
+    x.data[...] = 5  # the views are read-only, their memory is not

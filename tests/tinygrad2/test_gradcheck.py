@@ -1,0 +1,225 @@
+import inspect
+import math
+
+import numpy as np
+import pytest
+
+from tinygrad2 import Tensor, gradcheck, ops, reference, tensor
+from tinygrad2.gradcheck import CASES, check
+from tinygrad2.tensor import record
+
+# What each backward kernel gives: how many arrays it returns, and the buffers that it adds to.
+GIVES = {
+    "add_backward": (2, ()),
+    "subtract_backward": (2, ()),
+    "multiply_backward": (2, ()),
+    "divide_backward": (2, ()),
+    "power_backward": (1, ()),
+    "exp_backward": (1, ()),
+    "log_backward": (1, ()),
+    "tanh_backward": (1, ()),
+    "sum_backward": (1, ()),
+    "max_backward": (1, ()),
+    "getitem_backward": (0, ("dx",)),
+    "matmul_backward": (2, ()),
+    "linear_backward": (1, ("dweight", "dbias")),
+    "embedding_backward": (0, ("dwte", "dwpe")),
+    "dropout_backward": (1, ()),
+    "layernorm_backward": (1, ("dweight", "dbias")),
+    "add_layernorm_backward": (1, ("dweight", "dbias")),
+    "attention_backward": (1, ()),
+    "gelu_backward": (1, ("dbias",)),
+    "gelu_exact_backward": (1, ("dbias",)),
+    "softmax_backward": (1, ()),
+    "cross_entropy_backward": (1, ()),
+    "lm_head_backward": (1, ("dweight",)),
+}
+PLANTS = [(name, part) for name, (returned, buffers) in GIVES.items() for part in (*range(returned), *buffers)]
+VIEWS = ("_reshape_backward", "_transpose_backward")
+
+
+def scaled(gradient):
+    """The whole gradient wrong by 0.1 %."""
+    return gradient * 1.001
+
+
+def one_element(gradient):
+    """The largest element wrong by 0.1 %."""
+    wrong = np.array(gradient)
+    wrong[np.unravel_index(np.argmax(np.abs(wrong)), wrong.shape)] *= 1.001
+    return wrong
+
+
+def planted(kernel, part, damage):
+    """The backward kernel with `damage` done to one of the arrays it returns, or to what it adds to one buffer."""
+    signature = inspect.signature(kernel)
+
+    def wrong(*arguments):
+        if isinstance(part, int):
+            given = kernel(*arguments)
+            if not isinstance(given, tuple):
+                return damage(given)
+            return tuple(damage(array) if i == part else array for i, array in enumerate(given))
+        buffer = signature.bind(*arguments).arguments[part]
+        before = None if buffer is None else buffer.copy()
+        given = kernel(*arguments)
+        if buffer is not None:
+            buffer[...] = before + damage(buffer - before)
+        return given
+
+    return wrong
+
+
+def caught(operation):
+    """Whether a row of the table for this operation fails."""
+    rows = [case for case in CASES if case.name.startswith(operation)]
+    assert rows
+    return any(case.error() > case.bound for case in rows)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient(case):
+    assert case.error(seed=1) <= case.bound
+
+
+@pytest.mark.parametrize("damage", [scaled, one_element])
+@pytest.mark.parametrize(("kernel", "part"), PLANTS)
+def test_an_error_of_a_thousandth_is_caught(monkeypatch, kernel, part, damage):
+    monkeypatch.setattr(reference, kernel, planted(getattr(reference, kernel), part, damage))
+    assert caught(kernel.removesuffix("_backward"))
+
+
+@pytest.mark.parametrize("damage", [scaled, one_element])
+@pytest.mark.parametrize("name", VIEWS)
+def test_an_error_of_a_thousandth_in_a_view_is_caught(monkeypatch, name, damage):
+    right = getattr(tensor, name)
+    monkeypatch.setattr(tensor, name, lambda *arguments: (damage(right(*arguments)[0]),))
+    assert caught(name.removeprefix("_").removesuffix("_backward"))
+
+
+@pytest.mark.parametrize("kernel", ["linear_backward", "attention_backward", "gelu_backward", "add_layernorm_backward"])
+def test_the_transformer_alone_catches_an_error_too(monkeypatch, kernel):
+    monkeypatch.setattr(reference, kernel, planted(getattr(reference, kernel), 0, scaled))
+    assert caught("transformer block")
+    assert caught("transformer, two blocks")
+
+
+def test_every_backward_pass_is_planted_and_has_rows():
+    backward = {name for name in vars(reference) if name.endswith("_backward")}
+    assert backward == set(GIVES)
+    assert {f"_{name}" for name in backward} | set(VIEWS) >= {
+        name for module in (tensor, ops) for name in vars(module) if name.endswith("_backward")
+    }
+    for name, (_, buffers) in GIVES.items():
+        assert hasattr(reference, name.replace("_backward", "_forward"))
+        last = list(inspect.signature(getattr(reference, name)).parameters)[-2:]
+        assert set(buffers) == {argument for argument in last if argument in ("dx", "dweight", "dbias", "dwte", "dwpe")}
+
+
+def wrong_by(factor):
+    """x^2 whose gradient is wrong by a factor."""
+    return lambda x: record(x.data**2, (x,), lambda saved, dy, into: (factor * 2 * saved[0] * dy,), saved=(x.data,))
+
+
+def test_errors_are_relative_and_one_for_each_input():
+    x = np.array([[1.0, -2.0], [0.5, 3.0]])
+    wrong = wrong_by(1.001)
+    right, off = check(lambda a, b: a * wrong(b), [x, x])
+    assert right < 1e-9
+    assert off == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_raises_in_one_line_that_names_the_input():
+    x = np.ones((2, 3))
+    check(wrong_by(1), [x], raises=True)
+    with pytest.raises(
+        AssertionError, match=r"^gradcheck: input hidden of shape \(2, 3\): relative error 1\.0e-03"
+    ) as e:
+        check(lambda a, b: a * wrong_by(1.001)(b), [x, x], raises=True, names=("x", "hidden"))
+    assert "\n" not in str(e.value)
+
+
+def test_the_tolerance_decides():
+    check(wrong_by(1.001), [[1.0, 2.0]], raises=True, tolerance=2e-3)
+    with pytest.raises(AssertionError, match="expected at most 5e-04"):
+        check(wrong_by(1.001), [[1.0, 2.0]], raises=True, tolerance=5e-4)
+
+
+def test_a_gradient_that_never_arrives_is_an_error():
+    detached = [np.array([1.0, 2.0]), np.array([3.0, 4.0])]
+    assert check(lambda a, b: a * b.detach(), detached)[1] == pytest.approx(1)
+    assert check(lambda a: a.detach() * 2, detached[:1]) == [pytest.approx(1)]
+    with pytest.raises(AssertionError, match="no gradient arrived"):
+        check(lambda a, b: a * b.detach(), detached, raises=True)
+
+
+def test_an_input_that_does_not_matter_is_no_error():
+    assert check(lambda a, b: a * 2, [np.ones(3), np.ones(3)])[1] == 0
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_a_gradient_that_is_truly_zero_is_no_error(n):
+    x = np.random.default_rng(0).normal(size=(7, n))
+    assert check(lambda x: ops.softmax(x).sum(-1), [x])[0] < 1e-7
+
+    def key_bias(b):  # shifts every score of a row alike
+        return ops.attention(Tensor(np.tile(x[None, :, :2], 3)) + Tensor(np.eye(3, dtype=float)[1].repeat(2)) * b, 1)
+
+    assert check(key_bias, [[0.5]])[0] < 1e-7
+
+
+def test_a_zero_gradient_given_as_something_else_is_an_error():
+    def shifted(x):
+        y = ops.softmax(x).data.sum(-1)
+        return record(y, (x,), lambda saved, dy, into: (1e-6 * np.ones(saved[0]),), saved=(x.shape,))
+
+    assert check(shifted, [np.random.default_rng(0).normal(size=(7, 5))])[0] > 1e-7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_infinite_errors(value):
+    def in_gradient(x):
+        return record(x.data * 1, (x,), lambda saved, dy, into: (dy * np.array([1, value]),))
+
+    assert check(in_gradient, [np.ones(2)]) == [math.inf]
+    assert check(lambda x: x * Tensor(np.array([1, value])), [np.ones(2)]) == [math.inf]
+    with pytest.raises(AssertionError, match="relative error inf"):
+        check(in_gradient, [np.ones(2)], raises=True)
+
+
+def test_inputs_may_be_lists_tensors_and_float32_and_stay_as_they_are():
+    array = np.array([[1.0, 2.0]], dtype=np.float32)
+    leaf = Tensor(array, requires_grad=True)
+    before = array.copy()
+    assert max(check(lambda a, b, c: a * b * c, [array, leaf, [[3, 4]]])) < 1e-9
+    np.testing.assert_array_equal(array, before)
+    assert leaf.grad is None
+    with pytest.raises(ValueError, match="read-only"):
+        check(lambda x: record(np.negative(x.data, out=x.data), (x,), lambda saved, dy, into: (-dy,)), [array])
+
+
+def test_several_results_and_scalars():
+    assert max(check(lambda a, b: (a * b, a.sum(), b.exp()), [np.array(0.5), np.array(1.5)])) < 1e-9
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="inputs are of type ndarray; expected a list"):
+        check(lambda x: x, np.ones(3))
+    with pytest.raises(TypeError, match="fn returned float; expected a Tensor"):
+        check(lambda x: 1.0, [np.ones(3)])
+
+
+def test_the_command_prints_a_table_and_exits_with_zero(capsys):
+    assert gradcheck.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CASES) + 2
+    assert all(line.endswith("  ok") for line in lines[1:-1])
+    assert lines[-1].startswith(f"{len(CASES)} of {len(CASES)} gradients are right")
+
+
+def test_the_command_exits_with_one_when_a_gradient_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(reference, "exp_backward", lambda dy, y: 1.001 * dy * y)
+    assert gradcheck.main(["--seed", "3"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["exp"]
+    assert lines[-1].startswith(f"{len(CASES) - 1} of {len(CASES)}")

@@ -1,0 +1,117 @@
+import math
+
+import numpy as np
+import pytest
+
+from tinygrad2 import Key, Tensor, nn, ops, random
+
+R = np.random.default_rng(0)
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        self.name = "not a parameter"
+        self.layers = [nn.Linear(3, 4), nn.Linear(4, 2, bias=False)]
+        self.grid = [[nn.LayerNorm(2)], [nn.LayerNorm(2)]]
+        self.norm = nn.LayerNorm(2)
+
+
+def test_names_are_paths_in_the_order_of_registration():
+    model = MLP()
+    assert [name for name, _ in model.named_parameters()] == [
+        "layers.0.weight",
+        "layers.0.bias",
+        "layers.1.weight",
+        "grid.0.0.weight",
+        "grid.0.0.bias",
+        "grid.1.0.weight",
+        "grid.1.0.bias",
+        "norm.weight",
+        "norm.bias",
+    ]
+    named = dict(model.named_parameters())
+    assert named["layers.1.weight"] is model.layers[1].weight
+    assert [id(p) for p in model.parameters()] == [id(p) for p in named.values()]
+
+
+def test_n_parameters():
+    assert nn.Linear(3, 4).n_parameters() == 16
+    assert nn.Linear(3, 4, bias=False).n_parameters() == 12
+    assert nn.LayerNorm(5).n_parameters() == 10
+    assert nn.Embedding(7, 2).n_parameters() == 14
+
+
+def test_layers_call_their_operations():
+    x, tokens = Tensor(R.normal(size=(2, 5, 3))), np.array([[1, 0, 1]])
+    linear, norm = nn.Linear(3, 4, dtype="float64"), nn.LayerNorm(3, eps=0.1, dtype="float64")
+    linear.bias.data = R.normal(size=4)
+    norm.weight.data, norm.bias.data = R.normal(size=3), R.normal(size=3)
+    table = nn.Embedding(7, 2)
+    np.testing.assert_array_equal(linear(x).data, ops.linear(x, linear.weight, linear.bias).data)
+    np.testing.assert_array_equal(norm(x).data, ops.layernorm(x, norm.weight, norm.bias, 0.1).data)
+    s, y = norm.after_adding(x, x)
+    np.testing.assert_array_equal(s.data, 2 * x.data)
+    np.testing.assert_array_equal(y.data, norm(s).data)
+    np.testing.assert_array_equal(table(tokens).data, table.weight.data[tokens])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_initial_values(dtype):
+    linear, norm, table = (
+        nn.Linear(400, 100, dtype=dtype),
+        nn.LayerNorm(4, dtype=dtype),
+        nn.Embedding(400, 90, dtype=dtype),
+    )
+    assert linear.weight.data.std() == pytest.approx(1 / math.sqrt(400), rel=0.03)
+    assert table.weight.data.std() == pytest.approx(0.02, rel=0.03)
+    assert not linear.bias.data.any()
+    np.testing.assert_array_equal(norm.weight.data, np.ones(4))
+    np.testing.assert_array_equal(norm.bias.data, np.zeros(4))
+    assert {p.dtype for layer in (linear, norm, table) for p in layer.parameters()} == {np.dtype(dtype)}
+
+
+def test_layers_without_an_initializer_differ():
+    assert (nn.Linear(3, 4).weight.data != nn.Linear(3, 4).weight.data).all()
+
+
+def test_initializers():
+    key = Key(5, site=2)
+    np.testing.assert_array_equal(nn.normal(0.3, key)((2, 3)), random.normal(key, (2, 3), 0.3))
+    layer = nn.Linear(2, 3, init=nn.normal(0.3, key))
+    np.testing.assert_array_equal(layer.weight.data, random.normal(key, (2, 3), 0.3).astype("float32"))
+    assert not nn.Embedding(2, 3, init=nn.zeros).weight.data.any()
+
+
+def test_a_network_learns():
+    """A small network of these layers fits a function: everything from the layers to the gradients plays together."""
+    net = [nn.Linear(1, 16, dtype="float64"), nn.Linear(16, 1, dtype="float64")]
+    x = Tensor(np.linspace(-2, 2, 32)[:, None])
+    losses = []
+    for _ in range(300):
+        loss = ((net[1](net[0](x).tanh()) - np.sin(2 * x.data)) ** 2).mean()
+        for layer in net:
+            layer.zero_grad()
+        loss.backward()
+        for p in (p for layer in net for p in layer.parameters()):
+            p.data = p.data - 0.1 * p.grad
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_wrong_dtype_and_device():
+    with pytest.raises(ValueError, match=r"^dtype 'int8' is not supported; choose one of float32, float64$"):
+        nn.Linear(1, 1, dtype="int8")
+    with pytest.raises(ValueError, match=r"^device 'tpu' is not available"):
+        nn.LayerNorm(1, device="tpu")
+
+
+def test_a_shared_parameter_counts_once_under_its_first_name():
+    class Tied(nn.Module):
+        def __init__(self):
+            self.encode = nn.Linear(3, 3)
+            self.decode = nn.Linear(3, 3)
+            self.decode.weight = self.encode.weight
+
+    model = Tied()
+    assert [name for name, _ in model.named_parameters()] == ["encode.weight", "encode.bias", "decode.bias"]
+    assert model.n_parameters() == 9 + 3 + 3

@@ -1,0 +1,360 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from tinygrad2 import Key, Tensor, autograd, ops
+from tinygrad2.gradcheck import CASES
+
+R = np.random.default_rng(0)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def values(case, dtype="float64"):
+    random = np.random.default_rng(0)
+    return [np.array(case.draw(random, shape), dtype=dtype) for shape in case.shapes]
+
+
+def run(case, arrays):
+    """The results and the gradients of their (weighted) sum."""
+    inputs = [Tensor(array, requires_grad=True) for array in arrays]
+    y = case.fn(*inputs)
+    results = y if isinstance(y, tuple) else (y,)
+    total = None
+    for result in results:
+        weights = np.linspace(0.5, 1.5, result.size, dtype=result.dtype).reshape(result.shape)
+        part = (result * weights).sum()
+        total = part if total is None else total + part
+    total.backward()
+    return [result.data for result in results], [np.zeros_like(x.data) if x.grad is None else x.grad for x in inputs]
+
+
+def strided(array):
+    """Every second element of a larger array."""
+    spread = np.full(tuple(2 * n for n in array.shape), np.nan, dtype=array.dtype)
+    view = spread[tuple(slice(None, None, 2) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@every_case
+@pytest.mark.parametrize("layout", [np.asfortranarray, strided, read_only])
+def test_any_memory_layout(case, layout):
+    arrays = values(case)
+    placed = [layout(array) for array in arrays]
+    for got, expected in zip(run(case, placed), run(case, arrays), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    for array, same in zip(arrays, placed, strict=True):
+        np.testing.assert_array_equal(array, same)
+
+
+@every_case
+def test_float32_stays_float32(case, monkeypatch):
+    """Results, gradients, everything saved and every gradient on its way."""
+    seen = []
+    node = autograd.Node
+
+    def watched(parents, backward, saved, zeros):
+        def watching(saved, dy, into):
+            out = backward(saved, dy, into)
+            seen.extend([*(dy if isinstance(dy, tuple) else (dy,)), *out])
+            return out
+
+        seen.extend(saved)
+        return node(parents, watching, saved, zeros)
+
+    monkeypatch.setattr(autograd, "Node", watched)
+    results, gradients = run(case, values(case, "float32"))
+    floats = [a for a in [*results, *gradients, *seen] if getattr(a, "dtype", np.dtype(int)).kind == "f"]
+    assert len(floats) > len(results) + len(gradients)
+    assert {a.dtype for a in floats} == {np.dtype("float32")}
+    for got, expected in zip(results, run(case, values(case))[0], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-4)
+
+
+@every_case
+def test_nan_shows(case):
+    """One NaN in an input reaches the results, except where an operation does not look."""
+    arrays = values(case)
+    for array in arrays:
+        array.reshape(-1)[-1] = np.nan
+    blind = {"getitem, pairs", "getitem, repeated integers", "getitem, slices", "embedding", "embedding, positions"}
+    with np.errstate(all="ignore"):
+        results, _ = run(case, arrays)
+    assert case.name in blind or any(np.isnan(result).any() for result in results)
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_add_layernorm_with_one_result_unused_equals_its_parts(dropped):
+    arrays = [R.normal(size=shape) for shape in ((2, 3, 5), (2, 3, 5), (5,), (5,))]
+    fused, apart = ([Tensor(a, requires_grad=True) for a in arrays] for _ in range(2))
+    dy = R.normal(size=(2, 3, 5))
+    ops.add_layernorm(*fused)[1 - dropped].backward(dy)
+    s = apart[0] + apart[1]
+    (ops.layernorm(s, *apart[2:]) if dropped == 0 else s).backward(dy)
+    for a, b in zip(fused, apart, strict=True):
+        if b.grad is None:
+            assert a.grad is None or not a.grad.any()
+        else:
+            np.testing.assert_allclose(a.grad, b.grad, rtol=1e-12)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_gelu_with_a_bias_equals_gelu_of_the_sum(exact):
+    x, bias = Tensor(R.normal(size=(4, 3)), requires_grad=True), Tensor(R.normal(size=3), requires_grad=True)
+    y = ops.gelu(x, bias, exact)
+    np.testing.assert_array_equal(y.data, ops.gelu(x + bias, exact=exact).data)
+
+
+def test_a_constant_weight_gets_no_gradient():
+    x, weight, bias = (Tensor(R.normal(size=shape)) for shape in ((2, 3), (3, 4), (4,)))
+    for wanted in (x, weight, bias):
+        leaf = Tensor(wanted.data, requires_grad=True)
+        arguments = [leaf if t is wanted else t for t in (x, weight, bias)]
+        ops.linear(*arguments).sum().backward()
+        assert leaf.grad.any()
+        assert all(t.grad is None for t in arguments if t is not leaf)
+
+
+def test_a_weight_may_be_computed():
+    """into() serves a weight that is no leaf: its gradient goes on to what it was computed from."""
+    x, weight = Tensor(R.normal(size=(2, 3))), Tensor(R.normal(size=(3, 4)), requires_grad=True)
+    shared = weight * 2
+    (ops.linear(x, shared).sum() + ops.linear(x, shared).sum() + shared.sum()).backward()
+    np.testing.assert_allclose(weight.grad, 2 * (2 * x.data.sum(0)[:, None] + 1) * np.ones((3, 4)), rtol=1e-12)
+
+
+def test_a_tied_embedding_sums_both_gradients():
+    tokens, targets = np.array([[0, 2, 2]]), np.array([[2, 2, 1]])
+    wte = Tensor(R.normal(size=(4, 3)), requires_grad=True)
+    head, table = Tensor(wte.data, requires_grad=True), Tensor(wte.data, requires_grad=True)
+    ops.lm_head(ops.embedding(tokens, wte), wte, targets).backward()
+    ops.lm_head(ops.embedding(tokens, table), head, targets).backward()
+    np.testing.assert_allclose(wte.grad, head.grad + table.grad, rtol=1e-13)
+
+
+def test_dropout_without_a_key_or_a_rate_is_nothing():
+    x = Tensor(R.normal(size=(2, 3)), requires_grad=True)
+    assert ops.dropout(x, 0.5, None) is x
+    assert ops.dropout(x, 0.0, Key(0)) is x
+    qkv = Tensor(R.normal(size=(1, 4, 6)))
+    np.testing.assert_array_equal(ops.attention(qkv, 1, 0.0, Key(0)).data, ops.attention(qkv, 1, 0.5, None).data)
+    assert (ops.attention(qkv, 1, 0.5, Key(0)).data != ops.attention(qkv, 1).data).any()
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_splitting_a_batch_gives_the_same_masks_and_gradients(split):
+    arrays = R.normal(size=(6, 5, 12)), R.normal(size=(6, 5, 4))
+
+    def gradient(parts):
+        out = []
+        for start, part, dy in parts:
+            key = Key(1, 2, first_sample=start)
+            x = Tensor(part, requires_grad=True)
+            ops.dropout(ops.attention(x, 2, 0.4, key.at(1)), 0.4, key.at(2)).backward(dy)
+            out.append(x.grad)
+        return np.concatenate(out)
+
+    parts = [(i, arrays[0][i : i + split], arrays[1][i : i + split]) for i in range(0, 6, split)]
+    np.testing.assert_allclose(gradient(parts), gradient([(0, *arrays)]), rtol=1e-10, atol=1e-14)
+
+
+def saved_bytes(y):
+    return sum(a.nbytes for a in y._edge[0].saved if isinstance(a, np.ndarray))
+
+
+def test_attention_saves_as_T_not_T_squared():
+    sizes = []
+    for T in (64, 128, 256, 512):
+        y = ops.attention(Tensor(np.ones((1, T, 12), dtype=np.float32), requires_grad=True), 2, 0.1, Key(0))
+        sizes.append(saved_bytes(y))
+        assert sizes[-1] == 4 * T * (12 + 4 + 2)  # qkv, the result, lse
+    assert sizes[-1] == 8 * sizes[0]
+
+
+def test_attention_works_in_memory_that_grows_as_T():
+    peaks = []
+    for T in (512, 1024):
+        qkv = Tensor(np.ones((1, T, 6), dtype=np.float32), requires_grad=True)
+        tracemalloc.start()
+        ops.attention(qkv, 1).backward(np.ones((1, T, 2), dtype=np.float32))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2.5 * peaks[0]
+
+
+def test_dropout_saves_no_mask():
+    y = ops.dropout(Tensor(np.ones((4, 100)), requires_grad=True), 0.5, Key(0))
+    assert saved_bytes(y) == 0
+
+
+def test_tokens_may_be_lists_arrays_of_any_integer_type_and_tensors():
+    wte = Tensor(R.normal(size=(4, 3)))
+    expected = wte.data[[[0, 3, 1]]]
+    for tokens in ([[0, 3, 1]], ((0, 3, 1),), np.array([[0, 3, 1]], dtype=np.uint16), Tensor(np.array([[0, 3, 1]]))):
+        np.testing.assert_array_equal(ops.embedding(tokens, wte).data, expected)
+
+
+def ones(*shape):
+    return Tensor(np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: ops.linear(ones(2, 3), ones(4, 5)),
+            ValueError,
+            "linear: x has shape (2, 3), weight (4, 5); expected (..., C_in), (C_in, C_out)",
+        ),
+        (lambda: ops.linear(ones(2, 3), ones(3)), ValueError, "linear: x has shape (2, 3), weight (3,)"),
+        (lambda: ops.linear(ones(), ones(3, 3)), ValueError, "linear: x has shape (), weight (3, 3)"),
+        (
+            lambda: ops.linear(ones(2, 3), ones(3, 4), ones(3)),
+            ValueError,
+            "linear: bias has shape (3,); expected (4,)",
+        ),
+        (
+            lambda: ops.embedding([[0, 4]], ones(4, 3)),
+            ValueError,
+            "embedding: tokens hold 4; expected integers in [0, 4)",
+        ),
+        (
+            lambda: ops.embedding([[0, -1]], ones(4, 3)),
+            ValueError,
+            "embedding: tokens hold -1; expected integers in [0, 4)",
+        ),
+        (lambda: ops.embedding(np.ones((1, 2)), ones(4, 3)), TypeError, "embedding: tokens are of dtype float64"),
+        (lambda: ops.embedding([[]], ones(4, 3)), (TypeError, ValueError), "embedding: tokens "),
+        (
+            lambda: ops.embedding(np.zeros((2, 0), dtype=int), ones(4, 3)),
+            ValueError,
+            "embedding: tokens have shape (2, 0), which holds nothing",
+        ),
+        (
+            lambda: ops.embedding([[0, 1]], ones(4, 3), ones(5, 4)),
+            ValueError,
+            "embedding: wpe has shape (5, 4); expected (5, 3)",
+        ),
+        (
+            lambda: ops.embedding([[0, 1, 2]], ones(4, 3), ones(5, 3), 3),
+            ValueError,
+            "embedding: positions 3 to 5 asked for; wpe has 5",
+        ),
+        (
+            lambda: ops.dropout(ones(2), 1.0, None),
+            ValueError,
+            "dropout: the dropout rate is 1.0; expected 0 <= rate < 1",
+        ),
+        (lambda: ops.dropout(ones(2), -0.1, None), ValueError, "dropout: the dropout rate is -0.1"),
+        (lambda: ops.dropout(ones(2), float("nan"), None), ValueError, "dropout: the dropout rate is nan"),
+        (
+            lambda: ops.layernorm(ones(2, 3), ones(2), ones(3)),
+            ValueError,
+            "layernorm: weight has shape (2,); expected (3,)",
+        ),
+        (
+            lambda: ops.layernorm(ones(2, 3), ones(3), ones(1)),
+            ValueError,
+            "layernorm: bias has shape (1,); expected (3,)",
+        ),
+        (
+            lambda: ops.add_layernorm(ones(2, 3), ones(3), ones(3), ones(3)),
+            ValueError,
+            "add_layernorm: delta has shape (3,); expected (2, 3)",
+        ),
+        (
+            lambda: ops.add_layernorm(ones(2, 3), ones(2, 3), ones(2), ones(3)),
+            ValueError,
+            "add_layernorm: weight has shape (2,); expected (3,)",
+        ),
+        (
+            lambda: ops.add_layernorm(ones(2, 3), ones(2, 3), ones(3), ones(2)),
+            ValueError,
+            "add_layernorm: bias has shape (2,); expected (3,)",
+        ),
+        (
+            lambda: ops.attention(ones(2, 5, 100), 4),
+            ValueError,
+            "attention: qkv has shape (2, 5, 100); expected (B, T, 3 * n_head * head_dim) with n_head = 4",
+        ),
+        (lambda: ops.attention(ones(5, 12), 4), ValueError, "attention: qkv has shape (5, 12)"),
+        (lambda: ops.attention(ones(1, 5, 12), 4, 1.5), ValueError, "attention: the dropout rate is 1.5"),
+        (lambda: ops.gelu(ones(2, 3), ones(2)), ValueError, "gelu: bias has shape (2,); expected (3,)"),
+        (
+            lambda: ops.cross_entropy(ones(2, 3), [0, 3]),
+            ValueError,
+            "cross_entropy: targets hold 3; expected integers in [0, 3)",
+        ),
+        (
+            lambda: ops.cross_entropy(ones(2, 3), [0]),
+            ValueError,
+            "cross_entropy: targets has shape (1,); expected (2,)",
+        ),
+        (lambda: ops.cross_entropy(ones(1, 3), [0.5]), TypeError, "cross_entropy: targets are of dtype float64"),
+        (
+            lambda: ops.lm_head(ones(2, 3), ones(3, 4), [0, 1]),
+            ValueError,
+            "lm_head: x has shape (2, 3), weight (3, 4); expected (..., C) and (V, C)",
+        ),
+        (lambda: ops.lm_head(ones(2, 3), ones(4, 3), [0, 4]), ValueError, "lm_head: targets hold 4"),
+        (
+            lambda: ops.lm_head(ones(2, 3), ones(4, 3), [0]),
+            ValueError,
+            "lm_head: targets has shape (1,); expected (2,)",
+        ),
+        (
+            lambda: ops.attention_cached(ones(1, 3, 6), np.zeros((2, 1, 1, 4, 2)), 2, 1),
+            ValueError,
+            "attention_cached: 5 positions needed; the cache holds 4",
+        ),
+        (
+            lambda: ops.attention_cached(
+                Tensor(np.ones((1, 1, 6)), requires_grad=True), np.zeros((2, 1, 1, 4, 2)), 0, 1
+            ),
+            RuntimeError,
+            "attention_cached: it has no backward pass; generate inside no_grad()",
+        ),
+    ],
+)
+def test_a_wrong_argument_gets_one_clear_line(call, error, message):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w: ops.linear(x, Tensor(w.data.astype("f8"))), "dtypes float32, float64; expected one float type"),
+        (lambda x, w: ops.linear(x.data, w), "expected Tensors, got ndarray"),
+        (lambda x, w: ops.softmax(Tensor(np.arange(3))), "dtypes int64; expected one float type"),
+        (lambda x, w: ops.embedding([0, 1], w, w, first_position=-1), "positions -1 to 0 asked for"),
+        (lambda x, w: ops.embedding(np.int64(1), w, w), r"tokens have shape \(\); with positions"),
+        (lambda x, w: ops.embedding([[0], [1, 2]], w), "rows of different lengths"),
+        (lambda x, w: ops.embedding([[]], w), "holds nothing"),
+        (lambda x, w: ops.attention(Tensor(np.ones((1, 2, 6))), 0), "n_head = 0"),
+        (lambda x, w: ops.cross_entropy(Tensor(1.0), 0), r"logits have shape \(\)"),
+        (lambda x, w: ops.cross_entropy(x, None), "targets are of type NoneType"),
+        (lambda x, w: ops.dropout(Tensor(np.ones((0, 3))), 0.5, Key(0)), r"x has shape \(0, 3\)"),
+    ],
+)
+def test_what_would_be_promoted_or_misread_is_refused(call, message):
+    x, w = Tensor(np.ones((2, 3), dtype=np.float32)), Tensor(np.ones((3, 3), dtype=np.float32))
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(x, w)
+
+
+def test_numpy_scalars_as_arguments_do_not_promote():
+    x, w = Tensor(np.ones((2, 3), dtype=np.float32)), Tensor(np.ones(3, dtype=np.float32))
+    assert ops.layernorm(x, w, w, np.float64(1e-5)).dtype == np.float32
+    assert ops.dropout(x, np.float64(0.5), Key(0)).dtype == np.float32
+    assert (x ** np.float64(2)).dtype == np.float32

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config
+from tinygrad2 import Key, Tensor, nn, ops
+from tinygrad2.params import Parameter, ParameterArena
+
+CONFIG = GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=3, n_head=2)
+TOKENS = np.arange(10).reshape(2, 5)
+
+
+def arena_of(**arrays):
+    return ParameterArena((name, Parameter(np.array(values, dtype="float32"))) for name, values in arrays.items())
+
+
+def test_the_regions_hold_every_parameter_once():
+    model = GPT2(CONFIG)
+    before = {name: p.data.copy() for name, p in model.named_parameters()}
+    arena = model.arena()
+    assert [region.name for region in arena.regions] == ["decay", "no_decay"]
+    for region in arena.regions:
+        stops = [0, *(stop for _, stop in region.where.values())]
+        assert [start for start, _ in region.where.values()] == stops[:-1]
+        assert region.values.shape == region.grads.shape == (stops[-1],)
+    assert sorted(name for region in arena.regions for name in region.where) == sorted(before)
+    assert sum(region.values.size for region in arena.regions) == model.n_parameters()
+    for name, p in model.named_parameters():
+        np.testing.assert_array_equal(p.data, before[name])
+        assert (name in arena.regions[0].where) == (p.ndim == 2)
+
+
+def test_parameters_are_views_of_the_flat_buffers():
+    model = GPT2(CONFIG)
+    arena = model.arena()
+    for region in arena.regions:
+        region.values[...] = np.arange(region.values.size)
+        region.grads[...] = -np.arange(region.values.size)
+        for name, (start, stop) in region.where.items():
+            p = arena.parameters[name]
+            np.testing.assert_array_equal(p.data.reshape(-1), np.arange(start, stop))
+            np.testing.assert_array_equal(p.grad.reshape(-1), -np.arange(start, stop))
+    assert model.arena() is arena
+
+
+@pytest.mark.parametrize("key", [None, Key(0)])
+def test_the_regions_stand_in_the_order_in_which_backward_finishes(key):
+    model = GPT2(CONFIG)
+    arena, fired = model.arena(), []
+    for name, p in model.named_parameters():
+        p.leaf.on_final = lambda name=name: fired.append(name)
+    for _ in range(2):  # every time anew
+        fired.clear()
+        model.loss(TOKENS, TOKENS, key).backward()
+        assert len(fired) == len(arena.parameters)
+        for region in arena.regions:
+            assert [name for name in fired if name in region.where] == list(region.where)
+    assert fired[-1] == list(arena.regions[0].where)[-1] == "wte.weight"
+
+
+def test_what_a_hook_sees_is_final():
+    model, seen = GPT2(CONFIG), {}
+    model.arena()
+    for name, p in model.named_parameters():
+        p.leaf.on_final = lambda name=name, p=p: seen.update({name: p.grad.copy()})
+    model.loss(TOKENS, TOKENS).backward()
+    for name, p in model.named_parameters():
+        np.testing.assert_array_equal(seen[name], p.grad)
+        assert p.grad.any()
+
+
+def test_placing_takes_values_and_gradients_along():
+    p, q = Parameter(np.ones((2, 2))), Parameter(np.full(3, 2.0))
+    p.grad = np.full((2, 2), 5.0)
+    arena = ParameterArena([("p", p), ("q", q)])
+    np.testing.assert_array_equal(arena.regions[0].values, np.ones(4))
+    np.testing.assert_array_equal(arena.regions[0].grads, np.full(4, 5.0))
+    np.testing.assert_array_equal(arena.regions[1].grads, np.zeros(3))
+
+
+def test_gradients_before_and_after_placing_are_the_same():
+    apart, placed = GPT2(CONFIG, dtype="float64"), GPT2(CONFIG, dtype="float64")
+    placed.arena()
+    for model in (apart, placed):
+        model.loss(TOKENS, TOKENS).backward()
+    for (name, a), b in zip(apart.named_parameters(), placed.parameters(), strict=True):
+        np.testing.assert_array_equal(a.grad, b.grad, err_msg=name)
+
+
+def test_assigning_data_keeps_the_arena():
+    arena = arena_of(w=[[1, 2]], b=[3])
+    w = arena.parameters["w"]
+    w.data = np.array([[7.0, 8.0]])
+    np.testing.assert_array_equal(arena.regions[0].values, [7, 8])
+    assert np.shares_memory(w.data, arena.regions[0].values)
+    assert w.dtype == "float32"
+    with pytest.raises(ValueError, match=r"^parameter: data of shape \(2,\) assigned; expected \(1, 2\)$"):
+        w.data = np.zeros(2)
+
+
+def test_assigning_grad_keeps_the_arena():
+    arena = arena_of(w=[[1, 2]], b=[3])
+    w, grads = arena.parameters["w"], arena.regions[0].grads
+    w.grad = np.array([[7.0, 8.0]])
+    np.testing.assert_array_equal(grads, [7, 8])
+    w.grad = None
+    np.testing.assert_array_equal(grads, [0, 0])
+    (w * 3).sum().backward()
+    np.testing.assert_array_equal(grads, [3, 3])
+    assert np.shares_memory(w.grad, grads)
+
+
+def test_a_parameter_outside_an_arena_clears_its_gradient():
+    p = Parameter(np.ones(2))
+    assert p.grad is None
+    (p * 2).sum().backward()
+    np.testing.assert_array_equal(p.grad, [2, 2])
+    p.grad = None
+    assert p.grad is None
+    with pytest.raises(ValueError, match="grad of shape"):
+        p.grad = np.ones(3)
+
+
+def test_zero_grad():
+    model = GPT2(CONFIG)
+    arena = model.arena()
+    for clear in (arena.zero_grad, model.zero_grad):
+        model.loss(TOKENS, TOKENS).backward()
+        clear()
+        assert not any(region.grads.any() for region in arena.regions)
+
+
+def test_gradients_accumulate_in_the_arena():
+    model = GPT2(CONFIG, dtype="float64")
+    arena = model.arena()
+    model.loss(TOKENS, TOKENS).backward()
+    once = [region.grads.copy() for region in arena.regions]
+    model.loss(TOKENS, TOKENS).backward()
+    for region, grads in zip(arena.regions, once, strict=True):
+        np.testing.assert_allclose(region.grads, 2 * grads, rtol=1e-9, atol=1e-15)
+
+
+def test_a_parameter_is_a_tensor():
+    p = Parameter(np.ones((2, 3)))
+    assert isinstance(p, Tensor)
+    assert p.requires_grad
+    assert ops.linear(Tensor(np.ones((4, 2))), p).shape == (4, 3)
+
+
+def test_wrong_parameters():
+    with pytest.raises(ValueError, match=r"^ParameterArena: there are no parameters$"):
+        nn.Module().arena()
+    mixed = [("a", Parameter(np.ones(2))), ("b", Parameter(np.ones(2, dtype="float32")))]
+    with pytest.raises(TypeError, match=r"^ParameterArena: a is float64, others are float32; use one dtype$"):
+        ParameterArena(mixed)
