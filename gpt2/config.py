@@ -94,14 +94,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 # processor cores train on bytes in two minutes.
 PRESETS = {
     "nano": GPT2Config(
-        vocab_size=257,
-        n_positions=256,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
+        vocab_size=257, n_positions=64, n_embd=128, n_layer=4, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
     ),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),

@@ -74,15 +74,15 @@ class Options:
 SMALL_MODEL = 20_000_000  # parameters
 IMPLIED: dict[str, dict[str, Any]] = {
     "small": {
-        "batch_size": 16,
-        "block_size": 128,
-        "max_iters": 600,
-        "learning_rate": 2e-3,
-        "warmup_iters": 30,
-        "eval_interval": 100,
-        "eval_iters": 20,
-        "save_interval": 100,
-        "log_interval": 10,
+        "batch_size": 8,  # small batches: in a minute or two, many small steps learn more than a few large ones
+        "block_size": 1024,
+        "max_iters": 2200,
+        "learning_rate": 3e-3,
+        "warmup_iters": 100,
+        "eval_interval": 400,
+        "eval_iters": 100,
+        "save_interval": 400,
+        "log_interval": 50,
     },
     "large": {
         "batch_size": 4,

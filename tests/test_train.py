@@ -310,10 +310,10 @@ BAD = {
     ),
     "a context longer than the model's": (
         None,
-        ["--block-size", "257"],
-        "257 is longer than the model's context of 256",
+        ["--block-size", "65"],
+        "65 is longer than the model's context of 64",
     ),
-    "too little data": (None, ["--preset", "nano", "--block-size", "256", "--data", "small"], "no such data set"),
+    "too little data": (None, ["--preset", "nano", "--block-size", "64", "--data", "small"], "no such data set"),
     "a batch that does not divide": (
         None,
         ["--total-batch-size", "100"],
