@@ -13,6 +13,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.generate import check_sampling, stream_text
 from gpt2.options import Parser
 from tinygrad2 import checkpoint
+from tinygrad2.backend import DEVICES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="the same seed gives the same text [%(default)s]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
     add("--checkpoint", metavar="DIR", help="a model folder, or the out-dir of a training run")
-    add("--device", default="auto", choices=("auto", "cpu"), help="where to compute [%(default)s]")
+    add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
     options = parser.parse_args(argv)
     for name, value, least in (("--max-tokens", options.max_tokens, 0), ("--samples", options.samples, 1)):
         if value < least:
@@ -52,17 +53,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(options) -> int:
     folder = find_model(options.checkpoint)
-    device = "cpu" if options.device == "auto" else options.device
     if folder is None:
         print(
             "no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one",
             file=sys.stderr,
         )
         tokenizer = Tokenizer.load("bytes")
-        model = GPT2(GPT2Config.preset("nano"), device=device)
+        model = GPT2(GPT2Config.preset("nano"), device=options.device)
     else:
         print(f"model: {folder}", file=sys.stderr)
-        model = GPT2.from_pretrained(folder, device=device)
+        model = GPT2.from_pretrained(folder, device=options.device)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
     pieces = stream_text(

@@ -11,6 +11,9 @@ import os
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,15 @@ from gpt2.evaluate import mean_loss
 from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, flag, parse
 from tinygrad2 import Key, optim
+from tinygrad2.backend import Fetch
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv, __doc__)
     try:
         return train(given)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-    except MemoryError as error:
-        print(f"train.py: out of memory ({error}); a smaller --batch-size needs less", file=sys.stderr)
     return 1
 
 
@@ -53,7 +55,7 @@ def train(given: dict[str, Any]) -> int:
     data, validation, tokenizer = open_data(options)
     config = with_vocabulary(config, tokenizer, options, saved)
     source = saved.folder if saved else options.init
-    model = GPT2(config, seed=None if source else options.seed, device=device(options), dtype=options.dtype)
+    model = GPT2(config, seed=None if source else options.seed, device=options.device, dtype=options.dtype)
     if source:
         weights.load_into(model, source)
     optimizer = optim.AdamW(model, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
@@ -65,67 +67,65 @@ def train(given: dict[str, Any]) -> int:
 
     describe(options, model, tokenizer, data, validation, micro_steps, progress)
     stop = StopRequest()
-    started, first = time.perf_counter(), progress.step
+    launched: deque[tuple[Fetch, dict[str, Any]]] = deque()  # steps whose loss has not come back from the device yet
+    per_step, first, started = micro_steps * options.batch_size, progress.step, time.perf_counter()
+    mark = started
     while progress.step < options.max_iters and not stop.requested:
         # One step: gradients of the mean loss over the micro-steps, clipped, then AdamW.
-        began = time.perf_counter()
-        loss = 0.0
-        for micro in range(micro_steps):
-            first_sample = micro * options.batch_size
-            indices = order.indices(progress.samples + first_sample, options.batch_size)
-            tokens, targets = data.batch(indices, options.block_size)
-            key = Key(options.seed, progress.step, first_sample)
-            part = model.loss(tokens, targets, key) * (1 / micro_steps)
-            part.backward()
-            loss += part.item()
-        optimizer.lr = optim.cosine(
-            progress.step,
-            lr=options.learning_rate,
-            min_lr=options.min_lr,
-            warmup=options.warmup_iters,
-            decay_steps=options.lr_decay_iters,
-        )
-        norm = float(optimizer.step(max_norm=options.grad_clip or None))
-        optimizer.zero_grad()
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            raise ValueError(
-                f"step {progress.step + 1}: the loss is {loss} and the gradient's norm {norm}; this step was not made. "
-                f"{last_checkpoint(folder)} Try a lower --learning-rate (it was {optimizer.lr:.2e})"
+        loss: Any = 0.0
+        with explained(config, options, model):
+            for micro in range(micro_steps):
+                first_sample = micro * options.batch_size
+                indices = order.indices(progress.samples + first_sample, options.batch_size)
+                tokens, targets = data.batch(indices, options.block_size)
+                key = Key(options.seed, progress.step, first_sample)
+                part = model.loss(tokens, targets, key) * (1 / micro_steps)
+                part.backward()
+                loss = loss + part.data
+            optimizer.lr = optim.cosine(
+                progress.step,
+                lr=options.learning_rate,
+                min_lr=options.min_lr,
+                warmup=options.warmup_iters,
+                decay_steps=options.lr_decay_iters,
             )
-        seconds = time.perf_counter() - began
-        n_tokens = micro_steps * options.batch_size * options.block_size
+            norm = optimizer.step(max_norm=options.grad_clip or None)
+            optimizer.zero_grad()
         progress.step += 1
-        progress.samples += micro_steps * options.batch_size
-        progress.tokens += n_tokens
-        progress.seconds += seconds
-        row = {
-            "step": progress.step,
-            "loss": loss,
-            "lr": optimizer.lr,
-            "grad_norm": norm,
-            "seconds": round(seconds, 6),
-            "tokens_per_s": round(n_tokens / seconds, 1),
-            "tokens": progress.tokens,
-        }
+        progress.samples += per_step
+        progress.tokens += per_step * options.block_size
+        row = {"step": progress.step, "lr": optimizer.lr, "tokens": progress.tokens}
+        launched.append((model.backend.fetch(loss, norm), row))
+
+        # What came back is logged: on a GPU the host launches a step while the one before is still computed.
         last = progress.step == options.max_iters
-        if last or progress.step % options.log_interval == 0 or progress.step == first + 1:
-            left = (time.perf_counter() - started) / (progress.step - first) * (options.max_iters - progress.step)
-            say(
-                f"step {progress.step:,}/{options.max_iters:,} | loss {loss:.4f} | lr {optimizer.lr:.2e} | "
-                f"norm {norm:.2f} | {1000 * seconds:,.0f} ms | {n_tokens / seconds:,.0f} tok/s | eta {clock(left)}"
-            )
-        better = False
-        if last or every(options.eval_interval, progress.step):
+        evaluating = last or every(options.eval_interval, progress.step)
+        saving = last or every(options.save_interval, progress.step)
+        waiting = evaluating or saving or stop.requested
+        while launched and (waiting or len(launched) > 1 or launched[0][0].ready()):
+            fetch, row = launched.popleft()
+            loss_value, norm_value = fetch.get()
+            finish(row, loss_value, norm_value, time.perf_counter() - mark, per_step * options.block_size, folder)
+            mark = time.perf_counter()
+            progress.seconds += row["seconds"]
+            n = int(row["step"])
+            if n in (first + 1, options.max_iters) or every(options.log_interval, n):
+                say_step(row, options.max_iters, (mark - started) / (n - first))
+            if not (evaluating and n == progress.step):
+                folder.log(**row)
+        if evaluating:
             value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
-            better = progress.best is None or value < progress.best["val_loss"]
-            if better:
+            folder.log(**row, val_loss=value)
+            if progress.best is None or value < progress.best["val_loss"]:
                 progress.best = {"step": progress.step, "val_loss": value}
-            row["val_loss"] = value
-            say(f"  validation loss {value:.4f}{' (the best so far)' if better else ''}. A sample:")
+                saving = True
+            remark = " (the best so far)" if progress.best["step"] == progress.step else ""
+            say(f"  validation loss {value:.4f}{remark}. A sample:")
             show_sample(model, tokenizer, options.seed + progress.step)
-        folder.log(**row)
-        if last or better or stop.requested or every(options.save_interval, progress.step):
+        if saving or stop.requested:
             written = folder.save(model, optimizer, tokenizer, progress, kept)
+        if waiting:
+            mark = time.perf_counter()
 
     if progress.step < options.max_iters:
         if stop.requested and progress.step == first:
@@ -142,6 +142,35 @@ def train(given: dict[str, Any]) -> int:
     )
     say(f"next: {sample_command(folder)}")
     return 0
+
+
+def finish(row: dict[str, Any], loss: float, norm: float, seconds: float, tokens: int, folder: run.RunFolder) -> None:
+    """Complete the row of a step with what came back from it. Raises ValueError where that is not finite."""
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        raise ValueError(
+            f"step {row['step']}: the loss is {loss} and the gradient's norm {norm}; this step was not made. "
+            f"{last_checkpoint(folder)} Try a lower --learning-rate (it was {row['lr']:.2e})"
+        )
+    lr, total = row.pop("lr"), row.pop("tokens")
+    row.update(loss=loss, lr=lr, grad_norm=norm, seconds=round(seconds, 6))
+    row.update(tokens_per_s=round(tokens / seconds, 1), tokens=total)
+
+
+@contextmanager
+def explained(config: GPT2Config, options: Options, model: GPT2) -> Iterator[None]:
+    """Where memory runs out, say what a step needs."""
+    try:
+        yield
+    except MemoryError:
+        need = config.memory(options.batch_size, options.block_size, np.dtype(options.dtype).itemsize)
+        parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
+        there = model.backend.memory()
+        raise MemoryError(
+            f"out of memory: {options.batch_size} sequences of {options.block_size} tokens need {parts} = "
+            f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
+            + (f"; {there[0] / 1e9:.2f} of the device's {there[1] / 1e9:.2f} GB are free" if there else "")
+            + "; use a smaller --batch-size, with --total-batch-size for as many tokens a step"
+        ) from None
 
 
 def fresh(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
@@ -227,11 +256,6 @@ def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, options: Options, 
     return config
 
 
-def device(options: Options) -> str:
-    """The device to compute on; `auto` is the best one there is."""
-    return "cpu" if options.device == "auto" else options.device
-
-
 def describe(
     options: Options,
     model: GPT2,
@@ -248,7 +272,7 @@ def describe(
     epochs = options.max_iters * per_step / data.tokens
     say(
         f"model     {name}: {model.n_parameters():,} parameters ({c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads)"
-        f", {options.dtype} on {model.device} ({os.cpu_count()} cores)"
+        f", {options.dtype} on {model.backend.device} ({os.cpu_count()} cores)"
     )
     say(f"data      {data.tokens:,} tokens to train on, {validation.tokens:,} to validate ({tokenizer.name})")
     say(
@@ -286,6 +310,14 @@ def show_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> None:
     text = "".join(piece for _, piece in pieces)
     text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # bytes could steer the terminal
     say("".join(f"    {line}\n" for line in text.strip().splitlines()).rstrip("\n"))
+
+
+def say_step(row: dict[str, Any], steps: int, seconds_each: float) -> None:
+    say(
+        f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
+        f"{1000 * row['seconds']:,.0f} ms | {row['tokens_per_s']:,.0f} tok/s | "
+        f"eta {clock(seconds_each * (steps - row['step']))}"
+    )
 
 
 def every(interval: int, step: int) -> bool:

@@ -77,6 +77,30 @@ class GPT2Config:
         block = 2 * 2 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C)
         return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
 
+    def memory(self, batch_size: int, block_size: int, itemsize: int = 4) -> dict[str, int]:
+        """Bytes that a training step keeps: batch_size sequences of block_size tokens, itemsize bytes a number.
+
+        Activations are what the backward pass is given: for each layer 16 arrays of (B, T, C) (two sums and their
+        normalised forms, q k v, attention's result, and 4 + 4 in the MLP). Temporary arrays come on top.
+        """
+        n, rows = self.n_parameters, batch_size * block_size
+        return {
+            "weights": n * itemsize,
+            "gradients": n * itemsize,
+            "moments": 2 * n * itemsize,
+            "activations": (16 * self.n_layer + 3) * rows * self.n_embd * itemsize,
+            "logits": rows * self.vocab_size * itemsize,
+        }
+
+    def flops_per_token(self, block_size: int) -> int:
+        """Floating-point operations of training on one token: 6 a weight, and causal attention's.
+
+        Forward takes 2 a weight and 2 T C a layer in attention (q k^T and P V, half of T keys on average), backward
+        twice as much. The position embedding multiplies nothing; the token embedding does, as the output layer.
+        """
+        weights = self.n_parameters - self.n_positions * self.n_embd
+        return 6 * weights + 6 * self.n_layer * self.n_embd * block_size
+
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
 

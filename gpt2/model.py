@@ -12,7 +12,7 @@ from gpt2 import weights
 from gpt2.config import GPT2Config
 from gpt2.generate import KVCache, generate
 from tinygrad2 import Key, Tensor, nn, ops
-from tinygrad2.backend import check_dtype, get_backend
+from tinygrad2.backend import Backend, check_dtype
 
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
@@ -87,13 +87,12 @@ class GPT2(nn.Module):
     config  sizes and dropout rates.
     seed    of the initial weights: normal(0, 0.02), the two projections of each block onto the residual stream scaled
             by 1 / sqrt(2 n_layer); None leaves them zero, for loading.
-    device, dtype   where the parameters live ("cpu") and their type ("float32" to train, "float64" to check).
+    device  where the parameters live: "cpu", "cuda", or "auto" for a GPU where there is one.
+    dtype   "float32" to train, "float64" to check.
     """
 
     def __init__(self, config: GPT2Config, seed: int | None = 0, device: str = "cpu", dtype: str = "float32"):
         self.config = config
-        self.device = device
-        self.backend = get_backend(device)
         self.dtype = check_dtype(dtype).name
         place: dict[str, Any] = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
@@ -103,6 +102,11 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.normal(std), **place)
         self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+
+    @property
+    def backend(self) -> Backend:
+        """Where the model computes: the backend of its parameters."""
+        return self.wte.weight.backend
 
     def features(self, tokens: Any, key: Key | None = None, cache: KVCache | None = None) -> Tensor:
         """The last layer's normalised activations: tokens (B, T) -> (B, T, C).

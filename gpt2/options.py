@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2.config import PRESETS, GPT2Config
-from tinygrad2.backend import DTYPES
+from tinygrad2.backend import DEVICES, DTYPES
 
 
 def _option(
@@ -44,7 +44,7 @@ class Options:
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
     init: str | None = _option(None, str, "start from the weights in this model folder (fine-tuning)")
-    device: str = _one_of("auto", "where to compute", ("auto", "cpu"))
+    device: str = _one_of("auto", "where to compute", DEVICES)
     dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
     data: str | None = _option(None, str, "data set: a name under data/, or a folder [pydoc, for nano]")
     out_dir: str = _option("out", str, "where the log and the checkpoints go")

@@ -7,8 +7,10 @@ from tinygrad2 import autograd
 
 
 def _read_only(value):
-    if isinstance(value, tuple):
-        return tuple(map(_read_only, value))
+    if hasattr(value, "_replace"):  # a named tuple
+        return type(value)(*map(_read_only, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_read_only, value))
     if not isinstance(value, numpy.ndarray):
         return value
     view = value.view()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy
 
@@ -49,6 +49,15 @@ class Module:
         if "_arena" not in vars(self):
             self._arena = ParameterArena(self.named_parameters())
         return self._arena
+
+    def to(self, device: str) -> Self:
+        """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer follows by itself."""
+        backend = get_backend(device)
+        for parameter in self.parameters():
+            if parameter.backend is not backend:
+                parameter.move(backend)
+                vars(self).pop("_arena", None)
+        return self
 
     def zero_grad(self) -> None:
         """Clear every gradient."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy
 
-from tinygrad2.backend import backend_of
+from tinygrad2.autograd import is_recording
+from tinygrad2.backend import Backend, backend_of
 from tinygrad2.random import Key
+from tinygrad2.reference import TokenRuns
 from tinygrad2.tensor import Tensor, record
 
 
@@ -45,7 +47,8 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
     """
     _check_tensors("embedding", wte, wpe)
     backend = backend_of(wte.data)
-    ids = _indices(backend, "embedding", "tokens", tokens, wte.shape[0])
+    host = _host_indices("embedding", "tokens", tokens, wte.shape[0])
+    ids = backend.upload(host)
     if wpe is not None:
         _expect("embedding", "wpe", wpe, (wpe.shape[0], wte.shape[1]))
         if ids.ndim == 0:
@@ -55,14 +58,35 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
             raise ValueError(f"embedding: positions {first_position} to {end - 1} asked for; wpe has {wpe.shape[0]}")
     y = backend.kernels.embedding_forward(ids, wte.data, None if wpe is None else wpe.data, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
-    return record(y, parents, _embedding_backward, saved=(ids, first_position, wpe is not None))
+    runs = _token_runs(host, backend) if wte.requires_grad and is_recording() else None
+    return record(y, parents, _embedding_backward, saved=(runs, first_position, wpe is not None))
 
 
 def _embedding_backward(saved, dy, into):
-    tokens, first_position, has_wpe = saved
+    runs, first_position, has_wpe = saved
     dwpe = into(1) if has_wpe else None
-    backend_of(dy).kernels.embedding_backward(dy, tokens, first_position, into(0), dwpe)
+    backend_of(dy).kernels.embedding_backward(dy, runs, first_position, into(0), dwpe)
     return (None, None) if has_wpe else (None,)
+
+
+def _token_runs(tokens: numpy.ndarray, backend: Backend) -> TokenRuns:
+    """Where equal tokens stand, and the rounds of pairwise sums that add each run up; uploaded as one array."""
+    flat = tokens.reshape(-1)
+    order = numpy.argsort(flat, kind="stable")
+    ordered = flat[order]
+    first = numpy.flatnonzero(numpy.diff(ordered, prepend=ordered[0] - 1))
+    length = numpy.diff(first, append=len(flat))
+    place = numpy.arange(len(flat)) - numpy.repeat(first, length)  # of each row within its run
+    left = numpy.repeat(length, length) - place  # rows from here to the run's end
+    pieces = [order, first, ordered[first]]
+    distance = 1
+    while distance < length.max():
+        into = numpy.flatnonzero((place % (2 * distance) == 0) & (left > distance))
+        pieces += [into, into + distance]
+        distance *= 2
+    stops = numpy.cumsum([len(piece) for piece in pieces])[:-1]
+    order, first, ids, *folds = numpy.split(backend.upload(numpy.concatenate(pieces)), stops)
+    return TokenRuns(order, list(zip(folds[::2], folds[1::2], strict=True)), first, ids)
 
 
 def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
@@ -212,7 +236,7 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
     backend = backend_of(logits.data)
-    ids = _indices(backend, "cross_entropy", "targets", targets, logits.shape[-1])
+    ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), _cross_entropy_backward, saved=(logits.data, ids, lse))
@@ -232,7 +256,7 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lm_head: x has shape {x.shape}, weight {weight.shape}; expected (..., C) and (V, C)")
     backend = backend_of(x.data)
-    ids = _indices(backend, "lm_head", "targets", targets, weight.shape[0])
+    ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
     _expect("lm_head", "targets", ids, x.shape[:-1])
     loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.data, ids)
     return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.data))
@@ -265,11 +289,10 @@ def _expect(op: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; expected {tuple(shape)}")
 
 
-def _indices(backend: Any, op: str, name: str, values: Any, limit: int) -> Any:
-    """`values` as an int64 array of the backend, every one checked to be in [0, limit).
+def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
+    """`values` as an int64 array on the host, every one checked to be in [0, limit): a GPU would read past the end.
 
-    The check reads host memory. What is on a device already was checked before it went there, and reading it back would
-    make the host wait.
+    What is on a device already is read back, which waits for the device.
     """
     values = values.data if isinstance(values, Tensor) else values
     if isinstance(values, list | tuple | int):
@@ -283,8 +306,8 @@ def _indices(backend: Any, op: str, name: str, values: Any, limit: int) -> Any:
         raise ValueError(f"{op}: {name} have shape {values.shape}, which holds nothing")
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
-    if isinstance(values, numpy.ndarray):
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{op}: {name} hold {low if low < 0 else high}; expected integers in [0, {limit})")
-    return backend.asarray(values, dtype=numpy.int64)
+    host = backend_of(values).to_host(values)
+    low, high = int(host.min()), int(host.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{op}: {name} hold {low if low < 0 else high}; expected integers in [0, {limit})")
+    return host.astype(numpy.int64)

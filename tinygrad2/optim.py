@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from tinygrad2.nn import Module
+from tinygrad2.params import ParameterArena
 
 
 class AdamW:
@@ -33,13 +34,26 @@ class AdamW:
         ):
             if not ok:
                 raise ValueError(f"AdamW: {name} is {value}, out of range")
-        self.arena = model.arena()
+        self.model = model
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0  # how many have been made
-        self.moments = [
-            tuple(self.arena.backend.zeros(region.values.shape, self.arena.dtype) for _ in range(2))
-            for region in self.arena.regions
-        ]
+        self._arena = model.arena()
+        self.moments = self._zeros()
+
+    @property
+    def arena(self) -> ParameterArena:
+        """The model's flat buffers; where the model has moved to another device, the moments follow it."""
+        arena = self.model.arena()
+        if arena is not self._arena:
+            state, self._arena = self.state(), arena
+            self.moments = self._zeros()
+            self.load_state(state, self.steps)
+        return arena
+
+    def _zeros(self) -> list[tuple[Any, Any]]:
+        backend, dtype = self._arena.backend, self._arena.dtype
+        shapes = [region.values.shape for region in self._arena.regions]
+        return [(backend.zeros(shape, dtype), backend.zeros(shape, dtype)) for shape in shapes]
 
     def zero_grad(self) -> None:
         """Clear every gradient."""
@@ -56,31 +70,30 @@ class AdamW:
 
         max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063), folded into the
                   update. The gradients themselves stay as they are.
-        Where the norm is not finite, nothing is changed: a NaN never reaches the parameters.
+        Where the norm is not finite, no parameter and no moment is changed: a NaN never reaches them. That is decided
+        on the device, without the host waiting for the norm; `steps` counts the step all the same.
         """
-        np, kernels = self.arena.backend.np, self.arena.backend.kernels
+        arena = self.arena
+        np, kernels = arena.backend.np, arena.backend.kernels
         norm = self.grad_norm()
-        if not np.isfinite(norm):
-            return norm
-        scale: Any = 1.0
-        if max_norm is not None:
-            scale = np.minimum(max_norm / (norm + 1e-6), 1.0).astype(self.arena.dtype)
+        go = np.isfinite(norm).astype(arena.dtype)
+        scale = 1.0 if max_norm is None else np.minimum(max_norm / (norm + 1e-6), 1.0)
         self.steps += 1
-        for region, (m, v) in zip(self.arena.regions, self.moments, strict=True):
+        for region, (m, v) in zip(arena.regions, self.moments, strict=True):
             decay = self.weight_decay if region.name == "decay" else 0.0
             kernels.adamw_step(
-                region.values, region.grads, m, v, scale, self.lr, *self.betas, self.eps, decay, self.steps
+                region.values, region.grads, m, v, go, scale, self.lr, *self.betas, self.eps, decay, self.steps
             )
         return norm
 
     def state(self) -> dict[str, numpy.ndarray]:
         """The moments by parameter name (`exp_avg.NAME`, `exp_avg_sq.NAME`), on the host; `steps` is kept beside it."""
         arrays = {}
-        for region, moments in zip(self.arena.regions, self.moments, strict=True):
+        for region, moments in zip(self._arena.regions, self.moments, strict=True):
             for kind, flat in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                host = self._arena.backend.to_host(flat)
                 for name, (start, stop) in region.where.items():
-                    shape = self.arena.parameters[name].shape
-                    arrays[f"{kind}.{name}"] = self.arena.backend.to_host(flat[start:stop]).reshape(shape)
+                    arrays[f"{kind}.{name}"] = host[start:stop].reshape(self._arena.parameters[name].shape)
         return arrays
 
     def load_state(self, arrays: dict[str, numpy.ndarray], steps: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tinygrad2.backend import Backend, backend_of
@@ -53,6 +54,16 @@ class Parameter(Tensor):
         if values.shape != self._data.shape:
             raise ValueError(f"parameter: {name} of shape {values.shape} assigned; expected {self._data.shape}")
         return values
+
+    def move(self, backend: Backend) -> None:
+        """Move to another backend, the gradient too; the parameter then stands for itself, outside any arena."""
+        old, grad = backend_of(self._data), self.leaf.grad  # type: ignore[union-attr]
+        self._data = backend.asarray(old.to_host(self._data))
+        leaf = self.leaf
+        assert leaf is not None
+        leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
+        leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
+        self._placed = False
 
     def place(self, data: Any, grad: Any) -> None:
         """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""

@@ -16,6 +16,7 @@ Every name used from the array library is one that CuPy has too, and every const
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,6 +196,20 @@ def linear_backward(dy, x, weight, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class TokenRuns(NamedTuple):
+    """Which rows of a batch hold the same token: what the embedding's backward pass needs, found on the host.
+
+    order  (N,) the positions sorted by token: equal tokens stand side by side, in runs.
+    folds  pairs of index arrays (into, other) of sorted rows to add pairwise, round by round.
+    first  (U,) the row where each run begins;  ids  (U,) its token.
+    """
+
+    order: Any
+    folds: list[tuple[Any, Any]]
+    first: Any
+    ids: Any
+
+
 def embedding_forward(tokens, wte, wpe, first_position):
     """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None."""
     y = wte[tokens]
@@ -203,20 +218,21 @@ def embedding_forward(tokens, wte, wpe, first_position):
     return y
 
 
-def embedding_backward(dy, tokens, first_position, dwte, dwpe):
+def embedding_backward(dy, runs, first_position, dwte, dwpe):
     """dwte[v] += the sum of dy over the places that hold token v;  dwpe[p] += the sum of dy over the batch at p.
 
-    The rows are sorted by token and summed by segment: the same sum, in the same order, on every device and every run
-    (adding with atomics is in no order).
+    runs  where the same tokens stand (see TokenRuns). The rows of dy are sorted by token, and each token's run is
+          folded onto its first row: in every round, rows at a distance of 1, 2, 4, ... are added pairwise, so that no
+          row is written twice in a round. The sum is the same every time, which adding with atomics is not, and as
+          exact as pairwise summation; differences of a running sum, which CuPy's add.reduceat takes, are not.
     """
     if dwte is not None:
-        flat = tokens.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        ordered = flat[order]
-        first = np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
-        dwte[ordered[first]] += np.add.reduceat(dy.reshape(-1, dy.shape[-1])[order], first, axis=0)
+        rows = dy.reshape(-1, dy.shape[-1])[runs.order]
+        for into, other in runs.folds:
+            rows[into] += rows[other]
+        dwte[runs.ids] += rows[runs.first]
     if dwpe is not None:
-        T = tokens.shape[-1]
+        T = dy.shape[-2]
         dwpe[first_position : first_position + T] += np.sum(dy.reshape(-1, T, dy.shape[-1]), axis=0)
 
 
@@ -575,23 +591,25 @@ def squared_norm(x):
     return np.dot(x, x)
 
 
-def adamw_step(value, grad, m, v, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+def adamw_step(value, grad, m, v, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
     """One step of AdamW on flat arrays; value, m and v are changed in place.
 
-    g = grad * grad_scale (clipping, and the mean over micro-steps);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+    g = grad * grad_scale (clipping);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
     value -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * value); step counts from 1.
+    go  a 0-d array of value's dtype: 1, or 0 to leave everything as it is, whatever the gradient holds. It is an array
+        so that the decision stays on the device.
     Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
     """
-    g = grad * grad_scale
-    m *= beta1
-    m += (1 - beta1) * g
+    g = np.where(go > 0, grad * grad_scale, 0)  # NaN times 0 would be NaN
+    m *= 1 - go * (1 - beta1)
+    m += go * (1 - beta1) * g
     g *= g
-    g *= 1 - beta2
-    v *= beta2
+    g *= go * (1 - beta2)
+    v *= 1 - go * (1 - beta2)
     v += g
-    value *= 1 - lr * weight_decay
+    value *= 1 - go * (lr * weight_decay)
     np.sqrt(v * (1 / (1 - beta2**step)), out=g)
     g += eps
     np.divide(m, g, out=g)
-    g *= lr / (1 - beta1**step)
+    g *= go * (lr / (1 - beta1**step))
     value -= g

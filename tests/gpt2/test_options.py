@@ -84,7 +84,7 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
         (["--preset", "gpt3"], "--preset is gpt3; expected nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         (["--recipe", "best"], "--recipe is best; expected paper, modern"),
         (["--dtype", "float16"], "--dtype is float16; expected float32, float64"),
-        (["--device", "tpu"], "--device is tpu; expected auto, cpu"),
+        (["--device", "tpu"], "--device is tpu; expected auto, cpu, cuda"),
     ],
 )
 def test_a_wrong_option_gets_one_line(capsys, argv, message):
@@ -133,7 +133,7 @@ def test_a_recipe_fits_a_model_with_a_shorter_context(recipe):
 
 def test_what_is_implied():
     nano, small = complete({}, NANO), complete({"preset": "gpt2"}, SMALL)
-    assert (nano.block_size, small.block_size) == (128, 1024)
+    assert (nano.block_size, small.block_size) == (NANO.n_positions, 1024)
     assert nano.lr_decay_iters == nano.max_iters
     assert nano.min_lr == nano.learning_rate / 10
     assert complete({"max_iters": 7}, NANO).lr_decay_iters == 7

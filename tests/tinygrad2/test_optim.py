@@ -66,7 +66,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     before = [p.data.copy() for p in model.parameters()], {k: v.copy() for k, v in optimizer.state().items()}
     model.b.grad[2] = bad
     assert not np.isfinite(optimizer.step(1.0))
-    assert optimizer.steps == 1
     for p, value in zip(model.parameters(), before[0], strict=True):
         np.testing.assert_array_equal(p.data, value)
     for name, value in optimizer.state().items():

@@ -3,7 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from tinygrad2 import ops
 from tinygrad2 import reference as k
+from tinygrad2.backend import get_backend
 from tinygrad2.random import Key
 
 R = np.random.default_rng(0)
@@ -98,8 +100,9 @@ def test_embedding(shape, first):
     wte, wpe, tokens = R.normal(size=(4, 3)), R.normal(size=(7, 3)), R.integers(0, 4, shape)
     y = k.embedding_forward(tokens, wte, wpe, first)
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
-    k.embedding_backward(y, tokens, first, dwte, dwpe)
-    k.embedding_backward(y, tokens, first, None, None)
+    runs = ops._token_runs(tokens, get_backend())
+    k.embedding_backward(y, runs, first, dwte, dwpe)
+    k.embedding_backward(y, runs, first, None, None)
     expected_wte, expected_wpe = np.ones_like(wte), np.ones_like(wpe)
     for place in np.ndindex(shape):
         token, position = tokens[place], first + place[-1]
@@ -108,6 +111,20 @@ def test_embedding(shape, first):
         expected_wpe[position] += y[place]
     np.testing.assert_allclose(dwte, expected_wte, rtol=1e-13)
     np.testing.assert_allclose(dwpe, expected_wpe, rtol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 31, 100])
+def test_the_rounds_of_a_run_add_every_row_once(count):
+    tokens = np.repeat(np.arange(3), [count, 1, count])
+    R.shuffle(tokens)
+    runs = ops._token_runs(tokens, get_backend())
+    assert len(runs.folds) == math.ceil(math.log2(count))
+    rows = np.arange(len(tokens))[runs.order][:, None] ** 2
+    for into, other in runs.folds:
+        assert len({*into, *other}) == 2 * len(into)
+        rows[into] += rows[other]
+    np.testing.assert_array_equal(tokens[runs.order][runs.first], [0, 1, 2])
+    np.testing.assert_array_equal(rows[runs.first, 0], [(np.flatnonzero(tokens == t) ** 2).sum() for t in range(3)])
 
 
 # Dropout ------------------------------------------------------------------------------------------------------------
@@ -337,7 +354,10 @@ def test_adamw_step_changes_nothing_but_what_it_says():
     value, grad, m, v = (R.random(9) for _ in range(4))
     grad.flags.writeable = False
     before = value.copy(), m.copy(), v.copy()
-    k.adamw_step(value, grad, m, v, 0.5, 0.1, 0.9, 0.99, 1e-8, 0.01, 3)
+    k.adamw_step(value, grad, m, v, np.float64(0), 0.5, 0.1, 0.9, 0.99, 1e-8, 0.01, 3)
+    for array, old in zip((value, m, v), before, strict=True):
+        np.testing.assert_array_equal(array, old)
+    k.adamw_step(value, grad, m, v, np.float64(1), 0.5, 0.1, 0.9, 0.99, 1e-8, 0.01, 3)
     g = 0.5 * grad
     np.testing.assert_allclose(m, 0.9 * before[1] + 0.1 * g, rtol=1e-14)
     np.testing.assert_allclose(v, 0.99 * before[2] + 0.01 * g * g, rtol=1e-14)
