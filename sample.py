@@ -6,12 +6,14 @@ Text goes on beyond the model's context: the first half of what the model sees i
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.generate import check_sampling, stream_text
-from gpt2.options import Parser
+from gpt2.options import Parser, discard_output
+from gpt2.run import find_model
 from tinygrad2 import checkpoint
 from tinygrad2.backend import DEVICES
 
@@ -41,10 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the text may hold what this terminal cannot show
     try:
         return sample(options)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads has enough
+        discard_output()
+        return 0
+    except (ValueError, OSError, MemoryError) as error:
+        complain(f"sample.py: {error}")
         return 1
     except KeyboardInterrupt:
         print()
@@ -52,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sample(options) -> int:
-    folder = find_model(options.checkpoint)
+    folder = find_model(Path(options.checkpoint), complain) if options.checkpoint else default_model()
     if folder is None:
         print(
             "no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one",
@@ -93,28 +101,15 @@ def sample(options) -> int:
     return 0
 
 
-def find_model(given: str | None) -> Path | None:
-    """The model folder to use: the one given, or the newest of a run; None where none was given and there is none."""
-    if given is not None:
-        path = Path(given)
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"{given}: there is no such folder; --checkpoint names a model folder or an out-dir"
-            )
-        return path if (path / "config.json").is_file() else newest(path)
+def default_model() -> Path | None:
+    """checkpoint/, else the newest checkpoint of out/, else None."""
     if (Path("checkpoint") / "config.json").is_file():
         return Path("checkpoint")
-    return newest(Path("out")) if checkpoint.find(Path("out")) else None
+    return find_model(Path("out"), complain) if checkpoint.find(Path("out")) else None
 
 
-def newest(out: Path) -> Path:
-    """The newest checkpoint of a run that is whole."""
-    folder, damaged = checkpoint.newest(out)
-    for line in damaged:
-        print(f"damaged checkpoint, not used: {line}", file=sys.stderr)
-    if folder is None:
-        raise FileNotFoundError(f"{out}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
-    return folder
+def complain(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

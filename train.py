@@ -6,14 +6,17 @@ Goes on from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +27,31 @@ from gpt2 import GPT2, GPT2Config, Tokenizer, run, weights
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import mean_loss
 from gpt2.generate import stream_text
-from gpt2.options import FIXED, Options, UsageError, complete, flag, parse
+from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
 from tinygrad2 import Key, optim
-from tinygrad2.backend import Fetch
+from tinygrad2.backend import Fetch, get_backend
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
     given = parse(argv, __doc__)
     try:
         return train(given)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-    return 1
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved before is as it was", file=sys.stderr)
+        return 130
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # a loss that is no number is said in one line, below
 def train(given: dict[str, Any]) -> int:
     folder = run.RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep))
-    if given.pop("fresh", False) and (aside := folder.set_aside()):
-        say(f"{folder.path}/ is now {aside}/")
-    saved = folder.resume(say)
+    renew = given.pop("fresh", False)
+    saved = None if renew else folder.resume(say)
     options, config = resumed(given, saved) if saved else fresh(given)
     progress = saved.progress if saved else run.Progress()
     if progress.step >= options.max_iters:
@@ -51,120 +59,149 @@ def train(given: dict[str, Any]) -> int:
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
     micro_steps = accumulation(options)
-
     data, validation, tokenizer = open_data(options)
-    config = with_vocabulary(config, tokenizer, options, saved)
-    source = saved.folder if saved else options.init
-    model = GPT2(config, seed=None if source else options.seed, device=options.device, dtype=options.dtype)
-    if source:
-        weights.load_into(model, source)
-    optimizer = optim.AdamW(model, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
-    if saved:
-        folder.load_optimizer(saved, optimizer)
+    if saved and saved.data != data.fingerprint:
+        raise UsageError(
+            f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
+            f"--out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
+        )
+    source = saved.folder if saved else run.find_model(Path(options.init), say) if options.init else None
+    config = with_vocabulary(config, tokenizer, source, options.preset)
+    with explained(config, options):
+        model = GPT2(config, seed=None if source else options.seed, device=options.device, dtype=options.dtype)
+        if source:
+            weights.load_into(model, source)
+        optimizer = optim.AdamW(model, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+        if saved:
+            folder.load_optimizer(saved, optimizer)
     order = SampleOrder(data.windows(options.block_size), options.seed)
     kept = {**(saved.options if saved else {}), **given}  # what a later start of this run needs to know
-    folder.start_log(progress.step)
+    if renew and (aside := folder.set_aside()):
+        say(f"{folder.path}/ is now {aside}/")
 
-    describe(options, model, tokenizer, data, validation, micro_steps, progress)
-    stop = StopRequest()
-    launched: deque[tuple[Fetch, dict[str, Any]]] = deque()  # steps whose loss has not come back from the device yet
-    per_step, first, started = micro_steps * options.batch_size, progress.step, time.perf_counter()
-    mark = started
-    while progress.step < options.max_iters and not stop.requested:
-        # One step: gradients of the mean loss over the micro-steps, clipped, then AdamW.
-        loss: Any = 0.0
-        with explained(config, options, model):
-            for micro in range(micro_steps):
-                first_sample = micro * options.batch_size
-                indices = order.indices(progress.samples + first_sample, options.batch_size)
-                tokens, targets = data.batch(indices, options.block_size)
-                key = Key(options.seed, progress.step, first_sample)
-                part = model.loss(tokens, targets, key) * (1 / micro_steps)
-                part.backward()
-                loss = loss + part.data
-            optimizer.lr = optim.cosine(
-                progress.step,
-                lr=options.learning_rate,
-                min_lr=options.min_lr,
-                warmup=options.warmup_iters,
-                decay_steps=options.lr_decay_iters,
-            )
-            norm = optimizer.step(max_norm=options.grad_clip or None)
-            optimizer.zero_grad()
-        progress.step += 1
-        progress.samples += per_step
-        progress.tokens += per_step * options.block_size
-        row = {"step": progress.step, "lr": optimizer.lr, "tokens": progress.tokens}
-        launched.append((model.backend.fetch(loss, norm), row))
+    with folder.opened(progress.step), StopRequest() as stop:
+        describe(options, model, tokenizer, data, validation, micro_steps, progress)
+        launched: deque[Launched] = deque()  # steps whose loss has not come back from the device yet
+        first, started, stopping, written = progress.step, time.perf_counter(), False, None
+        mark = started
+        while progress.step < options.max_iters and not stopping:
+            with explained(config, options):
+                launched.append(take_step(model, optimizer, data, order, options, micro_steps, progress))
+            stopping = stop.requested
+            last = progress.step == options.max_iters
+            evaluating = last or every(options.eval_interval, progress.step)
+            saving = last or stopping or every(options.save_interval, progress.step)
 
-        # What came back is logged: on a GPU the host launches a step while the one before is still computed.
-        last = progress.step == options.max_iters
-        evaluating = last or every(options.eval_interval, progress.step)
-        saving = last or every(options.save_interval, progress.step)
-        waiting = evaluating or saving or stop.requested
-        while launched and (waiting or len(launched) > 1 or launched[0][0].ready()):
-            fetch, row = launched.popleft()
-            loss_value, norm_value = fetch.get()
-            finish(row, loss_value, norm_value, time.perf_counter() - mark, per_step * options.block_size, folder)
-            mark = time.perf_counter()
-            progress.seconds += row["seconds"]
-            n = int(row["step"])
-            if n in (first + 1, options.max_iters) or every(options.log_interval, n):
-                say_step(row, options.max_iters, (mark - started) / (n - first))
-            if not (evaluating and n == progress.step):
+            # What came back is logged: on a GPU the host launches a step while the one before is still computed.
+            while launched and (evaluating or saving or len(launched) > 1 or launched[0].result.ready()):
+                row = launched.popleft().finish(time.perf_counter() - mark, folder)
+                mark = time.perf_counter()
+                progress.seconds += row["seconds"]
+                n = row["step"]
+                if n in (first + 1, options.max_iters) or every(options.log_interval, n):
+                    say_step(row, options.max_iters, (mark - started) / (n - first) if n > first + 1 else None)
+                if evaluating and n == progress.step:
+                    value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
+                    row["val_loss"] = value
+                    if progress.best is None or value < progress.best["val_loss"]:
+                        progress.best = {"step": n, "val_loss": value}
+                        saving = True
                 folder.log(**row)
-        if evaluating:
-            value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
-            folder.log(**row, val_loss=value)
-            if progress.best is None or value < progress.best["val_loss"]:
-                progress.best = {"step": progress.step, "val_loss": value}
-                saving = True
-            remark = " (the best so far)" if progress.best["step"] == progress.step else ""
-            say(f"  validation loss {value:.4f}{remark}. A sample:")
-            show_sample(model, tokenizer, options.seed + progress.step)
-        if saving or stop.requested:
-            written = folder.save(model, optimizer, tokenizer, progress, kept)
-        if waiting:
-            mark = time.perf_counter()
+            if saving:
+                written = folder.save(model, optimizer, tokenizer, progress, kept, data.fingerprint)
+            if evaluating:
+                assert progress.best is not None
+                remark = " (the best so far)" if progress.best["step"] == progress.step else ""
+                say(f"  validation loss {value:.4f}{remark}. A sample:")
+                show_sample(model, tokenizer, options.seed + progress.step)
+            if evaluating or saving:
+                mark = time.perf_counter()
 
     if progress.step < options.max_iters:
-        if stop.requested and progress.step == first:
-            say(f"stopped before the first step; {restart_command(folder)} goes on.")
-            return 0
         say(f"stopped after step {progress.step:,}, saved in {written}; {restart_command(folder)} goes on from there.")
         return 0
     run.plot(folder.path)
     assert progress.best is not None
-    best = progress.best
     say(
-        f"done: {progress.step:,} steps in {clock(time.perf_counter() - started)}, "
-        f"best validation loss {best['val_loss']:.4f} at step {best['step']:,}, saved in {written}"
+        f"done: {progress.step:,} steps in {clock(time.perf_counter() - started)}, best validation loss "
+        f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}, saved in {written}"
     )
     say(f"next: {sample_command(folder)}")
     return 0
 
 
-def finish(row: dict[str, Any], loss: float, norm: float, seconds: float, tokens: int, folder: run.RunFolder) -> None:
-    """Complete the row of a step with what came back from it. Raises ValueError where that is not finite."""
-    if not math.isfinite(norm) or not math.isfinite(loss):
-        raise ValueError(
-            f"step {row['step']}: the loss is {loss} and the gradient's norm {norm}; this step was not made. "
-            f"{last_checkpoint(folder)} Try a lower --learning-rate (it was {row['lr']:.2e})"
-        )
-    lr, total = row.pop("lr"), row.pop("tokens")
-    row.update(loss=loss, lr=lr, grad_norm=norm, seconds=round(seconds, 6))
-    row.update(tokens_per_s=round(tokens / seconds, 1), tokens=total)
+@dataclass
+class Launched:
+    """A step that the device has been told to make: its loss and gradient norm are on their way back."""
+
+    step: int
+    lr: float
+    step_tokens: int
+    tokens: int
+    result: Fetch
+
+    def finish(self, seconds: float, folder: run.RunFolder) -> dict[str, Any]:
+        """The row for the log. Raises ValueError where the loss or the norm is not finite."""
+        loss, norm = self.result.get()
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise ValueError(
+                f"step {self.step}: the loss is {loss} and the gradient's norm {norm}; this step was not made. "
+                f"{last_checkpoint(folder)} Try a lower --learning-rate (it was {self.lr:.2e})"
+            )
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "seconds": round(seconds, 6),
+            "tokens_per_s": round(self.step_tokens / seconds, 1),
+            "tokens": self.tokens,
+        }
+
+
+def take_step(
+    model: GPT2,
+    optimizer: optim.AdamW,
+    data: TokenDataset,
+    order: SampleOrder,
+    options: Options,
+    micro_steps: int,
+    progress: run.Progress,
+) -> Launched:
+    """One step: gradients of the mean loss over the micro-steps, clipped, then AdamW."""
+    loss: Any = 0.0
+    for micro in range(micro_steps):
+        first_sample = micro * options.batch_size
+        indices = order.indices(progress.samples + first_sample, options.batch_size)
+        tokens, targets = data.batch(indices, options.block_size)
+        part = model.loss(tokens, targets, Key(options.seed, progress.step, first_sample)) * (1 / micro_steps)
+        part.backward()
+        loss = loss + part.data
+    optimizer.lr = optim.cosine(
+        progress.step,
+        lr=options.learning_rate,
+        min_lr=options.min_lr,
+        warmup=options.warmup_iters,
+        decay_steps=options.lr_decay_iters,
+    )
+    norm = optimizer.step(max_norm=options.grad_clip or None)
+    optimizer.zero_grad()
+    step_tokens = micro_steps * options.batch_size * options.block_size
+    progress.step += 1
+    progress.samples += micro_steps * options.batch_size
+    progress.tokens += step_tokens
+    return Launched(progress.step, optimizer.lr, step_tokens, progress.tokens, model.backend.fetch(loss, norm))
 
 
 @contextmanager
-def explained(config: GPT2Config, options: Options, model: GPT2) -> Iterator[None]:
+def explained(config: GPT2Config, options: Options) -> Iterator[None]:
     """Where memory runs out, say what a step needs."""
     try:
         yield
     except MemoryError:
         need = config.memory(options.batch_size, options.block_size, np.dtype(options.dtype).itemsize)
         parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
-        there = model.backend.memory()
+        there = get_backend(options.device).memory()
         raise MemoryError(
             f"out of memory: {options.batch_size} sequences of {options.block_size} tokens need {parts} = "
             f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
@@ -178,7 +215,7 @@ def fresh(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
     if "init" in given:
         if "preset" in given:
             raise UsageError("--init brings the sizes of its model; leave --preset out")
-        config = weights.load_config(given["init"])
+        config = weights.load_config(run.find_model(Path(given["init"]), say))
     else:
         config = GPT2Config.preset(given.get("preset", Options.preset))
     options = complete(given, config)
@@ -186,10 +223,7 @@ def fresh(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
         raise UsageError(
             f"--block-size {options.block_size} is longer than the model's context of {config.n_positions} tokens"
         )
-    if options.dropout is not None:
-        rate = options.dropout
-        config = dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
-    return options, config
+    return options, with_dropout(config, options)
 
 
 def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Config]:
@@ -203,11 +237,16 @@ def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Confi
                 f"{saved.folder.parent}/ holds a run with {flag(name)} {was}; it cannot go on with {asked}. Use "
                 f"another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
             )
-    if options.dropout is not None:
-        rate = options.dropout
-        config = dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
     say(f"going on from {saved.folder}, step {saved.progress.step:,}")
-    return options, config
+    return options, with_dropout(config, options)
+
+
+def with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
+    """The config with the dropout rate that was asked for, at all three places."""
+    if options.dropout is None:
+        return config
+    rate = options.dropout
+    return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
 
 def accumulation(options: Options) -> int:
@@ -226,23 +265,24 @@ def accumulation(options: Options) -> int:
 
 def open_data(options: Options) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
     """The training and the validation split, and the tokenizer that made them."""
-    name = options.data or ("pydoc" if options.preset == "nano" and not options.init else None)
-    if name is None:
+    if options.data is None:
         raise UsageError(
             "no data set is named: make one, such as `python data/prepare.py my.txt --out data/mine`, then --data mine"
         )
     embedded = Path("data/pydoc")
-    if name == "pydoc" and not embedded.exists():
+    if options.data == "pydoc" and not embedded.exists():
         say(f"no data yet: preparing the documentation inside this Python as {embedded}")
         prepare(["pydoc"], "bytes", embedded)
-    path = find_dataset(name)
-    return TokenDataset.open(path, "train"), TokenDataset.open(path, "val"), Tokenizer.load(str(path))
+    path = find_dataset(options.data)
+    data, validation, tokenizer = TokenDataset.open(path, "train"), TokenDataset.open(path, "val"), Tokenizer.load(path)
+    if data.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
+        raise ValueError(f"{path}: manifest.json and vocabulary.json name different tokenizers; prepare the data anew")
+    return data, validation, tokenizer
 
 
-def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, options: Options, saved: run.Saved | None) -> GPT2Config:
+def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
     """The config with the data's vocabulary, which a new nano takes over and every other model must have already."""
-    source = saved.folder if saved else options.init
-    if source is None and options.preset == "nano":
+    if source is None and preset == "nano":
         return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     same = config.vocab_size == tokenizer.vocab_size
     if source is not None and same:
@@ -250,8 +290,8 @@ def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, options: Options, 
     if not same:
         raise UsageError(
             f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens), which is not "
-            f"that of {source or f'the preset {options.preset}'} ({config.vocab_size:,} tokens); prepare the data with "
-            f"the model's tokenizer"
+            f"that of {source or f'the preset {preset}'} ({config.vocab_size:,} tokens); prepare the data with the "
+            f"model's tokenizer"
         )
     return config
 
@@ -270,18 +310,24 @@ def describe(
     name = options.init or options.preset
     per_step = micro_steps * options.batch_size * options.block_size
     epochs = options.max_iters * per_step / data.tokens
+    micro = f"{micro_steps} micro-step{'s' * (micro_steps > 1)}"
     say(
         f"model     {name}: {model.n_parameters():,} parameters ({c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads)"
         f", {options.dtype} on {model.backend.device} ({os.cpu_count()} cores)"
     )
     say(f"data      {data.tokens:,} tokens to train on, {validation.tokens:,} to validate ({tokenizer.name})")
     say(
-        f"batch     {options.batch_size} sequences x {options.block_size} tokens x {micro_steps} micro-steps = "
+        f"batch     {options.batch_size} sequences x {options.block_size} tokens x {micro} = "
         f"{per_step:,} tokens a step; {options.max_iters:,} steps are {epochs:.2f} epochs"
     )
     intervals = (("evaluate", options.eval_interval), ("save", options.save_interval))
     plan = [f"{what} {f'every {n:,} steps' if n else 'at the end'}" for what, n in intervals]
     say(f"schedule  {', '.join(plan)}; the best and the last {options.keep} checkpoints are kept in {options.out_dir}/")
+    short = " (never reached: it is all warm-up)" if options.warmup_iters >= options.max_iters else ""
+    say(
+        f"rate      up to {options.learning_rate:.1e} in {options.warmup_iters:,} steps{short}, then down by a cosine "
+        f"to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+    )
     if progress.step == 0:
         losses = baselines(data, validation)
         say(
@@ -294,15 +340,22 @@ def describe(
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> StopRequest:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+        self._before: dict[int, Any] = {
+            number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
-        signal.signal(number, signal.SIG_DFL)
-        say("finishing this step, then saving (once more to stop at once)")
+        signal.signal(number, self._before[number])
+        with suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
 
 
 def show_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> None:
@@ -312,11 +365,11 @@ def show_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> None:
     say("".join(f"    {line}\n" for line in text.strip().splitlines()).rstrip("\n"))
 
 
-def say_step(row: dict[str, Any], steps: int, seconds_each: float) -> None:
+def say_step(row: dict[str, Any], steps: int, seconds_each: float | None) -> None:
+    left = "" if seconds_each is None else f" | eta {clock(seconds_each * (steps - row['step']))}"
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-        f"{1000 * row['seconds']:,.0f} ms | {row['tokens_per_s']:,.0f} tok/s | "
-        f"eta {clock(seconds_each * (steps - row['step']))}"
+        f"{1000 * row['seconds']:,.0f} ms | {row['tokens_per_s']:,.0f} tok/s{left}"
     )
 
 
@@ -330,12 +383,14 @@ def last_checkpoint(folder: run.RunFolder) -> str:
 
 
 def sample_command(folder: run.RunFolder) -> str:
-    where = "" if folder.path == Path(Options.out_dir) else f" --checkpoint {folder.path}"
+    where = "" if folder.path == Path(Options.out_dir) else f" --checkpoint {shlex.quote(str(folder.path))}"
     return f'python sample.py{where} -p "The function returns"'
 
 
 def restart_command(folder: run.RunFolder) -> str:
-    return "python train.py" + ("" if folder.path == Path(Options.out_dir) else f" --out-dir {folder.path}")
+    return "python train.py" + (
+        "" if folder.path == Path(Options.out_dir) else f" --out-dir {shlex.quote(str(folder.path))}"
+    )
 
 
 def clock(seconds: float) -> str:
@@ -344,8 +399,19 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, with the file's name first where the operating system refused something."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}; what was saved before is as it was"
+    return str(error)
+
+
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line. A screen that is gone (a closed pipe, a full disk behind it) must not end a run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        discard_output()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ wherever the text that comes next in a split is not its continuation: after each
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -38,7 +38,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
+from gpt2.options import Parser
 from gpt2.tokenizer import Tokenizer
+from tinygrad2.checkpoint import Lock
 
 PART_BYTES = 16 << 10
 BATCH_PARTS = 32  # parts per task of a thread
@@ -123,6 +125,8 @@ class Stdin:
 
     def documents(self, start: int) -> Iterator[tuple[int, BinaryIO]]:
         if start == 0:
+            if sys.stdin is None:
+                raise ValueError("-: stdin is closed; pipe the text in, or name a file")
             yield 1, sys.stdin.buffer
 
 
@@ -440,7 +444,7 @@ def prepare(
     }
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _Lock(partial / LOCK, out) as lock:
+    with Lock(partial / LOCK, str(out)) as lock:
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
         shards.restore(state.tokens)
@@ -630,44 +634,9 @@ def _rename_away(folder: Path) -> Path:
     return folder.rename(f"{folder}.{k}")
 
 
-class _Lock:
-    """Keeps a second preparation of the same data set out: a file with the owner's process id, removed at the end."""
-
-    def __init__(self, file: Path, out: Path):
-        self.file, self.out = file, out
-
-    def __enter__(self) -> _Lock:
-        try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            owner = self.file.read_text()
-            if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
-                raise ValueError(
-                    f"{self.out}: process {owner} is preparing it; wait, or choose another --out"
-                ) from None
-            self.file.unlink()  # its owner was killed
-            return self.__enter__()
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(str(os.getpid()))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data/prepare.py",
         description="Turn text into a token data set that train.py reads.",
         epilog="An interrupted preparation goes on where it stopped when the same command is given again.",
@@ -694,10 +663,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted; {go_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"data/prepare.py: {_one_line(error)}", file=sys.stderr)
         return 1
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    print(f"train on it: python train.py --data {name}")
+    print(f"train on it: python train.py --data {shlex.quote(str(name))}")
     return 0
 
 

@@ -80,6 +80,12 @@ class TokenDataset:
         shards = [_open_shard(file, entry, dtype, check) for file, entry in zip(files, entries, strict=True)]
         return TokenDataset(path, split, manifest, files, shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the split's tokens: SHA-256 (hex) over the checksums of its shards."""
+        sums = "".join(entry["sha256"] for entry in self.manifest["shards"] if entry["split"] == self.split)
+        return hashlib.sha256(sums.encode()).hexdigest()
+
     def windows(self, block_size: int) -> int:
         """How many windows there are: (tokens - 1) // block_size. Raises ValueError where there is not one."""
         if self.tokens < block_size + 1:
@@ -100,7 +106,7 @@ class TokenDataset:
             if piece.max() >= self.vocab_size:
                 raise ValueError(
                     f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size}; "
-                    f"the shard is damaged or foreign, make the data set anew: {PREPARE}"
+                    f"the shard is damaged or foreign, make the data set anew: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
@@ -124,7 +130,7 @@ class TokenDataset:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such data set; make one with {PREPARE}")
+        raise FileNotFoundError(f"{path}: there is no such data set; make one with python data/prepare.py SOURCE...")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; make the data set with {PREPARE}")
     try:
@@ -132,29 +138,34 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         version, dtype = manifest["format"], manifest["dtype"]
         expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
         for entry in manifest["shards"]:
-            entry["file"], entry["split"], entry["tokens"] + 0, entry["sha256"]
+            for key, kind in (("file", str), ("split", str), ("tokens", int), ("sha256", str)):
+                if not isinstance(entry[key], kind):
+                    raise TypeError(f"a shard's {key} is {entry[key]!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file}: it is no manifest of a data set ({type(error).__name__}: {error}); make it anew: {PREPARE}"
+            f"{file}: it is no manifest of a data set ({type(error).__name__}: {error}); make it anew: "
+            f"{PREPARE} --fresh"
         ) from None
     if version != FORMAT or dtype != expected:
         raise ValueError(
-            f"{file}: format {version}, dtype {dtype}; expected format {FORMAT}, dtype {expected}: {PREPARE}"
+            f"{file}: format {version}, dtype {dtype}; expected format {FORMAT}, dtype {expected}: {PREPARE} --fresh"
         )
     return manifest
 
 
 def _open_shard(file: Path, entry: dict[str, Any], dtype: np.dtype, check: bool) -> np.ndarray:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: the shard is missing; make the data set anew: {PREPARE}")
+        raise FileNotFoundError(f"{file}: the shard is missing; make the data set anew: {PREPARE} --fresh")
     got, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
     if got != expected or not expected:
         raise ValueError(
             f"{file}: the shard has {got} bytes, expected {expected} ({entry['tokens']} tokens of "
-            f"{dtype.itemsize} bytes); it is truncated or foreign, make the data set anew: {PREPARE}"
+            f"{dtype.itemsize} bytes); it is truncated or foreign, make the data set anew: {PREPARE} --fresh"
         )
     if check and file_sha256(file) != entry["sha256"]:
-        raise ValueError(f"{file}: the shard's checksum differs from {MANIFEST}'s; make the data set anew: {PREPARE}")
+        raise ValueError(
+            f"{file}: the shard's checksum differs from {MANIFEST}'s; make the data set anew: {PREPARE} --fresh"
+        )
     return np.memmap(file, dtype=dtype, mode="r")
 
 

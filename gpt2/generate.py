@@ -62,7 +62,8 @@ def choose(
         kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
         logits = np.where(logits >= kth, logits, -np.inf)
     # The maximum is taken off first: dividing by a tiny temperature must not overflow.
-    p = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+    with np.errstate(over="ignore"):
+        p = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
     p /= p.sum(axis=-1, keepdims=True)
     order = np.argsort(-p, axis=-1, kind="stable")
     p = np.take_along_axis(p, order, axis=-1)
@@ -85,6 +86,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    vocab_size: int | None = None,
     cache: bool = True,
 ) -> Iterator[np.ndarray]:
     """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
@@ -92,7 +94,10 @@ def generate(
     Beyond the model's context the first half of what it sees is dropped and the rest is read again.
     The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
     whatever the number of samples.
-    cache  False reads everything again for every token: slow, and what the cache is tested against.
+    vocab_size  choose among the first so many tokens only: a padded model has more than its tokenizer.
+    cache       False reads everything again for every token: slow, and what the cache is tested against.
+
+    Raises ValueError for an empty prompt, and where the model's logits are not numbers.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
@@ -105,7 +110,9 @@ def generate(
     for step in range(max_tokens):
         unread = seen if state is None else seen[:, state.length :]
         with no_grad():
-            logits = model.next_logits(unread, state).numpy()
+            logits = model.next_logits(unread, state).numpy()[:, :vocab_size]
+        if not np.isfinite(logits).all():
+            raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
         draws = random.uniform(Key(seed, step, site=_SITE), samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
@@ -139,7 +146,7 @@ def stream_text(
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     held = [""] * samples
     running = set(range(samples))
-    for tokens in generate(model, prompt, max_tokens, **sampling):
+    for tokens in generate(model, prompt, max_tokens, vocab_size=tokenizer.vocab_size, **sampling):
         for i in sorted(running):
             ended = tokens[i] == tokenizer.end_of_text
             held[i] += decoders[i].decode(b"" if ended else tokenizer.decode_bytes([int(tokens[i])]), final=bool(ended))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 from gpt2.config import PRESETS, GPT2Config
 from tinygrad2.backend import DEVICES, DTYPES
 
+LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
+
 
 def _option(
     default: Any, kind: type, help: str, allowed: Callable[[Any], bool] | None = None, expected: str = ""
@@ -21,11 +24,15 @@ def _option(
 
 
 def _positive(default: Any, kind: type, help: str) -> Any:
-    return _option(default, kind, help, lambda value: value > 0, "more than 0")
+    return _option(default, kind, help, lambda value: 0 < value < LIMIT, "more than 0 and less than 2**31")
 
 
 def _at_least_0(default: Any, kind: type, help: str) -> Any:
-    return _option(default, kind, help, lambda value: 0 <= value < float("inf"), "0 or more")
+    return _option(default, kind, help, lambda value: 0 <= value < LIMIT, "0 or more, and less than 2**31")
+
+
+def _text(default: Any, help: str) -> Any:
+    return _option(default, str, help, bool, "some text")
 
 
 def _fraction(default: Any, help: str) -> Any:
@@ -33,7 +40,8 @@ def _fraction(default: Any, help: str) -> Any:
 
 
 def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
-    return _option(default, str, f"{help}: {', '.join(choices)}", lambda value: value in choices, ", ".join(choices))
+    listed = ", ".join(choices)
+    return _option(default, str, f"{help}: {listed}", lambda value: value in choices, listed)
 
 
 @dataclass
@@ -43,11 +51,11 @@ class Options:
 
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
-    init: str | None = _option(None, str, "start from the weights in this model folder (fine-tuning)")
+    init: str | None = _text(None, "start from the weights in this model folder or out-dir (fine-tuning)")
     device: str = _one_of("auto", "where to compute", DEVICES)
     dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
-    data: str | None = _option(None, str, "data set: a name under data/, or a folder [pydoc, for nano]")
-    out_dir: str = _option("out", str, "where the log and the checkpoints go")
+    data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano]")
+    out_dir: str = _text("out", "where the log and the checkpoints go")
     fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
     batch_size: int = _positive(None, int, "sequences per rank and micro-step")
     block_size: int = _positive(None, int, "tokens per sequence [the model's context]")
@@ -115,7 +123,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "block_size": 1024,
         "total_batch_size": 524_288,
         "learning_rate": 6e-4,
-        "min_lr": 6e-5,
         "warmup_iters": 715,
         "weight_decay": 0.1,
         "beta1": 0.9,
@@ -136,6 +143,13 @@ class UsageError(ValueError):
 def flag(name: str) -> str:
     """The command line's spelling of an option."""
     return "--" + name.replace("_", "-")
+
+
+def discard_output() -> None:
+    """Send what is still printed nowhere: the reader of a closed pipe has enough, and Python flushes once more at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,7 +178,9 @@ def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     for f in fields(Options):
         spellings = dict.fromkeys((flag(f.name), "--" + f.name))
         text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
-        kind: dict[str, Any] = {"action": "store_true"} if f.type == "bool" else {"type": f.metadata["kind"]}
+        kind: dict[str, Any] = {"type": f.metadata["kind"]}
+        if kind["type"] is bool:
+            kind = {"action": "store_true"}
         parser.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
@@ -199,8 +215,15 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     """Raise UsageError for a value out of range; returns `given`."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
+        if value is not None and type(value) is not f.metadata["kind"]:
+            raise UsageError(f"{flag(f.name)} is {value!r}; expected a value of type {f.metadata['kind'].__name__}")
         if value is not None and allowed is not None and not allowed(value):
-            raise UsageError(f"{flag(f.name)} is {value}; expected {f.metadata['expected']}")
+            expected = f.metadata["expected"]
+            raise UsageError(
+                f"{flag(f.name)} is {value or 'empty'}; expected {expected}{_nearest(str(value), expected.split(', '))}"
+                if isinstance(value, str)
+                else f"{flag(f.name)} is {value}; expected {expected}"
+            )
     return given
 
 
@@ -215,6 +238,8 @@ def complete(given: dict[str, Any], config: GPT2Config) -> Options:
         recipe["total_batch_size"] = 512 * recipe["block_size"]  # as many sequences
     if "init" in given:
         implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
+    elif given.get("preset", Options.preset) == "nano":
+        implied["data"] = "pydoc"
     values = {**implied, **recipe, **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
     values.setdefault("min_lr", values["learning_rate"] / 10)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2 import weights
 from gpt2.model import GPT2
+from gpt2.options import check
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import checkpoint, optim
 
-LOG, TRAINER, OPTIMIZER = "log.jsonl", "trainer.json", "optimizer.safetensors"
+LOG, TRAINER, OPTIMIZER, LOCK = "log.jsonl", "trainer.json", "optimizer.safetensors", ".lock"
 
 
 @dataclass
@@ -42,7 +46,8 @@ class Saved:
     folder: Path
     progress: Progress
     optimizer_steps: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    data: str
 
 
 class RunFolder:
@@ -55,30 +60,57 @@ class RunFolder:
 
     def resume(self, say: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that is whole, or None where there is none. Damaged ones are named, and passed over."""
-        folder, damaged = checkpoint.newest(self.path)
-        for line in damaged:
-            say(f"damaged checkpoint, not used: {line}")
-        if folder is None:
-            if damaged:
-                raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts anew beside it")
-            return None
-        state = checkpoint.read_json(folder / TRAINER)
-        try:
-            return Saved(folder, Progress(**state["progress"]), state["optimizer_steps"], state["options"])
-        except (KeyError, TypeError):
-            raise checkpoint.CheckpointError(f"{folder / TRAINER}: it is not what train.py writes") from None
+        folders = checkpoint.find(self.path)
+        for folder in folders:
+            try:
+                checkpoint.verify(folder)
+                return _read_state(folder)
+            except checkpoint.CheckpointError as error:
+                say(f"damaged checkpoint, not used: {error}")
+        if folders:
+            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts anew beside it")
+        return None
+
+    @contextmanager
+    def opened(self, step: int) -> Iterator[None]:
+        """Hold the folder for a run that goes on after `step`: no other process trains in it, and the log is open.
+
+        Rows of the log past `step` are cut off, since those steps are made again. Checkpoints past it are damaged ones,
+        and are renamed, so that they do not count as the newest.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with checkpoint.Lock(self.path / LOCK, str(self.path)):
+            for folder in checkpoint.find(self.path):
+                if checkpoint.step_of(folder) > step:
+                    folder.rename(_unused(folder.with_name(f"damaged-{folder.name}")))
+            log = self.path / LOG
+            kept = [row for row in read_log(log) if row["step"] <= step]
+            rewritten = self.path / f".{LOG}.new"
+            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(rewritten, log)
+            with log.open("a", encoding="utf-8") as self._log:
+                yield
 
     def save(
-        self, model: GPT2, optimizer: optim.AdamW, tokenizer: Tokenizer, progress: Progress, options: dict[str, Any]
+        self,
+        model: GPT2,
+        optimizer: optim.AdamW,
+        tokenizer: Tokenizer,
+        progress: Progress,
+        options: dict[str, Any],
+        data: str,
     ) -> Path:
-        """Write the checkpoint of the step that `progress` names, point `best` at the best one, clear old ones away."""
+        """Write the checkpoint of the step that `progress` names, point `best` at the best one, clear old ones away.
+
+        options  what the run was told;  data  the fingerprint of the training data.
+        """
         folder = self.path / checkpoint.name(progress.step)
         with checkpoint.writing(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save(partial)
             checkpoint.save_arrays(partial / OPTIMIZER, optimizer.state())
-            state = {"progress": asdict(progress), "optimizer_steps": optimizer.steps, "options": options}
-            checkpoint.write_json(partial / TRAINER, state)
+            state = Saved(folder, progress, optimizer.steps, options, data)
+            checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         checkpoint.prune(self.path, self.keep, best)
         for name in best:
@@ -100,16 +132,6 @@ class RunFolder:
         """Take over the optimizer's state from a checkpoint."""
         optimizer.load_state(checkpoint.load_arrays(saved.folder / OPTIMIZER), saved.optimizer_steps)
 
-    def start_log(self, step: int) -> None:
-        """Open the log for rows after `step`; rows past it, of steps that are made again, are cut off."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        log = self.path / LOG
-        kept = [row for row in read_log(log) if row["step"] <= step]
-        rewritten = self.path / f".{LOG}.new"
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(rewritten, log)
-        self._log = log.open("a", encoding="utf-8")
-
     def log(self, **row: Any) -> None:
         """Append one step's row."""
         self._log.write(json.dumps(row) + "\n")
@@ -119,17 +141,56 @@ class RunFolder:
         """Rename the folder, if it is there, so that a new run can take its name; returns the new name."""
         if not self.path.exists():
             return None
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        names = [f"{self.path.name}-{stamp}", *(f"{self.path.name}-{stamp}-{i}" for i in range(1, 100))]
-        aside = next(path for path in map(self.path.with_name, names) if not path.exists())
-        return self.path.rename(aside)
+        checkpoint.Lock(self.path / LOCK, str(self.path)).check()
+        if not self.path.name:
+            raise ValueError(f"--out-dir {self.path} cannot be renamed; name a folder of its own")
+        return self.path.rename(_unused(self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")))
+
+
+def _read_state(folder: Path) -> Saved:
+    """Raises CheckpointError where trainer.json is not what RunFolder.save writes."""
+    state = checkpoint.read_json(folder / TRAINER)
+    try:
+        saved = Saved(folder, Progress(**state["progress"]), state["optimizer_steps"], state["options"], state["data"])
+        counts = (saved.progress.step, saved.progress.samples, saved.progress.tokens, saved.optimizer_steps)
+        if not all(isinstance(count, int) for count in counts) or not isinstance(saved.options, dict):
+            raise TypeError
+        if saved.progress.best is not None:
+            saved.progress.best["step"] + 0, saved.progress.best["val_loss"] + 0
+        check(saved.options)
+        return saved
+    except (KeyError, TypeError, ValueError):
+        raise checkpoint.CheckpointError(f"{folder / TRAINER}: it is not what train.py writes") from None
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with a number after it where the name is taken."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(1)))
+    return next(name for name in names if not name.exists())
+
+
+def find_model(path: Path, say: Callable[[str], None]) -> Path:
+    """The model folder that `path` means: itself, or the newest checkpoint that is whole where it is a run's folder.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder; expected a model folder or the out-dir of a run")
+    if (path / weights.CONFIG).exists():
+        return path
+    folder, damaged = checkpoint.newest(path)
+    for line in damaged:
+        say(f"damaged checkpoint, not used: {line}")
+    if folder is None:
+        raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
+    return folder
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl; a last line that was cut short by a crash is left out."""
+    """The rows of a log.jsonl. Lines that hold none, such as one cut short by a crash, are left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:

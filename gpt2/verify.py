@@ -13,6 +13,7 @@ import numpy
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from tinygrad2 import Key, Tensor, record
+from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.gradcheck import check
 
 BOUND = 1e-6
@@ -21,7 +22,7 @@ FORMS = {"gelu_new": "tanh form", "gelu": "exact form"}
 BATCH, LENGTH = 3, 9  # shorter than the context: the last positions take no part and get no gradient
 
 
-def small_model(activation: str, seed: int = 0) -> GPT2:
+def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
     """A float64 GPT-2 with dropout whose every part matters: random gains and biases, matrices that keep activations
     at their size, and queries and keys so large that the scores have a standard deviation of about 5 and attention is
     far from uniform (with weights as at the start of training, hardly any gradient would reach it).
@@ -37,7 +38,7 @@ def small_model(activation: str, seed: int = 0) -> GPT2:
         attn_pdrop=0.2,
         resid_pdrop=0.1,
     )
-    model = GPT2(config, dtype="float64")
+    model = GPT2(config, device=device, dtype="float64")
     random = numpy.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         values = random.standard_normal(parameter.shape)
@@ -70,7 +71,7 @@ def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
             result.backward()
         return record(result.data, values, _scaled, saved=tuple(parameter.grad for parameter in parameters))
 
-    errors = check(loss, [parameter.data / SCALE for parameter in parameters], seed=seed)
+    errors = check(loss, [p.numpy() / SCALE for p in parameters], seed=seed, device=model.backend.device)
     return dict(zip(names, errors, strict=True))
 
 
@@ -78,12 +79,12 @@ def _scaled(saved, dy, into):
     return tuple(None if gradient is None else dy * SCALE * gradient for gradient in saved)
 
 
-def verify_gradients(seed: int = 0) -> bool:
+def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     """Check both forms of GELU and print a row for each parameter; whether all are within BOUND."""
     failed = 0
     print("gradients of a small GPT-2 with dropout, float64, against finite differences")
     for activation, form in FORMS.items():
-        model = small_model(activation, seed)
+        model = small_model(activation, seed, device)
         shapes = {name: str(parameter.shape) for name, parameter in model.named_parameters()}
         print(f"\n{f'{activation} ({form})':24}{'shape':>12}{'error':>11}{'bound':>9}")
         for name, error in gradient_errors(model, seed).items():
@@ -95,17 +96,23 @@ def verify_gradients(seed: int = 0) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing is asked."""
+    """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing can be."""
     parser = argparse.ArgumentParser(prog="python -m gpt2.verify", description="Check that the model is right.")
     parser.add_argument("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights, the tokens and the directions (default: 0)"
     )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
     options = parser.parse_args(arguments)
     if not options.gradients:
         parser.print_help(sys.stderr)
         return 2
-    return 0 if verify_gradients(options.seed) else 1
+    try:
+        get_backend(options.device)
+    except ValueError as error:
+        print(f"gpt2.verify: {error}", file=sys.stderr)
+        return 2
+    return 0 if verify_gradients(options.seed, options.device) else 1
 
 
 if __name__ == "__main__":

@@ -168,3 +168,29 @@ def test_text_streams(user):
     assert process.poll() is None
     process.kill()
     process.communicate()
+
+
+def test_a_padded_vocabulary_is_never_chosen(user, capsys):
+    model = GPT2(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    model.wte.weight.data[257:] *= 50
+    model.save_pretrained("checkpoint")
+    Tokenizer.load("bytes").save("checkpoint")
+    run(capsys, "-p", "x", "-m", "60", "-t", "3")
+
+
+def test_weights_that_are_no_numbers_are_said(user, capsys):
+    model = save_model("checkpoint")
+    model.ln_f.weight.data[...] = float("nan")
+    model.save_pretrained("checkpoint")
+    assert "the model's logits are not finite numbers" in run(capsys, "-p", "x", "-t", "0", code=1).err
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(user):
+    save_model("checkpoint")
+    command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr.read() == b"model: checkpoint\n"
+    process.stderr.close()
+    assert process.wait(60) == 0

@@ -90,9 +90,10 @@ class CudaBackend(Backend):
     def __init__(self, cupy: Any):
         super().__init__("cuda", cupy, instantiate_reference(cupy))
         self._pinned: deque[tuple[Any, Any]] = deque()  # (buffer, event of its last copy), the oldest first
+        self._landing: deque[tuple[Any, Any]] = deque()  # the same for fetches, which may be dropped before they arrive
 
     def upload(self, values: numpy.ndarray) -> Any:
-        values = numpy.ascontiguousarray(values)
+        values = numpy.asarray(values, order="C")  # (ascontiguousarray would give a 0-d array an axis)
         raw = values.reshape(-1).view(numpy.uint8)
         buffer = self._take_pinned(raw.nbytes)
         buffer[: raw.nbytes] = raw
@@ -115,12 +116,16 @@ class CudaBackend(Backend):
         return self.np.asnumpy(array)
 
     def fetch(self, *scalars: Any) -> Fetch:
-        together = self.np.stack([self.np.asarray(scalar, dtype=numpy.float64) for scalar in scalars])
+        together = self.np.stack([self.np.asarray(scalar) for scalar in scalars])
         memory = self.np.cuda.alloc_pinned_memory(together.nbytes)
-        landing = numpy.frombuffer(memory, dtype=numpy.float64, count=len(scalars))
+        landing = numpy.frombuffer(memory, dtype=together.dtype, count=len(scalars))
         stream = self.np.cuda.get_current_stream()
         together.get(stream=stream, out=landing, blocking=False)
-        return CudaFetch(stream.record(), landing, together)
+        event = stream.record()
+        while self._landing and self._landing[0][1].done:
+            self._landing.popleft()
+        self._landing.append((landing, event))
+        return CudaFetch(event, landing, together)
 
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()

@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 def writing(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on leaving, lists its checksums, flushes it and gives it the name `folder`.
 
-    A folder of that name is replaced. Where the block raises, nothing is left behind and `folder` is as it was.
+    A folder of that name is replaced. Where the block raises, what was written is removed and `folder` is as it was.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
@@ -49,7 +49,12 @@ def writing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
         _flush(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
@@ -60,14 +65,16 @@ def writing(folder: Path) -> Iterator[Path]:
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file is there with the size and checksum that the manifest lists."""
     listed = read_json(folder / MANIFEST).get("files")
-    if not isinstance(listed, dict):
+    if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST}: it lists no files")
     for name, expected in listed.items():
         path = folder / name
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{folder / MANIFEST}: it does not say what {name} should be")
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing")
         if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']:,}")
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']}")
         if _describe(path) != expected:
             raise CheckpointError(f"{path}: its checksum is not that of what was written")
 
@@ -102,6 +109,56 @@ def prune(out: Path, keep: int, spare: set[str]) -> None:
     for folder in find(out)[keep:]:
         if folder.name not in spare:
             shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint of this name was written."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: it is not the name of a checkpoint")
+    return int(match[1])
+
+
+class Lock:
+    """Keeps a second process out of a folder: a file with the owner's process id, removed at the end.
+
+    Raises ValueError where a process that is alive holds it; what a killed one left is taken over.
+    """
+
+    def __init__(self, file: Path, what: str):
+        self.file, self.what = file, what
+
+    def check(self) -> None:
+        """Raise ValueError where another process that is alive holds the lock."""
+        owner = self.file.read_text() if self.file.is_file() else ""
+        if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+            raise ValueError(f"{self.what}: process {owner} is at work there; wait for it, or choose another folder")
+
+    def __enter__(self) -> Lock:
+        try:
+            handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            self.check()
+            self.file.unlink(missing_ok=True)
+            return self.__enter__()
+        with os.fdopen(handle, "w") as stream:
+            stream.write(str(os.getpid()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there, os.kill ends the process instead of asking; the file has to be removed by hand
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

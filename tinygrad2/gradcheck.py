@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy
 
 from tinygrad2 import ops
 from tinygrad2.autograd import no_grad
+from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
@@ -34,6 +36,7 @@ def check(
     directions: int = 4,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> list[float]:
     """The relative error of the gradient that backward gives for each input of `fn`; right ones are about 1e-10.
 
@@ -43,6 +46,7 @@ def check(
     tolerance   with raises=True, the largest error that is accepted.
     directions  how many random directions are tried for each input.
     names       of the inputs, for the error message.
+    device      where fn gets its inputs and computes; the comparison is made on the host.
 
     With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> by backward is
     compared with the slope of L along v: [8 (L(x+hv) - L(x-hv)) - (L(x+2hv) - L(x-2hv))] / 12h. Its truncation error is
@@ -59,18 +63,18 @@ def check(
         raise TypeError(
             f"gradcheck: inputs are of type {type(inputs).__name__}; expected a list with one array for each"
         )
-    arrays = [numpy.array(x.data if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
+    backend = get_backend(device)
+    arrays = [numpy.array(x.numpy() if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
     for array in arrays:
         array.flags.writeable = False  # an fn that changes its inputs in place would spoil every later evaluation
     random = numpy.random.default_rng(seed)
 
-    leaves = [Tensor(array, requires_grad=True) for array in arrays]
+    leaves = [Tensor(backend.asarray(array), requires_grad=True) for array in arrays]
     results = _results(fn(*leaves))
     cotangents = tuple(_away_from_zero(random, y.shape) for y in results)
-    weighted = [w * y.data for w, y in zip(cotangents, results, strict=True)]
-    loss = record(
-        numpy.asarray(sum(numpy.sum(wy) for wy in weighted)), results, lambda saved, dy, into: saved, cotangents
-    )
+    weighted = [w * y.numpy() for w, y in zip(cotangents, results, strict=True)]
+    sent = tuple(backend.asarray(w) for w in cotangents)
+    loss = record(numpy.asarray(sum(numpy.sum(wy) for wy in weighted)), results, lambda saved, dy, into: saved, sent)
     if loss.requires_grad:
         loss.backward()
     floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
@@ -79,15 +83,17 @@ def check(
         """L(x_i + change) - L(x_i - change), subtracted before it is summed: less is lost to rounding."""
         with no_grad(), numpy.errstate(invalid="ignore"):  # what is not finite shows in the error
             up, down = (
-                _results(fn(*(Tensor(x + sign * change if j == i else x) for j, x in enumerate(arrays))))
+                _results(
+                    fn(*(Tensor(backend.asarray(x + sign * change if j == i else x)) for j, x in enumerate(arrays)))
+                )
                 for sign in (1, -1)
             )
-            return sum(numpy.sum(w * (a.data - b.data)) for w, a, b in zip(cotangents, up, down, strict=True))
+            return sum(numpy.sum(w * (a.numpy() - b.numpy())) for w, a, b in zip(cotangents, up, down, strict=True))
 
     errors = []
     for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
         tangents = [_away_from_zero(random, array.shape) for _ in range(directions)]
-        gradient = numpy.zeros(array.shape) if leaf.grad is None else leaf.grad
+        gradient = numpy.zeros(array.shape) if leaf.grad is None else backend.to_host(leaf.grad)
         analytic = numpy.array([numpy.sum(v * gradient) for v in tangents])
         numeric = numpy.array(
             [(8 * loss_change(i, STEP * v) - loss_change(i, 2 * STEP * v)) / (12 * STEP) for v in tangents]
@@ -157,10 +163,10 @@ class Case:
     draw: Draw = normal
     bound: float = 1e-7
 
-    def error(self, seed: int = 0) -> float:
+    def error(self, seed: int = 0, device: str = "cpu") -> float:
         """The largest error of all inputs."""
         random = numpy.random.default_rng([seed, *self.name.encode()])  # other rows may come and go
-        return max(check(self.fn, [self.draw(random, shape) for shape in self.shapes], seed=seed))
+        return max(check(self.fn, [self.draw(random, shape) for shape in self.shapes], seed=seed, device=device))
 
 
 BLOCK_WIDTH, BLOCK_HEADS, VOCABULARY = 6, 2, 11
@@ -262,17 +268,24 @@ CASES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check every row of CASES and print the table; 0 where all are under their bounds, else 1."""
+    """Check every row of CASES and print the table; 0 where all are under their bounds, 1 where not, 2 where the device
+    is not available."""
     parser = argparse.ArgumentParser(
         prog="python -m tinygrad2.gradcheck",
         description="Check the backward pass of every operation against finite differences, in float64.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and the directions (default: 0)")
-    seed = parser.parse_args(arguments).seed
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    options = parser.parse_args(arguments)
+    try:
+        get_backend(options.device)
+    except ValueError as missing:
+        print(f"gradcheck: {missing}", file=sys.stderr)
+        return 2
     start, failed = time.perf_counter(), 0
     print(f"{'operation':29}{'shapes':42}{'error':>9}{'bound':>9}")
     for case in CASES:
-        error = case.error(seed)
+        error = case.error(options.seed, options.device)
         failed += not error <= case.bound
         shown = [str(shape).replace(" ", "") for shape in case.shapes]
         shapes = " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])

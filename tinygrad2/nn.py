@@ -53,7 +53,7 @@ class Module:
     def to(self, device: str) -> Self:
         """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer follows by itself."""
         backend = get_backend(device)
-        for parameter in self.parameters():
+        for parameter in list(self.parameters()):
             if parameter.backend is not backend:
                 parameter.move(backend)
                 vars(self).pop("_arena", None)

@@ -85,7 +85,7 @@ def _token_runs(tokens: numpy.ndarray, backend: Backend) -> TokenRuns:
         pieces += [into, into + distance]
         distance *= 2
     stops = numpy.cumsum([len(piece) for piece in pieces])[:-1]
-    order, first, ids, *folds = numpy.split(backend.upload(numpy.concatenate(pieces)), stops)
+    order, first, ids, *folds = backend.np.split(backend.upload(numpy.concatenate(pieces)), stops)
     return TokenRuns(order, list(zip(folds[::2], folds[1::2], strict=True)), first, ids)
 
 

@@ -420,7 +420,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     process = start("sys.exit(p.main(sys.argv[1:]))", *arguments, preexec_fn=limit)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors == f"error: {tmp_path / 'out.partial'}: File too large\n"
+    assert errors == f"data/prepare.py: {tmp_path / 'out.partial'}: File too large\n"
     assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == contents(
         make([tmp_path / "a.txt"], tmp_path / "expected")
     )
@@ -513,7 +513,8 @@ def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 1
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to rename it away\n"
+        f"data/prepare.py: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to rename it "
+        "away\n"
     )
     assert main([*arguments, "--fresh"]) == 0
     assert main([*arguments, "--fresh"]) == 0
@@ -527,7 +528,7 @@ def test_two_at_once(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     (tmp_path / "out.partial" / "lock").write_text(str(other.pid))
     try:
-        with pytest.raises(ValueError, match=f"process {other.pid} is preparing it"):
+        with pytest.raises(ValueError, match=f"process {other.pid} is at work there"):
             make([tmp_path / "a.txt"], tmp_path / "out")
     finally:
         other.communicate(b"\n")
@@ -568,7 +569,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, 
         Path(name).write_bytes(data)
     assert main(["--tokenizer", "bytes", *arguments]) == 1
     output, errors = capsys.readouterr()
-    assert errors.startswith("error: ")
+    assert errors.startswith("data/prepare.py: ")
     assert message in errors
     assert errors.count("\n") == 1
     assert not output
@@ -580,7 +581,9 @@ def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: data/prepare.py" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data/prepare.py: ")
+    assert "--help lists the options" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
@@ -588,7 +591,7 @@ def test_read_only_folder(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o500)
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "x")]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
+    assert capsys.readouterr().err == f"data/prepare.py: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
 
 
 def test_without_sources(tmp_path):

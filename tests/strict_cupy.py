@@ -1,0 +1,526 @@
+"""NumPy behind CuPy's rules: a stand-in on which the whole engine runs, and is watched, on a machine without a GPU.
+
+It computes with NumPy and refuses or counts what CuPy refuses or what would be slow or wrong on a device:
+  - a NumPy array among device arrays, a list where an array is expected, and conversion other than by get or asnumpy
+    raise TypeError; results are arrays even where they have no axis, and dtypes follow NEP 50, as in CuPy 14;
+  - assignment at repeated indices raises, since its result is undefined on a device; out-of-range indices raise, where
+    CuPy silently wraps them around; so does writing to a broadcast view, where CuPy would write to its source;
+  - `device.syncs` counts where the host would wait without saying so: float(), bool(), item(), get(), printing, and
+    results whose shape depends on values. `device.waits` counts events waited for, which is intended;
+  - `device.float64` counts float64 results where the inputs were not all float64, and new float64 arrays;
+  - `device.launches` counts the calls that give the device work.
+
+Copies between pinned memory and the device are late, as they can be on a device: they take place when somebody waits.
+Pinned memory that was changed or freed before its copy to the device took place raises RaceError then; memory that a
+result is fetched to holds NaN until then. Everything else runs in the order of launching, as in the one stream.
+
+With `registered(real=cupy)` every name and every keyword is checked against the CuPy that is installed, too. That needs
+no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tinygrad2 import backend
+
+FROM_HOST = {"asarray", "array", "ascontiguousarray"}
+VIEWS = FROM_HOST | {"reshape", "transpose", "view", "swapaxes", "squeeze", "ravel", "expand_dims", "moveaxis"}
+VIEWS |= {"broadcast_to", "split", "array_split", "diagonal", "astype"}  # no launch where the result shares memory
+SHAPE_FROM_VALUES = {"nonzero", "flatnonzero", "argwhere", "unique", "bincount", "extract", "compress"}
+JOINING = {"concatenate", "stack", "vstack", "hstack"}
+WITHOUT_INPUT = {"zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tri", "identity"}
+HOST_METHODS = {"item", "tolist", "tobytes"}
+UFUNC_KEYWORDS = {"out", "dtype", "casting", "where"}
+POISON = 0xFF  # each byte of pinned memory that nothing has been written to yet: NaN, or -1
+
+
+class RaceError(AssertionError):
+    """The host changed or freed memory while a copy was still to read or write it."""
+
+
+class Device:
+    """Counters, and the stream: copies that have been launched and not made."""
+
+    def __init__(self) -> None:
+        self.real: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting from zero, and forget what was launched."""
+        self.launches = self.syncs = self.waits = self.float64 = self.pinned = 0
+        self.submitted = self.finished = 0
+        self._queue: deque[Callable[[], None]] = deque()
+
+    def submit(self, action: Callable[[], None]) -> int:
+        """Put a copy, or an event, at the end of the stream; returns its number."""
+        self._queue.append(action)
+        self.submitted += 1
+        return self.submitted
+
+    def finish(self, number: int | None = None) -> None:
+        """Have the device make everything up to `number`, or all."""
+        while self._queue and (number is None or self.finished < number):
+            self.finished += 1
+            self._queue.popleft()()
+
+    def sync(self) -> None:
+        """A hidden wait for the device."""
+        self.syncs += 1
+        self.finish()
+
+
+device = Device()
+
+
+class PinnedMemory(bytearray):
+    """Host memory that a device can copy from and to."""
+
+
+def _pinned(array: np.ndarray) -> PinnedMemory:
+    owner: Any = array
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, PinnedMemory):
+        raise AssertionError("an asynchronous copy of memory that is not pinned waits for the device")
+    return owner
+
+
+# Checks against the CuPy that is installed ----------------------------------------------------------------------------
+
+
+def _check_name(owner: str, name: str) -> Any:
+    """What CuPy calls `name`, or None where it is not asked. Raises AttributeError where CuPy has no such name."""
+    if device.real is None:
+        return None
+    target = getattr(device.real.ndarray if owner == "cupy.ndarray" else device.real, name, None)
+    if target is None:
+        raise AttributeError(f"{owner} has no attribute {name!r}")
+    return target
+
+
+def _check_keywords(where: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError where CuPy's function does not take these arguments."""
+    if target is None or not callable(target):
+        return
+    try:
+        inspect.signature(target).bind(*args, **kwargs)
+        return
+    except ValueError:  # compiled: the signature is the first line of the documentation
+        match = re.match(r"[\w.]*\((.*)\)", (target.__doc__ or "").split("\n")[0])
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from None
+    if match is None or "**" in match[1]:
+        return
+    names = {re.split(r"[ =]", parameter.strip().split("=")[0])[-1] for parameter in match[1].split(",")}
+    if set(kwargs) - names:
+        raise TypeError(f"{where} takes no {', '.join(sorted(set(kwargs) - names))}")
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------
+
+
+def _unwrap(x: Any) -> Any:
+    """The NumPy values of an argument. Raises TypeError for a NumPy array, which is not on the device."""
+    if isinstance(x, ndarray):
+        return x._a
+    if isinstance(x, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>: move it to the device with asarray first")
+    if isinstance(x, tuple | list):
+        return type(x)(map(_unwrap, x))
+    return x
+
+
+def _wrap(result: Any, inputs: Any) -> Any:
+    """The result of a NumPy function on `inputs` as CuPy gives it: arrays, whatever their number of axes."""
+    if isinstance(result, tuple | list):
+        return type(result)(_wrap(part, inputs) for part in result)
+    if isinstance(result, np.ndarray | np.generic | bool):
+        _count_float64(result, inputs)
+        return ndarray(np.asarray(result))
+    return result
+
+
+def _count_float64(result: Any, inputs: Any) -> None:
+    dtypes = {x.dtype for x in _arrays(inputs) if x.dtype.kind == "f"}
+    wide = np.dtype(np.float64)
+    device.float64 += (wide in dtypes or getattr(result, "dtype", None) == wide) and dtypes != {wide}
+
+
+def _arrays(x: Any) -> Iterator[np.ndarray]:
+    if isinstance(x, np.ndarray):
+        yield x
+    elif isinstance(x, tuple | list):
+        for part in x:
+            yield from _arrays(part)
+
+
+def _call(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a NumPy function on the values of device arrays."""
+    args, kwargs = _unwrap(args), {key: _unwrap(value) for key, value in kwargs.items()}
+    inputs = [*args, *(value for key, value in kwargs.items() if key != "out")]
+    with np.errstate(all="ignore"):  # a device warns of nothing
+        result = function(*args, **kwargs)
+    shared = name in VIEWS and all(any(np.may_share_memory(r, x) for x in _arrays(inputs)) for r in _arrays([result]))
+    device.launches += not shared
+    if name in SHAPE_FROM_VALUES or (name == "where" and len(args) == 1):
+        device.sync()
+    return _wrap(result, inputs)
+
+
+def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
+    """A universal function: arrays of the device and numbers, nothing else."""
+    for x in args:
+        if not isinstance(x, ndarray | int | float | np.generic):
+            raise TypeError(f"Unsupported type {type(x)}")
+    if set(kwargs) - UFUNC_KEYWORDS:
+        raise TypeError(f"cupy.{name} takes no {', '.join(sorted(set(kwargs) - UFUNC_KEYWORDS))}")
+    if out is None:
+        return _call(name, getattr(np, name), args, kwargs)
+    _call(name, getattr(np, name), args, {**kwargs, "out": out})
+    return out
+
+
+def _index(index: Any) -> Any:
+    """An index as NumPy takes it. Lists and NumPy arrays are allowed, as in CuPy, which copies them to the device."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    if isinstance(index, list | np.ndarray):
+        device.launches += 1
+        return np.asarray(index)
+    return _unwrap(index)
+
+
+def _whole(index: Any) -> tuple:
+    """The index with an ellipsis: NumPy then gives a view where it would give a scalar."""
+    index = index if isinstance(index, tuple) else (index,)
+    return index if any(i is Ellipsis for i in index) else (*index, Ellipsis)
+
+
+class ndarray:  # noqa: N801 (it is called so in every array library)
+    """An array on the device."""
+
+    __slots__ = ("_a",)
+
+    def __init__(self, values: np.ndarray):
+        self._a = values
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method != "__call__":
+            return NotImplemented
+        return _ufunc(ufunc.__name__, *args, **kwargs)  # a NumPy scalar on the left comes here
+
+    shape = property(lambda self: self._a.shape)
+    dtype = property(lambda self: self._a.dtype)
+    ndim = property(lambda self: self._a.ndim)
+    size = property(lambda self: self._a.size)
+    nbytes = property(lambda self: self._a.nbytes)
+    itemsize = property(lambda self: self._a.itemsize)
+    strides = property(lambda self: self._a.strides)
+    T = property(lambda self: ndarray(self._a.T))
+
+    def __getattr__(self, name: str) -> Any:
+        target = _check_name("cupy.ndarray", name)
+        method = getattr(self._a, name)
+        if not callable(method):
+            raise AttributeError(f"the stand-in has no attribute {name!r}")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _check_keywords(f"cupy.ndarray.{name}", target, (self, *args), kwargs)
+            if name in HOST_METHODS:
+                device.sync()
+                return method(*args, **kwargs)
+            return _call(name, lambda _, *a, **k: method(*a, **k), (self, *args), kwargs)
+
+        return call
+
+    # To and from the host
+
+    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+        values = self._a.copy()
+        if blocking:
+            device.sync()
+            if out is None:
+                return values
+            out[...] = values
+            return out
+        if out is None or out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
+            raise ValueError("a late copy needs memory to land in, of the array's shape and dtype")
+        memory = weakref.ref(_pinned(out))
+        out.reshape(-1).view(np.uint8)[:] = POISON
+        where = out.__array_interface__["data"][0] - _address(memory())
+
+        def copy() -> None:
+            landing = memory()
+            if landing is None:
+                raise RaceError("the memory that a result was to land in was freed before the copy took place")
+            landing[where : where + values.nbytes] = values.tobytes()
+
+        device.submit(copy)
+        return out
+
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+        if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
+            raise TypeError(f"only a NumPy array of {self.dtype} and shape {self.shape} can be set")
+        if not self._a.flags.c_contiguous:
+            raise RuntimeError("Cannot set to non-contiguous array")
+        self._a[...] = arr
+        if stream is None:
+            device.sync()
+            return
+        device.launches += 1
+        memory, copied = weakref.ref(_pinned(arr)), arr.tobytes()
+        where = arr.__array_interface__["data"][0] - _address(memory())
+
+        def copy() -> None:
+            source = memory()
+            if source is None or source[where : where + len(copied)] != copied:
+                raise RaceError("pinned memory was changed or freed before its copy to the device took place")
+
+        device.submit(copy)
+
+    def _number(self, kind: Callable) -> Any:
+        device.sync()
+        return kind(self._a)
+
+    def __float__(self) -> float:
+        return self._number(float)
+
+    def __int__(self) -> int:
+        return self._number(int)
+
+    def __bool__(self) -> bool:
+        return self._number(bool)
+
+    def __index__(self) -> int:
+        return self._number(lambda values: values.__index__())
+
+    def __repr__(self) -> str:
+        return self._number(repr)
+
+    def __len__(self) -> int:
+        return len(self._a)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    # Indexing
+
+    def __getitem__(self, index: Any) -> ndarray:
+        index = _whole(_index(index))
+        result = self._a[index]
+        if any(x.dtype == bool for x in _arrays(index)):
+            device.sync()
+        device.launches += any(True for _ in _arrays(index))
+        return ndarray(result)
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        if not isinstance(values, ndarray | int | float | np.generic):
+            raise TypeError(f"Unsupported type {type(values)}")
+        index = _whole(_index(index))
+        if any(x.dtype.kind in "iu" for x in _arrays(index)):
+            places = np.arange(self._a.size).reshape(self._a.shape)[index]
+            if np.unique(places).size != places.size:
+                raise ValueError("assignment at repeated indices is undefined on a device; use add.at")
+        device.launches += 1
+        self._a[index] = _unwrap(values)
+
+
+def _address(memory: PinnedMemory) -> int:
+    return np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]
+
+
+def _operator(name: str, reflected: bool = False, in_place: bool = False) -> Callable:
+    def apply(self: ndarray, *other: Any) -> Any:
+        if other and not isinstance(other[0], ndarray | int | float | np.generic | np.ndarray):
+            return NotImplemented
+        operands = (*other, self) if reflected else (self, *other)
+        return _ufunc(name, *operands, out=self) if in_place else _ufunc(name, *operands)
+
+    return apply
+
+
+_OPERATORS = {
+    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "floordiv": "floor_divide",
+    "mod": "remainder", "pow": "power", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
+    "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift",
+}  # fmt: skip
+for _name, _function in _OPERATORS.items():
+    setattr(ndarray, f"__{_name}__", _operator(_function))
+    setattr(ndarray, f"__r{_name}__", _operator(_function, reflected=True))
+    setattr(ndarray, f"__i{_name}__", _operator(_function, in_place=True))
+for _name, _function in {
+    "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal",
+    "neg": "negative", "abs": "absolute", "invert": "invert",
+}.items():  # fmt: skip
+    setattr(ndarray, f"__{_name}__", _operator(_function))
+
+
+# Streams, events, memory ----------------------------------------------------------------------------------------------
+
+
+class Event:
+    """A place in the stream."""
+
+    def __init__(self) -> None:
+        self._number, self._time = 0, 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self._number, self._time = device.submit(lambda: None), time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        return device.finished >= self._number
+
+    def synchronize(self) -> None:
+        device.waits += 1
+        device.finish(self._number)
+
+
+class Stream:
+    """The one stream."""
+
+    def record(self, event: Event | None = None) -> Event:
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        device.waits += 1
+        device.finish()
+
+
+class CUDARuntimeError(RuntimeError):
+    """What the runtime raises."""
+
+
+def alloc_pinned_memory(size: int) -> PinnedMemory:
+    device.pinned += 1
+    return PinnedMemory(bytes([POISON]) * size)
+
+
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
+    """Milliseconds between two events that have passed."""
+    if not (start_event.done and end_event.done):
+        raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return (end_event._time - start_event._time) * 1e3
+
+
+class _MemoryPool:
+    def free_all_blocks(self) -> None:
+        """Nothing is held back here."""
+
+
+class Library:
+    """The module `cupy`."""
+
+    ndarray = ndarray
+    __version__ = "stand-in"
+    cuda = types.SimpleNamespace(
+        Event=Event,
+        Stream=Stream,
+        alloc_pinned_memory=alloc_pinned_memory,
+        get_current_stream=lambda device_id=-1: _stream,
+        get_elapsed_time=get_elapsed_time,
+        runtime=types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            getDeviceCount=lambda: 1,
+            memGetInfo=lambda: (3 << 30, 4 << 30),
+            getDeviceProperties=lambda device_id: {"name": b"stand-in"},
+            driverGetVersion=lambda: 0,
+            runtimeGetVersion=lambda: 0,
+        ),
+    )
+    _core = types.SimpleNamespace(
+        _routines_linalg=types.SimpleNamespace(
+            COMPUTE_TYPE_TF32=7, COMPUTE_TYPE_DEFAULT=0, set_compute_type=lambda dtype, compute_type: None
+        )
+    )
+
+    def get_default_memory_pool(self) -> _MemoryPool:
+        return _MemoryPool()
+
+    def asnumpy(self, a: Any, stream: Any = None, order: str = "C", out: Any = None, *, blocking: bool = True) -> Any:
+        return a.get(stream, order, out, blocking) if isinstance(a, ndarray) else np.asarray(a)
+
+    def __getattr__(self, name: str) -> Any:
+        target = _check_name("cupy", name)
+        function = getattr(np, name)
+        if isinstance(function, np.ufunc):
+            return _Ufunc(name, target)
+        if not callable(function) or inspect.isclass(function):
+            return function  # constants and dtypes
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _check_keywords(f"cupy.{name}", target, args, kwargs)
+            return _function(name, function, args, kwargs)
+
+        return call
+
+
+class _Ufunc:
+    def __init__(self, name: str, target: Any):
+        self._name, self._target = name, target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _ufunc(self._name, *args, **kwargs)
+
+    def at(self, a: ndarray, indices: Any, b: Any) -> None:
+        if self._target is not None and not hasattr(self._target, "at"):
+            raise AttributeError(f"cupy.{self._name} has no attribute 'at'")
+        device.launches += 1
+        getattr(np, self._name).at(a._a, _index(indices), _unwrap(b))
+
+
+def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A function of the library that is no universal one."""
+    first = args[0]
+    if name in FROM_HOST and not isinstance(first, ndarray):
+        device.launches += 1
+        return _wrap(np.array(first, *args[1:], **kwargs), ())
+    if name in JOINING:
+        wrong = [x for x in first if not isinstance(x, ndarray)]
+    else:
+        wrong = [] if name in WITHOUT_INPUT or isinstance(first, ndarray) else [first]
+    if wrong:
+        raise TypeError(f"cupy.{name}: expected arrays of the device, got {type(wrong[0])}")
+    if name == "split":  # the places to split at are numbers of the host
+        return _call(name, lambda a: function(a, *args[1:], **kwargs), (first,), {})
+    result = _call(name, function, args, kwargs)
+    return first if name in FROM_HOST and result._a is first._a else result
+
+
+_stream = Stream()
+library = Library()
+
+
+@contextmanager
+def registered(real: Any = None) -> Iterator[Device]:
+    """Inside this context the stand-in is the device "cuda"; yields its counters.
+
+    real  the module cupy, to check names and arguments against.
+    """
+    named, by_type = dict(backend._backends), dict(backend._by_type)
+    device.reset()
+    device.real = real
+    backend.register(backend.CudaBackend(library))
+    try:
+        yield device
+    finally:
+        device.real = None
+        for registry, before in ((backend._backends, named), (backend._by_type, by_type)):
+            registry.clear()
+            registry.update(before)
