@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad2.random import Key, permutation
+from tinygrad2.random import DATA_SITE, Key, permutation
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # the manifest's version
 SPLITS = ("train", "val")
-DATA_SITE = 2**32 - 1  # where the order draws its random numbers; the model's sites count from 0
 CHECKED_BYTES = 256 << 20  # a split up to this size has its checksums verified whenever it is opened
 PREPARE = "python data/prepare.py SOURCE..."
 BASELINE_TOKENS = 10_000_000

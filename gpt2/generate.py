@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from gpt2.model import GPT2
     from gpt2.tokenizer import Tokenizer
 
-_SITE = 1 << 30  # where sampling draws its random numbers, apart from the model's own sites
-
 
 class KVCache:
     """Keys and values of the tokens read so far, so that each new token is read once.
@@ -113,7 +111,7 @@ def generate(
             logits = model.next_logits(unread, state).numpy()[:, :vocab_size]
         if not np.isfinite(logits).all():
             raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
-        draws = random.uniform(Key(seed, step, site=_SITE), samples)
+        draws = random.uniform(Key(seed, step, site=random.SAMPLING_SITE), samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         seen = np.concatenate((seen, token[:, None]), axis=1)

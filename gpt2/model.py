@@ -13,6 +13,7 @@ from gpt2.config import GPT2Config
 from gpt2.generate import KVCache, generate
 from tinygrad2 import Key, Tensor, nn, ops
 from tinygrad2.backend import Backend, check_dtype
+from tinygrad2.random import INIT_STEP
 
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
@@ -25,8 +26,7 @@ class _Init:
         self.sites = itertools.count()
 
     def normal(self, std: float) -> nn.Initializer:
-        # The step of the key is out of reach of training's steps, so that no dropout mask shares its numbers.
-        return nn.zeros if self.seed is None else nn.normal(std, Key(self.seed, step=2**32 - 1, site=next(self.sites)))
+        return nn.zeros if self.seed is None else nn.normal(std, Key(self.seed, INIT_STEP, site=next(self.sites)))
 
 
 class Attention(nn.Module):

@@ -146,7 +146,7 @@ def flag(name: str) -> str:
 
 
 def discard_output() -> None:
-    """Send what is still printed nowhere: the reader of a closed pipe has enough, and Python flushes once more at exit."""
+    """From now on print nowhere: the reader of a pipe has closed it, and Python would flush once more at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -79,17 +79,13 @@ Edge = tuple[Node | Leaf, int]
 
 
 class Into:
-    """What a backward function may ask about its parents: `into(i)` and `into.wanted(i)`."""
+    """What a backward function may ask for: `into(i)`, the buffer of parent i's gradient."""
 
     __slots__ = ("_pending", "_parents")
 
     def __init__(self, pending: _Pending, parents: tuple[Edge | None, ...]):
         self._pending = pending
         self._parents = parents
-
-    def wanted(self, i: int) -> bool:
-        """Whether parent i wants a gradient."""
-        return self._parents[i] is not None
 
     def __call__(self, i: int) -> Any:
         """The buffer that parent i's gradient is to be added to, or None where it is not wanted."""

@@ -15,7 +15,7 @@ from tinygrad2.params import Parameter, ParameterArena
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
-_sites = itertools.count(1 << 31)  # each layer that is given no initializer draws at a place of its own
+_sites = itertools.count(random.LAYER_SITES)  # each layer that is given no initializer draws at a place of its own
 
 
 def normal(std: float, key: random.Key | None = None) -> Initializer:

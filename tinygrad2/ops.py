@@ -197,22 +197,16 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     k = backend_of(x.data).kernels
     b = None if bias is None else bias.data
     y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
-    parents = (x,) if bias is None else (x, bias)
-    return record(y, parents, _gelu_exact_backward if exact else _gelu_backward, saved=(x.data, b))
+    return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
 
 
 def _gelu_backward(saved, dy, into):
-    x, bias = saved
+    x, bias, exact = saved
+    k = backend_of(dy).kernels
+    backward = k.gelu_exact_backward if exact else k.gelu_backward
     if bias is None:
-        return (backend_of(dy).kernels.gelu_backward(dy, x, None, None),)
-    return backend_of(dy).kernels.gelu_backward(dy, x, bias, into(1)), None
-
-
-def _gelu_exact_backward(saved, dy, into):
-    x, bias = saved
-    if bias is None:
-        return (backend_of(dy).kernels.gelu_exact_backward(dy, x, None, None),)
-    return backend_of(dy).kernels.gelu_exact_backward(dy, x, bias, into(1)), None
+        return (backward(dy, x, None, None),)
+    return backward(dy, x, bias, into(1)), None
 
 
 def softmax(x: Tensor) -> Tensor:

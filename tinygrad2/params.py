@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tinygrad2.autograd import Leaf
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.tensor import Tensor
 
@@ -26,6 +27,11 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=True)
 
     @property
+    def _leaf(self) -> Leaf:
+        assert self.leaf is not None  # a parameter is never a result
+        return self.leaf
+
+    @property
     def data(self) -> Any:
         return self._data
 
@@ -38,16 +44,16 @@ class Parameter(Tensor):
 
     @property
     def grad(self) -> Any:
-        return self.leaf.grad  # type: ignore[union-attr]
+        return self._leaf.grad
 
     @grad.setter
     def grad(self, values: Any) -> None:
         if values is not None:
             values = self._fitting("grad", values)
         if self._placed:
-            self.leaf.grad[...] = 0 if values is None else values  # type: ignore[union-attr]
+            self._leaf.grad[...] = 0 if values is None else values
         else:
-            self.leaf.grad = values  # type: ignore[union-attr]
+            self._leaf.grad = values
 
     def _fitting(self, name: str, values: Any) -> Any:
         values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
@@ -57,20 +63,18 @@ class Parameter(Tensor):
 
     def move(self, backend: Backend) -> None:
         """Move to another backend, the gradient too; the parameter then stands for itself, outside any arena."""
-        old, grad = backend_of(self._data), self.leaf.grad  # type: ignore[union-attr]
+        old, grad = backend_of(self._data), self._leaf.grad
         self._data = backend.asarray(old.to_host(self._data))
-        leaf = self.leaf
-        assert leaf is not None
-        leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
-        leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
+        self._leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
+        self._leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
         self._placed = False
 
     def place(self, data: Any, grad: Any) -> None:
         """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""
         data[...] = self._data
-        if self.leaf.grad is not None:  # type: ignore[union-attr]
-            grad[...] = self.leaf.grad  # type: ignore[union-attr]
-        self._data, self.leaf.grad, self._placed = data, grad, True  # type: ignore[union-attr]
+        if self._leaf.grad is not None:
+            grad[...] = self._leaf.grad
+        self._data, self._leaf.grad, self._placed = data, grad, True
 
 
 @dataclass

@@ -34,6 +34,13 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
+# The places that draw numbers, apart from each other: a model's dropout counts up from 0.
+SAMPLING_SITE = 1 << 30  # choosing the next token
+LAYER_SITES = 1 << 31  # layers that were given no initial values, counted up from here
+DATA_SITE = 2**32 - 1  # the order of samples; its step is the epoch
+INIT_STEP = 2**32 - 1  # a model's initial values, at sites of their own: a step that no training reaches
+
+
 @dataclass(frozen=True)
 class Key:
     """Names one stream of random numbers.
