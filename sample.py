@@ -14,7 +14,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.generate import check_sampling, stream_text
 from gpt2.options import Parser, discard_output
 from gpt2.run import find_model
-from tinygrad2 import checkpoint
+from tinygrad2 import checkpoint, threads
 from tinygrad2.backend import DEVICES
 
 
@@ -31,8 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
     add("--checkpoint", metavar="DIR", help="a model folder, or the out-dir of a training run")
     add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
+    add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
     options = parser.parse_args(argv)
-    for name, value, least in (("--max-tokens", options.max_tokens, 0), ("--samples", options.samples, 1)):
+    for name, value, least in (
+        ("--max-tokens", options.max_tokens, 0),
+        ("--samples", options.samples, 1),
+        ("--threads", options.threads, 1),
+    ):
         if value < least:
             parser.error(f"{name} is {value}; expected {least} or more")
     if not 0 <= options.seed < 2**64:
@@ -60,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sample(options) -> int:
+    threads.set_count(options.threads)
     folder = find_model(Path(options.checkpoint), complain) if options.checkpoint else default_model()
     if folder is None:
         print(

@@ -28,7 +28,7 @@ from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import mean_loss
 from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
-from tinygrad2 import Key, optim
+from tinygrad2 import Key, optim, threads
 from tinygrad2.backend import Fetch, get_backend
 
 
@@ -59,6 +59,8 @@ def train(given: dict[str, Any]) -> int:
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
     micro_steps = accumulation(options)
+    if options.threads:
+        threads.set_count(options.threads)
     data, validation, tokenizer = open_data(options)
     if saved and saved.data != data.fingerprint:
         raise UsageError(
@@ -313,7 +315,7 @@ def describe(
     micro = f"{micro_steps} micro-step{'s' * (micro_steps > 1)}"
     say(
         f"model     {name}: {model.n_parameters():,} parameters ({c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads)"
-        f", {options.dtype} on {model.backend.device} ({os.cpu_count()} cores)"
+        f", {options.dtype} on {model.backend.device} ({threads.count()} threads)"
     )
     say(f"data      {data.tokens:,} tokens to train on, {validation.tokens:,} to validate ({tokenizer.name})")
     say(

@@ -53,6 +53,7 @@ class Options:
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
     init: str | None = _text(None, "start from the weights in this model folder or out-dir (fine-tuning)")
     device: str = _one_of("auto", "where to compute", DEVICES)
+    threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
     dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
     data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano]")
     out_dir: str = _text("out", "where the log and the checkpoints go")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # The engine, bottom up: a module imports only from rows above its own.
 ROWS = (
-    ("random", "autograd", "checkpoint"),
+    ("random", "autograd", "checkpoint", "threads"),
     ("reference",),
     ("kernels",),
     ("backend",),
@@ -23,7 +23,7 @@ ROWS = (
 )
 RANK = {f"tinygrad2.{name}": rank for rank, row in enumerate(ROWS) for name in row}
 # For gpt2 and the scripts, besides the names that the package itself gives.
-PUBLIC_MODULES = {"backend", "checkpoint", "distributed", "gradcheck", "nn", "ops", "optim", "random"}
+PUBLIC_MODULES = {"backend", "checkpoint", "distributed", "gradcheck", "nn", "ops", "optim", "random", "threads"}
 ROOMS = {"cupy": ("tinygrad2.backend", "tinygrad2.kernels"), "mpi4py": ("tinygrad2.distributed",)}
 
 

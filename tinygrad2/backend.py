@@ -7,8 +7,9 @@ library is a parameter of the whole reference module, which is loaded once for e
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import deque
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy
@@ -156,7 +157,24 @@ def instantiate_reference(library: Any) -> ModuleType:
     return module
 
 
-_backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, reference)}
+def kernel_table(base: ModuleType, overrides: ModuleType | None) -> SimpleNamespace:
+    """Every function of the reference module `base`, or the override of its name where there is one."""
+    functions = {name: f for name, f in vars(base).items() if callable(f) and not name.startswith("_")}
+    return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in functions.items()})
+
+
+def _cpu_overrides() -> ModuleType | None:
+    """The compiled kernels, unless TINYGRAD2_KERNELS=reference, or where Numba cannot be imported."""
+    if os.environ.get("TINYGRAD2_KERNELS") == "reference":
+        return None
+    try:
+        from tinygrad2.kernels import cpu
+    except ImportError:
+        return None
+    return cpu
+
+
+_backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, kernel_table(reference, _cpu_overrides()))}
 _by_type: dict[type, Backend] = {numpy.ndarray: _backends["cpu"]}
 
 

@@ -119,13 +119,12 @@ def test_each_rate_acts_by_itself(rate, text):
 
 
 def test_every_dropout_site_draws_a_mask_of_its_own(model, text, monkeypatch):
-    from tinygrad2 import reference
+    from tinygrad2.backend import get_backend
 
-    sites = []
-    dropout_scale = reference.dropout_scale
-    monkeypatch.setattr(
-        reference, "dropout_scale", lambda key, *rest: sites.append(key.site) or dropout_scale(key, *rest)
-    )
+    sites, kernels = [], get_backend().kernels
+    dropout, attention = kernels.dropout_forward, kernels.attention_forward
+    monkeypatch.setattr(kernels, "dropout_forward", lambda x, p, key: sites.append(key.site) or dropout(x, p, key))
+    monkeypatch.setattr(kernels, "attention_forward", lambda *given: sites.append(given[-1].site) or attention(*given))
     with no_grad():
         model.loss(text[:, :-1], text[:, 1:], KEY)
     assert sorted(sites) == list(range(1 + 3 * SIZES["n_layer"]))

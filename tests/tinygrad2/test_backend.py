@@ -18,7 +18,7 @@ from gpt2 import GPT2, GPT2Config, verify
 from gpt2.run import read_log
 from tests import strict_cupy
 from tests.strict_cupy import RaceError
-from tinygrad2 import Key, Tensor, backend, checkpoint, gradcheck, ops, optim
+from tinygrad2 import Key, Tensor, backend, checkpoint, gradcheck, ops, optim, reference
 from tinygrad2.backend import CudaBackend, backend_of, get_backend
 from tinygrad2.gradcheck import CASES
 
@@ -26,6 +26,14 @@ ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=150, n_embd=16, n_layer=2, n_head=2)  # dropout at 0.1, as published
 LENGTH = 140  # two blocks of queries in attention
 LAUNCHES = 2590  # of one step of CONFIG at LENGTH, give or take the rounds of TokenRuns; most draw dropout's masks
+
+
+@pytest.fixture(autouse=True)
+def numpy_on_the_cpu(monkeypatch):
+    """The CPU computes with reference.py too, so that bits can be compared."""
+    kernels = get_backend("cpu").kernels
+    for name in vars(kernels):
+        monkeypatch.setattr(kernels, name, getattr(reference, name))
 
 
 @pytest.fixture

@@ -1,0 +1,205 @@
+"""tinygrad2/kernels/cpu.py: every kernel against the function of the same name in reference.py."""
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tinygrad2 import Key, ops, reference, threads
+from tinygrad2.backend import get_backend, kernel_table
+
+cpu = pytest.importorskip("tinygrad2.kernels.cpu")
+NAMES = [
+    name
+    for name, function in vars(cpu).items()
+    if inspect.isfunction(function) and function.__module__ == cpu.__name__ and not name.startswith("_")
+]
+KEY = Key(11, step=3, first_sample=5, site=2)
+SHAPES = [(1, 1, 4), (2, 5, 12), (3, 131, 20), (1, 300, 8), (2, 64, 96)]  # B, T, C, the heads C / 4 wide
+
+
+def arguments(name, shape, seed=0):
+    """Arguments for a kernel, in float64; arrays that are changed in place are among them."""
+    R = np.random.default_rng(seed)
+    B, T, C = shape
+    H, V = 2, 37
+
+    def array(*sizes):
+        return R.normal(size=sizes)
+
+    x, tokens = array(B, T, C), R.integers(0, V, (B, T))
+    _, mean, rstd = reference.layernorm_forward(x, array(C), array(C), 1e-5)
+    qkv = 2 * array(B, T, 3 * C)
+    attended = {key: reference.attention_forward(qkv, H, 0.3, key) for key in (None, KEY)}
+    weight = array(V, C)
+    _, dlogits = reference.lm_head_forward(x, weight, tokens)
+    flat = [array(B * T * C) for _ in range(3)] + [array(B * T * C) ** 2]
+    adam = [0.7, 1e-2, 0.9, 0.95, 1e-8, 0.1, 3]
+    return {
+        "linear_forward": [[x, array(C, 7), array(7)], [x, array(C, 7), None]],
+        "linear_backward": [
+            [array(B, T, 7), x, array(C, 7), array(C, 7), array(7)],
+            [array(B, T, 7), x, array(C, 7), None, None],
+        ],
+        "embedding_backward": [
+            [x, ops._token_runs(tokens, get_backend()), 2, array(V, C), array(T + 3, C)],
+            [x, ops._token_runs(tokens, get_backend()), 0, None, None],
+        ],
+        "dropout_forward": [[x, 0.3, KEY], [x[1:] if B > 1 else x, 0.7, KEY]],
+        "dropout_backward": [[x, 0.3, KEY]],
+        "layernorm_forward": [[x, array(C), array(C), 1e-5]],
+        "layernorm_backward": [
+            [array(B, T, C), x, array(C), mean, rstd, array(C), array(C)],
+            [array(B, T, C), x, array(C), mean, rstd, None, None],
+        ],
+        "add_layernorm_forward": [[x, array(B, T, C), array(C), array(C), 1e-5]],
+        "add_layernorm_backward": [[array(B, T, C), array(B, T, C), x, array(C), mean, rstd, array(C), array(C)]],
+        "attention_forward": [[qkv, H, 0.0, None], [qkv, H, 0.3, KEY]],
+        "attention_backward": [[array(B, T, C), qkv, *attended[key], H, 0.3, key] for key in (None, KEY)],
+        "gelu_forward": [[3 * x, array(C)], [3 * x, None]],
+        "gelu_backward": [[array(B, T, C), 3 * x, array(C), array(C)], [array(B, T, C), 3 * x, None, None]],
+        "lm_head_forward": [[x, weight, tokens]],
+        "lm_head_backward": [[np.float64(0.5), dlogits, x, weight, array(V, C)]],
+        "squared_norm": [[flat[0]]],
+        "adamw_step": [[*flat, np.float64(1), *adam], [*flat, np.float64(0), *adam]],
+    }[name]
+
+
+CHANGED = {  # positions of the arguments that a kernel may change
+    "linear_backward": {3, 4},
+    "embedding_backward": {3, 4},
+    "layernorm_backward": {5, 6},
+    "add_layernorm_backward": {6, 7},
+    "gelu_backward": {3},
+    "lm_head_backward": {4},
+    "adamw_step": {0, 2, 3},
+}
+
+
+def convert(value, dtype, how=np.array):
+    is_float = isinstance(value, np.ndarray | np.floating) and value.dtype == np.float64
+    return how(value.astype(dtype)) if is_float else value
+
+
+def awkward(array):
+    """The same values with gaps between the elements, read-only."""
+    if array.ndim == 0:
+        return array
+    wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), np.nan, dtype=array.dtype)
+    wide[..., ::2] = array
+    view = wide[..., ::2]
+    view.flags.writeable = False
+    return view
+
+
+def error(result, expected):
+    return np.linalg.norm(np.asarray(result, dtype=np.float64) - expected) / max(np.linalg.norm(expected), 1e-300)
+
+
+def results(returned, given, name):
+    """Everything that a kernel gives back: what it returns, and what it changed."""
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    changed = [given[i] for i in sorted(CHANGED.get(name, ())) if given[i] is not None]
+    return [array for array in returned if array is not None] + changed
+
+
+def test_the_kernels_are_those_of_the_reference_by_name_and_signature():
+    assert len(NAMES) >= 17
+    for name in NAMES:
+        assert list(inspect.signature(getattr(cpu, name)).parameters) == list(
+            inspect.signature(getattr(reference, name)).parameters
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_equals_the_reference(name, shape):
+    for values in arguments(name, shape):
+        expected_arguments = [convert(value, np.float64) for value in values]
+        expected = results(getattr(reference, name)(*expected_arguments), expected_arguments, name)
+        for dtype, bound in ((np.float64, 1e-13), (np.float32, 1e-5 if "backward" in name else 2e-6)):
+            given = [convert(value, dtype) for value in values]
+            got = results(getattr(cpu, name)(*given), given, name)
+            assert len(got) == len(expected)
+            for result, right in zip(got, expected, strict=True):
+                assert result.dtype == dtype
+                assert result.shape == right.shape
+                assert error(result, right) <= bound
+            for i, (value, before) in enumerate(zip(given, values, strict=True)):
+                if isinstance(value, np.ndarray) and i not in CHANGED.get(name, ()):
+                    np.testing.assert_array_equal(value, convert(before, dtype), f"{name} changed argument {i}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_awkward_strides_and_read_only_inputs(name):
+    for values in arguments(name, (2, 67, 12)):
+        plain, strided = ([convert(value, np.float32) for value in values] for _ in range(2))
+        for i, value in enumerate(strided):
+            if isinstance(value, np.ndarray) and value.dtype == np.float32 and i not in CHANGED.get(name, ()):
+                strided[i] = awkward(value)
+        got = results(getattr(cpu, name)(*strided), strided, name)
+        for result, right in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
+            assert error(result, right.astype(np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("adamw_step", "embedding_backward")])
+def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad):
+    values = arguments(name, (2, 67, 12))[0]
+    spoiled = next(i for i, value in enumerate(values) if isinstance(value, np.ndarray) and value.ndim)
+    values[spoiled] = values[spoiled].copy()
+    values[spoiled].reshape(-1)[5] = bad
+    with np.errstate(all="ignore"):
+        expected_arguments, given = ([convert(value, np.float32) for value in values] for _ in range(2))
+        expected = results(getattr(reference, name)(*expected_arguments), expected_arguments, name)
+        got = results(getattr(cpu, name)(*given), given, name)
+    for result, right in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.isfinite(result), np.isfinite(right))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_threads_changes_no_bit_of_a_sum(name, monkeypatch):
+    if name.startswith(("linear", "lm_head")):
+        pytest.skip("BLAS rounds differently for parts of other sizes; the same number of threads gives the same bits")
+    outcomes = []
+    for count in (1, 2, 3, 5):
+        monkeypatch.setattr(threads, "_count", count)
+        monkeypatch.setattr(threads, "_pool", None)
+        given = [convert(value, np.float32) for value in arguments(name, (3, 131, 96))[0]]
+        outcomes.append(results(getattr(cpu, name)(*given), given, name))
+    for outcome in outcomes[1:]:
+        for result, right in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, right)
+
+
+def test_gelu_far_out():
+    x = np.array([-1e12, -100, -50, -10, -6, 6, 10, 50, 1e12], dtype=np.float32)
+    np.testing.assert_allclose(cpu.gelu_forward(x, None), reference.gelu_forward(x.astype("d"), None), atol=1e-7)
+    slope = cpu.gelu_backward(np.ones_like(x)[None, :-1], x[None, :-1], None, None)
+    np.testing.assert_allclose(slope[0], reference.gelu_backward(np.ones(8), x[:-1].astype("d"), None, None), atol=1e-6)
+
+
+def test_the_table_takes_overrides_and_leaves_the_rest():
+    table = kernel_table(reference, cpu)
+    assert table.gelu_forward is cpu.gelu_forward
+    assert table.softmax_forward is reference.softmax_forward
+    assert kernel_table(reference, None).gelu_forward is reference.gelu_forward
+
+
+@pytest.mark.parametrize(
+    ("before", "module"),
+    [
+        ("import os; os.environ['TINYGRAD2_KERNELS'] = 'reference'", "tinygrad2.reference"),
+        ("import sys; sys.modules['numba'] = None", "tinygrad2.reference"),
+        ("", "tinygrad2.kernels.cpu"),
+    ],
+)
+def test_which_table_is_used(before, module):
+    code = f"{before}\nfrom tinygrad2.backend import get_backend\nprint(get_backend().kernels.gelu_forward.__module__)"
+    env = {key: value for key, value in os.environ.items() if key != "TINYGRAD2_KERNELS"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert said.stdout.strip() == module

@@ -1,0 +1,101 @@
+"""tinygrad2/threads.py: one pool of threads, and BLAS left as it was."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+from tinygrad2 import threads
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = threads.count()
+    yield
+    threads.set_count(before)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 17, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_parts_cover_everything_once(n, count):
+    threads.set_count(count)
+    for grain in (1, 4, 2000):
+        pieces = threads.parts(n, grain)
+        assert len(pieces) <= count
+        assert [i for a, b in pieces for i in range(a, b)] == list(range(n))
+        assert len(pieces) == 1 or min(b - a for a, b in pieces) >= grain
+
+
+def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
+    threads.set_count(3)
+    meeting = threading.Barrier(3, timeout=10)
+    seen = []
+
+    def task(start, stop):
+        meeting.wait()
+        threads.each(lambda a, b: seen.append((threading.current_thread().name, a)), [(0, 1), (1, 2)])
+
+    threads.each(task, [(0, 1), (1, 2), (2, 3)])
+    assert len(seen) == 6
+
+
+def test_an_error_in_a_part_comes_out_and_all_parts_have_ended():
+    threads.set_count(2)
+    done = []
+
+    def task(start, stop):
+        if start == 1:
+            raise ZeroDivisionError
+        done.append(start)
+
+    with pytest.raises(ZeroDivisionError):
+        threads.each(task, [(0, 1), (1, 2)])
+    assert done == [0]
+    threads.each(lambda a, b: done.append(a), [(5, 6), (6, 7)])
+    assert sorted(done) == [0, 5, 6]
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_blas_computes_on_one_thread_inside_and_as_before_outside():
+    threads.set_count(2)
+    before, inside = blas_threads(), []
+    threads.each(lambda a, b: inside.extend(blas_threads()), [(0, 1), (1, 2)])
+    assert set(inside) == {1}
+    assert blas_threads() == before
+
+
+def test_importing_and_computing_leave_blas_alone():
+    code = (
+        "import numpy, threadpoolctl\n"
+        "count = lambda: [i['num_threads'] for i in threadpoolctl.threadpool_info() if i['user_api'] == 'blas']\n"
+        "before = count()\n"
+        "import tinygrad2\n"
+        "from tinygrad2 import Tensor, ops\n"
+        "x = Tensor(numpy.ones((300, 300), 'f'), requires_grad=True)\n"
+        "ops.linear(x, x).sum().backward()\n"
+        "assert count() == before, (before, count())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_set_count_refuses_none():
+    with pytest.raises(ValueError, match="expected at least 1"):
+        threads.set_count(0)
+
+
+def test_a_product_in_parts_is_the_product():
+    cpu = pytest.importorskip("tinygrad2.kernels.cpu")
+    R = np.random.default_rng(0)
+    for count in (1, 2, 3):
+        threads.set_count(count)
+        for m, k, n in ((200, 64, 300), (300, 64, 200), (1, 500, 2000), (2000, 500, 1), (64, 1, 64)):
+            a, b = R.normal(size=(m, k)), R.normal(size=(k, n))
+            out = np.ones((m, n))
+            cpu._matmul(a, b, out, add=True)
+            np.testing.assert_allclose(out, 1 + a @ b, rtol=1e-12, atol=1e-12)
