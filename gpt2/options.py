@@ -85,12 +85,12 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "small": {
         "batch_size": 8,  # small batches: in a minute or two, many small steps learn more than a few large ones
         "block_size": 1024,
-        "max_iters": 2200,
+        "max_iters": 3000,
         "learning_rate": 3e-3,
         "warmup_iters": 100,
-        "eval_interval": 400,
+        "eval_interval": 500,
         "eval_iters": 100,
-        "save_interval": 400,
+        "save_interval": 500,
         "log_interval": 50,
     },
     "large": {
