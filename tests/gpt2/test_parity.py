@@ -145,3 +145,24 @@ def test_transformers_reads_what_we_save(tmp_path):
         ours = model(tokens).numpy()
         assert logits.dtype == ours.dtype
         assert np.abs(ours - logits).max() <= bound * np.abs(logits).max()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("cache", [True, False])
+def test_greedy_text_is_theirs_token_for_token(tmp_path, cache):
+    """Over a whole context, with the key-value cache and without."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = GPT2(GPT2Config(vocab_size=211, n_positions=48, n_embd=64, n_layer=3, n_head=4), seed=5)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data * 6  # far from uniform, so that a wrong position shows
+    model.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    for prompt in ([3], [7, 7, 9, 200], list(range(40))):
+        new = 48 - len(prompt)
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :]
+        assert len(set(expected.tolist())) > 1
+        assert model.generate(prompt, new, temperature=0, cache=cache) == [expected.tolist()]
