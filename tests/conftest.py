@@ -1,5 +1,8 @@
 """Fixtures for every test."""
 
+import os
+from pathlib import Path
+
 import numpy
 import pytest
 
@@ -27,3 +30,12 @@ def saved_is_read_only(monkeypatch):
         return node(parents, lambda s, dy, into: backward(s, _read_only(dy), into), _read_only(saved), zeros)
 
     monkeypatch.setattr(autograd, "Node", guarded)
+
+
+@pytest.fixture(scope="session")
+def gpt2_files():
+    """The folder where tiktoken keeps GPT-2's two files: tests do not download."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder:
+        pytest.skip("needs GPT-2's vocabulary: TIKTOKEN_CACHE_DIR names no folder that has it")
+    return Path(folder)

@@ -23,7 +23,6 @@ from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
 from gpt2.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT.parent / "shared" / "tiktoken_cache"
 BYTES = Tokenizer.load("bytes")
 ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order
 
@@ -139,10 +138,7 @@ def test_text_key_and_lone_surrogates(tmp_path):
     assert texts_of(stream_of(out)) == ["x\ufffdy", "🙂"]
 
 
-def test_tokens_are_those_of_the_uncut_text(tmp_path, monkeypatch):
-    if not CACHE.is_dir():
-        pytest.skip("no GPT-2 vocabulary: ../shared/tiktoken_cache does not exist")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+def test_tokens_are_those_of_the_uncut_text(gpt2_files, tmp_path):
     text = varied_text(400_000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", "gpt2", val_fraction=ALL_TRAIN)

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import tiktoken
 
 from gpt2.tokenizer import HF_MERGES, HF_VOCAB, RANKS, VOCABULARY, Tokenizer
 
-CACHE = Path(__file__).resolve().parents[2].parent / "shared" / "tiktoken_cache"
 HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
 TEXTS = [
     "Hello world",
@@ -27,24 +24,16 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def gpt2():
-    """GPT-2's vocabulary, from files beside the repository or from a cache that the environment names."""
-    if not (CACHE.is_dir() or os.environ.get("TIKTOKEN_CACHE_DIR")):
-        pytest.skip("no GPT-2 vocabulary: neither ../shared/tiktoken_cache nor TIKTOKEN_CACHE_DIR")
-    with pytest.MonkeyPatch.context() as patch:
-        if CACHE.is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-        yield Tokenizer.load("gpt2")
+def gpt2(gpt2_files):
+    return Tokenizer.load("gpt2")
 
 
 @pytest.fixture
-def hugging_face(tmp_path):
-    if not CACHE.is_dir():
-        pytest.skip("no GPT-2 vocabulary: ../shared/tiktoken_cache does not exist")
+def hugging_face(gpt2_files, tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     for name, cached in HF_FILES.items():
-        (folder / name).write_bytes((CACHE / cached).read_bytes())
+        (folder / name).write_bytes((gpt2_files / cached).read_bytes())
     return folder
 
 

@@ -161,10 +161,9 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
         np.testing.assert_array_equal(np.isfinite(result), np.isfinite(right))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])
 def test_the_number_of_threads_changes_no_bit_of_a_sum(name, monkeypatch):
-    if name.startswith(("linear", "lm_head")):
-        pytest.skip("BLAS rounds differently for parts of other sizes; the same number of threads gives the same bits")
+    """Of ours; BLAS rounds differently for a product that is cut into other parts."""
     outcomes = []
     for count in (1, 2, 3, 5):
         monkeypatch.setattr(threads, "_count", count)
