@@ -97,11 +97,12 @@ SMALL = {"vocab_size": 211, "n_positions": 64, "n_embd": 96, "n_layer": 3, "n_he
 PUBLISHED = {"vocab_size": 50257, "activation_function": "gelu_new"}
 
 
-# The larger model learns the batch by heart at 3e-4; a loss near 0 would be compared with itself, and chaos with chaos.
+# At a rate at which the model learns the batch by heart, losses near 0 would be compared, and what differs in the last
+# digit grows from step to step. At these rates ten steps move the loss, and rounding stays rounding.
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("sizes", "lr"),
-    [pytest.param(SMALL, 3e-4, id="small"), pytest.param(PUBLISHED, 3e-5, id="124M", marks=pytest.mark.slow)],
+    [pytest.param(SMALL, 3e-4, id="small"), pytest.param(PUBLISHED, 1e-5, id="124M", marks=pytest.mark.slow)],
 )
 def test_live(sizes, lr, tmp_path, capsys):
     pytest.importorskip("torch")
