@@ -322,12 +322,12 @@ def add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias):
 QUERY_ROWS = 128  # rows of the score matrix at a time: memory grows as T, and blocks above the diagonal are skipped
 
 
-def _query_blocks(T):
+def query_blocks(T):
     """(rows, cols) for each block of queries: cols are the keys up to the last row, all that those rows can see."""
     return [(slice(i, min(i + QUERY_ROWS, T)), slice(0, min(i + QUERY_ROWS, T))) for i in range(0, T, QUERY_ROWS)]
 
 
-def _heads(packed, parts, n_head):
+def split_heads(packed, parts, n_head):
     """(B, T, parts * C), heads side by side in each part -> `parts` views of shape (B, H, T, D)."""
     B, T, width = packed.shape
     split = packed.reshape(B, T, parts, n_head, width // (parts * n_head)).transpose(2, 0, 3, 1, 4)
@@ -358,11 +358,11 @@ def attention_forward(qkv, n_head, rate, key):
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
-    q, k, v = _heads(qkv, 3, n_head)
+    q, k, v = split_heads(qkv, 3, n_head)
     out = np.empty((B, T, width // 3), dtype=qkv.dtype)
-    (o,) = _heads(out, 1, n_head)
+    (o,) = split_heads(out, 1, n_head)
     lse = np.empty((B, n_head, T), dtype=qkv.dtype)
-    for rows, cols in _query_blocks(T):
+    for rows, cols in query_blocks(T):
         p = _scores(q, k, rows, cols)
         largest = np.max(p, axis=-1, keepdims=True)
         p = np.exp(p - largest)
@@ -383,13 +383,13 @@ def attention_backward(dout, qkv, out, lse, n_head, rate, key):
     delta is the row sum of P dP, since out = (P M) V. Returns dqkv.   Source: arXiv:2205.14135, appendix B.
     """
     T = qkv.shape[1]
-    q, k, v = _heads(qkv, 3, n_head)
-    (do,) = _heads(dout, 1, n_head)
-    (o,) = _heads(out, 1, n_head)
+    q, k, v = split_heads(qkv, 3, n_head)
+    (do,) = split_heads(dout, 1, n_head)
+    (o,) = split_heads(out, 1, n_head)
     dqkv = np.zeros(qkv.shape, dtype=qkv.dtype)
-    dq, dk, dv = _heads(dqkv, 3, n_head)
+    dq, dk, dv = split_heads(dqkv, 3, n_head)
     delta = np.sum(do * o, axis=-1, keepdims=True)
-    for rows, cols in _query_blocks(T):
+    for rows, cols in query_blocks(T):
         p = np.exp(_scores(q, k, rows, cols) - lse[:, :, rows, None])
         dp = np.matmul(do[:, :, rows], v[:, :, cols].swapaxes(-1, -2))
         if key is None:
@@ -413,13 +413,13 @@ def attention_cached(qkv, cache, length, n_head):
     and values of the positions before, and those of the new tokens are written to it. Returns out (B, T, C).
     """
     B, T, width = qkv.shape
-    q, k, v = _heads(qkv, 3, n_head)
+    q, k, v = split_heads(qkv, 3, n_head)
     end = length + T
     cache[0, :, :, length:end] = k
     cache[1, :, :, length:end] = v
     out = np.empty((B, T, width // 3), dtype=qkv.dtype)
-    (o,) = _heads(out, 1, n_head)
-    for rows, _ in _query_blocks(T):
+    (o,) = split_heads(out, 1, n_head)
+    for rows, _ in query_blocks(T):
         seen = length + rows.stop
         scores = np.matmul(q[:, :, rows], cache[0, :, :, :seen].swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
         position = np.arange(seen, dtype=np.int64)

@@ -19,7 +19,7 @@ from numba.core import event
 from numba.extending import intrinsic, overload
 
 from tinygrad2 import random, threads
-from tinygrad2.reference import QUERY_ROWS
+from tinygrad2.reference import QUERY_ROWS, query_blocks, split_heads
 
 
 def _compiled(function: Any) -> Any:
@@ -359,16 +359,6 @@ def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _query_blocks(T: int) -> list[tuple[int, int]]:
-    return [(i, min(i + QUERY_ROWS, T)) for i in range(0, T, QUERY_ROWS)]
-
-
-def _heads(packed: np.ndarray, parts: int, n_head: int) -> list[np.ndarray]:
-    B, T, width = packed.shape
-    split = packed.reshape(B, T, parts, n_head, width // (parts * n_head)).transpose(2, 0, 3, 1, 4)
-    return [split[i] for i in range(parts)]
-
-
 def _each_group(task: Any, B: int, H: int, T: int, head_size: int, itemsize: int) -> None:
     """task(batch slice, head slice) for groups whose blocks of scores stay in the cache, spread over the threads."""
     fit = max(1, BLOCK_BYTES // (min(T, QUERY_ROWS) * T * itemsize))  # heads
@@ -450,14 +440,15 @@ def _drop_block(p, batch, heads, a, T, H, rate, key):
 
 def attention_forward(qkv, n_head, rate, key):
     B, T, width = qkv.shape
-    q, k, v = _heads(qkv, 3, n_head)
+    q, k, v = split_heads(qkv, 3, n_head)
     out = np.empty((B, T, width // 3), dtype=qkv.dtype)
-    (o,) = _heads(out, 1, n_head)
+    (o,) = split_heads(out, 1, n_head)
     lse = np.empty((B, n_head, T), dtype=qkv.dtype)
     scale = qkv.dtype.type(1 / math.sqrt(q.shape[-1]))
 
     def group(batch: slice, heads: slice) -> None:
-        for a, b in _query_blocks(T):
+        for rows, cols in query_blocks(T):
+            a, b = rows.start, cols.stop
             p = np.matmul(q[batch, heads, a:b], k[batch, heads, :b].swapaxes(-1, -2))
             _softmax_rows(p, lse[batch, heads, a:b], a, scale)
             if key is not None:
@@ -470,16 +461,17 @@ def attention_forward(qkv, n_head, rate, key):
 
 def attention_backward(dout, qkv, out, lse, n_head, rate, key):
     B, T, _ = qkv.shape
-    q, k, v = _heads(qkv, 3, n_head)
-    (do,) = _heads(dout, 1, n_head)
-    (o,) = _heads(out, 1, n_head)
+    q, k, v = split_heads(qkv, 3, n_head)
+    (do,) = split_heads(dout, 1, n_head)
+    (o,) = split_heads(out, 1, n_head)
     dqkv = np.empty(qkv.shape, dtype=qkv.dtype)
-    dq, dk, dv = _heads(dqkv, 3, n_head)
+    dq, dk, dv = split_heads(dqkv, 3, n_head)
     scale = qkv.dtype.type(1 / math.sqrt(q.shape[-1]))
 
     def group(batch: slice, heads: slice) -> None:
         delta = np.sum(do[batch, heads] * o[batch, heads], axis=-1)
-        for a, b in reversed(_query_blocks(T)):  # the last block touches every key, so it writes and the others add
+        for rows, cols in reversed(query_blocks(T)):  # the last touches every key: it writes, the others add
+            a, b = rows.start, cols.stop
             p = np.matmul(q[batch, heads, a:b], k[batch, heads, :b].swapaxes(-1, -2))
             _weights_again(p, lse[batch, heads, a:b], a, scale)
             dp = np.matmul(do[batch, heads, a:b], v[batch, heads, :b].swapaxes(-1, -2))
