@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
 from tinygrad2 import Key, optim, threads
 from tinygrad2.backend import Fetch, get_backend
+from tinygrad2.profiler import Profiler
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +71,14 @@ def train(given: dict[str, Any]) -> int:
     source = saved.folder if saved else run.find_model(Path(options.init), say) if options.init else None
     config = with_vocabulary(config, tokenizer, source, options.preset)
     with explained(config, options):
-        model = GPT2(config, seed=None if source else options.seed, device=options.device, dtype=options.dtype)
+        model = GPT2(
+            config,
+            seed=None if source else options.seed,
+            device=options.device,
+            dtype=options.dtype,
+            recompute=options.recompute,
+            head_rows=options.head_rows,
+        )
         if source:
             weights.load_into(model, source)
         optimizer = optim.AdamW(model, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
@@ -86,8 +94,11 @@ def train(given: dict[str, Any]) -> int:
         launched: deque[Launched] = deque()  # steps whose loss has not come back from the device yet
         first, started, stopping, written = progress.step, time.perf_counter(), False, None
         mark = started
+        profiler = Profiler(model.backend) if options.profile else None
         while progress.step < options.max_iters and not stopping:
-            with explained(config, options):
+            # The first step compiles and takes memory: it is not what the others are like.
+            profiled = profiler if profiler and progress.step > first else nullcontext()
+            with explained(config, options), profiled:
                 launched.append(take_step(model, optimizer, data, order, options, micro_steps, progress))
             stopping = stop.requested
             last = progress.step == options.max_iters
@@ -119,6 +130,8 @@ def train(given: dict[str, Any]) -> int:
             if evaluating or saving:
                 mark = time.perf_counter()
 
+    if profiler and profiler.steps:
+        say("\n".join(profiler.table()))
     if progress.step < options.max_iters:
         say(f"stopped after step {progress.step:,}, saved in {written}; {restart_command(folder)} goes on from there.")
         return 0

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2 import weights
 from gpt2.config import GPT2Config
 from gpt2.generate import KVCache, generate
-from tinygrad2 import Key, Tensor, nn, ops
+from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.backend import Backend, check_dtype
 from tinygrad2.random import INIT_STEP
 
+RECOMPUTE = ("none", "block")
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
 
@@ -79,6 +81,10 @@ class Block(nn.Module):
         x, h = self.ln_2.after_adding(x, self.attn(h, key, site, past))
         return x, self.mlp(h, key, site + 2)
 
+    def again(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, without a cache, as a function of tensors: what is to be computed again stands last."""
+        return self(x, delta, key, site, None)
+
 
 class GPT2(nn.Module):
     """GPT-2: token and position embeddings, pre-LayerNorm blocks, a final LayerNorm, and the output layer tied to the
@@ -89,9 +95,23 @@ class GPT2(nn.Module):
             by 1 / sqrt(2 n_layer); None leaves them zero, for loading.
     device  where the parameters live: "cpu", "cuda", or "auto" for a GPU where there is one.
     dtype   "float32" to train, "float64" to check.
+
+    Two ways to train in less memory, for more time: recompute="block" keeps only what goes into each block and computes
+    the block again in the backward pass; head_rows takes so many rows of the output layer's logits at a time.
     """
 
-    def __init__(self, config: GPT2Config, seed: int | None = 0, device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self,
+        config: GPT2Config,
+        seed: int | None = 0,
+        device: str = "cpu",
+        dtype: str = "float32",
+        recompute: str = "none",
+        head_rows: int | None = None,
+    ):
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"GPT2: recompute is {recompute!r}; choose one of {', '.join(RECOMPUTE)}")
+        self.recompute, self.head_rows = recompute, head_rows
         self.config = config
         self.dtype = check_dtype(dtype).name
         place: dict[str, Any] = {"device": device, "dtype": self.dtype}
@@ -126,8 +146,13 @@ class GPT2(nn.Module):
         x = ops.dropout(x, self.config.embd_pdrop, key and key.at(0))
         delta = None
         for layer, block in enumerate(self.h):
-            past = None if cache is None else (cache.layers[layer], before)
-            x, delta = block(x, delta, key, 1 + SITES_PER_BLOCK * layer, past)
+            site = 1 + SITES_PER_BLOCK * layer
+            if cache is not None:
+                x, delta = block(x, delta, key, site, (cache.layers[layer], before))
+            elif self.recompute == "block":
+                x, delta = recompute(partial(block.again, key, site), *([x] if delta is None else [x, delta]))
+            else:
+                x, delta = block(x, delta, key, site, None)
         if cache is not None:
             cache.length += shape[1]
         assert delta is not None
@@ -142,7 +167,7 @@ class GPT2(nn.Module):
 
         key  names the dropout masks of this batch; without one there is no dropout, so evaluating needs no mode.
         """
-        return ops.lm_head(self.features(tokens, key), self.wte.weight, targets)
+        return ops.lm_head(self.features(tokens, key), self.wte.weight, targets, self.head_rows)
 
     def next_logits(self, tokens: Any, cache: KVCache | None = None) -> Tensor:
         """The logits of the token after the last one: tokens (B, T) -> (B, V)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2.config import PRESETS, GPT2Config
+from gpt2.model import RECOMPUTE
 from tinygrad2.backend import DEVICES, DTYPES
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
@@ -60,6 +61,8 @@ class Options:
     fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
     batch_size: int = _positive(None, int, "sequences per rank and micro-step")
     block_size: int = _positive(None, int, "tokens per sequence [the model's context]")
+    recompute: str = _one_of("none", "what to compute again in the backward pass, to save memory", RECOMPUTE)
+    head_rows: int | None = _positive(None, int, "rows of logits at a time, to save memory [all]")
     total_batch_size: int | None = _positive(None, int, "tokens per step, from which accumulation is derived")
     max_iters: int = _positive(None, int, "steps in all")
     eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
@@ -76,6 +79,7 @@ class Options:
     beta2: float = _fraction(0.95, "AdamW's decay of the second moment")
     grad_clip: float = _at_least_0(1.0, float, "largest norm of the gradient; 0: no clipping")
     dropout: float | None = _fraction(None, "dropout rate, at all three places [the preset's]")
+    profile: bool = _option(False, bool, "at the end, show where the steps' time went, by operation")
     seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
 
 

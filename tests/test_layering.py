@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 # The engine, bottom up: a module imports only from rows above its own.
 ROWS = (
-    ("random", "autograd", "checkpoint", "threads"),
+    ("random", "autograd", "checkpoint", "threads", "memory"),
+    ("blas",),
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("tensor", "distributed"),
+    ("tensor", "distributed", "profiler"),
     ("ops", "params"),
     ("nn",),
     ("optim", "gradcheck"),
@@ -23,7 +24,18 @@ ROWS = (
 )
 RANK = {f"tinygrad2.{name}": rank for rank, row in enumerate(ROWS) for name in row}
 # For gpt2 and the scripts, besides the names that the package itself gives.
-PUBLIC_MODULES = {"backend", "checkpoint", "distributed", "gradcheck", "nn", "ops", "optim", "random", "threads"}
+PUBLIC_MODULES = {
+    "backend",
+    "checkpoint",
+    "distributed",
+    "gradcheck",
+    "nn",
+    "ops",
+    "optim",
+    "profiler",
+    "random",
+    "threads",
+}
 ROOMS = {"cupy": ("tinygrad2.backend", "tinygrad2.kernels"), "mpi4py": ("tinygrad2.distributed",)}
 
 

@@ -3,6 +3,6 @@
 from tinygrad2 import nn, ops, optim
 from tinygrad2.autograd import no_grad
 from tinygrad2.random import Key
-from tinygrad2.tensor import Tensor, record
+from tinygrad2.tensor import Tensor, recompute, record
 
-__all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "record"]
+__all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "recompute", "record"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,13 +24,18 @@ def is_recording() -> bool:
 
 
 @contextmanager
-def no_grad() -> Iterator[None]:
-    """Inside this context nothing is recorded and nothing is saved for a backward pass."""
-    token = _recording.set(False)
+def recording(on: bool) -> Iterator[None]:
+    """Inside this context operations are put on the tape, or are not."""
+    token = _recording.set(on)
     try:
         yield
     finally:
         _recording.reset(token)
+
+
+def no_grad() -> AbstractContextManager[None]:
+    """Inside this context nothing is recorded and nothing is saved for a backward pass."""
+    return recording(False)
 
 
 class Leaf:
@@ -136,31 +141,32 @@ class _Pending:
         return [self._slots.pop((node, output), (None, False))[0] for output in range(len(node.zeros))]
 
 
-def backward(edge: Edge, dy: Any) -> None:
-    """Send `dy`, the gradient of the loss with respect to one output, back to every leaf it came from.
+def backward(gradients: list[tuple[Edge, Any]]) -> None:
+    """Send gradients of the loss with respect to some outputs back to every leaf they came from: pairs (edge, dy).
 
     Leaves add up: gradients are summed into `Leaf.grad` until somebody clears them. What the nodes saved is dropped as
     the walk passes, so a graph can be walked once.
 
     Raises RuntimeError where part of the graph has been walked before.
     """
-    nodes, uses = _reachable(edge[0])
+    nodes, uses = _reachable([edge[0] for edge, _ in gradients])
     pending = _Pending()
-    pending.add(edge, dy)
-    if isinstance(edge[0], Leaf):
-        _final(edge[0])
+    for edge, dy in gradients:
+        pending.add(edge, dy)
+    for leaf in {edge[0] for edge, _ in gradients if isinstance(edge[0], Leaf) and edge[0] not in uses}:
+        _final(leaf)
     for node in sorted(nodes, key=lambda node: node.number, reverse=True):
-        gradients = pending.pop(node)
+        arrived = pending.pop(node)
         function, saved, parents = node.backward, node.saved, node.parents
         node.backward, node.saved, node.parents = None, None, ()
-        if any(gradient is not None for gradient in gradients):
+        if any(gradient is not None for gradient in arrived):
             assert function is not None
             into = Into(pending, parents)
-            out = function(saved, gradients[0] if len(gradients) == 1 else tuple(gradients), into)
+            out = function(saved, arrived[0] if len(arrived) == 1 else tuple(arrived), into)
             for parent, gradient in zip(parents, out, strict=True):
                 if parent is not None and gradient is not None:
                     pending.add(parent, gradient)
-        del saved, gradients
+        del saved, arrived
         for parent in reversed(parents):  # the order of the arena: last registered, first final
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
@@ -173,11 +179,11 @@ def _final(leaf: Leaf) -> None:
         leaf.on_final()
 
 
-def _reachable(root: Node | Leaf) -> tuple[set[Node], Counter[Leaf]]:
-    """Every node behind `root`, and how many edges lead to each leaf."""
+def _reachable(roots: list[Node | Leaf]) -> tuple[set[Node], Counter[Leaf]]:
+    """Every node behind the roots, and how many edges lead to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Leaf] = Counter()
-    stack = [root]
+    stack = list(roots)
     while stack:
         node = stack.pop()
         if isinstance(node, Leaf) or node in nodes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections import deque
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -55,6 +56,14 @@ class Backend:
     def memory(self) -> tuple[int, int] | None:
         """(free, total) bytes of the device's own memory, or None where it uses the host's."""
         return None
+
+    def moment(self) -> Any:
+        """A point in the order of the computation, for `seconds`."""
+        return time.perf_counter()
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """The time from one moment to another, waiting for the second."""
+        return stop - start
 
     def __repr__(self) -> str:
         return f"Backend({self.device!r})"
@@ -130,6 +139,13 @@ class CudaBackend(Backend):
 
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()
+
+    def moment(self) -> Any:
+        return self.np.cuda.get_current_stream().record()
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        stop.synchronize()
+        return self.np.cuda.get_elapsed_time(start, stop) / 1000
 
 
 class CudaFetch(Fetch):

@@ -21,7 +21,7 @@ from tinygrad2 import ops
 from tinygrad2.autograd import no_grad
 from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.random import Key
-from tinygrad2.tensor import Tensor, record
+from tinygrad2.tensor import Tensor, recompute, record
 
 STEP = 5e-4  # of the differences: truncation ~ STEP^4 and rounding ~ 1e-16 / STEP are both about 1e-13
 FLOOR = 1e-4  # a slope this much smaller than the outputs counts as this large: its rounding errors are like theirs
@@ -256,6 +256,8 @@ CASES = (
     Case("cross_entropy", lambda logits: ops.cross_entropy(logits, TARGETS), ((2, 5, 11),)),
     Case("cross_entropy, transposed", lambda x: ops.cross_entropy(x.transpose(1, 0, 2), TARGETS), ((5, 2, 11),)),
     Case("lm_head", lambda x, weight: ops.lm_head(x, weight, TARGETS), ((2, 5, 4), (11, 4))),
+    Case("lm_head_in_chunks", lambda x, weight: ops.lm_head(x, weight, TARGETS, 4), ((2, 5, 4), (11, 4))),
+    Case("recompute", lambda x: recompute(lambda x: x.tanh() * x, x), ((3, 4),)),
     Case("transformer block", block, ((2, 5, BLOCK_WIDTH), *BLOCK_SHAPES), initial, 1e-6),
     Case(
         "transformer, two blocks",

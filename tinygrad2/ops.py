@@ -6,6 +6,7 @@ reference.py for the math) and records; the backward one calls the backward kern
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy
@@ -240,11 +241,13 @@ def _cross_entropy_backward(saved, dy, into):
     return (backend_of(dy).kernels.cross_entropy_backward(dy, *saved),)
 
 
-def lm_head(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
+def lm_head(x: Tensor, weight: Tensor, targets: Any, head_rows: int | None = None) -> Tensor:
     """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
     holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
+    head_rows  take so many of the N rows at a time: the buffer has as many, and the backward pass computes the logits
+               again (a third more work in the head).
     """
     _check_tensors("lm_head", x, weight)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -252,12 +255,39 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any) -> Tensor:
     backend = backend_of(x.data)
     ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
     _expect("lm_head", "targets", ids, x.shape[:-1])
+    if head_rows is not None and head_rows < ids.size:
+        return _lm_head_in_chunks(x, weight, ids.reshape(-1), head_rows)
     loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.data, ids)
     return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.data))
 
 
 def _lm_head_backward(saved, dy, into):
     return backend_of(dy).kernels.lm_head_backward(dy, *saved, into(1)), None
+
+
+def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Any, head_rows: int) -> Tensor:
+    if head_rows < 1:
+        raise ValueError(f"lm_head: head_rows is {head_rows}; expected 1 or more")
+    k, rows = backend_of(x.data).kernels, x.data.reshape(-1, x.shape[-1])
+    count = -(-len(rows) // head_rows)
+    stops = [len(rows) * i // count for i in range(count + 1)]  # nearly equal, so that their memory serves again
+    chunks = [slice(start, stop) for start, stop in itertools.pairwise(stops)]
+    losses = [
+        k.lm_head_forward(rows[chunk], weight.data, ids[chunk])[0] * (len(ids[chunk]) / len(rows)) for chunk in chunks
+    ]
+    loss = sum(losses[1:], start=losses[0])
+    return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(x.data, weight.data, ids, chunks))
+
+
+def _lm_head_in_chunks_backward(saved, dy, into):
+    x, weight, ids, chunks = saved
+    backend, dweight = backend_of(dy), into(1)
+    dx, rows = backend.np.empty(x.shape, dtype=x.dtype), x.reshape(-1, x.shape[-1])
+    for chunk in chunks:
+        dlogits = backend.kernels.lm_head_forward(rows[chunk], weight, ids[chunk])[1]
+        share = dy * (len(ids[chunk]) / len(rows))
+        dx.reshape(rows.shape)[chunk] = backend.kernels.lm_head_backward(share, dlogits, rows[chunk], weight, dweight)
+    return dx, None
 
 
 def _check_tensors(op: str, *tensors: Tensor | None) -> None:

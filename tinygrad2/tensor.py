@@ -108,7 +108,7 @@ class Tensor:
             dy = dy.data if isinstance(dy, Tensor) else self.backend.asarray(dy, dtype=self.dtype)
         if dy.shape != self.shape:
             raise ValueError(f"backward: dy has shape {dy.shape}; expected {self.shape}, the tensor's own")
-        autograd.backward(self._edge, dy)
+        autograd.backward([(self._edge, dy)])
 
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
@@ -229,6 +229,46 @@ def record(data: Any, parents: tuple[Tensor, ...], backward: Callable, saved: tu
         for output, result in enumerate(results):
             result._edge = (node, output)
     return results if several else results[0]
+
+
+def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """function(*inputs), with nothing kept for the backward pass but the inputs: there the function is computed again.
+
+    Trades time for memory: one more forward pass instead of all that it would have saved. The function must return a
+    Tensor or several, and compute the same each time (dropout does: its masks are functions of a key). Results and
+    gradients are those of function(*inputs), bit for bit. Parameters that the function uses get their gradients too;
+    one that is used outside as well is announced as final (see Leaf.on_final) by each of the walks.
+    Source: Chen et al., arXiv:1604.06174.
+    """
+    if not autograd.is_recording():
+        return function(*inputs)
+    with autograd.no_grad():
+        results = function(*inputs)
+    data = tuple(result.data for result in results) if isinstance(results, tuple) else results.data
+    return record(data, inputs, _recompute_backward, saved=(function, inputs))
+
+
+def _recompute_backward(saved, dy, into):
+    function, inputs = saved
+    arrived = [None] * len(inputs)
+
+    def arrival(i: int) -> autograd.Edge:
+        """Where the walk through the function ends: what comes there is the gradient of input i."""
+
+        def keep(saved, dy, into):
+            arrived[i] = dy
+            return ()
+
+        return autograd.Node((), keep, (), (_zeros_like(inputs[i].data),)), 0
+
+    again = [Tensor(x.data) for x in inputs]
+    for i, x in enumerate(again):
+        x._edge = arrival(i) if inputs[i].requires_grad else None
+    with autograd.recording(True):
+        results = function(*again)
+    several = zip(results, dy, strict=True) if isinstance(results, tuple) else [(results, dy)]
+    autograd.backward([(y._edge, g) for y, g in several if y._edge is not None and g is not None])
+    return tuple(arrived)
 
 
 def _is_array(data: Any) -> bool:

@@ -203,3 +203,27 @@ def test_unknown_device_and_dtype_are_refused(name, value):
 def test_full_context_works(model):
     with no_grad():
         assert model(np.zeros((1, 11), int)).shape == (1, 11, 29)
+
+
+def test_recomputing_blocks_changes_no_bit():
+    """Of the loss and of every gradient, dropout on, over two micro-steps."""
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+    tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 16))
+    outcomes = []
+    for recompute in ("none", "block"):
+        model = GPT2(config, recompute=recompute)
+        losses = []
+        for micro in range(2):
+            rows = slice(2 * micro, 2 * micro + 2)
+            loss = model.loss(tokens[rows], targets[rows], Key(3, 5, 2 * micro))
+            loss.backward()
+            losses.append(loss.item())
+        outcomes.append((losses, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert outcomes[0][0] == outcomes[1][0]
+    for name, gradient in outcomes[0][1].items():
+        np.testing.assert_array_equal(outcomes[1][1][name], gradient, err_msg=name)
+
+
+def test_recompute_of_what_there_is_not():
+    with pytest.raises(ValueError, match="recompute is 'all'; choose one of none, block"):
+        GPT2(GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), recompute="all")

@@ -24,9 +24,8 @@ def refused(capsys, *argv):
 
 
 def example(f):
-    return {int: "3", float: "0.25", str: {"preset": "gpt2", "recipe": "paper", "dtype": "float64"}.get(f.name, "cpu")}[
-        f.metadata["kind"]
-    ]
+    text = {"preset": "gpt2", "recipe": "paper", "dtype": "float64", "recompute": "block"}.get(f.name, "cpu")
+    return {int: "3", float: "0.25", str: text}[f.metadata["kind"]]
 
 
 @pytest.mark.parametrize("f", [f for f in fields(Options) if f.type != "bool"], ids=lambda f: f.name)

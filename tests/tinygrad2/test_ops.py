@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tinygrad2 import Key, Tensor, autograd, ops
+from tinygrad2 import Key, Tensor, autograd, memory, ops
 from tinygrad2.gradcheck import CASES
 
 R = np.random.default_rng(0)
@@ -179,9 +179,10 @@ def test_attention_saves_as_T_not_T_squared():
     assert sizes[-1] == 8 * sizes[0]
 
 
-def test_attention_works_in_memory_that_grows_as_T():
+def test_attention_works_in_memory_that_grows_as_T(monkeypatch):
     peaks = []
     for T in (512, 1024):
+        monkeypatch.setattr(memory, "pool", memory.Pool())
         qkv = Tensor(np.ones((1, T, 6), dtype=np.float32), requires_grad=True)
         tracemalloc.start()
         ops.attention(qkv, 1).backward(np.ones((1, T, 2), dtype=np.float32))
@@ -358,3 +359,22 @@ def test_numpy_scalars_as_arguments_do_not_promote():
     assert ops.layernorm(x, w, w, np.float64(1e-5)).dtype == np.float32
     assert ops.dropout(x, np.float64(0.5), Key(0)).dtype == np.float32
     assert (x ** np.float64(2)).dtype == np.float32
+
+
+@pytest.mark.parametrize("head_rows", [1, 4, 7, 14, 100])
+def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
+    rng = np.random.default_rng(0)
+    values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
+    outcomes = []
+    for rows in (None, head_rows):
+        x, weight = (Tensor(value, requires_grad=True) for value in values)
+        loss = ops.lm_head(x, weight, targets, rows)
+        (loss * 0.7).backward()
+        outcomes.append((loss.data, x.grad, weight.grad))
+    for ours, theirs in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_the_head_takes_at_least_one_row():
+    with pytest.raises(ValueError, match="head_rows is 0; expected 1 or more"):
+        ops.lm_head(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 3))), [0, 1], 0)

@@ -73,13 +73,13 @@ def test_blas_computes_on_one_thread_inside_and_as_before_outside():
 def test_importing_and_computing_leave_blas_alone():
     code = (
         "import numpy, threadpoolctl\n"
-        "count = lambda: [i['num_threads'] for i in threadpoolctl.threadpool_info() if i['user_api'] == 'blas']\n"
+        "count = lambda: {i['filepath']: i['num_threads'] for i in threadpoolctl.threadpool_info()}\n"
         "before = count()\n"
         "import tinygrad2\n"
         "from tinygrad2 import Tensor, ops\n"
         "x = Tensor(numpy.ones((300, 300), 'f'), requires_grad=True)\n"
         "ops.linear(x, x).sum().backward()\n"
-        "assert count() == before, (before, count())\n"
+        "assert count() | before == count(), (before, count())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

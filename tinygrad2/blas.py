@@ -1,0 +1,100 @@
+"""The matrix product of a BLAS library, called by its C interface: of Intel's MKL where the package `mkl` is installed,
+else of the library that NumPy has loaded.
+
+numpy.matmul cannot add to what is there, so that a gradient would need a second matrix and a pass over both; and it
+cannot be called from compiled code. The library can do both: cblas_sgemm computes C = alpha A B + beta C, and it has an
+address. Where no library with this interface is found, NumPy computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from tinygrad2 import memory
+
+ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
+
+# Prefix and suffix of the names, and whether integers have 64 bits: NumPy's own OpenBLAS first.
+_SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False), ("", "", False))
+
+
+def _mkl() -> Any:
+    """MKL, told to compute on the thread that calls it: the threads are ours. None where it is not installed."""
+    try:
+        files = metadata.files("mkl") or []
+        library = ctypes.CDLL(str(next(file.locate() for file in files if "mkl_rt" in file.name)))
+        library.MKL_Set_Threading_Layer(1)  # MKL_THREADING_SEQUENTIAL
+    except (metadata.PackageNotFoundError, StopIteration, OSError):
+        return None
+    return library
+
+
+def _find(mkl: Any) -> tuple[dict[str, Any], bool]:
+    """The functions by dtype, and whether their integers have 64 bits; nothing where there is no such library."""
+    paths = [pool["filepath"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"]
+    for library in [mkl] if mkl else map(ctypes.CDLL, sorted(paths, key=lambda path: "numpy" not in path)):
+        for prefix, suffix, wide in _SPELLINGS:
+            if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
+                found = {
+                    dtype: _declared(library[f"{prefix}cblas_{letter}gemm{suffix}"], number, wide)
+                    for dtype, letter, number in (("float32", "s", ctypes.c_float), ("float64", "d", ctypes.c_double))
+                }
+                return found, wide
+    return {}, False
+
+
+def _declared(function: Any, number: Any, wide: bool) -> Any:
+    enum, size, pointer = ctypes.c_int, ctypes.c_int64 if wide else ctypes.c_int32, ctypes.c_void_p
+    function.restype = None
+    function.argtypes = [enum] * 3 + [size] * 3 + [number, pointer, size, pointer, size, number, pointer, size]
+    return function
+
+
+_library = _mkl()
+HAS_THREADS = _library is None  # whether a product may use threads of the library's own
+_functions, WIDE = _find(_library)
+ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value for dtype, function in _functions.items()}
+
+
+def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> None:
+    """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype."""
+    function = _functions.get(out.dtype.name)
+    left, right, result = _layout(a), _layout(b), _layout(out)
+    if function is None or left is None or right is None or result is None or result[0] != PLAIN or a.shape[1] == 0:
+        _product(a, b, out, accumulate)
+        return
+    (m, n), k = out.shape, a.shape[1]
+    beta = 1.0 if accumulate else 0.0
+    function(
+        ROW_MAJOR, left[0], right[0], m, n, k,
+        1.0, _address(a), left[1], _address(b), right[1],
+        beta, _address(out), result[1],
+    )  # fmt: skip
+
+
+def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) -> None:
+    if accumulate:
+        product = memory.empty(out.shape, out.dtype)
+        np.matmul(a, b, out=product)
+        out += product
+    else:
+        np.matmul(a, b, out=out)
+
+
+def _layout(matrix: np.ndarray) -> tuple[int, int] | None:
+    """How BLAS is to read the matrix: as it is or transposed, and the distance of its rows; None where it cannot."""
+    rows, columns = (stride // matrix.itemsize for stride in matrix.strides)
+    if columns == 1 and rows >= matrix.shape[1]:
+        return PLAIN, rows
+    if rows == 1 and columns >= matrix.shape[0]:
+        return TRANSPOSED, columns
+    return None
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

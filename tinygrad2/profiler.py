@@ -1,0 +1,65 @@
+"""Where the time of training steps goes, by operation, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tinygrad2.backend import Backend
+
+
+class Profiler:
+    """Times every kernel of a backend that is called inside the context, which is entered once a step.
+
+    On a GPU the times are the device's, between events on its stream; reading them out waits for it.
+    """
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.steps = 0
+        self._kernels = dict(vars(backend.kernels))
+        self._spans: list[tuple[str, Any, Any]] = []  # kernel (or "" for the whole step), and its first and last moment
+
+    def __enter__(self) -> Profiler:
+        for name, function in self._kernels.items():
+            if callable(function) and not isinstance(function, type):
+                setattr(self.backend.kernels, name, self._timed(name, function))
+        self._started = self.backend.moment()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.append(("", self._started, self.backend.moment()))
+        vars(self.backend.kernels).update(self._kernels)
+        self.steps += 1
+
+    def _timed(self, name: str, function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            start = self.backend.moment()
+            result = function(*arguments)
+            self._spans.append((name, start, self.backend.moment()))
+            return result
+
+        return call
+
+    def table(self) -> list[str]:
+        """A line for each operation, the longest first: calls and milliseconds a step, and the share of the step."""
+        seconds: dict[str, list[float]] = {}  # forward, backward, calls, all told
+        whole = 0.0
+        for name, start, stop in self._spans:
+            spent = self.backend.seconds(start, stop)
+            if not name:
+                whole += spent
+                continue
+            operation, _, way = name.rpartition("_")
+            row = seconds.setdefault(operation if way in ("forward", "backward") else name, [0.0, 0.0, 0.0])
+            row[way == "backward"] += spent
+            row[2] += 1
+        lines = [f"{'operation':<20}{'calls':>7}{'forward ms':>13}{'backward ms':>13}{'share':>8}"]
+        steps = max(1, self.steps)
+        for name, (forward, backward, calls) in sorted(seconds.items(), key=lambda item: -sum(item[1][:2])):
+            times = f"{1000 * forward / steps:13.2f}{1000 * backward / steps:13.2f}"
+            lines.append(f"{name:<20}{calls / steps:7.0f}{times}{(forward + backward) / whole:8.1%}")
+        rest = whole - sum(forward + backward for forward, backward, _ in seconds.values())
+        lines.append(f"{'outside of kernels':<20}{'':7}{1000 * rest / steps:13.2f}{'':13}{rest / whole:8.1%}")
+        lines.append(f"{'step':<20}{'':7}{1000 * whole / steps:13.2f}{'':13}{1:8.1%}")
+        return lines
