@@ -160,7 +160,7 @@ class GPT2(nn.Module):
 
     def __call__(self, tokens: Any) -> Tensor:
         """Logits: tokens (B, T) of integers -> (B, T, V)."""
-        return self.features(tokens) @ self.wte.weight.transpose()
+        return ops.linear(self.features(tokens), self.wte.weight.transpose())
 
     def loss(self, tokens: Any, targets: Any, key: Key | None = None) -> Tensor:
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar.
@@ -171,7 +171,7 @@ class GPT2(nn.Module):
 
     def next_logits(self, tokens: Any, cache: KVCache | None = None) -> Tensor:
         """The logits of the token after the last one: tokens (B, T) -> (B, V)."""
-        return self.features(tokens, cache=cache)[:, -1] @ self.wte.weight.transpose()
+        return ops.linear(self.features(tokens, cache=cache)[:, -1], self.wte.weight.transpose())
 
     def generate(
         self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any

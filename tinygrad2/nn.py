@@ -59,6 +59,20 @@ class Module:
                 vars(self).pop("_arena", None)
         return self
 
+    def narrow(self) -> Self:
+        """Hold every matrix in bfloat16, to generate faster: half as many bytes are read for a token.
+
+        Values are rounded to 8 significant bits; biases, gains and activations stay as they are. There are no gradients
+        afterwards: compute inside no_grad(). On the CPU; raises ValueError elsewhere.
+        """
+        for parameter in list(self.parameters()):
+            if parameter.backend.device != "cpu":
+                raise ValueError(f"weights in bfloat16 are read on the CPU; the model is on {parameter.backend.device}")
+            if parameter.ndim >= 2:
+                parameter.narrow()
+        vars(self).pop("_arena", None)
+        return self
+
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for parameter in self.parameters():

@@ -291,13 +291,20 @@ def _lm_head_in_chunks_backward(saved, dy, into):
 
 
 def _check_tensors(op: str, *tensors: Tensor | None) -> None:
-    """All given are Tensors of one floating-point dtype: nothing is promoted silently."""
+    """All given are Tensors of one floating-point dtype: nothing is promoted silently.
+
+    Except that linear and embedding take weights in bfloat16 where nothing is recorded.
+    """
     dtypes = set()
     for tensor in tensors:
         if tensor is not None:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
             dtypes.add(tensor.dtype.name)
+    if op in ("linear", "embedding") and "bfloat16" in dtypes:
+        if is_recording():
+            raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
+        dtypes = dtypes - {"bfloat16"} or {"float32"}
     if len(dtypes) != 1 or "float" not in next(iter(dtypes)):
         raise TypeError(f"{op}: the arguments are of dtypes {', '.join(sorted(dtypes))}; expected one float type")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ml_dtypes import bfloat16
+
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.tensor import Tensor
@@ -68,6 +70,11 @@ class Parameter(Tensor):
         self._leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
         self._leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
         self._placed = False
+
+    def narrow(self) -> None:
+        """Hold the values in bfloat16, half the memory; the parameter then serves to generate, and has no gradient."""
+        host = backend_of(self._data).to_host(self._data)
+        self._data, self._leaf.grad, self._placed = host.astype(bfloat16), None, False
 
     def place(self, data: Any, grad: Any) -> None:
         """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""

@@ -174,7 +174,11 @@ def matmul_backward(dy, a, b):
 
 
 def linear_forward(x, weight, bias):
-    """y = x W + b: x (..., C_in), W (C_in, C_out) as OpenAI ships it, b (C_out,) or None -> (..., C_out)."""
+    """y = x W + b: x (..., C_in), W (C_in, C_out) as OpenAI ships it, b (C_out,) or None -> (..., C_out).
+
+    W may be held in bfloat16, to generate: it is widened as it is read.
+    """
+    weight = weight.astype(x.dtype, copy=False)
     y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one product of 2-D matrices, whatever the shape of x
     if bias is not None:
         y += bias
@@ -211,8 +215,12 @@ class TokenRuns(NamedTuple):
 
 
 def embedding_forward(tokens, wte, wpe, first_position):
-    """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None."""
+    """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None.
+
+    Tables held in bfloat16 give float32.
+    """
     y = wte[tokens]
+    y = y.astype(np.float32) if y.dtype.itemsize == 2 else y
     if wpe is not None:
         y += wpe[first_position : first_position + tokens.shape[-1]]
     return y

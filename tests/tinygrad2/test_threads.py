@@ -9,6 +9,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from tinygrad2 import threads
+from tinygrad2.kernels import pool
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,9 @@ def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
 
     def task(start, stop):
         meeting.wait()
-        threads.each(lambda a, b: seen.append((threading.current_thread().name, a)), [(0, 1), (1, 2)])
+        pool.each(lambda a, b: seen.append((threading.current_thread().name, a)), [(0, 1), (1, 2)])
 
-    threads.each(task, [(0, 1), (1, 2), (2, 3)])
+    pool.each(task, [(0, 1), (1, 2), (2, 3)])
     assert len(seen) == 6
 
 
@@ -52,9 +53,9 @@ def test_an_error_in_a_part_comes_out_and_all_parts_have_ended():
         done.append(start)
 
     with pytest.raises(ZeroDivisionError):
-        threads.each(task, [(0, 1), (1, 2)])
+        pool.each(task, [(0, 1), (1, 2)])
     assert done == [0]
-    threads.each(lambda a, b: done.append(a), [(5, 6), (6, 7)])
+    pool.each(lambda a, b: done.append(a), [(5, 6), (6, 7)])
     assert sorted(done) == [0, 5, 6]
 
 
@@ -65,7 +66,7 @@ def blas_threads():
 def test_blas_computes_on_one_thread_inside_and_as_before_outside():
     threads.set_count(2)
     before, inside = blas_threads(), []
-    threads.each(lambda a, b: inside.extend(blas_threads()), [(0, 1), (1, 2)])
+    pool.each(lambda a, b: inside.extend(blas_threads()), [(0, 1), (1, 2)])
     assert set(inside) == {1}
     assert blas_threads() == before
 

@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from ml_dtypes import bfloat16
 from numba import njit, types
 from numba.core import event
 from numba.extending import intrinsic, overload
 
-from tinygrad2 import blas, memory, random, threads
+from tinygrad2 import blas, memory, random, reference, threads
+from tinygrad2.kernels import pool, skinny
+from tinygrad2.reference import split_heads
 
 
 def _compiled(function: Any) -> Any:
@@ -169,7 +172,7 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     def columns(start: int, stop: int) -> None:
         blas.gemm(a, b[:, start:stop], out[:, start:stop], add)
 
-    threads.each(*((rows, threads.parts(m, grain)) if m >= n else (columns, threads.parts(n, grain))))
+    pool.each(*((rows, threads.parts(m, grain)) if m >= n else (columns, threads.parts(n, grain))))
 
 
 @_compiled
@@ -183,16 +186,21 @@ def _sum_rows(x, partial, first):
 def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     """total += the sum of the rows of x."""
     partial = _partial(x.shape, x.dtype)
-    threads.each(lambda a, b: _sum_rows(x[a:b], partial, a), _row_parts(*x.shape))
+    pool.each(lambda a, b: _sum_rows(x[a:b], partial, a), _row_parts(*x.shape))
     total += partial.sum(axis=0)
+
+
+SKINNY = 32  # rows of x up to which a product takes as long as reading the weights
 
 
 def linear_forward(x, weight, bias):
     x2 = x.reshape(-1, x.shape[-1])
     y = memory.empty((len(x2), weight.shape[1]), x.dtype)
-    if bias is not None:
-        y[...] = bias
-    _matmul(x2, weight, y, add=bias is not None)
+    y[...] = 0 if bias is None else bias
+    if len(x2) <= SKINNY and skinny.fits(x2, weight):
+        skinny.product(np.ascontiguousarray(x2), weight, y)
+    else:
+        _matmul(x2, weight if weight.dtype == x.dtype else weight.astype(x.dtype), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -222,6 +230,8 @@ def _sum_runs(dy, order, first, ids, dwte, start, stop):
 
 
 def embedding_forward(tokens, wte, wpe, first_position):
+    if wte.dtype == bfloat16:
+        return reference.embedding_forward(tokens, wte, wpe, first_position)
     y = memory.empty((*tokens.shape, wte.shape[1]), wte.dtype)
     np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens have been checked; "raise" would buffer a copy)
     if wpe is not None:
@@ -232,7 +242,7 @@ def embedding_forward(tokens, wte, wpe, first_position):
 def embedding_backward(dy, runs, first_position, dwte, dwpe):
     rows = _rows(dy)
     if dwte is not None:
-        threads.each(
+        pool.each(
             lambda a, b: _sum_runs(rows, runs.order, runs.first, runs.ids, dwte, a, b),
             threads.parts(len(runs.first), max(1, GRAIN // rows.shape[1])),
         )
@@ -273,7 +283,7 @@ def dropout_forward(x, rate, key):
     y = memory.empty(flat.shape, flat.dtype)
     base = key.first_sample * (x.size // x.shape[0])
     numbers, scale = _dropout_numbers(rate, key), x.dtype.type(1 / (1 - rate))
-    threads.each(
+    pool.each(
         lambda a, b: _dropout(flat[a:b], y[a:b], np.uint64(base + a), *numbers, scale), threads.parts(x.size, GRAIN)
     )
     return y.reshape(x.shape)
@@ -338,7 +348,7 @@ def layernorm_forward(x, weight, bias, eps):
     rows = _rows(x)
     y, mean, rstd = memory.empty(rows.shape, x.dtype), np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
     eps = x.dtype.type(eps)
-    threads.each(
+    pool.each(
         lambda a, b: _layernorm(rows[a:b], weight, bias, eps, y[a:b], mean[a:b], rstd[a:b]), _row_parts(*rows.shape)
     )
     kept = (*x.shape[:-1], 1)
@@ -359,7 +369,7 @@ def add_layernorm_forward(x, delta, weight, bias, eps):
         _add(rows[a:b], more[a:b], s[a:b])
         _layernorm(s[a:b], weight, bias, eps, y[a:b], mean[a:b], rstd[a:b])
 
-    threads.each(part, _row_parts(*rows.shape))
+    pool.each(part, _row_parts(*rows.shape))
     kept = (*x.shape[:-1], 1)
     return s.reshape(x.shape), y.reshape(x.shape), mean.reshape(kept), rstd.reshape(kept)
 
@@ -379,7 +389,7 @@ def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
             dy2[a:b], x2[a:b], weight, m[a:b], r[a:b], ds2[a:b], ds is not None, dx[a:b], partial_w, partial_b, a
         )
 
-    threads.each(part, _row_parts(*x2.shape))
+    pool.each(part, _row_parts(*x2.shape))
     if dweight is not None:
         dweight += partial_w.sum(axis=0)
     if dbias is not None:
@@ -436,27 +446,28 @@ def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
 
 
 @_compiled
-def _attention(library, qkv, out, lse, p, first_head, last_head, H, scale, has_dropout, numbers, first_sample, keep):
-    """Heads first_head ... last_head - 1 of the batch's B H. A head is read and written where it lies between the
-    others, as a matrix whose rows are the whole width apart."""
-    T, W = qkv.shape[1:]
-    C = W // 3
-    D = C // H
+def _attention(library, q, k, v, o, lse, p, first_head, last_head, scale, has_dropout, numbers, first_sample, keep):
+    """Heads first_head ... last_head - 1 of the batch's B H; q, k, v and o (B, H, T, D), lse (B, H, T).
+
+    A head is read and written where it lies: a matrix whose rows may be any distance apart. The last query sees the
+    last key; where there are more keys than queries, they belong to tokens before these.
+    """
+    H, T, D = q.shape[1:]
+    before = k.shape[2] - T
     R, ld = p.shape
-    size = qkv.itemsize
-    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
+    size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
+    ldq, ldk, ldv, ldo = q.strides[2] // size, k.strides[2] // size, v.strides[2] // size, o.strides[2] // size
+    scores = p.ctypes.data
     for head in range(first_head, last_head):
         b, h = head // H, head % H
-        q = qkv.ctypes.data + (b * T * W + h * D) * size
-        k, v = q + C * size, q + 2 * C * size
-        o = out.ctypes.data + (b * T * C + h * D) * size
+        keys, values = k[b, h].ctypes.data, v[b, h].ctypes.data
         for start in range(0, T, R):
-            stop = min(start + R, T)
-            rows = stop - start
-            s = p.ctypes.data
-            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, q + start * W * size, W, k, W, zero, s, ld)
+            rows = min(R, T - start)
+            stop = before + start + rows
+            queries, results = q[b, h, start:].ctypes.data, o[b, h, start:].ctypes.data
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, queries, ldq, keys, ldk, zero, scores, ld)
             for i in range(rows):
-                row, seen = p[i], start + i + 1
+                row, seen = p[i], before + start + i + 1
                 largest = _largest(row, seen)
                 total = zero
                 for j in range(seen):
@@ -469,43 +480,40 @@ def _attention(library, qkv, out, lse, p, first_head, last_head, H, scale, has_d
                     row[j] = zero
                 lse[b, h, start + i] = largest + np.log(total)
                 if has_dropout:
-                    place = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
-                    _dropout(row[:seen], row[:seen], place, *numbers, keep)
-            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, one, s, ld, v, W, zero, o + start * C * size, C)
+                    element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                    _dropout(row[:seen], row[:seen], element, *numbers, keep)
+            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, one, scores, ld, values, ldv, zero, results, ldo)
 
 
 @_compiled
 def _attention_backward(
-    library, dout, qkv, out, lse, dqkv, p, dp, first_head, last_head, H, scale, has_dropout, numbers, first_sample, keep
-):
+    library, do, q, k, v, o, lse, dq, dk, dv, p, dp,
+    first_head, last_head, scale, has_dropout, numbers, first_sample, keep,
+):  # fmt: skip
     """The same heads: blocks of rows from the last to the first. The last sees every key, so it writes dk and dv where
     the others add to them. With dropout, p holds P M while dV is made, dp holds dP M."""
-    T, W = qkv.shape[1:]
-    C = W // 3
-    D = C // H
+    H, T, D = q.shape[1:]
     R, ld = p.shape
-    size = qkv.itemsize
-    zero, one = qkv.dtype.type(0), qkv.dtype.type(1)
-    weights = np.empty(ld, dtype=qkv.dtype)
+    size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
+    ldq, lddo, lddq = q.strides[2] // size, do.strides[2] // size, dq.strides[2] // size
+    weights = np.empty(ld, dtype=q.dtype)
+    s, ds = p.ctypes.data, dp.ctypes.data
     for head in range(first_head, last_head):
         b, h = head // H, head % H
-        place = (b * T * W + h * D) * size
-        q, dq = qkv.ctypes.data + place, dqkv.ctypes.data + place
-        k, v, dk, dv = q + C * size, q + 2 * C * size, dq + C * size, dq + 2 * C * size
-        do = dout.ctypes.data + (b * T * C + h * D) * size
+        keys, values = k[b, h].ctypes.data, v[b, h].ctypes.data
+        dkeys, dvalues = dk[b, h].ctypes.data, dv[b, h].ctypes.data
         for block in range((T + R - 1) // R - 1, -1, -1):
             start = block * R
             stop = min(start + R, T)
             rows = stop - start
-            s, ds = p.ctypes.data, dp.ctypes.data
-            qrows, dorows = q + start * W * size, do + start * C * size
-            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, qrows, W, k, W, zero, s, ld)
-            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, one, dorows, C, v, W, zero, ds, ld)
+            queries, results = q[b, h, start:].ctypes.data, do[b, h, start:].ctypes.data
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, queries, ldq, keys, ldq, zero, s, ld)
+            _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, one, results, lddo, values, ldq, zero, ds, ld)
             for i in range(rows):
                 row, drow, seen = p[i], dp[i], start + i + 1
                 shift, delta = lse[b, h, start + i], zero
-                for j in range(h * D, (h + 1) * D):
-                    delta += dout[b, start + i, j] * out[b, start + i, j]
+                for j in range(D):
+                    delta += do[b, h, start + i, j] * o[b, h, start + i, j]
                 for j in range(seen):
                     weight = _exp(row[j] - shift)
                     row[j] = weight
@@ -520,61 +528,77 @@ def _attention_backward(
                     row[j] = zero
                     drow[j] = zero
             add = zero if stop == T else one
-            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, one, s, ld, dorows, C, add, dv, W)
-            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, scale, ds, ld, qrows, W, add, dk, W)
-            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, k, W, zero, dq + start * W * size, W)
+            queries_gradient = dq[b, h, start:].ctypes.data
+            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, one, s, ld, results, lddo, add, dvalues, lddq)
+            _gemm(library, _TRANSPOSED, _PLAIN, stop, D, rows, scale, ds, ld, queries, ldq, add, dkeys, lddq)
+            _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, keys, ldq, zero, queries_gradient, lddq)
 
 
-def _each_head(task: Any, qkv: np.ndarray, n_head: int, blocks: int) -> None:
+def _each_head(task: Any, q: np.ndarray, keys: int, blocks: int) -> None:
     """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
-    B, T, width = qkv.shape
+    B, H, T, D = q.shape
     # Fewer rows make the products slower, more rows compute more of what the causal mask throws away.
-    shape = (min(T, 128 if T >= 512 else 64), T)
+    shape = (min(T, 128 if T >= 512 else 64), keys)
 
     def part(start: int, stop: int) -> None:
-        task(start, stop, *(memory.empty(shape, qkv.dtype) for _ in range(blocks)))
+        task(start, stop, *(memory.empty(shape, q.dtype) for _ in range(blocks)))
 
-    flops = 2 * B * T * T * (width // 3)
+    flops = 2 * B * H * T * keys * D
     with threads.blas_on_one_thread():  # in one part too: the products are too small for BLAS's threads
-        threads.each(part, threads.parts(B * n_head, max(1, B * n_head * ATTENTION_FLOPS // max(1, flops))))
+        pool.each(part, threads.parts(B * H, max(1, B * H * ATTENTION_FLOPS // max(1, flops))))
 
 
-def _attention_dropout(dtype: np.dtype, rate: float, key: Any) -> tuple:
+def _dropout_arguments(dtype: np.dtype, rate: float, key: Any) -> tuple:
     """has_dropout, numbers, first_sample, keep: the last arguments of the kernels."""
     if key is None:
         return False, (np.uint64(0),) * 4, 0, dtype.type(0)
     return True, _dropout_numbers(rate, key), key.first_sample, dtype.type(1 / (1 - rate))
 
 
-def attention_forward(qkv, n_head, rate, key):
-    B, T, width = qkv.shape
-    qkv = np.ascontiguousarray(qkv)
-    out, lse = memory.empty((B, T, width // 3), qkv.dtype), memory.empty((B, n_head, T), qkv.dtype)
-    scale = qkv.dtype.type(1 / math.sqrt(width // 3 // n_head))
-    library, dropout = _BLAS[qkv.dtype], _attention_dropout(qkv.dtype, rate, key)
+def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple[np.ndarray, np.ndarray]:
+    """out (B, T, C) and lse (B, H, T) for queries (B, H, T, D) and at least as many keys and values."""
+    B, H, T, D = q.shape
+    out, lse = memory.empty((B, T, H * D), q.dtype), memory.empty((B, H, T), q.dtype)
+    (o,) = split_heads(out, 1, H)
+    library, scale = _BLAS[q.dtype], q.dtype.type(1 / math.sqrt(D))
 
     def heads(start: int, stop: int, p: np.ndarray) -> None:
-        _attention(library, qkv, out, lse, p, start, stop, n_head, scale, *dropout)
+        _attention(library, q, k, v, o, lse, p, start, stop, scale, *dropout)
 
-    _each_head(heads, qkv, n_head, blocks=1)
+    _each_head(heads, q, k.shape[2], blocks=1)
     return out, lse
 
 
+def attention_forward(qkv, n_head, rate, key):
+    q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
+    return _attend(q, k, v, *_dropout_arguments(qkv.dtype, rate, key))
+
+
 def attention_backward(dout, qkv, out, lse, n_head, rate, key):
-    dout, qkv, out = (np.ascontiguousarray(array) for array in (dout, qkv, out))
     dqkv = memory.empty(qkv.shape, qkv.dtype)
-    scale = qkv.dtype.type(1 / math.sqrt(dout.shape[2] // n_head))
-    library, dropout = _BLAS[qkv.dtype], _attention_dropout(qkv.dtype, rate, key)
+    q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
+    dq, dk, dv = split_heads(dqkv, 3, n_head)
+    (do,), (o,) = (split_heads(np.ascontiguousarray(array), 1, n_head) for array in (dout, out))
+    library, scale = _BLAS[qkv.dtype], qkv.dtype.type(1 / math.sqrt(q.shape[3]))
+    dropout = _dropout_arguments(qkv.dtype, rate, key)
 
     def heads(start: int, stop: int, p: np.ndarray, dp: np.ndarray) -> None:
-        _attention_backward(library, dout, qkv, out, lse, dqkv, p, dp, start, stop, n_head, scale, *dropout)
+        _attention_backward(library, do, q, k, v, o, lse, dq, dk, dv, p, dp, start, stop, scale, *dropout)
 
-    _each_head(heads, qkv, n_head, blocks=2)
+    _each_head(heads, q, q.shape[2], blocks=2)
     return dqkv
 
 
+def attention_cached(qkv, cache, length, n_head):
+    q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
+    end = length + qkv.shape[1]
+    cache[0, :, :, length:end] = k
+    cache[1, :, :, length:end] = v
+    return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
+
+
 if not _BLAS:  # no library that can be called by its address: the reference serves
-    del attention_forward, attention_backward
+    del attention_forward, attention_backward, attention_cached
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,7 +638,7 @@ def gelu_forward(x, bias):
     rows = _rows(x)
     y = memory.empty(rows.shape, x.dtype)
     b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
-    threads.each(lambda start, stop: _gelu(rows[start:stop], b, y[start:stop]), _row_parts(*rows.shape))
+    pool.each(lambda start, stop: _gelu(rows[start:stop], b, y[start:stop]), _row_parts(*rows.shape))
     return y.reshape(x.shape)
 
 
@@ -626,7 +650,7 @@ def gelu_backward(dy, x, bias, dbias):
     def part(start: int, stop: int) -> None:
         _gelu_backward(dy2[start:stop], rows[start:stop], b, dx[start:stop], partial, start)
 
-    threads.each(part, _row_parts(*rows.shape))
+    pool.each(part, _row_parts(*rows.shape))
     if dbias is not None:
         dbias += partial.sum(axis=0)
     return dx.reshape(x.shape)
@@ -661,7 +685,7 @@ def lm_head_forward(x, weight, targets):
     logits = memory.empty((len(rows), len(weight)), x.dtype)
     _matmul(rows, weight.T, logits)
     loss, count = np.empty(len(rows), dtype=x.dtype), x.dtype.type(len(rows))
-    threads.each(
+    pool.each(
         lambda a, b: _cross_entropy(logits[a:b], target[a:b], loss[a:b], count),
         threads.parts(len(rows), max(1, GRAIN // len(weight))),
     )
@@ -695,7 +719,7 @@ def _square_chunks(x, sums, start, stop):
 
 def squared_norm(x):
     sums = np.zeros(-(-len(x) // FLAT))
-    threads.each(lambda a, b: _square_chunks(x, sums, a, b), threads.parts(len(sums), 1))
+    pool.each(lambda a, b: _square_chunks(x, sums, a, b), threads.parts(len(sums), 1))
     return x.dtype.type(sums.sum())
 
 
@@ -717,4 +741,4 @@ def adamw_step(value, grad, m, v, go, grad_scale, lr, beta1, beta2, eps, weight_
     # The bias corrections go into the step size and the root, out of the loop.
     numbers = (grad_scale, lr / (1 - beta1**step), beta1, beta2, eps, 1 - lr * weight_decay, (1 - beta2**step) ** -0.5)
     scalars = [value.dtype.type(number) for number in numbers]
-    threads.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))
+    pool.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))

@@ -61,6 +61,9 @@ def arguments(name, shape, seed=0):
         "add_layernorm_backward": [[array(B, T, C), array(B, T, C), x, array(C), mean, rstd, array(C), array(C)]],
         "attention_forward": [[qkv, H, 0.0, None], [qkv, H, 0.3, KEY]],
         "attention_backward": [[array(B, T, C), qkv, *attended[key], H, 0.3, key] for key in (None, KEY)],
+        "attention_cached": [
+            [qkv[:, :n], array(2, B, H, T + 9, C // H), before, H] for n, before in ((T, 0), (T, 9), (1, 5))
+        ],
         "gelu_forward": [[3 * x, array(C)], [3 * x, None]],
         "gelu_backward": [[array(B, T, C), 3 * x, array(C), array(C)], [array(B, T, C), 3 * x, None, None]],
         "lm_head_forward": [[x, weight, tokens]],
@@ -73,6 +76,7 @@ def arguments(name, shape, seed=0):
 CHANGED = {  # positions of the arguments that a kernel may change
     "linear_backward": {3, 4},
     "embedding_backward": {3, 4},
+    "attention_cached": {1},
     "layernorm_backward": {5, 6},
     "add_layernorm_backward": {6, 7},
     "gelu_backward": {3},
@@ -173,7 +177,6 @@ def test_the_number_of_threads_changes_no_bit_of_a_sum(name, monkeypatch):
     outcomes = []
     for count in (1, 2, 3, 5):
         monkeypatch.setattr(threads, "_count", count)
-        monkeypatch.setattr(threads, "_pool", None)
         given = [convert(value, np.float32) for value in arguments(name, (3, 131, 96))[0]]
         outcomes.append(results(getattr(cpu, name)(*given), given, name))
     for outcome in outcomes[1:]:
