@@ -56,6 +56,10 @@ class Backend:
         """(free, total) bytes of the device's own memory, or None where it uses the host's."""
         return None
 
+    def name(self) -> str:
+        """What computes, for people to read."""
+        return self.device
+
     def __repr__(self) -> str:
         return f"Backend({self.device!r})"
 
@@ -130,6 +134,10 @@ class CudaBackend(Backend):
 
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()
+
+    def name(self) -> str:
+        runtime = self.np.cuda.runtime
+        return f"{self.device}: {runtime.getDeviceProperties(runtime.getDevice())['name'].decode()}"
 
 
 class CudaFetch(Fetch):
