@@ -103,9 +103,9 @@ def number(value: float) -> str:
 
 def short(value: float) -> str:
     """For an axis: 12k, 1.5M, 0.003, 3e-4."""
-    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / (1e3 if sign == 'k' else size):.4g}{sign}"
+            return f"{value / size:.4g}{sign}"
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -258,11 +258,12 @@ def chart(
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3>'
         + (f'<p class="key">{key}</p>' if kind else "")
-        + '<p class="readout" aria-hidden="true"></p></figcaption><div class="frame">'
+        + '</figcaption><div class="frame">'
         f'<svg class="plot" role="img" aria-label="{escape(said)}">'
         f'<rect class="ground" width="100%" height="100%"/><g class="grid">{"".join(grid)}</g>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(paths)}</svg>'
-        f'<line class="cross" x1="-1%" x2="-1%" y1="0" y2="100%"/></svg></div><p class="over">{escape(over)}</p>'
+        f'<line class="cross" x1="-1%" x2="-1%" y1="0" y2="100%"/></svg></div><p class="over">'
+        f'<span class="readout" aria-hidden="true"></span><span>{escape(over)}</span></p>'
         f"<details><summary>Table</summary>{table([escape(over), *names], rows)}</details></figure>"
     )
 
@@ -491,7 +492,7 @@ h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); line-height: 1.2; letter-spacing: -
 h2 { font-size: 1.25rem; letter-spacing: -.01em; margin-bottom: 1.25rem }
 h3 { font-size: .9375rem; font-weight: 600; overflow-wrap: anywhere }
 header { display: grid; gap: .375rem; margin-bottom: 2rem }
-header p, footer, small, summary, .over, .readout, .switch, section > p { color: var(--soft); font-size: .875rem }
+header p, footer, small, summary, .over, .switch, section > p { color: var(--soft); font-size: .875rem }
 progress { width: 100%; height: .375rem; margin-top: .5rem; appearance: none; border: 0; border-radius: 1rem;
   overflow: hidden; background: var(--rule) }
 progress::-webkit-progress-bar { background: var(--rule) }
@@ -499,18 +500,19 @@ progress::-webkit-progress-value { background: var(--accent); border-radius: 1re
 progress::-moz-progress-bar { background: var(--accent); border-radius: 1rem }
 section { margin-top: 3.5rem }
 section > * + * { margin-top: 1.25rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: 1px;
+.tiles { display: flex; flex-wrap: wrap; gap: 1px;
   background: var(--rule); border: 1px solid var(--rule); border-radius: .75rem; overflow: hidden }
-.tiles > div { background: var(--card); padding: 1rem 1.25rem }
+.tiles > div { flex: 1 1 9rem; background: var(--card); padding: 1rem 1.25rem }
 dt { color: var(--soft); font-size: .8125rem }
 dd { font-size: 1.5rem; line-height: 1.3; letter-spacing: -.01em; font-variant-numeric: tabular-nums }
 dd small { display: block; font-size: .8125rem; letter-spacing: 0 }
-.charts, .samples, .parts { display: grid; gap: 1.25rem;
+.parts { columns: 19rem; column-gap: 2.5rem }
+.parts > div { break-inside: avoid; margin-bottom: 2rem }
+.charts, .samples { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); align-items: start }
 figure, article, .command { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem;
   padding: 1.125rem 1.25rem; min-width: 0 }
 figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: baseline }
-.readout { margin-left: auto; min-height: 1.4em; font-variant-numeric: tabular-nums; font-size: .8125rem }
 .key { display: flex; flex-wrap: wrap; gap: .125rem 1rem; font-size: .875rem }
 .key > .scroll { flex: 1 }
 .key span { overflow-wrap: anywhere }
@@ -526,7 +528,9 @@ figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: b
 .grid text { fill: var(--soft); font-size: .75rem; font-variant-numeric: tabular-nums }
 .y { text-anchor: end }
 .x { text-anchor: middle }
-.over { text-align: right; line-height: 1; font-size: .75rem }
+.over { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.6em; padding-left: 3rem;
+  font-variant-numeric: tabular-nums }
+.over, .over span { font-size: .75rem }
 .line, .dots { fill: none; stroke: var(--c); stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round;
   vector-effect: non-scaling-stroke }
 .dashed { stroke-dasharray: 5 4 }
