@@ -163,10 +163,12 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points, whether they are few and get a dot each, and whether the spread is shown behind it."""
+    """A named curve: its points, its colour, whether the points are few and get a dot each, and whether the spread of
+    what lies in a bucket is shown behind their mean."""
 
     name: str
     points: list[tuple[float, float]]
+    colour: int = 0
     dots: bool = False
     spread: bool = False
 
@@ -225,15 +227,15 @@ def chart(
         return f"{1000 * x_axis.at(x):.1f} {1000 - 1000 * y_axis.at(y):.1f}"
 
     paths = []
-    for i, (curve, buckets) in enumerate(zip(curves, drawn, strict=True)):
+    for curve, buckets in zip(curves, drawn, strict=True):
         line = [point(b.x, b.y) for b in buckets.values()]
         if curve.spread:
             above = [point(b.x, max(b.ys)) for b in buckets.values()]
             below = [point(b.x, min(b.ys)) for b in buckets.values()]
-            paths.append(f'<path class="spread {colour(i)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
-        paths.append(f'<path class="line {colour(i)}" d="M{" ".join(line)}"/>')
+            paths.append(f'<path class="spread {colour(curve.colour)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
+        paths.append(f'<path class="line {colour(curve.colour)}" d="M{" ".join(line)}"/>')
         if curve.dots or len(line) == 1:
-            paths.append(f'<path class="dots {colour(i)}" d="{"".join(f"M{place}h0" for place in line)}"/>')
+            paths.append(f'<path class="dots {colour(curve.colour)}" d="{"".join(f"M{place}h0" for place in line)}"/>')
 
     grid = []
     for value in ticks(y_axis.low, y_axis.high, y_axis.log):
@@ -254,7 +256,7 @@ def chart(
     names = [escape(curve.name) for curve in curves]
     values = [f"{curve.name} {number(curve.points[0][1])} to {number(curve.points[-1][1])}" for curve in curves]
     said = f"{title}: {'; '.join(values)}"
-    key = "".join(f'<span class="{colour(i)}">{name}</span>' for i, name in enumerate(names))
+    key = "".join(f'<span class="{colour(curve.colour)}">{escape(curve.name)}</span>' for curve in curves)
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3>'
         + (f'<p class="key">{key}</p>' if kind else "")
@@ -297,20 +299,17 @@ def report_page(run: Run) -> str:
     if is_number(total) and total > 0:
         steps = f"{run.step:,} of {total:,} steps"
         bar = f'<progress max="{total}" value="{run.step}">{steps}</progress>'
-    loss = [Curve("training", run.values("loss"), spread=True), Curve("validation", run.values("val_loss"), dots=True)]
+    training = Curve("training", run.values("loss"), spread=True)
+    loss = [training, Curve("validation", run.values("val_loss"), colour=1, dots=True)]
     title = "Loss, nats per token"
     linear = chart(title, loss, "step", kind="wide linear")
     logarithmic = chart(title, loss, "step", log_x=True, log_y=True, kind="wide logarithmic")
     switch = '<label class="switch"><input type="checkbox"> logarithmic axes</label>'
-    others = "".join(chart_of(key, [run]) for key in run.others())
+    others = boxes("charts", (chart_of(key, [run]) for key in run.others()))
     body = (
         f"<header><p>Training run</p><h1>{escape(run.name)}</h1><p>{steps}</p>{bar}</header>",
         f'<dl class="tiles">{"".join(map(tile, figures(run)))}</dl>',
-        section(
-            "Curves",
-            f"<div>{switch}{linear}{logarithmic}</div>" if linear else "",
-            f'<div class="charts">{others}</div>',
-        ),
+        section("Curves", f"<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
         section("Samples", samples(run)),
         section("How it was made", circumstances(run)),
     )
@@ -319,38 +318,46 @@ def report_page(run: Run) -> str:
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """The page that compares runs: results, the options in which they differ, curves over one another, last samples."""
-    keys = dict.fromkeys(["val_loss", "loss", *(key for run in runs for key in run.others())])
-    charts = "".join(chart_of(key, runs) for key in keys)
-    last = "".join(sample(run.name, run.samples[-1]) for run in runs if run.samples)
+    keys = dict.fromkeys(key for run in runs for key in run.others())
+    losses = boxes("charts large", (chart_of(key, runs, "wide") for key in ("val_loss", "loss")))
+    others = boxes("charts", (chart_of(key, runs, "run") for key in keys))
+    last = boxes("samples", (sample(run.name, run.samples[-1]) for run in runs if run.samples))
     body = (
         f"<header><p>Training runs</p><h1>{len(runs)} runs compared</h1></header>",
         section("Results", results(runs)),
         section("Where they differ", differences(runs)),
-        section("Curves", f'<div class="charts">{charts}</div>' if charts else ""),
-        section("Last samples", f'<div class="samples">{last}</div>' if last else ""),
+        section("Curves", losses, others),
+        section("Last samples", last),
     )
     return page(f"{len(runs)} runs compared", "".join(body))
+
+
+def boxes(kind: str, parts: Iterable[str]) -> str:
+    """Parts side by side, as many as fit."""
+    inside = "".join(parts)
+    return f'<div class="{kind}">{inside}</div>' if inside else ""
 
 
 def section(title: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if any(parts) else ""
 
 
-def chart_of(key: str, runs: Sequence[Run]) -> str:
+def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
     """The chart of one number of the log; over tokens instead of steps where the runs' steps are of different size."""
     ends = [row for run in runs for row in run.rows[-1:] if is_number(row.get("tokens")) and row["step"] > 0]
     over = "tokens" if len({round(row["tokens"] / row["step"]) for row in ends}) > 1 else "step"
     alone = len(runs) == 1
-    curves = [Curve(run.name, run.values(key, over), dots=key == "val_loss", spread=alone) for run in runs]
-    if alone:
-        curves[0].name = key
+    curves = [
+        Curve(key if alone else run.name, run.values(key, over), i, dots=key == "val_loss", spread=alone)
+        for i, run in enumerate(runs)
+    ]
     return chart(
         LABELS.get(key, key),
         curves,
         over,
         log_y=key == "grad_norm",
         from_zero=key == "tokens_per_s",
-        kind="" if alone else "run",
+        kind=kind,
     )
 
 
@@ -421,8 +428,8 @@ def samples(run: Run) -> str:
     if count > SAMPLES_SHOWN:
         spread = sorted({round(i * (count - 1) / (SAMPLES_SHOWN - 1)) for i in range(SAMPLES_SHOWN)})
         note = f"<p>{len(spread)} of {count:,}, from the last to the first; {SAMPLES} has them all.</p>"
-    cards = "".join(sample(f"step {run.samples[i]['step']:,}", run.samples[i]) for i in reversed(spread))
-    return f'{note}<div class="samples">{cards}</div>'
+    cards = (sample(f"step {run.samples[i]['step']:,}", run.samples[i]) for i in reversed(spread))
+    return note + boxes("samples", cards)
 
 
 def sample(title: str, row: dict[str, Any]) -> str:
@@ -514,13 +521,15 @@ figure, article, .command { background: var(--card); border: 1px solid var(--rul
   padding: 1.125rem 1.25rem; min-width: 0 }
 figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: baseline }
 .key { display: flex; flex-wrap: wrap; gap: .125rem 1rem; font-size: .875rem }
-.key > .scroll { flex: 1 }
-.key span { overflow-wrap: anywhere }
+.key > .scroll { flex: 1; min-width: 0 }
+.key > .scroll th, .key > .scroll td { white-space: nowrap }
+p.key span { overflow-wrap: anywhere }
 .key span::before { content: ""; display: inline-block; width: .875rem; height: .1875rem; border-radius: 1rem;
   margin-right: .5rem; vertical-align: .25em; background: var(--c) }
 .key .dashed::before { background: linear-gradient(90deg, var(--c) 40%, transparent 40% 60%, var(--c) 60%) }
 .frame { padding: 1rem .25rem 1.75rem 3rem }
 .plot { display: block; width: 100%; height: 11rem; overflow: visible; touch-action: pan-y }
+.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .wide .plot { height: clamp(13rem, 34vw, 21rem) }
 .plot svg { overflow: visible }
 .ground { fill: transparent }
@@ -544,8 +553,8 @@ figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: b
 input { accent-color: var(--accent) }
 div:has(> .switch :checked) .linear, div:not(:has(> .switch :checked)) > .logarithmic { display: none }
 summary { cursor: pointer; margin-top: .5rem; font-size: .8125rem }
-.scroll { overflow: auto; max-height: 24rem }
-figure .scroll { margin-top: .5rem }
+.scroll { overflow: auto }
+figure .scroll { max-height: 24rem; margin-top: .5rem }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .375rem 1.25rem .375rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule) }
@@ -554,7 +563,7 @@ tbody th { font-weight: 400 }
 td small { display: block }
 .parts th { color: var(--soft) }
 .parts td { overflow-wrap: anywhere }
-.parts .scroll { max-height: none; margin-top: .375rem }
+.parts .scroll { margin-top: .375rem }
 .best th, .best td, .given th, .given td { font-weight: 600; color: var(--ink) }
 pre { font: .8125rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere }
