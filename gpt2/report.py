@@ -113,17 +113,19 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Three to seven round numbers between two; on a logarithmic axis powers of ten, if there are enough."""
+    """Three to eight round numbers between two; on a logarithmic axis powers of ten, if there are enough."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for mantissas in ((1,), (1, 2, 5), tuple(range(1, 10))):
             found = [m * 10.0**e for e in decades for m in mantissas if low <= m * 10.0**e <= high]
             if len(found) >= 3:
                 return found[:: -(-len(found) // 7)]
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    each = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [i * each for i in range(math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    for each in (5 * power, 2 * power, power, power / 2, power / 5):
+        first, last = math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9)
+        if last - first >= 2:
+            break
+    return [i * each for i in range(first, last + 1)]
 
 
 @dataclass
