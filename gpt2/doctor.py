@@ -64,10 +64,16 @@ def call(command: Sequence[str], seconds: float = 60, **environment: str) -> tup
     """(the output, "") of a command that succeeds, else ("", one line that says why). Its children end with it."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, **environment}
-    pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=env,
+            start_new_session=True,
         )
     except OSError as error:
         return "", f"{command[0]}: {error.strerror}"

@@ -25,7 +25,7 @@ from gpt2.options import Parser, flag
 from gpt2.run import LOG, SAMPLES, STARTS, read_log
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-BUCKETS = 200  # points of a curve
+BUCKETS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
 SAMPLES_SHOWN = 20
 COLOURS = 8  # those of the style sheet; further curves repeat them dashed
 SHARE = 0.01  # of a run's time that writing its report may take
@@ -165,13 +165,11 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points, its colour, whether the points are few and get a dot each, and whether the spread of
-    what lies in a bucket is shown behind their mean."""
+    """A named curve: its points, its colour, and whether the spread of a bucket is shown behind its mean."""
 
     name: str
     points: list[tuple[float, float]]
     colour: int = 0
-    dots: bool = False
     spread: bool = False
 
 
@@ -236,7 +234,7 @@ def chart(
             below = [point(b.x, min(b.ys)) for b in buckets.values()]
             paths.append(f'<path class="spread {colour(curve.colour)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
         paths.append(f'<path class="line {colour(curve.colour)}" d="M{" ".join(line)}"/>')
-        if curve.dots or len(line) == 1:
+        if len(line) <= DOTS:
             paths.append(f'<path class="dots {colour(curve.colour)}" d="{"".join(f"M{place}h0" for place in line)}"/>')
 
     grid = []
@@ -302,7 +300,7 @@ def report_page(run: Run) -> str:
         steps = f"{run.step:,} of {total:,} steps"
         bar = f'<progress max="{total}" value="{run.step}">{steps}</progress>'
     training = Curve("training", run.values("loss"), spread=True)
-    loss = [training, Curve("validation", run.values("val_loss"), colour=1, dots=True)]
+    loss = [training, Curve("validation", run.values("val_loss"), colour=1)]
     title = "Loss, nats per token"
     linear = chart(title, loss, "step", kind="wide linear")
     logarithmic = chart(title, loss, "step", log_x=True, log_y=True, kind="wide logarithmic")
@@ -346,13 +344,10 @@ def section(title: str, *parts: str) -> str:
 
 def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
     """The chart of one number of the log; over tokens instead of steps where the runs' steps are of different size."""
-    ends = [row for run in runs for row in run.rows[-1:] if is_number(row.get("tokens")) and row["step"] > 0]
-    over = "tokens" if len({round(row["tokens"] / row["step"]) for row in ends}) > 1 else "step"
+    ends = [point for run in runs for point in run.values("tokens")[-1:]]
+    over = "tokens" if len({round(tokens / max(step, 1)) for step, tokens in ends}) > 1 else "step"
     alone = len(runs) == 1
-    curves = [
-        Curve(key if alone else run.name, run.values(key, over), i, dots=key == "val_loss", spread=alone)
-        for i, run in enumerate(runs)
-    ]
+    curves = [Curve(key if alone else run.name, run.values(key, over), i, spread=alone) for i, run in enumerate(runs)]
     return chart(
         LABELS.get(key, key),
         curves,
@@ -417,7 +412,7 @@ def differences(runs: Sequence[Run]) -> str:
                 )
     if not rows:
         return "<p>In nothing that was noted when they were started.</p>"
-    return table(["", *(escape(run.name) for run in runs)], rows)
+    return table(["option", *(escape(run.name) for run in runs)], rows)
 
 
 def samples(run: Run) -> str:
@@ -449,9 +444,7 @@ def circumstances(run: Run) -> str:
     if not run.starts:
         return ""
     given = run.started("given")
-    words = [
-        flag(name) if value is True else f"{flag(name)}={shlex.quote(str(value))}" for name, value in given.items()
-    ]
+    words = [shlex.quote(word(name, value)) for name, value in given.items()]
     parts = []
     for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
         rows = [
@@ -464,10 +457,21 @@ def circumstances(run: Run) -> str:
     return f'<pre class="command">{command}</pre><ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
 
 
+def word(name: str, value: Any) -> str:
+    """An option as it is given on the command line."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no-{name}")
+    return f"{flag(name)}={value}"
+
+
 def start(row: dict[str, Any]) -> str:
     """When, from where on and where a run was started."""
     moment, machine = row.get("time"), row.get("machine")
-    when = f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(moment))}: " if is_number(moment) else ""
+    when = (
+        f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(moment))}: "
+        if is_number(moment) and 0 <= moment < 1e11
+        else ""
+    )
     known = machine if isinstance(machine, dict) else {}
     where = ", ".join(shown(known[name]) for name in ("device", "processor", "threads") if name in known)
     return f"{when}from step {row['step']:,} on" + (f" ({where} threads)" if where else "")
@@ -619,8 +623,12 @@ def page(title: str, body: str) -> str:
 def write(text: str, file: Path) -> None:
     """Give a file its new content in one step: who opens it meanwhile sees the old one."""
     new = file.with_name(f".{file.name}.new")
-    new.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(new, file)
+    try:
+        new.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(new, file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 class Writer:

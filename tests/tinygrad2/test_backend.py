@@ -297,6 +297,11 @@ def test_numpy_arrays_need_no_way_over():
     assert fetch.ready()
     assert fetch.get() == [0.5, 2.0]
     assert place.memory() is None
+    assert place.name() == "cpu"
+
+
+def test_the_gpu_s_name_is_for_people(device):
+    assert get_backend("cuda").name() == "cuda: stand-in"
 
 
 # train.py ------------------------------------------------------------------------------------------------------------
