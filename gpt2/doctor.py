@@ -509,8 +509,8 @@ def probe_disk() -> Finding:
 
 PROBES: dict[str, Callable[[], Finding]] = {
     "python": probe_python,
-    "packages": probe_packages,
     "blas": probe_blas,
+    "packages": probe_packages,
     "numba": probe_numba,
     "cores": probe_cores,
     "memory": probe_memory,
@@ -582,22 +582,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 1 where something that training needs is wrong, else 0."""
     parser = argparse.ArgumentParser(prog="python -m gpt2.doctor", description="Look at this machine; say what to do.")
     parser.parse_args(arguments)
-    findings = {}
-    first = {"python": PROBES["python"]}
-    rest = {name: probe for name, probe in PROBES.items() if name != "python"}
-    for probes in (first, rest):
-        for name, finding in examine(probes):
+    findings: dict[str, Finding] = {}
+    # An old Python is all there is to say; and nothing else computes while the speed of BLAS is measured.
+    for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
+        for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding
             print(f"{finding.verdict:<8} {name:<10} {finding.text}", flush=True)
             if finding.remedy:
                 print(f"{'':19} -> {finding.remedy}", flush=True)
-        if any(finding.needed and finding.verdict == WRONG for finding in findings.values()):
-            wrong = ", ".join(name for name, finding in findings.items() if finding.needed and finding.verdict == WRONG)
-            print(f"\nput right first: {wrong}")
-            return 1
-    print(f"\nrun here: {command(findings)}")
-    return 0
+        if findings["python"].verdict == WRONG:
+            break
+    wrong = [name for name, finding in findings.items() if finding.needed and finding.verdict == WRONG]
+    print(f"\nput right first: {', '.join(wrong)}" if wrong else f"\nrun here: {command(findings)}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads has enough; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -101,7 +101,7 @@ def test_this_machine_can_train(capsys, gpt2_files):
 
 
 def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
-    fine = {"python": lambda: Finding(OK, "")}
+    fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
     for finding, status, last in (
         (Finding(WRONG, "broken", "mend it"), 0, "run here: "),
         (Finding(MISSING, "away", "get it", needed=True), 0, "run here: "),
@@ -111,7 +111,7 @@ def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
         assert doctor.main([]) == status
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1].startswith(last)
-        assert lines[2].strip() == f"-> {finding.remedy}"
+        assert lines[3].strip() == f"-> {finding.remedy}"
 
 
 def test_an_old_python_is_all_that_is_said(capsys, monkeypatch):
@@ -136,6 +136,17 @@ def test_it_runs_where_no_package_is_installed():
     assert ended.stderr == ""
     assert "numpy is not installed" in ended.stdout
     assert "-m pip install --upgrade -e " in ended.stdout
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt2.doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
 
 
 def test_the_command_is_the_one_for_this_machine(monkeypatch, tmp_path):
