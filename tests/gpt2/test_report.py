@@ -239,6 +239,11 @@ def test_a_run_keeps_its_colour_where_another_has_no_values(tmp_path):
     assert "c0" not in validation
 
 
+def test_a_ninth_run_repeats_the_first_colour_dashed(tmp_path):
+    figure = report.chart_of("loss", [report.Run.load(make_run(tmp_path / "a", steps=3))] * 9)
+    assert figure.count('class="line c0"') == figure.count('class="line c0 dashed"') == 1
+
+
 def test_of_many_samples_some_are_shown_with_the_first_and_the_last(tmp_path):
     out = make_run(tmp_path / "out")
     write_rows(out / SAMPLES, [{"step": step, "text": "x"} for step in range(1, 1001)])
