@@ -91,7 +91,9 @@ class RunFolder:
                 rewritten = self.path / f".{log.name}.new"
                 rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
                 os.replace(rewritten, log)
-            board = writer(str(self.path / TENSORBOARD), purge_step=step + 1) if writer else nullcontext()
+            # Its files are named by the second: the suffix keeps two starts within one apart.
+            options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
+            board = writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
             with (self.path / LOG).open("a", encoding="utf-8") as self._log, board as self._board:
                 yield
 
