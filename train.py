@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.prepare import prepare
-from gpt2 import GPT2, GPT2Config, Tokenizer, run, weights
+from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import mean_loss
 from gpt2.generate import stream_text
@@ -60,6 +60,7 @@ def train(given: dict[str, Any]) -> int:
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
     micro_steps = accumulation(options)
+    writer = run.tensorboard_writer() if options.tensorboard else None
     if options.threads:
         threads.set_count(options.threads)
     data, validation, tokenizer = open_data(options)
@@ -89,7 +90,9 @@ def train(given: dict[str, Any]) -> int:
     if renew and (aside := folder.set_aside()):
         say(f"{folder.path}/ is now {aside}/")
 
-    with folder.opened(progress.step), StopRequest() as stop:
+    with folder.opened(progress.step, writer), StopRequest() as stop:
+        folder.log_start(progress.step, given=kept, **circumstances(options, model, tokenizer, data, validation))
+        page = report.Writer(folder.path, say)
         describe(options, model, tokenizer, data, validation, micro_steps, progress)
         launched: deque[Launched] = deque()  # steps whose loss has not come back from the device yet
         first, started, stopping, written = progress.step, time.perf_counter(), False, None
@@ -126,7 +129,11 @@ def train(given: dict[str, Any]) -> int:
                 assert progress.best is not None
                 remark = " (the best so far)" if progress.best["step"] == progress.step else ""
                 say(f"  validation loss {value:.4f}{remark}. A sample:")
-                show_sample(model, tokenizer, options.seed + progress.step)
+                sample = make_sample(model, tokenizer, options.seed + progress.step)
+                say("".join(f"    {line}\n" for line in report.printable(sample).splitlines()).rstrip("\n"))
+                folder.log_sample(progress.step, sample)
+            if evaluating or stopping:
+                page.update(always=last or stopping)
             if evaluating or saving:
                 mark = time.perf_counter()
 
@@ -135,12 +142,12 @@ def train(given: dict[str, Any]) -> int:
     if progress.step < options.max_iters:
         say(f"stopped after step {progress.step:,}, saved in {written}; {restart_command(folder)} goes on from there.")
         return 0
-    run.plot(folder.path)
     assert progress.best is not None
     say(
         f"done: {progress.step:,} steps in {clock(time.perf_counter() - started)}, best validation loss "
         f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}, saved in {written}"
     )
+    say(f"its curves and samples: {folder.path / report.REPORT}")
     say(f"next: {sample_command(folder)}")
     return 0
 
@@ -352,6 +359,24 @@ def describe(
         )
 
 
+def circumstances(
+    options: Options, model: GPT2, tokenizer: Tokenizer, data: TokenDataset, validation: TokenDataset
+) -> dict[str, dict[str, Any]]:
+    """How and where this start trains, for the report."""
+    return {
+        "options": dataclasses.asdict(options),
+        "model": {"parameters": f"{model.n_parameters():,}", **dataclasses.asdict(model.config)},
+        "data": {
+            "path": str(data.path),
+            "tokens": f"{data.tokens:,}",
+            "validation tokens": f"{validation.tokens:,}",
+            "tokenizer": tokenizer.name,
+            "fingerprint": data.fingerprint,
+        },
+        "machine": {"device": model.backend.name(), "threads": threads.count(), **doctor.machine()},
+    }
+
+
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
 
@@ -373,11 +398,9 @@ class StopRequest:
             os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
 
 
-def show_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> None:
+def make_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> str:
     pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
-    text = "".join(piece for _, piece in pieces)
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # bytes could steer the terminal
-    say("".join(f"    {line}\n" for line in text.strip().splitlines()).rstrip("\n"))
+    return "".join(piece for _, piece in pieces).strip()
 
 
 def say_step(row: dict[str, Any], steps: int, seconds_each: float | None) -> None:

@@ -70,6 +70,7 @@ class Options:
     save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "steps between lines on the screen")
     keep: int = _positive(2, int, "checkpoints kept, beside the best")
+    tensorboard: bool = _option(False, bool, "log for TensorBoard too, in the out-dir")
     learning_rate: float = _positive(None, float, "peak learning rate [with --init a tenth]")
     min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine [a tenth of the peak]")
     warmup_iters: int = _at_least_0(None, int, "steps of linear warm-up")
@@ -185,7 +186,7 @@ def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
         text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
         kind: dict[str, Any] = {"type": f.metadata["kind"]}
         if kind["type"] is bool:
-            kind = {"action": "store_true"}
+            kind = {"action": argparse.BooleanOptionalAction}  # --no-... takes back what a run remembers
         parser.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     file = given.pop("config")

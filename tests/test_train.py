@@ -15,7 +15,7 @@ import pytest
 
 import train
 from data.prepare import prepare
-from gpt2 import GPT2, Tokenizer
+from gpt2 import GPT2, Tokenizer, report
 from gpt2.dataset import SampleOrder
 from gpt2.run import read_log
 from tinygrad2 import checkpoint
@@ -64,6 +64,7 @@ def newest_arrays(out):
 
 def assert_same_run(a, b):
     assert rows(a) == rows(b)
+    assert read_log(Path(a) / "samples.jsonl") == read_log(Path(b) / "samples.jsonl")
     first, second = newest_arrays(a), newest_arrays(b)
     assert first.keys() == second.keys()
     for name, array in first.items():
@@ -243,15 +244,79 @@ def test_fine_tuning_starts_from_the_weights(user, capsys):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-9, err_msg=name)
 
 
-def test_matplotlib_is_not_needed_and_is_used_where_it_is(user, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run("--max-iters", "1")
-    assert not Path("out/loss.png").exists()
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    os.chdir(user)
-    run("--max-iters", "2")
-    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+def test_the_report_shows_the_whole_run_also_after_it_went_on(user, capsys):
+    run("--max-iters", "6")
+    assert "its curves and samples: out/report.html" in capsys.readouterr().out
+    run("--max-iters", "12", "--batch-size", "4")
+    starts, samples = read_log(Path("out/starts.jsonl")), read_log(Path("out/samples.jsonl"))
+    assert [(start["step"], start["options"]["batch_size"]) for start in starts] == [(0, 2), (6, 4)]
+    assert starts[1]["given"] == {**starts[0]["given"], "max_iters": 12, "batch_size": 4}
+    assert starts[0]["machine"]["device"] == "cpu"
+    assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert "12 of 12 steps" in page
+    assert all(f"<h3>step {step}</h3>" in page for step in (4, 6, 8, 12))
+    assert page.count("from step 6 on") == 1
+
+
+def test_the_report_is_written_at_evaluations_and_when_stopped(user, monkeypatch):
+    steps = []
+    page = report.report_page
+    monkeypatch.setattr(report, "report_page", lambda run: steps.append(run.step) or page(run))
+    monkeypatch.setattr(report, "SHARE", 1e9)
+    run("--max-iters", "10")
+    assert steps == [4, 8, 10]
+    monkeypatch.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "requested", True) or self)
+    monkeypatch.setattr(train.StopRequest, "__exit__", lambda *ignored: None)
+    run("--max-iters", "12")
+    assert steps == [4, 8, 10, 11]
+
+
+def test_a_report_that_fails_does_not_end_the_run(user, capsys, monkeypatch):
+    monkeypatch.setattr(report, "report_page", lambda run: 1 / 0)
+    run("--max-iters", "4")
+    assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def board(out):
+    """(tag, step, value) of everything in TensorBoard's files, and the steps from which on older values are void."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    values, void = [], []
+    for file in sorted(Path(out, "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:  # length (8 bytes), its checksum (4), an event, its checksum (4)
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            values += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                void.append(event.step)
+    return values, void
+
+
+def test_tensorboard_gets_what_the_log_gets(user):
+    pytest.importorskip("tensorboardX")
+    run("--max-iters", "4", "--tensorboard")
+    run("--max-iters", "6")  # the run remembers it
+    values, void = board("out")
+    expected = [
+        (key, row["step"], pytest.approx(value, rel=1e-6))
+        for row in read_log(Path("out/log.jsonl"))
+        for key, value in row.items()
+        if key != "step"
+    ]
+    assert [value for value in values if "sample" not in value[0]] == expected
+    assert [step for tag, step, _ in values if "sample" in tag] == [4, 6]
+    assert void == [1, 5]
+    run("--max-iters", "7", "--no-tensorboard")
+    assert board("out")[0] == values
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_happens(user, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    run("--max-iters", "2", "--tensorboard", code=1)
+    assert one_line(capsys).endswith('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"')
+    assert not Path("out").exists()
 
 
 # Bad input: one line, a non-zero exit, and nothing lost --------------------------------------------------------------
