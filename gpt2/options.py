@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2.config import PRESETS, GPT2Config
+from gpt2.tasks import TASKS
 from tinygrad2.backend import DEVICES, DTYPES
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
@@ -44,6 +45,12 @@ def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
     return _option(default, str, f"{help}: {listed}", lambda value: value in choices, listed)
 
 
+def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
+    listed = ", ".join(choices)
+    allowed = set(choices).issuperset
+    return _option(default, str, f"{help}: {listed}", lambda value: allowed(value.split(",")), ",".join(choices))
+
+
 @dataclass
 class Options:
     """Everything that train.py can be told. Where the default is None, `complete` fills in what other options imply;
@@ -64,6 +71,8 @@ class Options:
     max_iters: int = _positive(None, int, "steps in all")
     eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
     eval_iters: int = _positive(None, int, "batches per evaluation")
+    eval: str | None = _some_of(None, "tasks to score at each evaluation", tuple(TASKS))
+    eval_items: int | None = _positive(None, int, "items of each task, spread over its file [all]")
     save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "steps between lines on the screen")
     keep: int = _positive(2, int, "checkpoints kept, beside the best")
