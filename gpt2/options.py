@@ -46,9 +46,8 @@ def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
 
 
 def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
-    listed = ", ".join(choices)
-    allowed = set(choices).issuperset
-    return _option(default, str, f"{help}: {listed}", lambda value: allowed(value.split(",")), ",".join(choices))
+    listed = f"{', '.join(choices)}, or several: {','.join(choices)}"
+    return _option(default, str, f"{help}: {listed}", lambda value: set(value.split(",")) <= set(choices), listed)
 
 
 @dataclass

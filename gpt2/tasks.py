@@ -17,6 +17,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,7 +151,8 @@ def _download(task: Task) -> Path:
             f"{task.name}: {task.url} could not be downloaded ({reason}); connect once, or put the file here: {path}"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong is said already
+            partial.unlink(missing_ok=True)
     return path
 
 
