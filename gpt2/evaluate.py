@@ -58,9 +58,11 @@ def evaluate_data(
 
     Raises ValueError where the data set was not made with this tokenizer.
     """
-    if data.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
+    made_with = data.manifest["tokenizer"]
+    same = made_with.get("fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
+    if not same or made_with["vocab_size"] != tokenizer.vocab_size:
         raise ValueError(
-            f"{data.path}: it was made with another tokenizer ({data.manifest['tokenizer']['name']}) than the model's "
+            f"{data.path}: it was made with another tokenizer ({made_with['name']}) than the model's "
             f"({tokenizer.name}); prepare the data with the model's"
         )
     count = data.windows(block_size)
@@ -104,7 +106,7 @@ def describe_task(task: Task, figures: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0, 1 where something cannot be evaluated, 2 for a mistake in the options."""
-    parser = Parser(prog="gpt2.evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m gpt2.evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a model folder, or the out-dir of a training run")
     add("--data", metavar="NAME", help="data set: a name under data/, or a folder")

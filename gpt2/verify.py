@@ -114,6 +114,7 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
+OPENAI = [name for name in PRESETS if name != "nano"]
 CASES = "cases"  # the key of a reference file's metadata: a JSON list of cases, whose arrays are called NUMBER/NAME
 Expected = Callable[[str], numpy.ndarray]  # the reference's result of a name
 
@@ -152,19 +153,27 @@ def asked(options: argparse.Namespace) -> list[Case]:
     return [Case(None, options.preset, form, options.seed, options.dtype) for form in forms]
 
 
+def find_or_download(name: str, folder: Path) -> Path:
+    """Where the model lies: what find_model finds; one of OpenAI's names is downloaded to `folder` by transformers."""
+    try:
+        return find_model(Path(name), complain)
+    except FileNotFoundError:
+        if name not in OPENAI:
+            raise
+        parity.torch_model(f"openai-community/{name}").save_pretrained(folder)
+        return folder
+
+
 def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
     """This engine's model, and what transformers computes with the same weights."""
     with tempfile.TemporaryDirectory() as copy:
         source: str | Path = copy
         if case.model is None:
             model = case.random_model(device)
-        elif Path(case.model).exists():
-            found = find_model(Path(case.model), complain)
+        else:
+            found = find_or_download(case.model, Path(copy))
             model = GPT2.from_pretrained(found, device, case.dtype)
             source = found if (found / weights.CONFIG).is_file() else copy
-        else:  # transformers knows where to download it
-            parity.torch_model(case.model).save_pretrained(copy)
-            model = GPT2.from_pretrained(copy, device, case.dtype)
         if source == copy:
             model.save_pretrained(copy)
         theirs = parity.torch_model(source)
@@ -261,7 +270,7 @@ def complain(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing can be."""
     parser = Parser(
-        prog="gpt2.verify",
+        prog="python -m gpt2.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -173,6 +173,6 @@ def test_mistakes_are_one_line(options, code, said, user, capsys):
         raise SystemExit(evaluate.main(options))
     assert stop.value.code == code
     printed = capsys.readouterr()
-    assert printed.err.startswith("gpt2.evaluate: ")
+    assert printed.err.removeprefix("python -m ").startswith("gpt2.evaluate: ")
     assert said in printed.err
     assert printed.err.count("\n") == 1

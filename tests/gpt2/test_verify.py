@@ -257,7 +257,7 @@ def test_a_damaged_reference_is_said_in_one_line(change, said, recorded, capsys)
         (["--preset", "nano", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--gradients", "--record", "file"], "--record needs --preset, or --against with a model"),
         (["--preset", "nano"], 'is not installed: pip install -e ".[parity]"'),
-        (["--against", "no/such/model"], "is not installed"),
+        (["--against", "no/such/model"], "no/such/model: there is no such folder"),
     ],
 )
 def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
@@ -266,7 +266,7 @@ def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
         raise SystemExit(verify.main(options))
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("gpt2.verify: ")
+    assert printed.removeprefix("python -m ").startswith("gpt2.verify: ")
     assert said in printed
     assert printed.count("\n") == 1
 
@@ -298,6 +298,22 @@ def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "gelu_forward", kernels.gelu_exact_forward)
     assert verify.main(["--against", str(tmp_path)]) == 1
     assert "the first that deviates: activation.h.0.mlp\n" in capsys.readouterr().out
+
+
+@pytest.mark.parity
+def test_a_name_that_is_no_folder_is_transformers_to_download(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+
+    def nowhere(path, say):
+        raise FileNotFoundError
+
+    parity.random_model(SMALL, 0).save_pretrained(tmp_path)
+    load, hub = parity.torch_model, {"openai-community/gpt2": tmp_path}
+    monkeypatch.setattr(verify, "find_model", nowhere)
+    monkeypatch.setattr(parity, "torch_model", lambda source: load(hub.get(source, source)))
+    assert verify.main(["--against", "gpt2"]) == 0
+    assert "\ngpt2: 16,440 parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parity
