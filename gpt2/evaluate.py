@@ -125,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"{options.json}: there is no folder {options.json.parent}/")
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     for stream in (sys.stdout, sys.stderr):
@@ -135,8 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return 0
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError) as error:
         print(f"gpt2.evaluate: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"gpt2.evaluate: out of memory; use a smaller --batch-size than {options.batch_size}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("gpt2.evaluate: interrupted", file=sys.stderr)

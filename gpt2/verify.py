@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from gpt2 import parity, weights
 from gpt2.config import PRESETS, GPT2Config
 from gpt2.model import GPT2
-from gpt2.options import Parser
+from gpt2.options import Parser, discard_output
 from gpt2.run import find_model
 from tinygrad2 import Key, Tensor, record
 from tinygrad2.backend import DEVICES, DTYPES, get_backend
@@ -292,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("nothing to verify: give --against, --preset or --gradients")
     if options.against is not None and options.preset is not None:
         parser.error("--against names the weights, --preset makes some up; give one of them")
+    for file in (options.record, options.json):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file}: there is no folder {file.parent}/")
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; expected 0 or more")
     try:
@@ -305,9 +308,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             write_json(options.json, report)
         right = not options.gradients or verify_gradients(options.seed, options.device)
+    except BrokenPipeError:  # whoever reads has enough, but nothing is verified
+        discard_output()
+        return 2
     except (ValueError, OSError, MemoryError) as error:
         complain(f"gpt2.verify: {error}")
         return 2
+    except KeyboardInterrupt:
+        complain("gpt2.verify: interrupted")
+        return 130
     return 0 if report["ok"] and right else 1
 
 

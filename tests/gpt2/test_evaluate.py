@@ -153,12 +153,22 @@ def test_limits(user, tmp_path):
     assert (figures["data"]["split"], figures["data"]["tokens"], figures["hellaswag"]["items"]) == ("train", 48, 3)
 
 
+def test_too_large_a_batch_is_said(user, monkeypatch, capsys):
+    def too_much(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(GPT2, "loss", too_much)
+    assert evaluate.main(["model", "--data", "text", "--batch-size", "9"]) == 1
+    assert capsys.readouterr().err == "gpt2.evaluate: out of memory; use a smaller --batch-size than 9\n"
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         ([], 2, "required: CHECKPOINT"),
         (["model"], 2, "nothing to evaluate: give --data NAME, --hellaswag, --lambada"),
         (["model", "--data", "text", "--batches", "0"], 2, "--batches is 0; expected 1 or more"),
+        (["model", "--data", "text", "--json", "no/such/f.json"], 2, "there is no folder no/such/"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
         (["nowhere", "--data", "text"], 1, "nowhere: there is no such folder"),
         (["model", "--data", "none"], 1, "data 'none': no such data set (data/ holds pairs, text)"),

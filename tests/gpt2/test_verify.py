@@ -254,6 +254,7 @@ def test_a_damaged_reference_is_said_in_one_line(change, said, recorded, capsys)
         ([], "nothing to verify: give --against, --preset or --gradients"),
         (["--against", "gpt2", "--preset", "nano"], "give one of them"),
         (["--preset", "nona"], "invalid choice: 'nona'"),
+        (["--preset", "nano", "--json", "no/such/f.json"], "no/such/f.json: there is no folder no/such/"),
         (["--preset", "nano", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--gradients", "--record", "file"], "--record needs --preset, or --against with a model"),
         (["--preset", "nano"], 'is not installed: pip install -e ".[parity]"'),
