@@ -25,9 +25,10 @@ import numpy as np
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
-from gpt2.evaluate import mean_loss
+from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
+from gpt2.tasks import TASKS, load
 from tinygrad2 import Key, optim, threads
 from tinygrad2.backend import Fetch, get_backend
 from tinygrad2.profiler import Profiler
@@ -64,6 +65,8 @@ def train(given: dict[str, Any]) -> int:
     if options.threads:
         threads.set_count(options.threads)
     data, validation, tokenizer = open_data(options)
+    asked = options.eval.split(",") if options.eval else []
+    questions = [(task, load(task, limit=options.eval_items)) for name, task in TASKS.items() if name in asked]
     if saved and saved.data != data.fingerprint:
         raise UsageError(
             f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
@@ -119,6 +122,10 @@ def train(given: dict[str, Any]) -> int:
                 if evaluating and n == progress.step:
                     value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
                     row["val_loss"] = value
+                    for task, items in questions:
+                        figures = evaluate_task(task, model, tokenizer, items, options.batch_size)
+                        row |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
+                        say(f"  {describe_task(task, figures)}")
                     if progress.best is None or value < progress.best["val_loss"]:
                         progress.best = {"step": n, "val_loss": value}
                         saving = True

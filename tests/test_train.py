@@ -1,5 +1,6 @@
 """train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
 from gpt2.dataset import SampleOrder
+from gpt2.evaluate import evaluate_task
 from gpt2.run import read_log
+from gpt2.tasks import TASKS, load
 from tinygrad2 import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +184,35 @@ def test_training_learns(user):
     assert np.mean(losses[-5:]) < 2.6
     values = [row["val_loss"] for row in rows("out") if "val_loss" in row]
     assert values[-1] < values[0]
+
+
+def test_tasks_are_scored_at_evaluations(user, monkeypatch, capsys):
+    """From the cache; the figures are those of the model that was saved then, and a resumed run goes on with them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user / "cache"))
+    (user / "cache" / "tinygrad2").mkdir(parents=True)
+    questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]
+    lines = [json.dumps(question) + "\n" for question in questions]
+    (user / "cache" / "tinygrad2" / "hellaswag_val.jsonl").write_text("".join(lines))
+    run("--eval", "hellaswag", "--eval-items", "4", "--max-iters", "4", "--save-interval", "4")
+    run("--max-iters", "6")
+    scored = {row["step"]: row for row in read_log(Path("out/log.jsonl")) if "hellaswag_acc" in row}
+    assert list(scored) == [4, 6]
+    task, folder = TASKS["hellaswag"], "out/ckpt-000006"
+    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load(task, limit=4), 2)
+    assert figures == {name: scored[6][f"hellaswag_{name}"] for name in ("acc_norm", "acc", "items", "cut")}
+    assert figures["items"] == 4
+    assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
+
+
+def test_a_task_that_cannot_be_had_is_said_before_training(user, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user / "cache"))
+    monkeypatch.setitem(TASKS, "lambada", dataclasses.replace(TASKS["lambada"], url="http://127.0.0.1:9/words.jsonl"))
+    monkeypatch.setenv("no_proxy", "*")
+    run("--eval", "lambada", "--max-iters", "2", code=1)
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: lambada: http://127.0.0.1:9/words.jsonl could not be downloaded (")
+    assert said.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_newest_best_and_the_last_few_are_kept(user, monkeypatch):
