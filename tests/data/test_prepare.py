@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data.prepare import PART_BYTES, find_sources, main, prepare, pydoc_corpus, read_parts, side_of
+from data.prepare import PART_BYTES, main, prepare, read_parts, side_of
+from data.sources import find_sources
 from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
 from gpt2.tokenizer import Tokenizer
 
@@ -236,40 +237,6 @@ def test_large_vocabulary_makes_uint32_shards(tmp_path):
     assert json.loads((out / MANIFEST).read_text())["dtype"] == "uint32"
     assert Tokenizer.load(out).decode(stream_of(out)) == "zzzz yy<|endoftext|>"
     assert stream_of(out).max() == 65792
-
-
-# The embedded corpus.
-
-
-def test_pydoc_corpus():
-    texts = pydoc_corpus()
-    assert 1_000_000 < sum(map(len, texts)) < 5_000_000
-    assert len(set(texts)) == len(texts) > 300
-    assert any("Common operations on Posix pathnames." in text for text in texts)
-    assert texts == pydoc_corpus()
-
-
-def test_pydoc_imports_nothing():
-    code = (
-        "import sys, sysconfig; from data.prepare import pydoc_corpus; sysconfig.get_paths();"
-        "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= {"pydoc_data", "pydoc_data.topics"}
-
-
-def test_pydoc_without_topics(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    said = []
-    texts = pydoc_corpus(said.append)
-    assert said == ["pydoc: this Python has no pydoc_data.topics; taking the docstrings only"]
-    assert sum(map(len, texts)) > 500_000
-
-
-def test_pydoc_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "pydoc_corpus", lambda say: ["one", "two " * 9000, "three"])
-    out = make(["pydoc"], tmp_path / "out", val_fraction=ALL_TRAIN)
-    assert texts_of(stream_of(out)) == ["one", "two " * 9000, "three"]
 
 
 # The same bytes, whatever happens.
@@ -535,9 +502,8 @@ def test_two_at_once(tmp_path):
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: there is no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: they have no text"),
-    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown or .jsonl file"),
-    ({"b.gz": b"\x1f\x8b\0"}, ["b.gz"], "source b.gz: it is no text"),
-    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8 or JSON lines"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown, .jsonl, .csv or .parquet file"),
+    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is no UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is no UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is no UTF-8 (0xbf)"),

@@ -97,7 +97,7 @@ def test_id_outside_the_vocabulary_names_the_shard(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [*range(15), 257, 3]})
     data = TokenDataset.open(folder, "train")
     assert data.read(0, 15).tolist() == list(range(15))
-    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary has 257"):
+    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary of x has 257"):
         data.batch([1], 8)
 
 
