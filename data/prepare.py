@@ -94,11 +94,13 @@ class Filters:
                 size += len(block)
                 sha.update(block)
         host = urlsplit(document.url).hostname or "" if document.url.startswith(("http://", "https://")) else ""
+        if not size:
+            return "", None  # no document at all
         if self.drop_wikipedia and (f".{host}".endswith(".wikipedia.org") or WIKIPEDIA in head):
             return "wikipedia", None
         if size < self.min_bytes:
             return "short", None
-        if not self.drop_duplicates or not size:
+        if not self.drop_duplicates:
             return "", None
         digest = int.from_bytes(sha.digest()[:8], "little")
         if digest in seen:

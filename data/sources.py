@@ -77,8 +77,8 @@ class TextFile:
         if self.path.suffix.lower() not in COMPRESSED:
             return size
         with explained(self, OSError), self.path.open("rb") as raw:
-            text = len(_decompressed(raw, self.path).read(SAMPLE_BYTES))
-            return size * text // max(1, raw.tell())
+            stream = _decompressed(raw, self.path)
+            return len(stream.read(SAMPLE_BYTES)) * size // max(1, raw.tell())
 
     def identity(self) -> list[Any]:
         return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns]
@@ -152,8 +152,8 @@ class Csv(TextFile):
         def lines() -> Iterator[str]:
             nonlocal offset
             for line in _lines(stream, offset, str(self)):
-                yield decoded(line if offset else line.removeprefix(BOM), offset, str(self))
-                offset += len(line)
+                begin, offset = offset, offset + len(line)
+                yield decoded(line, begin, str(self)).removeprefix("" if begin else "\ufeff")
 
         try:
             for record in csv.reader(lines(), strict=True):
@@ -164,8 +164,8 @@ class Csv(TextFile):
 
     def _no_csv(self, offset: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self.path}: line {_line_number(self.path, offset)}: it is no CSV ({reason}); expected fields between "
-            f"commas, as many as in the header, in quotes where they have commas, quotes or line ends"
+            f"{self.path}: line {_line_number(self.path, offset - 1)}: it is no CSV ({reason}); expected fields "
+            f"between commas, as many as in the header, in quotes where they have commas, quotes or line ends"
         )
 
 
@@ -209,7 +209,7 @@ class Parquet(TextFile):
         """The file, its column checked. It reads a column in pieces, however long a row group is."""
         arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
         with explained(self, arrow.ArrowException):
-            file = parquet.ParquetFile(self._file(), buffer_size=1 << 20)
+            file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
         names = file.schema_arrow.names
         if self.column not in names:
             raise ValueError(_no_column(self, self.column, names))
@@ -245,8 +245,9 @@ class HubParquet(Parquet):
         try:
             yield from super().documents(start)
         except (errors.HTTPError, OSError) as error:
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else _first_line(error)
             raise ValueError(
-                f"{self}: it cannot be read from the hub ({_first_line(error)}); the same command goes on when it can"
+                f"{self}: it cannot be read from the hub ({reason}); the same command goes on when it can"
             ) from None
 
     def _file(self) -> Any:
