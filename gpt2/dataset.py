@@ -145,9 +145,9 @@ class TokenDataset:
             piece = self._shards[k][start - self._starts[k] :][:count]
             if piece.max() >= self.vocab_size:
                 raise ValueError(
-                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary of "
-                    f"{self.manifest['tokenizer']['name']} has {self.vocab_size}; the shard is damaged or of another "
-                    f"vocabulary, make the data set anew: {PREPARE} --fresh"
+                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size} "
+                    f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, make the "
+                    f"data set anew: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
