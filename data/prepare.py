@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -29,7 +30,6 @@ from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -62,6 +62,7 @@ JOURNAL_BYTES = 16 << 20  # source bytes between two entries of the journal: wha
 ESTIMATE_BYTES = 64 << 20  # from so much text on, disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05
+WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
 WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # the mark, and how far it is looked for
 JOURNAL, LOCK, SEEN = "journal.json", "lock", "seen.bin"
 
@@ -93,10 +94,9 @@ class Filters:
                 head = head or block[:WIKIPEDIA_BYTES]
                 size += len(block)
                 sha.update(block)
-        host = urlsplit(document.url).hostname or "" if document.url.startswith(("http://", "https://")) else ""
         if not size:
             return "", None  # no document at all
-        if self.drop_wikipedia and (f".{host}".endswith(".wikipedia.org") or WIKIPEDIA in head):
+        if self.drop_wikipedia and (WIKIPEDIA_URL.match(document.url) or WIKIPEDIA in head):
             return "wikipedia", None
         if size < self.min_bytes:
             return "short", None
@@ -339,12 +339,14 @@ def prepare(
         threads = threads or os.cpu_count() or 1
         for hub_set in (HUB_SETS[name] for name in sources if name in HUB_SETS):
             say(
-                f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of "
+                f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of about "
                 f"{hub_set.download / 1e9:.1f} GB in all, which are streamed; only their tokens are kept"
             )
-        _estimate(found, vocabulary, threads, state, shards, say)
+        sizes = [source.text_size() for source in found]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        _estimate(found, total, vocabulary, threads, state, shards, say)
         try:
-            _write_tokens(found, vocabulary, val_fraction, filters, threads, job, state, shards)
+            _write_tokens(found, total, vocabulary, val_fraction, filters, threads, job, state, shards)
             _fill_validation(val_fraction, job, state, shards)
             if state.documents:
                 _write_manifest(found, vocabulary, val_fraction, filters, state, shards)
@@ -382,19 +384,19 @@ def default_out(source: str) -> Path:
 
 def _estimate(
     sources: list[Source],
+    total: int | None,
     tokenizer: Tokenizer,
     threads: int,
     state: State,
     shards: Shards,
     say: Callable[[str], None],
 ) -> None:
-    """Say how much disk and time a large job takes, from the first half MiB of text for each thread.
+    """Say how much disk and time a large job takes, of `total` bytes of text, from the first half MiB for each thread.
 
     Raises ValueError where the disk has not nearly as much.
     """
-    sizes = [source.text_size() for source in sources]
-    left = sum(size or 0 for size in sizes) - state.bytes
-    if None in sizes or left < ESTIMATE_BYTES:
+    left = (total or 0) - state.bytes
+    if left < ESTIMATE_BYTES:
         return
     parts = list(islice(read_parts(sources, state.cursor), threads * BATCH_PARTS))
     with ThreadPoolExecutor(threads) as pool:
@@ -443,6 +445,7 @@ def _save_journal(job: dict[str, Any], state: State, shards: Shards) -> None:
 
 def _write_tokens(
     sources: list[Source],
+    total: int | None,
     tokenizer: Tokenizer,
     val_fraction: float,
     filters: Filters,
@@ -457,11 +460,10 @@ def _write_tokens(
     def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
         return [(side_of(part.data, val_fraction), tokenizer.encode(part.data.decode())) for part in parts]
 
-    total = sum(source.text_size() or 0 for source in sources)
     unread = read_parts(sources, state.cursor, filters, shards.seen())
     journalled = state.bytes
     with (
-        tqdm(total=total or None, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        tqdm(total=total, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         for parts, encoded in _in_order(pool, tokenize_parts, unread, 2 * threads + BATCHES_AHEAD):

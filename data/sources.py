@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 BOM = b"\xef\xbb\xbf"
 LINE_BYTES = 256 << 20  # a line of JSON or CSV is read whole, so it has a limit
-SAMPLE_BYTES = 4 << 20  # of a compressed file, from which its whole size is estimated
+SAMPLE_BYTES = 1 << 20  # of a compressed file, from which its whole size is estimated
 ROWS = 64  # of a Parquet file at a time
 HUB_BLOCK_BYTES = 16 << 20  # the least that is asked of the hub at once
 JSON_LINES, CSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".parquet", (".gz", ".zst")
@@ -179,14 +179,12 @@ class Parquet(TextFile):
         return [*super().identity(), self.column]
 
     def text_size(self) -> int | None:
-        with self._open() as file:
-            metadata = file.metadata
-            i = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == self.column)
-            return sum(metadata.row_group(g).column(i).total_uncompressed_size for g in range(file.num_row_groups))
+        with explained(self, OSError), self._open() as file:
+            return sum(file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups))  # all columns
 
     def documents(self, start: int) -> Iterator[Document]:
         arrow = require("pyarrow", self)
-        with explained(self, arrow.ArrowException), self._open() as file:
+        with explained(self, arrow.ArrowException, UnicodeDecodeError), self._open() as file:
             columns = [name for name in (self.column, "url") if name in file.schema_arrow.names]
             row = 0
             for group in range(file.num_row_groups):
@@ -208,9 +206,9 @@ class Parquet(TextFile):
     def _open(self) -> Any:
         """The file, its column checked. It reads a column in pieces, however long a row group is."""
         arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
-        with explained(self, arrow.ArrowException):
+        with explained(self, arrow.ArrowException, UnicodeDecodeError):
             file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
-        names = file.schema_arrow.names
+            names = file.schema_arrow.names
         if self.column not in names:
             raise ValueError(_no_column(self, self.column, names))
         kind = file.schema_arrow.field(self.column).type
@@ -364,7 +362,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 class HubSet:
     """A published data set: Parquet files with a column "text", at a revision that does not change.
 
-    download      bytes of the files.
+    download      bytes of the files, about.
     text          bytes of the text in them, about.
     val_fraction  share for validation, as the programs that made the set known among GPT-2's reproducers take it.
     """

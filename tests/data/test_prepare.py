@@ -248,6 +248,7 @@ FILTERED = [  # (text, URL, why it is dropped)
     ("short", "", "short"),
     ("from the site itself, long", "https://en.wikipedia.org/wiki/Cat", "wikipedia"),
     ("from a site named alike", "https://notwikipedia.org/Cat", ""),
+    ("from another one like it", "https://wikipedia.org.example/Cat", ""),
     (ARTICLE, "", "wikipedia"),
     ("x" * 5000 + ARTICLE, "", ""),
     ("a first text, long enough", "http://x", "duplicate"),
@@ -257,7 +258,7 @@ FILTERED = [  # (text, URL, why it is dropped)
     ("a first text, long enough\n", "", ""),
     ("é" * 3 * PART_BYTES, "", ""),
     ("é" * 3 * PART_BYTES, "", "duplicate"),
-    ("the last one, not a copy", "//[", ""),
+    ("the last one, not a copy", "http://[", ""),
 ]
 ALL_FILTERS = {"drop_wikipedia": True, "min_bytes": 10, "drop_duplicates": True}
 
