@@ -303,10 +303,8 @@ def open_data(options: Options) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
         say(f"no data yet: preparing the documentation inside this Python as {embedded}")
         prepare(["pydoc"], "bytes", embedded)
     path = find_dataset(options.data)
-    data, validation, tokenizer = TokenDataset.open(path, "train"), TokenDataset.open(path, "val"), Tokenizer.load(path)
-    if data.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
-        raise ValueError(f"{path}: manifest.json and vocabulary.json name different tokenizers; prepare the data anew")
-    return data, validation, tokenizer
+    data = TokenDataset.open(path, "train")
+    return data, TokenDataset.open(path, "val"), data.tokenizer()
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
