@@ -58,11 +58,10 @@ def evaluate_data(
 
     Raises ValueError where the data set was not made with this tokenizer.
     """
-    made_with = data.manifest["tokenizer"]
-    same = made_with.get("fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
-    if not same or made_with["vocab_size"] != tokenizer.vocab_size:
+    made_with = data.tokenizer()
+    if made_with.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{data.path}: it was made with another tokenizer ({made_with['name']}) than the model's "
+            f"{data.path}: it was made with another tokenizer ({made_with.name}) than the model's "
             f"({tokenizer.name}); prepare the data with the model's"
         )
     count = data.windows(block_size)

@@ -186,6 +186,17 @@ def test_training_learns(user):
     assert values[-1] < values[0]
 
 
+def test_shards_of_another_program_are_trained_on_as_they_are(user, gpt2_files, capsys):
+    (user / "data" / "theirs").mkdir()
+    for split in ("train", "val"):
+        Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(user / "data" / "theirs" / f"{split}.bin")
+    run("--data", "theirs", "--max-iters", "2")
+    run("--data", "theirs", "--max-iters", "3")
+    assert "to validate (gpt2)" in capsys.readouterr().out
+    assert [row["step"] for row in rows("out")] == [1, 2, 3]
+    assert Tokenizer.load(checkpoint.newest(Path("out"))[0]).name == "gpt2"
+
+
 def test_tasks_are_scored_at_evaluations(user, monkeypatch, capsys):
     """From the cache; the figures are those of the model that was saved then, and a resumed run goes on with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(user / "cache"))

@@ -97,6 +97,16 @@ def test_data_of_another_tokenizer_is_refused(folder):
         )
 
 
+def test_shards_of_another_program_are_of_gpt2s_tokenizer(gpt2_files, tmp_path):
+    gpt2 = Tokenizer.load("gpt2")
+    gpt2.encode(TEXT).astype("<u2").tofile(tmp_path / "val.bin")
+    data = TokenDataset.open(tmp_path, "val")
+    figures = evaluate_data(make_model(50257), gpt2, data, 2, 8, batches=3)
+    assert figures["bytes"] == len(gpt2.decode_bytes(data.read(1, 48)))
+    with pytest.raises(ValueError, match=r"another tokenizer \(gpt2\) than the model's \(bytes\)"):
+        evaluate_data(make_model(257), Tokenizer.load("bytes"), data, 2, 8)
+
+
 def test_a_damaged_model_is_said(folder):
     model = make_model(257)
     model.wte.weight.data = np.full(model.wte.weight.shape, np.nan, dtype=np.float32)
