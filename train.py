@@ -228,14 +228,16 @@ def explained(config: GPT2Config, options: Options) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        need = config.memory(options.batch_size, options.block_size, np.dtype(options.dtype).itemsize)
+        B, T, itemsize = options.batch_size, options.block_size, np.dtype(options.dtype).itemsize
+        need = config.memory(B, T, itemsize, options.recompute, options.head_rows)
         parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
         there = get_backend(options.device).memory()
         raise MemoryError(
-            f"out of memory: {options.batch_size} sequences of {options.block_size} tokens need {parts} = "
+            f"out of memory: {B} sequences of {T} tokens need {parts} = "
             f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
             + (f"; {there[0] / 1e9:.2f} of the device's {there[1] / 1e9:.2f} GB are free" if there else "")
             + "; use a smaller --batch-size, with --total-batch-size for as many tokens a step"
+            + (", or --recompute block" if options.recompute == "none" else "")
         ) from None
 
 
