@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from data.prepare import prepare
-from gpt2 import GPT2, GPT2Config, Tokenizer, run, weights
+from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
-from gpt2.evaluate import mean_loss
+from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
+from gpt2.tasks import TASKS, load
 from tinygrad2 import Key, optim, threads
 from tinygrad2.backend import Fetch, get_backend
 from tinygrad2.profiler import Profiler
@@ -60,9 +61,12 @@ def train(given: dict[str, Any]) -> int:
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
     micro_steps = accumulation(options)
+    writer = run.tensorboard_writer() if options.tensorboard else None
     if options.threads:
         threads.set_count(options.threads)
     data, validation, tokenizer = open_data(options)
+    asked = options.eval.split(",") if options.eval else []
+    questions = [(task, load(task, limit=options.eval_items)) for name, task in TASKS.items() if name in asked]
     if saved and saved.data != data.fingerprint:
         raise UsageError(
             f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
@@ -89,7 +93,9 @@ def train(given: dict[str, Any]) -> int:
     if renew and (aside := folder.set_aside()):
         say(f"{folder.path}/ is now {aside}/")
 
-    with folder.opened(progress.step), StopRequest() as stop:
+    with folder.opened(progress.step, writer), StopRequest() as stop:
+        folder.log_start(progress.step, given=kept, **circumstances(options, model, tokenizer, data, validation))
+        page = report.Writer(folder.path, say)
         describe(options, model, tokenizer, data, validation, micro_steps, progress)
         launched: deque[Launched] = deque()  # steps whose loss has not come back from the device yet
         first, started, stopping, written = progress.step, time.perf_counter(), False, None
@@ -116,6 +122,10 @@ def train(given: dict[str, Any]) -> int:
                 if evaluating and n == progress.step:
                     value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
                     row["val_loss"] = value
+                    for task, items in questions:
+                        figures = evaluate_task(task, model, tokenizer, items, options.batch_size)
+                        row |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
+                        say(f"  {describe_task(task, figures)}")
                     if progress.best is None or value < progress.best["val_loss"]:
                         progress.best = {"step": n, "val_loss": value}
                         saving = True
@@ -126,7 +136,11 @@ def train(given: dict[str, Any]) -> int:
                 assert progress.best is not None
                 remark = " (the best so far)" if progress.best["step"] == progress.step else ""
                 say(f"  validation loss {value:.4f}{remark}. A sample:")
-                show_sample(model, tokenizer, options.seed + progress.step)
+                sample = make_sample(model, tokenizer, options.seed + progress.step)
+                say("".join(f"    {line}\n" for line in report.printable(sample).splitlines()).rstrip("\n"))
+                folder.log_sample(progress.step, sample)
+            if evaluating or stopping:
+                page.update(always=last or stopping)
             if evaluating or saving:
                 mark = time.perf_counter()
 
@@ -135,12 +149,12 @@ def train(given: dict[str, Any]) -> int:
     if progress.step < options.max_iters:
         say(f"stopped after step {progress.step:,}, saved in {written}; {restart_command(folder)} goes on from there.")
         return 0
-    run.plot(folder.path)
     assert progress.best is not None
     say(
         f"done: {progress.step:,} steps in {clock(time.perf_counter() - started)}, best validation loss "
         f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}, saved in {written}"
     )
+    say(f"its curves and samples: {folder.path / report.REPORT}")
     say(f"next: {sample_command(folder)}")
     return 0
 
@@ -214,14 +228,16 @@ def explained(config: GPT2Config, options: Options) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        need = config.memory(options.batch_size, options.block_size, np.dtype(options.dtype).itemsize)
+        B, T, itemsize = options.batch_size, options.block_size, np.dtype(options.dtype).itemsize
+        need = config.memory(B, T, itemsize, options.recompute, options.head_rows)
         parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
         there = get_backend(options.device).memory()
         raise MemoryError(
-            f"out of memory: {options.batch_size} sequences of {options.block_size} tokens need {parts} = "
+            f"out of memory: {B} sequences of {T} tokens need {parts} = "
             f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
             + (f"; {there[0] / 1e9:.2f} of the device's {there[1] / 1e9:.2f} GB are free" if there else "")
             + "; use a smaller --batch-size, with --total-batch-size for as many tokens a step"
+            + (", or --recompute block" if options.recompute == "none" else "")
         ) from None
 
 
@@ -289,10 +305,8 @@ def open_data(options: Options) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
         say(f"no data yet: preparing the documentation inside this Python as {embedded}")
         prepare(["pydoc"], "bytes", embedded)
     path = find_dataset(options.data)
-    data, validation, tokenizer = TokenDataset.open(path, "train"), TokenDataset.open(path, "val"), Tokenizer.load(path)
-    if data.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
-        raise ValueError(f"{path}: manifest.json and vocabulary.json name different tokenizers; prepare the data anew")
-    return data, validation, tokenizer
+    data = TokenDataset.open(path, "train")
+    return data, TokenDataset.open(path, "val"), data.tokenizer()
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
@@ -352,6 +366,24 @@ def describe(
         )
 
 
+def circumstances(
+    options: Options, model: GPT2, tokenizer: Tokenizer, data: TokenDataset, validation: TokenDataset
+) -> dict[str, dict[str, Any]]:
+    """How and where this start trains, for the report."""
+    return {
+        "options": dataclasses.asdict(options),
+        "model": {"parameters": f"{model.n_parameters():,}", **dataclasses.asdict(model.config)},
+        "data": {
+            "path": str(data.path),
+            "tokens": f"{data.tokens:,}",
+            "validation tokens": f"{validation.tokens:,}",
+            "tokenizer": tokenizer.name,
+            "fingerprint": data.fingerprint,
+        },
+        "machine": {"device": model.backend.name(), "threads": threads.count(), **doctor.machine()},
+    }
+
+
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
 
@@ -373,11 +405,9 @@ class StopRequest:
             os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
 
 
-def show_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> None:
+def make_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> str:
     pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
-    text = "".join(piece for _, piece in pieces)
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # bytes could steer the terminal
-    say("".join(f"    {line}\n" for line in text.strip().splitlines()).rstrip("\n"))
+    return "".join(piece for _, piece in pieces).strip()
 
 
 def say_step(row: dict[str, Any], steps: int, seconds_each: float | None) -> None:

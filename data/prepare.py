@@ -1,8 +1,9 @@
 """Text to a token data set: `python data/prepare.py SOURCE... [--tokenizer gpt2|bytes|PATH] [--out data/NAME]`.
 
-A source is `pydoc` (the documentation inside every Python), a text file in UTF-8, a .jsonl file (one document a line),
-a folder of such files, or `-` (stdin). The result is what gpt2/dataset.py reads, byte for byte the same whatever the
-number of threads and however often the work was interrupted.
+A source is a text file in UTF-8, a .jsonl file (one document a line), a .csv or .parquet file (one a row), each but the
+last also as .gz or .zst, a folder of such files, `-` (stdin), or a named set: `pydoc` (the documentation inside every
+Python), `shakespeare`, `openwebtext`, `fineweb-edu`. The result is what gpt2/dataset.py reads, byte for byte the same
+whatever the number of threads and however often the work was interrupted.
 
 A document is taken in parts of at most 16 KiB, so that memory stays bounded. A part ends before the white space around
 its last line end: GPT-2's pattern never joins a character and white space after it, so the tokens are those of the
@@ -13,23 +14,19 @@ wherever the text that comes next in a split is not its continuation: after each
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
-import sysconfig
 import time
-import tokenize
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +34,22 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+if __name__ == "__main__":  # a script finds only what lies beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.sources import (
+    BOM,
+    HUB_SETS,
+    NAMES,
+    VAL_FRACTIONS,
+    Document,
+    Source,
+    decoded,
+    explained,
+    find_sources,
+    skip,
+    unpacked_name,
+)
 from gpt2.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
 from gpt2.options import Parser
 from gpt2.tokenizer import Tokenizer
@@ -44,219 +57,59 @@ from tinygrad2.checkpoint import Lock
 
 PART_BYTES = 16 << 10
 BATCH_PARTS = 32  # parts per task of a thread
+BATCHES_AHEAD = 16  # besides two a thread: work for the threads while a source is waited for
 JOURNAL_BYTES = 16 << 20  # source bytes between two entries of the journal: what an interruption loses at most
-LINE_BYTES = 256 << 20  # a JSON line is read whole, so it has a limit
+ESTIMATE_BYTES = 64 << 20  # from so much text on, disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
-BOM = b"\xef\xbb\xbf"
-JOURNAL, LOCK = "journal.json", "lock"
-JSON_LINES = (".jsonl", ".ndjson")
-NOT_TEXT = (".json", ".tiktoken")  # nor is a file with a zero byte near its beginning
-STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
+VAL_FRACTION = 0.05
+WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
+WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # the mark, and how far it is looked for
+JOURNAL, LOCK, SEEN = "journal.json", "lock", "seen.bin"
 
 
-# Sources. `documents(start)` yields (position after the document, its bytes) from the document at position `start` on.
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """One file, one document; position 0 is the document and 1 the end."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    def identity(self) -> list[Any]:
-        return [str(self.path.resolve()), self.size(), self.path.stat().st_mtime_ns]
-
-    def documents(self, start: int) -> Iterator[tuple[int, BinaryIO]]:
-        if start == 0:
-            with self.path.open("rb") as stream:
-                yield 1, stream
+# Filters.
 
 
 @dataclass(frozen=True)
-class JsonLines(TextFile):
-    """One line, one document: a JSON object's string under `key`. A position is a byte offset in the file."""
+class Filters:
+    """Which documents are left out, in the order of these tests, as they were from WebText (Radford et al., 2019,
+    section 2.1); none by default.
 
-    key: str
-
-    def documents(self, start: int) -> Iterator[tuple[int, BinaryIO]]:
-        with self.path.open("rb") as stream:
-            stream.seek(start)
-            while line := stream.readline(LINE_BYTES + 1):
-                if len(line) > LINE_BYTES:
-                    raise ValueError(
-                        f"{self.path}: byte {start}: the line is longer than {LINE_BYTES >> 20} MiB; split it"
-                    )
-                begin, start = start, stream.tell()
-                if line.strip(BOM + b" \t\r\n"):
-                    yield start, io.BytesIO(self._text(line, begin))
-
-    def _text(self, line: bytes, begin: int) -> bytes:
-        try:
-            text = json.loads(line.removeprefix(BOM))[self.key]
-            if not isinstance(text, str):
-                raise TypeError(f"{self.key!r} is of type {type(text).__name__}")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"{self.path}: line {_line_number(self.path, begin)}: expected a JSON object with a string under "
-                f"{self.key!r} (--text-key), got {line[:40]!r} ({reason})"
-            ) from None
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()  # lone surrogates: U+FFFD
-
-
-@dataclass(frozen=True)
-class Stdin:
-    """All of stdin, one document. It cannot be read again, so there is no going on after an interruption."""
-
-    def __str__(self) -> str:
-        return "-"
-
-    def size(self) -> None:
-        """Unknown."""
-
-    def identity(self) -> list[Any]:
-        return ["-"]
-
-    def documents(self, start: int) -> Iterator[tuple[int, BinaryIO]]:
-        if start == 0:
-            if sys.stdin is None:
-                raise ValueError("-: stdin is closed; pipe the text in, or name a file")
-            yield 1, sys.stdin.buffer
-
-
-@dataclass(frozen=True)
-class Pydoc:
-    """The embedded corpus; a position is the number of documents before it."""
-
-    say: Callable[[str], None]
-
-    def __str__(self) -> str:
-        return "pydoc"
-
-    @cached_property
-    def texts(self) -> list[str]:
-        return pydoc_corpus(self.say)
-
-    def size(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-    def identity(self) -> list[Any]:
-        return ["pydoc", hashlib.sha256("\0".join(self.texts).encode()).hexdigest()]
-
-    def documents(self, start: int) -> Iterator[tuple[int, BinaryIO]]:
-        for i, text in enumerate(self.texts[start:], start + 1):
-            yield i, io.BytesIO(text.encode())
-
-
-Source = TextFile | Stdin | Pydoc
-
-
-def pydoc_corpus(say: Callable[[str], None] = print) -> list[str]:
-    """The language reference's topics, and the docstrings of each module of the standard library: about 2 MB.
-
-    One document per topic and per module. Modules are parsed, never imported; what is said twice is kept once.
+    drop_wikipedia   those whose URL is Wikipedia's, or that say near their beginning that they are from there.
+    min_bytes        those with fewer bytes. (OpenWebText has none of fewer than 128 tokens: about 570 bytes.)
+    drop_duplicates  those whose text was there before, by 8 bytes of its SHA-256. This remembers each document: the
+                     one thing here whose memory grows with the input, by some 70 bytes a document.
     """
-    documents = []
-    try:
-        from pydoc_data.topics import topics
 
-        documents += [topics[name].strip() + "\n" for name in sorted(topics)]
-    except ImportError:
-        say("pydoc: this Python has no pydoc_data.topics; taking the docstrings only")
-    seen: set[str] = set()
-    for file in sorted(_stdlib_files(Path(sysconfig.get_paths()["stdlib"]))):
-        docstrings = dict.fromkeys(text for text in _docstrings(file) if text not in seen)
-        seen.update(docstrings)
-        if docstrings:
-            documents.append("\n\n".join(docstrings) + "\n")
-    return list(dict.fromkeys(documents))
+    drop_wikipedia: bool = False
+    min_bytes: int = 0
+    drop_duplicates: bool = False
 
-
-def _stdlib_files(stdlib: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(stdlib):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
-        yield from (Path(folder) / name for name in files if name.endswith(".py"))
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, in the order of the file."""
-    try:
-        with tokenize.open(file) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's code
-            tree = ast.parse(stream.read())
-    except (SyntaxError, UnicodeDecodeError):  # files kept for other versions of Python
-        return
-    todo: list[ast.AST] = [tree]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = (ast.get_docstring(node) or "").strip()
-            if text:
-                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
-        todo += [child for child in reversed(list(ast.iter_child_nodes(node))) if isinstance(child, ast.stmt)]
+    def judge(self, document: Document, seen: set[int]) -> tuple[str, int | None]:
+        """(why the document is dropped, or "", and its digest, which is now in `seen`, where duplicates are sought)."""
+        sha, size, head = hashlib.sha256(), 0, b""
+        with document.open() as stream:
+            while block := stream.read(1 << 20):
+                block = block if size else block.removeprefix(BOM)
+                head = head or block[:WIKIPEDIA_BYTES]
+                size += len(block)
+                sha.update(block)
+        if not size:
+            return "", None  # no document at all
+        if self.drop_wikipedia and (WIKIPEDIA_URL.match(document.url) or WIKIPEDIA in head):
+            return "wikipedia", None
+        if size < self.min_bytes:
+            return "short", None
+        if not self.drop_duplicates:
+            return "", None
+        digest = int.from_bytes(sha.digest()[:8], "little")
+        if digest in seen:
+            return "duplicate", None
+        seen.add(digest)
+        return "", digest
 
 
-def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]) -> list[Source]:
-    """The sources that the command line names, folders replaced by the files in them (sorted, hidden ones left out)."""
-    sources: list[Source] = []
-    for name in names:
-        path = Path(name)
-        if name == "pydoc":
-            sources.append(Pydoc(say))
-        elif name == "-":
-            if "-" in map(str, sources):
-                raise ValueError("source -: stdin is named twice; it can be read once")
-            sources.append(Stdin())
-        elif path.is_dir():
-            found, skipped = _files_in(path)
-            if not found:
-                raise ValueError(f"source {path}: the folder has no text, Markdown or .jsonl file")
-            if skipped:
-                some = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-                say(f"{path}: skipped {len(skipped)} files that are no text: {some}")
-            sources += [_file_source(file, text_key) for file in found]
-        elif not path.exists():
-            raise FileNotFoundError(f"source {name}: there is no such file or folder (nor is it 'pydoc' or '-')")
-        elif not path.is_file():
-            raise ValueError(f"source {name}: it is no regular file; pipe it into stdin and name '-'")
-        elif not _is_text(path):
-            raise ValueError(f"source {name}: it is no text; expected text in UTF-8 or JSON lines (.jsonl)")
-        else:
-            sources.append(_file_source(path, text_key))
-    return sources
-
-
-def _file_source(path: Path, text_key: str) -> TextFile:
-    return JsonLines(path, text_key) if path.suffix.lower() in JSON_LINES else TextFile(path)
-
-
-def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
-    found, skipped = [], []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent) / name for name in files if not name.startswith(".")):
-            if not path.is_file() or not _is_text(path):
-                skipped.append(str(path.relative_to(folder)))
-            else:
-                found.append(path)
-    return sorted(found), sorted(skipped)
-
-
-def _is_text(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return path.suffix.lower() not in NOT_TEXT and b"\0" not in stream.read(4096)
-
-
-def _line_number(path: Path, offset: int) -> int:
-    with path.open("rb") as stream:
-        blocks = iter(lambda: stream.read(min(1 << 20, offset - stream.tell())), b"")
-        return 1 + sum(block.count(b"\n") for block in blocks)
+NO_FILTERS = Filters()
 
 
 # Parts.
@@ -264,28 +117,45 @@ def _line_number(path: Path, offset: int) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a document, and the cursor (source, position of the document, byte offset in it) of what follows."""
+    """A piece of a document, and the cursor (source, position of the document, byte offset in it) of what follows.
+
+    dropped  the filter that left the document out: the part then stands for all of it, without text.
+    digest   of the document, with its first part, where duplicates are dropped.
+    """
 
     data: bytes
     ends: bool  # the document
     cursor: tuple[int, int, int]
+    dropped: str = ""
+    digest: int | None = None
 
 
-def read_parts(sources: Sequence[Source], cursor: Sequence[int]) -> Iterator[Part]:
-    """Every part from `cursor` on."""
+def read_parts(
+    sources: Sequence[Source], cursor: Sequence[int], filters: Filters = NO_FILTERS, seen: set[int] | None = None
+) -> Iterator[Part]:
+    """Every part from `cursor` on; `seen` has the digests of the documents before it."""
+    seen = set() if seen is None else seen
     first, position, offset = cursor
     for k, source in enumerate(sources[first:], first):
-        for after, stream in source.documents(position):
-            for data, following, ends in _cut(stream, offset, str(source)):
-                yield Part(data, ends, (k, after, 0) if ends else (k, position, following))
-            position, offset = after, 0
+        with explained(source, OSError):
+            for document in source.documents(position):
+                dropped, digest = filters.judge(document, seen) if filters != NO_FILTERS and not offset else ("", None)
+                if dropped:
+                    yield Part(b"", True, (k, document.after, 0), dropped)
+                else:
+                    with document.open() as stream:
+                        for data, following, ends in _cut(stream, offset, document.name):
+                            after = (k, document.after, 0) if ends else (k, position, following)
+                            yield Part(data, ends, after, "", digest)
+                            digest = None
+                position, offset = document.after, 0
         position = 0
 
 
 def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int, bool]]:
     """(part, the offset after it, whether it is the last) of one document from byte `offset` on; a BOM is left out."""
     if offset:
-        stream.seek(offset)
+        skip(stream, offset)
         data = b""
     else:
         data = stream.read(len(BOM))
@@ -296,27 +166,17 @@ def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int,
         if not data:
             return  # only an empty document
         if len(data) <= PART_BYTES:
-            _decode(data, offset, name)
+            decoded(data, offset, name)
             yield data, offset + len(data), True
             return
         end = PART_BYTES
         while end > PART_BYTES - 3 and data[end] & 0xC0 == 0x80:  # within a character
             end -= 1
-        text = _decode(data[:end], offset, name)
+        text = decoded(data[:end], offset, name)
         part = text[: _cut_point(text)].encode()
         offset += len(part)
         yield part, offset, False
         data = data[len(part) :]
-
-
-def _decode(data: bytes, offset: int, name: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: byte {offset + error.start} is no UTF-8 (0x{data[error.start]:02x}); expected text in UTF-8, "
-            f"convert it, for example with iconv"
-        ) from None
 
 
 def _cut_point(text: str) -> int:
@@ -341,10 +201,13 @@ class State:
     documents: int = 0
     bytes: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    dropped: dict[str, int] = field(default_factory=dict)  # documents, by filter
+    seen: int = 0  # digests in seen.bin
 
 
 class Shards:
-    """The shards of both splits in a folder, as append-only lines of ids."""
+    """The shards of both splits in a folder, as append-only lines of ids; and seen.bin, the digests of the documents,
+    where duplicates are dropped."""
 
     def __init__(self, folder: Path, dtype: np.dtype, limit: int):
         self.folder, self.dtype, self.limit = folder, dtype, limit
@@ -359,23 +222,37 @@ class Shards:
         for k, start in enumerate(range(0, tokens, self.limit)):
             yield self.file(split, k), min(self.limit, tokens - start)
 
-    def hold(self, tokens: dict[str, int]) -> bool:
-        """Whether the folder has at least these tokens."""
-        return all(
-            file.is_file() and file.stat().st_size >= count * self.dtype.itemsize
+    def hold(self, state: State) -> bool:
+        """Whether the folder has at least what the state counts."""
+        sizes = {
+            file: count * self.dtype.itemsize
             for split in SPLITS
-            for file, count in self.shards(split, tokens[split])
-        )
+            for file, count in self.shards(split, state.tokens[split])
+        }
+        sizes |= {self.folder / SEEN: 8 * state.seen} if state.seen else {}
+        return all(file.is_file() and file.stat().st_size >= size for file, size in sizes.items())
 
-    def restore(self, tokens: dict[str, int]) -> None:
-        """Drop what lies beyond these counts."""
-        self.tokens = dict(tokens)
+    def restore(self, state: State) -> None:
+        """Drop what lies beyond what the state counts."""
+        tokens = self.tokens = dict(state.tokens)
         kept = {file: count for split in SPLITS for file, count in self.shards(split, tokens[split])}
         for file in chain.from_iterable(self.folder.glob(f"{split}-*.bin") for split in SPLITS):
             if file in kept:
                 os.truncate(file, kept[file] * self.dtype.itemsize)
             else:
                 file.unlink()
+        if (self.folder / SEEN).exists():
+            os.truncate(self.folder / SEEN, 8 * state.seen)
+
+    def seen(self) -> set[int]:
+        """The digests that were remembered."""
+        file = self.folder / SEEN
+        return set(np.fromfile(file, "<u8").tolist()) if file.exists() else set()
+
+    def remember(self, digest: int) -> None:
+        if SEEN not in self._open:
+            self._open[SEEN] = (self.folder / SEEN).open("ab")
+        self._open[SEEN].write(digest.to_bytes(8, "little"))
 
     def append(self, split: str, ids: np.ndarray) -> None:
         ids = ids.astype(self.dtype)
@@ -408,10 +285,13 @@ def prepare(
     tokenizer: str | Path = "gpt2",
     out: str | Path | None = None,
     *,
-    val_fraction: float = 0.05,
+    val_fraction: float | None = None,
     shard_tokens: int = SHARD_TOKENS,
     threads: int | None = None,
     text_key: str = "text",
+    drop_wikipedia: bool = False,
+    min_bytes: int = 0,
+    drop_duplicates: bool = False,
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -423,12 +303,19 @@ def prepare(
     Raises ValueError or OSError with one line for a mistake in the arguments, in a source, or for a disk that is full.
     """
     if not sources:
-        raise ValueError("sources: none is named; expected 'pydoc', files, folders or '-'")
+        raise ValueError("sources: none is named; expected files, folders, '-', or a named set such as 'pydoc'")
+    if val_fraction is None:
+        val_fraction = VAL_FRACTIONS.get(sources[0], VAL_FRACTION)
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction is {val_fraction}; expected 0 < fraction < 1")
     for option, value in (("--shard-tokens", shard_tokens), ("--threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{option} is {value}; expected at least 1")
+    if min_bytes < 0:
+        raise ValueError(f"--min-bytes is {min_bytes}; expected at least 0")
+    filters = Filters(drop_wikipedia, min_bytes, drop_duplicates)
+    if "-" in sources and filters != NO_FILTERS:
+        raise ValueError("source -: filters read a document before it is taken, and stdin can be read once; save it")
     out = Path(out) if out is not None else default_out(sources[0])
     if os.path.lexists(out) and not fresh:
         raise FileExistsError(f"{out}: it exists already; choose another --out, or give --fresh to rename it away")
@@ -437,7 +324,8 @@ def prepare(
     found = find_sources(sources, text_key, say)
     job = {
         "format": FORMAT,
-        "sources": [[*source.identity(), text_key if isinstance(source, JsonLines) else None] for source in found],
+        "sources": [source.identity() for source in found],
+        "filters": asdict(filters),
         "tokenizer": vocabulary.describe(),
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
@@ -447,35 +335,83 @@ def prepare(
     with Lock(partial / LOCK, str(out)) as lock:
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
-        shards.restore(state.tokens)
+        shards.restore(state)
+        threads = threads or os.cpu_count() or 1
+        for hub_set in (HUB_SETS[name] for name in sources if name in HUB_SETS):
+            say(
+                f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of about "
+                f"{hub_set.download / 1e9:.1f} GB in all, which are streamed; only their tokens are kept"
+            )
+        sizes = [source.text_size() for source in found]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        _estimate(found, total, vocabulary, threads, state, shards, say)
         try:
-            _write_tokens(found, vocabulary, val_fraction, threads or os.cpu_count() or 1, job, state, shards)
+            _write_tokens(found, total, vocabulary, val_fraction, filters, threads, job, state, shards)
             _fill_validation(val_fraction, job, state, shards)
             if state.documents:
-                _write_manifest(found, vocabulary, val_fraction, state, shards)
+                _write_manifest(found, vocabulary, val_fraction, filters, state, shards)
         except OSError as error:
             error.filename = error.filename or str(partial)  # write() does not say which file
             raise
         if not state.documents:
             shutil.rmtree(partial)
-            raise ValueError(f"sources {' '.join(sources)}: they have no text")
+            dropped = f" but in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
+            raise ValueError(f"sources {' '.join(sources)}: they have no text{dropped}")
         if os.path.lexists(out):
             say(f"{out}: renamed to {_rename_away(out)}")
         partial.rename(out)
         lock.file = out / LOCK
         (out / JOURNAL).unlink()
+        (out / SEEN).unlink(missing_ok=True)
     tokens = sum(state.tokens.values())
     say(
         f"{out}: {state.documents:,} documents, {state.tokens['train']:,} training and {state.tokens['val']:,} "
         f"validation tokens, {state.bytes / tokens:.2f} bytes per token, {time.perf_counter() - begin:.1f} s"
+        + (f"; dropped {_counted(state.dropped)}" if filters != NO_FILTERS else "")
     )
     return out
+
+
+def _counted(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{dropped[name]:,} {name}" for name in sorted(dropped)) or "no document"
 
 
 def default_out(source: str) -> Path:
     """data/NAME of a source."""
     path = Path(source).resolve()
-    return Path("data") / ("stdin" if source == "-" else path.name if path.is_dir() else path.stem)
+    return Path("data") / ("stdin" if source == "-" else path.name if path.is_dir() else unpacked_name(path).stem)
+
+
+def _estimate(
+    sources: list[Source],
+    total: int | None,
+    tokenizer: Tokenizer,
+    threads: int,
+    state: State,
+    shards: Shards,
+    say: Callable[[str], None],
+) -> None:
+    """Say how much disk and time a large job takes, of `total` bytes of text, from the first half MiB for each thread.
+
+    Raises ValueError where the disk has not nearly as much.
+    """
+    left = (total or 0) - state.bytes
+    if left < ESTIMATE_BYTES:
+        return
+    parts = list(islice(read_parts(sources, state.cursor), threads * BATCH_PARTS))
+    with ThreadPoolExecutor(threads) as pool:
+        begin = time.perf_counter()
+        tokens = sum(pool.map(lambda part: len(tokenizer.encode(part.data.decode())), parts))
+        seconds = time.perf_counter() - begin
+    share = left / max(1, sum(len(part.data) for part in parts))
+    need, free = tokens * share * shards.dtype.itemsize, shutil.disk_usage(shards.folder).free
+    say(
+        f"{shards.folder}: about {float(f'{tokens * share:.2g}'):,.0f} tokens: {need / 1e9:.2f} GB of the "
+        f"{free / 1e9:.2f} GB that are free, and {timedelta(seconds=round(seconds * share))} at "
+        f"{left / 1e6 / (seconds * share):.1f} MB of text a second on {threads} threads, if the source is as fast"
+    )
+    if 0.9 * need > free:
+        raise ValueError(f"{shards.folder}: there is too little space; free some, or name another disk with --out")
 
 
 def _load_journal(shards: Shards, job: dict[str, Any], say: Callable[[str], None]) -> State:
@@ -485,14 +421,14 @@ def _load_journal(shards: Shards, job: dict[str, Any], say: Callable[[str], None
         journal = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return State()
-    if ["-", None] in job["sources"]:
+    if ["-"] in job["sources"]:
         say(f"{partial}: stdin cannot be read again; starting anew")
         return State()
     if journal["job"] != job:
         say(f"{partial}: the sources or options have changed since the interruption; starting anew")
         return State()
     state = State(**journal["state"])
-    if not shards.hold(state.tokens):
+    if not shards.hold(state):
         say(f"{partial}: shards are missing or truncated; starting anew")
         return State()
     say(f"{partial}: going on after {state.documents:,} documents and {sum(state.tokens.values()):,} tokens")
@@ -509,8 +445,10 @@ def _save_journal(job: dict[str, Any], state: State, shards: Shards) -> None:
 
 def _write_tokens(
     sources: list[Source],
+    total: int | None,
     tokenizer: Tokenizer,
     val_fraction: float,
+    filters: Filters,
     threads: int,
     job: dict[str, Any],
     state: State,
@@ -522,14 +460,20 @@ def _write_tokens(
     def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
         return [(side_of(part.data, val_fraction), tokenizer.encode(part.data.decode())) for part in parts]
 
-    total = sum(source.size() or 0 for source in sources)
+    unread = read_parts(sources, state.cursor, filters, shards.seen())
     journalled = state.bytes
     with (
-        tqdm(total=total or None, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        tqdm(total=total, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for parts, encoded in _in_order(pool, tokenize_parts, read_parts(sources, state.cursor), 2 * threads):
+        for parts, encoded in _in_order(pool, tokenize_parts, unread, 2 * threads + BATCHES_AHEAD):
             for part, (side, ids) in zip(parts, encoded, strict=True):
+                if part.dropped:
+                    state.dropped[part.dropped] = state.dropped.get(part.dropped, 0) + 1
+                    continue
+                if part.digest is not None:
+                    shards.remember(part.digest)
+                    state.seen += 1
                 if state.side not in (None, side):
                     shards.append(str(state.side), end_of_text)
                 shards.append(side, ids)
@@ -585,11 +529,11 @@ def _fill_validation(val_fraction: float, job: dict[str, Any], state: State, sha
         shards.close()
         shards.tokens[full] = kept
         _save_journal(job, state, shards)
-        shards.restore(state.tokens)
+        shards.restore(state)
 
 
 def _write_manifest(
-    sources: list[Source], tokenizer: Tokenizer, val_fraction: float, state: State, shards: Shards
+    sources: list[Source], tokenizer: Tokenizer, val_fraction: float, filters: Filters, state: State, shards: Shards
 ) -> None:
     tokenizer.save(shards.folder)
     manifest = {
@@ -597,6 +541,7 @@ def _write_manifest(
         "tokenizer": tokenizer.describe(),
         "dtype": shards.dtype.name,
         "documents": state.documents,
+        "dropped": {"filters": asdict(filters), "documents": state.dropped},
         "bytes": state.bytes,
         "tokens": shards.tokens,
         "split_rule": {
@@ -642,18 +587,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="An interrupted preparation goes on where it stopped when the same command is given again.",
     )
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="pydoc, text files, .jsonl files, folders, or - (stdin)"
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files (text, .jsonl, .csv, .parquet; .gz and .zst of them), folders, - (stdin), or " + ", ".join(NAMES),
     )
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), bytes, a .tiktoken file, or a folder")
     parser.add_argument("--out", type=Path, help="the folder to make (default: data/NAME of the first source)")
     parser.add_argument(
-        "--val-fraction", type=float, default=0.05, help="share of the text for validation (default: 0.05)"
+        "--val-fraction",
+        type=float,
+        help=f"share of the text for validation (default: {VAL_FRACTION}; "
+        + ", ".join(f"{name}: {fraction}" for name, fraction in VAL_FRACTIONS.items())
+        + ")",
     )
     parser.add_argument(
         "--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens per file at most (default: 100 million)"
     )
     parser.add_argument("--threads", type=int, help="threads that tokenize (default: one per core)")
-    parser.add_argument("--text-key", default="text", help="where a JSON line has its text (default: text)")
+    parser.add_argument(
+        "--text-key", "--text-column", default="text", help="where a JSON line or a table has its text (default: text)"
+    )
+    parser.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
+    parser.add_argument("--min-bytes", type=int, default=0, help="leave out documents of fewer bytes (default: 0)")
+    parser.add_argument("--drop-duplicates", action="store_true", help="leave out documents that were there before")
     parser.add_argument("--fresh", action="store_true", help="rename an existing data set of this name away first")
     options = vars(parser.parse_args(arguments))
     try:

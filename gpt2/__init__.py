@@ -1,7 +1,18 @@
-"""GPT-2 on tinygrad2."""
+"""GPT-2 on tinygrad2. The names are imported when they are first used: `python -m gpt2.doctor` runs without NumPy."""
 
-from gpt2.config import GPT2Config
-from gpt2.model import GPT2
-from gpt2.tokenizer import Tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2.config import GPT2Config
+    from gpt2.model import GPT2
+    from gpt2.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "GPT2Config", "Tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    modules = {"GPT2": "model", "GPT2Config": "config", "Tokenizer": "tokenizer"}
+    if name not in modules:
+        raise AttributeError(f"module 'gpt2' has no attribute {name!r}")
+    return getattr(import_module(f"gpt2.{modules[name]}"), name)

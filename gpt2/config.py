@@ -77,19 +77,23 @@ class GPT2Config:
         block = 2 * 2 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C)
         return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
 
-    def memory(self, batch_size: int, block_size: int, itemsize: int = 4) -> dict[str, int]:
+    def memory(
+        self, batch_size: int, block_size: int, itemsize: int = 4, recompute: str = "none", head_rows: int | None = None
+    ) -> dict[str, int]:
         """Bytes that a training step keeps: batch_size sequences of block_size tokens, itemsize bytes a number.
 
         Activations are what the backward pass is given: for each layer 16 arrays of (B, T, C) (two sums and their
-        normalised forms, q k v, attention's result, and 4 + 4 in the MLP). Temporary arrays come on top.
+        normalised forms, q k v, attention's result, and 4 + 4 in the MLP). Where blocks are computed again, it is 2
+        for each layer, and 16 for one at a time. Temporary arrays come on top.
         """
         n, rows = self.n_parameters, batch_size * block_size
+        kept = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
         return {
             "weights": n * itemsize,
             "gradients": n * itemsize,
             "moments": 2 * n * itemsize,
-            "activations": (16 * self.n_layer + 3) * rows * self.n_embd * itemsize,
-            "logits": rows * self.vocab_size * itemsize,
+            "activations": (kept + 3) * rows * self.n_embd * itemsize,
+            "logits": min(rows, head_rows or rows) * self.vocab_size * itemsize,
         }
 
     def flops_per_token(self, block_size: int) -> int:

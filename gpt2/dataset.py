@@ -3,18 +3,27 @@
 A data set is a folder: manifest.json, vocabulary.json (the tokenizer's), and the shards train-00000.bin, ...,
 val-00000.bin, ...: raw little-endian uint16 ids, or uint32 where the vocabulary has more than 65536. `data/prepare.py`
 writes it.
+
+A folder without a manifest may hold what other GPT-2 programs write, all of it uint16 ids of GPT-2's vocabulary:
+
+nanoGPT        train.bin, val.bin: raw ids
+build-nanogpt  NAME_train_000001.npy, ..., NAME_val_000000.npy: one-dimensional arrays
+llm.c          NAME_train.bin or NAME_train_000001.bin, ..., and NAME_val...: 256 int32 (20240520, version 1, number of
+               ids, zeros), then the ids
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpt2.tokenizer import Tokenizer
 from tinygrad2.random import DATA_SITE, Key, permutation
 
 MANIFEST = "manifest.json"
@@ -22,6 +31,10 @@ FORMAT = 1  # the manifest's version
 SPLITS = ("train", "val")
 CHECKED_BYTES = 256 << 20  # a split up to this size has its checksums verified whenever it is opened
 PREPARE = "python data/prepare.py SOURCE..."
+FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
+FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
+LLMC_HEADER_BYTES, LLMC_MAGIC, LLMC_LLAMA_MAGIC = 1024, 20240520, 20240801
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # of a foreign shard: what its fingerprint reads
 BASELINE_TOKENS = 10_000_000
 BIGRAM_VOCAB = 4096  # beyond this the table of pairs would be larger than it is worth
 
@@ -37,18 +50,30 @@ def find_dataset(data: str | Path) -> Path:
     Raises FileNotFoundError that lists what data/ holds.
     """
     for folder in (Path("data") / data, Path(data)):
-        if (folder / MANIFEST).is_file():
+        if _is_dataset(folder):
             return folder
-    held = ", ".join(sorted(manifest.parent.name for manifest in Path("data").glob(f"*/{MANIFEST}"))) or "no data set"
+    held = ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
     raise FileNotFoundError(f"data {str(data)!r}: no such data set (data/ holds {held}); make one with {PREPARE}")
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or bool(_foreign_files(folder, "train"))
+
+
+def _foreign_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split that other programs wrote, in the order of their names."""
+    named = ((FOREIGN.fullmatch(file.name), file) for file in sorted(folder.glob("*")))
+    return [file for match, file in named if match and match[1] == split]
 
 
 class TokenDataset:
     """One split of a data set, memory-mapped: a line of `tokens` ids, cut into windows of block_size + 1.
 
     path        the folder.
-    manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents,
-                tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources.
+    manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents, bytes,
+                tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources. Of a folder from
+                another program only: tokenizer {name, vocab_size}, and the split's shards, where sha256 covers the
+                size and some blocks.
     vocab_size  every id is below it; `read` checks.
     """
 
@@ -69,6 +94,8 @@ class TokenDataset:
         path = Path(path)
         if split not in SPLITS:
             raise ValueError(f"TokenDataset: split is {split!r}; expected one of {', '.join(SPLITS)}")
+        if not (path / MANIFEST).exists() and any(_foreign_files(path, name) for name in SPLITS):
+            return _open_foreign(path, split)
         manifest = _read_manifest(path)
         dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
@@ -84,6 +111,20 @@ class TokenDataset:
         """The identity of the split's tokens: SHA-256 (hex) over the checksums of its shards."""
         sums = "".join(entry["sha256"] for entry in self.manifest["shards"] if entry["split"] == self.split)
         return hashlib.sha256(sums.encode()).hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids: the one saved in the folder, or GPT-2's for another program's shards.
+
+        Raises ValueError where the saved one is not the one that the manifest names.
+        """
+        if self.manifest["tokenizer"] is FOREIGN_VOCABULARY:
+            return Tokenizer.load("gpt2")
+        tokenizer = Tokenizer.load(self.path)
+        if self.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.path}: manifest.json and vocabulary.json name different tokenizers; prepare the data anew"
+            )
+        return tokenizer
 
     def windows(self, block_size: int) -> int:
         """How many windows there are: (tokens - 1) // block_size. Raises ValueError where there is not one."""
@@ -104,8 +145,9 @@ class TokenDataset:
             piece = self._shards[k][start - self._starts[k] :][:count]
             if piece.max() >= self.vocab_size:
                 raise ValueError(
-                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size}; "
-                    f"the shard is damaged or foreign, make the data set anew: {PREPARE} --fresh"
+                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size} "
+                    f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, make the "
+                    f"data set anew: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
@@ -166,6 +208,71 @@ def _open_shard(file: Path, entry: dict[str, Any], dtype: np.dtype, check: bool)
             f"{file}: the shard's checksum differs from {MANIFEST}'s; make the data set anew: {PREPARE} --fresh"
         )
     return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _open_foreign(path: Path, split: str) -> TokenDataset:
+    files = _foreign_files(path, split)
+    if not files:
+        raise FileNotFoundError(
+            f"{path}: no file of the split {split}; expected {split}.bin, *_{split}_*.bin or *_{split}_*.npy"
+        )
+    if len({file.suffix for file in files}) > 1:
+        raise ValueError(f"{path}: the split {split} has .npy and .bin files; keep one kind in the folder")
+    if (path / "meta.pkl").exists():
+        raise ValueError(
+            f"{path / 'meta.pkl'}: the ids are of a vocabulary of their own; expected GPT-2's, so prepare the text "
+            f"itself: {PREPARE}"
+        )
+    shards = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
+    entries = [
+        {"file": file.name, "split": split, "tokens": len(shard), "sha256": _sampled_sha256(shard)}
+        for file, shard in zip(files, shards, strict=True)
+    ]
+    return TokenDataset(path, split, {"tokenizer": FOREIGN_VOCABULARY, "shards": entries}, files, shards)
+
+
+def _open_array(file: Path) -> np.ndarray:
+    """A shard of build-nanogpt. Raises ValueError for anything but a line of uint16."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's parser of headers lets errors of many kinds through
+        raise ValueError(f"{file}: it is no .npy file, or not all of one ({type(error).__name__})") from None
+    if not isinstance(array, np.ndarray) or array.dtype != "<u2" or array.ndim != 1 or not array.size:
+        got = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        raise ValueError(f"{file}: {got}; expected a one-dimensional array of uint16, as build-nanogpt writes")
+    return array
+
+
+def _open_bin(file: Path) -> np.ndarray:
+    """A shard of llm.c where it begins with llm.c's number, which as two ids is outside of GPT-2's vocabulary; else
+    nanoGPT's raw ids. Raises ValueError where the size is not what the kind implies."""
+    size = file.stat().st_size
+    header = np.fromfile(file, "<i4", 256)
+    magic = int(header[0]) if len(header) else 0
+    if magic == LLMC_LLAMA_MAGIC:
+        raise ValueError(f"{file}: these are llm.c's ids for Llama 3; expected GPT-2's (header {LLMC_MAGIC})")
+    if magic != LLMC_MAGIC:
+        if size % 2 or not size:
+            raise ValueError(f"{file}: {size} bytes; expected raw uint16 ids, two bytes each")
+        return np.memmap(file, dtype="<u2", mode="r")
+    version, tokens = (int(value) for value in header[1:3]) if len(header) == 256 else (0, 0)
+    if version != 1 or tokens < 1 or size != LLMC_HEADER_BYTES + 2 * tokens:
+        raise ValueError(
+            f"{file}: llm.c's header says version {version} and {tokens} ids, in {size} bytes; expected version 1 and "
+            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged, copy it anew"
+        )
+    return np.memmap(file, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
+
+
+def _sampled_sha256(shard: np.ndarray) -> str:
+    """SHA-256 (hex) over the number of ids and 16 blocks of 4 KiB, evenly spaced from the first to the last."""
+    sha = hashlib.sha256(len(shard).to_bytes(8, "little"))
+    block = FINGERPRINT_BLOCK_BYTES // shard.itemsize
+    for start in np.linspace(0, max(0, len(shard) - block), FINGERPRINT_BLOCKS).astype(int):
+        sha.update(shard[start : start + block].tobytes())
+    return sha.hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from gpt2.config import PRESETS, GPT2Config
 from gpt2.model import RECOMPUTE
+from gpt2.tasks import TASKS
 from tinygrad2.backend import DEVICES, DTYPES
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
@@ -45,6 +46,11 @@ def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
     return _option(default, str, f"{help}: {listed}", lambda value: value in choices, listed)
 
 
+def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
+    listed = f"{', '.join(choices)}, or several: {','.join(choices)}"
+    return _option(default, str, f"{help}: {listed}", lambda value: set(value.split(",")) <= set(choices), listed)
+
+
 @dataclass
 class Options:
     """Everything that train.py can be told. Where the default is None, `complete` fills in what other options imply;
@@ -67,9 +73,12 @@ class Options:
     max_iters: int = _positive(None, int, "steps in all")
     eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
     eval_iters: int = _positive(None, int, "batches per evaluation")
+    eval: str | None = _some_of(None, "tasks to score at each evaluation", tuple(TASKS))
+    eval_items: int | None = _positive(None, int, "items of each task, spread over its file [all]")
     save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "steps between lines on the screen")
     keep: int = _positive(2, int, "checkpoints kept, beside the best")
+    tensorboard: bool = _option(False, bool, "log for TensorBoard too, in the out-dir")
     learning_rate: float = _positive(None, float, "peak learning rate [with --init a tenth]")
     min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine [a tenth of the peak]")
     warmup_iters: int = _at_least_0(None, int, "steps of linear warm-up")
@@ -185,7 +194,7 @@ def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
         text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
         kind: dict[str, Any] = {"type": f.metadata["kind"]}
         if kind["type"] is bool:
-            kind = {"action": "store_true"}
+            kind = {"action": argparse.BooleanOptionalAction}  # --no-... takes back what a run remembers
         parser.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     file = given.pop("config")

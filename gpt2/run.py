@@ -1,4 +1,4 @@
-"""The folder of a training run: checkpoints, and a log with one line a step."""
+"""The folder of a training run: checkpoints, a log with one line a step, samples, and how the run was started."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2 import weights
 from gpt2.model import GPT2
-from gpt2.options import check
+from gpt2.options import UsageError, check
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import checkpoint, optim
 
-LOG, TRAINER, OPTIMIZER, LOCK = "log.jsonl", "trainer.json", "optimizer.safetensors", ".lock"
+LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # a row a step, a sample, a start
+TRAINER, OPTIMIZER, LOCK, TENSORBOARD = "trainer.json", "optimizer.safetensors", ".lock", "tensorboard"
 
 
 @dataclass
@@ -51,12 +52,13 @@ class Saved:
 
 
 class RunFolder:
-    """`out/`: log.jsonl, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few stay."""
+    """`out/`: what was logged, and checkpoints ckpt-000100 and so on: the newest, the best and the last few stay."""
 
     def __init__(self, path: str | Path, keep: int = 2):
         self.path = Path(path)
         self.keep = keep
         self._log: Any = None
+        self._board: Any = None
 
     def resume(self, say: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that is whole, or None where there is none. Damaged ones are named, and passed over."""
@@ -72,23 +74,27 @@ class RunFolder:
         return None
 
     @contextmanager
-    def opened(self, step: int) -> Iterator[None]:
+    def opened(self, step: int, writer: Any = None) -> Iterator[None]:
         """Hold the folder for a run that goes on after `step`: no other process trains in it, and the log is open.
 
-        Rows of the log past `step` are cut off, since those steps are made again. Checkpoints past it are damaged ones,
-        and are renamed, so that they do not count as the newest.
+        Rows past `step` are cut off what was logged, since those steps are made again. Checkpoints past it are damaged
+        ones, and are renamed, so that they do not count as the newest.
+        writer  tensorboard_writer(), where TensorBoard is to see the run too.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with checkpoint.Lock(self.path / LOCK, str(self.path)):
             for folder in checkpoint.find(self.path):
                 if checkpoint.step_of(folder) > step:
                     folder.rename(_unused(folder.with_name(f"damaged-{folder.name}")))
-            log = self.path / LOG
-            kept = [row for row in read_log(log) if row["step"] <= step]
-            rewritten = self.path / f".{LOG}.new"
-            rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(rewritten, log)
-            with log.open("a", encoding="utf-8") as self._log:
+            for log in (self.path / LOG, self.path / SAMPLES, self.path / STARTS):
+                kept = [row for row in read_log(log) if row["step"] <= step]
+                rewritten = self.path / f".{log.name}.new"
+                rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                os.replace(rewritten, log)
+            # Its files are named by the second: the suffix keeps two starts within one apart.
+            options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
+            board = writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
+            with (self.path / LOG).open("a", encoding="utf-8") as self._log, board as self._board:
                 yield
 
     def save(
@@ -136,6 +142,23 @@ class RunFolder:
         """Append one step's row."""
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
+        for key, value in row.items() if self._board else ():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(key, value, row["step"])
+
+    def log_sample(self, step: int, text: str) -> None:
+        """Append what the model wrote after `step`."""
+        self._append(SAMPLES, step=step, text=text)
+        if self._board:
+            self._board.add_text("sample", text, step)
+
+    def log_start(self, step: int, **circumstances: Any) -> None:
+        """Append how and where the run goes on after `step`, for its report."""
+        self._append(STARTS, step=step, time=round(time.time()), **circumstances)
+
+    def _append(self, name: str, **row: Any) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename the folder, if it is there, so that a new run can take its name; returns the new name."""
@@ -187,7 +210,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl. Lines that hold none, such as one cut short by a crash, are left out."""
+    """The rows of a log, samples or starts. Lines that hold none, such as one cut short by a crash, are left out."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -200,19 +223,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(out: Path) -> None:
-    """Draw the loss over the steps as out/loss.png, where matplotlib is installed."""
+def tensorboard_writer() -> Any:
+    """The class that writes TensorBoard's files. Raises UsageError where it is not installed."""
     try:
-        from matplotlib.figure import Figure
+        from tensorboardX import SummaryWriter
     except ImportError:
-        return
-    rows = read_log(out / LOG)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8, label="training")
-    measured = [row for row in rows if "val_loss" in row]
-    axes.plot([row["step"] for row in measured], [row["val_loss"] for row in measured], "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=120)
+        raise UsageError('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"') from None
+    return SummaryWriter

@@ -1,19 +1,38 @@
-"""Is the whole model right? `python -m gpt2.verify --gradients` checks every parameter's gradient of a small GPT-2."""
+"""Is the whole model right? `python -m gpt2.verify` compares it with PyTorch's, or its gradients with differences.
+
+    --against MODEL     a model folder, or a name such as gpt2: transformers and this engine, with the same weights
+    --preset gpt2       the same with random weights, in both forms of GELU
+    --against FILE      either, without PyTorch: with what `--record FILE` wrote where it was installed
+    --gradients         every gradient of a small GPT-2 with dropout, in float64, against finite differences
+
+What is compared: the residual stream after each part of each layer, the logits, the loss, the gradient of each
+parameter, and the text that is written by taking the likeliest token each time (see gpt2/parity.py).
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
+from safetensors import SafetensorError, safe_open
 
-from gpt2.config import GPT2Config
+from gpt2 import parity, weights
+from gpt2.config import PRESETS, GPT2Config
 from gpt2.model import GPT2
+from gpt2.options import Parser, discard_output
+from gpt2.run import find_model
 from tinygrad2 import Key, Tensor, record
-from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.backend import DEVICES, DTYPES, get_backend
+from tinygrad2.checkpoint import save_arrays, write_json
 from tinygrad2.gradcheck import check
 
 BOUND = 1e-6
@@ -95,24 +114,210 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
+OPENAI = [name for name in PRESETS if name != "nano"]
+CASES = "cases"  # the key of a reference file's metadata: a JSON list of cases, whose arrays are called NUMBER/NAME
+Expected = Callable[[str], numpy.ndarray]  # the reference's result of a name
+
+
+@dataclass
+class Case:
+    """One comparison: which weights, and who computed the reference.
+
+    model        a folder or a name; None stands for the random weights of preset, activation and seed.
+    fingerprint  of the weights.
+    reference    the versions that computed it.
+    """
+
+    model: str | None
+    preset: str | None
+    activation: str | None
+    seed: int
+    dtype: str
+    fingerprint: str = ""
+    reference: str = ""
+
+    def __str__(self) -> str:
+        return self.model or f"{self.preset}, random weights, {self.activation} ({FORMS.get(str(self.activation))})"
+
+    def random_model(self, device: str) -> GPT2:
+        config = GPT2Config.preset(str(self.preset))
+        config = dataclasses.replace(config, activation_function=str(self.activation))
+        return parity.random_model(config, self.seed, device, self.dtype)
+
+
+def asked(options: argparse.Namespace) -> list[Case]:
+    """The cases that --against MODEL or --preset asks for."""
+    if options.against is not None:
+        return [Case(options.against, None, None, options.seed, options.dtype)]
+    forms = [options.activation] if options.activation else FORMS
+    return [Case(None, options.preset, form, options.seed, options.dtype) for form in forms]
+
+
+def find_or_download(name: str, folder: Path) -> Path:
+    """Where the model lies: what find_model finds; one of OpenAI's names is downloaded to `folder` by transformers."""
+    try:
+        return find_model(Path(name), complain)
+    except FileNotFoundError:
+        if name not in OPENAI:
+            raise
+        parity.torch_model(f"openai-community/{name}").save_pretrained(folder)
+        return folder
+
+
+def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
+    """This engine's model, and what transformers computes with the same weights."""
+    with tempfile.TemporaryDirectory() as copy:
+        source: str | Path = copy
+        if case.model is None:
+            model = case.random_model(device)
+        else:
+            found = find_or_download(case.model, Path(copy))
+            model = GPT2.from_pretrained(found, device, case.dtype)
+            source = found if (found / weights.CONFIG).is_file() else copy
+        if source == copy:
+            model.save_pretrained(copy)
+        theirs = parity.torch_model(source)
+        case.fingerprint, case.reference = parity.fingerprint(model), parity.torch_versions()
+        complain(f"{case}: {case.reference} computes the reference")
+        return model, parity.torch_results(theirs, parity.random_tokens(model.config, case.seed), case.dtype)
+
+
+def write_reference(path: Path, cases: Sequence[Case], device: str) -> None:
+    """Write what transformers computes for these cases."""
+    arrays: dict[str, numpy.ndarray] = {}
+    for number, case in enumerate(cases):
+        arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
+    save_arrays(path, arrays, {CASES: json.dumps([asdict(case) for case in cases])})
+    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB; without PyTorch: python -m gpt2.verify --against {path}")
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a file is one that `write_reference` wrote (a model's file is not)."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return CASES in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Case, GPT2, Expected]]:
+    """The cases in a reference file, each with this engine's model of the same weights.
+
+    folder  where the model lies, if not where it lay when it was recorded.
+    Raises ValueError where the file is damaged and where the weights are not those that were recorded.
+    """
+    with safe_open(path, framework="numpy") as file:
+        try:
+            cases = [Case(**case) for case in json.loads(file.metadata()[CASES])]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: its list of cases is damaged; record it anew") from None
+        for number, case in enumerate(cases):
+            if case.model is None:
+                model = case.random_model(device)
+            else:
+                case.model = folder or case.model
+                model = GPT2.from_pretrained(find_model(Path(case.model), complain), device, case.dtype)
+            if parity.fingerprint(model) != case.fingerprint:
+                raise ValueError(f"{path}: it was recorded with other weights than those of {case}; record it anew")
+
+            def expected(name: str, number: int = number) -> numpy.ndarray:
+                try:
+                    return file.get_tensor(f"{number}/{name}")
+                except SafetensorError as error:
+                    raise ValueError(f"{path}: {error}; record it anew") from None
+
+            yield case, model, expected
+
+
+def comparisons(options: argparse.Namespace) -> Iterator[tuple[Case, GPT2, Expected]]:
+    """What is to be compared, one after the other."""
+    if options.against is not None and is_reference(Path(options.against)):
+        yield from stored(Path(options.against), options.device, options.model)
+    else:
+        for case in asked(options):
+            model, results = live(case, options.device)
+            yield case, model, results.__getitem__
+
+
+def verify_parity(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare, print a table for each case, and return what --json writes; its "ok" is the verdict."""
+    reports = []
+    for case, model, expected in comparisons(options):
+        rows, same_text = parity.compare(model, expected)
+        print(f"\n{case}: {model.n_parameters():,} parameters, {case.dtype}, {model.backend.device}; {case.reference}")
+        width = max(len(row.name) for row in rows)
+        print(f"{'':{width}}{'largest error':>15}{'relative':>10}{'bound':>8}")
+        for row in rows:
+            verdict = "ok" if row.ok else "DEVIATES"
+            print(f"{row.name:{width}}{row.largest:15.1e}{row.relative:10.1e}{row.bound:8.0e}  {verdict}")
+        print(f"{'text':{width}}{'the same' if same_text else 'another':>33}  {'ok' if same_text else 'DEVIATES'}")
+        first = next((row.name for row in rows if not row.ok), None if same_text else "text")
+        print(f"the first that deviates: {first}" if first else "everything agrees")
+        reports.append({**asdict(case), "device": model.backend.device, "ok": first is None, "first_deviation": first,
+                        "same_text": same_text, "rows": [_finite(asdict(row)) for row in rows]})  # fmt: skip
+    return {"ok": all(report["ok"] for report in reports), "cases": reports}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """None for numbers that JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def complain(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing can be."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2.verify", description="Check that the model is right.")
-    parser.add_argument("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the weights, the tokens and the directions (default: 0)"
+    parser = Parser(
+        prog="python -m gpt2.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    add = parser.add_argument
+    add("--against", metavar="MODEL|FILE", help="compare with transformers, or with a reference file")
+    add("--preset", choices=PRESETS, help="compare random weights of these sizes")
+    add("--activation", choices=FORMS, help="with --preset: this form of GELU only [both]")
+    add("--record", type=Path, metavar="FILE", help="write the reference to a file, for machines without PyTorch")
+    add("--model", metavar="FOLDER", help="with --against FILE: where the model lies now")
+    add("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
+    add("--dtype", choices=DTYPES, default="float32", help="what both compute in [%(default)s]")
+    add("--seed", type=int, default=0, help="of weights, tokens and directions [%(default)s]")
+    add("--device", choices=DEVICES, default="cpu", help="where to compute [%(default)s]")
+    add("--json", type=Path, metavar="FILE", help="write the comparison there too")
     options = parser.parse_args(arguments)
-    if not options.gradients:
-        parser.print_help(sys.stderr)
-        return 2
+    comparing = options.against is not None or options.preset is not None
+    if not comparing and not options.gradients:
+        parser.error("nothing to verify: give --against, --preset or --gradients")
+    if options.against is not None and options.preset is not None:
+        parser.error("--against names the weights, --preset makes some up; give one of them")
+    for file in (options.record, options.json):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file}: there is no folder {file.parent}/")
+    if options.seed < 0:
+        parser.error(f"--seed is {options.seed}; expected 0 or more")
     try:
         get_backend(options.device)
-    except ValueError as error:
-        print(f"gpt2.verify: {error}", file=sys.stderr)
+        if options.record:
+            if not comparing or is_reference(Path(options.against or "")):
+                raise ValueError("--record needs --preset, or --against with a model")
+            write_reference(options.record, asked(options), options.device)
+            comparing = False
+        report = verify_parity(options) if comparing else {"ok": True}
+        if options.json:
+            write_json(options.json, report)
+        right = not options.gradients or verify_gradients(options.seed, options.device)
+    except BrokenPipeError:  # whoever reads has enough, but nothing is verified
+        discard_output()
         return 2
-    return 0 if verify_gradients(options.seed, options.device) else 1
+    except (ValueError, OSError, MemoryError) as error:
+        complain(f"gpt2.verify: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("gpt2.verify: interrupted")
+        return 130
+    return 0 if report["ok"] and right else 1
 
 
 if __name__ == "__main__":

@@ -438,6 +438,7 @@ class Library:
         runtime=types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
+            getDevice=lambda: 0,
             memGetInfo=lambda: (3 << 30, 4 << 30),
             getDeviceProperties=lambda device_id: {"name": b"stand-in"},
             driverGetVersion=lambda: 0,

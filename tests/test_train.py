@@ -1,5 +1,6 @@
 """train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,9 +16,11 @@ import pytest
 
 import train
 from data.prepare import prepare
-from gpt2 import GPT2, Tokenizer
+from gpt2 import GPT2, Tokenizer, report
 from gpt2.dataset import SampleOrder
+from gpt2.evaluate import evaluate_task
 from gpt2.run import read_log
+from gpt2.tasks import TASKS, load
 from tinygrad2 import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +67,7 @@ def newest_arrays(out):
 
 def assert_same_run(a, b):
     assert rows(a) == rows(b)
+    assert read_log(Path(a) / "samples.jsonl") == read_log(Path(b) / "samples.jsonl")
     first, second = newest_arrays(a), newest_arrays(b)
     assert first.keys() == second.keys()
     for name, array in first.items():
@@ -182,6 +186,46 @@ def test_training_learns(user):
     assert values[-1] < values[0]
 
 
+def test_shards_of_another_program_are_trained_on_as_they_are(user, gpt2_files, capsys):
+    (user / "data" / "theirs").mkdir()
+    for split in ("train", "val"):
+        Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(user / "data" / "theirs" / f"{split}.bin")
+    run("--data", "theirs", "--max-iters", "2")
+    run("--data", "theirs", "--max-iters", "3")
+    assert "to validate (gpt2)" in capsys.readouterr().out
+    assert [row["step"] for row in rows("out")] == [1, 2, 3]
+    assert Tokenizer.load(checkpoint.newest(Path("out"))[0]).name == "gpt2"
+
+
+def test_tasks_are_scored_at_evaluations(user, monkeypatch, capsys):
+    """From the cache; the figures are those of the model that was saved then, and a resumed run goes on with them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user / "cache"))
+    (user / "cache" / "tinygrad2").mkdir(parents=True)
+    questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]
+    lines = [json.dumps(question) + "\n" for question in questions]
+    (user / "cache" / "tinygrad2" / "hellaswag_val.jsonl").write_text("".join(lines))
+    run("--eval", "hellaswag", "--eval-items", "4", "--max-iters", "4", "--save-interval", "4")
+    run("--max-iters", "6")
+    scored = {row["step"]: row for row in read_log(Path("out/log.jsonl")) if "hellaswag_acc" in row}
+    assert list(scored) == [4, 6]
+    task, folder = TASKS["hellaswag"], "out/ckpt-000006"
+    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load(task, limit=4), 2)
+    assert figures == {name: scored[6][f"hellaswag_{name}"] for name in ("acc_norm", "acc", "items", "cut")}
+    assert figures["items"] == 4
+    assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
+
+
+def test_a_task_that_cannot_be_had_is_said_before_training(user, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user / "cache"))
+    monkeypatch.setitem(TASKS, "lambada", dataclasses.replace(TASKS["lambada"], url="http://127.0.0.1:9/words.jsonl"))
+    monkeypatch.setenv("no_proxy", "*")
+    run("--eval", "lambada", "--max-iters", "2", code=1)
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: lambada: http://127.0.0.1:9/words.jsonl could not be downloaded (")
+    assert said.count("\n") == 1
+    assert not Path("out").exists()
+
+
 def test_newest_best_and_the_last_few_are_kept(user, monkeypatch):
     values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
     monkeypatch.setattr(train, "mean_loss", lambda *args: next(values))
@@ -243,15 +287,79 @@ def test_fine_tuning_starts_from_the_weights(user, capsys):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-9, err_msg=name)
 
 
-def test_matplotlib_is_not_needed_and_is_used_where_it_is(user, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run("--max-iters", "1")
-    assert not Path("out/loss.png").exists()
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    os.chdir(user)
-    run("--max-iters", "2")
-    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+def test_the_report_shows_the_whole_run_also_after_it_went_on(user, capsys):
+    run("--max-iters", "6")
+    assert "its curves and samples: out/report.html" in capsys.readouterr().out
+    run("--max-iters", "12", "--batch-size", "4")
+    starts, samples = read_log(Path("out/starts.jsonl")), read_log(Path("out/samples.jsonl"))
+    assert [(start["step"], start["options"]["batch_size"]) for start in starts] == [(0, 2), (6, 4)]
+    assert starts[1]["given"] == {**starts[0]["given"], "max_iters": 12, "batch_size": 4}
+    assert starts[0]["machine"]["device"] == "cpu"
+    assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert "12 of 12 steps" in page
+    assert all(f"<h3>step {step}</h3>" in page for step in (4, 6, 8, 12))
+    assert page.count("from step 6 on") == 1
+
+
+def test_the_report_is_written_at_evaluations_and_when_stopped(user, monkeypatch):
+    steps = []
+    page = report.report_page
+    monkeypatch.setattr(report, "report_page", lambda run: steps.append(run.step) or page(run))
+    monkeypatch.setattr(report, "SHARE", 1e9)
+    run("--max-iters", "10")
+    assert steps == [4, 8, 10]
+    monkeypatch.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "requested", True) or self)
+    monkeypatch.setattr(train.StopRequest, "__exit__", lambda *ignored: None)
+    run("--max-iters", "12")
+    assert steps == [4, 8, 10, 11]
+
+
+def test_a_report_that_fails_does_not_end_the_run(user, capsys, monkeypatch):
+    monkeypatch.setattr(report, "report_page", lambda run: 1 / 0)
+    run("--max-iters", "4")
+    assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def board(out):
+    """(tag, step, value) of everything in TensorBoard's files, and the steps from which on older values are void."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    values, void = [], []
+    for file in sorted(Path(out, "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:  # length (8 bytes), its checksum (4), an event, its checksum (4)
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            values += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                void.append(event.step)
+    return values, void
+
+
+def test_tensorboard_gets_what_the_log_gets(user):
+    pytest.importorskip("tensorboardX")
+    run("--max-iters", "4", "--tensorboard")
+    run("--max-iters", "6")  # the run remembers it
+    values, void = board("out")
+    expected = [
+        (key, row["step"], pytest.approx(value, rel=1e-6))
+        for row in read_log(Path("out/log.jsonl"))
+        for key, value in row.items()
+        if key != "step"
+    ]
+    assert [value for value in values if "sample" not in value[0]] == expected
+    assert [step for tag, step, _ in values if "sample" in tag] == [4, 6]
+    assert void == [1, 5]
+    run("--max-iters", "7", "--no-tensorboard")
+    assert board("out")[0] == values
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_happens(user, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    run("--max-iters", "2", "--tensorboard", code=1)
+    assert one_line(capsys).endswith('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"')
+    assert not Path("out").exists()
 
 
 # Bad input: one line, a non-zero exit, and nothing lost --------------------------------------------------------------

@@ -57,6 +57,10 @@ class Backend:
         """(free, total) bytes of the device's own memory, or None where it uses the host's."""
         return None
 
+    def name(self) -> str:
+        """What computes, for people to read."""
+        return self.device
+
     def moment(self) -> Any:
         """A point in the order of the computation, for `seconds`."""
         return time.perf_counter()
@@ -139,6 +143,10 @@ class CudaBackend(Backend):
 
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()
+
+    def name(self) -> str:
+        runtime = self.np.cuda.runtime
+        return f"{self.device}: {runtime.getDeviceProperties(runtime.getDevice())['name'].decode()}"
 
     def moment(self) -> Any:
         return self.np.cuda.get_current_stream().record()

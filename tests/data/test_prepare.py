@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data.prepare import PART_BYTES, find_sources, main, prepare, pydoc_corpus, read_parts, side_of
+from data.prepare import PART_BYTES, main, prepare, read_parts, side_of
+from data.sources import find_sources
 from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
 from gpt2.tokenizer import Tokenizer
 
@@ -238,38 +240,108 @@ def test_large_vocabulary_makes_uint32_shards(tmp_path):
     assert stream_of(out).max() == 65792
 
 
-# The embedded corpus.
+# Filters.
+
+ARTICLE = "Cats\nFrom Wikipedia, the free encyclopedia\nThe cat is a small animal."
+FILTERED = [  # (text, URL, why it is dropped)
+    ("a first text, long enough", "", ""),
+    ("short", "", "short"),
+    ("from the site itself, long", "https://en.wikipedia.org/wiki/Cat", "wikipedia"),
+    ("from a site named alike", "https://notwikipedia.org/Cat", ""),
+    ("from another one like it", "https://wikipedia.org.example/Cat", ""),
+    (ARTICLE, "", "wikipedia"),
+    ("x" * 5000 + ARTICLE, "", ""),
+    ("a first text, long enough", "http://x", "duplicate"),
+    ("", "", None),
+    ("", "", None),
+    ("\ufeffa first text, long enough", "", "duplicate"),
+    ("a first text, long enough\n", "", ""),
+    ("é" * 3 * PART_BYTES, "", ""),
+    ("é" * 3 * PART_BYTES, "", "duplicate"),
+    ("the last one, not a copy", "http://[", ""),
+]
+ALL_FILTERS = {"drop_wikipedia": True, "min_bytes": 10, "drop_duplicates": True}
 
 
-def test_pydoc_corpus():
-    texts = pydoc_corpus()
-    assert 1_000_000 < sum(map(len, texts)) < 5_000_000
-    assert len(set(texts)) == len(texts) > 300
-    assert any("Common operations on Posix pathnames." in text for text in texts)
-    assert texts == pydoc_corpus()
+def write_filtered(folder):
+    folder.mkdir()
+    lines = [json.dumps({"text": text, "url": url}) for text, url, _ in FILTERED]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("a first text, long enough")
+    (folder / "c.txt").write_text(varied_text(100_000), encoding="utf-8", newline="")
+    (folder / "d.txt").write_text(varied_text(100_000), encoding="utf-8", newline="")
+    return folder
 
 
-def test_pydoc_imports_nothing():
-    code = (
-        "import sys, sysconfig; from data.prepare import pydoc_corpus; sysconfig.get_paths();"
-        "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= {"pydoc_data", "pydoc_data.topics"}
-
-
-def test_pydoc_without_topics(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+def test_filters_drop_and_count(tmp_path):
     said = []
-    texts = pydoc_corpus(said.append)
-    assert said == ["pydoc: this Python has no pydoc_data.topics; taking the docstrings only"]
-    assert sum(map(len, texts)) > 500_000
+    sources = [str(write_filtered(tmp_path / "in"))]
+    out = prepare(sources, "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append, **ALL_FILTERS)
+    kept = [text for text, _, reason in FILTERED if reason == ""]
+    assert texts_of(stream_of(out)) == [*kept, (tmp_path / "in" / "c.txt").read_bytes().decode()]
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["documents"] == len(kept) + 1
+    assert manifest["dropped"] == {"filters": ALL_FILTERS, "documents": {"duplicate": 5, "short": 1, "wikipedia": 2}}
+    assert said[-1].endswith("; dropped 5 duplicate, 1 short, 2 wikipedia")
+    assert sorted(file.name for file in out.iterdir()) == [
+        MANIFEST,
+        "train-00000.bin",
+        "val-00000.bin",
+        "vocabulary.json",
+    ]
 
 
-def test_pydoc_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "pydoc_corpus", lambda say: ["one", "two " * 9000, "three"])
-    out = make(["pydoc"], tmp_path / "out", val_fraction=ALL_TRAIN)
-    assert texts_of(stream_of(out)) == ["one", "two " * 9000, "three"]
+def test_filters_are_off_by_default(tmp_path):
+    out = make([write_filtered(tmp_path / "in")], tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["documents"] == len(FILTERED) - 2 + 3
+    assert manifest["dropped"]["documents"] == {}
+
+
+@pytest.mark.parametrize("option", ALL_FILTERS)
+def test_each_filter_alone(tmp_path, option):
+    out = make([write_filtered(tmp_path / "in")], tmp_path / "out", **{option: ALL_FILTERS[option]})
+    reason = {"drop_wikipedia": "wikipedia", "min_bytes": "short", "drop_duplicates": "duplicate"}[option]
+    expected = {"wikipedia": 2, "short": 1, "duplicate": 5}[reason]
+    assert json.loads((out / MANIFEST).read_text())["dropped"]["documents"] == {reason: expected}
+
+
+def test_nothing_left_by_the_filters(tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(ValueError, match=r"no text but in the documents that were dropped \(1 short\)"):
+        make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
+
+
+# Estimates.
+
+
+def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(varied_text(300_000), encoding="utf-8", newline="")
+    size = (tmp_path / "a.txt").stat().st_size
+    monkeypatch.setattr(module, "ESTIMATE_BYTES", size)
+    said = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, threads=2)
+    tokens, need, free = re.fullmatch(
+        rf"{tmp_path}/out.partial: about ([\d,]+) tokens: (\d+\.\d\d) GB of the (\d+\.\d\d) GB that are free, and "
+        r"\d+:\d\d:\d\d at \d+\.\d MB of text a second on 2 threads, if the source is as fast",
+        said[0],
+    ).groups()
+    assert int(tokens.replace(",", "")) == float(f"{size:.2g}")
+    assert float(need) == round(2 * size / 1e9, 2)
+    assert float(free) > 0
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("text " * 20_000)
+    monkeypatch.setattr(module, "ESTIMATE_BYTES", 1)
+    usage = type(shutil.disk_usage("/"))(total=10**6, used=10**6 - 150_000, free=150_000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("the work was begun"))
+    assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"data/prepare.py: {tmp_path / 'out.partial'}: there is too little space; free some, or name another disk with "
+        "--out\n"
+    )
 
 
 # The same bytes, whatever happens.
@@ -282,10 +354,12 @@ def test_threads_do_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 7, 30, 44])
-def test_interruption_does_not_matter(tmp_path, monkeypatch, calls):
+@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
+def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
     """Interrupted again and again after so many appends, until it is done."""
     tiny_jobs(tmp_path / "in")
-    options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2}
+    write_filtered(tmp_path / "in" / "filtered")
+    options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
     expected = contents(make([tmp_path / "in"], tmp_path / "expected", **options))
     monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
     monkeypatch.setattr(module, "BATCH_PARTS", 1)
@@ -422,6 +496,19 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     )
 
 
+def test_as_a_script_it_finds_what_lies_beside_it(tmp_path):
+    """Without an installed package, from another folder."""
+    (tmp_path / "a.txt").write_text("text")
+    code = (
+        "import runpy, sys; sys.path[0] = sys.argv[1] + '/data'; runpy.run_path(sys.argv.pop(1) + '/data/prepare.py', "
+    )
+    command = [sys.executable, "-S", "-c", code + "run_name='__main__')", ROOT, "a.txt", "--tokenizer", "bytes"]
+    site = str(Path(np.__file__).parents[1])
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "a" / MANIFEST).exists()
+
+
 def test_spawn_start_method(tmp_path):
     tiny_jobs(tmp_path / "in")
     process = multiprocessing.get_context("spawn").Process(
@@ -535,9 +622,8 @@ def test_two_at_once(tmp_path):
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: there is no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: they have no text"),
-    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown or .jsonl file"),
-    ({"b.gz": b"\x1f\x8b\0"}, ["b.gz"], "source b.gz: it is no text"),
-    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8 or JSON lines"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown, .jsonl, .csv or .parquet file"),
+    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is no UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is no UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is no UTF-8 (0xbf)"),
@@ -553,7 +639,13 @@ BAD = [  # files by name, arguments, what the line says
     ({"a.txt": b"a"}, ["a.txt", "--shard-tokens", "0"], "--shard-tokens is 0; expected at least 1"),
     ({"a.txt": b"a"}, ["a.txt", "--threads", "0"], "--threads is 0; expected at least 1"),
     ({"a.txt": b"a"}, ["a.txt", "--out", "a.txt/x"], "a.txt/x.partial: Not a directory"),
+    ({"a.txt": b"a"}, ["a.txt", "--min-bytes", "-1"], "--min-bytes is -1; expected at least 0"),
     ({}, ["-", "-"], "source -: stdin is named twice"),
+    (
+        {},
+        ["-", "--drop-duplicates"],
+        "source -: filters read a document before it is taken, and stdin can be read once",
+    ),
 ]
 
 

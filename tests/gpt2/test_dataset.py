@@ -10,6 +10,7 @@ import pytest
 
 from gpt2 import dataset
 from gpt2.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, baselines, find_dataset, token_dtype
+from gpt2.tokenizer import Tokenizer
 
 
 def write_dataset(folder, splits, vocab_size=257, shard_tokens=10):
@@ -97,7 +98,7 @@ def test_id_outside_the_vocabulary_names_the_shard(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [*range(15), 257, 3]})
     data = TokenDataset.open(folder, "train")
     assert data.read(0, 15).tolist() == list(range(15))
-    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary has 257"):
+    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary has 257 \(x\)"):
         data.batch([1], 8)
 
 
@@ -166,6 +167,175 @@ def test_find_dataset(tmp_path, monkeypatch):
     assert find_dataset(elsewhere) == elsewhere
     with pytest.raises(FileNotFoundError, match=r"data/ holds also, mine\); make one with python data/prepare.py"):
         find_dataset("nine")
+
+
+# Shards of other programs.
+
+
+def llmc_header(tokens, magic=20240520, version=1):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, tokens
+    return header.tobytes()
+
+
+def nanogpt(folder, train, val):
+    for name, ids in (("train", train), ("val", val)):
+        np.asarray(ids, dtype=np.uint16).tofile(folder / f"{name}.bin")
+
+
+def build_nanogpt(folder, train, val):
+    half = len(train) // 2
+    for name, ids in (("val_000000", val), ("train_000001", train[:half]), ("train_000002", train[half:])):
+        np.save(folder / f"edufineweb_{name}.npy", np.asarray(ids, dtype=np.uint16))
+
+
+def llmc(folder, train, val):
+    half = len(train) // 2
+    for name, ids in (("val_000000", val), ("train_000001", train[:half]), ("train_000002", train[half:])):
+        (folder / f"fineweb_{name}.bin").write_bytes(llmc_header(len(ids)) + np.asarray(ids, "<u2").tobytes())
+
+
+def llmc_small(folder, train, val):
+    for name, ids in (("val", val), ("train", train)):
+        (folder / f"tiny_shakespeare_{name}.bin").write_bytes(llmc_header(len(ids)) + np.asarray(ids, "<u2").tobytes())
+
+
+KINDS = [nanogpt, build_nanogpt, llmc, llmc_small]
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_shards_of_other_programs(tmp_path, monkeypatch, write):
+    train, val = np.random.default_rng(0).integers(0, 50257, 5001), np.arange(50200, 50257)
+    folder = tmp_path / "data" / "theirs"
+    folder.mkdir(parents=True)
+    write(folder, train, val)
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset("theirs").resolve() == folder
+    with pytest.raises(FileNotFoundError, match=r"data/ holds theirs\)"):
+        find_dataset("other")
+    data = TokenDataset.open(folder, "train")
+    assert (data.tokens, data.vocab_size) == (5001, 50257)
+    assert np.array_equal(data.read(0, 5001), train)
+    assert np.array_equal(data.read(2000, 1000), train[2000:3000])
+    assert np.array_equal(TokenDataset.open(folder, "val").read(0, 57), val)
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_their_tokenizer_is_gpt2s(gpt2_files, tmp_path, write):
+    write(tmp_path, np.arange(9), np.arange(9))
+    tokenizer = TokenDataset.open(tmp_path, "train").tokenizer()
+    assert (tokenizer.name, tokenizer.end_of_text) == ("gpt2", 50256)
+
+
+def test_their_fingerprint_samples(tmp_path):
+    """Of the ids, the first, the last and some between count; the folder and the names of files do not."""
+    ids = np.random.default_rng(0).integers(0, 50257, 200_000)
+
+    def fingerprint(name, ids, write=build_nanogpt):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, ids, ids[:9])
+        return TokenDataset.open(tmp_path / name, "train").fingerprint
+
+    first = fingerprint("a", ids)
+    assert fingerprint("b", ids) == fingerprint("c", ids, llmc) == first
+    for i in (0, 99_999, 100_000, 199_999):
+        changed = ids.copy()
+        changed[i] = (changed[i] + 1) % 50257
+        assert fingerprint(f"d{i}", changed) != first
+    assert fingerprint("e", np.roll(ids, 100_000)) != first
+    assert fingerprint("f", ids[:-2]) != first
+
+
+def test_their_ids_are_checked_as_they_are_read(tmp_path):
+    nanogpt(tmp_path, [1, 2, 3, 4, 60000], [1])
+    data = TokenDataset.open(tmp_path, "train")
+    assert data.read(0, 4).tolist() == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"train.bin: it has the id 60000, but the vocabulary has 50257 \(gpt2\)"):
+        data.read(3, 2)
+
+
+def write_bytes(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def save_array(name, array):
+    return lambda folder: np.save(folder / name, array)
+
+
+THREE = np.arange(3, dtype="<u2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (write_bytes("train.bin", b"123"), "train.bin: 3 bytes; expected raw uint16 ids, two bytes each"),
+        (write_bytes("train.bin", b""), "train.bin: 0 bytes; expected raw uint16 ids"),
+        (write_bytes("x_train.bin", llmc_header(4) + THREE.tobytes()), "version 1 and 4 ids, in 1030 bytes; expected"),
+        (write_bytes("x_train.bin", llmc_header(3, version=2) + THREE.tobytes()), "version 2 and 3 ids"),
+        (write_bytes("x_train.bin", llmc_header(0)), "version 1 and 0 ids"),
+        (write_bytes("x_train.bin", llmc_header(3)[:9]), "version 0 and 0 ids, in 9 bytes"),
+        (
+            write_bytes("x_train.bin", llmc_header(3, 20240801, 7)),
+            "these are llm.c's ids for Llama 3; expected GPT-2's",
+        ),
+        (write_bytes("x_train_1.npy", b""), "x_train_1.npy: it is no .npy file, or not all of one"),
+        (write_bytes("x_train_1.npy", b"\x93NUMPY\x01\0\x0a\0{'descr': ["), "it is no .npy file, or not all of one"),
+        (write_bytes("x_train_1.npy", b"cos\nsystem\n(S'true'\ntR."), "it is no .npy file, or not all of one"),
+        (
+            save_array("x_train_1.npy", THREE.astype("<i8")),
+            "int64, shape (3,); expected a one-dimensional array of uint16",
+        ),
+        (save_array("x_train_1.npy", THREE.reshape(1, 3)), "uint16, shape (1, 3); expected a one-dimensional array"),
+        (save_array("x_train_1.npy", THREE[:0]), ".npy"),
+        (
+            lambda folder: nanogpt(folder, THREE, THREE) or (folder / "meta.pkl").write_bytes(b""),
+            "a vocabulary of their own",
+        ),
+        (
+            lambda folder: nanogpt(folder, THREE, THREE) or build_nanogpt(folder, THREE, THREE),
+            "has .npy and .bin files",
+        ),
+        (write_bytes("val.bin", THREE.tobytes()), "no file of the split train; expected train.bin, *_train_*.bin or"),
+    ],
+)
+def test_damage_to_their_files_is_named_in_one_line(tmp_path, damage, message):
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        TokenDataset.open(tmp_path, "train")
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # Python's, on what it is given to read as a header
+def test_any_damage_to_a_header_is_a_value_error_or_harmless(tmp_path):
+    rng, said = np.random.default_rng(0), set()
+    for write, name in ((build_nanogpt, "edufineweb_train_000001.npy"), (llmc_small, "tiny_shakespeare_train.bin")):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        write(folder, np.arange(100), np.arange(100))
+        whole = (folder / name).read_bytes()
+        for _ in range(400):
+            data = bytearray(whole)
+            for i in rng.integers(0, 128, rng.integers(1, 4)):
+                data[i] = rng.integers(256)
+            (folder / name).write_bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.2 else data)
+            try:
+                opened = TokenDataset.open(folder, "train")
+                assert opened.read(0, opened.tokens).max() < 50257
+            except ValueError as error:
+                said.add(str(error))
+    assert len(said) > 20
+    assert not any("\n" in line for line in said)
+
+
+def test_a_manifest_and_a_vocabulary_that_disagree(tmp_path):
+    folder = write_dataset(tmp_path / "set", {"train": [1, 2]})
+    Tokenizer.load("bytes").save(folder)
+    with pytest.raises(ValueError, match=r"manifest.json and vocabulary.json name different tokenizers"):
+        TokenDataset.open(folder, "train").tokenizer()
+    edit_manifest(folder, lambda m: m.update(tokenizer=Tokenizer.load("bytes").describe()))
+    assert TokenDataset.open(folder, "train").tokenizer().name == "bytes"
 
 
 # The order of samples.

@@ -1,10 +1,11 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tinygrad2 import Key, Tensor, no_grad, ops
+from tinygrad2 import Key, Tensor, memory, no_grad, ops
 
 SIZES = {"vocab_size": 29, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
@@ -227,3 +228,30 @@ def test_recomputing_blocks_changes_no_bit():
 def test_recompute_of_what_there_is_not():
     with pytest.raises(ValueError, match="recompute is 'all'; choose one of none, block"):
         GPT2(GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), recompute="all")
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("head_rows", [None, 64])
+def test_a_step_keeps_what_the_config_counts(recompute, head_rows):
+    """The block that is computed again takes its memory in the backward pass only; chunks of logits are not kept."""
+    config = GPT2Config(vocab_size=500, n_positions=128, n_embd=128, n_layer=6, n_head=4)
+    model = GPT2(config, recompute=recompute, head_rows=head_rows)
+    tokens, targets = np.random.default_rng(0).integers(0, 500, (2, 4, 128))
+    model.loss(tokens, targets, KEY)
+
+    def held():
+        memory.pool.trim()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    before = held()
+    loss = model.loss(tokens, targets, KEY)
+    kept = held() - before
+    tracemalloc.stop()
+    loss.backward()
+    array = 4 * 128 * 128 * 4
+    need = config.memory(4, 128, 4, recompute, head_rows)
+    expected = need["activations"] - (16 * array if recompute == "block" else 0)
+    expected += need["logits"] if head_rows is None else 0
+    assert kept == pytest.approx(expected, abs=3 * array)
+    assert need["logits"] == (64 if head_rows else 512) * 500 * 4

@@ -24,8 +24,8 @@ def refused(capsys, *argv):
 
 
 def example(f):
-    text = {"preset": "gpt2", "recipe": "paper", "dtype": "float64", "recompute": "block"}.get(f.name, "cpu")
-    return {int: "3", float: "0.25", str: text}[f.metadata["kind"]]
+    texts = {"preset": "gpt2", "recipe": "paper", "dtype": "float64", "recompute": "block", "eval": "lambada"}
+    return {int: "3", float: "0.25", str: texts.get(f.name, "cpu")}[f.metadata["kind"]]
 
 
 @pytest.mark.parametrize("f", [f for f in fields(Options) if f.type != "bool"], ids=lambda f: f.name)
@@ -82,6 +82,7 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
         (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
         (["--preset", "gpt3"], "--preset is gpt3; expected nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         (["--recipe", "best"], "--recipe is best; expected paper, modern"),
+        (["--eval", "lambada,helaswag"], "--eval is lambada,helaswag; expected hellaswag, lambada, or several: hella"),
         (["--dtype", "float16"], "--dtype is float16; expected float32, float64"),
         (["--device", "tpu"], "--device is tpu; expected auto, cpu, cuda"),
     ],

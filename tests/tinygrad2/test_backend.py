@@ -297,6 +297,11 @@ def test_numpy_arrays_need_no_way_over():
     assert fetch.ready()
     assert fetch.get() == [0.5, 2.0]
     assert place.memory() is None
+    assert place.name() == "cpu"
+
+
+def test_the_gpu_s_name_is_for_people(device):
+    assert get_backend("cuda").name() == "cuda: stand-in"
 
 
 # train.py ------------------------------------------------------------------------------------------------------------
@@ -333,7 +338,7 @@ def saved(out):
 
 
 def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, capsys):
-    monkeypatch.setattr(train, "show_sample", lambda *arguments: None)
+    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
     options = ["--dropout", "0.1", "--total-batch-size", "32", "--save-interval", "2"]
     run("host", "cpu", 4, *options)
     run("device", "cuda", 4, *options)
@@ -351,7 +356,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
 
 
 def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, monkeypatch):
-    monkeypatch.setattr(train, "show_sample", lambda *arguments: None)
+    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
     order, syncs = [], set()
     fetch, get = CudaBackend.fetch, backend.CudaFetch.get
 
@@ -368,7 +373,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
 
 
 def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
-    monkeypatch.setattr(train, "show_sample", lambda *arguments: None)
+    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
     right, calls = kernels.lm_head_forward, []
 

@@ -94,11 +94,12 @@ def test_several_threads(pool):
 
 
 def test_a_training_step_allocates_nothing_large_once_the_pool_is_filled():
-    cpu = pytest.importorskip("tinygrad2.kernels.cpu")
     from gpt2 import GPT2, GPT2Config
     from tinygrad2 import Key, optim
+    from tinygrad2.backend import get_backend
 
-    assert cpu
+    if get_backend("cpu").kernels.gelu_forward.__module__ != "tinygrad2.kernels.cpu":
+        pytest.skip("the reference computes, which takes its memory from NumPy")
     config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=64, n_layer=2, n_head=2)
     x, y = np.random.default_rng(0).integers(0, 3000, (2, 4, 128))
     for options in ({}, {"recompute": "block"}, {"head_rows": 200}):

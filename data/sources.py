@@ -1,0 +1,576 @@
+"""Where text comes from: files, named data sets, the documentation inside Python, stdin. A source yields documents.
+
+File formats go by the name: .jsonl and .ndjson (one JSON object a line), .csv (with a header), .parquet, and any other
+as one document of plain text; each but .parquet also compressed as .gz or .zst. Only `pydoc`, text and .gz need nothing
+but Python: .zst and .parquet are read by pyarrow, and the sets on the hub by huggingface_hub (the extra "data").
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BOM = b"\xef\xbb\xbf"
+LINE_BYTES = 256 << 20  # a line of JSON or CSV is read whole, so it has a limit
+SAMPLE_BYTES = 1 << 20  # of a compressed file, from which its whole size is estimated
+ROWS = 64  # of a Parquet file at a time
+HUB_BLOCK_BYTES = 16 << 20  # the least that is asked of the hub at once
+JSON_LINES, CSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".parquet", (".gz", ".zst")
+NOT_TEXT = (".json", ".tiktoken")  # nor is a file with a zero byte near its beginning
+STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, in UTF-8.
+
+    after  the position in its source of what follows it.
+    name   what an error calls it.
+    open   opens the text for reading from its beginning; works again and again, but for stdin.
+    url    where it was found, where the source knows.
+    """
+
+    after: int
+    name: str
+    open: Callable[[], BinaryIO]
+    url: str = ""
+
+
+# Files. `documents(start)` yields the documents from the position `start` on.
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file, one document; position 0 is the document and 1 the end."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def size(self) -> int | None:
+        """Bytes of the file, where that is known."""
+        return self.path.stat().st_size
+
+    def text_size(self) -> int | None:
+        """Bytes of its text, about, where that is known."""
+        size = self.path.stat().st_size
+        if self.path.suffix.lower() not in COMPRESSED:
+            return size
+        with explained(self, OSError), self.path.open("rb") as raw:
+            stream = _decompressed(raw, self.path)
+            return len(stream.read(SAMPLE_BYTES)) * size // max(1, raw.tell())
+
+    def identity(self) -> list[Any]:
+        return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        if start == 0:
+            yield Document(1, str(self), lambda: opened(self.path))
+
+
+@dataclass(frozen=True)
+class JsonLines(TextFile):
+    """One line, one document: a JSON object's string under `key`. A position is a byte offset in what is unpacked."""
+
+    key: str
+
+    def identity(self) -> list[Any]:
+        return [*super().identity(), self.key]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        with opened(self.path) as stream:
+            skip(stream, start)
+            for line in _lines(stream, start, str(self)):
+                begin, start = start, start + len(line)
+                if line.strip(BOM + b" \t\r\n"):
+                    text, url = self._parse(line, begin)
+                    yield Document(start, str(self), partial(io.BytesIO, text), url)
+
+    def _parse(self, line: bytes, begin: int) -> tuple[bytes, str]:
+        try:
+            value = json.loads(line.removeprefix(BOM))
+            text = value[self.key]
+            if not isinstance(text, str):
+                raise TypeError(f"{self.key!r} is of type {type(text).__name__}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{self.path}: line {_line_number(self.path, begin)}: expected a JSON object with a string under "
+                f"{self.key!r} (--text-key), got {line[:40]!r} ({reason})"
+            ) from None
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates: U+FFFD
+        return whole.encode(), str(value.get("url", ""))
+
+
+@dataclass(frozen=True)
+class Csv(TextFile):
+    """One record, one document: the field under the header `column`. Commas, and quotes doubled within quotes (RFC
+    4180). A position is a byte offset in what is unpacked, 0 the header."""
+
+    column: str
+
+    def identity(self) -> list[Any]:
+        return [*super().identity(), self.column]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        csv.field_size_limit(LINE_BYTES)
+        with opened(self.path) as stream:
+            header, begin = next(self._records(stream, 0), ([], 0))
+            if self.column not in header:
+                raise ValueError(_no_column(self, self.column, header))
+            text, url = header.index(self.column), header.index("url") if "url" in header else None
+            skip(stream, start - begin)
+            for record, after in self._records(stream, max(begin, start)):
+                if len(record) != len(header):
+                    raise self._no_csv(after, f"{len(record)} fields, where the header has {len(header)}")
+                where = "" if url is None else record[url]
+                yield Document(after, str(self), partial(io.BytesIO, record[text].encode()), where)
+
+    def _records(self, stream: BinaryIO, offset: int) -> Iterator[tuple[list[str], int]]:
+        """The records that are not empty, from byte `offset` on, where the stream stands; and the offset after each."""
+
+        def lines() -> Iterator[str]:
+            nonlocal offset
+            for line in _lines(stream, offset, str(self)):
+                begin, offset = offset, offset + len(line)
+                yield decoded(line, begin, str(self)).removeprefix("" if begin else "\ufeff")
+
+        try:
+            for record in csv.reader(lines(), strict=True):
+                if record:
+                    yield record, offset
+        except csv.Error as error:
+            raise self._no_csv(offset, str(error)) from None
+
+    def _no_csv(self, offset: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: line {_line_number(self.path, offset - 1)}: it is no CSV ({reason}); expected fields "
+            f"between commas, as many as in the header, in quotes where they have commas, quotes or line ends"
+        )
+
+
+@dataclass(frozen=True)
+class Parquet(TextFile):
+    """One row, one document: the string in `column`, where it is not null. A position is the number of rows before."""
+
+    column: str
+
+    def identity(self) -> list[Any]:
+        return [*super().identity(), self.column]
+
+    def text_size(self) -> int | None:
+        with explained(self, OSError), self._open() as file:
+            return sum(file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups))  # all columns
+
+    def documents(self, start: int) -> Iterator[Document]:
+        arrow = require("pyarrow", self)
+        with explained(self, arrow.ArrowException, UnicodeDecodeError), self._open() as file:
+            columns = [name for name in (self.column, "url") if name in file.schema_arrow.names]
+            row = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= start:
+                    row += rows
+                    continue
+                for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
+                    texts = batch.column(self.column).cast(arrow.large_binary()).to_pylist()
+                    urls = batch.column("url").to_pylist() if "url" in columns else [""] * len(texts)
+                    for text, url in zip(texts, urls, strict=True):
+                        row += 1
+                        if row > start and text is not None:
+                            yield Document(row, f"{self}: row {row}", partial(io.BytesIO, text), str(url))
+
+    def _file(self) -> Any:
+        return self.path
+
+    def _open(self) -> Any:
+        """The file, its column checked. It reads a column in pieces, however long a row group is."""
+        arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
+        with explained(self, arrow.ArrowException, UnicodeDecodeError):
+            file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
+            names = file.schema_arrow.names
+        if self.column not in names:
+            raise ValueError(_no_column(self, self.column, names))
+        kind = file.schema_arrow.field(self.column).type
+        if not (types.is_string(kind) or types.is_large_string(kind)):
+            raise ValueError(f"{self}: the column {self.column!r} has the type {kind}; expected string (--text-column)")
+        return file
+
+
+@dataclass(frozen=True)
+class HubParquet(Parquet):
+    """A Parquet file in a data set on the Hugging Face hub, at one revision. What is needed of it is streamed and not
+    kept, so that an interruption loses no more of the download than of the work. HF_ENDPOINT names another hub."""
+
+    repo: str
+    revision: str
+    about: int  # bytes of text
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}/{self.path.as_posix()}"
+
+    def size(self) -> None:
+        """Not asked for."""
+
+    def text_size(self) -> int:
+        return self.about
+
+    def identity(self) -> list[Any]:
+        return [str(self), self.column]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        errors = require("huggingface_hub.errors", self)
+        try:
+            yield from super().documents(start)
+        except (errors.HTTPError, OSError) as error:
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else _first_line(error)
+            raise ValueError(
+                f"{self}: it cannot be read from the hub ({reason}); the same command goes on when it can"
+            ) from None
+
+    def _file(self) -> Any:
+        hub = require("huggingface_hub", self).HfFileSystem()
+        return hub.open(f"datasets/{self}", "rb", block_size=HUB_BLOCK_BYTES)
+
+
+# Other sources.
+
+
+@dataclass(frozen=True)
+class Stdin:
+    """All of stdin, one document. It cannot be read again, so there is no going on after an interruption."""
+
+    def __str__(self) -> str:
+        return "-"
+
+    def size(self) -> None:
+        """Unknown."""
+
+    def text_size(self) -> None:
+        """Unknown."""
+
+    def identity(self) -> list[Any]:
+        return ["-"]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        if start == 0:
+            if sys.stdin is None:
+                raise ValueError("-: stdin is closed; pipe the text in, or name a file")
+            yield Document(1, "-", lambda: sys.stdin.buffer)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that fit into memory: made, or downloaded, when they are first needed. A position is the number of
+    documents before it."""
+
+    name: str
+    make: Callable[[], list[str]]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def texts(self) -> list[bytes]:
+        return [text.encode() for text in self.make()]
+
+    def size(self) -> int:
+        return sum(map(len, self.texts))
+
+    text_size = size
+
+    def identity(self) -> list[Any]:
+        return [self.name, hashlib.sha256(b"\0".join(self.texts)).hexdigest()]
+
+    def documents(self, start: int) -> Iterator[Document]:
+        for i, text in enumerate(self.texts[start:], start + 1):
+            yield Document(i, self.name, partial(io.BytesIO, text))
+
+
+Source = TextFile | Stdin | Texts
+
+
+def pydoc_corpus(say: Callable[[str], None] = print) -> list[str]:
+    """The language reference's topics, and the docstrings of each module of the standard library: about 2 MB.
+
+    One document per topic and per module. Modules are parsed, never imported; what is said twice is kept once.
+    """
+    documents = []
+    try:
+        from pydoc_data.topics import topics
+
+        documents += [topics[name].strip() + "\n" for name in sorted(topics)]
+    except ImportError:
+        say("pydoc: this Python has no pydoc_data.topics; taking the docstrings only")
+    seen: set[str] = set()
+    for file in sorted(_stdlib_files(Path(sysconfig.get_paths()["stdlib"]))):
+        docstrings = dict.fromkeys(text for text in _docstrings(file) if text not in seen)
+        seen.update(docstrings)
+        if docstrings:
+            documents.append("\n\n".join(docstrings) + "\n")
+    return list(dict.fromkeys(documents))
+
+
+def _stdlib_files(stdlib: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(stdlib):
+        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
+        yield from (Path(folder) / name for name in files if name.endswith(".py"))
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, in the order of the file."""
+    try:
+        with tokenize.open(file) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's code
+            tree = ast.parse(stream.read())
+    except (SyntaxError, UnicodeDecodeError):  # files kept for other versions of Python
+        return
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = (ast.get_docstring(node) or "").strip()
+            if text:
+                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
+        todo += [child for child in reversed(list(ast.iter_child_nodes(node))) if isinstance(child, ast.stmt)]
+
+
+# Named data sets.
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A published data set: Parquet files with a column "text", at a revision that does not change.
+
+    download      bytes of the files, about.
+    text          bytes of the text in them, about.
+    val_fraction  share for validation, as the programs that made the set known among GPT-2's reproducers take it.
+    """
+
+    repo: str
+    revision: str
+    files: tuple[str, ...]
+    download: int
+    text: int
+    val_fraction: float
+
+    def sources(self) -> list[Source]:
+        each = self.text // len(self.files)
+        return [HubParquet(Path(name), "text", self.repo, self.revision, each) for name in self.files]
+
+
+HUB_SETS = {
+    # 8,013,769 documents, 9.04e9 of GPT-2's tokens (nanoGPT, data/openwebtext), which takes 0.0005 for validation.
+    "openwebtext": HubSet(
+        "Skylion007/openwebtext",
+        "b4325f019c648b1641a1784748667e8b74e5e064",
+        tuple(f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)),
+        24_300_000_000,
+        39_800_000_000,
+        0.0005,
+    ),
+    # 9,672,101 documents, 9.95e9 of GPT-2's tokens; build-nanogpt and llm.c take one of a hundred shards.
+    "fineweb-edu": HubSet(
+        "HuggingFaceFW/fineweb-edu",
+        "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        tuple(f"sample/10BT/{i:03d}_00000.parquet" for i in range(14)),
+        28_518_193_415,
+        46_000_000_000,
+        0.01,
+    ),
+}
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/"
+    "data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+VAL_FRACTIONS = {name: hub_set.val_fraction for name, hub_set in HUB_SETS.items()} | {"shakespeare": 0.1}
+NAMES = ("pydoc", "shakespeare", *HUB_SETS)
+
+
+def shakespeare() -> list[str]:
+    """Karpathy's "tiny Shakespeare": 1,115,394 bytes, downloaded."""
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as response:
+            data = response.read(16 << 20)
+    except (OSError, HTTPException) as error:
+        raise ValueError(
+            f"shakespeare: {SHAKESPEARE_URL} cannot be read ({_first_line(error)}); connect and try again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"shakespeare: {SHAKESPEARE_URL} gave {len(data)} bytes that are not the text; try again")
+    return [data.decode()]
+
+
+# Finding them.
+
+
+def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]) -> list[Source]:
+    """The sources that the command line names, folders replaced by the files in them (sorted, hidden ones left out)."""
+    sources: list[Source] = []
+    for name in names:
+        path = Path(name)
+        if name == "pydoc":
+            sources.append(Texts(name, lambda: pydoc_corpus(say)))
+        elif name == "shakespeare":
+            sources.append(Texts(name, shakespeare))
+        elif name in HUB_SETS:
+            sources += HUB_SETS[name].sources()
+        elif name == "-":
+            if "-" in map(str, sources):
+                raise ValueError("source -: stdin is named twice; it can be read once")
+            sources.append(Stdin())
+        elif path.is_dir():
+            found, skipped = _files_in(path)
+            if not found:
+                raise ValueError(f"source {path}: the folder has no text, Markdown, .jsonl, .csv or .parquet file")
+            if skipped:
+                some = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+                say(f"{path}: skipped {len(skipped)} files that are no text: {some}")
+            sources += [_file_source(file, text_key) for file in found]
+        elif not path.exists():
+            raise FileNotFoundError(
+                f"source {name}: there is no such file or folder (nor is it '-' or one of {', '.join(NAMES)})"
+            )
+        elif not path.is_file():
+            raise ValueError(f"source {name}: it is no regular file; pipe it into stdin and name '-'")
+        elif not _is_readable(path):
+            raise ValueError(
+                f"source {name}: it is no text; expected text in UTF-8, JSON lines (.jsonl), .csv or .parquet"
+            )
+        else:
+            sources.append(_file_source(path, text_key))
+    return sources
+
+
+def _file_source(path: Path, text_key: str) -> TextFile:
+    suffix = unpacked_name(path).suffix.lower()
+    if suffix in JSON_LINES:
+        return JsonLines(path, text_key)
+    return Csv(path, text_key) if suffix == CSV else Parquet(path, text_key) if suffix == PARQUET else TextFile(path)
+
+
+def unpacked_name(path: Path) -> Path:
+    """The path without the ending of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
+def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
+    found, skipped = [], []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent) / name for name in files if not name.startswith(".")):
+            if not path.is_file() or not _is_readable(path):
+                skipped.append(str(path.relative_to(folder)))
+            else:
+                found.append(path)
+    return sorted(found), sorted(skipped)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the file is one of ours: Parquet by its name, any other by its first bytes."""
+    suffix = unpacked_name(path).suffix.lower()
+    if suffix == PARQUET:
+        return suffix == path.suffix.lower()
+    with explained(path, OSError), opened(path) as stream:
+        return suffix not in NOT_TEXT and b"\0" not in stream.read(4096)
+
+
+# Reading.
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file, unpacked where it is compressed."""
+    return _decompressed(path, path) if path.suffix.lower() in COMPRESSED else path.open("rb")
+
+
+def _decompressed(file: Path | BinaryIO, path: Path) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    return io.BufferedReader(require("pyarrow", path).input_stream(file, compression="zstd"))
+
+
+def skip(stream: BinaryIO, count: int) -> None:
+    """Go on by so many bytes, also where the stream cannot seek."""
+    if count > 0 and stream.seekable():
+        stream.seek(count, os.SEEK_CUR)
+        return
+    while count > 0 and (block := stream.read(min(count, 1 << 20))):
+        count -= len(block)
+
+
+@contextmanager
+def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Says whose bytes are not what its name promises, where unpacking, or what raises `kinds`, finds that out."""
+    try:
+        yield
+    except (EOFError, zlib.error) + kinds as error:  # noqa: RUF005 (mypy)
+        if isinstance(error, OSError) and error.strerror:
+            raise  # the operating system's: it names the file
+        raise ValueError(f"{source}: the file is damaged or truncated ({_first_line(error)}); get it anew") from None
+
+
+def require(module: str, source: object) -> Any:
+    """An optional library. Raises ValueError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        library = module.split(".")[0]
+        raise ValueError(f'{source}: reading it needs {library}; install it with pip install -e ".[data]"') from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _no_column(source: object, column: str, names: Sequence[str]) -> str:
+    return f"{source}: there is no column {column!r} (--text-column); it has {', '.join(map(repr, names)) or 'none'}"
+
+
+def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
+    """The lines from here on, which is byte `offset`."""
+    while line := stream.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise ValueError(f"{name}: byte {offset}: the line is longer than {LINE_BYTES >> 20} MiB; split it")
+        yield line
+        offset += len(line)
+
+
+def decoded(data: bytes, offset: int, name: str) -> str:
+    """The text of what stands at byte `offset`. Raises ValueError that names the byte that does not belong there."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: byte {offset + error.start} is no UTF-8 (0x{data[error.start]:02x}); expected text in UTF-8, "
+            f"convert it, for example with iconv"
+        ) from None
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """The number of the line that byte `offset` is in."""
+    with opened(path) as stream:
+        left, number = offset, 1
+        while left and (block := stream.read(min(1 << 20, left))):
+            left, number = left - len(block), number + block.count(b"\n")
+        return number

@@ -1,0 +1,207 @@
+"""The model beside PyTorch's: every step of one forward and backward pass, and greedy text, by the same names.
+
+A result is an array by name, in the order of computation:
+
+    tokens             (B, T + 1) ids: the first T are read, the last T predicted
+    activation.NAME    the residual stream (B, T, C): `embedding`, then for each layer `h.0.attn` and `h.0.mlp`, after
+                       its parts were added; last `ln_f`, the stream normalised
+    logits, loss       (B, T, V), and the mean cross-entropy
+    gradient.NAME      of each parameter, in the order in which the backward pass finishes them
+    text               ids that are written after half a row of tokens, the likeliest one each time
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2.config import GPT2Config
+from gpt2.model import GPT2
+from tinygrad2 import no_grad, ops
+
+BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens each, tokens written; fewer where the context is shorter
+
+# The largest error that rounding explains, by dtype. Activations, logits and the loss: relative to the largest value.
+# Gradients: |a - b| / |b| over the whole tensor. Element by element the figure would be meaningless where the true
+# gradient is zero: what is added to every key shifts a row of scores as a whole, so its gradient is rounding noise.
+BOUNDS = {
+    "float32": {"activation": 2e-5, "logits": 2e-5, "loss": 1e-5, "gradient": 1e-4},
+    "float64": {"activation": 1e-12, "logits": 1e-12, "loss": 1e-12, "gradient": 1e-11},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one result is from the reference: its largest error, and the one that has a bound (see BOUNDS)."""
+
+    name: str
+    largest: float
+    relative: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.relative <= self.bound  # what is not a number is not
+
+
+def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str = "float32") -> GPT2:
+    """A model whose every part matters: random gains and biases, matrices that keep activations at their size, and
+    queries and keys so large that attention is far from uniform.
+
+    The weights are uniform numbers, scaled: a machine with another logarithm makes the same bits.
+    """
+    model = GPT2(config, seed=None, device=device, dtype=dtype)
+    random = np.random.default_rng(seed)
+    for name, parameter in model.named_parameters():
+        values = (2 * random.random(parameter.shape) - 1) * math.sqrt(3)  # of variance 1
+        if parameter.ndim == 1:
+            scale, shift = 0.2, 1.0 if ".weight" in name else 0.0
+        elif name in ("wte.weight", "wpe.weight"):
+            scale, shift = 2 / math.sqrt(config.n_embd), 0.0
+        else:
+            scale, shift = (2.2 if "c_attn" in name else 1.0) / math.sqrt(parameter.shape[0]), 0.0
+        parameter.data = model.backend.asarray(scale * values + shift, dtype=model.dtype)
+    return model
+
+
+def random_tokens(config: GPT2Config, seed: int) -> np.ndarray:
+    """Ids (B, T + 1)."""
+    shape = (BATCH, min(LENGTH, config.n_positions) + 1)
+    return np.random.default_rng(seed).integers(config.vocab_size, size=shape)
+
+
+def _prompt(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, int]:
+    """The ids to go on from, and how many to write: the last one written need not be read."""
+    prompt = tokens[0, : max(1, (tokens.shape[1] - 1) // 2)]
+    return prompt, min(NEW, n_positions - len(prompt) + 1)
+
+
+def fingerprint(model: GPT2) -> str:
+    """SHA-256 (hex) of the parameters' bytes."""
+    sha = hashlib.sha256()
+    for parameter in model.parameters():
+        sha.update(np.ascontiguousarray(parameter.numpy()).data)
+    return sha.hexdigest()
+
+
+def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What this engine computes inside: the model's own blocks, one after the other as `features` calls them."""
+    with no_grad():
+        x = ops.embedding(tokens, model.wte.weight, model.wpe.weight)
+        found, delta = {"embedding": x.numpy()}, None
+        for layer, block in enumerate(model.h):
+            x, delta = block(x, delta, None, 0, None)
+            found[f"h.{layer}.attn"] = x.numpy()
+            found[f"h.{layer}.mlp"] = (x + delta).numpy()
+        return {**found, "ln_f": model.features(tokens).numpy()}
+
+
+def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Row], bool]:
+    """A row for each result but the text, in the order of computation, and whether the text is the same.
+
+    expected  gives what `torch_results` found for the same weights, by name.
+    Raises ValueError where its shapes are not the model's.
+    """
+    bounds = BOUNDS[model.dtype]
+    rows = []
+
+    def add(name: str, ours: np.ndarray) -> None:
+        theirs = expected(name)
+        if theirs.shape != ours.shape:
+            raise ValueError(f"the reference has {name} of shape {theirs.shape}; this model computes {ours.shape}")
+        kind = name.split(".")[0]
+        norm = np.linalg.norm if kind == "gradient" else _largest
+        theirs = theirs.astype(np.float64).reshape(-1)
+        error = ours.reshape(-1) - theirs
+        rows.append(Row(name, _largest(error), float(norm(error) / (norm(theirs) or 1)), bounds[kind]))
+
+    tokens = expected("tokens")
+    read, predicted = tokens[:, :-1], tokens[:, 1:]
+    for name, values in engine_activations(model, read).items():
+        add(f"activation.{name}", values)
+    with no_grad():
+        add("logits", model(read).numpy())
+    model.zero_grad()
+    loss = model.loss(read, predicted)
+    loss.backward()
+    add("loss", loss.numpy())
+    for name, parameter in reversed(list(model.named_parameters())):
+        add(f"gradient.{name}", model.backend.to_host(parameter.grad))
+    prompt, new = _prompt(tokens, model.config.n_positions)
+    return rows, model.generate(prompt.tolist(), new, temperature=0) == [expected("text").tolist()]
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max())
+
+
+def torch_model(source: str | Path) -> Any:
+    """transformers' model from a folder or by its name. Raises ValueError where that cannot be, in one line."""
+    try:
+        import torch  # noqa: F401  (transformers can be imported without it)
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f'{error.name} is not installed: pip install -e ".[parity]", or compare --against FILE, which '
+            f"--record FILE writes on a machine that has it"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.GPT2LMHeadModel.from_pretrained(str(source), attn_implementation="eager").eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"transformers cannot load {source}: {str(error).strip().splitlines()[0]}") from None
+
+
+def torch_versions() -> str:
+    """What computes the reference."""
+    import torch
+    import transformers
+
+    return f"transformers {transformers.__version__} on torch {torch.__version__}"
+
+
+def torch_results(model: Any, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """The reference: what a model of transformers computes in `dtype`, on the CPU."""
+    import torch
+
+    model = model.to(getattr(torch, dtype))
+    found: dict[str, np.ndarray] = {"tokens": tokens}
+
+    def keep(name: str, tensor: Any) -> None:
+        found[f"activation.{name}"] = tensor.detach().numpy().copy()
+
+    def keep_input(layernorm: Any, name: str) -> Any:
+        return layernorm.register_forward_pre_hook(lambda _, inputs: keep(name, inputs[0]))
+
+    body = model.transformer  # the residual stream is what its LayerNorms read
+    before = ["embedding", *(f"h.{layer}.mlp" for layer in range(len(body.h)))]
+    hooks = [keep_input(block.ln_1, name) for block, name in zip(body.h, before[:-1], strict=True)]
+    hooks += [keep_input(block.ln_2, f"h.{layer}.attn") for layer, block in enumerate(body.h)]
+    hooks += [keep_input(body.ln_f, before[-1])]
+    hooks += [body.ln_f.register_forward_hook(lambda _, inputs, output: keep("ln_f", output))]
+    ids = torch.from_numpy(tokens)
+    logits = model(ids[:, :-1], use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    model.zero_grad()
+    loss.backward()
+    found["logits"], found["loss"] = logits.detach().numpy(), loss.detach().numpy()
+    for name, parameter in model.named_parameters():
+        found[f"gradient.{name.removeprefix('transformer.')}"] = parameter.grad.numpy()
+
+    prompt, new = _prompt(tokens, model.config.n_positions)
+    unread, past, text = torch.from_numpy(prompt)[None], None, []
+    with torch.no_grad():
+        for _ in range(new):
+            output = model(unread, past_key_values=past, use_cache=True)
+            past, unread = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            text.append(unread.item())
+    return {**found, "text": np.array(text)}

@@ -1,0 +1,681 @@
+"""A run that one can look at: out/report.html, one file without a service, a network or a library.
+
+`python -m gpt2.report OUT` writes the page of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A curve
+is drawn from at most BUCKETS points, each the mean of what lies in its part of the axis; the table below a chart holds
+the same values, and is what the pointer reads. Every text is escaped, and a Content-Security-Policy with the hashes of
+this file's own style and script forbids everything else: whatever a sample holds, it is shown and never executed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from gpt2.options import Parser, flag
+from gpt2.run import LOG, SAMPLES, STARTS, read_log
+
+REPORT, COMPARISON = "report.html", "comparison.html"
+BUCKETS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
+SAMPLES_SHOWN = 20
+COLOURS = 8  # those of the style sheet; further curves repeat them dashed
+SHARE = 0.01  # of a run's time that writing its report may take
+
+LABELS = {
+    "loss": "Training loss, nats per token",
+    "val_loss": "Validation loss, nats per token",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_s": "Tokens per second",
+}
+NOT_DRAWN = ("step", "seconds", "tokens")  # what else stands in every row of the log
+
+
+@dataclass
+class Run:
+    """What a run left in its folder: the rows of its log, its samples, and how it was started, each time."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+
+    @staticmethod
+    def load(out: Path) -> Run:
+        """Raises FileNotFoundError where the folder is not that of a run."""
+        if not (out / LOG).is_file():
+            raise FileNotFoundError(f"{out}: it has no {LOG}; expected the out-dir of a run of train.py")
+        return Run(str(out), *(read_log(out / name) for name in (LOG, SAMPLES, STARTS)))
+
+    def started(self, part: str) -> dict[str, Any]:
+        """A part of what was noted at the last start: given, options, model, data, machine."""
+        value = self.starts[-1].get(part) if self.starts else None
+        return value if isinstance(value, dict) else {}
+
+    def values(self, key: str, x: str = "step") -> list[tuple[float, float]]:
+        """(x, value) of every row that has both as finite numbers."""
+        pairs = ((row.get(x), row.get(key)) for row in self.rows)
+        return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
+
+    def others(self) -> list[str]:
+        """What the log has numbers of besides the losses: what every run has, then the rest by name."""
+        found = {key for row in self.rows for key, value in row.items() if is_number(value)}
+        found -= {"loss", "val_loss", *NOT_DRAWN}
+        return [*(key for key in LABELS if key in found), *sorted(found - LABELS.keys())]
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    def best(self) -> tuple[float, float] | None:
+        """The (step, loss) of the lowest validation loss."""
+        return min(self.values("val_loss"), key=lambda point: point[1], default=None)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a log can be drawn: finite, and not so large that an axis overflows."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and axes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """For reading: 12,000, 1.557, 3.00e-04."""
+    if value == int(value):
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def short(value: float) -> str:
+    """For an axis: 12k, 1.5M, 0.003, 3e-4."""
+    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{sign}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.6g}"
+
+
+def ticks(low: float, high: float, log: bool = False) -> list[float]:
+    """Three to eight round numbers between two; on a logarithmic axis powers of ten, if there are enough."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for mantissas in ((1,), (1, 2, 5), tuple(range(1, 10))):
+            found = [m * 10.0**e for e in decades for m in mantissas if low <= m * 10.0**e <= high]
+            if len(found) >= 3:
+                return found[:: -(-len(found) // 7)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    for each in (5 * power, 2 * power, power, power / 2, power / 5):
+        first, last = math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9)
+        if last - first >= 2:
+            break
+    return [i * each for i in range(first, last + 1)]
+
+
+@dataclass
+class Axis:
+    """Values from low to high as fractions 0 ... 1, evenly or by their logarithm."""
+
+    low: float
+    high: float
+    log: bool
+
+    @staticmethod
+    def over(values: Iterable[float], log: bool = False, from_zero: bool = False, margin: float = 0.0) -> Axis:
+        """The axis that shows all values. One where not all are positive is not logarithmic."""
+        low, high = min(values := list(values)), max(values)
+        log = log and low > 1e-100
+        if from_zero and low > 0 and not log:
+            low = 0.0
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        elif log:
+            low, high = low / (high / low) ** margin, high * (high / low) ** margin
+        else:
+            low, high = (low if from_zero else low - margin * (high - low)), high + margin * (high - low)
+        return Axis(low, high, log)
+
+    def at(self, value: float) -> float:
+        """Where a value lies, the lowest at 0 and the highest at 1."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A chart
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Curve:
+    """A named curve: its points, its colour, and whether the spread of a bucket is shown behind its mean."""
+
+    name: str
+    points: list[tuple[float, float]]
+    colour: int = 0
+    spread: bool = False
+
+
+@dataclass
+class Bucket:
+    """Points of a curve that fall into the same part of the axis."""
+
+    xs: list[float]
+    ys: list[float]
+
+    @property
+    def x(self) -> float:
+        return sum(self.xs) / len(self.xs)
+
+    @property
+    def y(self) -> float:
+        return sum(self.ys) / len(self.ys)
+
+
+def bucketed(points: list[tuple[float, float]], axis: Axis) -> dict[int, Bucket]:
+    """The points by the part of the axis that they fall into, from left to right."""
+    buckets: dict[int, Bucket] = {}
+    for x, y in sorted(points):
+        bucket = buckets.setdefault(min(int(axis.at(x) * BUCKETS), BUCKETS - 1), Bucket([], []))
+        bucket.xs.append(x)
+        bucket.ys.append(y)
+    return buckets
+
+
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    over: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    from_zero: bool = False,
+    kind: str = "",
+) -> str:
+    """A figure: title, key, the values under the pointer, the drawing, and a table of what is drawn.
+
+    The drawing stretches with the page: the curves lie in a box of 1000 x 1000 units that is stretched without their
+    lines getting thicker, and the labels are placed by percentages, so that they keep their size.
+    """
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    x_axis = Axis.over([x for curve in curves for x, _ in curve.points], log_x)
+    drawn = [bucketed(curve.points, x_axis) for curve in curves]
+    pairs = [(curve, bucket) for curve, buckets in zip(curves, drawn, strict=True) for bucket in buckets.values()]
+    heights = [y for curve, bucket in pairs for y in (bucket.ys if curve.spread else [bucket.y])]
+    y_axis = Axis.over(heights, log_y, from_zero, margin=0.04)
+
+    def point(x: float, y: float) -> str:
+        return f"{1000 * x_axis.at(x):.1f} {1000 - 1000 * y_axis.at(y):.1f}"
+
+    paths = []
+    for curve, buckets in zip(curves, drawn, strict=True):
+        line = [point(b.x, b.y) for b in buckets.values()]
+        if curve.spread:
+            above = [point(b.x, max(b.ys)) for b in buckets.values()]
+            below = [point(b.x, min(b.ys)) for b in buckets.values()]
+            paths.append(f'<path class="spread {colour(curve.colour)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
+        paths.append(f'<path class="line {colour(curve.colour)}" d="M{" ".join(line)}"/>')
+        if len(line) <= DOTS:
+            paths.append(f'<path class="dots {colour(curve.colour)}" d="{"".join(f"M{place}h0" for place in line)}"/>')
+
+    grid = []
+    for value in ticks(y_axis.low, y_axis.high, y_axis.log):
+        y = f"{100 - 100 * y_axis.at(value):.2f}%"
+        grid.append(f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>')
+        grid.append(f'<text class="y" x="-8" y="{y}" dy=".32em">{short(value)}</text>')
+    for value in ticks(x_axis.low, x_axis.high, x_axis.log):
+        grid.append(f'<text class="x" x="{100 * x_axis.at(value):.2f}%" y="100%" dy="1.6em">{short(value)}</text>')
+
+    rows = []
+    for index in sorted({index for buckets in drawn for index in buckets}):
+        here = [buckets.get(index) for buckets in drawn]
+        xs = [x for bucket in here if bucket for x in bucket.xs]
+        where = number(min(xs)) + (f" to {number(max(xs))}" if max(xs) > min(xs) else "")
+        cells = [number(bucket.y) if bucket else "" for bucket in here]
+        rows.append((f'data-x="{x_axis.at(sum(xs) / len(xs)):.4f}"', [where, *cells]))
+
+    names = [escape(curve.name) for curve in curves]
+    values = [f"{curve.name} {number(curve.points[0][1])} to {number(curve.points[-1][1])}" for curve in curves]
+    said = f"{title}: {'; '.join(values)}"
+    key = "".join(f'<span class="{colour(curve.colour)}">{escape(curve.name)}</span>' for curve in curves)
+    return (
+        f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3>'
+        + (f'<p class="key">{key}</p>' if kind else "")
+        + '</figcaption><div class="frame">'
+        f'<svg class="plot" role="img" aria-label="{escape(said)}">'
+        f'<rect class="ground" width="100%" height="100%"/><g class="grid">{"".join(grid)}</g>'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(paths)}</svg>'
+        f'<line class="cross" x1="-1%" x2="-1%" y1="0" y2="100%"/></svg></div><p class="over">'
+        f'<span class="readout" aria-hidden="true"></span><span>{escape(over)}</span></p>'
+        f"<details><summary>Table</summary>{table([escape(over), *names], rows)}</details></figure>"
+    )
+
+
+def colour(i: int) -> str:
+    """The classes of the i-th curve."""
+    return f"c{i % COLOURS}" + " dashed" * (i >= COLOURS)
+
+
+def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A table in a box that scrolls: heads, and for each row its attributes and its cells, the first of them its head.
+    All are markup already."""
+    top = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    body = (
+        f'<tr {attributes}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for attributes, (name, *cells) in rows
+    )
+    top = f"<thead><tr>{top}</tr></thead>" if top else ""
+    return f'<div class="scroll" tabindex="0"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the pages consist of
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report_page(run: Run) -> str:
+    """The page of one run."""
+    total = run.started("options").get("max_iters")
+    steps, bar = f"{run.step:,} steps", ""
+    if is_number(total) and total > 0:
+        steps = f"{run.step:,} of {total:,} steps"
+        bar = f'<progress max="{total}" value="{run.step}">{steps}</progress>'
+    training = Curve("training", run.values("loss"), spread=True)
+    loss = [training, Curve("validation", run.values("val_loss"), colour=1)]
+    title = "Loss, nats per token"
+    linear = chart(title, loss, "step", kind="wide linear")
+    logarithmic = chart(title, loss, "step", log_x=True, log_y=True, kind="wide logarithmic")
+    switch = '<label class="switch"><input type="checkbox"> logarithmic axes</label>'
+    others = boxes("charts", (chart_of(key, [run]) for key in run.others()))
+    body = (
+        f"<header><p>Training run</p><h1>{escape(run.name)}</h1><p>{steps}</p>{bar}</header>",
+        f'<dl class="tiles">{"".join(map(tile, figures(run)))}</dl>',
+        section("Curves", f"<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
+        section("Samples", samples(run)),
+        section("How it was made", circumstances(run)),
+    )
+    return page(f"{run.name}: training run", "".join(body))
+
+
+def comparison_page(runs: Sequence[Run]) -> str:
+    """The page that compares runs: results, the options in which they differ, curves over one another, last samples."""
+    keys = dict.fromkeys(key for run in runs for key in run.others())
+    losses = boxes("charts large", (chart_of(key, runs, "wide") for key in ("val_loss", "loss")))
+    others = boxes("charts", (chart_of(key, runs, "run") for key in keys))
+    last = boxes("samples", (sample(run.name, run.samples[-1]) for run in runs if run.samples))
+    body = (
+        f"<header><p>Training runs</p><h1>{len(runs)} runs compared</h1></header>",
+        section("Results", results(runs)),
+        section("Where they differ", differences(runs)),
+        section("Curves", losses, others),
+        section("Last samples", last),
+    )
+    return page(f"{len(runs)} runs compared", "".join(body))
+
+
+def boxes(kind: str, parts: Iterable[str]) -> str:
+    """Parts side by side, as many as fit."""
+    inside = "".join(parts)
+    return f'<div class="{kind}">{inside}</div>' if inside else ""
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if any(parts) else ""
+
+
+def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
+    """The chart of one number of the log; over tokens instead of steps where the runs' steps are of different size."""
+    ends = [point for run in runs for point in run.values("tokens")[-1:]]
+    over = "tokens" if len({round(tokens / max(step, 1)) for step, tokens in ends}) > 1 else "step"
+    alone = len(runs) == 1
+    curves = [Curve(key if alone else run.name, run.values(key, over), i, spread=alone) for i, run in enumerate(runs)]
+    return chart(
+        LABELS.get(key, key),
+        curves,
+        over,
+        log_y=key == "grad_norm",
+        from_zero=key == "tokens_per_s",
+        kind=kind,
+    )
+
+
+def figures(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of what a run has come to."""
+    best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
+    last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
+    tokens, seconds = run.values("tokens"), sum(y for _, y in run.values("seconds"))
+    of_last = f"mean of the last {len(last):,}" if len(last) > 1 else "at the last step"
+    return [
+        (
+            "best validation loss",
+            *((f"{best[1]:.4f}", f"at step {number(best[0])}") if best else ("-", "not measured")),
+        ),
+        ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
+        ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
+        ("tokens per second", number(round(speeds[len(speeds) // 2])) if speeds else "-", "median"),
+        ("time", duration(seconds), "in steps"),
+    ]
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02}" if hours else f"{minutes}:{seconds:02} min"
+
+
+def tile(figure: tuple[str, str, str]) -> str:
+    name, value, remark = figure
+    return f"<div><dt>{name}</dt><dd>{value} <small>{remark}</small></dd></div>"
+
+
+def results(runs: Sequence[Run]) -> str:
+    """The table of what the runs came to, the lowest validation loss marked."""
+    losses = [best[1] if (best := run.best()) else math.inf for run in runs]
+    rows = []
+    for i, run in enumerate(runs):
+        name = f'<span class="{colour(i)}">{escape(run.name)}</span>'
+        cells = [f"{value} <small>{remark}</small>" for _, value, remark in figures(run)]
+        winner = 'class="best"' if losses[i] == min(losses) < math.inf else ""
+        rows.append((winner, [name, f"{run.step:,}", *cells]))
+    return f'<div class="key">{table(["run", "steps", *(name for name, _, _ in figures(runs[0]))], rows)}</div>'
+
+
+def differences(runs: Sequence[Run]) -> str:
+    """The table of what the runs' options, models, data and machines differ in."""
+    rows = []
+    for part in ("options", "model", "data", "machine"):
+        told = [run.started(part) for run in runs]
+        for name in dict.fromkeys(name for one in told for name in one):
+            values = [shown(one.get(name)) for one in told]
+            if len(set(values)) > 1 and name != "out_dir":
+                rows.append(
+                    ("", [escape(flag(name) if part == "options" else f"{part}: {name}"), *map(escape, values)])
+                )
+    if not rows:
+        return "<p>In nothing that was noted when they were started.</p>"
+    return table(["option", *(escape(run.name) for run in runs)], rows)
+
+
+def samples(run: Run) -> str:
+    """The samples, newest first; of many, some that are spread evenly over the run."""
+    count = len(run.samples)
+    if not count:
+        return ""
+    spread = list(range(count))
+    note = ""
+    if count > SAMPLES_SHOWN:
+        spread = sorted({round(i * (count - 1) / (SAMPLES_SHOWN - 1)) for i in range(SAMPLES_SHOWN)})
+        note = f"<p>{len(spread)} of {count:,}, from the last to the first; {SAMPLES} has them all.</p>"
+    cards = (sample(f"step {run.samples[i]['step']:,}", run.samples[i]) for i in reversed(spread))
+    return note + boxes("samples", cards)
+
+
+def sample(title: str, row: dict[str, Any]) -> str:
+    text = printable(str(row.get("text", ""))).strip()
+    return f'<article><h3>{escape(title)}</h3><pre dir="auto">{escape(text)}</pre></article>'
+
+
+def printable(text: str) -> str:
+    """The text with a mark in place of what shows nothing: control signs could steer a screen or a page."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def circumstances(run: Run) -> str:
+    """How and where the run was started, each time."""
+    if not run.starts:
+        return ""
+    given = run.started("given")
+    words = [shlex.quote(word(name, value)) for name, value in given.items()]
+    parts = []
+    for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
+        rows = [
+            ('class="given"' if part == "options" and name in given else "", [escape(name), escape(shown(value))])
+            for name, value in run.started(part).items()
+        ]
+        parts.append(f"<div><h3>{title}</h3>{table([], rows)}</div>")
+    starts = "".join(f"<li>{escape(start(row))}</li>" for row in run.starts)
+    command = escape(printable(" ".join(["python train.py", *words])))
+    return f'<pre class="command">{command}</pre><ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
+
+
+def word(name: str, value: Any) -> str:
+    """An option as it is given on the command line."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no-{name}")
+    return f"{flag(name)}={value}"
+
+
+def start(row: dict[str, Any]) -> str:
+    """When, from where on and where a run was started."""
+    moment, machine = row.get("time"), row.get("machine")
+    when = (
+        f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(moment))}: "
+        if is_number(moment) and 0 <= moment < 1e11
+        else ""
+    )
+    known = machine if isinstance(machine, dict) else {}
+    where = ", ".join(shown(known[name]) for name in ("device", "processor", "threads") if name in known)
+    return f"{when}from step {row['step']:,} on" + (f" ({where} threads)" if where else "")
+
+
+def shown(value: Any) -> str:
+    """A value of the configuration as text."""
+    if value is None:
+        return "-"
+    return printable(number(value) if isinstance(value, float) and is_number(value) else str(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page around them
+# ---------------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fbfaf8; --card: #fff; --ink: #1d2430; --soft: #626b79; --rule: #e5e2dc;
+  --accent: #2456c7; --c0: #2456c7; --c1: #d3540b; --c2: #0b7f6f; --c3: #8a3ffc; --c4: #b8860b; --c5: #c2185b;
+  --c6: #5a7d0a; --c7: #5b6676 }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1b1f26; --ink: #e7e9ee; --soft: #99a2b1;
+  --rule: #2c323c; --accent: #8ab0ff; --c0: #7ea8ff; --c1: #ff9d57; --c2: #4fd0bd; --c3: #c4a1ff; --c4: #e6c14d;
+  --c5: #ff86b3; --c6: #a9d05b; --c7: #aab4c4 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+  -webkit-text-size-adjust: 100% }
+main { max-width: 68rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 4rem }
+h1, h2, h3, p, dl, dd, ol, pre, figure { margin: 0 }
+h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere }
+h2 { font-size: 1.25rem; letter-spacing: -.01em; margin-bottom: 1.25rem }
+h3 { font-size: .9375rem; font-weight: 600; overflow-wrap: anywhere }
+header { display: grid; gap: .375rem; margin-bottom: 2rem }
+header p, footer, small, summary, .over, .switch, section > p { color: var(--soft); font-size: .875rem }
+progress { width: 100%; height: .375rem; margin-top: .5rem; appearance: none; border: 0; border-radius: 1rem;
+  overflow: hidden; background: var(--rule) }
+progress::-webkit-progress-bar { background: var(--rule) }
+progress::-webkit-progress-value { background: var(--accent); border-radius: 1rem }
+progress::-moz-progress-bar { background: var(--accent); border-radius: 1rem }
+section { margin-top: 3.5rem }
+section > * + * { margin-top: 1.25rem }
+.tiles { display: flex; flex-wrap: wrap; gap: 1px;
+  background: var(--rule); border: 1px solid var(--rule); border-radius: .75rem; overflow: hidden }
+.tiles > div { flex: 1 1 9rem; background: var(--card); padding: 1rem 1.25rem }
+dt { color: var(--soft); font-size: .8125rem }
+dd { font-size: 1.5rem; line-height: 1.3; letter-spacing: -.01em; font-variant-numeric: tabular-nums }
+dd small { display: block; font-size: .8125rem; letter-spacing: 0 }
+.parts { columns: 19rem; column-gap: 2.5rem }
+.parts > div { break-inside: avoid; margin-bottom: 2rem }
+.charts, .samples { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); align-items: start }
+figure, article, .command { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem;
+  padding: 1.125rem 1.25rem; min-width: 0 }
+figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: baseline }
+.key { display: flex; flex-wrap: wrap; gap: .125rem 1rem; font-size: .875rem }
+.key > .scroll { flex: 1; min-width: 0 }
+.key > .scroll th, .key > .scroll td { white-space: nowrap }
+p.key span { overflow-wrap: anywhere }
+.key span::before { content: ""; display: inline-block; width: .875rem; height: .1875rem; border-radius: 1rem;
+  margin-right: .5rem; vertical-align: .25em; background: var(--c) }
+.key .dashed::before { background: linear-gradient(90deg, var(--c) 40%, transparent 40% 60%, var(--c) 60%) }
+.frame { padding: 1rem .25rem 1.75rem 3rem }
+.plot { display: block; width: 100%; height: 11rem; overflow: visible; touch-action: pan-y }
+.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+.wide .plot { height: clamp(13rem, 34vw, 21rem) }
+.plot svg { overflow: visible }
+.ground { fill: transparent }
+.grid line { stroke: var(--rule) }
+.grid text { fill: var(--soft); font-size: .75rem; font-variant-numeric: tabular-nums }
+.y { text-anchor: end }
+.x { text-anchor: middle }
+.over { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.6em; padding-left: 3rem;
+  font-variant-numeric: tabular-nums }
+.over, .over span { font-size: .75rem }
+.line, .dots { fill: none; stroke: var(--c); stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round;
+  vector-effect: non-scaling-stroke }
+.dashed { stroke-dasharray: 5 4 }
+.dots { stroke-width: 6.5; stroke-dasharray: none }
+.spread { fill: var(--c); opacity: .16 }
+.cross { stroke: var(--soft); stroke-dasharray: 2 3; pointer-events: none; visibility: hidden }
+.plot:hover .cross { visibility: visible }
+.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
+.c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
+.switch { display: flex; gap: .5rem; align-items: center; justify-content: flex-end; margin-bottom: .5rem }
+input { accent-color: var(--accent) }
+div:has(> .switch :checked) .linear, div:not(:has(> .switch :checked)) > .logarithmic { display: none }
+summary { cursor: pointer; margin-top: .5rem; font-size: .8125rem }
+.scroll { overflow: auto }
+figure .scroll { max-height: 24rem; margin-top: .5rem }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { padding: .375rem 1.25rem .375rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--rule) }
+thead th { color: var(--soft); font-weight: 500; font-size: .8125rem }
+tbody th { font-weight: 400 }
+td small { display: block }
+.parts th { color: var(--soft) }
+.parts td { overflow-wrap: anywhere }
+.parts .scroll { margin-top: .375rem }
+.best th, .best td, .given th, .given td { font-weight: 600; color: var(--ink) }
+pre { font: .8125rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+article pre { margin-top: .625rem }
+ol { padding-left: 1.25rem; font-size: .875rem }
+footer { margin-top: 4rem }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+@media print { .switch, summary, .readout { display: none } section { break-inside: avoid } }
+"""
+
+# The values under the pointer: the row of the figure's table that lies nearest.
+SCRIPT = """
+for (const figure of document.querySelectorAll("figure")) {
+  const plot = figure.querySelector(".plot"), cross = plot.querySelector(".cross");
+  const readout = figure.querySelector(".readout"), rows = [...figure.querySelectorAll("tbody tr")];
+  const heads = [...figure.querySelectorAll("thead th")].map((head) => head.textContent);
+  const show = (event) => {
+    const box = plot.getBoundingClientRect(), x = (event.clientX - box.left) / box.width;
+    const distance = (row) => Math.abs(row.dataset.x - x);
+    const row = rows.reduce((best, row) => (distance(row) < distance(best) ? row : best));
+    for (const end of ["x1", "x2"]) cross.setAttribute(end, 100 * row.dataset.x + "%");
+    const cells = [...row.cells].map((cell, i) => (cell.textContent ? heads[i] + " " + cell.textContent : ""));
+    readout.textContent = cells.filter(Boolean).join(" \\u00b7 ");
+  };
+  plot.addEventListener("pointermove", show);
+  plot.addEventListener("pointerdown", show);
+  plot.addEventListener("pointerleave", () => (readout.textContent = ""));
+}
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML document that asks for nothing else, and runs no script but its own."""
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}"
+        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It fetches nothing and needs no "
+        f"network.</footer></main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(text: str, file: Path) -> None:
+    """Give a file its new content in one step: who opens it meanwhile sees the old one."""
+    new = file.with_name(f".{file.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(new, file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+class Writer:
+    """Keeps out/report.html up to date during training, in at most a hundredth of the time.
+
+    say  is told in one line where the page cannot be written; training goes on.
+    """
+
+    def __init__(self, out: Path, say: Callable[[str], None]):
+        self.out, self.say = out, say
+        self.cost, self.written = 0.0, -math.inf
+
+    def update(self, always: bool = False) -> None:
+        """Write the page, unless the last one took so long that it is too early."""
+        began = time.perf_counter()
+        if not always and began - self.written < self.cost / SHARE:
+            return
+        try:
+            write(report_page(Run.load(self.out)), self.out / REPORT)
+        except Exception as error:  # a page is not worth a run
+            self.say(f"{self.out / REPORT} was not written: {type(error).__name__}: {error}")
+        self.written = time.perf_counter()
+        self.cost = self.written - began
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. The exit status: 0, or 1 where a folder is not that of a run."""
+    parser = Parser(prog="python -m gpt2.report", description="Write the page of a run, or one that compares runs.")
+    parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="the out-dir of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"where the page goes [{REPORT} in the out-dir; of several runs {COMPARISON} here]",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        runs = [Run.load(out) for out in options.out]
+        file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
+        write(report_page(runs[0]) if len(runs) == 1 else comparison_page(runs), file)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+        print(f"gpt2.report: {reason}", file=sys.stderr)
+        return 1
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

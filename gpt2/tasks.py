@@ -1,0 +1,238 @@
+"""Zero-shot tasks: HellaSwag and LAMBADA. Both ask how likely the model finds an ending after a context.
+
+HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings goes on a text. Completion style, as in Karpathy's
+           build-nanogpt and llm.c: each ending is read after the context, and the one of lowest loss is the answer, by
+           the sum over its tokens (acc) or by their mean (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
+LAMBADA    Paperno et al., arXiv:1606.06031, in the form that OpenAI published with GPT-2: the last word of a passage.
+           acc counts the words whose every token is the likeliest one, perplexity is exp(mean nats a word).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from tinygrad2 import no_grad
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT2
+    from gpt2.tokenizer import Tokenizer
+
+TIMEOUT = 30  # seconds without an answer from a server
+
+
+class Item(NamedTuple):
+    """One question: the endings (each with its leading blank) that may follow the context, and which of them does."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A published set of questions.
+
+    url, sha256  where its file is, and the checksum that it has.
+    item         makes an Item of a line's JSON, and raises anything but OSError where it cannot.
+    expected     what a line is, for the message then.
+    metrics      the figures from the sums of `score`.
+    """
+
+    name: str
+    url: str
+    sha256: str
+    item: Callable[[Any], Item]
+    expected: str
+    metrics: Callable[[dict[str, float]], dict[str, float]]
+
+
+def _hellaswag_item(line: Any) -> Item:
+    context, endings, label = line["ctx"], line["endings"], int(line["label"])  # some copies have the label as text
+    if not isinstance(context, str) or not isinstance(endings, list) or not 0 <= label < len(endings):
+        raise ValueError
+    return Item(context, tuple(" " + ending for ending in endings), label)
+
+
+def _lambada_item(line: Any) -> Item:
+    context, word = line["text"].rstrip().rsplit(" ", 1)
+    return Item(context, (" " + word,), 0)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "hellaswag",
+            "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+            "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+            _hellaswag_item,
+            '{"ctx": text, "endings": [text, ...], "label": the index of the right one}',
+            lambda s: {"acc_norm": s["right_by_mean"] / s["items"], "acc": s["right_by_sum"] / s["items"]},
+        ),
+        Task(
+            "lambada",
+            "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+            "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+            _lambada_item,
+            '{"text": a passage of several words}',
+            lambda s: {"acc": s["greedy"] / s["items"], "perplexity": perplexity(s["nats"] / s["items"])},
+        ),
+    )
+}
+
+
+def perplexity(nats: float) -> float:
+    """e^nats, at most the largest number that a float holds."""
+    return math.exp(min(nats, 709.0))
+
+
+def cache_folder() -> Path:
+    """Where downloaded files are kept: tinygrad2/ in XDG_CACHE_HOME, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygrad2"
+
+
+def load(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
+    """The task's items, from `file` or else from the published one, which is downloaded at the first use.
+
+    limit  at most so many, spread evenly over the file (which may be sorted).
+
+    Raises OSError where the file cannot be had, and ValueError that names the line where it is none of this task's.
+    """
+    path = Path(file) if file else _download(task)
+    items, number = [], 0
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 (the message names it)
+                if line.strip():
+                    items.append(task.item(json.loads(line)))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{path}: line {number} is no question of {task.name}; expected {task.expected}") from None
+    if not items:
+        raise ValueError(f"{path}: it holds no question; expected lines of {task.expected}")
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _download(task: Task) -> Path:
+    """The published file in the cache, downloaded if it is not there. It gets its name when it is whole and checked."""
+    path = cache_folder() / task.url.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    sha = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(task.url, timeout=TIMEOUT) as response, partial.open("wb") as out:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None) as progress:
+                while chunk := response.read(1 << 16):
+                    sha.update(chunk)
+                    progress.update(out.write(chunk))
+        if sha.hexdigest() != task.sha256:
+            raise OSError("what came is not the published file: its checksum differs")
+        os.replace(partial, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise OSError(
+            f"{task.name}: {task.url} could not be downloaded ({reason}); connect once, or put the file here: {path}"
+        ) from None
+    finally:
+        with suppress(OSError):  # what went wrong is said already
+            partial.unlink(missing_ok=True)
+    return path
+
+
+class _Row(NamedTuple):
+    """Token ids, the last `length` of which are an ending; `cut` where the beginning did not fit into the context."""
+
+    ids: np.ndarray
+    length: int
+    cut: bool
+
+
+def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
+    """One row for each ending. The first token of all is only read, so that a row has one more than the context."""
+    before = tokenizer.encode(item.context)
+    if len(before) == 0:
+        before = np.array([tokenizer.end_of_text], dtype=before.dtype)
+    rows = []
+    for ending in item.endings:
+        after = tokenizer.encode(ending)
+        whole = np.concatenate((before, after))
+        ids = whole[-(context_length + 1) :]
+        rows.append(_Row(ids, min(len(after), len(ids) - 1), len(ids) < len(whole)))
+    return rows
+
+
+def score(task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int) -> dict[str, float]:
+    """What these items add to the task's figures: sums, so that those of several parts of the items add up.
+
+    items          how many there are.
+    right_by_sum   those whose right ending has the lowest loss in all;  right_by_mean  the lowest loss a token.
+    nats           the losses of the right endings;  greedy  how many of those the model would have written itself.
+    cut            items of which the model could not see the beginning.
+
+    batch_size  endings read at a time, the longest first. They are filled up on the right, which a causal model's
+                earlier positions do not see.
+    Raises ValueError where a loss is not a number.
+    """
+    rows = [_rows(item, tokenizer, model.config.n_positions) for item in items]
+    flat = [row for group in rows for row in group]
+    order = sorted(range(len(flat)), key=lambda i: -len(flat[i].ids))
+    nats, likeliest = np.empty(len(flat)), np.empty(len(flat))
+    for first in tqdm(range(0, len(flat), batch_size), task.name, unit=" batches", leave=False, disable=None):
+        chosen = order[first : first + batch_size]
+        nats[chosen], likeliest[chosen] = _score_rows(model, [flat[i] for i in chosen])
+    if not np.isfinite(nats).all():
+        raise ValueError(f"{task.name}: the model's losses are not finite numbers; its weights are damaged")
+    sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0.0)
+    first = 0
+    for item, group in zip(items, rows, strict=True):
+        losses, lengths = nats[first : first + len(group)], [row.length for row in group]
+        sums["items"] += 1
+        sums["right_by_sum"] += int(np.argmin(losses)) == item.label
+        sums["right_by_mean"] += int(np.argmin(losses / lengths)) == item.label
+        sums["nats"] += float(losses[item.label])
+        sums["greedy"] += bool(likeliest[first + item.label] == lengths[item.label])
+        sums["cut"] += any(row.cut for row in group)
+        first += len(group)
+    return sums
+
+
+def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row its ending's loss in nats, and how many of the ending's tokens are the likeliest ones, both (B,).
+
+    The output layer, by far the widest, is computed at the endings' positions only.
+    """
+    lengths = np.array([row.length for row in rows])
+    tokens = np.zeros((len(rows), max(len(row.ids) for row in rows) - 1), dtype=np.int64)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row.ids) - 1] = row.ids[:-1]
+    line_of = np.repeat(np.arange(len(rows)), lengths)
+    position = np.concatenate([np.arange(len(row.ids) - 1 - row.length, len(row.ids) - 1) for row in rows])
+    target = np.concatenate([row.ids[-row.length :] for row in rows]).astype(np.int64)
+    upload = model.backend.upload
+    with no_grad():
+        x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
+        logits = x @ model.wte.weight.transpose()  # (N, V)
+        asked = logits[upload(np.arange(len(target))), upload(target)]
+        top = logits.max(axis=-1, keepdims=True)
+        lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)
+    starts = np.cumsum(lengths) - lengths
+    losses = (lse - asked).numpy().astype(np.float64)
+    likeliest = asked.numpy() == top.numpy().reshape(-1)
+    return np.add.reduceat(losses, starts), np.add.reduceat(likeliest.astype(np.float64), starts)

@@ -1,0 +1,486 @@
+"""The doctor on this machine, and with planted faults: what is wrong is named with its remedy, and nothing stops it."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpt2 import doctor
+from gpt2.doctor import MISSING, OK, WRONG, Finding
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """answers(code=answer, ...): what other processes say, by the name of the code that they are to run."""
+
+    def plant(**said):
+        codes = {getattr(doctor, name): answer for name, answer in said.items()}
+        monkeypatch.setattr(doctor, "ask", lambda code, *arguments, **options: codes[code])
+
+    return plant
+
+
+def stand_in(folder, name, text):
+    """A module that is found before the one that is installed."""
+    (folder / f"{name}.py").write_text(text)
+
+
+# Nothing raises, nothing hangs ---------------------------------------------------------------------------------------
+
+
+def raises():
+    raise RuntimeError("two\nlines")
+
+
+def test_a_probe_that_raises_exits_or_hangs_is_a_finding():
+    probes = {
+        "raises": raises,
+        "exits": lambda: sys.exit(3),
+        "hangs": lambda: time.sleep(30),
+        "whole": lambda: Finding(OK, "whole"),
+    }
+    began = time.perf_counter()
+    found = dict(doctor.examine(probes, seconds=0.5))
+    assert time.perf_counter() - began < 5
+    assert list(found) == list(probes)
+    assert [finding.verdict for finding in found.values()] == [WRONG, WRONG, WRONG, OK]
+    assert found["raises"].text == "looking failed: RuntimeError: two"
+    assert found["hangs"].text == "no answer within 0.5 s"
+    assert not any(finding.needed for finding in found.values())
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+        ("import os; os.kill(os.getpid(), 9)", "it was ended by signal 9"),
+        ("raise OSError('libfoo.so: no such file')", "OSError: libfoo.so: no such file"),
+        ("import sys; sys.exit(4)", "it ended with status 4"),
+    ],
+)
+def test_what_another_process_does_is_one_line(code, reason):
+    assert doctor.ask(code, seconds=1) == {"error": reason}
+
+
+def test_a_program_that_is_not_there_is_one_line():
+    assert doctor.call(["no-such-program"]) == ("", "no-such-program: No such file or directory")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX's")
+def test_the_children_of_a_process_that_hangs_end_with_it(tmp_path):
+    file = tmp_path / "child"
+    doctor.call(["sh", "-c", f"sleep 60 & echo $! > {file}; wait"], seconds=1)
+    child = Path("/proc") / file.read_text().strip()
+    deadline = time.monotonic() + 5
+    while child.exists() and "State:\tZ" not in (child / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.exists() or "State:\tZ" in (child / "status").read_text()
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+def test_this_machine_can_train(capsys, gpt2_files):
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line.split()[1]: line.split()[0] for line in lines if line.startswith((OK, MISSING, WRONG))}
+    assert list(verdicts) == list(doctor.PROBES)
+    assert {verdicts[name] for name in ("python", "packages", "blas", "memory", "tokenizer", "folders", "disk")} == {OK}
+    assert lines[-1].startswith("run here: ")
+    assert "train.py" in lines[-1]
+    remedies = sum(line.lstrip().startswith("-> ") for line in lines)
+    assert remedies == sum(verdict != OK for verdict in verdicts.values())
+
+
+def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
+    fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
+    for finding, status, last in (
+        (Finding(WRONG, "broken", "mend it"), 0, "run here: "),
+        (Finding(MISSING, "away", "get it", needed=True), 0, "run here: "),
+        (Finding(WRONG, "broken", "mend it", needed=True), 1, "put right first: part"),
+    ):
+        monkeypatch.setattr(doctor, "PROBES", {**fine, "part": lambda finding=finding: finding})
+        assert doctor.main([]) == status
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].startswith(last)
+        assert lines[3].strip() == f"-> {finding.remedy}"
+
+
+def test_an_old_python_is_all_that_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    assert doctor.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("wrong    python")
+    assert "install Python 3.11 or newer" in lines[1]
+    assert lines[2:] == ["", "put right first: python"]
+
+
+@pytest.mark.parametrize("file", ["gpt2/__init__.py", "gpt2/doctor.py"])
+def test_an_old_python_can_read_it(file):
+    ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_it_runs_where_no_package_is_installed():
+    command = [sys.executable, "-S", "-m", "gpt2.doctor"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr == ""
+    assert "numpy is not installed" in ended.stdout
+    assert "-m pip install --upgrade -e " in ended.stdout
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt2.doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_the_command_is_the_one_for_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = f"{doctor.python()} {ROOT}/train.py"
+    assert doctor.command({}) == elsewhere
+    (tmp_path / "train.py").touch()
+    here = f"{doctor.python()} train.py"
+    assert doctor.command({"cores": Finding(WRONG, "", facts={"threads": 3})}) == f"{here} --threads 3"
+    gpus, mpi = Finding(OK, "", facts={"gpus": 4}), Finding(OK, "", facts={"mpirun": "/opt/bin/mpirun"})
+    monkeypatch.setattr(doctor, "call", lambda *arguments: ("mpirun (Open MPI) 5.0.8", ""))
+    monkeypatch.setattr(doctor, "usable_cores", lambda: (8, None))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert doctor.command({"gpu": gpus, "mpi": mpi}) == f"/opt/bin/mpirun -n 4 --allow-run-as-root {here}"
+    assert doctor.command({"gpu": gpus}) == here
+    assert doctor.command({"mpi": mpi}) == here
+
+
+# Packages, BLAS, Numba -----------------------------------------------------------------------------------------------
+
+
+def test_the_requirements_are_those_of_the_project():
+    found = {name: (oldest, too_new) for name, oldest, too_new in doctor.requirements()}
+    assert found["numpy"] == ("2.1", "3")
+    assert {"numba", "threadpoolctl", "ml_dtypes", "safetensors", "tiktoken", "tqdm"} < found.keys()
+
+
+def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path):
+    stand_in(tmp_path, "safetensors", "raise ImportError('libstdc++.so.6: version not found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    version = metadata.version
+
+    def planted(name):
+        if name == "tqdm":
+            raise metadata.PackageNotFoundError(name)
+        return {"numpy": "1.26.4"}.get(name) or version(name)
+
+    monkeypatch.setattr(metadata, "version", planted)
+    finding = doctor.probe_packages()
+    assert (finding.verdict, finding.needed) == (WRONG, True)
+    assert finding.text.split("; ") == [
+        "numpy is 1.26.4",
+        "expected 2.1 or newer, below 3",
+        "tqdm is not installed",
+        "safetensors: ImportError: libstdc++.so.6: version not found",
+    ]
+    assert "pip install --upgrade" in finding.remedy
+
+
+def test_blas_held_to_one_thread_is_seen(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setattr(doctor, "usable_cores", lambda: (4, None))
+    finding = doctor.probe_blas()
+    assert finding.verdict == WRONG
+    assert "1 threads" in finding.text
+    assert finding.text.endswith("OPENBLAS_NUM_THREADS=1 holds it back")
+    assert finding.remedy == "unset OPENBLAS_NUM_THREADS"
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict", "text"),
+    [
+        ({"speed": 1e9, "found": []}, WRONG, "NumPy multiplies without an optimised library: 1 GFLOP/s"),
+        ({"speed": 9e11, "found": []}, OK, "a library that threadpoolctl does not know"),
+        ({"speed": 1e9, "found": [{"internal_api": "openblas", "num_threads": 2}]}, WRONG, "slow"),
+        ({"error": "it was ended by signal 4"}, WRONG, "it was ended by signal 4"),
+    ],
+)
+def test_a_slow_or_broken_blas_is_seen(answers, said, verdict, text):
+    answers(BLAS=said)
+    finding = doctor.probe_blas()
+    assert finding.verdict == verdict
+    assert text in finding.text
+    assert bool(finding.remedy) == (verdict != OK)
+
+
+def test_numba_that_is_missing_or_off_is_seen(monkeypatch, tmp_path, answers):
+    stand_in(tmp_path, "numba", "raise ImportError('Numba needs NumPy 2.2 or less')")
+    with monkeypatch.context() as planted:
+        planted.setenv("PYTHONPATH", str(tmp_path))
+        finding = doctor.probe_numba()
+    assert finding.verdict == MISSING
+    assert finding.text.startswith("ImportError: Numba needs NumPy 2.2 or less; plain NumPy computes")
+    with monkeypatch.context() as planted:
+        planted.setenv("TINYGRAD2_KERNELS", "reference")
+        assert doctor.probe_numba().remedy == "unset TINYGRAD2_KERNELS"
+
+
+def test_the_folder_of_compiled_kernels_is_looked_at(monkeypatch, tmp_path, answers):
+    pytest.importorskip("numba")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    finding = doctor.probe_numba()
+    assert finding.verdict == OK
+    assert f"compiled at the first use, in some 10 s, into {tmp_path}" in finding.text
+    answers(NUMBA={"version": "0.68.1", "cache": None, "kept": 0, "compiled": 17})
+    finding = doctor.probe_numba()
+    assert (finding.verdict, finding.remedy) == (WRONG, "set NUMBA_CACHE_DIR to a folder that can be written")
+    answers(NUMBA={"version": "0.68.1", "cache": "/x", "kept": 0, "compiled": 0})
+    assert "none of the kernels is in use" in doctor.probe_numba().text
+
+
+# Cores and memory ----------------------------------------------------------------------------------------------------
+
+
+def group(root, process, line, files):
+    process.write_text(line)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "cores", "memory"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n", "memory.max": "max\n"}, None, None),
+        ("0::/\n", {"cpu.max": "150000 100000\n", "memory.max": "2000000\n"}, 1.5, 2_000_000),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/memory.max": "7"}, 3.0, 7),
+        ("0::/a\n", {"a/cpu.max": "800000 100000", "cpu.max": "200000 100000"}, 2.0, None),
+        (
+            "5:cpuacct,cpu:/job\n4:memory:/job\n",
+            {
+                "cpu/job/cpu.cfs_quota_us": "50000\n",
+                "cpu/job/cpu.cfs_period_us": "100000\n",
+                "memory/job/memory.limit_in_bytes": "1000000\n",
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            0.5,
+            1_000_000,
+        ),
+        ("5:cpu:/job\n", {"cpu/job/cpu.cfs_quota_us": "-1\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, None, None),
+        ("0::/not/seen/from/here\n", {"cpu.max": "100000 100000"}, 1.0, None),
+    ],
+)
+def test_the_limits_of_control_groups(tmp_path, line, files, cores, memory):
+    process = tmp_path / "cgroup"
+    group(tmp_path / "root", process, line, files)
+    assert doctor.cpu_quota(tmp_path / "root", process) == cores
+    assert doctor.memory_limit(tmp_path / "root", process) == memory
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path):
+    assert doctor.cpu_quota(tmp_path, tmp_path / "nothing") is None
+    assert doctor.memory_limit(tmp_path, tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(1.5, 1), (0.2, 1), (3.9, 3), (4.0, None), (None, None)])
+def test_more_threads_than_the_control_group_allows_are_seen(monkeypatch, quota, threads):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: (4, quota))
+    finding = doctor.probe_cores()
+    assert finding.facts.get("threads") == threads
+    assert (finding.verdict, finding.remedy) == ((OK, "") if threads is None else (WRONG, f"--threads {threads}"))
+
+
+def test_memory_and_what_fits_into_it(monkeypatch):
+    free, total = doctor.memory()
+    assert 0 < free <= total
+    for gigabytes, verdict, text in (
+        (0.1, WRONG, "0.1 of 4.0 GB free"),
+        (1, OK, "1.0 of 4.0 GB free: enough to train nano (one"),
+        (4, OK, "enough to train nano, gpt2 (one"),
+        (50, OK, "enough to train nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl (one"),
+    ):
+        monkeypatch.setattr(doctor, "memory", lambda gigabytes=gigabytes: (gigabytes * 1e9, 4e9))
+        finding = doctor.probe_memory()
+        assert (finding.verdict, finding.needed) == (verdict, verdict == WRONG)
+        assert text in finding.text
+
+
+# GPU and MPI ---------------------------------------------------------------------------------------------------------
+
+WORKS = {"version": "14.2.0", "right": True, "name": "H200", "free": 1.4e11, "total": 1.5e11}
+DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
+
+
+@pytest.mark.parametrize(
+    ("driver", "wheels", "cupy", "verdict", "text", "remedy"),
+    [
+        ({"error": "OSError: libcuda.so.1"}, [], None, MISSING, "no NVIDIA driver; CuPy is not", "only for a GPU"),
+        (
+            {"error": "OSError: x"},
+            ["cupy-cuda13x"],
+            None,
+            MISSING,
+            "CuPy (cupy-cuda13x) is installed",
+            "only for a GPU",
+        ),
+        ({"error": "no answer within 60 s"}, [], None, WRONG, "the driver fails: no answer", "nvidia-smi"),
+        ({**DRIVER_13, "status": 999}, [], None, MISSING, "(CUDA 13.0) shows no GPU (status 999)", "nvidia-smi"),
+        ({**DRIVER_13, "gpus": 0}, [], None, MISSING, "shows no GPU (status 0)", "nvidia-smi"),
+        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: older", "CUDA 12 or 13"),
+        (DRIVER_13, [], None, MISSING, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
+        ({**DRIVER_13, "version": 12040}, [], None, MISSING, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
+        ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "made for CUDA 13", "[cuda12]"),
+        (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "disturb", "uninstall -y cupy cupy-cuda13x, then"),
+        (
+            DRIVER_13,
+            ["cupy-cuda13x"],
+            {"error": "ImportError: libcublas"},
+            WRONG,
+            "fails: ImportError: lib",
+            "[cuda13]",
+        ),
+        (DRIVER_13, ["cupy-cuda13x"], {**WORKS, "right": False}, WRONG, "a product is wrong", "[cuda13]"),
+        (DRIVER_13, ["cupy-cuda13x"], WORKS, OK, "CuPy 14.2.0, H200, 140.0 of 150.0 GB free", ""),
+        (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver of CUDA 13.0", ""),
+    ],
+)
+def test_the_gpu_the_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy, verdict, text, remedy):
+    answers(DRIVER=driver, CUPY=cupy)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    installed = [SimpleNamespace(metadata={"Name": name}) for name in ("numpy", *wheels)]
+    monkeypatch.setattr(metadata, "distributions", lambda: installed)
+    finding = doctor.probe_gpu()
+    assert finding.verdict == verdict
+    assert text in finding.text
+    assert remedy in finding.remedy
+    assert finding.facts == ({"gpus": 2} if verdict == OK else {})
+
+
+def test_a_hidden_gpu_is_said_to_be_hidden(answers, monkeypatch):
+    answers(DRIVER={**DRIVER_13, "status": 100, "gpus": 0})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.probe_gpu().remedy == "only for a GPU: CUDA_VISIBLE_DEVICES hides it"
+
+
+LAUNCHER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "mpirun (Open MPI) 9.9"; exit; fi
+{action}
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch, answers):
+    """launcher(action): the only mpirun on this machine, a script, with an mpi4py whose library works."""
+    monkeypatch.setattr(metadata, "version", lambda name: "4.1.2")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    answers(LIBRARY={"library": "Open MPI v5.0.11, package: x"})
+
+    def plant(action):
+        (tmp_path / "mpirun").write_text(LAUNCHER.format(action=action))
+        (tmp_path / "mpirun").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return doctor.probe_mpi()
+
+    return plant
+
+
+def test_an_mpirun_that_works(launcher):
+    finding = launcher("echo 2; echo 2")
+    assert (finding.verdict, finding.facts) == (OK, {"mpirun": "mpirun"})
+    assert "mpi4py 4.1.2, Open MPI v5.0.11" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        ("echo 1; echo 1", "the ranks do not see each other"),
+        ("echo 'not enough slots' >&2; exit 1", "not enough slots"),
+    ],
+)
+def test_an_mpirun_of_another_library_is_seen(launcher, action, text):
+    finding = launcher(action)
+    assert (finding.verdict, finding.needed) == (WRONG, False)
+    assert text in finding.text
+    assert finding.remedy == "use the mpirun of Open MPI v5.0.11"
+
+
+def test_the_mpirun_beside_python_comes_before_the_one_on_the_path(launcher, tmp_path):
+    (tmp_path / "venv").mkdir()
+    beside = tmp_path / "venv" / "mpirun"
+    beside.write_text(LAUNCHER.format(action="echo 2; echo 2"))
+    beside.chmod(0o755)
+    finding = launcher("echo 1; echo 1")
+    assert (finding.verdict, finding.facts) == (OK, {"mpirun": str(beside)})
+    assert f"the mpirun on the PATH, {tmp_path / 'mpirun'}, is another" in finding.text
+
+
+def test_mpi_without_library_or_launcher(answers, monkeypatch, tmp_path):
+    monkeypatch.setattr(metadata, "version", lambda name: "4.1.2")
+    answers(LIBRARY={"error": "RuntimeError: cannot load MPI library"})
+    finding = doctor.probe_mpi()
+    assert finding.verdict == WRONG
+    assert "finds no MPI library that works: RuntimeError: cannot load" in finding.text
+    answers(LIBRARY={"library": "MPICH Version: 5.0.2"})
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.probe_mpi()
+    assert (finding.verdict, finding.remedy) == (WRONG, "put the mpirun of MPICH Version: 5.0.2 on the PATH")
+
+
+# Vocabulary, folders, disk -------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_cannot_be_had_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    finding = doctor.probe_tokenizer()
+    assert (finding.verdict, finding.needed) == (MISSING, False)
+    assert "could not be downloaded" in finding.text
+    assert str(tmp_path) in finding.remedy
+
+
+@pytest.mark.parametrize("name", ["TIKTOKEN_CACHE_DIR", "CUPY_CACHE_DIR", "HF_HOME"])
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, name):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, str(tmp_path / "file" / "cache"))
+    finding = doctor.probe_folders()
+    assert (finding.verdict, finding.needed) == (WRONG, False)
+    assert str(tmp_path / "file" / "cache") in finding.text
+    assert finding.remedy == f"set {name} to folders that can be written"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is Linux's")
+def test_a_current_folder_that_cannot_be_written_is_needed(monkeypatch):
+    monkeypatch.chdir("/proc")
+    finding = doctor.probe_folders()
+    assert (finding.verdict, finding.needed) == (WRONG, True)
+    assert finding.text.startswith("/proc: ")
+
+
+def test_folders_that_are_not_there_yet_are_not_made(tmp_path):
+    assert doctor.refusal(tmp_path / "a" / "b") == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_seen(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
+    finding = doctor.probe_disk()
+    assert (finding.verdict, finding.needed) == (WRONG, True)
+    assert finding.text.startswith("0.1 GB free")
+
+
+def test_a_run_s_machine_is_described_in_text():
+    described = doctor.machine()
+    assert described.keys() == {"processor", "cores", "memory", "system", "python", "numpy"}
+    assert all(value and isinstance(value, str) for value in described.values())
