@@ -214,8 +214,10 @@ def _load_saved(folder: Path) -> Tokenizer:
     file = folder / VOCABULARY
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        name, fingerprint = str(saved["name"]), saved["fingerprint"]
-    except (ValueError, TypeError, KeyError):
+        name, fingerprint = saved["name"], saved["fingerprint"]
+        if not isinstance(name, str) or not isinstance(fingerprint, str):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"tokenizer {file}: expected a JSON object with name and fingerprint; write it anew") from None
     if (folder / RANKS).is_file():
         tokenizer = _make(name, _read_ranks(folder / RANKS), folder / RANKS)
@@ -223,12 +225,12 @@ def _load_saved(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(name)
     else:
         raise FileNotFoundError(
-            f"tokenizer {folder / RANKS}: there is no such file; {VOCABULARY} says that it is {name}"
+            f"tokenizer {folder / RANKS}: there is no such file; {VOCABULARY} says that it is {name[:80]!r}"
         )
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
-            f"{str(fingerprint)[:12]}; a file was changed, so restore it"
+            f"{fingerprint[:12]!r}; a file was changed, so restore it"
         )
     return tokenizer
 
@@ -275,7 +277,7 @@ def _read_hugging_face(folder: Path) -> dict[bytes, int]:
     try:
         vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
         ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != END_OF_TEXT}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"tokenizer {folder / HF_VOCAB}: expected one JSON object of tokens and ids") from None
     except KeyError as error:
         raise ValueError(

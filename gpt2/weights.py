@@ -183,8 +183,8 @@ def _read_shards(index: Path) -> dict[str, Stored]:
     shards = {}
     for name in dict.fromkeys(places.values()):
         file = index.parent / name
-        if name != file.name or name.endswith(INDEX):
-            raise ValueError(f"the shard {name!r} is no file of this folder")
+        if name != file.name or name.endswith(INDEX) or len(name) > 255:
+            raise ValueError(f"the shard {name[:80]!r} is no file of this folder")
         if not file.is_file():
             raise ValueError(f"the shard {name!r} is missing")
         with _naming(file):
