@@ -14,7 +14,7 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,10 @@ DICT, TENSOR, PARAMETER = (
 NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
 CONFIGS = ("Config", "Namespace")  # how the names of classes end whose attributes are read, as a Record
+
+
+# What zipfile, struct and seeking raise for nonsense.
+DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def load(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             return _load_zip(path, file) if file.read(len(ZIP)) == ZIP else _load_legacy(path, file)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError) as error:
+        except DAMAGED as error:
             raise ValueError(f"it is no file of torch.save, or it is damaged ({error})") from None
 
 
@@ -120,8 +124,8 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
             raise ValueError("its archive has no entry data.pkl; expected a file of torch.save")
         if entries["data.pkl"].file_size > LIMIT:
             raise ValueError(f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; at most {LIMIT:,} are read")
-        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise ValueError("its numbers are not little-endian")
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
+            raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
         program = io.BytesIO(archive.read(entries["data.pkl"]))
     places: dict[str, int] = {}
     tree, storages = _interpret(program, path, places)
@@ -144,8 +148,8 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
     magic, protocol, machine = (_interpret_next(file, path, places)[0] for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(machine, dict):
         raise ValueError("it is no file of torch.save")
-    if machine.get("little_endian") is not True:
-        raise ValueError("its numbers are not little-endian")
+    if machine.get("little_endian") is not (sys.byteorder == "little"):
+        raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
     tree, storages = _interpret_next(file, path, places)
     keys, _ = _interpret_next(file, path, places)
     by_key = {storage.key: storage for storage in storages}
@@ -191,10 +195,9 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
         del stack[mark:]
         return items
 
-    arg: Any
     try:
-        for opcode, arg, _ in pickletools.genops(program):
-            match opcode.name:
+        for opcode, arg in _opcodes(program):
+            match opcode:
                 case "PROTO" | "FRAME":
                     pass
                 case "STOP":
@@ -202,7 +205,7 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                 case "NONE":
                     stack.append(None)
                 case "NEWTRUE" | "NEWFALSE":
-                    stack.append(opcode.name == "NEWTRUE")
+                    stack.append(opcode == "NEWTRUE")
                 case name if name in NUMBERS or name in TEXTS:
                     stack.append(arg)
                 case "EMPTY_DICT":
@@ -216,15 +219,15 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                 case "TUPLE":
                     stack.append(tuple(since_mark()))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
+                    count = int(opcode[-1])
                     stack[-count:] = [tuple(stack[-count:])]
                 case "APPEND" | "APPENDS":
-                    items = [stack.pop()] if opcode.name == "APPEND" else since_mark()
+                    items = [stack.pop()] if opcode == "APPEND" else since_mark()
                     if type(stack[-1]) is not list:
                         raise ValueError("its pickle is damaged: it appends to what is no list")
                     stack[-1].extend(items)
                 case "SETITEM" | "SETITEMS":
-                    items = [stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else since_mark()
+                    items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
                     _set_items(stack[-1], items)
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[arg])
@@ -248,10 +251,17 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                     state = stack.pop()
                     _build(stack[-1], state)
                 case _:
-                    raise ValueError(f"its pickle has the opcode {opcode.name}, which torch.save does not write")
+                    raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
     except (IndexError, KeyError, TypeError, AttributeError):  # an empty stack, an unknown memo
         pass
     raise ValueError("its pickle is damaged")
+
+
+def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
+    except ValueError as error:
+        raise ValueError(f"its pickle is damaged ({error})") from None
 
 
 def _name(module: Any, name: Any) -> _Name:
@@ -334,7 +344,7 @@ def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.n
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.fromfile(path, np.uint8, count, offset=offset)
     if len(memory) != count:
-        raise ValueError(f"it ended {count - len(memory):,} bytes too early")
+        raise ValueError(f"it ends {count - len(memory):,} bytes too early")
     return memory.view(dtype).reshape(shape)
 
 
@@ -343,9 +353,8 @@ def save(path: Path, tree: dict[str, Any]) -> None:
     tensors. One that stands in several places is one tensor there too. Holds one array at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
-    assert sys.byteorder == "little"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in (("data.pkl", program), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, content in (("data.pkl", program), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
             archive.writestr(f"archive/{name}", content)
         for key, stored in storages.values():
             with archive.open(f"archive/data/{key}", "w", force_zip64=True) as entry:

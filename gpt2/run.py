@@ -130,7 +130,12 @@ class RunFolder:
 
     def load_optimizer(self, saved: Saved, optimizer: optim.AdamW) -> None:
         """Take over the optimizer's state from a checkpoint."""
-        optimizer.load_state(checkpoint.load_arrays(saved.folder / OPTIMIZER), saved.optimizer_steps)
+        file = saved.folder / OPTIMIZER
+        arrays = checkpoint.load_arrays(file)
+        try:
+            optimizer.load_state(arrays, saved.optimizer_steps)
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, **row: Any) -> None:
         """Append one step's row."""

@@ -215,7 +215,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         name, fingerprint = saved["name"], saved["fingerprint"]
-        if not isinstance(name, str) or not isinstance(fingerprint, str):
+        if not isinstance(name, str) or not isinstance(fingerprint, str) or not fingerprint.isalnum():
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"tokenizer {file}: expected a JSON object with name and fingerprint; write it anew") from None
@@ -230,7 +230,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
-            f"{fingerprint[:12]!r}; a file was changed, so restore it"
+            f"{fingerprint[:12]}; a file was changed, so restore it"
         )
     return tokenizer
 
@@ -284,7 +284,7 @@ def _read_hugging_face(folder: Path) -> dict[bytes, int]:
             f"tokenizer {folder / HF_VOCAB}: the character {error} stands for no byte; this is no byte-level vocabulary"
         ) from None
 
-    merges = (folder / HF_MERGES).read_text(encoding="utf-8").split("\n")
+    merges = (folder / HF_MERGES).read_text(encoding="utf-8", errors="replace").split("\n")
     previous, count = -1, 0
     for number, line in enumerate(merges, 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):

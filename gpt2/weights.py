@@ -147,7 +147,9 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        text = str(error) if not isinstance(error, KeyError) else f"{error} is missing"
+        text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+            text = f"it holds no JSON ({error})"
         text = "".join(c if c.isprintable() else " " for c in text)
         raise ValueError(f"{file}: {text if len(text) < 500 else text[:500] + ' ...'}") from None
 
@@ -166,7 +168,12 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Stored]:
-    tensors = safe_open(file, framework="numpy")
+    try:
+        tensors = safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"it cannot be read as safetensors ({error}), and does not begin as a file of PyTorch or llm.c does"
+        ) from None
     stored = {}
     for name in tensors.keys():  # noqa: SIM118 (it is no dict)
         part = tensors.get_slice(name)

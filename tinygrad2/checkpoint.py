@@ -177,7 +177,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: it cannot be read as safetensors ({error})") from None
+        raise CheckpointError(f"{path}: it cannot be read as safetensors ({str(error)[:200]})") from None
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -36,8 +36,8 @@ def test_a_case_is_the_same_each_time(tmp_path):
 
 FAULTS = {
     "an exception of another kind": ("raise KeyError('x')", "KeyError"),
-    "an error of two lines": ("raise ValueError('a\\nb')", "a\nb"),
-    "an error without a word": ("raise ValueError", ""),
+    "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "a\nb"),
+    "an error that names no file": ("raise ValueError('it is damaged')", "it is damaged"),
     "a result that is not whole": ("assert False", "AssertionError"),
     "memory": ("bytearray(2**30)", "MemoryError"),
     "a command": ("import os; os.system('true')", "os.system"),
@@ -80,5 +80,5 @@ def test_a_reader_that_hangs_is_ended(tmp_path):
 
 
 def test_what_is_right_is_not_wrong(tmp_path):
-    done = worker(tmp_path, "raise ValueError('one line')")
-    assert json.loads(done.stdout.splitlines()[-1])[2:] == ["refused", "one line"]
+    done = worker(tmp_path, "raise ValueError(f'{folder}: one line')")
+    assert json.loads(done.stdout.splitlines()[-1])[2:] == ["refused", "/case: one line"]

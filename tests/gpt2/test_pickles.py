@@ -253,7 +253,7 @@ def test_a_truncated_file(file):
     stored = load(file)
     file.write_bytes(file.read_bytes()[:100])
     refused(file, "not a zip file")
-    with pytest.raises(ValueError, match=r"ended .* bytes too early"):
+    with pytest.raises(ValueError, match=r"ends .* bytes too early"):
         stored.read()
 
 
