@@ -90,7 +90,9 @@ class Tokenizer:
         saved = (folder / VOCABULARY).is_file() or (folder / HF_MERGES).is_file()
         tokenizer = Tokenizer.load(folder) if saved else None
         if tokenizer is None or (alone and tokenizer.vocab_size != vocab_size):
-            built_in = {257: "bytes", 50257: "gpt2"}.get(vocab_size)
+            built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(
+                vocab_size
+            )  # the last: padded with ids never used
             tokenizer = Tokenizer.load(built_in) if built_in else tokenizer
         if tokenizer is None:
             raise ValueError(

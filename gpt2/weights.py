@@ -7,7 +7,6 @@ them the names and the layout of gpt2.model.GPT2, and has checked every shape be
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,15 +76,11 @@ def open_model(path: str | Path) -> ModelFile:
     with _naming(file):
         own, stored = _read(file)
         stored = _plain_names(stored)
-    if config is None:
-        config = own
+    config = config or own
     if config is None and (file.parent / CONFIG).is_file():
         config = load_config_file(file.parent)
     with _naming(file):
-        if config is None:
-            config = _published(stored)
-        if own is config and config.vocab_size == PADDED:
-            config = dataclasses.replace(config, vocab_size=VOCABULARY)
+        config = config or _published(stored)
         return ModelFile(file, config, _arranged(config, stored))
 
 
@@ -222,7 +217,7 @@ def _from_checkpoint(tree: Any) -> tuple[GPT2Config | None, dict[str, Stored]]:
         return None, stored
     rate = values.get("dropout", 0.0)
     return GPT2Config(
-        vocab_size=values["vocab_size"],
+        vocab_size=VOCABULARY if values["vocab_size"] == PADDED else values["vocab_size"],
         n_positions=values["block_size"],
         n_embd=values["n_embd"],
         n_layer=values["n_layer"],

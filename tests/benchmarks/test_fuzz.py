@@ -1,6 +1,7 @@
 """A short run of the fuzzer, and whether it would notice."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,51 +35,45 @@ def test_a_case_is_the_same_each_time(tmp_path):
         assert contents[0] == contents[1]
 
 
-FAULTS = {
-    "an exception of another kind": ("raise KeyError('x')", "KeyError"),
-    "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "a\nb"),
-    "an error that names no file": ("raise ValueError('it is damaged')", "it is damaged"),
-    "a result that is not whole": ("assert False", "AssertionError"),
-    "memory": ("bytearray(2**30)", "MemoryError"),
-    "a command": ("import os; os.system('true')", "os.system"),
-    "an evaluation": ("eval('1+1')", "compile"),
-    "a file that is written": ("open(folder / 'new', 'w').close()", "open"),
-    "a connection": ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", "socket.connect"),
+CASES = {  # what a reader does, and what is to be said of it
+    "an exception of another kind": ("raise KeyError('x')", "wrong", "KeyError"),
+    "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
+    "an error that names no file": ("raise ValueError('it is damaged')", "wrong", "it is damaged"),
+    "a result that is not whole": ("assert False", "wrong", "AssertionError"),
+    "memory": ("bytearray(2**30)", "wrong", "MemoryError"),
+    "a command": ("os.system('true')", "wrong", "os.system"),
+    "an evaluation": ("eval('1+1')", "wrong", "compile"),
+    "a file that is written": ("open(folder / 'new', 'w').close()", "wrong", "open"),
+    "a connection": ("socket.socket().connect_ex(('127.0.0.1', 9))", "wrong", "socket.connect"),
+    "an error": ("raise ValueError(f'{folder}: one line')", "refused", "/case: one line"),
+    "nothing": ("pass", "read", ""),
+    "a hang": ("while True: pass", "started", ""),
 }
 
 
-def worker(tmp_path, body, seconds=10):
-    """run_cases with a reader whose second call, the first case, does `body`."""
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "file.txt").write_text("text")
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """run_cases with readers that do these things in their first case, a hang last."""
+    folder = tmp_path_factory.mktemp("originals")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom tests.benchmarks import fuzz\n"
-        f"fuzz.SECONDS = {seconds}\n"
-        "def read(folder):\n"
-        f"    if folder.name == 'case':\n        {body}\n"
-        "fuzz.TARGETS = {'t': fuzz.Target(('file.txt',), read)}\n"
-        "fuzz.run_cases(Path(sys.argv[1]), 0, 0, 1)\n"
+        "import os, socket, sys\nfrom pathlib import Path\nfrom tests.benchmarks import fuzz\n"
+        "fuzz.SECONDS = 0.5\nfuzz.TARGETS = {}\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for name, (body, _, _) in CASES.items():
+        (folder / name).mkdir()
+        (folder / name / "file.txt").write_text("text")
+        program += f"def read(folder):\n    if folder.name == 'case':\n        {body}\n"
+        program += f"fuzz.TARGETS[{name!r}] = fuzz.Target(('file.txt',), read)\n"
+    program += f"fuzz.run_cases(Path(sys.argv[1]), 0, 0, {len(CASES)})\n"
+    return subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_is_noticed(case, tmp_path):
-    body, message = FAULTS[case]
-    done = worker(tmp_path, body)
-    assert done.returncode == 0, done.stderr
-    _, _, outcome, said = json.loads(done.stdout.splitlines()[-1])
-    assert outcome == "wrong"
-    assert message in said
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_noticed(case, worker):
+    last = {name: rest for _, name, *rest in map(json.loads, worker.stdout.splitlines())}
+    outcome, said = last[case]
+    assert (outcome, CASES[case][2] in said) == (CASES[case][1], True), (said, worker.stderr)
 
 
-def test_a_reader_that_hangs_is_ended(tmp_path):
-    done = worker(tmp_path, "while True: pass", seconds=0.3)
-    assert done.returncode == -14
-    assert json.loads(done.stdout.splitlines()[-1])[2] == "started"
-
-
-def test_what_is_right_is_not_wrong(tmp_path):
-    done = worker(tmp_path, "raise ValueError(f'{folder}: one line')")
-    assert json.loads(done.stdout.splitlines()[-1])[2:] == ["refused", "/case: one line"]
+def test_a_reader_that_hangs_is_ended(worker):
+    assert worker.returncode == -signal.SIGALRM
