@@ -146,12 +146,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 raise ValueError(f"a shard's file is {entry['file'][:80]!r}, which is none of this folder")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{file}: it is no manifest of a data set ({type(error).__name__}: {error}); make it anew: "
+            f"{file}: it is no manifest of a data set ({type(error).__name__}: {str(error)[:200]}); make it anew: "
             f"{PREPARE} --fresh"
         ) from None
     if version != FORMAT or dtype != expected:
         raise ValueError(
-            f"{file}: format {version}, dtype {dtype}; expected format {FORMAT}, dtype {expected}: {PREPARE} --fresh"
+            f"{file}: format {str(version)[:40]}, dtype {str(dtype)[:40]}; expected format {FORMAT}, dtype {expected}: "
+            f"{PREPARE} --fresh"
         )
     return manifest
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
-LIMIT = 4 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has 1 MB
+LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has less than 1 MB
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files begin; the second is a pickle of a number of 10 bytes
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
