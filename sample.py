@@ -17,6 +17,11 @@ from gpt2.run import find_model
 from tinygrad2 import checkpoint, threads
 from tinygrad2.backend import DEVICES
 
+MODELS = (
+    "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
+    "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False)
@@ -29,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--top-p", "--top_p", type=float, help="choose among the likeliest tokens that hold probability p together")
     add("--seed", type=int, default=0, help="the same seed gives the same text [%(default)s]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
-    add("--checkpoint", metavar="DIR", help="a model folder, or the out-dir of a training run")
+    add("--checkpoint", metavar="MODEL", help=MODELS)
     add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
     add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
     options = parser.parse_args(argv)
@@ -108,10 +113,11 @@ def sample(options) -> int:
 
 
 def default_model() -> Path | None:
-    """checkpoint/, else the newest checkpoint of out/, else None."""
-    if (Path("checkpoint") / "config.json").is_file():
-        return Path("checkpoint")
-    return find_model(Path("out"), complain) if checkpoint.find(Path("out")) else None
+    """The model in checkpoint/, else the newest one in out/, else None."""
+    for folder in (Path("checkpoint"), Path("out")):
+        if (folder / "config.json").is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
+            return find_model(folder, complain)
+    return None
 
 
 def complain(line: str) -> None:

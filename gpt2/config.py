@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,7 +26,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive integer")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             value = getattr(self, name)
@@ -33,7 +34,7 @@ class GPT2Config:
                 raise ValueError(f"config: {name} is {value!r}; expected 0 <= rate < 1")
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive number")
         if self.n_embd % self.n_head:
             raise ValueError(f"config: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
@@ -77,6 +78,20 @@ class GPT2Config:
         block = 2 * 2 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C)
         return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The name and shape of every parameter, in the model's order. An iterator: sizes that a file claims may be
+        beyond all memory."""
+        C = self.n_embd
+        yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
+        for layer in range(self.n_layer):
+            yield from ((f"h.{layer}.ln_1.weight", (C,)), (f"h.{layer}.ln_1.bias", (C,)))
+            yield from ((f"h.{layer}.attn.c_attn.weight", (C, 3 * C)), (f"h.{layer}.attn.c_attn.bias", (3 * C,)))
+            yield from ((f"h.{layer}.attn.c_proj.weight", (C, C)), (f"h.{layer}.attn.c_proj.bias", (C,)))
+            yield from ((f"h.{layer}.ln_2.weight", (C,)), (f"h.{layer}.ln_2.bias", (C,)))
+            yield from ((f"h.{layer}.mlp.c_fc.weight", (C, 4 * C)), (f"h.{layer}.mlp.c_fc.bias", (4 * C,)))
+            yield from ((f"h.{layer}.mlp.c_proj.weight", (4 * C, C)), (f"h.{layer}.mlp.c_proj.bias", (C,)))
+        yield from (("ln_f.weight", (C,)), ("ln_f.bias", (C,)))
+
     def memory(
         self, batch_size: int, block_size: int, itemsize: int = 4, recompute: str = "none", head_rows: int | None = None
     ) -> dict[str, int]:
@@ -104,6 +119,12 @@ class GPT2Config:
         """
         weights = self.n_parameters - self.n_positions * self.n_embd
         return 6 * weights + 6 * self.n_layer * self.n_embd * block_size
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is the matrix of a linear layer: (in, out) here, as OpenAI ships it, and (out, in) in
+    PyTorch's nn.Linear and so in the files of nanoGPT, build-nanogpt and llm.c."""
+    return ".c_" in name and name.endswith(".weight")
 
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first

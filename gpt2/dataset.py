@@ -177,19 +177,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version, dtype = manifest["format"], manifest["dtype"]
+        if not isinstance(manifest["tokenizer"]["vocab_size"], int):
+            raise TypeError("the vocabulary's size is no integer")
         expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
         for entry in manifest["shards"]:
             for key, kind in (("file", str), ("split", str), ("tokens", int), ("sha256", str)):
                 if not isinstance(entry[key], kind):
                     raise TypeError(f"a shard's {key} is {entry[key]!r}")
-    except (ValueError, TypeError, KeyError) as error:
+            if Path(entry["file"]).name != entry["file"] or len(entry["file"]) > 255:
+                raise ValueError(f"a shard's file is {entry['file'][:80]!r}, which is none of this folder")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{file}: it is no manifest of a data set ({type(error).__name__}: {error}); make it anew: "
+            f"{file}: it is no manifest of a data set ({type(error).__name__}: {str(error)[:200]}); make it anew: "
             f"{PREPARE} --fresh"
         ) from None
     if version != FORMAT or dtype != expected:
         raise ValueError(
-            f"{file}: format {version}, dtype {dtype}; expected format {FORMAT}, dtype {expected}: {PREPARE} --fresh"
+            f"{file}: format {str(version)[:40]}, dtype {str(dtype)[:40]}; expected format {FORMAT}, dtype {expected}: "
+            f"{PREPARE} --fresh"
         )
     return manifest
 

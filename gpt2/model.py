@@ -194,7 +194,8 @@ class GPT2(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
-        """The model saved in a folder of the Hugging Face layout: config.json and model.safetensors.
+        """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
+        folder that gpt2.weights.open_model reads.
 
         Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
         FileNotFoundError where a file is not there.

@@ -58,7 +58,9 @@ class Options:
 
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
-    init: str | None = _text(None, "start from the weights in this model folder or out-dir (fine-tuning)")
+    init: str | None = _text(
+        None, "fine-tune: a model folder or file (as sample.py's --checkpoint), an out-dir, or a name such as gpt2"
+    )
     device: str = _one_of("auto", "where to compute", DEVICES)
     threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
     dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)

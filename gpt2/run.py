@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2 import weights
+from gpt2 import hub, weights
 from gpt2.model import GPT2
 from gpt2.options import UsageError, check
 from gpt2.tokenizer import Tokenizer
@@ -136,7 +136,12 @@ class RunFolder:
 
     def load_optimizer(self, saved: Saved, optimizer: optim.AdamW) -> None:
         """Take over the optimizer's state from a checkpoint."""
-        optimizer.load_state(checkpoint.load_arrays(saved.folder / OPTIMIZER), saved.optimizer_steps)
+        file = saved.folder / OPTIMIZER
+        arrays = checkpoint.load_arrays(file)
+        try:
+            optimizer.load_state(arrays, saved.optimizer_steps)
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, **row: Any) -> None:
         """Append one step's row."""
@@ -193,17 +198,25 @@ def _unused(path: Path) -> Path:
 
 
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model folder that `path` means: itself, or the newest checkpoint that is whole where it is a run's folder.
+    """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
+    else the newest .pt file; for one of the names in gpt2.hub the folder that OpenAI's model was downloaded to.
 
-    Raises FileNotFoundError where there is neither.
+    Raises FileNotFoundError where there is none.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such folder; expected a model folder or the out-dir of a run")
-    if (path / weights.CONFIG).exists():
+    if path.is_file() or (path / weights.CONFIG).exists():
         return path
+    if str(path) in hub.REVISIONS:
+        return hub.download(str(path))
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: there is no such folder or file; expected a model's, the out-dir of a run, or one of "
+            f"{', '.join(hub.REVISIONS)}"
+        )
     folder, damaged = checkpoint.newest(path)
     for line in damaged:
         say(f"damaged checkpoint, not used: {line}")
+    if folder is None:
+        folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
     if folder is None:
         raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
     return folder
@@ -216,7 +229,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)

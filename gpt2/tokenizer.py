@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, RANKS = "vocabulary.json", "vocabulary.tiktoken"  # what `save` writes
-HF_VOCAB, HF_MERGES = "vocab.json", "merges.txt"
+HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
 BUILT_IN = ("bytes", "gpt2")
 
 # How GPT-2 cuts text before it merges bytes (Radford et al., 2019, section 2.2): contractions, words, numbers, other
@@ -82,14 +83,18 @@ class Tokenizer:
     def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
         """The tokenizer of the model in `folder`: the one saved there, else the built-in one of this vocabulary size.
 
+        For a model that is a file, the one saved beside it, unless its size differs and a built-in one's does not.
         Raises ValueError where that is not known, or where the folder's has more tokens than the model.
         """
-        folder = Path(folder)
-        if (folder / VOCABULARY).is_file() or (folder / HF_MERGES).is_file():
-            tokenizer = Tokenizer.load(folder)
-        elif vocab_size in (257, 50257):
-            tokenizer = Tokenizer.load("bytes" if vocab_size == 257 else "gpt2")
-        else:
+        folder, alone = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
+        saved = (folder / VOCABULARY).is_file() or (folder / HF_MERGES).is_file()
+        tokenizer = Tokenizer.load(folder) if saved else None
+        if tokenizer is None or (alone and tokenizer.vocab_size != vocab_size):
+            built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(
+                vocab_size
+            )  # the last: padded with ids never used
+            tokenizer = Tokenizer.load(built_in) if built_in else tokenizer
+        if tokenizer is None:
             raise ValueError(
                 f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}"
             )
@@ -146,6 +151,31 @@ class Tokenizer:
         text = json.dumps(self.describe(), indent=2)
         (folder / VOCABULARY).write_text(text + "\n", encoding="utf-8")
 
+    def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
+        """Write vocab.json, merges.txt and tokenizer_config.json into `folder`, from which transformers makes the same
+        tokenizer. Raises ValueError for a vocabulary that is not made by merges of two tokens each.
+
+        n_positions  the model's context, which transformers keeps with the tokenizer.
+        """
+        folder = Path(folder)
+        sign = {byte: character for character, byte in _byte_of().items()}
+        tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size) if i != self.end_of_text]
+        ranks = {token: i for i, token in enumerate(tokens)}
+
+        def text(token: bytes) -> str:
+            return "".join(sign[byte] for byte in token)
+
+        merges = [" ".join(map(text, _parts(token, ranks))) for token in tokens if len(token) > 1]
+        ids = range(self.vocab_size)
+        named = {
+            END_OF_TEXT if i == self.end_of_text else text(self._encoding.decode_single_token_bytes(i)): i for i in ids
+        }
+        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_positions, **marks}
+        (folder / HF_VOCAB).write_text(json.dumps(named, ensure_ascii=False), encoding="utf-8")
+        (folder / HF_MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        (folder / HF_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
     def describe(self) -> dict[str, str | int]:
         """What other files say of the tokenizer that they were made with."""
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
@@ -186,8 +216,10 @@ def _load_saved(folder: Path) -> Tokenizer:
     file = folder / VOCABULARY
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        name, fingerprint = str(saved["name"]), saved["fingerprint"]
-    except (ValueError, TypeError, KeyError):
+        name, fingerprint = saved["name"], saved["fingerprint"]
+        if not isinstance(name, str) or not isinstance(fingerprint, str) or not fingerprint.isalnum():
+            raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"tokenizer {file}: expected a JSON object with name and fingerprint; write it anew") from None
     if (folder / RANKS).is_file():
         tokenizer = _make(name, _read_ranks(folder / RANKS), folder / RANKS)
@@ -195,12 +227,12 @@ def _load_saved(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(name)
     else:
         raise FileNotFoundError(
-            f"tokenizer {folder / RANKS}: there is no such file; {VOCABULARY} says that it is {name}"
+            f"tokenizer {folder / RANKS}: there is no such file; {VOCABULARY} says that it is {name[:80]!r}"
         )
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
-            f"{str(fingerprint)[:12]}; a file was changed, so restore it"
+            f"{fingerprint[:12]}; a file was changed, so restore it"
         )
     return tokenizer
 
@@ -217,25 +249,44 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
+def _byte_of() -> dict[str, int]:
+    """The byte that a character of vocab.json and merges.txt stands for: printable ones are themselves, others begin at
+    U+0100."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge makes `token`: what the merges before it, of a lower rank, leave of its bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        best = min(pairs)
+        if best >= ranks[token]:
+            raise ValueError(f"the token {token!r} is no merge of two tokens")
+        i = pairs.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 def _read_hugging_face(folder: Path) -> dict[bytes, int]:
-    """vocab.json and merges.txt. Characters stand for bytes: printable ones for themselves, others from U+0100 on.
+    """vocab.json and merges.txt.
 
     tiktoken merges the pair of lowest rank first, so the merges must stand in the order of their results' ids: checked.
     """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = _byte_of()
     try:
         vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
         ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != END_OF_TEXT}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"tokenizer {folder / HF_VOCAB}: expected one JSON object of tokens and ids") from None
     except KeyError as error:
         raise ValueError(
             f"tokenizer {folder / HF_VOCAB}: the character {error} stands for no byte; this is no byte-level vocabulary"
         ) from None
 
-    merges = (folder / HF_MERGES).read_text(encoding="utf-8").split("\n")
+    merges = (folder / HF_MERGES).read_text(encoding="utf-8", errors="replace").split("\n")
     previous, count = -1, 0
     for number, line in enumerate(merges, 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):

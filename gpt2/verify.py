@@ -114,7 +114,6 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
-OPENAI = [name for name in PRESETS if name != "nano"]
 CASES = "cases"  # the key of a reference file's metadata: a JSON list of cases, whose arrays are called NUMBER/NAME
 Expected = Callable[[str], numpy.ndarray]  # the reference's result of a name
 
@@ -153,17 +152,6 @@ def asked(options: argparse.Namespace) -> list[Case]:
     return [Case(None, options.preset, form, options.seed, options.dtype) for form in forms]
 
 
-def find_or_download(name: str, folder: Path) -> Path:
-    """Where the model lies: what find_model finds; one of OpenAI's names is downloaded to `folder` by transformers."""
-    try:
-        return find_model(Path(name), complain)
-    except FileNotFoundError:
-        if name not in OPENAI:
-            raise
-        parity.torch_model(f"openai-community/{name}").save_pretrained(folder)
-        return folder
-
-
 def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
     """This engine's model, and what transformers computes with the same weights."""
     with tempfile.TemporaryDirectory() as copy:
@@ -171,7 +159,7 @@ def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
         if case.model is None:
             model = case.random_model(device)
         else:
-            found = find_or_download(case.model, Path(copy))
+            found = find_model(Path(case.model), complain)
             model = GPT2.from_pretrained(found, device, case.dtype)
             source = found if (found / weights.CONFIG).is_file() else copy
         if source == copy:

@@ -441,7 +441,7 @@ BAD = {
         ["--preset", "gpt2"],
         r"tokenizer bytes \(257 tokens\), which is not that of the preset gpt2 \(50,257 tokens\)",
     ),
-    "no such model": (None, ["--init", "nowhere"], "nowhere: there is no such folder; expected a model folder"),
+    "no such model": (None, ["--init", "nowhere"], "nowhere: there is no such folder or file; expected a model's"),
     "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
     "an out-dir that is a file": (
         lambda user: (user / "taken").write_text("x"),

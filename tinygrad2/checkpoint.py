@@ -177,7 +177,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: it cannot be read as safetensors ({error})") from None
+        raise CheckpointError(f"{path}: it cannot be read as safetensors ({str(error)[:200]})") from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: it holds no JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: it holds no JSON object")

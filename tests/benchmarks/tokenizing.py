@@ -1,4 +1,4 @@
-"""How fast data/prepare.py makes tokens, against tiktoken's own threads: `python tests/benchmarks/tokenize.py [MB]`.
+"""How fast data/prepare.py makes tokens, against tiktoken's own threads: `python tests/benchmarks/tokenizing.py [MB]`.
 
 Both tokenize the same JSON lines with GPT-2's vocabulary on all cores, in turns, a few times: prepare() reads, parses,
 cuts, hashes, tokenizes and writes shards to the disk; tiktoken's encode_ordinary_batch gets the texts in memory and

@@ -1,0 +1,138 @@
+"""Model files from one format to another: `python -m gpt2.convert SRC DST --to hf|pt|llmc`. PyTorch is not needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gpt2 import llmc, pickles
+from gpt2.config import ACTIVATIONS, GPT2Config, is_matrix
+from gpt2.options import Parser
+from gpt2.pickles import Stored
+from gpt2.run import find_model
+from gpt2.tokenizer import Tokenizer
+from gpt2.weights import HEAD, open_model, write_hugging_face
+from tinygrad2.checkpoint import write_json
+
+FORMATS = {
+    "hf": "a folder of Hugging Face: config.json, model.safetensors, generation_config.json, the tokenizer's files",
+    "pt": "a file of PyTorch, as nanoGPT writes it: a dictionary with model and model_args",
+    "llmc": "a .bin file of llm.c, float32 or bfloat16",
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def convert(source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = "") -> None:
+    """Write the model in `source`, anything that gpt2.weights.open_model reads, to `target`, which must not exist yet.
+
+    form        one of FORMATS.
+    dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
+    activation  the form of GELU, where the file is wrong about it: nanoGPT's do not say which version trained them.
+
+    What is interrupted leaves nothing at `target`. Raises ValueError or OSError.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target}: it exists already; choose another name, or remove it first")
+    model = open_model(source)
+    config = replace(model.config, activation_function=activation) if activation else model.config
+    progress = tqdm(total=len(model.arrays), unit=" tensors", disable=None, leave=False)
+
+    def counted(name: str) -> Any:
+        progress.update()
+        return model.read(name)
+
+    arrays = {
+        name: Stored(stored.shape, stored.dtype, lambda name=name: counted(name)).cast(dtype)  # type: ignore[misc]
+        for name, stored in model.arrays.items()
+    }
+    with progress, _whole(target) as partial:
+        if form == "pt":
+            pickles.save(partial, _checkpoint(config, arrays))
+        elif form == "llmc":
+            llmc.write(partial, config, arrays)
+        else:
+            _write_folder(partial, config, arrays, source)
+
+
+def _checkpoint(config: GPT2Config, arrays: dict[str, Stored]) -> dict[str, Any]:
+    """What nanoGPT saves and loads, with matrices as nn.Linear has them, and our own config, which says more."""
+    named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
+    rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
+    return {
+        "model": {**named, HEAD: named["transformer.wte.weight"]},
+        "model_args": {**sizes, **rates},
+        "config": config.to_dict(),
+    }
+
+
+def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], source: Path) -> None:
+    folder.mkdir()
+    ids = {}
+    try:
+        tokenizer = Tokenizer.for_model(source, config.vocab_size)
+        tokenizer.save_hugging_face(folder, config.n_positions)
+        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it cuts text in a way of its own
+            tokenizer.save(folder)
+        ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+        write_json(folder / "generation_config.json", ids)
+    except (ValueError, OSError) as error:
+        print(f"the tokenizer's files were not written: {error}", file=sys.stderr)
+    write_hugging_face(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to, which becomes `target` at the end, or is removed where the writing fails."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        os.rename(partial, target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. The exit status: 0, or 1 where the source cannot be read or the target not written."""
+    parser = Parser(
+        prog="python -m gpt2.convert",
+        description="Convert model files. Reads folders of Hugging Face, .pt and .bin files of PyTorch (nanoGPT, "
+        "build-nanogpt, plain state dicts), .bin files of llm.c, the out-dir of a run, and the names gpt2, "
+        "gpt2-medium, gpt2-large and gpt2-xl, which are downloaded.",
+        epilog="; ".join(f"{name}: {text}" for name, text in FORMATS.items()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="the model to read")
+    parser.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the values written [%(default)s]")
+    parser.add_argument(
+        "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, where the file is wrong about it"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        source = find_model(Path(options.source), lambda line: print(line, file=sys.stderr))
+        convert(source, options.target, options.to, options.dtype, options.activation)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"gpt2.convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"gpt2.convert: interrupted; {options.target} was not written", file=sys.stderr)
+        return 130
+    print(f"{options.target}: written from {source}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

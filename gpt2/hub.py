@@ -1,0 +1,31 @@
+"""OpenAI's weights, downloaded once from the Hugging Face hub into its cache (HF_HOME says where)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REVISIONS = {  # of openai-community/NAME
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+
+
+def download(name: str) -> Path:
+    """The folder with the published model `name`, one of REVISIONS; shows progress while it is fetched.
+
+    Raises FileNotFoundError where it is not on this machine and cannot be fetched.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f'{name}: to download it, install huggingface_hub: pip install -e ".[hub]"') from None
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", revision=REVISIONS[name], allow_patterns=FILES))
+    except Exception as error:  # its kinds differ from version to version of the library and of what it is built on
+        raise FileNotFoundError(
+            f"{name}: it could not be downloaded from the Hugging Face hub ({type(error).__name__}); connect once, or "
+            f"name a folder that has {', '.join(FILES)}"
+        ) from None

@@ -1,0 +1,400 @@
+"""Files of PyTorch (`torch.save`), read and written without it. Nothing that a file holds is ever executed.
+
+Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
+data/1 and so on. Before PyTorch 1.6 it was a chain of pickles with the tensors' memory after them. A pickle is a
+program whose author chooses which functions Python's unpickler calls, so it is not given to that: `_interpret` knows
+the opcodes that make plain data, and the few names that tensors are made with. Any other name is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+
+LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has less than 1 MB
+ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files begin; the second is a pickle of a number of 10 bytes
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+STORAGES = {
+    "torch.FloatStorage": "float32",
+    "torch.DoubleStorage": "float64",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16",
+    "torch.CharStorage": "int8",
+    "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool",
+}
+DICT, TENSOR, PARAMETER = (
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+)
+NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
+CONFIGS = ("Config", "Namespace")  # how the names of classes end whose attributes are read, as a Record
+
+
+# What zipfile, struct and seeking raise for nonsense.
+DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file: its shape and NumPy's name of its type are known, its values are read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    def rows(self, count: int) -> Stored:
+        """The first `count` rows."""
+        return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])
+
+    def transposed(self) -> Stored:
+        """With its axes in the reverse order, contiguous again."""
+        return Stored(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self.read().T))
+
+    def cast(self, dtype: str) -> Stored:
+        """With its values rounded to `dtype`."""
+        return Stored(self.shape, dtype, lambda: self.read().astype(dtype, copy=False))
+
+
+@dataclass
+class Record:
+    """What an object of a config class was pickled with: the values of its attributes."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that a pickle refers to. It stands for nothing: what may be done with it is written in `_call`."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The memory of one or more tensors."""
+
+    key: str
+    dtype: str
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * np.dtype(self.dtype).itemsize
+
+
+def load(path: Path) -> Any:
+    """What `torch.save` wrote into the file: dicts, lists, tuples, text and numbers, with a Stored for each tensor and
+    a Record for each config object. Raises ValueError for anything else, before it allocates what the file asks for."""
+    with path.open("rb") as file:
+        try:
+            return _load_zip(path, file) if file.read(len(ZIP)) == ZIP else _load_legacy(path, file)
+        except DAMAGED as error:
+            raise ValueError(f"it is no file of torch.save, or it is damaged ({error})") from None
+
+
+def _load_zip(path: Path, file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            name = info.filename.partition("/")[2]  # every entry lies in one folder
+            if name in entries:
+                raise ValueError(f"its archive has the entry {name} twice")
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise ValueError(f"its entry {name} is compressed; torch.save does not compress")
+            entries[name] = info
+        if "data.pkl" not in entries:
+            raise ValueError("its archive has no entry data.pkl; expected a file of torch.save")
+        if entries["data.pkl"].file_size > LIMIT:
+            raise ValueError(f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; at most {LIMIT:,} are read")
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
+            raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
+        program = io.BytesIO(archive.read(entries["data.pkl"]))
+    places: dict[str, int] = {}
+    tree, storages = _interpret(program, path, places)
+    for storage in storages:
+        entry = entries.get(f"data/{storage.key}")
+        if entry is None:
+            raise ValueError(f"its archive has no entry data/{storage.key}")
+        if entry.file_size != storage.nbytes:
+            raise ValueError(f"its entry data/{storage.key} has {entry.file_size:,} bytes; expected {storage.nbytes:,}")
+        file.seek(entry.header_offset)
+        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # of the header before the content
+        places[storage.key] = file.tell() + name_length + extra_length
+    _check_ends(file, places, storages)
+    return tree
+
+
+def _load_legacy(path: Path, file: BinaryIO) -> Any:
+    places: dict[str, int] = {}
+    file.seek(0)
+    magic, protocol, machine = (_interpret_next(file, path, places)[0] for _ in range(3))
+    if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(machine, dict):
+        raise ValueError("it is no file of torch.save")
+    if machine.get("little_endian") is not (sys.byteorder == "little"):
+        raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
+    tree, storages = _interpret_next(file, path, places)
+    keys, _ = _interpret_next(file, path, places)
+    by_key = {storage.key: storage for storage in storages}
+    if not isinstance(keys, list) or any(type(key) is not str for key in keys) or set(keys) != by_key.keys():
+        raise ValueError("the list of its tensors' memory is damaged")
+    for key in keys:
+        (count,) = struct.unpack("<q", file.read(8))
+        if count != by_key[key].count:
+            raise ValueError(f"its storage {key} has {count:,} elements; expected {by_key[key].count:,}")
+        places[key] = file.tell()
+        file.seek(by_key[key].nbytes, io.SEEK_CUR)
+    _check_ends(file, places, storages)
+    return tree
+
+
+def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple[Any, list[_Storage]]:
+    """The next pickle of a chain; the file then stands behind it."""
+    start = file.tell()
+    program = io.BytesIO(file.read(LIMIT))
+    found = _interpret(program, path, places)
+    file.seek(start + program.tell())
+    return found
+
+
+def _check_ends(file: BinaryIO, places: dict[str, int], storages: list[_Storage]) -> None:
+    size = file.seek(0, io.SEEK_END)
+    for storage in storages:
+        end = places[storage.key] + storage.nbytes
+        if end > size:
+            raise ValueError(f"it has {size:,} bytes; its storage {storage.key} would end at {end:,}: it is truncated")
+
+
+def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple[Any, list[_Storage]]:
+    """What a pickle describes, and the storages that it names. `places` is to say where in `path` each one begins."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    storages: dict[_Storage, None] = {}
+
+    def since_mark() -> list[Any]:
+        mark = marks.pop()
+        items = stack[mark:]
+        del stack[mark:]
+        return items
+
+    try:
+        for opcode, arg in _opcodes(program):
+            match opcode:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop(), list(storages)
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode == "NEWTRUE")
+                case name if name in NUMBERS or name in TEXTS:
+                    stack.append(arg)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    count = int(opcode[-1])
+                    stack[-count:] = [tuple(stack[-count:])]
+                case "APPEND" | "APPENDS":
+                    items = [stack.pop()] if opcode == "APPEND" else since_mark()
+                    if type(stack[-1]) is not list:
+                        raise ValueError("its pickle is damaged: it appends to what is no list")
+                    stack[-1].extend(items)
+                case "SETITEM" | "SETITEMS":
+                    items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
+                    _set_items(stack[-1], items)
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GLOBAL":
+                    stack.append(_name(*arg.split(" ")))
+                case "STACK_GLOBAL":
+                    name = stack.pop()
+                    stack.append(_name(stack.pop(), name))
+                case "BINPERSID":
+                    storage = _storage(stack.pop())
+                    storages[storage] = None
+                    stack.append(storage)
+                case "REDUCE" | "NEWOBJ":
+                    arguments = stack.pop()
+                    stack.append(_call(stack.pop(), arguments, path, places))
+                case "BUILD":
+                    state = stack.pop()
+                    _build(stack[-1], state)
+                case _:
+                    raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
+    except (IndexError, KeyError, TypeError, AttributeError):  # an empty stack, an unknown memo
+        pass
+    raise ValueError("its pickle is damaged")
+
+
+def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
+    except ValueError as error:
+        raise ValueError(f"its pickle is damaged ({error})") from None
+
+
+def _name(module: Any, name: Any) -> _Name:
+    text = f"{module}.{name}"
+    if text in STORAGES or text in (DICT, TENSOR, PARAMETER) or text.endswith(CONFIGS):
+        return _Name(text)
+    raise ValueError(f"its pickle refers to {text}, which is nothing that a model consists of; the file is refused")
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    keys, values = items[::2], items[1::2]
+    if type(target) is not dict or len(keys) != len(values) or any(type(key) not in (str, int) for key in keys):
+        raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or integers")
+    target.update(zip(keys, values, strict=True))
+
+
+def _storage(identity: Any) -> _Storage:
+    """The storage that a persistent id names: ("storage", its class, its key, the device, the number of elements)."""
+    if type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage" and identity[5:] in ((), (None,)):
+        _, kind, key, _, count = identity[:5]
+        if type(kind) is _Name and kind.text in STORAGES and type(key) is str and _is_count(count):
+            return _Storage(key, STORAGES[kind.text], count)
+    raise ValueError("its pickle describes a tensor's memory in a way that torch.save does not")
+
+
+def _call(name: Any, arguments: Any, path: Path, places: dict[str, int]) -> Any:
+    """What the call that a pickle asks for would make, without it."""
+    if type(name) is _Name and type(arguments) is tuple:
+        if name.text == DICT and arguments == ():
+            return {}
+        if name.text == TENSOR and len(arguments) >= 4:
+            return _tensor(arguments, path, places)
+        if name.text == PARAMETER and arguments and type(arguments[0]) is Stored:
+            return arguments[0]
+        if name.text.endswith(CONFIGS) and arguments == ():
+            return Record(name.text)
+    raise ValueError("its pickle makes a call that torch.save does not write")
+
+
+def _build(target: Any, state: Any) -> None:
+    """Set an object's attributes. Those of dictionaries (`_metadata` of a module's state) are of no use here."""
+    if type(target) is Record and type(state) is dict:
+        target.values.update(state)
+    elif type(target) is not dict:
+        raise ValueError("its pickle sets the attributes of what is no config")
+
+
+def _tensor(arguments: tuple[Any, ...], path: Path, places: dict[str, int]) -> Stored:
+    """A tensor: `shape` elements of a storage from `offset` on, `strides` elements apart. Elements must not overlap, so
+    that no tensor is larger than its file."""
+    storage, offset, shape, strides = arguments[:4]
+    numbers = (offset, *shape, *strides) if type(shape) is type(strides) is tuple else ()
+    if type(storage) is not _Storage or len(numbers) != 1 + 2 * len(shape) or len(shape) > 8:
+        raise ValueError("its pickle describes a tensor in a way that torch.save does not")
+    if not all(map(_is_count, numbers)):
+        raise ValueError("it has a tensor whose offset, shape or strides are no natural numbers")
+    reach = 0  # of the elements along the axes seen so far
+    for stride, length in sorted(zip(strides, shape, strict=True)) if math.prod(shape) else ():
+        if length > 1 and stride <= reach:
+            raise ValueError("it has a tensor whose elements overlap")
+        reach += stride * (length - 1)
+    count = reach + 1 if math.prod(shape) else 0
+    if offset + count > storage.count:
+        raise ValueError(f"it has a tensor that reaches {offset + count:,} elements into {storage.count:,}")
+    size = np.dtype(storage.dtype).itemsize
+
+    def read() -> np.ndarray:
+        flat = read_at(path, storage.dtype, places[storage.key] + offset * size, (count,))
+        return np.array(np.lib.stride_tricks.as_strided(flat, shape, [stride * size for stride in strides]))
+
+    return Stored(shape, storage.dtype, read)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
+
+
+def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The array that begins `offset` bytes into a file."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.fromfile(path, np.uint8, count, offset=offset)
+    if len(memory) != count:
+        raise ValueError(f"it ends {count - len(memory):,} bytes too early")
+    return memory.view(dtype).reshape(shape)
+
+
+def save(path: Path, tree: dict[str, Any]) -> None:
+    """Write what `torch.load` reads, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
+    tensors. One that stands in several places is one tensor there too. Holds one array at a time."""
+    storages: dict[int, tuple[str, Stored]] = {}
+    program = b"\x80\x02" + _pickled(tree, storages) + b"."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (("data.pkl", program), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
+            archive.writestr(f"archive/{name}", content)
+        for key, stored in storages.values():
+            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as entry:
+                entry.write(np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data)
+
+
+def _pickled(value: Any, storages: dict[int, tuple[str, Stored]]) -> bytes:
+    """The opcodes (of protocol 2) that make a value. `storages` collects the arrays."""
+
+    def each(values: Any) -> bytes:
+        return b"".join(_pickled(item, storages) for item in values)
+
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            number = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + bytes([len(number)]) + number
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            text = value.encode()
+            return b"X" + struct.pack("<I", len(text)) + text
+        case tuple():
+            return b"(" + each(value) + b"t"
+        case list():
+            return b"](" + each(value) + b"e"
+        case dict():
+            return b"}(" + each(item for pair in value.items() for item in pair) + b"u"
+        case _Name():
+            module, _, attribute = value.text.rpartition(".")
+            return f"c{module}\n{attribute}\n".encode()
+        case Stored():
+            key, _ = storages.setdefault(id(value), (str(len(storages)), value))
+            kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
+            memory = each([("storage", _Name(kind), key, "cpu", math.prod(value.shape))]) + b"Q"
+            strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(len(value.shape)))
+            hooks = each([_Name(DICT), ()]) + b"R"
+            return each([_Name(TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
+        case _:
+            raise TypeError(f"a file of PyTorch: {type(value).__name__} is not written")

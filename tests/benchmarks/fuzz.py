@@ -1,0 +1,537 @@
+"""Every reader against damaged and hostile files: python tests/benchmarks/fuzz.py [--cases 10000] [--seed 0]
+
+Each case takes one good input (a model file of some format, a data set, a tokenizer, a checkpoint), changes one of its
+files, and reads it. Right is a ValueError or OSError of one line that names the file or its folder, or a result that is
+whole: shapes as the config says, ids within the vocabulary, text that survives encoding. Wrong is any other exception,
+a case that takes longer than 10 seconds (the system ends the process), memory beyond 512 MiB, and anything executed,
+imported, written or connected to, which an audit hook sees. Prints a table; the exit status is 1 where anything was
+wrong. A case depends on the seed and its number alone: --first 4711 --cases 1 repeats it. 10,000 take half a minute on
+an idle core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import pickle
+import pickletools
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for a repository that is not installed
+
+from data.prepare import prepare  # noqa: E402
+from gpt2 import GPT2, GPT2Config, Tokenizer, pickles, weights  # noqa: E402
+from gpt2.convert import convert  # noqa: E402
+from gpt2.dataset import SPLITS, TokenDataset  # noqa: E402
+from gpt2.pickles import Stored  # noqa: E402
+from gpt2.run import Progress, RunFolder, read_log  # noqa: E402
+from tinygrad2 import optim  # noqa: E402
+
+SECONDS, MEMORY = 10, 512 << 20  # for one case
+LONGEST = 1000  # characters of an error
+CONFIG = GPT2Config(vocab_size=257, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+TEXT = "It was 7 o'clock, naïve 🙂\n\tand then"
+
+# What a reader has no reason to do: Python's names of the events (see "Audit events" in its documentation).
+FORBIDDEN = {
+    *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"),
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.chmod", "os.putenv"),
+    *("shutil.rmtree", "shutil.move", "shutil.copyfile", "socket.connect", "socket.bind", "ctypes.dlopen"),
+    *("compile", "exec", "import", "marshal.loads", "pickle.find_class", "code.__new__"),
+}
+ODD_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    127,
+    128,
+    255,
+    256,
+    257,
+    65535,
+    65536,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**63 - 1,
+)
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, "", "x", "x" * 3000, "../../../../etc/passwd", "/etc/passwd", "a\nb\x1b[2J", "\0", "\ud800"),
+    *(ODD_NUMBERS, *ODD_NUMBERS, 0.5, -0.5, 1e308, float("nan"), float("inf"), 10**400, [], {}, [[]], {"a": 1}, ["x"]),
+)
+HOSTILE = (
+    b"cos\nsystem\n(X\x0d\x00\x00\x00touch /tmp/xytR",
+    b"cbuiltins\neval\n(X\x03\x00\x00\x001+1tR",
+    b"c__builtin__\nexec\n(X\x04\x00\x00\x00passtR",
+    b"X\x05\x00\x00\x00posixX\x06\x00\x00\x00system\x93X\x04\x00\x00\x00true\x85R",
+    b"(ios\nsystem\n",
+    b"ccopyreg\n_reconstructor\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ccollections\nOrderedDict\n",
+    b"c__main__\nGPTConfig\n)\x81",
+    *(b"r\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f", b"\x82\x01", b"h\x00", b"}", b"]", b")", b"(", b"N", b"0", b"2"),
+    *(
+        b"R",
+        b"b",
+        b"Q",
+        b"t",
+        b"u",
+        b"e",
+        b"s",
+        b"a",
+        b"\x85",
+        b"\x86",
+        b"\x81",
+        b"\x93",
+        b"\x94",
+        b"K\x00",
+        b"J\xff\xff\xff\xff",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of input: the files that may be changed, and how it is read. `read` raises AssertionError for a result
+    that is not whole."""
+
+    files: tuple[str, ...]
+    read: Callable[[Path], None]
+
+
+def read_model(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        model = GPT2.from_pretrained(folder / name if name else folder)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        assert shapes == dict(model.config.shapes())
+        assert all(parameter.data.dtype == np.float32 for parameter in model.parameters())
+
+    return read
+
+
+def read_dataset(folder: Path) -> None:
+    for split in SPLITS:
+        data = TokenDataset.open(folder, split)
+        ids = data.read(0, data.tokens)
+        assert len(ids) == data.tokens > 0
+        assert ids.max() < data.vocab_size
+        tokens, targets = data.batch([0, data.windows(4) - 1], 4)
+        assert tokens.shape == targets.shape == (2, 4)
+        assert len(data.fingerprint) == 64
+    read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode(TEXT)
+    assert ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == TEXT
+    assert len(tokenizer.fingerprint) == 64
+
+
+def read_run(folder: Path) -> None:
+    run = RunFolder(folder)
+    saved = run.resume(lambda line: None)
+    assert saved is not None
+    model = GPT2.from_pretrained(saved.folder)
+    run.load_optimizer(saved, optim.AdamW(model))
+    assert all(isinstance(row["step"], int) for row in read_log(folder / "log.jsonl"))
+
+
+TARGETS = {
+    "safetensors": Target(("model.safetensors",), read_model("")),
+    "config": Target(("config.json",), read_model("")),
+    "shards": Target(("model.safetensors.index.json", "part-1.safetensors", "part-2.safetensors"), read_model("")),
+    "nanogpt": Target(("ckpt.pt",), read_model("ckpt.pt")),
+    "build-nanogpt": Target(("model.pt",), read_model("model.pt")),
+    "torch 1.5": Target(("pytorch_model.bin",), read_model("")),
+    "llmc": Target(("model.bin",), read_model("model.bin")),
+    "llmc bfloat16": Target(("model.bin",), read_model("model.bin")),
+    "dataset": Target(("manifest.json", "vocabulary.json", "train-00000.bin", "val-00000.bin"), read_dataset),
+    "vocabulary": Target(("vocabulary.json", "vocabulary.tiktoken"), read_tokenizer),
+    "vocab.json": Target(("vocab.json", "merges.txt"), read_tokenizer),
+    "checkpoint": Target(
+        ("ckpt-000003/trainer.json", "ckpt-000003/manifest.json", "ckpt-000003/optimizer.safetensors", "log.jsonl"),
+        read_run,
+    ),
+}
+
+
+def make_originals(folder: Path) -> None:
+    """A good input of each kind, in a folder of its name."""
+    model = GPT2(CONFIG, seed=1)
+    model.save_pretrained(folder / "safetensors")
+    shutil.copytree(folder / "safetensors", folder / "config")
+    arrays = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    stored = {name: Stored(a.shape, "float32", lambda a=a: a) for name, a in arrays.items()}
+
+    shards = folder / "shards"
+    model.save_pretrained(shards)
+    (shards / "model.safetensors").unlink()
+    places = {name: f"part-{1 + i % 2}.safetensors" for i, name in enumerate(arrays)}
+    for part in set(places.values()):
+        weights.save_arrays(shards / part, {name: arrays[name] for name in arrays if places[name] == part})
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    for name in ("nanogpt", "build-nanogpt", "llmc", "llmc bfloat16"):
+        (folder / name).mkdir()
+    convert(folder / "safetensors", folder / "nanogpt" / "ckpt.pt", "pt")
+    convert(folder / "safetensors", folder / "llmc" / "model.bin", "llmc")
+    convert(folder / "safetensors", folder / "llmc bfloat16" / "model.bin", "llmc", "bfloat16")
+    sizes = {"block_size": 8, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 4}
+    gpt_config = b"c__main__\nGPTConfig\n)\x81" + pickle.dumps(sizes, 2)[2:-1] + b"b"
+    pickles.save(folder / "build-nanogpt" / "model.pt", {"model": stored, "config": "HERE", "step": 3})
+    rewrite_zip(folder / "build-nanogpt" / "model.pt", lambda p: p.replace(b"X\x04\x00\x00\x00HERE", gpt_config))
+
+    old = folder / "torch 1.5"
+    model.save_pretrained(old)
+    (old / "model.safetensors").unlink()
+    convert(folder / "safetensors", old / "new.pt", "pt")
+    to_legacy(old / "new.pt", old / "pytorch_model.bin")
+
+    (folder / "text.txt").write_text(TEXT * 200, encoding="utf-8")
+    prepare([str(folder / "text.txt")], "bytes", folder / "dataset")
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257, b" the": 258, b"ve": 259}
+    lines = "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+    (folder / "own.tiktoken").write_text(lines)
+    tokenizer = Tokenizer.load(folder / "own.tiktoken")
+    tokenizer.save(folder / "vocabulary")
+    (folder / "vocab.json").mkdir()
+    tokenizer.save_hugging_face(folder / "vocab.json", 8)
+
+    optimizer = optim.AdamW(model)
+    (folder / "checkpoint").mkdir()
+    row = {"step": 3, "loss": 4.5, "lr": 0.001}
+    (folder / "checkpoint" / "log.jsonl").write_text("".join(json.dumps({**row, "step": i}) + "\n" for i in range(4)))
+    progress = Progress(3, 24, 192, 1.5, {"step": 3, "val_loss": 4.25})
+    RunFolder(folder / "checkpoint").save(model, optimizer, Tokenizer.load("bytes"), progress, {"seed": 1}, "data")
+
+
+def to_legacy(new: Path, old: Path) -> None:
+    """A zip file of PyTorch as the chain of pickles that PyTorch before 1.6 wrote; its model's tensors alone."""
+    with zipfile.ZipFile(new) as file:
+        program = file.read("archive/data.pkl")
+        memory = {name.rpartition("/")[2]: file.read(name) for name in file.namelist() if "/data/" in name}
+    head = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
+    keys = list(memory)
+    tail = b"".join(struct.pack("<q", len(memory[key]) // 4) + memory[key] for key in keys)
+    pickled = b"".join(pickle.dumps(value, 2) for value in head) + program + pickle.dumps(keys, 2)
+    old.write_bytes(pickled + tail)
+
+
+# Changes
+
+
+def change(rng: random.Random, file: Path, other: bytes) -> None:
+    """Change a file: in a way that only its format knows, byte by byte, or both."""
+    structured = {".json": change_json, ".jsonl": change_json, ".safetensors": change_header, ".pt": change_pickle}
+    if file.suffix in structured and rng.random() < 0.6:
+        structured[file.suffix](rng, file)
+        if rng.random() < 0.8:
+            return
+    content = bytearray(file.read_bytes())
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        change_bytes(rng, content, other)
+    file.write_bytes(content)
+
+
+def change_bytes(rng: random.Random, content: bytearray, other: bytes) -> None:
+    """One change; half of them where the headers are."""
+    where = rng.randrange(min(len(content), 2048) if rng.random() < 0.5 else len(content)) if content else 0
+    length = min(rng.choice((1, 2, 4, 8, 64, 1024)), len(content))
+    match rng.randrange(9):
+        case 0 if content:
+            content[where] ^= 1 << rng.randrange(8)
+        case 1 if content:
+            content[where] = rng.randrange(256)
+        case 2:
+            size = rng.choice((1, 2, 4, 8))
+            number = rng.choice(ODD_NUMBERS) + rng.choice((-1, 0, 0, 0, 1))
+            content[where : where + size] = (number % (1 << 8 * size)).to_bytes(size, "little")
+        case 3:
+            del content[where : where + length]
+        case 4:
+            content[where:where] = content[where : where + length]
+        case 5:
+            content[where:where] = rng.randbytes(length)
+        case 6:
+            del content[where:]
+        case 7:
+            start = rng.randrange(len(other))
+            content[where : where + length] = other[start : start + length]
+        case _:
+            digits = list(re.finditer(rb"\d+", bytes(content[:4096])))
+            if digits:
+                found = rng.choice(digits)
+                content[found.start() : found.end()] = str(rng.choice(ODD_NUMBERS)).encode()
+
+
+def change_json(rng: random.Random, file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines() if file.suffix == ".jsonl" else [text]
+    i = rng.randrange(len(lines))
+    lines[i] = changed_json(rng, lines[i])
+    file.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
+
+
+def changed_json(rng: random.Random, text: str) -> str:
+    """A value, key or whole document exchanged; now and then nested beyond what a parser can follow."""
+    tree = {"": json.loads(text)}
+    places = list(nodes(tree))
+    for _ in range(rng.choice((1, 1, 2))):
+        parent, key = rng.choice(places)
+        try:
+            match rng.randrange(5):
+                case 0 if parent is not tree:
+                    del parent[key]
+                case 1 if isinstance(parent, dict):
+                    parent[rng.choice([str(rng.choice(ODD_VALUES))[:50], *parent])] = parent.pop(key)
+                case 2:
+                    parent[key] = "DEEP"
+                case _:
+                    parent[key] = rng.choice(ODD_VALUES)
+        except (KeyError, IndexError):  # it went with the first change
+            pass
+    deep = rng.choice(("[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 5000))
+    return json.dumps(tree.get("", {}), ensure_ascii=rng.random() < 0.9).replace('"DEEP"', deep)
+
+
+def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from nodes(value)
+
+
+def change_header(rng: random.Random, file: Path) -> None:
+    """Of a safetensors file: its length, and JSON."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = changed_json(rng, content[8 : 8 + length].decode()).encode(errors="replace")
+    claimed = len(header) if rng.random() < 0.95 else rng.choice(ODD_NUMBERS) % (1 << 64)
+    file.write_bytes(claimed.to_bytes(8, "little") + header + content[8 + length :])
+
+
+def change_pickle(rng: random.Random, file: Path) -> None:
+    rewrite_zip(file, lambda program: changed_pickle(rng, program), rng)
+
+
+def changed_pickle(rng: random.Random, program: bytes) -> bytes:
+    """Opcodes put in, taken out, repeated, exchanged, and bytes changed."""
+    starts = [position for _, _, position in pickletools.genops(program)]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        i = rng.randrange(1, len(starts))
+        j = min(i + rng.choice((1, 1, 2, 5, 40)), len(starts) - 1)
+        start, stop = starts[i], starts[j]
+        part = rng.choice(
+            (
+                rng.choice(HOSTILE) + program[start:stop],
+                rng.choice(HOSTILE),
+                b"",
+                program[start:stop] * 2,
+                program[start:stop] * rng.choice((1, 300)),
+                b"J" + struct.pack("<i", rng.choice(ODD_NUMBERS) % 2**31 - rng.choice((0, 2**31))),
+                b"\x8a\x08" + struct.pack("<q", rng.choice(ODD_NUMBERS)),
+                b"\x8b" + struct.pack("<i", 1 << 17) + b"\x7f" * (1 << 17),
+                b")" + b"q\x00h\x00h\x00\x86" * 60,
+            )
+        )
+        program = program[:start] + part + program[stop:]
+        try:
+            starts = [position for _, _, position in pickletools.genops(program)]
+        except ValueError:  # the bytes are no opcodes any more
+            break
+    if rng.random() < 0.3:
+        damaged = bytearray(program)
+        change_bytes(rng, damaged, program)
+        return bytes(damaged)
+    return program
+
+
+def rewrite_zip(file: Path, edit: Callable[[bytes], bytes], rng: random.Random | None = None) -> None:
+    """The archive again, its checksums right, with its pickle edited; now and then compressed, with an entry twice,
+    with one less, or with another size."""
+    with zipfile.ZipFile(file) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    kind = zipfile.ZIP_STORED
+    if rng is not None:
+        i = rng.randrange(len(entries))
+        match rng.randrange(20):
+            case 0:
+                kind = zipfile.ZIP_DEFLATED
+            case 1:
+                entries.append((f"other/{entries[i][0].partition('/')[2]}", entries[i][1]))
+            case 2:
+                del entries[i]
+            case 3:
+                entries[i] = (entries[i][0], entries[i][1] + rng.randbytes(4))
+            case 4:
+                entries[i] = (rng.choice(("../x", "/etc/passwd", "archive/data/x", "a" * 70)), entries[i][1])
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
+        for name, content in entries:
+            archive.writestr(name, edit(content) if name.endswith("data.pkl") else content)
+    file.write_bytes(buffer.getvalue())
+
+
+def restore_checksums(rng: random.Random, name: str, folder: Path, file: Path) -> None:
+    """Mostly list the changed file with its new checksum and size, or nothing behind the checksums would be reached."""
+    if rng.random() < 0.2 or file.name == "manifest.json":
+        return
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
+    size = file.stat().st_size
+    if name == "dataset":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for entry in manifest["shards"]:
+            if entry["file"] == file.name:
+                entry.update(sha256=sha, tokens=size // 2)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    elif name == "checkpoint" and file.name != "log.jsonl":
+        manifest = json.loads((file.parent / "manifest.json").read_text())
+        manifest["files"][file.name] = {"bytes": size, "sha256": sha}
+        (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+# Cases
+
+
+def make_case(originals: Path, folder: Path, seed: int, number: int) -> str:
+    """The input of a case in `folder`; returns the target's name."""
+    rng = random.Random(f"{seed}:{number}")
+    name = list(TARGETS)[number % len(TARGETS)]
+    shutil.copytree(originals / name, folder)
+    file = folder / rng.choice(TARGETS[name].files)
+    other = rng.choice([path for path in originals.rglob("*") if path.is_file() and path.stat().st_size])
+    change(rng, file, other.read_bytes())
+    restore_checksums(rng, name, folder, file)
+    return name
+
+
+def run_cases(originals: Path, seed: int, first: int, count: int) -> None:
+    """Print a line of JSON for each case: its number, target, outcome (refused, read or wrong) and what was said."""
+    seen: list[str] = []
+    watching = False
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if not watching:
+            return
+        written = (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+        if event in FORBIDDEN or written:
+            seen.append(f"{event} {arguments!r}"[:200])
+
+    for name, target in TARGETS.items():
+        target.read(originals / name)  # whatever is imported at the first use is imported here
+    sys.addaudithook(watch)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    for number in range(first, first + count):
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+            folder = Path(scratch) / "case"
+            name = make_case(originals, folder, seed, number)
+            print(json.dumps([number, name, "started", ""]), flush=True)
+            seen.clear()
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # the signal ends the process, wherever it hangs
+            watching = True
+            try:
+                TARGETS[name].read(folder)
+                outcome, said = "read", ""
+            except (ValueError, OSError) as error:
+                said = str(error)
+                named = str(folder) in said and "\n" not in said and len(said) <= LONGEST
+                outcome = "refused" if named else "wrong"
+            except BaseException as error:
+                outcome, said = "wrong", f"{type(error).__name__}: {error}"
+            watching = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if seen:
+                outcome, said = "wrong", f"{seen[0]}; {said}"
+            print(json.dumps([number, name, outcome, said.replace(scratch, "")[: LONGEST + 100]]), flush=True)
+
+
+def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], list[str]]:
+    """How often each outcome came for each target, and a line for each case that was wrong."""
+    outcomes: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
+    wrong = []
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        originals = Path(folder)
+        make_originals(originals)
+        with tqdm(total=count, unit=" cases", disable=None) as progress:
+            end = first + count
+            while first < end:
+                command = [sys.executable, __file__, "--worker", folder, "--seed", str(seed)]
+                command += ["--first", str(first), "--cases", str(end - first)]
+                worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                assert worker.stdout is not None
+                number, name, outcome = first, "?", ""
+                for line in worker.stdout:
+                    number, name, outcome, said = json.loads(line)
+                    if outcome != "started":
+                        outcomes[name][outcome] += 1
+                        progress.update()
+                        if outcome == "wrong":
+                            wrong.append(f"case {number} ({name}): {said}")
+                code = worker.wait()
+                if code:  # it was ended in the middle of a case; the next worker goes on behind it
+                    if outcome != "started":
+                        raise RuntimeError(f"the worker failed outside of a case, with status {code}")
+                    outcomes[name]["wrong"] += 1
+                    progress.update()
+                    ended = signal.Signals(-code).name if code < 0 else f"status {code}"
+                    wrong.append(f"case {number} ({name}): the process was ended ({ended}); SIGALRM is {SECONDS} s")
+                first = number + 1
+    return outcomes, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cases", type=int, default=10_000, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        run_cases(options.worker, options.seed, options.first, options.cases)
+        return 0
+    started = time.perf_counter()
+    outcomes, wrong = fuzz(options.seed, options.first, options.cases)
+    print(f"{'input':16}{'cases':>8}{'refused':>9}{'read':>8}{'wrong':>8}")
+    for name, counts in outcomes.items():
+        print(f"{name:16}{counts.total():8}{counts['refused']:9}{counts['read']:8}{counts['wrong']:8}")
+    for line in wrong:
+        print(f"WRONG {line}")
+    seconds = time.perf_counter() - started
+    print(f"{sum(c.total() for c in outcomes.values()):,} cases in {seconds:.0f} s, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

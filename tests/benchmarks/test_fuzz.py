@@ -1,0 +1,79 @@
+"""A short run of the fuzzer, and whether it would notice."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import fuzz
+
+ROOT = Path(__file__).parents[2]
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("limits memory as Linux does", allow_module_level=True)
+
+
+def test_damaged_files_are_refused_or_read_right():
+    outcomes, wrong = fuzz.fuzz(seed=1, first=0, count=360)
+    assert wrong == []
+    for name, counts in outcomes.items():
+        assert counts.total() == 30, name
+        assert counts["refused"] > 5, name
+
+
+def test_a_case_is_the_same_each_time(tmp_path):
+    fuzz.make_originals(tmp_path / "originals")
+    for number in range(40):
+        contents = []
+        for again in "ab":
+            fuzz.make_case(tmp_path / "originals", tmp_path / f"{again}{number}", 3, number)
+            files = sorted(path for path in (tmp_path / f"{again}{number}").rglob("*") if path.is_file())
+            contents.append([(path.name, path.read_bytes()) for path in files if path.suffix != ".pt"])
+        assert contents[0] == contents[1]
+
+
+CASES = {  # what a reader does, and what is to be said of it
+    "an exception of another kind": ("raise KeyError('x')", "wrong", "KeyError"),
+    "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
+    "an error that names no file": ("raise ValueError('it is damaged')", "wrong", "it is damaged"),
+    "a result that is not whole": ("assert False", "wrong", "AssertionError"),
+    "memory": ("bytearray(2**30)", "wrong", "MemoryError"),
+    "a command": ("os.system('true')", "wrong", "os.system"),
+    "an evaluation": ("eval('1+1')", "wrong", "compile"),
+    "a file that is written": ("open(folder / 'new', 'w').close()", "wrong", "open"),
+    "a connection": ("socket.socket().connect_ex(('127.0.0.1', 9))", "wrong", "socket.connect"),
+    "an error": ("raise ValueError(f'{folder}: one line')", "refused", "/case: one line"),
+    "nothing": ("pass", "read", ""),
+    "a hang": ("while True: pass", "started", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """run_cases with readers that do these things in their first case, a hang last."""
+    folder = tmp_path_factory.mktemp("originals")
+    program = (
+        "import os, socket, sys\nfrom pathlib import Path\nfrom tests.benchmarks import fuzz\n"
+        "fuzz.SECONDS = 0.5\nfuzz.TARGETS = {}\n"
+    )
+    for name, (body, _, _) in CASES.items():
+        (folder / name).mkdir()
+        (folder / name / "file.txt").write_text("text")
+        program += f"def read(folder):\n    if folder.name == 'case':\n        {body}\n"
+        program += f"fuzz.TARGETS[{name!r}] = fuzz.Target(('file.txt',), read)\n"
+    program += f"fuzz.run_cases(Path(sys.argv[1]), 0, 0, {len(CASES)})\n"
+    return subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_noticed(case, worker):
+    last = {name: rest for _, name, *rest in map(json.loads, worker.stdout.splitlines())}
+    outcome, said = last[case]
+    assert (outcome, CASES[case][2] in said) == (CASES[case][1], True), (said, worker.stderr)
+
+
+def test_a_reader_that_hangs_is_ended(worker):
+    assert worker.returncode == -signal.SIGALRM

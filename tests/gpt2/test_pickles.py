@@ -1,0 +1,355 @@
+"""Files of PyTorch, written by hand here, and by PyTorch where it is installed."""
+
+import copyreg
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from gpt2.pickles import LIMIT, Record, Stored, load, save
+
+
+def plain(value):
+    """The opcodes of plain data."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def tensor(key="0", kind="FloatStorage", count=6, offset=0, shape=(2, 3), strides=(3, 1)):
+    storage = b"(" + plain("storage") + f"ctorch\n{kind}\n".encode() + b"".join(map(plain, (key, "cpu", count))) + b"tQ"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"".join(map(plain, (offset, shape, strides, False)))
+        + b"ccollections\nOrderedDict\n)RtR"
+    )  # fmt: skip
+
+
+def dictionary(**items):
+    return b"}(" + b"".join(plain(key) + value for key, value in items.items()) + b"u"
+
+
+def archive(path, program, storages=(), *, compression=zipfile.ZIP_STORED, extra=()):
+    """A file as torch.save writes it: `program` is the pickle without its first and last opcode."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("model/data.pkl", b"\x80\x02" + program + b".")
+        for i, memory in enumerate(storages):
+            file.writestr(f"model/data/{i}", memory)
+        for name, content in extra:
+            file.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "model.pt"
+
+
+SIX = np.arange(6, dtype="float32")
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_written_is_read_bit_by_bit(file):
+    bfloat16 = np.array([[1.5, -2.25]], "bfloat16")
+    arrays = [SIX.reshape(2, 3), np.array(7, "int64"), np.zeros((0, 4), "float16"), bfloat16, np.array([True, False])]
+    stored = [Stored(a.shape, a.dtype.name, lambda a=a: a) for a in arrays]
+    data = {"a": [1, -1, 2**40, -(2**31)], "b": (True, False, None, 0.1), "é": {3: "x" * 300}, "": [], "t": ()}
+    save(file, {"arrays": stored, "again": stored[0], **data})
+    tree = load(file)
+    assert {key: tree[key] for key in data} == data
+    for found, array in zip([*tree["arrays"], tree["again"]], [*arrays, arrays[0]], strict=True):
+        assert (found.shape, found.dtype) == (array.shape, array.dtype.name)
+        assert found.read().tobytes() == array.tobytes()
+    with zipfile.ZipFile(file) as written:
+        assert sum("/data/" in name for name in written.namelist()) == len(arrays)
+
+
+def test_what_does_not_belong_into_such_a_file_is_not_written(file):
+    with pytest.raises(TypeError, match="set is not written"):
+        save(file, {"a": {1}})
+
+
+@pytest.mark.parametrize(
+    ("geometry", "expected"),
+    [
+        ({}, SIX.reshape(2, 3)),
+        ({"shape": (3, 2), "strides": (1, 3)}, SIX.reshape(2, 3).T),
+        ({"shape": (2,), "strides": (2,), "offset": 3}, [3, 5]),
+        ({"shape": (), "strides": (), "offset": 5}, 5),
+        ({"shape": (1, 6), "strides": (0, 1)}, [SIX]),
+        ({"shape": (0, 9), "strides": (9, 1), "offset": 6}, np.zeros((0, 9))),
+    ],
+)
+def test_views_of_a_storage(geometry, expected, file):
+    stored = load(archive(file, tensor(**geometry), [SIX.tobytes()]))
+    np.testing.assert_array_equal(stored.read(), expected)
+    assert stored.read().shape == stored.shape == np.shape(expected)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"shape": (2, 4), "strides": (4, 1)}, "reaches 8 elements into 6"),
+        ({"offset": 1}, "reaches 7 elements into 6"),
+        ({"offset": -1}, "no natural numbers"),
+        ({"strides": (-3, 1)}, "no natural numbers"),
+        ({"shape": (-2, 3)}, "no natural numbers"),
+        ({"shape": (2.0, 3)}, "no natural numbers"),
+        ({"shape": (True, 3)}, "no natural numbers"),
+        ({"shape": (2**63, 3)}, "no natural numbers"),
+        ({"shape": (2**62, 2**62), "strides": (2**62, 1)}, "reaches .* elements into 6"),
+        ({"shape": (10**9, 10**9), "strides": (0, 0)}, "overlap"),
+        ({"shape": (2, 2), "strides": (1, 1)}, "overlap"),
+        ({"shape": (3, 2), "strides": (1, 2)}, "overlap"),
+        ({"shape": (6,), "strides": (1, 1)}, "in a way that torch.save does not"),
+        ({"shape": [2, 3]}, "in a way that torch.save does not"),
+        ({"shape": (1,) * 9, "strides": (1,) * 9}, "in a way that torch.save does not"),
+        ({"count": 7}, "data/0 has 24 bytes; expected 28"),
+        ({"count": 2**62}, "data/0 has 24 bytes; expected"),
+        ({"count": -6}, "memory in a way"),
+        ({"key": "1"}, "no entry data/1"),
+        ({"key": "../data.pkl"}, "no entry data/../data.pkl"),
+        ({"key": 0}, "memory in a way"),
+        ({"kind": "ComplexFloatStorage"}, "torch.ComplexFloatStorage"),
+    ],
+)
+def test_geometry_that_does_not_fit_is_refused(geometry, message, file):
+    refused(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+MARK = "executed"
+HOSTILE = {
+    "os.system": (pickle.dumps(Evil(os.system, f"touch {MARK}"), 2)[2:-1], f"{os.system.__module__}.system"),
+    "builtins.eval": (pickle.dumps(Evil(eval, f"open('{MARK}', 'w')"), 4)[2:-1], "builtins.eval"),
+    "builtins.exec": (pickle.dumps(Evil(exec, f"open('{MARK}', 'w')"), 2)[2:-1], "builtin.*exec"),
+    "nested": (pickle.dumps({"model": [Evil(os.system, f"touch {MARK}")]}, 2)[2:-1], "system"),
+    "in a key": (pickle.dumps({Evil(os.system, f"touch {MARK}"): 1}, 2)[2:-1], "system"),
+    "popped again": (plain(Evil(os.system, f"touch {MARK}")) + b"0}", "system"),
+    "getattr": (b"c__builtin__\ngetattr\n", "getattr"),
+    "copyreg": (b"ccopyreg\n_reconstructor\n(cos\nsystem\ncbuiltins\nobject\nNtR", "copyreg._reconstructor"),
+    "extension": (b"\x82\x01", "opcode EXT1"),
+    "instance": (b"(X\x04\x00\x00\x00true" + b"ios\nsystem\n", "opcode INST"),
+    "object": (b"(cos\nsystem\nX\x04\x00\x00\x00trueo", "os.system"),
+    "dotted name": (plain("torch._utils") + plain("_rebuild_tensor_v2.__globals__") + b"\x93", "__globals__"),
+    "dotted module": (b"ccollections.OrderedDict\n__init__\n", "OrderedDict.__init__"),
+    "pretending to be a config": (b"cos\nsystemConfig\n(X\x04\x00\x00\x00truetR", "a call that torch.save does not"),
+    "a config with arguments": (b"c__main__\nGPTConfig\n(K\x01t\x81", "a call that torch.save does not"),
+    "calling a tensor": (tensor() + b")R", "a call that torch.save does not"),
+    "calling text": (plain("os.system") + b")R", "a call that torch.save does not"),
+    "calling a storage's name": (b"ctorch\nFloatStorage\n)R", "a call that torch.save does not"),
+    "attributes of a function": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n" + plain({"__code__": 1}) + b"b",
+        "attributes of what is no config",
+    ),
+    "attributes of a class": (
+        b"ccollections\nOrderedDict\n" + plain((None, {"__init__": 1})) + b"b",
+        "attributes of what is no config",
+    ),
+    "attributes of a tensor": (tensor() + plain({"read": 1}) + b"b", "attributes of what is no config"),
+    "a state that is none": (b"c__main__\nGPTConfig\n)\x81" + plain((None, {"a": 1})) + b"b", "what is no config"),
+    "keys that hash slowly": (
+        b"}" + b"(" + b"".join([b")\x85q\x00"] + [b"h\x00h\x00\x86q\x00"] * 60) + b"K\x01u",
+        "keys",
+    ),
+    "appending to a tensor": (tensor() + b"K\x01a", "no list"),
+    "an opcode too few": (b"", "damaged"),
+    "an unknown memo": (b"j\xff\xff\xff\xff", "damaged"),
+    "a mark too few": (b"K\x01u", "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_and_nothing_executed(case, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    program, message = HOSTILE[case]
+    refused(archive(file, program, [SIX.tobytes()]), message)
+    assert not (file.parent / MARK).exists()
+
+
+def test_the_hostile_programs_are_hostile(file, monkeypatch):
+    """What is refused above does run in Python's unpickler, or the tests would show nothing."""
+    monkeypatch.chdir(file.parent)
+    for case in ("os.system", "builtins.eval", "builtins.exec", "nested"):
+        program, _ = HOSTILE[case]
+        pickle.loads(b"\x80\x02" + program + b".")
+        (file.parent / MARK).unlink()
+
+
+def test_extensions_of_copyreg_are_not_looked_up(file, monkeypatch):
+    copyreg.add_extension(os.system.__module__, "system", 201)
+    try:
+        refused(archive(file, b"\x82\xc9" + plain((f"touch {MARK}",)) + b"R"), "opcode EXT1")
+    finally:
+        copyreg.remove_extension(os.system.__module__, "system", 201)
+
+
+def test_a_memo_of_four_billion_entries_takes_no_memory(file):
+    assert load(archive(file, b"Nr\xff\xff\xff\xff")) is None
+
+
+def test_shared_lists_do_not_unfold(file):
+    """Sixty lists, each twice in the next: 2**60 elements for whoever copies or prints them."""
+    tree = load(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)))
+    assert len(tree) == 2
+
+
+def test_config_objects_are_records(file):
+    program = b"ctrain_gpt2\nGPTConfig\n)\x81" + plain({"n_layer": 12, "__class__": "x"}) + b"b"
+    assert load(archive(file, program)) == Record("train_gpt2.GPTConfig", {"n_layer": 12, "__class__": "x"})
+
+
+def test_the_attributes_of_an_ordered_dictionary_are_left_out(file):
+    """state_dict() has `_metadata`."""
+    program = b"ccollections\nOrderedDict\n)R" + plain({"_metadata": 1, "items": 2}) + b"b"
+    assert load(archive(file, program)) == {}
+
+
+def test_zip_bombs_are_refused(file):
+    refused(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
+    refused(archive(file, plain("x" * LIMIT)), "at most")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicated_entries_are_refused(file):
+    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
+    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
+
+
+def test_other_archives(file):
+    with zipfile.ZipFile(file, "w") as empty:
+        empty.writestr("a/b", "c")
+    refused(file, "no entry data.pkl")
+    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("model/byteorder", "big")]), "not little-endian")
+    file.write_bytes(b"PK\x03\x04" + bytes(100))
+    refused(file, "File is not a zip file")
+    file.write_bytes(pickle.dumps({}, 2) * 3)
+    refused(file, "it is no file of torch.save")
+
+
+def test_a_flipped_bit_in_the_pickle_is_noticed(file):
+    content = bytearray(archive(file, dictionary(weight=tensor()), [SIX.tobytes()]).read_bytes())
+    content[content.index(b"weight")] ^= 1
+    file.write_bytes(content)
+    refused(file, "CRC")
+
+
+def test_a_truncated_file(file):
+    archive(file, tensor(), [SIX.tobytes()])
+    stored = load(file)
+    file.write_bytes(file.read_bytes()[:100])
+    refused(file, "not a zip file")
+    with pytest.raises(ValueError, match=r"ends .* bytes too early"):
+        stored.read()
+
+
+def legacy(path, *, magic=0x1950A86A20F9469CFC6C, little_endian=True, keys=("0",), count=6, memory=bytes(24)):
+    pickles = magic, 1001, {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {"int": 4}}
+    head = b"".join(pickle.dumps(value, 2) for value in pickles)
+    body = b"\x80\x02" + dictionary(weight=tensor()) + b"." + pickle.dumps(list(keys), 2)
+    path.write_bytes(head + body + struct.pack("<q", count) + memory)
+    return path
+
+
+def test_files_from_before_zip(file):
+    stored = load(legacy(file, memory=SIX.tobytes()))["weight"]
+    np.testing.assert_array_equal(stored.read(), SIX.reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"magic": 0x1950A86A20F9469CFC6D}, "no file of torch.save"),
+        ({"little_endian": False}, "not little-endian"),
+        ({"keys": ()}, "list of its tensors' memory"),
+        ({"keys": ("0", 1)}, "list of its tensors' memory"),
+        ({"count": 7}, "storage 0 has 7 elements; expected 6"),
+        ({"memory": bytes(23)}, "truncated"),
+        ({"memory": b""}, "truncated"),
+    ],
+)
+def test_damaged_files_from_before_zip(change, message, file):
+    refused(legacy(file, **change), message)
+
+
+def test_a_big_claim_costs_no_memory(file):
+    """In a process of its own with 1 GiB of address space beyond what it starts with."""
+    archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
+    program = (
+        "import resource, sys; from pathlib import Path; from gpt2.pickles import load\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)\n"
+        "try:\n    load(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("measures memory as Linux shows it")
+    said = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True, cwd=".")
+    assert "expected 4,398,046,511,104" in said.stdout
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
+def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    class GPTConfig:
+        def __init__(self):
+            self.n_layer = 12
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = "__main__", "GPTConfig"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
+    layer = torch.nn.Linear(3, 4)
+    kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    tensors = {kind: torch.arange(12).reshape(3, 4).to(getattr(torch, kind)) for kind in kinds}
+    tree = {
+        "model": layer.state_dict(),
+        "config": GPTConfig(),
+        "loss": torch.tensor(1.5),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "view": tensors["float32"].T[1:],
+        "optimizer": torch.optim.AdamW(layer.parameters(), betas=(0.9, 0.95)).state_dict(),
+        **tensors,
+    }
+    torch.save(tree, file, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    found = load(file)
+    assert found["config"] == Record("__main__.GPTConfig", {"n_layer": 12})
+    assert found["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
+    for key in (*kinds, "loss", "parameter", "view"):
+        theirs = tree[key].detach()
+        assert found[key].shape == tuple(theirs.shape)
+        np.testing.assert_array_equal(found[key].read().astype("float64"), theirs.to(torch.float64).numpy())
+        if key in kinds:
+            assert found[key].dtype == key
+    np.testing.assert_array_equal(found["model"]["weight"].read(), layer.weight.detach().numpy())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mmap", [False, True])
+def test_pytorch_reads_what_is_written(mmap, file):
+    torch = pytest.importorskip("torch")
+    arrays = {
+        kind: np.arange(12).reshape(3, 4).astype(kind)
+        for kind in ("float64", "float32", "float16", "bfloat16", "int64", "bool")
+    }
+    stored = {kind: Stored(array.shape, kind, lambda array=array: array) for kind, array in arrays.items()}
+    save(file, {**stored, "plain": [1, -5, 2**35, 0.5, None, True, ("a", {"b": 1})], "again": stored["int64"]})
+    tree = torch.load(file, weights_only=True, mmap=mmap)
+    assert tree["plain"] == [1, -5, 2**35, 0.5, None, True, ("a", {"b": 1})]
+    assert tree["again"].data_ptr() == tree["int64"].data_ptr()
+    for kind, array in arrays.items():
+        assert tree[kind].dtype == getattr(torch, kind)
+        np.testing.assert_array_equal(tree[kind].to(torch.float64).numpy(), array.astype("float64"))
