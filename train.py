@@ -24,6 +24,7 @@ import numpy as np
 
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
+from gpt2.config import BYTE_PRESETS
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
@@ -310,8 +311,8 @@ def open_data(options: Options) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
-    """The config with the data's vocabulary, which a new nano takes over and every other model must have already."""
-    if source is None and preset == "nano":
+    """The config with the data's vocabulary, which a new small model takes over and every other must have already."""
+    if source is None and preset in BYTE_PRESETS:
         return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     same = config.vocab_size == tokenizer.vocab_size
     if source is not None and same:

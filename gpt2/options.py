@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2.config import PRESETS, GPT2Config
+from gpt2.config import BYTE_PRESETS, PRESETS, GPT2Config
 from gpt2.model import RECOMPUTE
 from gpt2.tasks import TASKS
 from tinygrad2.backend import DEVICES, DTYPES
@@ -64,7 +64,7 @@ class Options:
     device: str = _one_of("auto", "where to compute", DEVICES)
     threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
     dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
-    data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano]")
+    data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano and micro]")
     out_dir: str = _text("out", "where the log and the checkpoints go")
     fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
     batch_size: int = _positive(None, int, "sequences per rank and micro-step")
@@ -254,7 +254,7 @@ def complete(given: dict[str, Any], config: GPT2Config) -> Options:
         recipe["total_batch_size"] = 512 * recipe["block_size"]  # as many sequences
     if "init" in given:
         implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
-    elif given.get("preset", Options.preset) == "nano":
+    elif given.get("preset", Options.preset) in BYTE_PRESETS:
         implied["data"] = "pydoc"
     values = {**implied, **recipe, **given}
     values.setdefault("lr_decay_iters", values["max_iters"])

@@ -22,7 +22,9 @@ def test_presets_have_the_published_sizes(name):
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"preset 'gpt3' is unknown.*nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+    with pytest.raises(
+        ValueError, match=r"preset 'gpt3' is unknown.*nano, micro, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    ):
         GPT2Config.preset("gpt3")
 
 

@@ -80,7 +80,7 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
         (["--weight-decay", "inf"], "--weight-decay is inf; expected 0 or more"),
         (["--beta2", "1.0"], "--beta2 is 1.0; expected at least 0 and less than 1"),
         (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
-        (["--preset", "gpt3"], "--preset is gpt3; expected nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        (["--preset", "gpt3"], "--preset is gpt3; expected nano, micro, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         (["--recipe", "best"], "--recipe is best; expected paper, modern"),
         (["--eval", "lambada,helaswag"], "--eval is lambada,helaswag; expected hellaswag, lambada, or several: hella"),
         (["--dtype", "float16"], "--dtype is float16; expected float32, float64"),
