@@ -158,7 +158,11 @@ def _alive(process: int) -> bool:
         return False
     except PermissionError:
         pass  # another user's
-    return True
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True  # a system without /proc
+    return state != "Z"  # one that has ended, and whose parent has not asked for its status yet
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
