@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 import time
 import types
 import weakref
@@ -61,6 +62,7 @@ class Device:
         self.launches = self.syncs = self.waits = self.float64 = self.pinned = 0
         self.submitted = self.finished = 0
         self._queue: deque[Callable[[], None]] = deque()
+        self._one_at_a_time = threading.RLock()  # a thread may wait for an event of another one
 
     def submit(self, action: Callable[[], None]) -> int:
         """Put a copy, or an event, at the end of the stream; returns its number."""
@@ -70,9 +72,10 @@ class Device:
 
     def finish(self, number: int | None = None) -> None:
         """Have the device make everything up to `number`, or all."""
-        while self._queue and (number is None or self.finished < number):
-            self.finished += 1
-            self._queue.popleft()()
+        with self._one_at_a_time:
+            while self._queue and (number is None or self.finished < number):
+                self.finished += 1
+                self._queue.popleft()()
 
     def sync(self) -> None:
         """A hidden wait for the device."""
@@ -84,7 +87,9 @@ device = Device()
 
 
 class PinnedMemory(bytearray):
-    """Host memory that a device can copy from and to."""
+    """Host memory that a device can copy from and to; `last_read` is the number of the last copy from it."""
+
+    last_read = 0
 
 
 def _pinned(array: np.ndarray) -> PinnedMemory:
@@ -260,6 +265,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
         if out is None or out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
             raise ValueError("a late copy needs memory to land in, of the array's shape and dtype")
         memory = weakref.ref(_pinned(out))
+        device.finish(_pinned(out).last_read)  # the device makes copies in the order in which they were launched
         out.reshape(-1).view(np.uint8)[:] = POISON
         where = out.__array_interface__["data"][0] - _address(memory())
 
@@ -290,7 +296,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
             if source is None or source[where : where + len(copied)] != copied:
                 raise RaceError("pinned memory was changed or freed before its copy to the device took place")
 
-        device.submit(copy)
+        _pinned(arr).last_read = device.submit(copy)
 
     def _number(self, kind: Callable) -> Any:
         device.sync()

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,17 @@ class Backend:
         """Begin to bring 0-d arrays to the host, without waiting for the device."""
         return Fetch([float(scalar) for scalar in scalars])
 
+    def staging(self, array: Any, before: numpy.ndarray | None) -> numpy.ndarray:
+        """Host memory for the values of a flat array: what it had before, where that fits; here, the array itself."""
+        return array
+
+    def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
+        """Begin to copy a flat array into its staging memory; what is returned waits until that is done."""
+        return lambda: None
+
+    def put_back(self, staging: numpy.ndarray, array: Any) -> None:
+        """Copy the staging memory of a flat array into it, without waiting for the device."""
+
     def memory(self) -> tuple[int, int] | None:
         """(free, total) bytes of the device's own memory, or None where it uses the host's."""
         return None
@@ -92,10 +104,11 @@ class CudaBackend(Backend):
     """CuPy arrays on one GPU, the current device of this process.
 
     The order of things. All work goes to CuPy's current stream, in the order in which it is launched, and a launch does
-    not wait: the host runs ahead of the device. It comes together with it in three places only:
+    not wait: the host runs ahead of the device. It comes together with it in four places only:
       - `upload` copies into pinned host memory and launches the copy to the device from there. A pinned buffer is used
         again when its copy is done; there are at most PINNED, so that the host can be a step or two ahead, not more.
       - `fetch` launches a copy of results into pinned memory; `Fetch.get` waits for that copy, a step later.
+      - `download` launches one into memory that its owner keeps, and gives the waiting to whoever needs the copy.
       - `to_host` waits, for everything launched before.
     """
 
@@ -140,6 +153,20 @@ class CudaBackend(Backend):
             self._landing.popleft()
         self._landing.append((landing, event))
         return CudaFetch(event, landing, together)
+
+    def staging(self, array: Any, before: numpy.ndarray | None) -> numpy.ndarray:
+        if before is not None and (before.shape, before.dtype) == (array.shape, array.dtype):
+            return before
+        memory = self.np.cuda.alloc_pinned_memory(array.nbytes)
+        return numpy.frombuffer(memory, dtype=array.dtype, count=array.size)
+
+    def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
+        stream = self.np.cuda.get_current_stream()
+        array.get(stream=stream, out=staging, blocking=False)
+        return stream.record().synchronize
+
+    def put_back(self, staging: numpy.ndarray, array: Any) -> None:
+        array.set(staging, stream=self.np.cuda.get_current_stream())
 
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()
@@ -200,6 +227,13 @@ def _cpu_overrides() -> ModuleType | None:
 
 _backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, kernel_table(reference, _cpu_overrides()))}
 _by_type: dict[type, Backend] = {numpy.ndarray: _backends["cpu"]}
+_gpu = 0  # the number of the GPU that a CUDA backend computes on, modulo how many there are
+
+
+def choose_gpu(number: int) -> None:
+    """Have this process, one of several on its machine, compute on a GPU of its own, where there are as many."""
+    global _gpu
+    _gpu = number
 
 
 def register(backend: Backend) -> Backend:
@@ -242,6 +276,7 @@ def _import_cupy() -> Any:
         ) from None
     if devices == 0:
         raise ValueError("device 'cuda': the driver shows no GPU; CUDA_VISIBLE_DEVICES may hide it")
+    cupy.cuda.Device(_gpu % devices).use()
     return cupy
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy
 from ml_dtypes import bfloat16
 
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import Backend, backend_of
+from tinygrad2.distributed import Comm
 from tinygrad2.tensor import Tensor
+
+BUCKET = 1 << 22  # numbers that are reduced over ranks at a time
 
 
 class Parameter(Tensor):
@@ -97,6 +102,20 @@ class Region:
     where: dict[str, tuple[int, int]]
 
 
+@dataclass
+class Bucket:
+    """The numbers start ... stop - 1 of a region, and the names of the parameters that have some of them.
+
+    host  memory of the host that they pass through on their way to other ranks.
+    """
+
+    region: Region
+    start: int
+    stop: int
+    names: list[str]
+    host: numpy.ndarray | None = None
+
+
 class ParameterArena:
     """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
 
@@ -136,3 +155,30 @@ class ParameterArena:
         """Clear every gradient."""
         for region in self.regions:
             region.grads[...] = 0
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The regions in pieces of BUCKET numbers, in the order in which the backward pass finishes them."""
+        buckets = []
+        for region in self.regions:
+            for first in range(0, len(region.values), BUCKET):
+                last = min(first + BUCKET, len(region.values))
+                names = [name for name, (start, stop) in region.where.items() if start < last and first < stop]
+                buckets.append(Bucket(region, first, last, names))
+        turn = {name: i for i, name in enumerate(self.parameters)}
+        return sorted(buckets, key=lambda bucket: turn[bucket.names[-1]])
+
+    def check_equal(self, comm: Comm) -> None:
+        """Raise ValueError naming the first parameter that is not the same on every rank, bit for bit."""
+        if comm.size == 1:
+            return
+        names = list(self.parameters)[::-1]  # as they were registered
+        host = (self.backend.to_host(self.parameters[name].data) for name in names)
+        sums = comm.all_gather(numpy.array([zlib.crc32(numpy.asarray(values, order="C").data) for values in host]))
+        differs = sums != sums[0]
+        if differs.any():
+            first = int(differs.any(axis=0).argmax())
+            raise ValueError(
+                f"the ranks have drifted apart: {names[first]} is not the same on rank {differs[:, first].argmax()} as "
+                f"on rank 0, by its checksum. The machines may differ, or one may be faulty; go on from a checkpoint"
+            )

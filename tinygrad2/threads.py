@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from threadpoolctl import ThreadpoolController
 
 
+def cores(process: int = 0) -> set[int]:
+    """The cores that a process may use (0 is this one), by number."""
+    return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def available() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use."""
+    return len(cores())
 
 
 _count = available()
@@ -24,11 +29,12 @@ def count() -> int:
 
 
 def set_count(n: int) -> None:
-    """Compute on n threads from now on."""
+    """Compute on n threads from now on, BLAS too."""
     global _count
     if n < 1:
         raise ValueError(f"threads: {n} asked for; expected at least 1")
     _count = n
+    _controller().limit(limits=n, user_api="blas")
 
 
 def parts(n: int, grain: int) -> list[tuple[int, int]]:
@@ -40,8 +46,12 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 @contextmanager
 def blas_on_one_thread() -> Iterator[None]:
     """BLAS computes each call on the thread that makes it."""
+    with _controller().limit(limits=1, user_api="blas"):
+        yield
+
+
+def _controller() -> ThreadpoolController:
     global _blas
     if _blas is None:
         _blas = ThreadpoolController()
-    with _blas.limit(limits=1, user_api="blas"):
-        yield
+    return _blas

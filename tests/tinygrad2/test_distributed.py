@@ -1,0 +1,423 @@
+"""tinygrad2/distributed.py and the sums over ranks in optim.py; ranks are threads here (mpirun: test_mpirun.py)."""
+
+import os
+import subprocess
+import sys
+import threading
+import types
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config
+from tests import strict_cupy
+from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
+from tinygrad2.distributed import Comm, SoloComm, fair_threads, share
+
+ROOT = Path(__file__).parents[2]
+CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+
+
+@pytest.fixture(autouse=True)
+def many_buckets(monkeypatch):
+    monkeypatch.setattr(params, "BUCKET", 1000)
+
+
+class ThreadComm:
+    """A rank that is a thread of this process."""
+
+    def __init__(self, rank, size, board, barrier):
+        self.rank, self.size, self.waited, self.idle_cores = rank, size, 0.0, 0
+        self._board, self._barrier = board, barrier
+        self.log = []
+
+    def _exchange(self, value):
+        self._board[self.rank] = value
+        self._barrier.wait()
+        values = list(self._board)
+        self._barrier.wait()
+        return values
+
+    def from_root(self, function):
+        return self._exchange(function() if self.rank == 0 else None)[0]
+
+    def all_gather(self, array):
+        return np.stack(self._exchange(array.copy()))
+
+    def gather_shares(self, own, whole):
+        shares = self._exchange(own.copy())
+        assert (whole is None) == (self.rank != 0)
+        if whole is not None:
+            whole[...] = np.concatenate(shares)
+
+    def start_sum(self, flat, share_only, after):
+        after()
+        self.log.append(len(flat))
+        total = self.all_gather(flat).sum(axis=0)
+        own = slice(*share(len(flat), self.rank, self.size)) if share_only else slice(None)
+        flat[own] = total[own]
+        return self._done()
+
+    def start_all_gather(self, flat, after):
+        after()
+        flat[:] = np.concatenate(self._exchange(flat[slice(*share(len(flat), self.rank, self.size))].copy()))
+        return self._done()
+
+    def _done(self):
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def waiting(self):
+        return nullcontext()
+
+    def root_speaks(self):
+        pass
+
+    def abort(self, code):
+        self._barrier.abort()
+
+
+def on_ranks(size, function):
+    """[function(comm) for each rank], at the same time."""
+    board, barrier = [None] * size, threading.Barrier(size, timeout=20)
+    results, errors = [None] * size, []
+
+    def work(rank):
+        try:
+            results[rank] = function(ThreadComm(rank, size, board, barrier))
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return results
+
+
+# Shares and threads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 1, 5, 21, 1000])
+def test_shares_cover_everything_once(n, size):
+    parts = [share(n, rank, size) for rank in range(size)]
+    assert [i for a, b in parts for i in range(a, b)] == list(range(n))
+    assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("masks", "threads"),
+    [
+        ([{0, 1, 2, 3}] * 2, [2, 2]),  # not bound: the ranks share all cores
+        ([{0}, {1}], [1, 1]),  # bound to a core each
+        ([{0, 1, 2}, {3, 4, 5}], [3, 3]),  # three cores each
+        ([{0, 1}] * 4, [1, 1, 1, 1]),  # more ranks than cores
+        ([{0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5, 6, 7}], [2, 2, 4]),  # two ranks on one socket, one on the other
+        ([set(range(10))] * 3, [3, 3, 3]),
+    ],
+)
+def test_each_rank_computes_on_its_share_of_its_own_cores(masks, threads):
+    assert [fair_threads(masks, rank) for rank in range(len(masks))] == threads
+
+
+# Who one is -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched_by(monkeypatch):
+    def set_variables(**given):
+        for names in distributed.LAUNCHERS:
+            for name in names:
+                monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "_world", None)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"SLURM_NTASKS": "8"},  # in a batch script, not under srun
+        {"PMI_SIZE": "", "PMI_RANK": ""},
+    ],
+)
+def test_alone(launched_by, variables):
+    launched_by(**variables)
+    assert isinstance(distributed.world(), SoloComm)
+    assert distributed.world() is distributed.world()
+
+
+def test_a_process_alone_never_imports_mpi4py():
+    code = (
+        "import sys, train; from tinygrad2 import distributed; distributed.world(); assert 'mpi4py' not in sys.modules"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI_", "SLURM_"))}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+
+
+@pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
+def test_without_mpi4py_it_is_said_what_to_install(launched_by, monkeypatch, size, rank):
+    launched_by(**{size: "4", rank: "2"})
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ValueError, match=r'^rank 2 of 4: mpi4py does not work .*; pip install -e "\.\[mpi\]"$'):
+        distributed.world()
+
+
+def fake_mpi4py(size):
+    world = types.SimpleNamespace(size=size)
+    MPI = types.SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Open MPI v5.0.11, package: a wheel")
+    return types.SimpleNamespace(MPI=MPI)
+
+
+def test_an_mpi_that_mpirun_does_not_belong_to_is_refused(launched_by, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", fake_mpi4py(1))
+    launched_by(PMI_SIZE="2", PMI_RANK="0")
+    with pytest.raises(ValueError, match=r"^2 ranks were started, but mpi4py's MPI \(Open MPI v5.0.11\) sees 1: "):
+        distributed.world()
+    launched_by(PMI_SIZE="2", PMI_RANK="1")
+    with pytest.raises(SystemExit, match="1"):  # rank 0 says it
+        distributed.world()
+
+
+def test_failing_alone_prints_and_returns(launched_by, capsys):
+    launched_by()
+    assert distributed.fail("train.py: what happened", 3) == 3
+    assert capsys.readouterr().err == "train.py: what happened\n"
+
+
+def test_one_process_is_a_comm_too():
+    comm: Comm = SoloComm()
+    flat, whole = np.arange(3.0), np.zeros(3)
+    assert comm.from_root(lambda: 7) == 7
+    np.testing.assert_array_equal(comm.all_gather(flat), [flat])
+    comm.gather_shares(flat, whole)
+    np.testing.assert_array_equal(whole, flat)
+    comm.start_sum(flat, False, lambda: None).result()
+    np.testing.assert_array_equal(flat, whole)
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    used = []
+    cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDeviceCount=lambda: 4, CUDARuntimeError=RuntimeError),
+        Device=lambda number: types.SimpleNamespace(use=lambda: used.append(number)),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=None))
+    for number in (0, 3, 5):
+        monkeypatch.setattr(backend, "_backends", {})
+        monkeypatch.setattr(backend, "_by_type", {})
+        backend.choose_gpu(number)
+        backend.get_backend("cuda")
+    backend.choose_gpu(0)
+    assert used == [0, 3, 1]
+
+
+# Gradients summed over ranks ------------------------------------------------------------------------------------------
+
+
+def text(first, rows):
+    tokens = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(12, 9))[first : first + rows]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def trained(comm, steps=3, micro_steps=1, **options):
+    """The model after some steps of 12 samples, on any number of ranks, and the numbers summed on the way."""
+    model = GPT2(CONFIG, dtype="float64")
+    optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1, **options)
+    sums = optim.GradientSum(model, comm, share_only=optimizer.shared_by is not None)
+    rows = 12 // comm.size // micro_steps
+    totals = []
+    for step in range(steps):
+        loss = 0.0
+        for micro in range(micro_steps):
+            first = (micro * comm.size + comm.rank) * rows
+            part = model.loss(*text(first, rows), Key(0, step, first)) * (1 / comm.size / micro_steps)
+            if micro == micro_steps - 1:
+                sums.start()
+            part.backward()
+            loss = loss + part.data
+        totals.append(sums.finish(loss, 12 // comm.size, comm.rank == 1))
+        norm = optimizer.step(0.5)
+        optimizer.zero_grad()
+    model.arena().check_equal(comm)
+    return model, optimizer, totals, norm
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("size", "micro_steps"), [(2, 1), (2, 3), (3, 2)])
+def test_ranks_compute_what_one_process_computes(size, micro_steps, shared):
+    alone, optimizer, totals, norm = trained(SoloComm(), micro_steps=4)
+    moments = {name: array.copy() for name, array in optimizer.state().items()}
+
+    def rank(comm):
+        model, own, sums, own_norm = trained(comm, micro_steps=micro_steps, shared_by=comm if shared else None)
+        kept = sum(m.size for m, _ in own.moments)
+        return {name: p.data for name, p in model.named_parameters()}, own.state(), sums, own_norm, kept
+
+    results = on_ranks(size, rank)
+    for parameters, state, sums, own_norm, _ in results:
+        for name, p in alone.named_parameters():
+            assert np.linalg.norm(parameters[name] - p.data) < 1e-9 * np.linalg.norm(p.data), name
+        for name in state:
+            assert np.linalg.norm(state[name] - moments[name]) < 1e-9 * np.linalg.norm(moments[name]), name
+        np.testing.assert_allclose([row[0] for row in sums], [row[0] for row in totals], rtol=1e-12)
+        assert [row[1:] for row in sums] == [[12, 1]] * 3
+        assert own_norm == pytest.approx(norm, rel=1e-12)
+    assert results[0][1].keys() == moments.keys()
+    if shared:
+        assert [state for _, state, *_ in results[1:]] == [{}] * (size - 1)
+        kept = [kept for *_, kept in results]
+        buckets = len(alone.arena().buckets)
+        assert sum(kept) == alone.n_parameters()
+        assert max(kept) <= alone.n_parameters() / size + buckets
+
+
+def test_moments_that_are_shared_out_can_be_loaded_on_any_number_of_ranks():
+    _, optimizer, *_ = trained(SoloComm())
+    state = optimizer.state()
+
+    def reloaded(comm):
+        other = optim.AdamW(GPT2(CONFIG, dtype="float64"), shared_by=comm)
+        other.load_state(state, 3)
+        return other.state()
+
+    for size in (1, 2, 3):
+        first, *others = on_ranks(size, reloaded)
+        assert others == [{}] * (size - 1)
+        assert first.keys() == state.keys()
+        for name, array in state.items():
+            np.testing.assert_array_equal(first[name], array)
+
+
+class Echo(ThreadComm):
+    """Two ranks of which the other one always has the same values."""
+
+    def __init__(self):
+        super().__init__(0, 2, None, None)
+
+    def _exchange(self, value):
+        return [value, value]
+
+    def start_all_gather(self, flat, after):
+        raise AssertionError
+
+
+def test_buckets_leave_while_the_backward_pass_still_runs():
+    comm, model = Echo(), GPT2(CONFIG)
+    sums, left = optim.GradientSum(model, comm), {}
+    arena = model.arena()
+    loss = model.loss(*text(0, 2))
+    sums.start()
+    last = arena.parameters["wte.weight"].leaf
+    before = last.on_final
+    last.on_final = lambda: left.update(then=list(comm.log)) or before()
+    loss.backward()
+    sizes = [bucket.stop - bucket.start for bucket in arena.buckets]
+    assert comm.log == sizes
+    assert all(size <= 1000 for size in sizes)
+    assert sum(sizes) == model.n_parameters()
+    assert 0 < len(left["then"]) < len(sizes)  # all but the embedding's were on their way
+    assert len(sizes) - len(left["then"]) <= CONFIG.vocab_size * 16 // 1000 + 2
+    sums.finish()
+    assert all(p.leaf.on_final is None for p in model.parameters())
+
+
+def test_a_parameter_that_is_not_used_is_summed_all_the_same():
+    class Model(nn.Module):
+        def __init__(self):
+            self.used, self.unused = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    model, comm = Model(), Echo()
+    arena = model.arena()
+    sums = optim.GradientSum(model, comm)
+    arena.parameters["unused.weight"].grad = np.ones((3, 2))
+    sums.start()
+    model.used(Tensor(np.ones((1, 2), "float32"))).sum().backward()
+    own = {name: p.grad.copy() for name, p in arena.parameters.items()}
+    sums.finish()
+    for name, p in arena.parameters.items():
+        np.testing.assert_array_equal(p.grad, 2 * own[name])
+    assert sum(comm.log) == model.n_parameters()
+
+
+def test_a_parameter_that_changes_after_it_left_is_an_error(monkeypatch):
+    monkeypatch.setattr(params, "BUCKET", 2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def __call__(self, x):
+            return recompute(self.last, self.last(self.first(x))).sum()
+
+    model = Model()
+    sums = optim.GradientSum(model, Echo())
+    x = Tensor(np.ones((1, 2), "float32"))
+    sums.start()
+    with pytest.raises(RuntimeError, match=r"^GradientSum: last\.\w+ got a gradient after its sum had begun"):
+        model(x).backward()
+    other = optim.GradientSum(Model(), Echo())
+    other.model(x).backward()
+    own = [p.grad.copy() for p in other.model.parameters()]
+    other.finish()
+    for p, grad in zip(other.model.parameters(), own, strict=True):
+        np.testing.assert_array_equal(p.grad, 2 * grad)
+
+
+def test_on_a_gpu_gradients_pass_through_pinned_memory():
+    """On the stand-in for CuPy, whose copies are late: nothing is read before it has come, or changed on its way."""
+
+    def steps(device):
+        model = GPT2(CONFIG, device=device)
+        optimizer, sums = optim.AdamW(model, lr=1e-2), optim.GradientSum(model, Echo())
+        found = []
+        for step in range(3):
+            loss = model.loss(*text(2 * step, 2), Key(0, step)) * 0.5
+            sums.start()
+            loss.backward()
+            found.append(sums.finish(loss.data, 16))
+            optimizer.step(0.5)
+            optimizer.zero_grad()
+        syncs = strict_cupy.device.syncs
+        return found, {name: p.numpy().copy() for name, p in model.named_parameters()}, syncs
+
+    with strict_cupy.registered():
+        found, parameters, syncs = steps("cuda")
+        assert syncs == 0
+    expected, on_host, _ = steps("cpu")
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for name, values in parameters.items():
+        np.testing.assert_allclose(values, on_host[name], rtol=2e-3, atol=2e-5, err_msg=name)
+
+
+# Ranks that drift apart -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_parameter_that_differs_is_named():
+    def drifted(comm):
+        model = GPT2(CONFIG)
+        arena = model.arena()
+        arena.check_equal(comm)
+        if comm.rank == 2:
+            model.h[1].attn.c_attn.bias.data[5] = 1e-30
+            model.h[1].mlp.c_fc.weight.data[0, 0] += 1
+        with pytest.raises(
+            ValueError, match=r"drifted apart: h\.1\.attn\.c_attn\.bias is not the same on rank 2 as on"
+        ):
+            arena.check_equal(comm)
+
+    on_ranks(3, drifted)
