@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
 from gpt2.tasks import TASKS, load
-from tinygrad2 import Key, optim, threads
+from tinygrad2 import Key, distributed, optim, threads
 from tinygrad2.backend import Fetch, get_backend
+from tinygrad2.distributed import Comm
 from tinygrad2.profiler import Profiler
 
 
@@ -39,20 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
-    given = parse(argv, __doc__)
     try:
-        return train(given)
+        comm = distributed.world()
+        comm.root_speaks()
+        return train(comm.from_root(lambda: parse(argv, __doc__)), comm)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-        return 1
+        return distributed.fail(f"train.py: {one_line(error)}", 1)
     except KeyboardInterrupt:
-        print("train.py: interrupted; what was saved before is as it was", file=sys.stderr)
-        return 130
+        return distributed.fail("train.py: interrupted; what was saved before is as it was", 130)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # a loss that is no number is said in one line, below
-def train(given: dict[str, Any]) -> int:
-    folder = run.RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep))
+def train(given: dict[str, Any], comm: Comm) -> int:
+    folder = run.RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
     renew = given.pop("fresh", False)
     saved = None if renew else folder.resume(say)
     options, config = resumed(given, saved) if saved else fresh(given)
@@ -61,13 +62,14 @@ def train(given: dict[str, Any]) -> int:
         say(f"{folder.path}/ has made its {progress.step:,} steps. {sample_command(folder)} samples from it;")
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
-    micro_steps = accumulation(options)
+    micro_steps = accumulation(options, comm.size)
+    options.total_batch_size = micro_steps * comm.size * options.batch_size * options.block_size
     writer = run.tensorboard_writer() if options.tensorboard else None
     if options.threads:
         threads.set_count(options.threads)
-    data, validation, tokenizer = open_data(options)
-    asked = options.eval.split(",") if options.eval else []
-    questions = [(task, load(task, limit=options.eval_items)) for name, task in TASKS.items() if name in asked]
+    data, validation, tokenizer = open_data(options, comm)
+    asked = [TASKS[name] for name in TASKS if name in (options.eval or "").split(",")]
+    questions = [(task, comm.from_root(partial(load, task, limit=options.eval_items))) for task in asked]
     if saved and saved.data != data.fingerprint:
         raise UsageError(
             f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
@@ -86,45 +88,55 @@ def train(given: dict[str, Any]) -> int:
         )
         if source:
             weights.load_into(model, source)
-        optimizer = optim.AdamW(model, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+        optimizer = optim.AdamW(
+            model,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            shared_by=comm if options.zero else None,
+        )
+        sums = optim.GradientSum(model, comm, share_only=options.zero)
         if saved:
             folder.load_optimizer(saved, optimizer)
     order = SampleOrder(data.windows(options.block_size), options.seed)
-    kept = {**(saved.options if saved else {}), **given}  # what a later start of this run needs to know
+    # What a later start of this run needs to know: a step has as many tokens on another number of ranks.
+    kept = {**(saved.options if saved else {}), **given, "total_batch_size": options.total_batch_size}
     if renew and (aside := folder.set_aside()):
         say(f"{folder.path}/ is now {aside}/")
 
-    with folder.opened(progress.step, writer), StopRequest() as stop:
-        folder.log_start(progress.step, given=kept, **circumstances(options, model, tokenizer, data, validation))
+    with folder.opened(progress.step, writer), StopRequest(speak=comm.size == 1) as stop:
+        folder.log_start(progress.step, given=kept, **circumstances(options, model, tokenizer, data, validation, comm))
         page = report.Writer(folder.path, say)
-        describe(options, model, tokenizer, data, validation, micro_steps, progress)
+        comm.from_root(partial(describe, options, model, tokenizer, data, validation, micro_steps, progress, comm))
         launched: deque[Launched] = deque()  # steps whose loss has not come back from the device yet
         first, started, stopping, written = progress.step, time.perf_counter(), False, None
-        mark = started
         profiler = Profiler(model.backend) if options.profile else None
+        mark, waited = started, comm.waited
         while progress.step < options.max_iters and not stopping:
             # The first step compiles and takes memory: it is not what the others are like.
             profiled = profiler if profiler and progress.step > first else nullcontext()
             with explained(config, options), profiled:
-                launched.append(take_step(model, optimizer, data, order, options, micro_steps, progress))
-            stopping = stop.requested
+                launched.append(take_step(model, optimizer, data, order, options, micro_steps, progress, sums, stop))
+            stopping = launched[-1].stopping
+            if progress.step == first + 1 or every(COMPARE_INTERVAL, progress.step):
+                model.arena().check_equal(comm)
             last = progress.step == options.max_iters
             evaluating = last or every(options.eval_interval, progress.step)
             saving = last or stopping or every(options.save_interval, progress.step)
 
             # What came back is logged: on a GPU the host launches a step while the one before is still computed.
             while launched and (evaluating or saving or len(launched) > 1 or launched[0].result.ready()):
-                row = launched.popleft().finish(time.perf_counter() - mark, folder)
-                mark = time.perf_counter()
+                row = launched.popleft().finish(time.perf_counter() - mark, comm.waited - waited, folder)
+                mark, waited = time.perf_counter(), comm.waited
                 progress.seconds += row["seconds"]
                 n = row["step"]
                 if n in (first + 1, options.max_iters) or every(options.log_interval, n):
                     say_step(row, options.max_iters, (mark - started) / (n - first) if n > first + 1 else None)
                 if evaluating and n == progress.step:
-                    value = mean_loss(model, validation, options.batch_size, options.block_size, options.eval_iters)
+                    sizes = options.batch_size, options.block_size, options.eval_iters
+                    value = mean_loss(model, validation, *sizes, comm)
                     row["val_loss"] = value
                     for task, items in questions:
-                        figures = evaluate_task(task, model, tokenizer, items, options.batch_size)
+                        figures = evaluate_task(task, model, tokenizer, items, options.batch_size, comm)
                         row |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
                         say(f"  {describe_task(task, figures)}")
                     if progress.best is None or value < progress.best["val_loss"]:
@@ -137,13 +149,13 @@ def train(given: dict[str, Any]) -> int:
                 assert progress.best is not None
                 remark = " (the best so far)" if progress.best["step"] == progress.step else ""
                 say(f"  validation loss {value:.4f}{remark}. A sample:")
-                sample = make_sample(model, tokenizer, options.seed + progress.step)
+                sample = comm.from_root(partial(make_sample, model, tokenizer, options.seed + progress.step))
                 say("".join(f"    {line}\n" for line in report.printable(sample).splitlines()).rstrip("\n"))
                 folder.log_sample(progress.step, sample)
             if evaluating or stopping:
-                page.update(always=last or stopping)
+                comm.from_root(partial(page.update, always=last or stopping))
             if evaluating or saving:
-                mark = time.perf_counter()
+                mark, waited = time.perf_counter(), comm.waited
 
     if profiler and profiler.steps:
         say("\n".join(profiler.table()))
@@ -168,9 +180,10 @@ class Launched:
     lr: float
     step_tokens: int
     tokens: int
+    stopping: bool  # a rank was told to stop
     result: Fetch
 
-    def finish(self, seconds: float, folder: run.RunFolder) -> dict[str, Any]:
+    def finish(self, seconds: float, waited: float, folder: run.RunFolder) -> dict[str, Any]:
         """The row for the log. Raises ValueError where the loss or the norm is not finite."""
         loss, norm = self.result.get()
         if not math.isfinite(norm) or not math.isfinite(loss):
@@ -184,6 +197,7 @@ class Launched:
             "lr": self.lr,
             "grad_norm": norm,
             "seconds": round(seconds, 6),
+            "comm_seconds": round(waited, 6),
             "tokens_per_s": round(self.step_tokens / seconds, 1),
             "tokens": self.tokens,
         }
@@ -197,16 +211,24 @@ def take_step(
     options: Options,
     micro_steps: int,
     progress: run.Progress,
+    sums: optim.GradientSum,
+    stop: StopRequest,
 ) -> Launched:
-    """One step: gradients of the mean loss over the micro-steps, clipped, then AdamW."""
+    """One step: gradients of the mean loss over all ranks' micro-steps, clipped, then AdamW."""
+    rank, size = sums.comm.rank, sums.comm.size
     loss: Any = 0.0
     for micro in range(micro_steps):
-        first_sample = micro * options.batch_size
+        first_sample = (micro * size + rank) * options.batch_size
         indices = order.indices(progress.samples + first_sample, options.batch_size)
         tokens, targets = data.batch(indices, options.block_size)
-        part = model.loss(tokens, targets, Key(options.seed, progress.step, first_sample)) * (1 / micro_steps)
+        part = model.loss(tokens, targets, Key(options.seed, progress.step, first_sample)) * (1 / (micro_steps * size))
+        if micro == micro_steps - 1:
+            sums.start()
         part.backward()
         loss = loss + part.data
+    loss, step_tokens, stopping = sums.finish(
+        loss, micro_steps * options.batch_size * options.block_size, stop.requested
+    )
     optimizer.lr = optim.cosine(
         progress.step,
         lr=options.learning_rate,
@@ -216,11 +238,11 @@ def take_step(
     )
     norm = optimizer.step(max_norm=options.grad_clip or None)
     optimizer.zero_grad()
-    step_tokens = micro_steps * options.batch_size * options.block_size
     progress.step += 1
-    progress.samples += micro_steps * options.batch_size
-    progress.tokens += step_tokens
-    return Launched(progress.step, optimizer.lr, step_tokens, progress.tokens, model.backend.fetch(loss, norm))
+    progress.samples += micro_steps * size * options.batch_size
+    progress.tokens += int(step_tokens)
+    fetch = model.backend.fetch(loss, norm)
+    return Launched(progress.step, optimizer.lr, int(step_tokens), progress.tokens, bool(stopping), fetch)
 
 
 @contextmanager
@@ -281,33 +303,46 @@ def with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
     return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
 
-def accumulation(options: Options) -> int:
-    """Micro-steps per step, from the tokens that a step is to have."""
-    micro = options.batch_size * options.block_size
+def accumulation(options: Options, ranks: int) -> int:
+    """Micro-steps per step on every rank, from the tokens that a step is to have."""
+    B, T = options.batch_size, options.block_size
+    micro = B * T * ranks
     total = options.total_batch_size or micro
     if total % micro:
         lower = total // micro * micro
         near = f"{lower:,} or {lower + micro:,}" if lower else f"{micro:,}"
+        fitting = [b for b in range(1, B) if total % (b * T * ranks) == 0]
+        other = f", or --batch-size {fitting[-1]}" if fitting else ""
+        if ranks > 1 and total % T == 0 and not fitting:
+            sequences = total // T
+            counts = [str(n) for n in range(1, min(sequences, 2 * ranks) + 1) if sequences % n == 0]
+            other = f". Its {sequences:,} sequences divide over {', '.join(counts)} ranks"
         raise UsageError(
-            f"--total-batch-size {total:,} is no multiple of --batch-size {options.batch_size} x --block-size "
-            f"{options.block_size} = {micro:,} tokens; the nearest that is: {near}"
+            f"--total-batch-size {total:,} is no multiple of {f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x "
+            f"--block-size {T} = {micro:,} tokens; the nearest that is: {near}{other}"
         )
     return total // micro
 
 
-def open_data(options: Options) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
+def open_data(options: Options, comm: Comm) -> tuple[TokenDataset, TokenDataset, Tokenizer]:
     """The training and the validation split, and the tokenizer that made them."""
     if options.data is None:
         raise UsageError(
             "no data set is named: make one, such as `python data/prepare.py my.txt --out data/mine`, then --data mine"
         )
-    embedded = Path("data/pydoc")
-    if options.data == "pydoc" and not embedded.exists():
-        say(f"no data yet: preparing the documentation inside this Python as {embedded}")
-        prepare(["pydoc"], "bytes", embedded)
+    if options.data == "pydoc":
+        comm.from_root(prepare_pydoc)
     path = find_dataset(options.data)
     data = TokenDataset.open(path, "train")
     return data, TokenDataset.open(path, "val"), data.tokenizer()
+
+
+def prepare_pydoc() -> None:
+    """Make the data set of the nano model, where it is not there yet."""
+    embedded = Path("data/pydoc")
+    if not embedded.exists():
+        say(f"no data yet: preparing the documentation inside this Python as {embedded}")
+        prepare(["pydoc"], "bytes", embedded)
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
@@ -334,20 +369,25 @@ def describe(
     validation: TokenDataset,
     micro_steps: int,
     progress: run.Progress,
+    comm: Comm,
 ) -> None:
     """Say what is about to happen, before it happens."""
     c = model.config
     name = options.init or options.preset
-    per_step = micro_steps * options.batch_size * options.block_size
+    per_step = options.total_batch_size or 0
     epochs = options.max_iters * per_step / data.tokens
     micro = f"{micro_steps} micro-step{'s' * (micro_steps > 1)}"
+    ranks = f"{comm.size} ranks x " if comm.size > 1 else ""
     say(
         f"model     {name}: {model.n_parameters():,} parameters ({c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads)"
-        f", {options.dtype} on {model.backend.device} ({threads.count()} threads)"
+        f", {options.dtype} on {model.backend.device} ({ranks}{threads.count()} thread{'s' * (threads.count() > 1)})"
     )
+    if comm.idle_cores:
+        hint = "mpirun --bind-to none frees them"
+        say(f"cores     {comm.idle_cores} of this machine stay idle, since the ranks are bound to others; {hint}")
     say(f"data      {data.tokens:,} tokens to train on, {validation.tokens:,} to validate ({tokenizer.name})")
     say(
-        f"batch     {options.batch_size} sequences x {options.block_size} tokens x {micro} = "
+        f"batch     {ranks}{options.batch_size} sequences x {options.block_size} tokens x {micro} = "
         f"{per_step:,} tokens a step; {options.max_iters:,} steps are {epochs:.2f} epochs"
     )
     intervals = (("evaluate", options.eval_interval), ("save", options.save_interval))
@@ -368,7 +408,7 @@ def describe(
 
 
 def circumstances(
-    options: Options, model: GPT2, tokenizer: Tokenizer, data: TokenDataset, validation: TokenDataset
+    options: Options, model: GPT2, tokenizer: Tokenizer, data: TokenDataset, validation: TokenDataset, comm: Comm
 ) -> dict[str, dict[str, Any]]:
     """How and where this start trains, for the report."""
     return {
@@ -381,18 +421,21 @@ def circumstances(
             "tokenizer": tokenizer.name,
             "fingerprint": data.fingerprint,
         },
-        "machine": {"device": model.backend.name(), "threads": threads.count(), **doctor.machine()},
+        "machine": {"device": model.backend.name(), "ranks": comm.size, "threads": threads.count(), **doctor.machine()},
     }
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second acts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request to stop after the step; the second acts at once."""
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self, speak: bool):
+        self.speak = speak
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self._before: dict[int, Any] = {
-            number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before: dict[int, Any] = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -402,8 +445,9 @@ class StopRequest:
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
         signal.signal(number, self._before[number])
-        with suppress(OSError):  # not print: the signal may have come in the middle of one
-            os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
+        if self.speak:
+            with suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
 
 
 def make_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> str:
@@ -412,11 +456,15 @@ def make_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> str:
 
 
 def say_step(row: dict[str, Any], steps: int, seconds_each: float | None) -> None:
+    comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
     left = "" if seconds_each is None else f" | eta {clock(seconds_each * (steps - row['step']))}"
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-        f"{1000 * row['seconds']:,.0f} ms | {row['tokens_per_s']:,.0f} tok/s{left}"
+        f"{1000 * row['seconds']:,.0f} ms{comm} | {row['tokens_per_s']:,.0f} tok/s{left}"
     )
+
+
+COMPARE_INTERVAL = 100  # steps between two looks whether all ranks still have the same parameters
 
 
 def every(interval: int, step: int) -> bool:
@@ -424,7 +472,7 @@ def every(interval: int, step: int) -> bool:
 
 
 def last_checkpoint(folder: run.RunFolder) -> str:
-    saved = folder.resume(lambda line: None)
+    saved = folder.newest(lambda line: None)
     return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
 

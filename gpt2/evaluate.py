@@ -22,6 +22,9 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2 import no_grad, threads
 from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import write_json
+from tinygrad2.distributed import Comm, SoloComm, share
+
+ALONE = SoloComm()
 
 
 def summed_loss(
@@ -37,13 +40,18 @@ def summed_loss(
     return total
 
 
-def mean_loss(model: GPT2, data: TokenDataset, batch_size: int, block_size: int, batches: int) -> float:
+def mean_loss(
+    model: GPT2, data: TokenDataset, batch_size: int, block_size: int, batches: int, comm: Comm = ALONE
+) -> float:
     """The mean loss in nats per token over the first `batches` batches of windows, always the same ones.
 
-    Fewer where the data set ends before; every window counts alike, in a last batch that is not full too.
+    Fewer where the data set ends before; every window counts alike, in a last batch that is not full too. The ranks of
+    `comm` share the windows.
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
-    return summed_loss(model, data, windows, batch_size, block_size) / (len(windows) * block_size)
+    own = windows[slice(*share(len(windows), comm.rank, comm.size))]
+    total = comm.all_gather(np.array(summed_loss(model, data, own, batch_size, block_size))).sum()
+    return float(total) / (len(windows) * block_size)
 
 
 def evaluate_data(
@@ -85,10 +93,15 @@ def evaluate_data(
 
 
 def evaluate_task(
-    task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
+    task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int, comm: Comm = ALONE
 ) -> dict[str, Any]:
-    """The task's figures on these items, how many there are, and how many were too long for the model's context."""
-    sums = score(task, model, tokenizer, items, batch_size)
+    """The task's figures on these items, how many there are, and how many were too long for the model's context.
+
+    The ranks of `comm` share the items.
+    """
+    own = score(task, model, tokenizer, items[comm.rank :: comm.size], batch_size)
+    totals = comm.all_gather(np.array(list(own.values()))).sum(axis=0)
+    sums = dict(zip(own, totals.tolist(), strict=True))
     return {**task.metrics(sums), "items": int(sums["items"]), "cut": int(sums["cut"])}
 
 

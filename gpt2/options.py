@@ -91,6 +91,7 @@ class Options:
     grad_clip: float = _at_least_0(1.0, float, "largest norm of the gradient; 0: no clipping")
     dropout: float | None = _fraction(None, "dropout rate, at all three places [the preset's]")
     profile: bool = _option(False, bool, "at the end, show where the steps' time went, by operation")
+    zero: bool = _option(False, bool, "with several ranks, each keeps its share of the optimizer's moments only")
     seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
 
 

@@ -17,7 +17,9 @@ from gpt2.model import GPT2
 from gpt2.options import UsageError, check
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import checkpoint, optim
+from tinygrad2.distributed import Comm, SoloComm
 
+ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # a row a step, a sample, a start
 TRAINER, OPTIMIZER, LOCK, TENSORBOARD = "trainer.json", "optimizer.safetensors", ".lock", "tensorboard"
 
@@ -52,16 +54,24 @@ class Saved:
 
 
 class RunFolder:
-    """`out/`: what was logged, and checkpoints ckpt-000100 and so on: the newest, the best and the last few stay."""
+    """`out/`: what was logged, and checkpoints ckpt-000100 and so on: the newest, the best and the last few stay.
 
-    def __init__(self, path: str | Path, keep: int = 2):
+    Every rank of `comm` has one, and makes the same calls; rank 0 is the only one to write.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2, comm: Comm = ALONE):
         self.path = Path(path)
         self.keep = keep
+        self.comm = comm
         self._log: Any = None
         self._board: Any = None
 
     def resume(self, say: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that is whole, or None where there is none. Damaged ones are named, and passed over."""
+        return self.comm.from_root(lambda: self.newest(say))
+
+    def newest(self, say: Callable[[str], None]) -> Saved | None:
+        """What `resume` gives, without asking rank 0: for a rank that is about to fail alone."""
         folders = checkpoint.find(self.path)
         for folder in folders:
             try:
@@ -81,6 +91,9 @@ class RunFolder:
         ones, and are renamed, so that they do not count as the newest.
         writer  tensorboard_writer(), where TensorBoard is to see the run too.
         """
+        if self.comm.rank:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with checkpoint.Lock(self.path / LOCK, str(self.path)):
             for folder in checkpoint.find(self.path):
@@ -111,10 +124,13 @@ class RunFolder:
         options  what the run was told;  data  the fingerprint of the training data.
         """
         folder = self.path / checkpoint.name(progress.step)
+        moments = optimizer.state()
+        if self.comm.rank:
+            return folder
         with checkpoint.writing(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save(partial)
-            checkpoint.save_arrays(partial / OPTIMIZER, optimizer.state())
+            checkpoint.save_arrays(partial / OPTIMIZER, moments)
             state = Saved(folder, progress, optimizer.steps, options, data)
             checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
@@ -145,6 +161,8 @@ class RunFolder:
 
     def log(self, **row: Any) -> None:
         """Append one step's row."""
+        if self._log is None:
+            return
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
         for key, value in row.items() if self._board else ():
@@ -162,11 +180,15 @@ class RunFolder:
         self._append(STARTS, step=step, time=round(time.time()), **circumstances)
 
     def _append(self, name: str, **row: Any) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.comm.rank == 0:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename the folder, if it is there, so that a new run can take its name; returns the new name."""
+        return self.comm.from_root(self._set_aside)
+
+    def _set_aside(self) -> Path | None:
         if not self.path.exists():
             return None
         checkpoint.Lock(self.path / LOCK, str(self.path)).check()

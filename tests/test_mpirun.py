@@ -1,0 +1,521 @@
+"""train.py under a real mpirun: equal results on any layout, elastic resume, and no rank that outlives a dead one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.prepare import prepare
+from gpt2.run import read_log
+from tinygrad2 import checkpoint
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(f"{i} times {j} is {i * j}; the rest of line {i + j} is here.\n" for i in range(60) for j in range(12))
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+ENV = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI_", "PMIX_", "SLURM_"))},
+    "PYTHONPATH": str(ROOT),
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+QUICK = ["--data", "text", "--block-size", "16", "--eval-iters", "2", "--eval-interval", "0", "--log-interval", "1"]
+PROGRAM = """
+import os, signal, sys, time
+import numpy as np
+import train
+from gpt2.dataset import SampleOrder
+from tinygrad2 import checkpoint, distributed, optim, params
+params.BUCKET = 50_000  # many buckets in a small model
+comm = distributed.world()
+{}
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(MPIRUN is None, reason='needs mpirun and mpi4py: pip install -e ".[mpi]"'),
+]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mpi")
+    (folder / "text.txt").write_text(TEXT)
+    prepare([str(folder / "text.txt")], "bytes", folder / "data" / "text")
+    return folder / "data"
+
+
+@pytest.fixture
+def user(prepared, tmp_path, monkeypatch):
+    """A current directory with data/text in it."""
+    shutil.copytree(prepared, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Job:
+    """`mpirun -n RANKS python train.py OPTIONS`, after `patch`; killed after `limit` seconds."""
+
+    def __init__(self, ranks, *options, patch="", limit=90, env=None, launcher=None):
+        program = ["-c", PROGRAM.format(patch)] if patch is not None else [str(ROOT / "train.py")]
+        launcher = [MPIRUN, "--oversubscribe", "-n", str(ranks)] if launcher is None else launcher
+        # Files, not pipes: the daemon of a host that was cut off may hold a pipe open for longer than the job lasts.
+        self.files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*launcher, sys.executable, *program, *QUICK, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=self.files[0],
+            stderr=self.files[1],
+            env={**ENV, **(env or {})},
+            start_new_session=True,
+        )
+        self.ends_at = time.monotonic() + limit
+
+    def end(self, status=0):
+        """Wait; `status` is the expected exit status, or None for any but 0. Returns (stdout, stderr)."""
+        try:
+            got = self.process.wait(self.ends_at - time.monotonic())
+        except subprocess.TimeoutExpired:
+            pytest.fail("it hung\n" + "\n".join(self.kill()))
+        assert got == status or (status is None and got), "\n".join(self.said())
+        return self.said()
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return self.said()
+
+    def said(self):
+        for file in self.files:
+            file.seek(0)
+        return [file.read() for file in self.files]
+
+
+def run(ranks, *options, status=0, **more):
+    return Job(ranks, *options, **more).end(status)
+
+
+def losses(out):
+    return [row["loss"] for row in read_log(Path(out) / "log.jsonl")]
+
+
+def validation(out):
+    return [row["val_loss"] for row in read_log(Path(out) / "log.jsonl") if "val_loss" in row]
+
+
+def arrays(out, file="model.safetensors"):
+    folder, damaged = checkpoint.newest(Path(out))
+    assert not damaged
+    return checkpoint.load_arrays(folder / file)
+
+
+def distance(a, b):
+    """The largest distance between two arrays of the same name, relative to the second's norm."""
+    assert a.keys() == b.keys()
+    return max(np.linalg.norm(a[name] - b[name]) / np.linalg.norm(b[name]) for name in a)
+
+
+def wait_for(condition, limit=60):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it did not come to this"
+        time.sleep(0.02)
+
+
+# Equal results --------------------------------------------------------------------------------------------------------
+
+SAME = ["--batch-size", "2", "--total-batch-size", "128", "--dropout", "0.1", "--max-iters", "10"]
+SAME += ["--warmup-iters", "2"]
+FIRST_GRADIENTS = """
+step = optim.AdamW.step
+def recorded(self, **given):
+    norm = step(self, **given)
+    if self.steps == 1 and comm.rank == 0:
+        np.savez("gradients-" + sys.argv[-1], **{n: p.grad for n, p in self.arena.parameters.items()})
+    return norm
+optim.AdamW.step = recorded
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_two_and_four_ranks_compute_the_same(user, dtype):
+    """1 x 4 micro-steps, 2 x 2 and 4 x 1, with dropout; and with the moments shared out."""
+    again = ["--recompute", "block"]
+    layouts = (("1", 1, []), ("2", 2, []), ("4", 4, []), ("z2", 2, ["--zero"]), ("z4", 4, ["--zero"]), ("r2", 2, again))
+    for name, ranks, more in layouts:
+        run(ranks, *SAME, "--dtype", dtype, *more, "--out-dir", name, patch=FIRST_GRADIENTS)
+    for name in ("2", "4", "z2", "z4", "r2"):
+        np.testing.assert_allclose(losses(name), losses("1"), rtol=1e-5)
+        np.testing.assert_allclose(validation(name), validation("1"), rtol=1e-5)
+        if dtype == "float64":
+            assert distance(arrays(name), arrays("1")) < 1e-9
+            assert distance(arrays(name, "optimizer.safetensors"), arrays("1", "optimizer.safetensors")) < 1e-9
+    for name in ("2", "4", "r2"):
+        assert distance(np.load(f"gradients-{name}.npz"), np.load("gradients-1.npz")) < 1e-6
+
+
+@pytest.mark.parametrize("more", [[], ["--zero"]])
+def test_two_runs_of_the_same_layout_are_the_same_bits(user, more):
+    for out in ("a", "b"):
+        run(4, *SAME, *more, "--out-dir", out)
+    assert losses("a") == losses("b")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        first, second = arrays("a", file), arrays("b", file)
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+# Elastic resume -------------------------------------------------------------------------------------------------------
+
+SEEN = """
+indices = SampleOrder.indices
+def seen(self, first, count):
+    with open(f"seen-{sys.argv[-1]}-{comm.rank}", "a") as file:
+        print(first, count, file=file)
+    return indices(self, first, count)
+SampleOrder.indices = seen
+"""
+
+
+def test_a_run_on_four_ranks_goes_on_with_one_two_or_three(user):
+    common = ["--batch-size", "1", "--total-batch-size", "192", "--dropout", "0.1", "--lr-decay-iters", "26"]
+    run(4, *common, "--max-iters", "26", "--out-dir", "whole", "--zero")
+    run(4, *common, "--max-iters", "6", "--out-dir", "cut", patch=SEEN)
+    whole = losses("whole")
+    assert len(whole) == 26
+    for ranks in (1, 2, 3):
+        out = f"on-{ranks}"
+        shutil.copytree("cut", out)
+        for file in Path().glob("seen-cut-*"):
+            shutil.copy(file, file.name.replace("cut", out))
+        run(ranks, "--max-iters", "26", "--out-dir", out, patch=SEEN)
+        np.testing.assert_allclose(losses(out), whole, rtol=1e-5)
+        pairs = [map(int, line.split()) for file in Path().glob(f"seen-{out}-*") for line in file.open()]
+        assert sorted(i for first, count in pairs for i in range(first, first + count)) == list(range(26 * 12))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic(user):
+    run(2, "--batch-size", "2", "--max-iters", "2")
+    _, err = run(3, "--max-iters", "4", status=1)
+    assert (
+        "train.py: --total-batch-size 64 is no multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 tokens; the "
+        "nearest that is: 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
+    ) in err
+    assert err.count("train.py:") == 1
+    _, err = run(4, "--max-iters", "4", status=1)
+    assert "the nearest that is: 128, or --batch-size 1\n" in err
+    run(4, "--max-iters", "4", "--batch-size", "1")
+    assert len(losses("out")) == 4
+
+
+def test_sharing_the_moments_out_can_begin_and_end_at_any_checkpoint(user):
+    common = ["--batch-size", "1", "--total-batch-size", "64", "--lr-decay-iters", "8", "--dtype", "float64"]
+    run(1, *common, "--max-iters", "8", "--out-dir", "whole")
+    run(2, *common, "--max-iters", "2", "--out-dir", "a")
+    for ranks, steps in ((4, "5"), (1, "6"), (2, "8")):
+        run(ranks, "--max-iters", steps, "--out-dir", "a", "--zero")
+    assert distance(arrays("a"), arrays("whole")) < 1e-9
+    assert distance(arrays("a", "optimizer.safetensors"), arrays("whole", "optimizer.safetensors")) < 1e-9
+
+
+# Ranks that fail ------------------------------------------------------------------------------------------------------
+
+LONG = ["--batch-size", "1", "--max-iters", "100000", "--save-interval", "2"]
+PIDS = "open(f'pid-{comm.rank}', 'w').write(str(os.getpid()))\n"
+
+
+def steps_made(out="out"):
+    return len(read_log(Path(out) / "log.jsonl"))
+
+
+def pid_of(rank):
+    return int(Path(f"pid-{rank}").read_text())
+
+
+def assert_goes_on(out="out"):
+    """The last checkpoint is whole, and a run on it makes the next steps."""
+    folder, damaged = checkpoint.newest(Path(out))
+    assert folder is not None
+    assert not damaged
+    step = checkpoint.step_of(folder)
+    run(2, "--max-iters", str(step + 2), "--total-batch-size", "64", "--batch-size", "1")
+    assert [row["step"] for row in read_log(Path(out) / "log.jsonl")] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("RuntimeError('power cut')", "rank {rank} of 4:\nTraceback"),
+        ("ValueError('data: a bad shard')", "train.py: data: a bad shard\n"),
+    ],
+)
+def test_an_error_on_one_rank_ends_all_and_is_on_the_screen(user, rank, error, said):
+    code = f"""
+indices = SampleOrder.indices
+def failing(self, first, count):
+    if comm.rank == {rank} and first >= 5 * 4:
+        raise {error}
+    return indices(self, first, count)
+SampleOrder.indices = failing
+"""
+    began = time.monotonic()
+    _, err = run(4, *LONG, patch=code, status=1, limit=60)
+    assert said.format(rank=rank) in err
+    assert err.count(error.split("'")[1]) <= 2  # once as the error, once in the line of code that a traceback shows
+    assert time.monotonic() - began < 30
+    assert_goes_on()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
+    job = Job(4, *LONG, patch=PIDS)
+    wait_for(lambda: steps_made() >= 5)
+    os.kill(pid_of(rank), how)
+    began = time.monotonic()
+    _, err = job.end(status=None)
+    assert time.monotonic() - began < 30
+    if how == signal.SIGSTOP:
+        assert f"rank {rank} has not answered for" in err
+    else:
+        assert "signal 9" in err
+    assert_goes_on()
+
+
+def test_slow_saves_and_steps_are_no_failures(user):
+    """Rank 0 saves for six seconds, rank 1 computes for six: more than the silence that is allowed here."""
+    code = """
+distributed.BEAT, distributed.SILENCE = 0.2, 3.0
+save, indices = checkpoint.write_json, SampleOrder.indices
+def slow_save(*args):
+    time.sleep(3)
+    save(*args)
+def slow_step(self, first, count):
+    end = time.monotonic() + 6 * (comm.rank == 1 and first == 3)
+    while time.monotonic() < end:
+        pass
+    return indices(self, first, count)
+checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
+"""
+    run(2, "--batch-size", "1", "--max-iters", "3", "--save-interval", "2", patch=code)
+    assert_goes_on()
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(user):
+    """A laptop that slept, a batch system that suspends: no rank counts that against the others."""
+    job = Job(2, *LONG, patch=PIDS + "distributed.BEAT, distributed.SILENCE = 0.2, 3.0")
+    wait_for(lambda: steps_made() >= 3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in (0, 1):
+            os.kill(pid_of(rank), number)
+        time.sleep(5)
+    job.process.send_signal(signal.SIGUSR1)
+    out, err = job.end()
+    assert "stopped after step" in out
+    assert "answered" not in err
+
+
+@pytest.mark.parametrize("to", ["mpirun", "rank"])
+def test_a_signal_lets_all_finish_the_step_and_save(user, to):
+    job = Job(4, *LONG, patch=PIDS)
+    wait_for(lambda: steps_made() >= 5)
+    if to == "mpirun":
+        job.process.send_signal(signal.SIGUSR1)
+    else:
+        os.kill(pid_of(2), signal.SIGTERM)
+    out, _ = job.end()
+    step = steps_made()
+    assert out.count("stopped after step") == 1
+    assert checkpoint.newest(Path("out"))[0].name == checkpoint.name(step)
+    assert_goes_on()
+
+
+def test_mpirun_that_is_terminated_leaves_the_last_checkpoint(user):
+    job = Job(2, *LONG, "--total-batch-size", "64", patch=PIDS)
+    wait_for(lambda: steps_made() >= 5)
+    job.process.terminate()
+    job.end(status=None)
+    assert_goes_on()
+
+
+def test_a_nan_is_one_decision(user):
+    code = """
+from gpt2 import GPT2
+loss = GPT2.loss
+def broken(self, *args):
+    result = loss(self, *args)
+    return result * float("nan") if comm.rank == 1 and args[2].step == 2 else result
+GPT2.loss = broken
+"""
+    _, err = run(4, "--batch-size", "1", "--max-iters", "9", patch=code, status=1)
+    assert err.count("step 3: the loss is nan and the gradient's norm nan; this step was not made") == 1
+    assert len(losses("out")) == 2
+
+
+def test_ranks_that_drift_apart_are_found(user):
+    code = """
+train.COMPARE_INTERVAL = 4
+step = optim.AdamW.step
+def drifting(self, **given):
+    norm = step(self, **given)
+    if comm.rank == 1 and self.steps == 3:
+        self.arena.parameters["h.2.mlp.c_fc.weight"].data[0, 0] += 1e-7
+        self.arena.parameters["h.3.ln_1.bias"].data[0] += 1e-7
+    return norm
+optim.AdamW.step = drifting
+"""
+    _, err = run(2, "--batch-size", "1", "--max-iters", "9", patch=code, status=1)
+    assert err.count("the ranks have drifted apart: h.2.mlp.c_fc.weight is not the same on rank 1 as on rank 0") == 1
+    assert len(losses("out")) == 3
+
+
+# How it is started ----------------------------------------------------------------------------------------------------
+
+
+def test_one_voice_and_one_writer(user):
+    out, _ = run(4, "--batch-size", "1", "--max-iters", "2", patch=None)
+    assert [line.split()[0] for line in out.splitlines()].count("model") == 1
+    assert "4 ranks x 1 sequences x 16 tokens x 1 micro-step = 64 tokens a step" in out
+    assert " | comm " in out
+    rows = read_log(Path("out/log.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["comm_seconds"] <= row["seconds"] for row in rows)
+
+
+def test_help_and_mistakes_are_printed_once(user):
+    out, _ = run(3, "--help")
+    assert out.count("usage: train.py") == 1
+    _, err = run(3, "--batch-sise", "2", status=2)
+    assert err.count("train.py: unknown option --batch-sise; did you mean --batch-size?") == 1
+    _, err = run(3, "--data", "nowhere", status=1)
+    assert err.count("no such data set") == 1
+
+
+def test_each_rank_takes_its_share_of_the_cores(user):
+    code = """
+from threadpoolctl import threadpool_info
+from tinygrad2 import threads
+def count():
+    with open(f"threads-{comm.rank}", "w") as file:
+        print(threads.count(), *{i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}, file=file)
+import atexit
+atexit.register(count)
+"""
+    cores = len(os.sched_getaffinity(0))
+    for binding, expected in (("none", max(1, cores // 2)), ("core", 1)):
+        if binding == "core" and cores < 2:
+            continue
+        launcher = [MPIRUN, "--bind-to", binding, "--oversubscribe", "-n", "2"]
+        out, _ = run(2, "--batch-size", "1", "--max-iters", "1", "--fresh", launcher=launcher, patch=code)
+        assert [Path(f"threads-{rank}").read_text().split() for rank in range(2)] == 2 * [[str(expected)] * 2]
+        assert ("of this machine stay idle" in out) == (binding == "core" and cores > 2)
+
+
+def test_an_mpirun_of_another_mpi_is_refused(user):
+    """As MPICH's mpiexec starts a Python whose mpi4py uses Open MPI: as many jobs of one rank."""
+    _, err = run(2, "--max-iters", "1", launcher=[], env={"PMI_SIZE": "2", "PMI_RANK": "0"}, patch=None, status=1)
+    assert "train.py: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
+    assert not Path("out").exists()
+
+
+def test_gradients_of_a_gpu_are_staged(user):
+    """On the stand-in for CuPy, which notices memory that is read or changed before a copy has taken place."""
+    code = "from tests import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
+    quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8"]
+    for more in ([], ["--zero"]):
+        run(2, *quick, *more, "--out-dir", "host")
+        run(2, *quick, *more, "--out-dir", "device", "--device", "cuda", patch=code)
+        np.testing.assert_allclose(losses("device"), losses("host"), rtol=1e-5)
+        shutil.rmtree("host"), shutil.rmtree("device")
+
+
+# Several hosts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    """(mpirun for two ranks on each of two hosts, a function that cuts the wire between them, one that counts bytes).
+
+    The hosts are network and host-name namespaces of this machine; a virtual cable joins them, TCP runs through it.
+    """
+    names, wires = [f"tg{os.getpid()}{end}" for end in "ab"], [f"tg{os.getpid()}{end}" for end in "xy"]
+    if not all(map(shutil.which, ("ip", "unshare"))):
+        pytest.skip("two hosts on one machine need the programs ip and unshare")
+    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("this process may not create network namespaces (it takes root)")
+    try:
+        subprocess.run(["ip", "netns", "add", names[1]], check=True)
+        cable = ["ip", "link", "add", wires[0], "netns", names[0], "type", "veth"]
+        subprocess.run([*cable, "peer", "name", wires[1], "netns", names[1]], check=True)
+        for i, (name, wire) in enumerate(zip(names, wires, strict=True)):
+            subprocess.run(["ip", "-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", wire], check=True)
+            for device in ("lo", wire):
+                subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
+        agent = tmp_path / "agent"  # what mpirun takes for ssh
+        agent.write_text(
+            f'#!/bin/sh\nshift\nexec ip netns exec {names[1]} unshare --uts sh -c "hostname {names[1]}; $*"\n'
+        )
+        agent.chmod(0o755)
+        inside = [
+            "ip",
+            "netns",
+            "exec",
+            names[0],
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname {names[0]}; exec "$@"',
+            "sh",
+        ]
+        hosts = ["--host", "10.77.0.1:2,10.77.0.2:2", "-n", "4", "--bind-to", "none"]
+        yield (
+            [*inside, MPIRUN, "--prtemca", "plm_ssh_agent", str(agent), *hosts],
+            lambda: subprocess.run(["ip", "-n", names[0], "link", "set", wires[0], "down"], check=True),
+            lambda: bytes_sent(names[0], wires[0]),
+        )
+    finally:
+        for name in names:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for pid in map(int, pids.split()):
+                os.kill(pid, signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def bytes_sent(namespace, device):
+    table = subprocess.run(
+        ["ip", "netns", "exec", namespace, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True
+    ).stdout
+    return int(next(line for line in table.splitlines() if device in line).split(":")[1].split()[8])
+
+
+def test_two_hosts_compute_what_one_computes(user, two_hosts):
+    launcher, _, sent = two_hosts
+    hosts = "print(os.uname().nodename, file=open(f'host-{comm.rank}', 'w'))"
+    for more in ([], ["--zero"]):
+        run(4, *SAME, *more, "--out-dir", f"two{len(more)}", launcher=launcher, patch=hosts)
+    assert len({Path(f"host-{rank}").read_text() for rank in range(4)}) == 2
+    run(4, *SAME, "--out-dir", "one")
+    np.testing.assert_array_equal(losses("two0"), losses("one"))
+    np.testing.assert_allclose(losses("two1"), losses("one"), rtol=1e-5)
+    parameters = sum(array.nbytes for array in arrays("one").values())
+    assert sent() > 2 * 10 * parameters  # in each step, each host sends half of the gradients' parts, and of their sums
+
+
+def test_a_cable_that_is_cut_ends_the_ranks_of_both_hosts(user, two_hosts):
+    """mpirun itself waits on for the daemon that it cannot reach any more; here it is helped to its end."""
+    launcher, cut, _ = two_hosts
+    job = Job(4, *LONG, launcher=launcher, patch=PIDS)
+    wait_for(lambda: steps_made() >= 5)
+    cut()
+    wait_for(lambda: not any(Path(f"/proc/{pid_of(rank)}").exists() for rank in range(4)), limit=30)
+    _, err = job.kill()
+    assert "has not answered for" in err
+    assert_goes_on()
