@@ -290,10 +290,10 @@ def test_fine_tuning_starts_from_the_weights(user, capsys):
 def test_the_report_shows_the_whole_run_also_after_it_went_on(user, capsys):
     run("--max-iters", "6")
     assert "its curves and samples: out/report.html" in capsys.readouterr().out
-    run("--max-iters", "12", "--batch-size", "4")
+    run("--max-iters", "12", "--batch-size", "4", "--total-batch-size", "64")
     starts, samples = read_log(Path("out/starts.jsonl")), read_log(Path("out/samples.jsonl"))
     assert [(start["step"], start["options"]["batch_size"]) for start in starts] == [(0, 2), (6, 4)]
-    assert starts[1]["given"] == {**starts[0]["given"], "max_iters": 12, "batch_size": 4}
+    assert starts[1]["given"] == {**starts[0]["given"], "max_iters": 12, "batch_size": 4, "total_batch_size": 64}
     assert starts[0]["machine"]["device"] == "cpu"
     assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
     page = Path("out/report.html").read_text(encoding="utf-8")
