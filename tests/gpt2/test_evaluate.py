@@ -13,6 +13,7 @@ from gpt2.dataset import TokenDataset
 from gpt2.evaluate import evaluate_data, evaluate_task, mean_loss, summed_loss
 from gpt2.tasks import TASKS, load
 from tinygrad2 import no_grad
+from tinygrad2.distributed import SoloComm
 
 TEXT = "".join(f"{i} times {j} is {i * j}; ab, abba and a cab.\n\n" for i in range(30) for j in range(12))
 
@@ -58,6 +59,32 @@ def test_mean_loss_counts_every_window_alike(folder):
     assert whole == pytest.approx(mean_loss(model, data, 1, 16, windows), rel=1e-6)
     parts = [summed_loss(model, data, range(windows)[part::3], 4, 16) for part in range(3)]
     assert sum(parts) / (windows * 16) == pytest.approx(whole, rel=1e-6)
+
+
+class Both(SoloComm):
+    """Two ranks, one after the other: what the first one gathers, the second one adds its own to."""
+
+    size = 2
+
+    def __init__(self):
+        self.gathered = []
+
+    def all_gather(self, array):
+        self.gathered.append(array)
+        return np.stack(self.gathered)
+
+
+def test_ranks_share_an_evaluation(user):
+    model, tokenizer = make_model(257), Tokenizer.load("bytes")
+    data, whole, parts = TokenDataset.open(user / "data" / "text", "val"), Both(), Both()
+    for rank in range(2):
+        whole.rank = parts.rank = rank
+        loss = mean_loss(model, data, 2, 16, 5, whole)
+        task = evaluate_task(TASKS["hellaswag"], model, tokenizer, load(TASKS["hellaswag"], "h.jsonl"), 4, parts)
+    assert loss == pytest.approx(mean_loss(model, data, 2, 16, 5), rel=1e-6)
+    alone = evaluate_task(TASKS["hellaswag"], model, tokenizer, load(TASKS["hellaswag"], "h.jsonl"), 4)
+    assert task == pytest.approx(alone, rel=1e-6)
+    assert [array[0] for array in parts.gathered] == [4, 3]  # of the seven items
 
 
 @pytest.mark.parametrize("name", ["text", "pairs"])
