@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from threadpoolctl import ThreadpoolController
 
@@ -15,8 +17,17 @@ def cores(process: int = 0) -> set[int]:
 
 
 def available() -> int:
-    """How many cores this process may use."""
-    return len(cores())
+    """How many cores this process may use; where a container gets less of their time, as many as that is worth."""
+    return max(1, math.ceil(min(len(cores()), _quota())))
+
+
+def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """The cores' worth of time that the control group (version 2) allows; infinite without a limit."""
+    try:
+        limit, period = file.read_text(encoding="ascii").split()
+        return math.inf if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        return math.inf
 
 
 _count = available()
