@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 def sample(options) -> int:
     threads.set_count(options.threads)
     folder = find_model(Path(options.checkpoint), complain) if options.checkpoint else default_model()
+    own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
+    hint = " (your own: --checkpoint out)" if own else ""
     if folder is None:
         print(
             "no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one",
@@ -80,7 +82,7 @@ def sample(options) -> int:
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
     else:
-        print(f"model: {folder}", file=sys.stderr)
+        print(f"model: {folder}{hint}", file=sys.stderr)
         model = GPT2.from_pretrained(folder, device=options.device)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]

@@ -477,8 +477,7 @@ def last_checkpoint(folder: run.RunFolder) -> str:
 
 
 def sample_command(folder: run.RunFolder) -> str:
-    where = "" if folder.path == Path(Options.out_dir) else f" --checkpoint {shlex.quote(str(folder.path))}"
-    return f'python sample.py{where} -p "The function returns"'
+    return f'python sample.py --checkpoint {shlex.quote(str(folder.path))} -p "The function returns"'
 
 
 def restart_command(folder: run.RunFolder) -> str:

@@ -42,7 +42,7 @@ def test_it_says_which_model_it_takes(user, capsys):
     assert run(capsys, "-m", "2", "--checkpoint", "out").err == "model: out/ckpt-000010\n"
     assert run(capsys, "-m", "2", "--checkpoint", "out/ckpt-000001").err == "model: out/ckpt-000001\n"
     save_model("checkpoint")
-    assert run(capsys, "-m", "2").err == "model: checkpoint\n"
+    assert run(capsys, "-m", "2").err == "model: checkpoint (your own: --checkpoint out)\n"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
