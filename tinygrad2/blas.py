@@ -3,12 +3,13 @@ else of the library that NumPy has loaded.
 
 numpy.matmul cannot add to what is there, so that a gradient would need a second matrix and a pass over both; and it
 cannot be called from compiled code. The library can do both: cblas_sgemm computes C = alpha A B + beta C, and it has an
-address. Where no library with this interface is found, NumPy computes.
+address. Where no library with this interface is found, NumPy computes. TINYGRAD2_BLAS=numpy leaves MKL aside.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from importlib import metadata
 from typing import Any
 
@@ -24,7 +25,10 @@ _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False),
 
 
 def _mkl() -> Any:
-    """MKL, told to compute on the thread that calls it: the threads are ours. None where it is not installed."""
+    """MKL, told to compute on the thread that calls it: the threads are ours. None where it is not installed or not
+    wanted."""
+    if os.environ.get("TINYGRAD2_BLAS") == "numpy":
+        return None
     try:
         files = metadata.files("mkl") or []
         library = ctypes.CDLL(str(next(file.locate() for file in files if "mkl_rt" in file.name)))

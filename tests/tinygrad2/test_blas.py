@@ -64,3 +64,12 @@ def test_mkl_is_taken_only_where_it_is_installed(monkeypatch):
     assert blas._mkl() is None
     monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but nobody knows its files
     assert blas._mkl() is None
+
+
+def test_mkl_can_be_left_aside(monkeypatch):
+    def loaded(name):
+        raise AssertionError("MKL was looked for")
+
+    monkeypatch.setattr(blas.metadata, "files", loaded)
+    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")
+    assert blas._mkl() is None

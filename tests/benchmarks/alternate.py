@@ -1,0 +1,372 @@
+"""Contenders measured in alternation, for the CPU's benchmarks beside this file.
+
+Figures taken one after the other compare the hours of a shared machine as much as the programs. So every contender is a
+process of its own, which is kept, and each round lets one after the other do the same task: A B C, A B C. What counts
+are the ratios within a round. A contender answers only when its threads have gone to sleep, and then waits for its next
+turn in a read: no thread pool computes, or looks for work, beside another one's.
+
+The machine's limits (a matrix product, reading and copying memory) are measured in the same rounds.
+
+Nothing large is imported here: a contender's peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import multiprocessing
+import platform
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+MATRIX, BUFFER = 3072, 1 << 29  # rows of the square product, and bytes of the memory, that show the machine's limits
+LIMITS = "the machine's limits"
+MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "read", "copy")  # what they are
+PACKAGES = ("numpy", "numba", "mkl", "torch", "transformers", "ctranslate2")
+
+Tasks = dict[str, Callable[[], float]]  # by name, what does a task once and returns the seconds that it took
+
+
+class Work(NamedTuple):
+    """What doing a task once amounts to; 0 is of no interest. Bytes are those that must be read and written."""
+
+    tokens: int = 0
+    flops: float = 0
+    read: float = 0
+    written: float = 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One program: make(*arguments), called in its own process, gives its tasks.
+
+    peer  a program of others, which the ratios refer to.
+    """
+
+    name: str
+    make: Callable[..., Tasks]
+    arguments: tuple
+    works: dict[str, Work]
+    peer: bool = False
+
+
+def timed(function: Callable[[], Any]) -> Callable[[], float]:
+    """The function, returning how many seconds it took."""
+
+    def call() -> float:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    return call
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+# In a contender's process ---------------------------------------------------------------------------------------------
+
+_tasks: Tasks = {}
+
+
+def _begin(make: Callable[..., Tasks], arguments: tuple) -> None:
+    _tasks.update(make(*arguments))
+    _settle()
+
+
+def _measure(task: str, least: float) -> float:
+    """The median of the seconds that the task takes, done again until `least` seconds have passed."""
+    seconds = [_tasks[task]()]
+    while sum(seconds) < least:
+        seconds.append(_tasks[task]())
+    _settle()
+    return statistics.median(seconds)
+
+
+def _settle() -> None:
+    """Wait, but not forever, until no thread of this process computes: many look for work before they sleep."""
+    for _ in range(100):
+        before = time.process_time()
+        time.sleep(0.02)
+        if time.process_time() - before < 0.002:
+            return
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held. (Linux counts KiB, macOS bytes.)"""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def limits(count: int, matrix: int, nbytes: int) -> Tasks:
+    """The contender that shows what the machine can do: float32 products by two routes, memory read and copied."""
+    import numpy as np
+
+    from tinygrad2 import threads
+    from tinygrad2.backend import get_backend
+
+    threads.set_count(count)
+    kernels = get_backend("cpu").kernels
+    a, b = np.random.default_rng(0).standard_normal((2, matrix, matrix), dtype=np.float32)
+    c = np.empty_like(a)
+    source = np.ones(nbytes // 4, np.float32)
+    target = np.ones_like(source)
+    parts, workers = threads.parts(len(source), 1), ThreadPoolExecutor(count)
+
+    def read() -> None:
+        with threads.blas_on_one_thread():
+            list(workers.map(lambda part: np.dot(source[slice(*part)], source[slice(*part)]), parts))
+
+    def copy() -> None:
+        list(workers.map(lambda part: np.copyto(target[slice(*part)], source[slice(*part)]), parts))
+
+    passes = (
+        lambda: np.matmul(a, b, out=c),
+        lambda: kernels.linear_forward(a, b, None),
+        read,
+        copy,
+    )
+    return dict(zip(MACHINE, map(timed, passes), strict=True))
+
+
+# In the process that measures -----------------------------------------------------------------------------------------
+
+
+def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
+    """A process that begins from nothing, and ends at Ctrl-C without a word."""
+    return stack.enter_context(
+        ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+        )
+    )
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """function(*arguments) in a process of its own, so that this one stays small."""
+    with contextlib.ExitStack() as stack:
+        return _process(stack).submit(function, *arguments).result()
+
+
+class Measured(NamedTuple):
+    """Seconds by task, contender and round; peak bytes by contender; an error for each contender that gave up."""
+
+    seconds: dict[str, dict[str, list[float]]]
+    peak_bytes: dict[str, int]
+    errors: dict[str, str]
+
+
+def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) -> Measured:
+    """Do every task in every round, one contender after the other, each for at least `least` seconds at a time.
+
+    A contender that fails is left out from there on; what it has measured stays.
+    """
+    from tqdm import tqdm
+
+    tasks = dict.fromkeys(task for contender in contenders for task in contender.works)
+    found = Measured({task: {} for task in tasks}, {}, {})
+    turns = len(contenders) + rounds * sum(len(contender.works) for contender in contenders)
+    with contextlib.ExitStack() as stack, tqdm(total=turns, unit=" turns", leave=False, disable=None) as bar:
+        processes: dict[str, ProcessPoolExecutor] = {}
+
+        def ask(contender: Contender, function: Callable, *arguments: Any) -> Any:
+            """What the contender's process answers, or None where it fails or has failed."""
+            bar.set_description(contender.name)
+            try:
+                if contender.name not in found.errors:
+                    return processes[contender.name].submit(function, *arguments).result()
+            except Exception as error:
+                text = " ".join(str(error).split())[:300]
+                found.errors[contender.name] = f"{type(error).__name__}: {text}"
+            finally:
+                bar.update(function is not _peak_bytes)
+            return None
+
+        for contender in contenders:
+            processes[contender.name] = _process(stack)
+            ask(contender, _begin, contender.make, contender.arguments)
+        for _ in range(rounds):
+            for task in tasks:
+                for contender in contenders:
+                    if task in contender.works and (seconds := ask(contender, _measure, task, least)) is not None:
+                        found.seconds[task].setdefault(contender.name, []).append(seconds)
+        for contender in contenders:
+            if (peak := ask(contender, _peak_bytes)) is not None:
+                found.peak_bytes[contender.name] = peak
+    return found
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    values = list(values)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def compared(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How many times as fast we are, in the rounds that both have made."""
+    return spread(b / a for a, b in zip(ours, theirs, strict=False))
+
+
+def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
+    """What the seconds mean: rates, their shares of the machine's limits, and ratios to each peer.
+
+    The limits are medians over the rounds, of the faster of the two products. The share of memory is of what reading
+    alone, or copying, reaches; what fits into caches may exceed it.
+    """
+    work = {contender.name: contender.works for contender in contenders}
+    rate = {
+        task: {
+            name: {
+                "seconds": seconds,
+                **spread(seconds),
+                "tokens_per_s": work[name][task].tokens / statistics.median(seconds),
+                "flop_per_s": work[name][task].flops / statistics.median(seconds),
+                "bytes_per_s": (work[name][task].read + work[name][task].written) / statistics.median(seconds),
+            }
+            for name, seconds in by_name.items()
+        }
+        for task, by_name in found.seconds.items()
+    }
+    machine = {task: rate.pop(task).get(LIMITS) for task in MACHINE}
+    sgemm = max((entry["flop_per_s"] for entry in machine.values() if entry), default=0)
+    for task, by_name in rate.items():
+        for contender in contenders:
+            if (entry := by_name.get(contender.name)) is None:
+                continue
+            limit = machine["copy" if contender.works[task].written else "read"]
+            entry["share_of_sgemm"] = entry["flop_per_s"] / sgemm if sgemm else None
+            entry["share_of_memory"] = entry["bytes_per_s"] / limit["bytes_per_s"] if limit else None
+            if not contender.peer:
+                peers = [peer.name for peer in contenders if peer.peer and peer.name in by_name]
+                entry["times_as_fast_as"] = {
+                    peer: compared(entry["seconds"], by_name[peer]["seconds"]) for peer in peers
+                }
+    peaks = {name: peak for name, peak in found.peak_bytes.items() if name != LIMITS}
+    return {"limits": machine, "tasks": rate, "peak_bytes": peaks, "errors": found.errors}
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The record in lines: every task and contender, the machine's limits, and the peak memory."""
+    lines = [
+        f"{record['processor']}, {record['threads']} threads, {record['date']}, {record['rounds']} rounds",
+        ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        + f"; tinygrad2's products are {'MKL' if record['mkl'] else 'NumPy'}'s",
+    ]
+    for task, entry in record["limits"].items():
+        if entry:
+            scale, unit = (entry["flop_per_s"], "GFLOP/s") if entry["flop_per_s"] else (entry["bytes_per_s"], "GB/s")
+            lines.append(f"{task:<20}{scale / 1e9:8.1f} {unit}")
+    for task, by_name in record["tasks"].items():
+        lines += ["", *_rows(task, by_name)]
+    lines += ["", "peak memory"]
+    lines += [f"  {name:<26}{peak / 1e9:8.2f} GB" for name, peak in record["peak_bytes"].items()]
+    return lines + [f"FAILED  {name}: {error}" for name, error in record["errors"].items()]
+
+
+# Heading, width, and the text of a figure of one contender at one task; a column without figures is left out.
+COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
+    ("median ms", 12, lambda e: f"{1e3 * e['median']:,.3f}"),
+    ("min", 11, lambda e: f"{1e3 * e['min']:,.3f}"),
+    ("max", 11, lambda e: f"{1e3 * e['max']:,.3f}"),
+    ("tokens/s", 11, lambda e: f"{e['tokens_per_s']:,.1f}" if e["tokens_per_s"] else None),
+    ("GFLOP/s", 10, lambda e: f"{e['flop_per_s'] / 1e9:.1f}" if e["flop_per_s"] else None),
+    ("of sgemm", 10, lambda e: f"{e['share_of_sgemm']:.0%}" if e["flop_per_s"] and e["share_of_sgemm"] else None),
+    ("GB/s", 8, lambda e: f"{e['bytes_per_s'] / 1e9:.1f}" if e["bytes_per_s"] else None),
+    ("of memory", 11, lambda e: f"{e['share_of_memory']:.0%}" if e["bytes_per_s"] and e["share_of_memory"] else None),
+)
+
+
+def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The heading and a line for each contender, ours with the ratio to the fastest peer."""
+    columns = [column for column in COLUMNS if any(column[2](entry) for entry in by_name.values())]
+    yield f"{task:<28}" + "".join(f"{heading:>{width}}" for heading, width, _ in columns)
+    for name, entry in by_name.items():
+        line = f"  {name:<26}" + "".join(f"{text(entry) or '':>{width}}" for _, width, text in columns)
+        if peers := entry.get("times_as_fast_as"):
+            fastest = min(peers, key=lambda peer: by_name[peer]["median"])
+            line += "   {median:.2f}x ({min:.2f} to {max:.2f}) ".format(**peers[fastest]) + fastest
+        yield line
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    from gpt2.options import Parser
+    from tinygrad2 import threads
+
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often each does it [%(default)s]")
+    parser.add_argument(
+        "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-NAME-DATE.json beside this file]")
+    return parser
+
+
+def positive(text: str) -> int:
+    """The whole number of an option, at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"is {value}; expected 1 or more")
+    return value
+
+
+def new_file(text: str) -> Path:
+    """The file of an option, in a folder that exists."""
+    if not (path := Path(text)).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}/")
+    return path
+
+
+def report(
+    name: str, options: argparse.Namespace, contenders: Sequence[Contender], least: float = 0.0, **more: Any
+) -> int:
+    """Measure, write the JSON and print the table: 0 where nothing failed, else 1.
+
+    name  of the benchmark, for the file.  more  what else the record is to hold.
+    """
+    from gpt2.doctor import processor
+    from tinygrad2 import blas
+
+    product = Work(flops=2 * MATRIX**3)
+    works = dict(zip(MACHINE, (product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True))
+    everyone = [Contender(LIMITS, limits, (options.threads, MATRIX, BUFFER), works), *contenders]
+    out = options.json or RESULTS / f"cpu-{name}-{datetime.date.today().isoformat()}.json"
+    out.parent.mkdir(exist_ok=True)
+    try:
+        found = alternate(everyone, options.rounds, least)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    record = {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "versions": versions(*PACKAGES),
+        "mkl": not blas.HAS_THREADS,
+        "rounds": options.rounds,
+        **more,
+        **figures(everyone, found),
+    }
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(*table(record), f"\nwritten to {out}", sep="\n", flush=True)
+    return 1 if found.errors else 0
