@@ -99,9 +99,12 @@ def _look(count):
 def _looks() -> int:
     """How many looks take PATIENCE: processors pause for very different times."""
     _look(1)
-    started = time.perf_counter()
-    _look(1000)
-    return max(1000, int(1000 * PATIENCE / (time.perf_counter() - started)))
+    spent = []
+    for _ in range(10):  # the least counts: in the others, other threads may have had the lock or the core
+        started = time.perf_counter()
+        _look(1000)
+        spent.append(time.perf_counter() - started)
+    return max(1000, int(1000 * PATIENCE / min(spent)))
 
 
 @_compiled
@@ -110,6 +113,7 @@ def _serve(box, finished, patience):
 
     finished  the ticket of the Python task that was made, which is announced only here, without Python's lock.
     """
+    _store(box + 8 * ASLEEP, 0)
     if finished:
         _store(box + 8 * DONE, finished)
     last = _load(box + 8 * DONE)
@@ -193,8 +197,9 @@ class _Worker:
                 self.task = None
 
     def wake_up(self) -> None:
+        """Have the thread look again, if it sleeps. Only the thread itself says that it is awake: who is interrupted
+        here has not told anything wrong."""
         if self.box[ASLEEP]:
-            self.box[ASLEEP] = 0
             self.wake.set()
 
 
@@ -205,35 +210,38 @@ _workers: list[_Worker] = []
 
 
 def _staff(count: int) -> list[_Worker]:
-    """The first `count` workers."""
-    global _boxes
-    if count > len(_boxes):
-        stop()
-        _boxes = np.zeros((max(count, 2 * len(_boxes)), WORDS), dtype=np.int64)
-    for box in _boxes[len(_workers) : count]:
-        _workers.append(_Worker(box))
+    """The first `count` workers. Where there are fewer, all are hired anew, and known only when all are there."""
+    global _boxes, _workers
+    if count > len(_workers):
+        _dismiss()
+        boxes = np.zeros((max(count, threads.count() - 1), WORDS), dtype=np.int64)
+        _workers, _boxes = [_Worker(box) for box in boxes], boxes
     return _workers[:count]
 
 
-@atexit.register
-def stop() -> None:
-    """End the threads. They write to their boxes, so these must not go first."""
-    for worker in _workers:
+def _dismiss() -> None:
+    """End the threads."""
+    global _workers
+    workers, _workers = _workers, []
+    for worker in workers:
         worker.box[FUNCTION], worker.task = PYTHON, None
-    _begin(_boxes.ctypes.data, len(_workers))
-    for worker in _workers:
-        worker.wake_up()
+    _begin(_boxes.ctypes.data, len(workers))
+    for worker in workers:
         worker.wake.set()
         worker.thread.join()
-    _workers.clear()
+
+
+@atexit.register
+def _close() -> None:
+    """At exit: what still computes afterwards does so alone. A thread that is in the midst of it is not waited for."""
+    if _busy.acquire(timeout=1):
+        _dismiss()
 
 
 def _forget() -> None:
     """In a forked process, where the threads do not exist."""
-    global _busy
-    _workers.clear()
-    _boxes[...] = 0
-    _busy = threading.Lock()
+    global _busy, _workers
+    _busy, _workers = threading.Lock(), []
 
 
 if hasattr(os, "register_at_fork"):
@@ -252,14 +260,14 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
     try:
         workers = _staff(len(ranges) - 1)
         with threads.blas_on_one_thread():
-            for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
-                # Each part sees the caller's context: NumPy keeps there which floating-point errors are reported.
-                worker.task, worker.error = partial(copy_context().run, task, start, stop), None
-                worker.box[FUNCTION] = PYTHON
-            _begin(_boxes.ctypes.data, len(workers))
-            for worker in workers:
-                worker.wake_up()
             try:
+                for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
+                    # Each part sees the caller's context: NumPy keeps there which floating-point errors are reported.
+                    worker.task, worker.error = partial(copy_context().run, task, start, stop), None
+                    worker.box[FUNCTION] = PYTHON
+                _begin(_boxes.ctypes.data, len(workers))
+                for worker in workers:
+                    worker.wake_up()
                 task(*ranges[0])
             finally:
                 _await(workers)
@@ -278,18 +286,26 @@ def each_compiled(function: Any, arguments: np.ndarray, ranges: list[tuple[int, 
             function.ctypes(address, start, stop)
         return
     try:
-        workers = _staff(len(ranges) - 1)
+        workers, patience, ended = _staff(len(ranges) - 1), _looks(), False
         for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
             worker.box[FUNCTION : STOP + 1] = function.address, address, start, stop
             worker.wake_up()
-        if not _call_and_wait(_boxes.ctypes.data, len(workers), function.address, address, *ranges[0], _looks()):
-            _await(workers)
+        try:
+            ended = _call_and_wait(_boxes.ctypes.data, len(workers), function.address, address, *ranges[0], patience)
+        finally:
+            if not ended:
+                _await(workers)
     finally:
         _busy.release()
 
 
 def _await(workers: list[_Worker]) -> None:
-    while not _wait(_boxes.ctypes.data, len(workers), _looks()):
-        for worker in workers:
-            worker.wake_up()
-        time.sleep(0)  # where there are more threads than cores
+    """Wait until all have answered. An interrupt is raised only then: they write to the caller's memory until then."""
+    try:
+        while not _wait(_boxes.ctypes.data, len(workers), _looks()):
+            for worker in workers:
+                worker.wake_up()
+            time.sleep(0)  # where there are more threads than cores
+    except BaseException:
+        _await(workers)
+        raise

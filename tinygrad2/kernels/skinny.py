@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 from ml_dtypes import bfloat16
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -26,7 +26,10 @@ COLUMNS = 1024  # of w at a time: that many of DEPTH rows stay in the first-leve
 GRAIN = 1 << 16  # weights that are worth another thread, which is there at once (see pool.py)
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def _vector() -> Any:
+    return ir.VectorType(_FLOAT, LANES)
 
 
 def _at(builder: Any, address: Any, index: Any, size: int, kind: Any) -> Any:
@@ -37,10 +40,10 @@ def _at(builder: Any, address: Any, index: Any, size: int, kind: Any) -> Any:
 def _load(builder: Any, address: Any, index: Any, bits: int) -> Any:
     """LANES weights from an index on, as a vector of float32."""
     if bits == 32:
-        return builder.load(_at(builder, address, index, 4, _VECTOR), align=4)
+        return builder.load(_at(builder, address, index, 4, _vector()), align=4)
     halves = builder.load(_at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
     integers = ir.VectorType(ir.IntType(32), LANES)
-    return builder.bitcast(builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), _VECTOR)
+    return builder.bitcast(builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), _vector())
 
 
 def _weights(builder: Any, address: Any, distance: Any, index: Any, bits: int) -> list[Any]:
@@ -59,73 +62,76 @@ def _weights(builder: Any, address: Any, distance: Any, index: Any, bits: int) -
 
 def _spread(builder: Any, number: Any) -> Any:
     """A vector of one number."""
-    nothing, first = ir.Constant(_VECTOR, ir.Undefined), ir.IntType(32)(0)
+    nothing, first = ir.Constant(_vector(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(nothing, number, first), nothing, order)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    kind = ir.FunctionType(_vector(), [_vector()] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
 
 def _total(builder: Any, vector: Any) -> Any:
     """The sum of a vector's numbers, halves added to halves."""
-    kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, _vector()])
     add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
     return builder.call(add, [_FLOAT(0.0), vector], fastmath=("reassoc",))
 
 
-def _plain(rows: int, bits: int) -> Any:
-    @intrinsic
-    def multiply(typing_context, x, ldx, w, ldw, y, ldy, n):
-        """y[r, j] += the sum over d < DEPTH of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
-
-        def generate(context, builder, signature, arguments):
-            x, ldx, w, ldw, y, ldy, n = arguments
-            indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(DEPTH)] for r in range(rows)]
-            numbers = [[builder.load(_at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
-            factors = [[_spread(builder, number) for number in row] for row in numbers]
-            with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
-                weights = _weights(builder, w, ldw, j, bits)
-                for r in range(rows):
-                    place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, _VECTOR)
-                    total = builder.load(place, align=4)
-                    for factor, weight in zip(factors[r], weights, strict=True):
-                        total = _fma(builder, factor, weight, total)
-                    builder.store(total, place, align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), generate
-
-    return multiply
+def _plain(builder: Any, rows: int, bits: int, x: Any, ldx: Any, w: Any, ldw: Any, y: Any, ldy: Any, n: Any) -> None:
+    """y[r, j] += the sum over d < DEPTH of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
+    indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(DEPTH)] for r in range(rows)]
+    numbers = [[builder.load(_at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
+    factors = [[_spread(builder, number) for number in row] for row in numbers]
+    with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
+        weights = _weights(builder, w, ldw, j, bits)
+        for r in range(rows):
+            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, _vector())
+            total = builder.load(place, align=4)
+            for factor, weight in zip(factors[r], weights, strict=True):
+                total = _fma(builder, factor, weight, total)
+            builder.store(total, place, align=4)
 
 
-def _transposed(rows: int, bits: int) -> Any:
-    @intrinsic
-    def multiply(typing_context, x, ldx, w, ldw, y, ldy, n):
-        """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < DEPTH."""
+def _transposed(
+    builder: Any, rows: int, bits: int, x: Any, ldx: Any, w: Any, ldw: Any, y: Any, ldy: Any, n: Any
+) -> None:
+    """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < DEPTH."""
+    zero = ir.Constant(_vector(), [0.0] * LANES)
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(DEPTH)] for _ in range(rows)]
+    with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
+        weights = _weights(builder, w, ldw, j, bits)
+        for r in range(rows):
+            numbers = _load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
+            for d in range(DEPTH):
+                place = totals[r][d]
+                builder.store(_fma(builder, numbers, weights[d], builder.load(place)), place)
+    for r in range(rows):
+        for d in range(DEPTH):
+            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
+            builder.store(builder.fadd(builder.load(place), _total(builder, builder.load(totals[r][d]))), place)
 
-        def generate(context, builder, signature, arguments):
-            x, ldx, w, ldw, y, ldy, n = arguments
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
-            totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(DEPTH)] for _ in range(rows)]
-            with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
-                weights = _weights(builder, w, ldw, j, bits)
-                for r in range(rows):
-                    numbers = _load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
-                    for d in range(DEPTH):
-                        place = totals[r][d]
-                        builder.store(_fma(builder, numbers, weights[d], builder.load(place)), place)
-            for r in range(rows):
-                for d in range(DEPTH):
-                    place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
-                    builder.store(builder.fadd(builder.load(place), _total(builder, builder.load(totals[r][d]))), place)
-            return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+@intrinsic(prefer_literal=True)
+def _multiply(typing_context, bits, transposed, left, x, ldx, w, ldw, y, ldy, n):
+    """The loop for as many of the rows that are left as it can take at once; returns how many that were."""
+    loop = _transposed if transposed.literal_value else _plain
 
-    return multiply
+    def generate(context, builder, signature, arguments):
+        left, *rest = arguments[2:]
+        taken = builder.select(builder.icmp_signed("<", left, _WORD(ROWS)), left, _WORD(ROWS))
+        end = builder.append_basic_block()
+        choice = builder.switch(taken, end)
+        for rows in range(1, ROWS + 1):
+            with builder.goto_block(builder.append_basic_block()):
+                choice.add_case(_WORD(rows), builder.block)
+                loop(builder, rows, bits.literal_value, *rest)
+                builder.branch(end)
+        builder.position_at_end(end)
+        return taken
+
+    return types.int64(bits, transposed, *[types.int64] * 8), generate
 
 
 @intrinsic
@@ -151,23 +157,9 @@ def _widened(typing_context, bits):
     return types.float32(bits), generate
 
 
-def _up_to(rows: int, loop: Any, bits: int) -> Any:
-    """The loop for as many of the rows that are left as it can take at once; returns how many that were."""
-    exactly = loop(rows, bits)
-    fewer: Any = _up_to(rows - 1, loop, bits) if rows > 1 else None  # with one row, there are always enough
-
-    def multiply(left, x, ldx, w, ldw, y, ldy, n):
-        if rows == 1 or left >= rows:
-            exactly(x, ldx, w, ldw, y, ldy, n)
-            return rows
-        return fewer(left, x, ldx, w, ldw, y, ldy, n)
-
-    return njit(inline="always")(multiply)
-
-
 def _task(bits: int, by_columns: bool) -> Any:
     """The work on columns start ... stop - 1 of w: the arguments are the addresses of x, w and y, then M, K and N."""
-    multiply = _up_to(ROWS, _transposed if by_columns else _plain, bits)
+    # What is kept on disk is found again by the values of these variables: numbers, since a function has no lasting one.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments, start, stop):
@@ -187,7 +179,7 @@ def _task(bits: int, by_columns: bool) -> Any:
                 m = 0
                 while m < M:
                     rows, weights = x + 4 * (m * K + k), w + size * (k * N + first)
-                    m += multiply(M - m, rows, K, weights, N, sums.ctypes.data + 4 * m * ld, ld, n)
+                    m += _multiply(bits, False, M - m, rows, K, weights, N, sums.ctypes.data + 4 * m * ld, ld, n)
             for m in range(M):
                 for j in range(n):
                     ys[m, first + j] += sums[m, j]
@@ -207,7 +199,7 @@ def _task(bits: int, by_columns: bool) -> Any:
         for j in range(start, whole, DEPTH):
             m = 0
             while m < M:
-                m += multiply(M - m, x + 4 * m * K, K, w + size * j * K, K, y + 4 * (m * N + j), N, n)
+                m += _multiply(bits, True, M - m, x + 4 * m * K, K, w + size * j * K, K, y + 4 * (m * N + j), N, n)
         for m in range(M):
             for j in range(start, stop):
                 for k in range(n if j < whole else 0, K):
@@ -237,4 +229,6 @@ def product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
     K, N = weight.shape
     addresses = (array.__array_interface__["data"][0] for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    pool.each_compiled(_tasks[kind], arguments, threads.parts(N, max(64, GRAIN // max(1, K))))
+    # Cut between whole vectors: what is left over at the end is summed up in another order.
+    pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
+    pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])
