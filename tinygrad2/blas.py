@@ -60,7 +60,7 @@ def _declared(function: Any, number: Any, wide: bool) -> Any:
 
 
 _library = _mkl()
-HAS_THREADS = _library is None  # whether a product may use threads of the library's own
+USES_MKL = _library is not None
 _functions, WIDE = _find(_library)
 ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value for dtype, function in _functions.items()}
 
@@ -68,7 +68,7 @@ ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value for dtype, func
 def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> None:
     """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype."""
     function = _functions.get(out.dtype.name)
-    left, right, result = _layout(a), _layout(b), _layout(out)
+    left, right, result = layout(a), layout(b), layout(out)
     if function is None or left is None or right is None or result is None or result[0] != PLAIN or a.shape[1] == 0:
         _product(a, b, out, accumulate)
         return
@@ -76,8 +76,8 @@ def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False
     beta = 1.0 if accumulate else 0.0
     function(
         ROW_MAJOR, left[0], right[0], m, n, k,
-        1.0, _address(a), left[1], _address(b), right[1],
-        beta, _address(out), result[1],
+        1.0, address(a), left[1], address(b), right[1],
+        beta, address(out), result[1],
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
         np.matmul(a, b, out=out)
 
 
-def _layout(matrix: np.ndarray) -> tuple[int, int] | None:
+def layout(matrix: np.ndarray) -> tuple[int, int] | None:
     """How BLAS is to read the matrix: as it is or transposed, and the distance of its rows; None where it cannot."""
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)
     if columns == 1 and rows >= matrix.shape[1]:
@@ -100,5 +100,6 @@ def _layout(matrix: np.ndarray) -> tuple[int, int] | None:
     return None
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
+    """Where the first number of an array lies."""
     return array.__array_interface__["data"][0]

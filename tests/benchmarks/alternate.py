@@ -362,7 +362,7 @@ def report(
         "threads": options.threads,
         "python": platform.python_version(),
         "versions": versions(*PACKAGES),
-        "mkl": not blas.HAS_THREADS,
+        "mkl": blas.USES_MKL,
         "rounds": options.rounds,
         **more,
         **figures(everyone, found),

@@ -463,7 +463,7 @@ def start(code, *arguments, **options):
 
 
 def test_control_c(tmp_path):
-    (tmp_path / "a.txt").write_text(varied_text(200_000) * 60, encoding="utf-8", newline="")
+    (tmp_path / "a.txt").write_text(varied_text(200_000) * 300, encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
     process = start("p.JOURNAL_BYTES = 1 << 18; sys.exit(p.main(sys.argv[1:]))", *arguments, "--threads", 1)
     while not (tmp_path / "out.partial" / "journal.json").exists():

@@ -305,9 +305,9 @@ def test_memory_and_what_fits_into_it(monkeypatch):
     assert 0 < free <= total
     for gigabytes, verdict, text in (
         (0.1, WRONG, "0.1 of 4.0 GB free"),
-        (1, OK, "1.0 of 4.0 GB free: enough to train nano (one"),
-        (4, OK, "enough to train nano, gpt2 (one"),
-        (50, OK, "enough to train nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl (one"),
+        (1, OK, "1.0 of 4.0 GB free: enough to train nano, micro (one"),
+        (4, OK, "enough to train nano, micro, gpt2 (one"),
+        (50, OK, "enough to train nano, micro, gpt2, gpt2-medium, gpt2-large, gpt2-xl (one"),
     ):
         monkeypatch.setattr(doctor, "memory", lambda gigabytes=gigabytes: (gigabytes * 1e9, 4e9))
         finding = doctor.probe_memory()

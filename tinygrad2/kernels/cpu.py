@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from ml_dtypes import bfloat16
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import event
 from numba.extending import intrinsic, overload
 
@@ -157,22 +157,99 @@ def _partial(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 # Linear
 # ---------------------------------------------------------------------------------------------------------------------
 
-GEMM_FLOPS = 1 << 27  # of products that are worth waking a thread for: about a millisecond
+_BLAS = {np.dtype(dtype): (address, blas.WIDE) for dtype, address in blas.ADDRESSES.items()}
+
+
+def _gemm_with_integers_of(bits: int) -> Any:
+    @intrinsic
+    def call(typing_context, address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+        """cblas_?gemm by its address, on the addresses of matrices in rows."""
+        enum, size, place = types.int32, types.int64, types.intp
+
+        def generate(context, builder, signature, arguments):
+            number, i32, integer = context.get_value_type(alpha), ir.IntType(32), ir.IntType(bits)
+            pointer = number.as_pointer()
+            kinds = [i32] * 3 + [integer] * 3 + [number, pointer, integer, pointer, integer, number, pointer, integer]
+            function = ir.FunctionType(ir.VoidType(), kinds)
+            values = [i32(blas.ROW_MAJOR), *arguments[1:]]
+            for i, kind in enumerate(kinds):
+                if kind is pointer:
+                    values[i] = builder.inttoptr(values[i], pointer)
+                elif kind is integer and bits < 64:
+                    values[i] = builder.trunc(values[i], integer)
+            builder.call(builder.inttoptr(arguments[0], function.as_pointer()), values)
+            return context.get_dummy_value()
+
+        kinds = (place, enum, enum, size, size, size, alpha, place, size, place, size, alpha, place, size)
+        return types.void(*kinds), generate
+
+    return call
+
+
+_gemm64, _gemm32 = _gemm_with_integers_of(64), _gemm_with_integers_of(32)
+_PLAIN, _TRANSPOSED = np.int32(blas.PLAIN), np.int32(blas.TRANSPOSED)
+
+
+@njit(inline="always")
+def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    address, wide = library
+    if wide:
+        _gemm64(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+    else:
+        _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+
+
+GEMM_FLOPS = 1 << 23  # of products that are worth another thread: 50 microseconds
+
+
+def _product_task() -> Any:
+    """A part of a product for the pool, out (+)= a b: the rows start ... stop - 1 of out, or the columns."""
+
+    def task(arguments, start, stop):
+        words = carray(pool.pointer(arguments, np.int64(0)), (16,))
+        library, is_double, by_rows, add = (words[0], words[1] == 1), words[2] == 1, words[3] == 1, words[4] == 1
+        ta, tb, m, n, k = np.int32(words[5]), np.int32(words[6]), words[7], words[8], words[9]
+        a, lda, b, ldb = words[10], words[11], words[12], words[13]
+        c, ldc = words[14], words[15]
+        size = 8 if is_double else 4
+        if by_rows:
+            m = stop - start
+            a += start * (lda if ta == _PLAIN else 1) * size
+            c += start * ldc * size
+        else:
+            n = stop - start
+            b += start * (1 if tb == _PLAIN else ldb) * size
+            c += start * size
+        if is_double:
+            beta = np.float64(1) if add else np.float64(0)
+            _gemm(library, ta, tb, m, n, k, np.float64(1), a, lda, b, ldb, beta, c, ldc)
+        else:
+            factor = np.float32(1) if add else np.float32(0)
+            _gemm(library, ta, tb, m, n, k, np.float32(1), a, lda, b, ldb, factor, c, ldc)
+
+    return pool.task(task)
+
+
+_product_tasks: list[Any] = []  # the one, compiled at the first use
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, cut along the longer side of out."""
-    m, n = out.shape
-    flops = GEMM_FLOPS if blas.HAS_THREADS else GEMM_FLOPS // 4
-    grain = max(16, flops // (2 * a.shape[1] * min(m, n) + 1))
-
-    def rows(start: int, stop: int) -> None:
-        blas.gemm(a[start:stop], b, out[start:stop], add)
-
-    def columns(start: int, stop: int) -> None:
-        blas.gemm(a, b[:, start:stop], out[:, start:stop], add)
-
-    pool.each(*((rows, threads.parts(m, grain)) if m >= n else (columns, threads.parts(n, grain))))
+    """out = a @ b, or out += a @ b, cut along the longer side of out. BLAS computes each part on one thread: its own
+    threads would look for work on the cores that the pool's compute on."""
+    (m, n), k = out.shape, a.shape[1]
+    left, right, result = blas.layout(a), blas.layout(b), blas.layout(out)
+    if out.dtype not in _BLAS or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
+        blas.gemm(a, b, out, add)
+        return
+    if not _product_tasks:
+        _product_tasks.append(_product_task())
+    address, wide = _BLAS[out.dtype]
+    matrices = (blas.address(a), left[1], blas.address(b), right[1], blas.address(out), result[1])
+    flags = (wide, out.itemsize == 8, m >= n, add)
+    arguments = np.array([address, *flags, left[0], right[0], m, n, k, *matrices], dtype=np.int64)
+    grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
+    with threads.blas_on_one_thread():
+        pool.each_compiled(_product_tasks[0], arguments, threads.parts(max(m, n), grain))
 
 
 @_compiled
@@ -403,46 +480,6 @@ def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
 
 
 ATTENTION_FLOPS = 1 << 24  # of q k^T that are worth waking a thread for, the softmax counted in
-_BLAS = {np.dtype(dtype): (address, blas.WIDE) for dtype, address in blas.ADDRESSES.items()}
-
-
-def _gemm_with_integers_of(bits: int) -> Any:
-    @intrinsic
-    def call(typing_context, address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-        """cblas_?gemm by its address, on the addresses of matrices in rows."""
-        enum, size, place = types.int32, types.int64, types.intp
-
-        def generate(context, builder, signature, arguments):
-            number, i32, integer = context.get_value_type(alpha), ir.IntType(32), ir.IntType(bits)
-            pointer = number.as_pointer()
-            kinds = [i32] * 3 + [integer] * 3 + [number, pointer, integer, pointer, integer, number, pointer, integer]
-            function = ir.FunctionType(ir.VoidType(), kinds)
-            values = [i32(blas.ROW_MAJOR), *arguments[1:]]
-            for i, kind in enumerate(kinds):
-                if kind is pointer:
-                    values[i] = builder.inttoptr(values[i], pointer)
-                elif kind is integer and bits < 64:
-                    values[i] = builder.trunc(values[i], integer)
-            builder.call(builder.inttoptr(arguments[0], function.as_pointer()), values)
-            return context.get_dummy_value()
-
-        kinds = (place, enum, enum, size, size, size, alpha, place, size, place, size, alpha, place, size)
-        return types.void(*kinds), generate
-
-    return call
-
-
-_gemm64, _gemm32 = _gemm_with_integers_of(64), _gemm_with_integers_of(32)
-_PLAIN, _TRANSPOSED = np.int32(blas.PLAIN), np.int32(blas.TRANSPOSED)
-
-
-@njit(inline="always")
-def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-    address, wide = library
-    if wide:
-        _gemm64(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
-    else:
-        _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
 
 @_compiled

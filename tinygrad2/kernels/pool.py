@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -54,6 +54,25 @@ def _store(typing_context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def pointer(typing_context, address, like):
+    """In compiled code: an address as a pointer to numbers of the type of `like`."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+def task(function: Callable) -> Any:
+    """Compile function(arguments, start, stop) for each_compiled; `arguments` is the address of 64-bit words."""
+    signature = types.void(types.int64, types.int64, types.int64)
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no place for a cache
+        return cfunc(signature)(function)
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 from ml_dtypes import bfloat16
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -135,16 +135,6 @@ def _multiply(typing_context, bits, transposed, left, x, ldx, w, ldw, y, ldy, n)
 
 
 @intrinsic
-def _pointer(typing_context, address, like):
-    """An address as a pointer to numbers of the type of `like`."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.int64, like), generate
-
-
-@intrinsic
 def _widened(typing_context, bits):
     """One weight as a float32."""
 
@@ -159,14 +149,14 @@ def _widened(typing_context, bits):
 
 def _task(bits: int, by_columns: bool) -> Any:
     """The work on columns start ... stop - 1 of w: the arguments are the addresses of x, w and y, then M, K and N."""
-    # What is kept on disk is found again by the values of these variables: numbers, since a function has no lasting one.
+    # What is kept on disk is found again by the values of these variables: numbers, as a function has no lasting one.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments, start, stop):
-        a = carray(_pointer(arguments, np.int64(0)), (6,))
+        a = carray(pool.pointer(arguments, np.int64(0)), (6,))
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
-        xs, ys = carray(_pointer(x, np.float32(0)), (M, K)), carray(_pointer(y, np.float32(0)), (M, N))
-        ws = carray(_pointer(w, zero), (K, N))
+        xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
+        ws = carray(pool.pointer(w, zero), (K, N))
         whole, ld = K - K % DEPTH, COLUMNS + LANES
         # Summed up here, since rows of y may be a multiple of 4096 bytes apart: they would push each other out of the
         # cache, and a load from w would wait for a store to y whose address ends in the same 12 bits.
@@ -191,10 +181,10 @@ def _task(bits: int, by_columns: bool) -> Any:
                         ys[m, j] += xs[m, k] * _widened(ws[k, j])
 
     def columns_of_w(arguments, start, stop):
-        a = carray(_pointer(arguments, np.int64(0)), (6,))
+        a = carray(pool.pointer(arguments, np.int64(0)), (6,))
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
-        xs, ys = carray(_pointer(x, np.float32(0)), (M, K)), carray(_pointer(y, np.float32(0)), (M, N))
-        ws = carray(_pointer(w, zero), (N, K))
+        xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
+        ws = carray(pool.pointer(w, zero), (N, K))
         whole, n = start + (stop - start) // DEPTH * DEPTH, K // LANES * LANES
         for j in range(start, whole, DEPTH):
             m = 0
@@ -205,11 +195,7 @@ def _task(bits: int, by_columns: bool) -> Any:
                 for k in range(n if j < whole else 0, K):
                     ys[m, j] += xs[m, k] * _widened(ws[j, k])
 
-    signature = types.void(types.int64, types.int64, types.int64)
-    try:
-        return cfunc(signature, cache=True)(columns_of_w if by_columns else rows_of_w)
-    except RuntimeError:  # no place for a cache
-        return cfunc(signature)(columns_of_w if by_columns else rows_of_w)
+    return pool.task(columns_of_w if by_columns else rows_of_w)
 
 
 _tasks: dict[tuple[int, bool], Any] = {}  # compiled at the first use
