@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository that is not installed
 
-from tests.benchmarks.alternate import (  # noqa: E402
+from tests.benchmarks.alternate import (
     Contender,
     Tasks,
     Work,

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository that is not installed
 
-from tests.benchmarks.alternate import Contender, Tasks, Work, parser, positive, report, timed, versions  # noqa: E402
+from tests.benchmarks.alternate import Contender, Tasks, Work, parser, positive, report, timed, versions
 
 RATE = 0.1  # of dropout
 LEAST = 0.1  # seconds that an operation is repeated for in a turn
@@ -45,9 +45,9 @@ def arrays(T: int, C: int, V: int) -> dict[str, Any]:
 
     generator = np.random.default_rng(0)
     shapes = {
-        **{"x": (1, T, C), "dy": (1, T, C), "wide": (1, T, 4 * C), "dwide": (1, T, 4 * C), "qkv": (1, T, 3 * C)},
-        **{"gain": (C,), "bias": (C,), "wide_bias": (4 * C,), "weight": (C, 4 * C), "wte": (V, C), "dwte": (V, C)},
-    }
+        "x": (1, T, C), "dy": (1, T, C), "wide": (1, T, 4 * C), "dwide": (1, T, 4 * C), "qkv": (1, T, 3 * C),
+        "gain": (C,), "bias": (C,), "wide_bias": (4 * C,), "weight": (C, 4 * C), "wte": (V, C), "dwte": (V, C),
+    }  # fmt: skip
     values = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     for name in ("weight", "wte", "dwte"):
         values[name] *= np.float32(0.02)
@@ -78,9 +78,7 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
         k.lm_head_backward(one, dlogits, x, wte, dwte)
 
     def adamw() -> None:
-        k.adamw_step(
-            *(array.reshape(-1) for array in (wte, a["dwte"], m, v)), one, 1.0, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1
-        )
+        k.adamw_step(*(array.reshape(-1) for array in (wte, a["dwte"], m, v)), one, 1.0, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1)
 
     return ready(
         {
@@ -110,7 +108,7 @@ def ready(functions: dict[str, Callable[[], Any]]) -> Tasks:
 def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
     """PyTorch's: autograd's backward pass alone, on a graph that is kept."""
     import torch
-    from torch.nn import functional as F
+    from torch.nn import functional
 
     torch.set_num_threads(count)
     a = {name: torch.from_numpy(array) for name, array in arrays(T, C, V).items()}
@@ -123,10 +121,10 @@ def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
 
     def attention(qkv: Any) -> Any:
         q, k, v = (part.view(1, T, H, C // H).transpose(1, 2) for part in qkv.split(C, dim=2))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(1, T, C)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(1, T, C)
 
     def lm_head() -> None:
-        loss = F.cross_entropy(F.linear(x, wte).flatten(0, 1), a["targets"].flatten())
+        loss = functional.cross_entropy(functional.linear(x, wte).flatten(0, 1), a["targets"].flatten())
         torch.autograd.grad(loss, (x, wte))
 
     def both(name: str, function: Callable, dy: Any, *inputs: Any) -> dict[str, Callable[[], Any]]:
@@ -138,12 +136,18 @@ def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
 
     return ready(
         {
-            **both("linear", F.linear, a["dwide"], x, weight, a["wide_bias"]),
+            **both("linear", functional.linear, a["dwide"], x, weight, a["wide_bias"]),
             **both("attention", attention, a["dy"], a["qkv"]),
             "lm_head forward + backward": lm_head,
-            **both("gelu", lambda x, bias: F.gelu(x + bias, approximate="tanh"), a["dwide"], a["wide"], a["wide_bias"]),
-            **both("layernorm", lambda x, w, b: F.layer_norm(x, (C,), w, b), a["dy"], x, a["gain"], a["bias"]),
-            **both("dropout", lambda x: F.dropout(x, RATE), a["dy"], x),
+            **both(
+                "gelu",
+                lambda x, bias: functional.gelu(x + bias, approximate="tanh"),
+                a["dwide"],
+                a["wide"],
+                a["wide_bias"],
+            ),
+            **both("layernorm", lambda x, w, b: functional.layer_norm(x, (C,), w, b), a["dy"], x, a["gain"], a["bias"]),
+            **both("dropout", lambda x: functional.dropout(x, RATE), a["dy"], x),
             "adamw of the embedding": optimizer.step,
         }
     )

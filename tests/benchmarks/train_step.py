@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository that is not installed
 
-from tests.benchmarks.alternate import Contender, Tasks, Work, parser, positive, report, timed, versions  # noqa: E402
+from tests.benchmarks.alternate import Contender, Tasks, Work, parser, positive, report, timed, versions
 
 ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95)}
 DECAY, MAX_NORM = 0.1, 1.0
@@ -65,7 +65,7 @@ def torch_model(config: Any) -> Any:
     """GPT-2 in PyTorch's modules, its parameters in the order of ours (matrices of linear layers are transposed)."""
     import torch
     from torch import nn
-    from torch.nn import functional as F
+    from torch.nn import functional
 
     C, H, eps = config.n_embd, config.n_head, config.layer_norm_epsilon
 
@@ -78,9 +78,9 @@ def torch_model(config: Any) -> Any:
         def forward(self, x: Any) -> Any:
             B, T, _ = x.shape
             q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).split(C, dim=2))
-            heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.c_proj(heads.transpose(1, 2).reshape(B, T, C))
-            return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+            return x + self.c_out(functional.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -96,8 +96,8 @@ def torch_model(config: Any) -> Any:
             x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
             for block in self.h:
                 x = block(x)
-            logits = F.linear(self.ln_f(x), self.wte.weight)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            logits = functional.linear(self.ln_f(x), self.wte.weight)
+            return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     return Model()
 
