@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import signal
@@ -264,7 +265,8 @@ def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> list[str]:
     """The record in lines: every task and contender, the machine's limits, and the peak memory."""
     lines = [
-        f"{record['processor']}, {record['threads']} threads, {record['date']}, {record['rounds']} rounds",
+        f"{record['processor']}, {record['threads']} threads, {record['date']}, {record['rounds']} rounds, "
+        f"load average before {record['load_average']:.2f}",
         ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + f"; tinygrad2's products are {'MKL' if record['mkl'] else 'NumPy'}'s",
     ]
@@ -350,6 +352,7 @@ def report(
     everyone = [Contender(LIMITS, limits, (options.threads, MATRIX, BUFFER), works), *contenders]
     out = options.json or RESULTS / f"cpu-{name}-{datetime.date.today().isoformat()}.json"
     out.parent.mkdir(exist_ok=True)
+    load = os.getloadavg()[0]
     try:
         found = alternate(everyone, options.rounds, least)
     except KeyboardInterrupt:
@@ -364,6 +367,7 @@ def report(
         "versions": versions(*PACKAGES),
         "mkl": blas.USES_MKL,
         "rounds": options.rounds,
+        "load_average": load,
         **more,
         **figures(everyone, found),
     }

@@ -45,18 +45,9 @@ def arrays(T: int, C: int, V: int) -> dict[str, Any]:
 
     generator = np.random.default_rng(0)
     shapes = {
-        "x": (1, T, C),
-        "dy": (1, T, C),
-        "wide": (1, T, 4 * C),
-        "dwide": (1, T, 4 * C),
-        "qkv": (1, T, 3 * C),
-        "gain": (C,),
-        "bias": (C,),
-        "wide_bias": (4 * C,),
-        "weight": (C, 4 * C),
-        "wte": (V, C),
-        "dwte": (V, C),
-    }
+        "x": (1, T, C), "dy": (1, T, C), "wide": (1, T, 4 * C), "dwide": (1, T, 4 * C), "qkv": (1, T, 3 * C),
+        "gain": (C,), "bias": (C,), "wide_bias": (4 * C,), "weight": (C, 4 * C), "wte": (V, C), "dwte": (V, C),
+    }  # fmt: skip
     values = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     for name in ("weight", "wte", "dwte"):
         values[name] *= np.float32(0.02)
@@ -132,9 +123,6 @@ def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
         q, k, v = (part.view(1, T, H, C // H).transpose(1, 2) for part in qkv.split(C, dim=2))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(1, T, C)
 
-    def gelu(x: Any, bias: Any) -> Any:
-        return functional.gelu(x + bias, approximate="tanh")
-
     def lm_head() -> None:
         loss = functional.cross_entropy(functional.linear(x, wte).flatten(0, 1), a["targets"].flatten())
         torch.autograd.grad(loss, (x, wte))
@@ -153,7 +141,7 @@ def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
             "lm_head forward + backward": lm_head,
             **both(
                 "gelu",
-                gelu,
+                lambda x, bias: functional.gelu(x + bias, approximate="tanh"),
                 a["dwide"],
                 a["wide"],
                 a["wide_bias"],

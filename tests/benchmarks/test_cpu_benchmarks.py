@@ -1,0 +1,205 @@
+"""The alternation and its arithmetic, that the peers compute the same, and a tiny run of each benchmark."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config
+from tests.benchmarks import alternate, decode, ops, train_step
+from tests.benchmarks.alternate import Contender, Measured, Work
+
+TINY = GPT2Config(
+    vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
+)
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    monkeypatch.setattr(alternate, "MATRIX", 64)
+    monkeypatch.setattr(alternate, "BUFFER", 1 << 20)
+
+
+# Contenders of the tests; they are imported by the processes that they run in.
+
+
+def leaves_its_name(name, path):
+    turns = iter(range(100))
+
+    def task():
+        with open(path, "a") as file:
+            file.write(name)
+        if name == "B" and next(turns) == 1:
+            raise MemoryError("no room\nfor B")
+        return 0.5
+
+    return {"task": task}
+
+
+def dies(path):
+    return {"task": lambda: os._exit(3)}
+
+
+def test_the_contenders_take_turns_and_one_that_fails_is_left_out(tmp_path):
+    path = tmp_path / "turns"
+    contenders = [Contender(name, leaves_its_name, (name, path), {"task": Work()}) for name in "ABC"]
+    contenders.append(Contender("D", dies, (path,), {"task": Work()}))
+    found = alternate.alternate(contenders, rounds=3)
+    assert path.read_text() == "ABC" * 2 + "AC"
+    assert found.seconds == {"task": {"A": [0.5] * 3, "B": [0.5], "C": [0.5] * 3}}
+    assert found.errors["B"] == "MemoryError: no room for B"
+    assert found.errors["D"].startswith("BrokenProcessPool: ")
+    assert found.peak_bytes.keys() == {"A", "C"}
+    assert all(1 << 22 < peak < 1 << 40 for peak in found.peak_bytes.values())
+
+
+def test_what_happens_apart_comes_back():
+    assert alternate.apart(divmod, 7, 3) == (2, 1)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        alternate.apart(os.stat, "nowhere")
+
+
+def figures():
+    """Of two rounds, in which the second product is the faster, and memory is read at 20 and copied at 40 bytes/s."""
+    work = {"step": Work(tokens=10, flops=300), "copying": Work(read=10, written=10)}
+    machine = dict(
+        zip(alternate.MACHINE, (Work(flops=200), Work(flops=200), Work(read=20), Work(20, 0, 20, 20)), strict=True)
+    )
+    contenders = [
+        Contender(alternate.LIMITS, None, (), machine),
+        Contender("ours", None, (), work),
+        Contender("slow", None, (), work, peer=True),
+        Contender("fast", None, (), work, peer=True),
+    ]
+    seconds = {
+        **{task: {alternate.LIMITS: [s, s]} for task, s in zip(alternate.MACHINE, (1, 0.5, 1, 1), strict=True)},
+        "step": {"ours": [1.0, 2.0], "slow": [3.0, 4.0], "fast": [2.0]},
+        "copying": {"ours": [1.0, 1.0]},
+    }
+    return alternate.figures(contenders, Measured(seconds, {alternate.LIMITS: 9, "ours": 5 * 10**9}, {"fast": "gone"}))
+
+
+def test_figures():
+    found = figures()
+    step = found["tasks"]["step"]["ours"]
+    assert (step["median"], step["min"], step["max"]) == (1.5, 1.0, 2.0)
+    assert step["tokens_per_s"] == pytest.approx(10 / 1.5)
+    assert step["share_of_sgemm"] == pytest.approx(200 / 400)
+    assert step["times_as_fast_as"] == {
+        "slow": {"median": 2.5, "min": 2.0, "max": 3.0},
+        "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # of the one round that both have made
+    }
+    assert "times_as_fast_as" not in found["tasks"]["step"]["slow"]
+    assert found["tasks"]["copying"]["ours"]["bytes_per_s"] == 20
+    assert found["tasks"]["copying"]["ours"]["share_of_memory"] == pytest.approx(0.5)
+    assert found["peak_bytes"] == {"ours": 5 * 10**9}
+
+
+def test_the_table():
+    head = {"processor": "P", "threads": 2, "date": "D", "rounds": 2, "load_average": 0.25, "versions": {"a": "1"}}
+    lines = alternate.table({**head, "mkl": False, **figures()})
+    assert lines[0] == "P, 2 threads, D, 2 rounds, load average before 0.25"
+    step = lines.index(next(line for line in lines if line.startswith("step")))
+    assert lines[step].split() == ["step", "median", "ms", "min", "max", "tokens/s", "GFLOP/s", "of", "sgemm"]
+    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # against the fastest
+    assert "GB/s" not in lines[step]
+    assert lines[-2].split() == ["ours", "5.00", "GB"]
+    assert lines[-1] == "FAILED  fast: gone"
+
+
+def test_pytorch_makes_the_same_steps():
+    torch = pytest.importorskip("torch")
+    model, theirs = GPT2(TINY), train_step.torch_model(TINY)
+    with torch.no_grad():
+        for (name, ours), parameter in zip(model.named_parameters(), theirs.parameters(), strict=True):
+            parameter.copy_(
+                torch.from_numpy(ours.numpy().T.copy() if ".c_" in name and ours.ndim > 1 else ours.numpy())
+            )
+    ours = train_step.our_step(model, 2, 12)
+    theirs = train_step.torch_step(theirs, TINY.vocab_size, 2, 12, fused=True)
+    losses = [ours() for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.005
+    np.testing.assert_allclose(losses, [theirs() for _ in range(20)], rtol=2e-5)
+
+
+def test_ctranslate2_gets_the_same_model(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    pytest.importorskip("transformers")
+    model = GPT2(TINY)
+    model.save_pretrained(tmp_path)
+    decode.convert(str(tmp_path), str(tmp_path / "theirs"))
+    found = ctranslate2.Generator(str(tmp_path / "theirs")).generate_batch(
+        [["3", "1", "4"]], max_length=10, min_length=10, sampling_topk=1, include_prompt_in_result=False
+    )
+    assert [int(word) for word in found[0].sequences[0]] == model.generate([3, 1, 4], 10, temperature=0)[0]
+
+
+def test_the_training_step(small_limits, tmp_path, capsys):
+    out = tmp_path / "step.json"
+    options = ["--preset", "nano", "--block", "32", "--no-compile", "--rounds", "2", "--json", str(out)]
+    assert train_step.main(options) == 0
+    record = json.loads(out.read_text())
+    step = record["tasks"]["step"]
+    assert len(step["tinygrad2"]["seconds"]) == 2
+    assert step["tinygrad2"]["tokens_per_s"] == pytest.approx(32 / step["tinygrad2"]["median"])
+    assert ("tinygrad2 without MKL" in step) == record["mkl"]
+    assert ("PyTorch fused AdamW" in step) == ("torch" in record["versions"])
+    assert record["peak_bytes"].keys() == step.keys()
+    assert record["limits"].keys() == set(alternate.MACHINE)
+    assert re.search(r"\n  tinygrad2 +[\d.,]+ ", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_decoding(small_limits, tmp_path):
+    out = tmp_path / "decode.json"
+    options = ["--preset", "nano", "--batch", "1", "3", "--prompt", "60", "--rounds", "1", "--json", str(out)]
+    assert decode.main(options) == 0
+    tasks = json.loads(out.read_text())["tasks"]
+    assert tasks.keys() == {"batch 1", "batch 3", "prompt of 60"}
+    wide, narrow = (tasks["batch 3"][f"tinygrad2 {dtype}"] for dtype in ("float32", "bfloat16"))
+    assert wide["bytes_per_s"] * wide["median"] == pytest.approx(2 * narrow["bytes_per_s"] * narrow["median"])
+    assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
+
+
+def test_operations(small_limits, tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "LEAST", 0.0)
+    out = tmp_path / "ops.json"
+    assert ops.main(["--preset", "nano", "--block", "16", "--rounds", "1", "--json", str(out)]) == 0
+    tasks = json.loads(out.read_text())["tasks"]
+    assert tasks.keys() == ops.works(16, 128, 257).keys()
+    assert all({"tinygrad2", "reference.py"} <= by_name.keys() for by_name in tasks.values())
+
+
+def test_what_bfloat16_costs(tmp_path):
+    model = GPT2(TINY)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        np.save(tmp_path / "data" / f"x_{split}_0.npy", (np.arange(100) % 31).astype(np.uint16))
+    found = decode.narrow_loss(str(tmp_path / "model"), str(tmp_path / "data"), 5)
+    assert found["difference"] == found["bfloat16"] - found["float32"]
+    assert 0 < abs(found["difference"]) < 1e-3
+    assert found["float32"] == pytest.approx(np.log(31), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "said"),
+    [
+        (train_step.main, ["--rounds", "0"], "argument --rounds: is 0; expected 1 or more"),
+        (train_step.main, ["--block", "2000"], "--block 2000 is longer than the model's context of 1024 tokens"),
+        (train_step.main, ["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere/"),
+        (decode.main, ["--preset", "nano"], "--prompt 512: the model's context is 64 tokens"),
+        (decode.main, ["--data", "x"], "--checkpoint and --data go together"),
+    ],
+)
+def test_a_mistake_is_one_line(main, options, said, capsys):
+    with pytest.raises(SystemExit):
+        main(options)
+    assert re.fullmatch(rf"\w+\.py: {re.escape(said)} \(\w+\.py --help lists the options\)\n", capsys.readouterr().err)
+
+
+def test_a_checkpoint_that_is_not_there(capsys):
+    assert decode.main(["--checkpoint", "nowhere", "--data", "nothing"]) == 1
+    assert capsys.readouterr().err.startswith("decode.py: data 'nothing': no such data set")
