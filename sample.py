@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.generate import check_sampling, stream_text
+from gpt2.model import WEIGHTS
 from gpt2.options import Parser, discard_output
 from gpt2.run import find_model
 from tinygrad2 import checkpoint, threads
@@ -37,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", metavar="MODEL", help=MODELS)
     add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
     add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
+    add(
+        "--dtype",
+        default="float32",
+        choices=WEIGHTS,
+        help="weights in bfloat16 are half as many bytes to read for a token, on the CPU [%(default)s]",
+    )
     options = parser.parse_args(argv)
     for name, value, least in (
         ("--max-tokens", options.max_tokens, 0),
@@ -74,17 +81,20 @@ def sample(options) -> int:
     folder = find_model(Path(options.checkpoint), complain) if options.checkpoint else default_model()
     own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
     hint = " (your own: --checkpoint out)" if own else ""
+    weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
         print(
-            "no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one",
+            f"no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one{weights}",
             file=sys.stderr,
         )
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
     else:
-        print(f"model: {folder}{hint}", file=sys.stderr)
+        print(f"model: {folder}{weights}{hint}", file=sys.stderr)
         model = GPT2.from_pretrained(folder, device=options.device)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
+    if weights:
+        model.narrow()
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
     pieces = stream_text(
         model,

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2.dataset import SPLITS, TokenDataset, find_dataset
-from gpt2.model import GPT2
+from gpt2.model import GPT2, WEIGHTS
 from gpt2.options import Parser, discard_output
 from gpt2.run import find_model
 from gpt2.tasks import TASKS, Item, Task, load, perplexity, score
@@ -131,6 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=16, help="sequences at a time [%(default)s]")
     add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
     add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
+    add(
+        "--dtype",
+        default="float32",
+        choices=WEIGHTS,
+        help="bfloat16 measures twice, the second time with such weights, and says what they cost; on the CPU",
+    )
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
     for name in ("batches", "block_size", "items", "batch_size", "threads"):
@@ -176,19 +182,36 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    print(f"{folder}: {model.n_parameters():,} parameters, {model.dtype} on {model.backend.device}")
-    results: dict[str, Any] = {"model": str(folder), "parameters": model.n_parameters()}
-    if data is not None:
-        figures = evaluate_data(model, tokenizer, data, options.batch_size, block_size, options.batches)
-        print(
-            f"{data.path} {data.split}: {figures['tokens']:,} tokens in sequences of {block_size}, "
-            f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}, "
-            f"{figures['bits_per_byte']:.4f} bits a byte"
-        )
-        results["data"] = {"path": str(data.path), "split": data.split, **figures}
-    for name, items in questions.items():
-        results[name] = evaluate_task(TASKS[name], model, tokenizer, items, options.batch_size)
-        print(describe_task(TASKS[name], results[name]), flush=True)
+    narrow = options.dtype == "bfloat16"
+    if narrow and model.backend.device != "cpu":
+        raise ValueError(f"--dtype bfloat16 is for the CPU; the model is on {model.backend.device}: add --device cpu")
+
+    def measure() -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        if data is not None:
+            figures = evaluate_data(model, tokenizer, data, options.batch_size, block_size, options.batches)
+            print(
+                f"{data.path} {data.split}: {figures['tokens']:,} tokens in sequences of {block_size}, "
+                f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}, "
+                f"{figures['bits_per_byte']:.4f} bits a byte",
+                flush=True,
+            )
+            results["data"] = {"path": str(data.path), "split": data.split, **figures}
+        for name, items in questions.items():
+            results[name] = evaluate_task(TASKS[name], model, tokenizer, items, options.batch_size)
+            print(describe_task(TASKS[name], results[name]), flush=True)
+        return results
+
+    print(f"{folder}: {model.n_parameters():,} parameters, {model.dtype} on {model.backend.device}", flush=True)
+    results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
+    if narrow:
+        print("the same with weights in bfloat16:", flush=True)
+        model.narrow()
+        results["bfloat16"] = measure()
+        if data is not None:
+            before, after = results["data"]["loss"], results["bfloat16"]["data"]["loss"]
+            results["bfloat16"]["loss_difference"] = after - before
+            print(f"weights in bfloat16 change the loss by {after - before:+.6f} nats a token ({before:.6f} before)")
     if options.json:
         write_json(options.json, results)
     return 0

@@ -17,6 +17,7 @@ from tinygrad2.backend import Backend, check_dtype
 from tinygrad2.random import INIT_STEP
 
 RECOMPUTE = ("none", "block")
+WEIGHTS = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
 

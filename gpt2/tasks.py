@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tinygrad2 import no_grad
+from tinygrad2 import no_grad, ops
 
 if TYPE_CHECKING:
     from gpt2.model import GPT2
@@ -228,7 +228,7 @@ def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarr
     upload = model.backend.upload
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
-        logits = x @ model.wte.weight.transpose()  # (N, V)
+        logits = ops.linear(x, model.wte.weight.transpose())  # (N, V)
         asked = logits[upload(np.arange(len(target))), upload(target)]
         top = logits.max(axis=-1, keepdims=True)
         lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)

@@ -115,7 +115,7 @@ class CudaBackend(Backend):
     PINNED = 16
 
     def __init__(self, cupy: Any):
-        super().__init__("cuda", cupy, instantiate_reference(cupy))
+        super().__init__("cuda", cupy, kernel_table(instantiate_reference(cupy), None))
         self._pinned: deque[tuple[Any, Any]] = deque()  # (buffer, event of its last copy), the oldest first
         self._landing: deque[tuple[Any, Any]] = deque()  # the same for fetches, which may be dropped before they arrive
 

@@ -92,6 +92,8 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
 
 def layout(matrix: np.ndarray) -> tuple[int, int] | None:
     """How BLAS is to read the matrix: as it is or transposed, and the distance of its rows; None where it cannot."""
+    if not matrix.dtype.isnative or any(stride % matrix.itemsize for stride in matrix.strides):
+        return None
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)
     if columns == 1 and rows >= matrix.shape[1]:
         return PLAIN, rows

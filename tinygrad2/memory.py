@@ -35,15 +35,22 @@ class Pool:
         """A block of at least `nbytes`, to be given back."""
         size = -(-nbytes // GRANULE) * GRANULE + LINE
         with self._lock:
+            blocks = self._free.get(size)
+            block = blocks.pop() if blocks else self._new(size)
             self.used += size
             self.most_used = max(self.most_used, self.used)
-            blocks = self._free.setdefault(size, [])
-            if blocks:
-                return blocks.pop()
-            if self.held + size > SLACK * self.most_used:  # the sizes have changed: what is free serves no more
-                self.trim()
-            self.held += size
-        return np.empty(size, dtype=np.uint8)
+        return block
+
+    def _new(self, size: int) -> np.ndarray:
+        if self.held + size > SLACK * max(self.most_used, self.used + size):
+            self.trim()  # the sizes have changed: what is free serves no more
+        try:
+            block = np.empty(size, dtype=np.uint8)
+        except MemoryError:
+            self.trim()
+            block = np.empty(size, dtype=np.uint8)
+        self.held += size
+        return block
 
     def give_back(self, block: np.ndarray) -> None:
         with self._lock:
@@ -53,8 +60,8 @@ class Pool:
     def trim(self) -> None:
         """Return the memory that no array uses to the system."""
         with self._lock:
-            self.held -= sum(size * len(blocks) for size, blocks in self._free.items())
-            self._free.clear()
+            free, self._free = self._free, {}  # (meanwhile an array may die)
+            self.held -= sum(size * len(blocks) for size, blocks in free.items())
             self.most_used = self.used
 
 
@@ -63,8 +70,8 @@ class _Lease:
 
     __slots__ = ("_block", "_pool", "__array_interface__")
 
-    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype, nbytes: int):
-        self._pool, self._block = pool, pool.take(nbytes)
+    def __init__(self, pool: Pool, block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype):
+        self._pool, self._block = pool, block
         address = self._block.ctypes.data
         self.__array_interface__ = {
             "version": 3,
@@ -86,7 +93,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
         return np.empty(shape, dtype=dtype)
-    return np.asarray(_Lease(pool, shape, dtype, nbytes))
+    return np.asarray(_Lease(pool, pool.take(nbytes), shape, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -67,7 +67,10 @@ class Module:
         """
         for parameter in list(self.parameters()):
             if parameter.backend.device != "cpu":
-                raise ValueError(f"weights in bfloat16 are read on the CPU; the model is on {parameter.backend.device}")
+                raise ValueError(
+                    f"bfloat16: such weights are read on the CPU only; the model is on {parameter.backend.device}, "
+                    f'move it with to("cpu") or --device cpu'
+                )
             if parameter.ndim >= 2:
                 parameter.narrow()
         vars(self).pop("_arena", None)

@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
     Raises ValueError where the shapes do not fit.
     """
-    _check_tensors("linear", x, weight, bias)
+    _check_tensors("linear", x, bias, weights=(weight,))
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, weight.shape[1:])
@@ -46,7 +46,7 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
     Saves the tokens. Raises ValueError for a token outside [0, V) and for a position past P.
     """
-    _check_tensors("embedding", wte, wpe)
+    _check_tensors("embedding", weights=(wte, wpe))
     backend = backend_of(wte.data)
     host = _host_indices("embedding", "tokens", tokens, wte.shape[0])
     ids = backend.upload(host)
@@ -249,7 +249,7 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any, head_rows: int | None = Non
     head_rows  take so many of the N rows at a time: the buffer has as many, and the backward pass computes the logits
                again (a third more work in the head).
     """
-    _check_tensors("lm_head", x, weight)
+    _check_tensors("lm_head", x, weights=(weight,))
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lm_head: x has shape {x.shape}, weight {weight.shape}; expected (..., C) and (V, C)")
     backend = backend_of(x.data)
@@ -290,21 +290,22 @@ def _lm_head_in_chunks_backward(saved, dy, into):
     return dx, None
 
 
-def _check_tensors(op: str, *tensors: Tensor | None) -> None:
+def _check_tensors(op: str, *tensors: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> None:
     """All given are Tensors of one floating-point dtype: nothing is promoted silently.
 
-    Except that linear and embedding take weights in bfloat16 where nothing is recorded.
+    weights  may besides be in bfloat16, where nothing is recorded.
     """
     dtypes = set()
-    for tensor in tensors:
+    for i, tensor in enumerate((*tensors, *weights)):
         if tensor is not None:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
-            dtypes.add(tensor.dtype.name)
-    if op in ("linear", "embedding") and "bfloat16" in dtypes:
-        if is_recording():
-            raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
-        dtypes = dtypes - {"bfloat16"} or {"float32"}
+            if i < len(tensors) or tensor.dtype.name != "bfloat16":
+                dtypes.add(tensor.dtype.name)
+            elif is_recording():
+                raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
+    if not dtypes and weights:  # tables in bfloat16 give float32
+        return
     if len(dtypes) != 1 or "float" not in next(iter(dtypes)):
         raise TypeError(f"{op}: the arguments are of dtypes {', '.join(sorted(dtypes))}; expected one float type")
 

@@ -566,9 +566,10 @@ def lm_head_forward(x, weight, targets):
     """The loss of softmax(x W^T) against targets, fused: x (..., C), W (V, C), targets (...) integers.
 
     The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1) in place: the largest array
-    of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and dlogits (N, V).
+    of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and dlogits (N, V). W may be held
+    in bfloat16, to evaluate.
     """
-    logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.T)
+    logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype, copy=False).T)
     row, target = np.arange(len(logits), dtype=np.int64), targets.reshape(-1)
     logits -= np.max(logits, axis=-1, keepdims=True)
     picked = logits[row, target]

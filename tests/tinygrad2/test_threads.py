@@ -1,16 +1,13 @@
-"""tinygrad2/threads.py: one pool of threads, and BLAS left as it was."""
+"""tinygrad2/threads.py: how work is cut, and BLAS left as it was."""
 
 import math
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
 
 from tinygrad2 import threads
-from tinygrad2.kernels import pool
 
 
 @pytest.fixture(autouse=True)
@@ -29,47 +26,6 @@ def test_parts_cover_everything_once(n, count):
         assert len(pieces) <= count
         assert [i for a, b in pieces for i in range(a, b)] == list(range(n))
         assert len(pieces) == 1 or min(b - a for a, b in pieces) >= grain
-
-
-def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
-    threads.set_count(3)
-    meeting = threading.Barrier(3, timeout=10)
-    seen = []
-
-    def task(start, stop):
-        meeting.wait()
-        pool.each(lambda a, b: seen.append((threading.current_thread().name, a)), [(0, 1), (1, 2)])
-
-    pool.each(task, [(0, 1), (1, 2), (2, 3)])
-    assert len(seen) == 6
-
-
-def test_an_error_in_a_part_comes_out_and_all_parts_have_ended():
-    threads.set_count(2)
-    done = []
-
-    def task(start, stop):
-        if start == 1:
-            raise ZeroDivisionError
-        done.append(start)
-
-    with pytest.raises(ZeroDivisionError):
-        pool.each(task, [(0, 1), (1, 2)])
-    assert done == [0]
-    pool.each(lambda a, b: done.append(a), [(5, 6), (6, 7)])
-    assert sorted(done) == [0, 5, 6]
-
-
-def blas_threads():
-    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-
-
-def test_blas_computes_on_one_thread_inside_and_as_before_outside():
-    threads.set_count(2)
-    before, inside = blas_threads(), []
-    pool.each(lambda a, b: inside.extend(blas_threads()), [(0, 1), (1, 2)])
-    assert set(inside) == {1}
-    assert blas_threads() == before
 
 
 def test_importing_and_computing_leave_blas_alone():

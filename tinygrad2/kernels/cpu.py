@@ -277,7 +277,7 @@ def linear_forward(x, weight, bias):
     if len(x2) <= SKINNY and skinny.fits(x2, weight):
         skinny.product(np.ascontiguousarray(x2), weight, y)
     else:
-        _matmul(x2, weight if weight.dtype == x.dtype else weight.astype(x.dtype), y, add=True)
+        _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -720,7 +720,7 @@ def _cross_entropy(logits, targets, loss, count):
 def lm_head_forward(x, weight, targets):
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
     logits = memory.empty((len(rows), len(weight)), x.dtype)
-    _matmul(rows, weight.T, logits)
+    _matmul(rows, weight.astype(x.dtype, copy=False).T, logits)
     loss, count = np.empty(len(rows), dtype=x.dtype), x.dtype.type(len(rows))
     pool.each(
         lambda a, b: _cross_entropy(logits[a:b], target[a:b], loss[a:b], count),

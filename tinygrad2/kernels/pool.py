@@ -194,7 +194,8 @@ class _Worker:
         self.box = box
         self.task: Callable[[], None] | None = None
         self.error: BaseException | None = None
-        self.wake = threading.Event()
+        self.wake = threading.Lock()  # which the thread waits for (an interrupted threading.Event can stay locked)
+        self.wake.acquire()
         self.thread = threading.Thread(target=self._work, name="tinygrad2", daemon=True)
         self.thread.start()
 
@@ -204,8 +205,7 @@ class _Worker:
         while True:
             ticket = _serve(self.box.ctypes.data, ticket, _looks())
             if not ticket:
-                self.wake.wait()
-                self.wake.clear()
+                self.wake.acquire()
             elif self.task is None:
                 return
             else:
@@ -218,8 +218,8 @@ class _Worker:
     def wake_up(self) -> None:
         """Have the thread look again, if it sleeps. Only the thread itself says that it is awake: who is interrupted
         here has not told anything wrong."""
-        if self.box[ASLEEP]:
-            self.wake.set()
+        if self.box[ASLEEP] and self.wake.locked():
+            self.wake.release()
 
 
 _state = threading.local()  # inside: whether this thread is a worker
@@ -246,8 +246,9 @@ def _dismiss() -> None:
         worker.box[FUNCTION], worker.task = PYTHON, None
     _begin(_boxes.ctypes.data, len(workers))
     for worker in workers:
-        worker.wake.set()
-        worker.thread.join()
+        while worker.thread.is_alive():
+            worker.wake_up()
+            worker.thread.join(PATIENCE)
 
 
 @atexit.register

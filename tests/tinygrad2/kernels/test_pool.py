@@ -1,0 +1,357 @@
+"""tinygrad2/kernels/pool.py: parts at the same time, and no way to hang: errors, Ctrl-C, forks, sleep, exit."""
+
+import faulthandler
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+from tinygrad2 import threads
+
+pool = pytest.importorskip("tinygrad2.kernels.pool")
+from numba import carray, cfunc, types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+TWO = [(0, 1), (1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A hang ends the test with the stacks of all threads, not the whole run without a word."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def ranges(n):
+    return [(i, i + 1) for i in range(n)]
+
+
+def usable(parts=3):
+    """Whether the pool computes parts at the same time, each on a thread of its own."""
+    meeting, seen = threading.Barrier(parts, timeout=20), []
+
+    def task(start, stop):
+        meeting.wait()
+        seen.append((start, threading.get_ident()))
+
+    pool.each(task, ranges(parts))
+    return sorted(start for start, _ in seen) == list(range(parts)) and len({who for _, who in seen}) == parts
+
+
+@intrinsic
+def _words(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@cfunc(types.void(types.int64, types.int64, types.int64))
+def count_up(arguments, start, stop):
+    """arguments: the address of a word for each part, to which 1 is added, and how long to work for that."""
+    a = carray(_words(arguments), (2,))
+    result = carray(_words(a[0]), (stop,))
+    for part in range(start, stop):
+        value = result[part]
+        for i in range(a[1]):
+            value = (value * 5 + i) ^ (value >> 3)
+        result[part] += 1 + (value == 12345)  # (so that the work is needed)
+
+
+def counted(parts, work=0):
+    """`parts` words, each of which some part has counted up."""
+    result = np.zeros(parts, dtype=np.int64)
+    pool.each_compiled(count_up, np.array([result.ctypes.data, work], dtype=np.int64), ranges(parts))
+    return result
+
+
+def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
+    meeting = threading.Barrier(3, timeout=20)
+    seen = []
+
+    def task(start, stop):
+        meeting.wait()
+        me = threading.get_ident()
+        pool.each(lambda a, b: seen.append((me, threading.get_ident(), a)), TWO)
+        assert counted(5).tolist() == [1] * 5
+
+    pool.each(task, ranges(3))
+    assert [outer for outer, _, _ in seen] == [inner for _, inner, _ in seen]
+    assert sorted(a for _, _, a in seen) == [0, 0, 0, 1, 1, 1]
+    assert len({outer for outer, _, _ in seen}) == 3
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_an_error_in_a_part_comes_out_when_all_parts_have_ended(where, error):
+    done = []
+
+    def task(start, stop):
+        if start == where:
+            raise error("of a part")
+        time.sleep(0.02)
+        done.append(start)
+
+    with pytest.raises(error, match="of a part"):
+        pool.each(task, ranges(3))
+    assert sorted(done) == sorted({0, 1, 2} - {where})
+    assert usable()
+
+
+def test_one_part_needs_no_thread():
+    seen = []
+    pool.each(lambda a, b: seen.append((a, b, threading.get_ident())), [(3, 9)])
+    assert seen == [(3, 9, threading.get_ident())]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 2 * (os.cpu_count() or 1) + 3])
+def test_compiled_parts_are_each_computed_once(count):
+    for work in (0, 1, 100, 100_000):
+        assert counted(count, work).tolist() == [1] * count
+
+
+def test_the_number_of_parts_may_change_all_the_time():
+    for count in (2, 7, 1, 3, 9, 2, 12, 5):
+        assert counted(count).tolist() == [1] * count
+        assert usable(count)
+
+
+@pytest.mark.parametrize("wait", [0, 0.5, 1, 3])
+def test_threads_that_went_to_sleep_are_woken(wait):
+    assert usable()
+    for _ in range(20):
+        time.sleep(wait * pool.PATIENCE)
+        assert counted(3).tolist() == [1] * 3
+        time.sleep(wait * pool.PATIENCE)
+        assert usable()
+    time.sleep(50 * pool.PATIENCE)
+    assert all(worker.box[pool.ASLEEP] for worker in pool._workers)
+
+
+def test_several_threads_may_ask_at_once():
+    wrong = []
+
+    def ask(seed):
+        R = random.Random(seed)
+        for _ in range(200):
+            count = R.randrange(1, 6)
+            done = []
+            pool.each(lambda a, b, done=done: done.append(a), ranges(count))
+            if sorted(done) != list(range(count)) or counted(count, R.randrange(1000)).tolist() != [1] * count:
+                wrong.append(seed)
+
+    callers = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+    assert usable()
+
+
+def test_parts_of_any_duration_with_any_pause():
+    """Around PATIENCE, where threads go to sleep just as work comes."""
+    R = random.Random(0)
+    stop = time.perf_counter() + 1.5
+    while time.perf_counter() < stop:
+        count, naps = R.randrange(1, 5), [R.choice((0, 0, 1, 1.1)) * pool.PATIENCE * R.random() for _ in range(5)]
+        done = []
+
+        def task(start, stop, naps=naps, done=done):
+            time.sleep(naps[start])
+            done.append(start)
+
+        if R.random() < 0.5:
+            pool.each(task, ranges(count))
+            assert sorted(done) == list(range(count))
+        else:
+            assert counted(count, R.randrange(3000)).tolist() == [1] * count
+        time.sleep(naps[-1])
+
+
+def test_a_worker_has_the_callers_context():
+    def divide(start, stop):
+        return np.ones(1) / np.zeros(1)
+
+    with np.errstate(divide="raise"):
+        for part in range(2):
+            with pytest.raises(FloatingPointError):
+                pool.each(lambda a, b, part=part: divide(a, b) if a == part else None, TWO)
+    with np.errstate(divide="ignore"):
+        pool.each(divide, TWO)
+
+
+def test_blas_computes_on_one_thread_inside_and_as_before_outside():
+    def blas_threads():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    before, inside = blas_threads(), []
+    pool.each(lambda a, b: inside.extend(blas_threads()), TWO)
+    assert set(inside) == {1}
+    assert blas_threads() == before
+
+
+# Interrupts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_ctrl_c_at_any_moment_leaves_nobody_computing_and_the_pool_usable():
+    """Alarms interrupt the caller everywhere: between the steps of the handshake, in its part, and as it waits."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    R, caught = random.Random(0), 0
+    assert usable()
+    assert counted(3).tolist() == [1] * 3  # all is compiled: an interrupt there is the compiler's affair
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        stop = time.perf_counter() + 2
+        while time.perf_counter() < stop:
+            running = []
+
+            def task(start, stop, running=running):
+                running.append(start)
+                time.sleep(0.0005 * start)
+                running.pop()
+
+            result = np.zeros(3, dtype=np.int64)
+            words = np.array([result.ctypes.data, 20_000], dtype=np.int64)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + R.random() * 0.0015)
+                if R.random() < 0.5:
+                    pool.each(task, ranges(3))
+                else:
+                    pool.each_compiled(count_up, words, ranges(3))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                caught += 1
+            for worker in pool._workers:  # no part runs after its caller
+                assert worker.box[pool.DONE] == worker.box[pool.TICKET]
+            assert result.tolist() in ([0] * 3, [1] * 3)
+            if pool._busy.locked():  # interrupted between taking the lock and the next step: others compute alone
+                pool._busy.release()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert caught > 50
+    assert usable()
+
+
+def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeypatch):
+    wait, pending = pool._wait, [KeyboardInterrupt, KeyboardInterrupt]
+
+    def interrupted(*arguments):
+        if pending:
+            raise pending.pop()
+        return wait(*arguments)
+
+    ended = []
+
+    def task(start, stop):
+        time.sleep(0.05 * start)
+        ended.append(start)
+
+    monkeypatch.setattr(pool, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.each(task, TWO)
+    assert ended == [0, 1]
+    monkeypatch.undo()
+    assert usable()
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(monkeypatch):
+    pool._dismiss()
+    start, started = threading.Thread.start, []
+
+    def failing(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="can't start"):
+        counted(5)
+    monkeypatch.undo()
+    assert usable(5)
+    assert counted(5).tolist() == [1] * 5
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def _in_a_fork(results):
+    results.put((usable(), counted(4).tolist(), len(pool._workers) > 0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("pause", [0, 0.02])
+def test_a_forked_process_has_threads_of_its_own(pause):
+    assert usable()
+    time.sleep(pause)  # the threads look for work, or sleep
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_in_a_fork, args=(results,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert results.get() == (True, [1] * 4, True)
+    assert usable()
+
+
+EXITS = {
+    "as they look": "",
+    "as they sleep": "time.sleep(0.03)",
+    "with an error": "raise ZeroDivisionError",
+    "as a daemon thread computes": (
+        "def work():\n"
+        "    while True: pool.each(lambda a, b: time.sleep(0), RANGES)\n"
+        "threading.Thread(target=work, daemon=True).start(); time.sleep(0.05)"
+    ),
+}
+SCRIPT = """
+import atexit, sys, threading, time
+def last():  # registered before the pool, so called after its own
+    computed = []
+    pool.each(lambda a, b: computed.append(a), RANGES)
+    assert sorted(computed) == [0, 1, 2]
+atexit.register(last)
+from tinygrad2.kernels import pool
+RANGES = [(0, 1), (1, 2), (2, 3)]
+pool.each(lambda a, b: None, RANGES)
+"""
+
+
+@pytest.mark.parametrize("case", EXITS)
+def test_the_interpreter_exits_cleanly(case):
+    """Six processes a case, two at a time: an exit function that computes finds the threads gone, and does it alone."""
+    script = SCRIPT + EXITS[case]
+    for _ in range(3):
+        processes = [
+            subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        for process in processes:
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == (1 if "error" in case else 0), err
+            assert out == b""
+            assert (b"ZeroDivisionError" in err) if "error" in case else err == b""
+
+
+def test_set_count_decides_how_many_threads_work(monkeypatch):
+    for count in (1, 4, 2):
+        monkeypatch.setattr(threads, "_count", count)
+        seen = []
+        pool.each(lambda a, b, seen=seen: seen.append(threading.get_ident()), threads.parts(100, 1))
+        assert len(set(seen)) == count
