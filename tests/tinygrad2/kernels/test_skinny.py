@@ -15,6 +15,8 @@ skinny = pytest.importorskip("tinygrad2.kernels.skinny")
 cpu = pytest.importorskip("tinygrad2.kernels.cpu")
 from numba import cfunc  # noqa: E402
 
+from tinygrad2.kernels import pool  # noqa: E402
+
 ROOT = Path(__file__).parents[3]
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, bfloat16], ids=["float32", "bfloat16"])
 LAYOUTS = pytest.mark.parametrize("layout", ["C", "F"], ids=["rows", "columns"])
@@ -27,7 +29,7 @@ def lanes(request, monkeypatch):
     if "without" in request.param:
         monkeypatch.setattr(skinny, "LANES", 8)
         monkeypatch.setattr(skinny, "ROWS", 2)
-        monkeypatch.setattr(skinny, "cfunc", lambda signature, cache: cfunc(signature))
+        monkeypatch.setattr(pool, "cfunc", lambda signature, cache: cfunc(signature))
         monkeypatch.setattr(skinny, "_tasks", NARROW)
 
 
