@@ -86,7 +86,7 @@ def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int]
 
 
 def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
-    """Its model in a loop of ours, which is faster than its generate."""
+    """Its model in a loop, without what its generate adds."""
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar

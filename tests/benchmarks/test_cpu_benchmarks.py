@@ -136,6 +136,7 @@ def test_ctranslate2_gets_the_same_model(tmp_path):
     assert [int(word) for word in found[0].sequences[0]] == model.generate([3, 1, 4], 10, temperature=0)[0]
 
 
+@pytest.mark.slow
 def test_the_training_step(small_limits, tmp_path, capsys):
     out = tmp_path / "step.json"
     options = ["--preset", "nano", "--block", "32", "--no-compile", "--rounds", "2", "--json", str(out)]
