@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -309,6 +309,18 @@ def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
 # The command line -----------------------------------------------------------------------------------------------------
 
 
+def command(main: Callable[[], int]) -> int:
+    """main(), where a mistake is a line and no traceback, and so is Ctrl-C."""
+    try:
+        return main()
+    except (ValueError, OSError, BrokenExecutor) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        return 130
+
+
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     from gpt2.options import Parser
@@ -353,11 +365,7 @@ def report(
     out = options.json or RESULTS / f"cpu-{name}-{datetime.date.today().isoformat()}.json"
     out.parent.mkdir(exist_ok=True)
     load = os.getloadavg()[0]
-    try:
-        found = alternate(everyone, options.rounds, least)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    found = alternate(everyone, options.rounds, least)
     record = {
         "benchmark": name,
         "date": datetime.date.today().isoformat(),

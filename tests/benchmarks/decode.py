@@ -26,6 +26,7 @@ from tests.benchmarks.alternate import (
     Tasks,
     Work,
     apart,
+    command,
     parser,
     positive,
     report,
@@ -72,10 +73,10 @@ def ours(folder: str, batches: Sequence[int], prefill: int, count: int, narrow: 
         with no_grad():
             model.next_logits(np.array([long]), KVCache(model, 1, prefill))
 
-    return tasks_of(decode, read, batches, prefill)
+    return ready(decode, read, batches, prefill)
 
 
-def tasks_of(decode: Callable[[int], float], read: Callable, batches: Sequence[int], prefill: int) -> Tasks:
+def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int], prefill: int) -> Tasks:
     """The tasks under their names, each done once."""
     tasks: Tasks = {f"batch {batch}": lambda batch=batch: decode(batch) for batch in batches}
     tasks[f"prompt of {prefill}"] = timed(read)
@@ -84,7 +85,8 @@ def tasks_of(decode: Callable[[int], float], read: Callable, batches: Sequence[i
     return tasks
 
 
-def transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+    """Its model in a loop, without what its generate adds."""
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
@@ -107,7 +109,7 @@ def transformers(folder: str, batches: Sequence[int], prefill: int, count: int) 
     def read() -> None:
         model(long, use_cache=True, logits_to_keep=1)
 
-    return tasks_of(decode, read, batches, prefill)
+    return ready(decode, read, batches, prefill)
 
 
 def convert(folder: str, target: str) -> None:
@@ -132,7 +134,8 @@ def convert(folder: str, target: str) -> None:
     Converter(folder).convert(target)
 
 
-def ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+    """Its generator, which reads the prompt each time: what one token more than the prompt takes is subtracted."""
     import ctranslate2
 
     target = os.path.join(folder, "ctranslate2")
@@ -152,7 +155,7 @@ def ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: int) -
     def decode(batch: int) -> float:
         return seconds(prompt, batch, 1 + NEW) - seconds(prompt, batch, 1)
 
-    return tasks_of(decode, lambda: seconds(long, 1, 1), batches, prefill)
+    return ready(decode, lambda: seconds(long, 1, 1), batches, prefill)
 
 
 def narrow_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
@@ -193,11 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error("--checkpoint and --data go together")
     loss = None
     if given.checkpoint is not None:
-        try:
-            loss = apart(narrow_loss, given.checkpoint, given.data, given.windows)
-        except (ValueError, OSError) as error:
-            print(f"decode.py: {error}", file=sys.stderr)
-            return 1
+        loss = apart(narrow_loss, given.checkpoint, given.data, given.windows)
         print(
             f"validation loss: float32 {loss['float32']:.5f}, bfloat16 {loss['bfloat16']:.5f}, "
             f"difference {loss['difference']:+.5f} nats a token",
@@ -223,7 +222,7 @@ def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Con
         Contender("tinygrad2 float32", ours, (*arguments, False), works(4)),
         Contender("tinygrad2 bfloat16", ours, (*arguments, True), works(2)),
     ]
-    peers = {"transformers": (transformers, "torch"), "CTranslate2": (ctranslate2, "torch", "transformers")}
+    peers = {"transformers": (with_transformers, "torch"), "CTranslate2": (with_ctranslate2, "torch", "transformers")}
     for name, (make, *needed) in peers.items():
         if len(versions(name.lower(), *needed)) == 1 + len(needed):
             found.append(Contender(name, make, arguments, works(4), peer=True))
@@ -231,4 +230,4 @@ def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Con
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository that is not installed
 
-from tests.benchmarks.alternate import Contender, Tasks, Work, parser, positive, report, timed, versions
+from tests.benchmarks.alternate import Contender, Tasks, Work, command, parser, positive, report, timed, versions
 
 RATE = 0.1  # of dropout
 LEAST = 0.1  # seconds that an operation is repeated for in a turn
@@ -173,4 +173,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

@@ -136,6 +136,7 @@ def test_ctranslate2_gets_the_same_model(tmp_path):
     assert [int(word) for word in found[0].sequences[0]] == model.generate([3, 1, 4], 10, temperature=0)[0]
 
 
+@pytest.mark.slow
 def test_the_training_step(small_limits, tmp_path, capsys):
     out = tmp_path / "step.json"
     options = ["--preset", "nano", "--block", "32", "--no-compile", "--rounds", "2", "--json", str(out)]
@@ -200,6 +201,15 @@ def test_a_mistake_is_one_line(main, options, said, capsys):
     assert re.fullmatch(rf"\w+\.py: {re.escape(said)} \(\w+\.py --help lists the options\)\n", capsys.readouterr().err)
 
 
-def test_a_checkpoint_that_is_not_there(capsys):
-    assert decode.main(["--checkpoint", "nowhere", "--data", "nothing"]) == 1
-    assert capsys.readouterr().err.startswith("decode.py: data 'nothing': no such data set")
+def test_what_is_wrong_with_the_files_is_a_line_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks/decode.py", "--checkpoint", "nowhere", "--data", "nothing"])
+    assert alternate.command(decode.main) == 1
+    assert re.fullmatch(r"decode\.py: data 'nothing': no such data set .*\n", capsys.readouterr().err)
+
+
+def test_an_interrupted_command_says_so(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert alternate.command(interrupted) == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")
