@@ -22,7 +22,7 @@ from tinygrad2.kernels import pool
 _WIDE = binding.get_host_cpu_features().get("avx512f", False)
 LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # of a vector; rows of x at a time, as far as there are registers
 DEPTH = 4  # rows of w, or of its transpose, at a time
-COLUMNS = 1024  # of w at a time: that many of DEPTH rows stay in the first-level cache
+COLUMNS = 1024  # of w at a time, so that DEPTH rows of them stay in the first-level cache for the rows of x
 GRAIN = 1 << 16  # weights that are worth another thread, which is there at once (see pool.py)
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
@@ -157,12 +157,13 @@ def _task(bits: int, by_columns: bool) -> Any:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (K, N))
-        whole, ld = K - K % DEPTH, COLUMNS + LANES
+        columns = COLUMNS if M > 2 else 4 * COLUMNS  # (with so few rows, longer runs of w are read faster)
+        whole, ld = K - K % DEPTH, columns + LANES
         # Summed up here, since rows of y may be a multiple of 4096 bytes apart: they would push each other out of the
         # cache, and a load from w would wait for a store to y whose address ends in the same 12 bits.
         sums = np.empty((M, ld), dtype=np.float32)
-        for first in range(start, stop, COLUMNS):
-            last = min(first + COLUMNS, stop)
+        for first in range(start, stop, columns):
+            last = min(first + columns, stop)
             n = (last - first) // LANES * LANES
             sums[:] = 0
             for k in range(0, whole, DEPTH):
