@@ -27,7 +27,7 @@ def lanes(request, monkeypatch):
     if "without" in request.param:
         monkeypatch.setattr(skinny, "LANES", 8)
         monkeypatch.setattr(skinny, "ROWS", 2)
-        monkeypatch.setattr(skinny, "cfunc", lambda signature, cache: cfunc(signature))
+        monkeypatch.setattr(skinny.pool, "cfunc", lambda signature, cache: cfunc(signature))
         monkeypatch.setattr(skinny, "_tasks", NARROW)
 
 
