@@ -9,6 +9,7 @@ import pytest
 
 import sample
 from gpt2 import GPT2, GPT2Config, Tokenizer
+from tests import strict_cupy
 from tinygrad2 import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -103,9 +104,38 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
     assert run(capsys, "-m", "20", "-t", "0").out == bytes(expected).decode("utf-8", "replace") + "\n"
 
 
+def test_weights_in_bfloat16_are_said_and_read(user, capsys):
+    assert "an untrained one, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
+    model = save_model("checkpoint")
+    for p in model.parameters():  # larger, so that rounding shows
+        p.data = 3 * p.data
+    model.save_pretrained("checkpoint")
+    options = ["-p", "ab", "-m", "60", "-n", "20", "-t", "1", "--seed", "3"]
+    texts = {dtype: run(capsys, *options, "--dtype", dtype) for dtype in ("float32", "bfloat16")}
+    assert texts["float32"].err.splitlines()[0] == "model: checkpoint"
+    assert texts["bfloat16"].err.splitlines()[0] == "model: checkpoint, weights in bfloat16"
+    model.narrow()
+    rows = model.generate(list(b"ab"), 60, stop=256, samples=20, temperature=1, seed=3)
+    expected = [
+        f"--- sample {i} of 20 ---\nab{bytes(row).decode('utf-8', 'replace')}\n" for i, row in enumerate(rows, 1)
+    ]
+    assert texts["bfloat16"].out == "".join(expected)
+    assert texts["bfloat16"].out != texts["float32"].out
+
+
+def test_weights_in_bfloat16_are_for_the_cpu(user, capsys):
+    save_model("checkpoint")
+    with strict_cupy.registered():
+        lines = run(capsys, "-p", "x", "--device", "cuda", "--dtype", "bfloat16", code=1).err.splitlines()
+    assert lines[0] == "model: checkpoint, weights in bfloat16"
+    assert lines[1].startswith("sample.py: bfloat16: such weights are read on the CPU only; the model is on cuda")
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--dtype", "float16"], "--dtype: invalid choice: 'float16' (choose from"),
         (["-m", "-1"], "--max-tokens is -1; expected 0 or more"),
         (["-n", "0"], "--samples is 0; expected 1 or more"),
         (["-t", "-0.1"], "temperature is -0.1; expected 0"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -32,6 +34,8 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 
 _count = available()
 _blas: ThreadpoolController | None = None
+_lock, _asking = threading.Lock(), 0  # how many ask for BLAS on one thread
+_limiter: Any = None
 
 
 def count() -> int:
@@ -56,9 +60,19 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def blas_on_one_thread() -> Iterator[None]:
-    """BLAS computes each call on the thread that makes it."""
-    with _controller().limit(limits=1, user_api="blas"):
+    """BLAS computes each call on the thread that makes it. Of several that ask for it, the last puts back what was."""
+    global _asking, _limiter
+    with _lock:
+        if not _asking:
+            _limiter = _controller().limit(limits=1, user_api="blas")
+        _asking += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _asking -= 1
+            if not _asking:
+                _limiter.restore_original_limits()
 
 
 def _controller() -> ThreadpoolController:

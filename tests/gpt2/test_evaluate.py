@@ -12,6 +12,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer, evaluate
 from gpt2.dataset import TokenDataset
 from gpt2.evaluate import evaluate_data, evaluate_task, mean_loss, summed_loss
 from gpt2.tasks import TASKS, load
+from tests import strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.distributed import SoloComm
 
@@ -168,6 +169,44 @@ def test_command_line(user, tmp_path, capsys):
     assert of_hellaswag.startswith("hellaswag: acc ")
     assert f"acc_norm {accuracy:.4f} ± {error:.4f} (7 items)" in of_hellaswag
     assert f"perplexity {lambada['perplexity']:.4f} (5 items; 5 are longer than the model's context" in of_lambada
+
+
+def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
+    json_file = tmp_path / "figures.json"
+    command = ["model", "--data", "text", "--batches", "3", "--hellaswag", "h.jsonl", "--lambada", "l.jsonl"]
+    assert evaluate.main([*command, "--device", "cpu", "--json", str(json_file)]) == 0
+    plain = json.loads(json_file.read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert evaluate.main([*command, "--device", "cpu", "--json", str(json_file), "--dtype", "bfloat16"]) == 0
+    both = json.loads(json_file.read_text())
+    narrow = both.pop("bfloat16")
+    assert both == plain
+    rounded, tokenizer = GPT2.from_pretrained("model"), Tokenizer.load("bytes")
+    for p in rounded.parameters():
+        if p.ndim == 2:
+            p.data = p.data.astype("bfloat16").astype("float32")
+    data = evaluate_data(rounded, tokenizer, TokenDataset.open("data/text", "val"), 16, 16, 3)
+    assert narrow["data"]["loss"] == pytest.approx(data["loss"], rel=1e-7)
+    assert narrow["loss_difference"] == narrow["data"]["loss"] - plain["data"]["loss"] != 0
+    for name in TASKS:
+        figures = evaluate_task(TASKS[name], rounded, tokenizer, load(TASKS[name], f"{name[0]}.jsonl"), 16)
+        assert narrow[name] == pytest.approx(figures, rel=1e-6)
+    assert narrow["lambada"] != plain["lambada"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:4] == lines
+    assert printed[4] == "the same with weights in bfloat16:"
+    assert printed[5].startswith("data/text val: ")
+    assert f"change the loss by {narrow['loss_difference']:+.6f} nats a token" in printed[-1]
+    assert f"({plain['data']['loss']:.6f} before)" in printed[-1]
+    assert len(printed) == 9
+
+
+def test_weights_in_bfloat16_are_refused_on_a_device_before_anything_is_measured(user, capsys):
+    with strict_cupy.registered():
+        assert evaluate.main(["model", "--data", "text", "--device", "cuda", "--dtype", "bfloat16"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == ("gpt2.evaluate: --dtype bfloat16 is for the CPU; the model is on cuda: add --device cpu\n")
 
 
 def test_limits(user, tmp_path):

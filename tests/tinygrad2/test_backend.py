@@ -21,6 +21,7 @@ from tests.strict_cupy import RaceError
 from tinygrad2 import Key, Tensor, backend, checkpoint, gradcheck, ops, optim, reference
 from tinygrad2.backend import CudaBackend, backend_of, get_backend
 from tinygrad2.gradcheck import CASES
+from tinygrad2.profiler import Profiler
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=150, n_embd=16, n_layer=2, n_head=2)  # dropout at 0.1, as published
@@ -114,6 +115,49 @@ def test_every_operation_gives_numpys_bits(checked_device):
             results[name] = [get_backend(name).to_host(a) for a in (*(y.data for y in outputs), *gradients)]
         for a, b in zip(results["cpu"], results["cuda"], strict=True):
             np.testing.assert_array_equal(a, b, err_msg=case.name)
+
+
+def test_what_saves_memory_gives_numpys_bits_without_waiting(checked_device):
+    """Blocks that are computed again, and the output layer's rows in parts."""
+    for options in ({"recompute": "block"}, {"head_rows": 50}, {"recompute": "block", "head_rows": 7}):
+        models = [GPT2(CONFIG, device=name, **options) for name in ("cpu", "cuda")]
+        losses = []
+        for model in models:
+            tokens, targets = text(0)
+            checked_device.syncs = checked_device.float64 = 0
+            loss = model.loss(tokens, targets, Key(0, 1))
+            loss.backward()
+            assert (checked_device.syncs, checked_device.float64) == (0, 0)
+            losses.append(loss.item())
+        assert losses[0] == losses[1]
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            np.testing.assert_array_equal(p.grad, q.grad.get(), err_msg=name)
+
+
+def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
+    """By events in the stream, which are waited for only when the table is made."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(strict_cupy.time, "perf_counter", lambda: next(clock) / 1000)
+    model, profiler = GPT2(CONFIG, device="cuda"), Profiler(get_backend("cuda"))
+    kernels = dict(vars(get_backend("cuda").kernels))
+    for step in range(2):
+        checked_device.syncs = checked_device.waits = 0
+        with profiler:
+            model.loss(*text(step), Key(0, step)).backward()
+        assert (checked_device.syncs, checked_device.waits) == (0, 0)
+    assert vars(get_backend("cuda").kernels) == kernels
+    rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
+    assert checked_device.waits > 0
+    # By this clock each kernel takes 1 ms, and so do each gap between two and each of three uploads' events. A kernel
+    # that another one calls is not counted again.
+    calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside of kernels", "step")}
+    assert calls["attention"] == 2 * CONFIG.n_layer
+    assert calls["linear"] == 8 * CONFIG.n_layer
+    assert calls["lm_head"] == 2
+    assert rows["attention"][1:3] == ["2.00", "2.00"]
+    assert "dropout_scale" not in calls
+    assert float(rows["step"][0]) == 2 * sum(calls.values()) + 1 + 3
+    assert float(rows["outside of kernels"][0]) == sum(calls.values()) + 1 + 3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

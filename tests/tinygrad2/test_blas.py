@@ -73,3 +73,17 @@ def test_mkl_can_be_left_aside(monkeypatch):
     monkeypatch.setattr(blas.metadata, "files", loaded)
     monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")
     assert blas._mkl() is None
+
+
+def test_matrices_that_blas_cannot_read_are_read_all_the_same():
+    """Distances that are no whole number of elements, and bytes in the other order."""
+    records = np.zeros(5, dtype=[("row", np.float32, (6,)), ("mark", np.int16)])
+    records["row"] = np.arange(30).reshape(5, 6)
+    b = np.arange(24, dtype=np.float32).reshape(6, 4)
+    expected = np.arange(30).reshape(5, 6) @ np.arange(24).reshape(6, 4)
+    for a, right in ((records["row"], b), (records["row"].astype(">f4"), b), (records["row"], b.astype(">f4"))):
+        out = np.ones((5, 4), dtype=np.float32)
+        blas.gemm(a, right, out)
+        np.testing.assert_array_equal(out, expected)
+        blas.gemm(a, right, out, accumulate=True)
+        np.testing.assert_array_equal(out, 2 * expected)

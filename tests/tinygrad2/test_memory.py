@@ -123,3 +123,26 @@ def test_a_training_step_allocates_nothing_large_once_the_pool_is_filled():
         tracemalloc.stop()
         logits = 4 * 128 * 3000 * 4
         assert peak < 400_000 < logits / 10
+
+
+def test_where_memory_runs_out_what_is_free_is_given_back_and_tried_again(pool, monkeypatch, capsys):
+    first, empty = memory.empty((100_000,), np.float32), np.empty
+    del first
+    limit = 300_000
+
+    def limited(size, dtype):
+        if pool.held + size > limit:
+            raise MemoryError
+        return empty(size, dtype)
+
+    monkeypatch.setattr(memory.np, "empty", limited)
+    assert pool.held > 0
+    with pytest.raises(MemoryError):
+        memory.empty((1_000_000,), np.uint8)
+    assert pool.held == pool.used == 0
+    assert capsys.readouterr().err == "", "an array that was never made has nothing to give back"
+    limit = 800_000
+    first, second = memory.empty((100_000,), np.uint8), memory.empty((400_000,), np.uint8)
+    del first
+    assert memory.empty((250_000,), np.uint8).size == 250_000  # in the place of what was free
+    assert second.size == 400_000

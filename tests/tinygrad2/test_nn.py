@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from tinygrad2 import Key, Tensor, nn, ops, random
+from tests import strict_cupy
+from tinygrad2 import Key, Tensor, nn, no_grad, ops, random
 
 R = np.random.default_rng(0)
 
@@ -115,3 +116,63 @@ def test_a_shared_parameter_counts_once_under_its_first_name():
     model = Tied()
     assert [name for name, _ in model.named_parameters()] == ["encode.weight", "encode.bias", "decode.bias"]
     assert model.n_parameters() == 9 + 3 + 3
+
+
+class Small(nn.Module):
+    def __init__(self, dtype="float32"):
+        self.table = nn.Embedding(7, 6, dtype=dtype)
+        self.first, self.second = nn.Linear(6, 5, dtype=dtype), nn.Linear(5, 7, bias=False, dtype=dtype)
+        self.norm = nn.LayerNorm(6, dtype=dtype)
+
+    def __call__(self, tokens):
+        return self.second(self.first(self.norm(self.table(tokens))))
+
+
+def rounded(array):
+    """To 8 significant bits, ties to even, by the bits of float32."""
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_narrow_rounds_the_matrices_and_nothing_else(placed):
+    model, tokens = Small(), [[1, 6, 3]]
+    if placed:
+        model.arena()
+    before = {name: p.data.copy() for name, p in model.named_parameters()}
+    assert model.narrow() is model
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert p.dtype.name == "bfloat16"
+            np.testing.assert_array_equal(p.data.astype(np.float32), rounded(before[name]))
+            assert (p.data.astype(np.float32) != before[name]).any()
+        else:
+            assert p.dtype == np.float32
+            np.testing.assert_array_equal(p.data, before[name])
+    assert {p.data.dtype.name for p in model.narrow().parameters()} == {"bfloat16", "float32"}  # a second time: nothing
+    wide = Small()
+    for p, q in zip(wide.parameters(), model.parameters(), strict=True):
+        p.data = q.data.astype(np.float32)
+    with no_grad():
+        got, expected = model(tokens).data, wide(tokens).data
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_narrow_cannot_be_trained():
+    model = Small().narrow()
+    with pytest.raises(
+        TypeError, match=r"^embedding: weights in bfloat16 have no gradients; compute inside no_grad\(\)$"
+    ):
+        model([[1, 2]])
+    with pytest.raises(TypeError, match=r"^ParameterArena: .* use one dtype$"):
+        model.arena()
+
+
+def test_narrow_on_a_device_says_where_such_weights_are_read():
+    with strict_cupy.registered():
+        model = Small().to("cuda")
+        with pytest.raises(ValueError, match=r"^bfloat16: .* on the CPU only; the model is on cuda, move it with"):
+            model.narrow()
+        assert {p.dtype.name for p in model.parameters()} == {"float32"}
+        assert model.to("cpu").narrow().table.weight.dtype.name == "bfloat16"

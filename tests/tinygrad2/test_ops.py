@@ -2,8 +2,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
-from tinygrad2 import Key, Tensor, autograd, memory, ops
+from tinygrad2 import Key, Tensor, autograd, memory, no_grad, ops
 from tinygrad2.gradcheck import CASES
 
 R = np.random.default_rng(0)
@@ -378,3 +379,65 @@ def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
 def test_the_head_takes_at_least_one_row():
     with pytest.raises(ValueError, match="head_rows is 0; expected 1 or more"):
         ops.lm_head(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 3))), [0, 1], 0)
+
+
+def narrow(*shape):
+    return Tensor(R.normal(size=shape).astype(bfloat16))
+
+
+def wide(x):
+    return Tensor(x.data.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # few, which are read in bfloat16, and many, as of a prompt
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_in_bfloat16_give_what_the_rounded_ones_give(rows, dtype):
+    x, w, b = Tensor(R.normal(size=(rows, 24)).astype(dtype)), narrow(24, 40), Tensor(R.normal(size=40).astype(dtype))
+    table, places, tokens = narrow(40, 24), narrow(rows + 3, 24), R.integers(0, 40, (2, rows))
+    with no_grad():
+        for weight in (w, table.transpose()):
+            y = ops.linear(x, weight, b)
+            assert y.dtype == dtype
+            np.testing.assert_allclose(y.data, x.data @ weight.data.astype(np.float64) + b.data, rtol=1e-5, atol=1e-5)
+        for positions in (None, places):
+            y = ops.embedding(tokens, table, positions, 2) if positions else ops.embedding(tokens, table)
+            expected = table.data.astype(np.float32)[tokens]
+            if positions:
+                expected = expected + places.data.astype(np.float32)[2 : 2 + rows]
+            assert y.dtype == np.float32
+            np.testing.assert_array_equal(y.data, expected)
+        targets = tokens[0]
+        for head_rows in (None, 5):
+            loss = ops.lm_head(x, table, targets, head_rows)
+            expected = ops.lm_head(x, Tensor(table.data.astype(dtype)), targets, head_rows)
+            assert loss.dtype == dtype
+            np.testing.assert_allclose(loss.data, expected.data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_weights_in_bfloat16_have_no_gradients(requires_grad):
+    x = Tensor(np.ones((2, 4), np.float32), requires_grad)
+    for op, call in (
+        ("linear", lambda: ops.linear(x, narrow(4, 3))),
+        ("embedding", lambda: ops.embedding([1], narrow(4, 3))),
+        ("lm_head", lambda: ops.lm_head(x, narrow(3, 4), [0, 1])),
+    ):
+        with pytest.raises(TypeError) as error:
+            call()
+        assert str(error.value) == f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()"
+
+
+def test_only_weights_may_be_narrow():
+    x, w, b = wide(narrow(2, 4)), wide(narrow(4, 3)), wide(narrow(3))
+    both = "the arguments are of dtypes bfloat16, float32; expected one float type"
+    with no_grad():
+        for call in (
+            lambda: ops.linear(narrow(2, 4), w),
+            lambda: ops.linear(x, w, narrow(3)),
+            lambda: ops.linear(x, narrow(4, 3), narrow(3)),
+            lambda: ops.lm_head(narrow(2, 4), Tensor(w.data.T), [0, 1]),
+            lambda: ops.layernorm(x, narrow(4), narrow(4)),
+            lambda: ops.gelu(wide(b), narrow(3)),
+        ):
+            with pytest.raises(TypeError, match=both):
+                call()

@@ -152,3 +152,15 @@ def test_wrong_parameters():
     mixed = [("a", Parameter(np.ones(2))), ("b", Parameter(np.ones(2, dtype="float32")))]
     with pytest.raises(TypeError, match=r"^ParameterArena: a is float64, others are float32; use one dtype$"):
         ParameterArena(mixed)
+
+
+def test_narrow_leaves_the_arena_and_halves_the_memory():
+    arena = arena_of(w=[[1, 2 + 2**-9]], b=[3])
+    w = arena.parameters["w"]
+    (w * 3).sum().backward()
+    w.narrow()
+    assert (w.dtype.name, w.data.nbytes, w.grad) == ("bfloat16", 4, None)
+    assert w.data.tolist() == [[1, 2]]
+    w.data = np.array([[5, 6]], np.float32)
+    assert w.data.tolist() == [[5, 6]]
+    np.testing.assert_array_equal(arena.regions[0].values, [1, 2 + 2**-9])

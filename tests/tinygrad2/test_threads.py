@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from tinygrad2 import threads
 
@@ -74,3 +75,21 @@ def test_a_container_may_get_less_time_than_it_has_cores(tmp_path, monkeypatch, 
 
 def test_no_control_group(tmp_path):
     assert threads._quota(tmp_path / "cpu.max") == math.inf
+
+
+def test_blas_is_as_before_when_several_threads_had_it_on_one():
+    """Whoever comes second finds one thread, and must not leave that behind."""
+
+    def blas_threads():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    threads.set_count(2)
+    before = blas_threads()
+    first, second = threads.blas_on_one_thread(), threads.blas_on_one_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(blas_threads()) == {1}
+    second.__exit__(None, None, None)
+    assert blas_threads() == before
+    assert max(before) == 2
