@@ -454,7 +454,10 @@ def test_truncated_work_starts_anew(tmp_path, monkeypatch):
 
 def start(code, *arguments, **options):
     """A Python process in which the module is called `p`."""
-    code = "import sys; from data import prepare as p; " + code
+    # (SIGINT may be ignored here, and what is started inherits that: a shell's background jobs)
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); " + (
+        "from data import prepare as p; " + code
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(

@@ -235,7 +235,7 @@ def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 caught += 1
-            # Python may raise between entering `finally` and its first step: then a part outlives its caller by a moment.
+            # Python may raise between entering `finally` and its first step: a part then outlives its caller a little.
             deadline = time.perf_counter() + 10
             while any(worker.box[pool.DONE] != worker.box[pool.TICKET] for worker in pool._workers):
                 assert time.perf_counter() < deadline
