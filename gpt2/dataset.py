@@ -179,6 +179,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         version, dtype = manifest["format"], manifest["dtype"]
         if not isinstance(manifest["tokenizer"]["vocab_size"], int):
             raise TypeError("the vocabulary's size is no integer")
+        if not isinstance(manifest["tokenizer"]["name"], str):
+            raise TypeError("the tokenizer's name is no text")
         expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
         for entry in manifest["shards"]:
             for key, kind in (("file", str), ("split", str), ("tokens", int), ("sha256", str)):

@@ -128,6 +128,7 @@ def flip_a_byte(folder):
         (lambda f: (f / MANIFEST).write_text("{"), "it is no manifest of a data set"),
         (lambda f: (f / MANIFEST).write_text("[]"), "it is no manifest of a data set"),
         (lambda f: edit_manifest(f, lambda m: m.pop("shards")), "it is no manifest of a data set"),
+        (lambda f: edit_manifest(f, lambda m: m["tokenizer"].pop("name")), "it is no manifest of a data set"),
         (lambda f: edit_manifest(f, lambda m: m.update(format=99)), "format 99, .* expected format 1"),
         (lambda f: edit_manifest(f, lambda m: m.update(dtype="uint32")), "dtype uint32; expected .* dtype uint16"),
         (lambda f: edit_manifest(f, lambda m: m.update(shards=[])), "the split train is empty"),
