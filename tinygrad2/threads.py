@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 
 
 _count = available()
-_blas: ThreadpoolController | None = None
-_lock, _asking = threading.Lock(), 0  # how many ask for BLAS on one thread
-_limiter: Any = None
+_lock = threading.Lock()
+# An interrupt may come at any step: what BLAS was told is noted before it is told, and who asked is forgotten with it.
+_before: list[tuple[Any, int]] = []  # the BLAS libraries and how many threads each had, while somebody asks for one
+_asking: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
@@ -48,8 +49,12 @@ def set_count(n: int) -> None:
     global _count
     if n < 1:
         raise ValueError(f"threads: {n} asked for; expected at least 1")
-    _count = n
-    _controller().limit(limits=n, user_api="blas")
+    with _lock:
+        if not _asking:
+            _put_back()
+        _count = n
+        for library in _blas():
+            library.set_num_threads(n)
 
 
 def parts(n: int, grain: int) -> list[tuple[int, int]]:
@@ -58,25 +63,35 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
     return [(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
 
-@contextmanager
-def blas_on_one_thread() -> Iterator[None]:
+class blas_on_one_thread:  # noqa: N801 - used as a function
     """BLAS computes each call on the thread that makes it. Of several that ask for it, the last puts back what was."""
-    global _asking, _limiter
-    with _lock:
-        if not _asking:
-            _limiter = _controller().limit(limits=1, user_api="blas")
-        _asking += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _before
         with _lock:
-            _asking -= 1
             if not _asking:
-                _limiter.restore_original_limits()
+                _put_back()
+                _before = [(library, library.get_num_threads()) for library in _blas()]
+                for library, _ in _before:
+                    library.set_num_threads(1)
+            _asking.add(self)
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _asking.discard(self)
+            if not _asking:
+                _put_back()
 
 
-def _controller() -> ThreadpoolController:
-    global _blas
-    if _blas is None:
-        _blas = ThreadpoolController()
-    return _blas
+def _put_back() -> None:
+    """BLAS as it was before somebody asked for one thread."""
+    global _before
+    for library, count in _before:
+        library.set_num_threads(count)
+    _before = []
+
+
+@cache
+def _blas() -> list[Any]:
+    """The BLAS libraries that are loaded."""
+    return ThreadpoolController().select(user_api="blas").lib_controllers

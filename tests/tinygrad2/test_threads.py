@@ -77,12 +77,12 @@ def test_no_control_group(tmp_path):
     assert threads._quota(tmp_path / "cpu.max") == math.inf
 
 
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
 def test_blas_is_as_before_when_several_threads_had_it_on_one():
     """Whoever comes second finds one thread, and must not leave that behind."""
-
-    def blas_threads():
-        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-
     threads.set_count(2)
     before = blas_threads()
     first, second = threads.blas_on_one_thread(), threads.blas_on_one_thread()
@@ -93,3 +93,17 @@ def test_blas_is_as_before_when_several_threads_had_it_on_one():
     second.__exit__(None, None, None)
     assert blas_threads() == before
     assert max(before) == 2
+
+
+@pytest.mark.parametrize("set_again", [False, True])
+def test_who_is_interrupted_does_not_keep_blas_on_one_thread(set_again):
+    threads.set_count(2)
+    lost = threads.blas_on_one_thread()
+    lost.__enter__()
+    del lost  # Ctrl-C came just before its __exit__
+    if set_again:
+        threads.set_count(2)
+        assert max(blas_threads()) == 2
+    with threads.blas_on_one_thread():
+        assert set(blas_threads()) == {1}
+    assert max(blas_threads()) == 2

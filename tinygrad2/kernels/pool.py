@@ -229,8 +229,13 @@ _workers: list[_Worker] = []
 
 
 def _staff(count: int) -> list[_Worker]:
-    """The first `count` workers. Where there are fewer, all are hired anew, and known only when all are there."""
+    """The first `count` workers. Where there are fewer, all are hired anew, and known only when all are there.
+
+    An interrupt between a caller's last step and its waiting leaves a part behind, which is waited for here: a worker
+    that gets its next task too early would lose it, and whoever waits for that would wait for ever.
+    """
     global _boxes, _workers
+    _await(_workers)
     if count > len(_workers):
         _dismiss()
         boxes = np.zeros((max(count, threads.count() - 1), WORDS), dtype=np.int64)

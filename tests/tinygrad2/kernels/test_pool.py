@@ -204,6 +204,20 @@ def test_blas_computes_on_one_thread_inside_and_as_before_outside():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_part_that_outlives_its_caller_does_not_cost_the_next_one_its_own():
+    release, made = threading.Event(), []
+    assert usable()
+    worker = pool._staff(1)[0]
+    worker.task, worker.box[pool.FUNCTION] = release.wait, pool.PYTHON  # as if the caller had been interrupted here
+    pool._begin(pool._boxes.ctypes.data, 1)
+    worker.wake_up()
+    later = threading.Timer(0.05, release.set)
+    later.start()
+    pool.each(lambda start, stop: made.append(start), ranges(2))
+    assert sorted(made) == [start for start, _ in ranges(2)]
+    later.join()
+
+
 def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
     """Alarms interrupt the caller everywhere: between the steps of the handshake, in its part, and as it waits."""
 
@@ -254,7 +268,7 @@ def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeyp
     wait, pending = pool._wait, [KeyboardInterrupt, KeyboardInterrupt]
 
     def interrupted(*arguments):
-        if pending:
+        if pending and pool._boxes[0, pool.DONE] != pool._boxes[0, pool.TICKET]:  # not before there is work
             raise pending.pop()
         return wait(*arguments)
 
