@@ -8,11 +8,16 @@ It computes with NumPy and refuses or counts what CuPy refuses or what would be 
   - `device.syncs` counts where the host would wait without saying so: float(), bool(), item(), get(), printing, and
     results whose shape depends on values. `device.waits` counts events waited for, which is intended;
   - `device.float64` counts float64 results where the inputs were not all float64, and new float64 arrays;
-  - `device.launches` counts the calls that give the device work.
+  - `device.launches` counts the calls that give the device work;
+  - bfloat16 arrays are ml_dtypes', which NumPy computes with otherwise than CuPy 14 does: sums and products of matrices
+    are made in float32 and rounded once; a product of more than two axes raises, as it fails in CuPy, and so does
+    arithmetic with a Python number, whose dtype the two do not agree on;
+  - kernels of a RawModule are compiled for the CPU and run at once, by the simulator in tests/cudasim.
 
 Copies between pinned memory and the device are late, as they can be on a device: they take place when somebody waits.
 Pinned memory that was changed or freed before its copy to the device took place raises RaceError then; memory that a
-result is fetched to holds NaN until then. Everything else runs in the order of launching, as in the one stream.
+result is fetched to holds NaN until then. Everything else runs in the order of launching, as in the one stream, but for
+what a library launches beside it on a stream of its own (`device.launch_beside`; see fake_nccl.py).
 
 With `registered(real=cupy)` every name and every keyword is checked against the CuPy that is installed, too. That needs
 no GPU and no driver.
@@ -32,18 +37,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
+from tests import cudasim
 from tinygrad2 import backend
 
 FROM_HOST = {"asarray", "array", "ascontiguousarray"}
 VIEWS = FROM_HOST | {"reshape", "transpose", "view", "swapaxes", "squeeze", "ravel", "expand_dims", "moveaxis"}
 VIEWS |= {"broadcast_to", "split", "array_split", "diagonal", "astype"}  # no launch where the result shares memory
 SHAPE_FROM_VALUES = {"nonzero", "flatnonzero", "argwhere", "unique", "bincount", "extract", "compress"}
+SUMS = {"sum", "mean", "prod", "cumsum", "var", "std"}
+PRODUCTS = {"matmul", "dot", "einsum", "tensordot", "inner", "vdot"}
 JOINING = {"concatenate", "stack", "vstack", "hstack"}
 WITHOUT_INPUT = {"zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tri", "identity"}
 HOST_METHODS = {"item", "tolist", "tobytes"}
 UFUNC_KEYWORDS = {"out", "dtype", "casting", "where"}
-POISON = 0xFF  # each byte of pinned memory that nothing has been written to yet: NaN, or -1
+POISON = 0xFF  # each byte of memory that nothing has been written to yet: NaN, or -1
 
 
 class RaceError(AssertionError):
@@ -55,6 +64,7 @@ class Device:
 
     def __init__(self) -> None:
         self.real: Any = None
+        self.streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
         self.reset()
 
     def reset(self) -> None:
@@ -63,6 +73,8 @@ class Device:
         self.submitted = self.finished = 0
         self._queue: deque[Callable[[], None]] = deque()
         self._one_at_a_time = threading.RLock()  # a thread may wait for an event of another one
+        self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (where, after which submission, what it does)
+        self._owners: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     def submit(self, action: Callable[[], None]) -> int:
         """Put a copy, or an event, at the end of the stream; returns its number."""
@@ -77,10 +89,33 @@ class Device:
                 self.finished += 1
                 self._queue.popleft()()
 
+    def launch_beside(self, stream: Stream, finish: Callable[[], None]) -> None:
+        """Work that is done, by `finish`, when another stream has waited for an event that this one records later."""
+        self.beside.append((stream, self.submitted, finish))
+
+    def own(self, values: np.ndarray) -> int:
+        """The address of an array whose pointer is given away; `owner` finds the array again, while it lives."""
+        root = values
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        self._owners[_start(root)] = root
+        return _start(values)
+
+    def owner(self, pointer: int, nbytes: int) -> weakref.ref[np.ndarray] | None:
+        """The array that these bytes are part of."""
+        for start, root in list(self._owners.items()):
+            if start <= pointer and pointer + nbytes <= start + root.nbytes:
+                return weakref.ref(root)
+        return None
+
     def sync(self) -> None:
         """A hidden wait for the device."""
         self.syncs += 1
         self.finish()
+
+
+def _start(values: np.ndarray) -> int:
+    return values.__array_interface__["data"][0]
 
 
 device = Device()
@@ -175,12 +210,32 @@ def _call(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) ->
     args, kwargs = _unwrap(args), {key: _unwrap(value) for key, value in kwargs.items()}
     inputs = [*args, *(value for key, value in kwargs.items() if key != "out")]
     with np.errstate(all="ignore"):  # a device warns of nothing
-        result = function(*args, **kwargs)
+        if any(x.dtype == bfloat16 for x in _arrays(inputs)) and (name in PRODUCTS or name in SUMS):
+            result = _in_bfloat16(name, function, args, kwargs)
+        else:
+            result = function(*args, **kwargs)
     shared = name in VIEWS and all(any(np.may_share_memory(r, x) for x in _arrays(inputs)) for r in _arrays([result]))
     device.launches += not shared
     if name in SHAPE_FROM_VALUES or (name == "where" and len(args) == 1):
         device.sync()
+    if name in ("empty", "empty_like") and result.dtype.kind != "b":
+        result.reshape(-1).view(np.uint8)[:] = POISON
     return _wrap(result, inputs)
+
+
+def _in_bfloat16(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A sum, or a product of matrices, of bfloat16 numbers: CuPy makes it in float32."""
+    out, dtype = kwargs.pop("out", None), kwargs.pop("dtype", None)
+    if name in PRODUCTS and (name not in ("matmul", "dot") or any(x.ndim > 2 for x in _arrays(args))):
+        raise TypeError(f"cupy.{name}: bfloat16 is multiplied in two axes only")
+    if name in PRODUCTS and any(x.dtype != bfloat16 for x in (*_arrays(args), *_arrays([out]))):
+        raise TypeError(f"cupy.{name}: bfloat16 is multiplied with bfloat16, into bfloat16")
+    wide = [x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == bfloat16 else x for x in args]
+    result = np.asarray(function(*wide, **kwargs)).astype(dtype or bfloat16)
+    if out is None:
+        return result
+    out[...] = result
+    return out
 
 
 def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -188,6 +243,8 @@ def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
     for x in args:
         if not isinstance(x, ndarray | int | float | np.generic):
             raise TypeError(f"Unsupported type {type(x)}")
+    if any(isinstance(x, ndarray) and x.dtype == bfloat16 for x in args) and any(type(x) in (int, float) for x in args):
+        raise TypeError(f"cupy.{name}: bfloat16 and a Python number; say in which dtype by a NumPy scalar or astype")
     if set(kwargs) - UFUNC_KEYWORDS:
         raise TypeError(f"cupy.{name} takes no {', '.join(sorted(set(kwargs) - UFUNC_KEYWORDS))}")
     if out is None:
@@ -236,6 +293,9 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
     itemsize = property(lambda self: self._a.itemsize)
     strides = property(lambda self: self._a.strides)
     T = property(lambda self: ndarray(self._a.T))
+    flags = property(lambda self: self._a.flags)
+    data = property(lambda self: MemoryPointer(self._a))
+    base = property(lambda self: None if self._a.base is None else ndarray(self._a.base))
 
     def __getattr__(self, name: str) -> Any:
         target = _check_name("cupy.ndarray", name)
@@ -248,6 +308,8 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
             if name in HOST_METHODS:
                 device.sync()
                 return method(*args, **kwargs)
+            if self.dtype == bfloat16 and name in SUMS | PRODUCTS:
+                return _call(name, getattr(np, name), (self, *args), kwargs)
             return _call(name, lambda _, *a, **k: method(*a, **k), (self, *args), kwargs)
 
         return call
@@ -345,6 +407,13 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
         self._a[index] = _unwrap(values)
 
 
+class MemoryPointer:
+    """Where an array lies; `ptr` is what a library in C takes."""
+
+    def __init__(self, values: np.ndarray):
+        self.ptr = device.own(values)
+
+
 def _address(memory: PinnedMemory) -> int:
     return np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]
 
@@ -379,12 +448,14 @@ for _name, _function in {
 
 
 class Event:
-    """A place in the stream."""
+    """A place in a stream."""
 
     def __init__(self) -> None:
         self._number, self._time = 0, 0.0
+        self._stream, self._launches = _current.stream, 0
 
     def record(self, stream: Any = None) -> None:
+        self._stream, self._launches = stream or _current.stream, device.launches
         self._number, self._time = device.submit(lambda: None), time.perf_counter()
 
     @property
@@ -397,7 +468,42 @@ class Event:
 
 
 class Stream:
-    """The one stream."""
+    """A stream. They all take turns with the one queue of copies, in the order of launching.
+
+    others_seen  how much had been launched when the event of another stream was recorded that this one waited for last.
+    """
+
+    _made = 0
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None):
+        Stream._made += not null
+        self.ptr = 0 if null else Stream._made
+        self.others_seen = -1
+        device.streams[self.ptr] = self
+        self._outer: list[Stream] = []
+
+    def __enter__(self) -> Stream:
+        self._outer.append(_current.stream)
+        return self.use()
+
+    def __exit__(self, *error: Any) -> None:
+        self._outer.pop().use()
+
+    def use(self) -> Stream:
+        _current.stream = self
+        return self
+
+    def wait_event(self, event: Event) -> None:
+        """What was launched before the event runs before what follows, in any stream; but for what runs beside."""
+        if not event._number:
+            raise CUDARuntimeError("an event that was not recorded is no reason to wait")
+        if event._stream is self:
+            return
+        self.others_seen = event._launches
+        ready = [work for work in device.beside if work[0] is event._stream and work[1] < event._number]
+        device.beside = [work for work in device.beside if work not in ready]
+        for _, _, finish in ready:
+            finish()
 
     def record(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
@@ -407,6 +513,56 @@ class Stream:
     def synchronize(self) -> None:
         device.waits += 1
         device.finish()
+
+
+class GPU:
+    """The one device, an H200 as far as it is asked."""
+
+    compute_capability = "90"
+
+    def __init__(self, device: int = 0):
+        self.id = device
+
+    def use(self) -> None:
+        """It is in use already."""
+
+    def synchronize(self) -> None:
+        _current.stream.synchronize()
+
+
+class RawModule:
+    """As cupy.RawModule; the kernels are compiled for the CPU, and run in the simulator."""
+
+    def __init__(self, code: str | None = None, *, options: tuple[str, ...] = (), **kwargs: Any):
+        _check_keywords("cupy.RawModule", _check_name("cupy", "RawModule"), (), {"options": options, **kwargs})
+        if not isinstance(code, str) or not isinstance(options, tuple):
+            raise TypeError("cupy.RawModule takes the source as a string and its options as a tuple")
+        self._module = cudasim.RawModule(code, options)
+
+    def get_function(self, name: str) -> RawKernel:
+        return RawKernel(self._module.get_function(name))
+
+
+class RawKernel:
+    """A kernel, which runs when it is launched; the simulator checks its arguments."""
+
+    def __init__(self, function: cudasim.Function):
+        object.__setattr__(self, "_function", function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("max_dynamic_shared_size_bytes", "preferred_shared_memory_carveout"):
+            raise AttributeError(f"cupy.RawKernel has no attribute {name!r} to set")
+        setattr(self._function, name, value)
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        return self._function.max_dynamic_shared_size_bytes
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Any, *, shared_mem: int = 0) -> None:
+        if not isinstance(grid, tuple) or not isinstance(block, tuple):
+            raise TypeError("the grid and the block are tuples")
+        device.launches += 1
+        self._function(grid, block, [_unwrap(x) for x in args], shared_mem=shared_mem)
 
 
 class CUDARuntimeError(RuntimeError):
@@ -434,19 +590,29 @@ class Library:
     """The module `cupy`."""
 
     ndarray = ndarray
+    RawModule = RawModule
+    __name__ = "tests.strict_cupy"
     __version__ = "stand-in"
     cuda = types.SimpleNamespace(
+        Device=GPU,
         Event=Event,
         Stream=Stream,
         alloc_pinned_memory=alloc_pinned_memory,
-        get_current_stream=lambda device_id=-1: _stream,
+        get_current_stream=lambda device_id=-1: _current.stream,
         get_elapsed_time=get_elapsed_time,
         runtime=types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
             getDevice=lambda: 0,
+            deviceGetPCIBusId=lambda device_id: "0000:00:00.0",
             memGetInfo=lambda: (3 << 30, 4 << 30),
-            getDeviceProperties=lambda device_id: {"name": b"stand-in"},
+            getDeviceProperties=lambda device_id: {
+                "name": b"stand-in",
+                "major": 9,
+                "minor": 0,
+                "multiProcessorCount": 132,
+                "sharedMemPerBlockOptin": 227 << 10,
+            },
             driverGetVersion=lambda: 0,
             runtimeGetVersion=lambda: 0,
         ),
@@ -510,20 +676,21 @@ def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]
     return first if name in FROM_HOST and result._a is first._a else result
 
 
-_stream = Stream()
+_current = types.SimpleNamespace(stream=Stream(null=True))
 library = Library()
 
 
 @contextmanager
-def registered(real: Any = None) -> Iterator[Device]:
+def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
     """Inside this context the stand-in is the device "cuda"; yields its counters.
 
-    real  the module cupy, to check names and arguments against.
+    real   the module cupy, to check names and arguments against.
+    plain  reference.py computes everything, with the CPU's bits; else the CUDA kernels run, in the simulator.
     """
     named, by_type = dict(backend._backends), dict(backend._by_type)
     device.reset()
     device.real = real
-    backend.register(backend.CudaBackend(library))
+    backend.register(backend.CudaBackend(library, plain))
     try:
         yield device
     finally:

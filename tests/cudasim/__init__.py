@@ -1,0 +1,106 @@
+"""cupy.RawModule on a CPU: the same CUDA C++ compiled by g++ with cudasim.h, run on NumPy arrays.
+
+What it finds and what it cannot is said at the head of cudasim.h.
+"""
+
+import ctypes
+import hashlib
+import math
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+CACHE = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
+KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^\n]*\))?\s+(\w+)\(')
+SHARED = re.compile(r"__shared__\s+([^;()]+);")
+
+schedule = 0  # how the threads of a block take turns: 0 the first warp ahead, 1 the last, from 2 on at random
+
+
+def need_compiler():
+    """Skip the test where kernels cannot be compiled for this machine."""
+    if shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("running CUDA C++ on the CPU needs g++ and an x86-64 processor")
+
+
+def array_of(x):
+    """The NumPy array of an argument (the stand-in's device arrays hold theirs in `_a`)."""
+    return getattr(x, "_a", x)
+
+
+def _poisoned(declaration):
+    """A declaration of static shared memory, followed by what fills it with NaN in each block."""
+    names = re.findall(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:,|$)", declaration[1])
+    return " ".join([declaration[0], *(f"CUDASIM_POISON({name});" for name in names)])
+
+
+class RawModule:
+    """As cupy.RawModule: get_function(name)(grid, block, args, shared_mem=n)."""
+
+    def __init__(self, code, options=()):
+        need_compiler()
+        names = KERNEL.findall(code)
+        exports = "".join(f"CUDASIM_EXPORT({name})\n" for name in names)
+        text = f'#include "{HERE}/cudasim.h"\n#line 1\n{SHARED.sub(_poisoned, code)}\n{exports}'
+        defines = [option for option in options if option.startswith("-D")]
+        known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr(defines).encode()
+        key = hashlib.sha256(known).hexdigest()[:16]
+        library = CACHE / f"{key}.so"
+        if not library.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / "made.so"
+                subprocess.run(
+                    ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
+                     "-ffp-contract=off", "-fsanitize=alignment", "-x", "c++", "-", "-o", str(made), *defines],
+                    input=text.encode(), check=True,
+                )  # fmt: skip
+                made.replace(library)
+        self.library = ctypes.CDLL(str(library))
+
+    def get_function(self, name):
+        return Function(self.library, name)
+
+
+class Function:
+    """A kernel; its arguments are checked for what CuPy would pass on wrongly without a word."""
+
+    max_dynamic_shared_size_bytes = 48 << 10
+
+    def __init__(self, library, name):
+        self.name = name
+        self.launch, parameters = (getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params"))
+        self.launch.restype = parameters.restype = ctypes.c_char_p
+        self.kinds = parameters().decode().split()
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if len(args) != len(self.kinds):
+            raise TypeError(f"{self.name} takes {len(self.kinds)} arguments, {len(args)} given")
+        if min(grid) < 1 or min(block) < 1 or math.prod(block) > 1024 or max((*grid, 1, 1)[1:]) > 65535:
+            raise ValueError(f"{self.name}: no GPU takes a grid of {grid} and blocks of {block}")
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory; set max_dynamic_shared_size_bytes")
+        cells = [self.cell(i, value, kind) for i, (value, kind) in enumerate(zip(args, self.kinds, strict=True))]
+        pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
+        error = self.launch(sizes, ctypes.c_size_t(shared_mem), pointers, schedule)
+        if error:
+            raise RuntimeError(f"{self.name}: {error.decode()}")
+
+    def cell(self, i, value, kind):
+        value = array_of(value)
+        if kind == "p":  # CuPy passes the pointer alone: strides would be ignored
+            if value is None:
+                return ctypes.c_void_p(None)
+            if isinstance(value, np.ndarray) and value.flags.c_contiguous:
+                return ctypes.c_void_p(value.ctypes.data)
+        elif isinstance(value, np.generic) and value.dtype.kind in "V" + kind[0] and str(value.itemsize) == kind[1:]:
+            return ctypes.create_string_buffer(value.tobytes())  # CuPy passes a Python number as 8 bytes
+        raise TypeError(f"{self.name}: argument {i} must be {kind}, got {type(value)} {getattr(value, 'dtype', '')}")

@@ -1,0 +1,148 @@
+"""Compiles the CUDA kernels for the GPUs that matter, on a machine without one: python -m tests.nvrtc prints a table.
+
+NVRTC needs no driver. It is called through CuPy's binding with the options that CuPy's RawModule adds to ours, and
+asked what each kernel takes: registers, shared memory, and whether registers were spilled to memory or an array was put
+there (a stack frame), which costs more than any other fault that still gives the right numbers.
+
+Needs CuPy, NVRTC and CUDA's headers: pip install -e ".[cuda-check]", or any machine on which the kernels run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad2.kernels import cuda
+
+ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
+TYPES = ("bf16", "float")
+
+
+def _each(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination of one value each; the first is what the 124M model is trained with."""
+    rows: list[dict[str, Any]] = [{}]
+    for name, values in choices.items():
+        rows = [{**row, name: value} for row in rows for value in values]
+    return rows
+
+
+# The constants that each family's launchers define, for GPT-2's four sizes and both types. A quick test compiles the
+# first row. "kernels" names those that are launched with these constants, where others of the file have their own.
+WIDTHS = (768, 1024, 1280, 1600)
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "layernorm": _each(REAL=TYPES, C=WIDTHS),
+    "gelu": [{**row, "BIAS": row["REAL"]} for row in _each(REAL=TYPES, C=tuple(4 * width for width in WIDTHS))],
+    "columns": _each(REAL=TYPES, C=WIDTHS),
+    "attention_forward": _each(D=(64, 80, 128), DROPOUT=(0, 1)),
+    "attention_backward": [
+        {**sizes, **row, "kernels": kernels}
+        for sizes, kernels in (
+            ({"D": 64, "STREAM": 64, "OWNED": 64, "CHUNK": 32}, ("attention_backward_kv", "attention_delta")),
+            ({"D": 64, "STREAM": 64, "OWNED": 128, "CHUNK": 16}, ("attention_backward_q",)),
+            ({"D": 80, "STREAM": 64, "OWNED": 64, "CHUNK": 16}, ("attention_backward_kv", "attention_backward_q")),
+            ({"D": 128, "STREAM": 32, "OWNED": 64, "CHUNK": 16}, ("attention_backward_kv", "attention_backward_q")),
+        )
+        for row in _each(DROPOUT=(0, 1))
+    ],
+    "attention_cached": _each(REAL=TYPES, D=(64, 80, 128)),
+    "cross_entropy": [
+        {"REAL": real, "VOCAB": 50257, "COLUMNS": 50304, "THREADS": 1024, "RESIDENT": int(real == "bf16")}
+        for real in TYPES
+    ],
+    "embedding": [
+        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "CHUNK": 64}
+        for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
+    ],
+    "dropout": _each(REAL=TYPES),
+    "optimizer": [{}],
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes, as ptxas reports it; bytes, but for the registers of a thread."""
+
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+class CompileError(RuntimeError):
+    """A source that NVRTC refuses, with its messages."""
+
+
+def families() -> list[str]:
+    """The families of kernels that there are."""
+    return sorted(path.stem for path in cuda.FOLDER.glob("*.cu"))
+
+
+def compiled(code: str, architecture: str, defines: dict[str, Any]) -> list[Usage]:
+    """Compile a source as CuPy would on such a GPU. Raises CompileError."""
+    from cupy._core import core
+    from cupy_backends.cuda.libs import nvrtc
+
+    only = defines.get("kernels")
+    own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items() if name != "kernels"))
+    # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
+    added = ("-ftz=true", f"-arch=sm_{architecture}", "--device-as-default-execution-space")
+    program = nvrtc.createProgram(code, "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*core.assemble_cupy_compiler_options(own), *added, "--ptxas-options=-v"))
+        log = nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise CompileError(f"sm_{architecture} {defines}: {error}\n{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    return [use for use in _usages(log) if only is None or use.name in only]
+
+
+def _usages(log: str) -> Iterator[Usage]:
+    """The kernels of a log of ptxas -v."""
+    for part in log.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\w+)'", part)
+        used = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        # Functions that were not inlined have a frame of their own.
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        if name is None or used is None or not frames:
+            raise CompileError(f"ptxas reports in words that are not known here: {part}")
+        stack, *spills = (sum(map(int, column)) for column in zip(*frames, strict=True))
+        yield Usage(name[1], int(used[1]), int(shared[1]) if shared else 0, stack, sum(spills))
+
+
+def main() -> bool:
+    """Print a table of all kernels; whether none spills."""
+    work = [
+        (family, architecture, defines)
+        for family in (sys.argv[1:] or families())
+        for defines in SIZES[family]
+        for architecture in ARCHITECTURES
+    ]
+    good = True
+    with ThreadPoolExecutor() as pool:
+        results = [pool.submit(compiled, cuda.source(family), *rest) for family, *rest in work]
+        for (family, architecture, defines), result in zip(work, results, strict=True):
+            constants = " ".join(f"{name}={value}" for name, value in defines.items() if name != "kernels")
+            try:
+                usages = result.result()
+            except CompileError as error:
+                print(f"{family} {error}")
+                good = False
+                continue
+            for use in usages:
+                print(
+                    f"{family:20} {use.name:32} sm_{architecture:4} {constants:22} {use.registers:4} registers "
+                    f"{use.shared:6} B shared  {use.stack:5} B stack {use.spilled:5} B spilled"
+                )
+                good = good and not (use.stack or use.spilled)
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(not main())

@@ -1,0 +1,168 @@
+"""The simulator finds what it is there for: each fault that it is said to see is planted here in a small kernel."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests import cudasim
+from tinygrad2.kernels import cuda
+
+pytestmark = pytest.mark.slow  # some twenty kernels are compiled
+
+COMMON = (cuda.FOLDER / "common.cuh").read_text(encoding="utf-8")
+KERNELS = """
+extern "C" __global__ void reverse(float* y, const float* x) {  // within a block, through shared memory
+  __shared__ float kept[128], spare;
+  kept[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = kept[blockDim.x - 1 - threadIdx.x];
+  if (threadIdx.x == 0) spare = 0.0f;
+}
+template <int N>
+__device__ float sum(float v) {
+  __shared__ float sums[N];
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0.0f;
+  for (int i = 0; i < N; i++) v += sums[i];
+  return v;
+}
+extern "C" __global__ void total(float* y, const float* x) {
+  float all = sum<4>(x[128 * blockIdx.x + threadIdx.x]);
+  if (threadIdx.x == 0) y[blockIdx.x] = all;
+}
+extern "C" __global__ void copies(float* y, const float* x) {  // four groups of 16 bytes, the oldest two awaited
+  DYN_SMEM(float, kept);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; i++) {
+      cp_async16(kept + 4 * i, x + 4 * i);
+      cp_async_commit();
+    }
+    cp_async_wait<2>();
+    for (int i = 0; i < 8; i++) y[i] = kept[i];
+    cp_async_wait<0>();
+  }
+}
+extern "C" __global__ void pack(float* y, const float* x) {
+  Pack<float> p = *(const Pack<float>*)(x + 4 * threadIdx.x);
+  for (int i = 0; i < 4; i++) y[4 * threadIdx.x + i] = p.v[i];
+}
+extern "C" __global__ void scalars(float* y, int n, long long m, float a, unsigned u, const float* x) {
+  y[0] = x ? -1.0f : n + m + a + u;
+}
+"""
+
+
+def run(name, *arguments, code=KERNELS, grid=1, block=128, shared_mem=0, schedule=0):
+    before, cudasim.schedule = cudasim.schedule, schedule
+    try:
+        kernel = cudasim.RawModule(code=COMMON + code, options=("-DREAL=float",)).get_function(name)
+        kernel((grid,), (block,), arguments, shared_mem=shared_mem)
+    finally:
+        cudasim.schedule = before
+
+
+def planted(name, fault, repair=""):
+    """The source of one kernel (and what it calls) with a fault in it."""
+    assert re.search(fault, KERNELS)
+    return re.sub(fault, repair, KERNELS)
+
+
+def results(name, code, x, size, **options):
+    outputs = []
+    for schedule in range(4):
+        y = np.full(size, np.nan, np.float32)
+        run(name, y, x, code=code, schedule=schedule, **options)
+        outputs.append(y)
+    return outputs
+
+
+X = np.arange(256, dtype=np.float32)
+
+
+def test_right_kernels_are_right_in_every_schedule():
+    for y in results("reverse", KERNELS, X, 128):
+        np.testing.assert_array_equal(y, X[:128][::-1])
+    for y in results("total", KERNELS, X, 2, grid=2):
+        np.testing.assert_array_equal(y, [X[:128].sum(), X[128:].sum()])
+    for y in results("copies", KERNELS, X, 8, block=32, shared_mem=64):
+        np.testing.assert_array_equal(y, X[:8])
+    for y in results("pack", KERNELS, X, 128, block=32):
+        np.testing.assert_array_equal(y, X[:128])
+
+
+@pytest.mark.parametrize("name", ["reverse", "total"])
+def test_a_missing_barrier_shows(name):
+    good, *_ = results(name, KERNELS, X, 128 if name == "reverse" else 2, grid=1)
+    code = planted(name, r"__syncthreads\(\);")
+    outputs = results(name, code, X, len(good), grid=1)
+    assert not all(np.array_equal(y, good, equal_nan=True) for y in outputs)
+    assert np.isnan(np.concatenate(outputs)).sum() > np.isnan(good).sum(), "static shared memory starts as NaN"
+
+
+def test_shared_memory_of_the_block_before_is_forgotten():
+    code = planted("reverse", r"kept\[threadIdx.x\] = x\[threadIdx.x\];", "if (blockIdx.x == 0) kept[threadIdx.x] = 1;")
+    y = np.zeros(128, np.float32)
+    run("reverse", y, X, code=code, grid=2)
+    assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "instead", "message"),
+    [
+        ("reverse", r"  __syncthreads", "  if (threadIdx.x < 32) __syncthreads", None),
+        ("total", r"v = warp_sum\(v\)", "if (threadIdx.x % 2) v = warp_sum(v)", "deadlock|exited|different"),
+        ("total", r"v = warp_sum\(v\)", "v += __shfl_xor_sync(0x7fffffffu, v, 16)", "leaves it out|does not name"),
+        ("total", r"v = warp_sum\(v\)", "v += threadIdx.x % 2 ? __shfl_sync(~0u, v, 0) : (__syncwarp(), v)", "differ"),
+        ("copies", r"cp_async_wait<0>\(\);", "", "not waited for"),
+        ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(kept + 2 * i + 1", "multiple of 16"),
+        ("pack", r"x \+ 4 \* threadIdx.x\)", "x + 1 + threadIdx.x)", "misaligned access at line"),
+    ],
+    ids=["divergent barrier", "half a warp", "lane left out", "mixed", "not waited for", "cp.async", "16 bytes"],
+)
+def test_what_would_hang_or_fault_stops_with_a_message(name, fault, instead, message):
+    arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
+    code = planted(name, fault, instead)
+    y = np.zeros(128, np.float32)
+    if message is None:  # a barrier that some warps skip: a GPU may go on, with the wrong numbers
+        outputs = results(name, code, X, 128)
+        assert not all(np.array_equal(y, X[:128][::-1]) for y in outputs)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        run(name, y, X, code=code, **arguments)
+
+
+def test_a_copy_that_is_read_too_early_is_nan():
+    y = np.zeros(8, np.float32)
+    run("copies", y, X, code=planted("copies", r"cp_async_wait<2>", "cp_async_wait<3>"), block=32, shared_mem=64)
+    np.testing.assert_array_equal(y[:4], X[:4])
+    assert np.isnan(y[4:]).all()
+
+
+def test_scalars_arrive_and_none_is_the_null_pointer():
+    y = np.zeros(1, np.float32)
+    good = (y, np.int32(1), np.int64(20), np.float32(300.5), np.uint32(4000), None)
+    run("scalars", *good)
+    assert y[0] == 4321.5
+    for i, wrong in [
+        (1, 1),
+        (1, np.int64(1)),
+        (1, np.uint32(1)),
+        (2, np.int32(1)),
+        (3, 0.5),
+        (3, np.float64(1)),
+        (0, 0),
+    ]:
+        with pytest.raises(TypeError, match=f"argument {i}"):
+            run("scalars", *good[:i], wrong, *good[i + 1 :])
+    with pytest.raises(TypeError, match="6 arguments, 5 given"):
+        run("scalars", *good[:-1])
+
+
+def test_a_launch_that_no_gpu_takes_is_refused():
+    y = np.zeros(128, np.float32)
+    for size in ({"grid": 0}, {"block": 0}, {"block": 1025}, {"block": 32, "shared_mem": 49_153}):
+        with pytest.raises(ValueError, match="reverse"):
+            run("reverse", y, X, **size)
