@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=WEIGHTS,
-        help="weights in bfloat16 are half as many bytes to read for a token, on the CPU [%(default)s]",
+        help="weights in bfloat16 are half as many bytes to read for a token [%(default)s]",
     )
     options = parser.parse_args(argv)
     for name, value, least in (
@@ -89,12 +89,11 @@ def sample(options) -> int:
         )
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
+        model = model.narrow() if weights and model.backend.device == "cpu" else model
     else:
         print(f"model: {folder}{weights}{hint}", file=sys.stderr)
-        model = GPT2.from_pretrained(folder, device=options.device)
+        model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
-    if weights:
-        model.narrow()
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
     pieces = stream_text(
         model,

@@ -32,7 +32,7 @@ from gpt2.generate import stream_text
 from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
 from gpt2.tasks import TASKS, load
 from tinygrad2 import Key, distributed, optim, threads
-from tinygrad2.backend import Fetch, get_backend
+from tinygrad2.backend import PRECISIONS, Fetch, get_backend
 from tinygrad2.distributed import Comm
 from tinygrad2.profiler import Profiler
 
@@ -64,6 +64,9 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         return 0
     micro_steps = accumulation(options, comm.size)
     options.total_batch_size = micro_steps * comm.size * options.batch_size * options.block_size
+    if lacks := get_backend(options.device).lacks(options.dtype):
+        say(f"--dtype {lacks}; computing in float32")
+        options.dtype = "float32"
     writer = run.tensorboard_writer() if options.tensorboard else None
     if options.threads:
         threads.set_count(options.threads)
@@ -111,6 +114,7 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         first, started, stopping, written = progress.step, time.perf_counter(), False, None
         profiler = Profiler(model.backend) if options.profile else None
         mark, waited = started, comm.waited
+        peak = model.backend.peak(model.precision)  # of this rank's GPU; each rank has one
         while progress.step < options.max_iters and not stopping:
             # The first step compiles and takes memory: it is not what the others are like.
             profiled = profiler if profiler and progress.step > first else nullcontext()
@@ -128,6 +132,9 @@ def train(given: dict[str, Any], comm: Comm) -> int:
                 row = launched.popleft().finish(time.perf_counter() - mark, comm.waited - waited, folder)
                 mark, waited = time.perf_counter(), comm.waited
                 progress.seconds += row["seconds"]
+                if peak is not None:
+                    flops = row["tokens_per_s"] * model.config.flops_per_token(options.block_size)
+                    row["mfu"] = round(flops / (peak * 1e12 * comm.size), 4)
                 n = row["step"]
                 if n in (first + 1, options.max_iters) or every(options.log_interval, n):
                     say_step(row, options.max_iters, (mark - started) / (n - first) if n > first + 1 else None)
@@ -251,8 +258,8 @@ def explained(config: GPT2Config, options: Options) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        B, T, itemsize = options.batch_size, options.block_size, np.dtype(options.dtype).itemsize
-        need = config.memory(B, T, itemsize, options.recompute, options.head_rows)
+        B, T = options.batch_size, options.block_size
+        need = config.memory(B, T, options.dtype, options.recompute, options.head_rows)
         parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
         there = get_backend(options.device).memory()
         raise MemoryError(
@@ -286,7 +293,7 @@ def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Confi
     before, options = complete(saved.options, config), complete({**saved.options, **given}, config)
     for name in FIXED:
         was, asked = getattr(before, name), getattr(options, name)
-        if was != asked:
+        if was != asked and not (name == "dtype" and PRECISIONS[was] == PRECISIONS[asked]):
             raise UsageError(
                 f"{saved.folder.parent}/ holds a run with {flag(name)} {was}; it cannot go on with {asked}. Use "
                 f"another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
@@ -382,6 +389,9 @@ def describe(
         f"model     {name}: {model.n_parameters():,} parameters ({c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads)"
         f", {options.dtype} on {model.backend.device} ({ranks}{threads.count()} thread{'s' * (threads.count() > 1)})"
     )
+    if comm.size > 1 and model.backend.device != "cpu":
+        direct = comm.gpu_sums(model.backend)
+        say(f"sums      of gradients go {'from GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         hint = "mpirun --bind-to none frees them"
         say(f"cores     {comm.idle_cores} of this machine stay idle, since the ranks are bound to others; {hint}")
@@ -457,10 +467,11 @@ def make_sample(model: GPT2, tokenizer: Tokenizer, seed: int) -> str:
 
 def say_step(row: dict[str, Any], steps: int, seconds_each: float | None) -> None:
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
+    mfu = f" | {100 * row['mfu']:.0f} % MFU" if "mfu" in row else ""
     left = "" if seconds_each is None else f" | eta {clock(seconds_each * (steps - row['step']))}"
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-        f"{1000 * row['seconds']:,.0f} ms{comm} | {row['tokens_per_s']:,.0f} tok/s{left}"
+        f"{1000 * row['seconds']:,.0f} ms{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
     )
 
 

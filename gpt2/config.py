@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from tinygrad2.backend import PRECISIONS
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -72,6 +74,11 @@ class GPT2Config:
         return {**fixed, **ids, "n_ctx": self.n_positions, **asdict(self)}
 
     @property
+    def head_size(self) -> int:
+        """D, the numbers in a head's queries, keys and values."""
+        return self.n_embd // self.n_head
+
+    @property
     def n_parameters(self) -> int:
         """How many numbers the parameters hold; the output layer shares the token embedding."""
         C = self.n_embd
@@ -93,22 +100,29 @@ class GPT2Config:
         yield from (("ln_f.weight", (C,)), ("ln_f.bias", (C,)))
 
     def memory(
-        self, batch_size: int, block_size: int, itemsize: int = 4, recompute: str = "none", head_rows: int | None = None
+        self,
+        batch_size: int,
+        block_size: int,
+        precision: str = "float32",
+        recompute: str = "none",
+        head_rows: int | None = None,
     ) -> dict[str, int]:
-        """Bytes that a training step keeps: batch_size sequences of block_size tokens, itemsize bytes a number.
+        """Bytes that a training step keeps: batch_size sequences of block_size tokens, computed in one of PRECISIONS.
 
         Activations are what the backward pass is given: for each layer 16 arrays of (B, T, C) (two sums and their
         normalised forms, q k v, attention's result, and 4 + 4 in the MLP). Where blocks are computed again, it is 2
         for each layer, and 16 for one at a time. Temporary arrays come on top.
         """
         n, rows = self.n_parameters, batch_size * block_size
+        itemsize = 8 if PRECISIONS[precision] == "float64" else 4
+        computed, copies = (2, 2) if precision == "bfloat16" else (itemsize, 0)  # bytes of an activation, of a copy
         kept = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
         return {
-            "weights": n * itemsize,
+            "weights": n * (itemsize + copies),
             "gradients": n * itemsize,
             "moments": 2 * n * itemsize,
-            "activations": (kept + 3) * rows * self.n_embd * itemsize,
-            "logits": min(rows, head_rows or rows) * self.vocab_size * itemsize,
+            "activations": (kept + 3) * rows * self.n_embd * computed,
+            "logits": min(rows, head_rows or rows) * self.vocab_size * computed,
         }
 
     def flops_per_token(self, block_size: int) -> int:

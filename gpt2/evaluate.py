@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=WEIGHTS,
-        help="bfloat16 measures twice, the second time with such weights, and says what they cost; on the CPU",
+        help="bfloat16 measures twice, the second time with such weights, and says what they cost",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
@@ -182,9 +182,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    narrow = options.dtype == "bfloat16"
-    if narrow and model.backend.device != "cpu":
-        raise ValueError(f"--dtype bfloat16 is for the CPU; the model is on {model.backend.device}: add --device cpu")
+    if options.dtype == "bfloat16" and model.backend.device != "cpu" and (lacks := model.backend.lacks("bfloat16")):
+        raise ValueError(f"--dtype {lacks}")
 
     def measure() -> dict[str, Any]:
         results: dict[str, Any] = {}
@@ -204,9 +203,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     print(f"{folder}: {model.n_parameters():,} parameters, {model.dtype} on {model.backend.device}", flush=True)
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
-    if narrow:
+    if options.dtype == "bfloat16":
         print("the same with weights in bfloat16:", flush=True)
-        model.narrow()
+        model = GPT2.from_pretrained(folder, device=options.device, dtype="bfloat16")
         results["bfloat16"] = measure()
         if data is not None:
             before, after = results["data"]["loss"], results["bfloat16"]["data"]["loss"]

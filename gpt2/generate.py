@@ -24,8 +24,8 @@ class KVCache:
 
     def __init__(self, model: GPT2, batch: int, capacity: int):
         c = model.config
-        shape = (2, batch, c.n_head, capacity, c.n_embd // c.n_head)
-        self.layers = [model.backend.zeros(shape, model.dtype) for _ in range(c.n_layer)]
+        shape = (2, batch, c.n_head, capacity, c.head_size)
+        self.layers = [model.backend.zeros(shape, model.activations) for _ in range(c.n_layer)]
         self.length = 0
 
 
@@ -109,6 +109,7 @@ def generate(
         unread = seen if state is None else seen[:, state.length :]
         with no_grad():
             logits = model.next_logits(unread, state).numpy()[:, :vocab_size]
+        logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
         draws = random.uniform(Key(seed, step, site=random.SAMPLING_SITE), samples)

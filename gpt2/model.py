@@ -13,7 +13,7 @@ from gpt2 import weights
 from gpt2.config import GPT2Config
 from gpt2.generate import KVCache, generate
 from tinygrad2 import Key, Tensor, nn, ops, recompute
-from tinygrad2.backend import Backend, check_dtype
+from tinygrad2.backend import PRECISIONS, Backend, get_backend
 from tinygrad2.random import INIT_STEP
 
 RECOMPUTE = ("none", "block")
@@ -95,7 +95,9 @@ class GPT2(nn.Module):
     seed    of the initial weights: normal(0, 0.02), the two projections of each block onto the residual stream scaled
             by 1 / sqrt(2 n_layer); None leaves them zero, for loading.
     device  where the parameters live: "cpu", "cuda", or "auto" for a GPU where there is one.
-    dtype   "float32" to train, "float64" to check.
+    dtype   what is computed in: "float32" to train, "float64" to check, and on a GPU also "tf32" (float32, products
+            faster and less exact) and "bfloat16" (activations, and copies of the weights; the parameters themselves,
+            their gradients and all sums stay float32).
 
     Two ways to train in less memory, for more time: recompute="block" keeps only what goes into each block and computes
     the block again in the backward pass; head_rows takes so many rows of the output layer's logits at a time.
@@ -114,7 +116,15 @@ class GPT2(nn.Module):
             raise ValueError(f"GPT2: recompute is {recompute!r}; choose one of {', '.join(RECOMPUTE)}")
         self.recompute, self.head_rows = recompute, head_rows
         self.config = config
-        self.dtype = check_dtype(dtype).name
+        if dtype not in PRECISIONS:
+            raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(PRECISIONS)}")
+        if lacks := get_backend(device).lacks(dtype):
+            raise ValueError(f"GPT2: {lacks}")
+        if dtype == "bfloat16" and (config.head_size % 16 or config.head_size > 128):
+            raise ValueError(
+                f"GPT2: heads of {config.head_size} numbers do not train in bfloat16, only multiples of 16 up to 128"
+            )
+        self.precision, self.dtype = dtype, PRECISIONS[dtype]
         place: dict[str, Any] = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
         # Registered in the reverse of the order in which the backward pass finishes (see ParameterArena): wte serves at
@@ -123,6 +133,15 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.normal(std), **place)
         self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+        get_backend(device).use_tf32(dtype == "tf32")
+        if dtype == "bfloat16":
+            for parameter in self.parameters():
+                parameter.hold_copy()
+
+    @property
+    def activations(self) -> str:
+        """The type of what the layers compute: bfloat16 where the parameters hold such copies, else their own."""
+        return "bfloat16" if self.wte.weight.has_copy else self.dtype
 
     @property
     def backend(self) -> Backend:
@@ -196,14 +215,16 @@ class GPT2(nn.Module):
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
         """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
-        folder that gpt2.weights.open_model reads.
+        folder that gpt2.weights.open_model reads. In bfloat16 on the CPU it serves to generate: see `narrow`.
 
         Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
         FileNotFoundError where a file is not there.
         """
-        model = GPT2(weights.load_config(path), seed=None, device=device, dtype=dtype)
+        narrow = dtype == "bfloat16" and get_backend(device).device == "cpu"
+        config = weights.load_config(path)
+        model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
         weights.load_into(model, path)
-        return model
+        return model.narrow() if narrow else model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""

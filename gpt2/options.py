@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from gpt2.config import BYTE_PRESETS, PRESETS, GPT2Config
 from gpt2.model import RECOMPUTE
 from gpt2.tasks import TASKS
-from tinygrad2.backend import DEVICES, DTYPES
+from tinygrad2.backend import DEVICES, PRECISIONS
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
 
@@ -63,7 +63,7 @@ class Options:
     )
     device: str = _one_of("auto", "where to compute", DEVICES)
     threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
-    dtype: str = _one_of("float32", "type of parameters and activations", DTYPES)
+    dtype: str = _one_of("float32", "what to compute in (tf32 and bfloat16 on a GPU)", tuple(PRECISIONS))
     data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano and micro]")
     out_dir: str = _text("out", "where the log and the checkpoints go")
     fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
@@ -150,6 +150,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
+# So does the type of the parameters; in which precision they are computed with may change, as the device may.
 FIXED = ("preset", "init", "data", "block_size", "dtype", "seed")
 
 

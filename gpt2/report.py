@@ -36,6 +36,7 @@ LABELS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_s": "Tokens per second",
+    "mfu": "Share of the device's peak that the model's FLOPs take (MFU)",
 }
 NOT_DRAWN = ("step", "seconds", "tokens")  # what else stands in every row of the log
 
@@ -353,7 +354,7 @@ def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
         curves,
         over,
         log_y=key == "grad_norm",
-        from_zero=key == "tokens_per_s",
+        from_zero=key in ("tokens_per_s", "mfu"),
         kind=kind,
     )
 

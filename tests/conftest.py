@@ -1,12 +1,17 @@
 """Fixtures for every test."""
 
+import hashlib
 import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy
 import pytest
 
+from tests import cudasim
 from tinygrad2 import autograd
+from tinygrad2.kernels import gemm
 
 
 def _read_only(value):
@@ -39,3 +44,25 @@ def gpt2_files():
     if not folder:
         pytest.skip("needs GPT-2's vocabulary: TIKTOKEN_CACHE_DIR names no folder that has it")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def fake_cublaslt():
+    """The path of the stand-in for the library cublasLt, compiled when its source has changed."""
+    source = Path(__file__).parent / "fake_cublaslt.cpp"
+    folder = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
+    path = folder / f"cublaslt-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            cudasim.need_compiler()
+            command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", f"{made}/made.so"]
+            subprocess.run(command, check=True)
+            Path(made, "made.so").replace(path)
+    return str(path)
+
+
+@pytest.fixture
+def cublaslt(fake_cublaslt, monkeypatch):
+    """Products of matrices on the stand-in for CuPy go to the stand-in for cublasLt."""
+    monkeypatch.setattr(gemm, "_in_wheels", lambda: fake_cublaslt)

@@ -436,6 +436,28 @@ def test_gradients_of_a_gpu_are_staged(user):
         shutil.rmtree("host"), shutil.rmtree("device")
 
 
+def test_gradients_go_from_gpu_to_gpu(user):
+    """On the stand-ins for CuPy and NCCL, which notice what is read, changed or freed while a sum is being made."""
+    code = """
+from mpi4py import MPI
+from tests import fake_nccl, strict_cupy
+contexts = [strict_cupy.registered()]
+if {direct}:
+    ranks = fake_nccl.Ranks(MPI.COMM_WORLD.Dup())
+    contexts.append(fake_nccl.installed(ranks, address=f"0000:{{comm.rank:02x}}:00.0"))
+for context in contexts:
+    context.__enter__()
+"""
+    quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8", "--device", "cuda"]
+    for more in ([], ["--zero"]):
+        for direct, said in ((False, "through host memory"), (True, "from GPU to GPU (NCCL)")):
+            out, _ = run(2, *quick, *more, "--out-dir", said[:4], patch=code.format(direct=direct))
+            assert f"sums      of gradients go {said}\n" in out
+        np.testing.assert_allclose(losses("from"), losses("thro"), rtol=1e-6)
+        assert distance(arrays("from"), arrays("thro")) < 1e-5
+        shutil.rmtree("from"), shutil.rmtree("thro")
+
+
 # Several hosts --------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from gpt2.evaluate import evaluate_task
 from gpt2.run import read_log
 from gpt2.tasks import TASKS, load
 from tinygrad2 import checkpoint
+from tinygrad2.backend import Backend
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{i} times {j} is {i * j}; the rest of line {i + j} is here.\n" for i in range(60) for j in range(12))
@@ -165,6 +166,21 @@ def test_the_log_has_one_object_a_step(user):
         assert {"step", "loss", "lr", "grad_norm", "seconds", "tokens_per_s", "tokens"} <= row.keys()
         assert row["tokens_per_s"] == pytest.approx(64 / row["seconds"], rel=1e-2)
     assert [row["step"] for row in logged if "val_loss" in row] == [4, 5]
+
+
+def test_the_share_of_a_known_peak_is_said_and_logged(user, monkeypatch, capsys):
+    run("--max-iters", "2", "--out-dir", "unknown")
+    assert "MFU" not in capsys.readouterr().out
+    assert not any("mfu" in row for row in read_log(Path("unknown/log.jsonl")))
+    asked = []
+    monkeypatch.setattr(Backend, "peak", lambda self, precision: asked.append(precision) or 1e-3)
+    run("--max-iters", "4")
+    config = GPT2.from_pretrained("out/ckpt-000004").config
+    for row in read_log(Path("out/log.jsonl")):
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * config.flops_per_token(16) / 1e9, abs=1e-4)
+    assert asked == ["float32"]
+    said = re.findall(r"tok/s \| (\d+) % MFU", capsys.readouterr().out)
+    assert said == [f"{100 * row['mfu']:.0f}" for row in read_log(Path("out/log.jsonl"))]
 
 
 def test_accumulation_is_the_same_as_one_large_batch(user):

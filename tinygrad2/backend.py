@@ -6,20 +6,40 @@ library is a parameter of the whole reference module, which is loaded once for e
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy
 
 from tinygrad2 import reference
+from tinygrad2.kernels.cuda import CudaKernels
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64")  # that parameters can have
+# What a model can be told to compute in, and the type of its parameters then. tf32: float32 everywhere, but matrix
+# products round what they read to 10 bits of fraction. bfloat16: activations, and the copies of weights that are read.
+PRECISIONS = {"float32": "float32", "tf32": "float32", "bfloat16": "float32", "float64": "float64"}
 DEVICES = ("auto", "cpu", "cuda")
+
+# Peaks in TFLOP/s of GPUs, from NVIDIA's data sheets: dense (half of what they give with sparsity), summed in float32.
+PEAK_TFLOPS = {
+    "B200": {"float32": 75.0, "tf32": 1125.0, "bfloat16": 2250.0},
+    "H200": {"float32": 67.0, "tf32": 494.5, "bfloat16": 989.0},
+    "H100 PCIe": {"float32": 51.0, "tf32": 378.0, "bfloat16": 756.0},
+    "H100": {"float32": 67.0, "tf32": 494.5, "bfloat16": 989.0},
+    "A100": {"float32": 19.5, "tf32": 156.0, "bfloat16": 312.0},
+    "L40S": {"float32": 91.6, "tf32": 183.0, "bfloat16": 362.0},
+    "L4": {"float32": 30.3, "tf32": 60.0, "bfloat16": 121.0},
+    "RTX 4090": {"float32": 82.6, "tf32": 82.6, "bfloat16": 165.0},
+}
+LESSER = r"\b(MIG|NVL|Laptop|D)\b"  # in the name of a GPU that is slower than the one it is named after
 
 
 class Backend:
@@ -69,6 +89,25 @@ class Backend:
         """(free, total) bytes of the device's own memory, or None where it uses the host's."""
         return None
 
+    def nccl(self) -> Any:
+        """The binding of NCCL, which adds up arrays of several GPUs, or None where there is none."""
+        return None
+
+    def address(self) -> str:
+        """Which device of this machine computes."""
+        return self.device
+
+    def lacks(self, precision: str) -> str | None:
+        """Why this device does not train in one of PRECISIONS, or None where it does."""
+        return None if PRECISIONS[precision] == precision else f"{precision} needs a GPU"
+
+    def use_tf32(self, on: bool) -> None:
+        """Whether matrix products of float32 numbers may take TF32 from now on; a setting of the device."""
+
+    def peak(self, precision: str) -> float | None:
+        """The most TFLOP/s that the device does in one of PRECISIONS, or None where that is not known."""
+        return None
+
     def name(self) -> str:
         """What computes, for people to read."""
         return self.device
@@ -110,12 +149,16 @@ class CudaBackend(Backend):
       - `fetch` launches a copy of results into pinned memory; `Fetch.get` waits for that copy, a step later.
       - `download` launches one into memory that its owner keeps, and gives the waiting to whoever needs the copy.
       - `to_host` waits, for everything launched before.
+
+    plain  reference.py computes everything; else the kernels in kernels/cuda.py do what they can.
     """
 
     PINNED = 16
 
-    def __init__(self, cupy: Any):
-        super().__init__("cuda", cupy, kernel_table(instantiate_reference(cupy), None))
+    def __init__(self, cupy: Any, plain: bool = False):
+        base = instantiate_reference(cupy)
+        self._overrides = None if plain else CudaKernels(cupy, base)
+        super().__init__("cuda", cupy, kernel_table(base, self._overrides))
         self._pinned: deque[tuple[Any, Any]] = deque()  # (buffer, event of its last copy), the oldest first
         self._landing: deque[tuple[Any, Any]] = deque()  # the same for fetches, which may be dropped before they arrive
 
@@ -171,6 +214,38 @@ class CudaBackend(Backend):
     def memory(self) -> tuple[int, int]:
         return self.np.cuda.runtime.memGetInfo()
 
+    def nccl(self) -> Any:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about a library that is not there
+                nccl = importlib.import_module(f"{self.np.__name__}.cuda.nccl")
+        except ImportError:
+            return None
+        return nccl if nccl.available else None
+
+    def address(self) -> str:
+        runtime = self.np.cuda.runtime
+        return runtime.deviceGetPCIBusId(runtime.getDevice())
+
+    def lacks(self, precision: str) -> str | None:
+        if PRECISIONS[precision] == precision:
+            return None
+        capability = int(self.np.cuda.Device().compute_capability)
+        if capability < 80:
+            return f"{precision} needs a GPU of compute capability 8.0 or more, this one has {capability / 10}"
+        if precision == "bfloat16" and not self._overrides:
+            return "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+        return None
+
+    def use_tf32(self, on: bool) -> None:
+        linalg = self.np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)
+        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_TF32 if on else linalg.COMPUTE_TYPE_DEFAULT)
+        if self._overrides:
+            self._overrides.use_tf32(on)
+
+    def peak(self, precision: str) -> float | None:
+        gpu = listed(self.name(), PEAK_TFLOPS)
+        return None if gpu is None else PEAK_TFLOPS[gpu].get(precision)
+
     def name(self) -> str:
         runtime = self.np.cuda.runtime
         return f"{self.device}: {runtime.getDeviceProperties(runtime.getDevice())['name'].decode()}"
@@ -197,6 +272,14 @@ class CudaFetch(Fetch):
         return self._landing.tolist()
 
 
+def listed(name: str, table: Iterable[str]) -> str | None:
+    """Which entry of the table a GPU of this name is, or None."""
+    spelled = name.replace("-", " ")
+    if re.search(LESSER, spelled):
+        return None
+    return next((gpu for gpu in table if re.search(rf"\b{gpu}\b", spelled)), None)
+
+
 def instantiate_reference(library: Any) -> ModuleType:
     """The module reference.py once more, with `library` as its array library."""
     spec = importlib.util.find_spec("tinygrad2.reference")
@@ -208,15 +291,20 @@ def instantiate_reference(library: Any) -> ModuleType:
     return module
 
 
-def kernel_table(base: ModuleType, overrides: ModuleType | None) -> SimpleNamespace:
+def kernel_table(base: ModuleType, overrides: Any) -> SimpleNamespace:
     """Every function of the reference module `base`, or the override of its name where there is one."""
     functions = {name: f for name, f in vars(base).items() if callable(f) and not name.startswith("_")}
     return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in functions.items()})
 
 
+def _textbook() -> bool:
+    """Whether reference.py is to compute everything."""
+    return os.environ.get("TINYGRAD2_KERNELS") == "reference"
+
+
 def _cpu_overrides() -> ModuleType | None:
     """The compiled kernels, unless TINYGRAD2_KERNELS=reference, or where Numba cannot be imported."""
-    if os.environ.get("TINYGRAD2_KERNELS") == "reference":
+    if _textbook():
         return None
     try:
         from tinygrad2.kernels import cpu
@@ -255,7 +343,7 @@ def get_backend(device: str = "cpu") -> Backend:
             return get_backend("cpu")
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
-    return _backends.get(device) or register(CudaBackend(_import_cupy()))
+    return _backends.get(device) or register(CudaBackend(_import_cupy(), plain=_textbook()))
 
 
 def _import_cupy() -> Any:

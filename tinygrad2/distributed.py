@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import numpy
 
 from tinygrad2 import backend, threads
+from tinygrad2.backend import Backend
 
 T = TypeVar("T")
 
@@ -80,6 +82,12 @@ class Comm(Protocol):
     def start_all_gather(self, flat: numpy.ndarray, after: Callable[[], None]) -> Future[None]:
         """Begin to fill a flat host array, of which each rank has brought its own share, with those of the others."""
 
+    def gpu_sums(self, on: Backend) -> GpuSums | None:
+        """What adds up arrays of this backend from GPU to GPU, or None where they pass through host memory.
+
+        That is so where each rank has a GPU of its own and NCCL is installed. The first call is made by all ranks.
+        """
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside this context the caller only waits for what was started, and its time counts as `waited`."""
@@ -95,6 +103,61 @@ class Comm(Protocol):
 def share(n: int, rank: int, size: int) -> tuple[int, int]:
     """The part (start, stop) of n numbers that is a rank's own: contiguous, in the order of the ranks, nearly equal."""
     return n * rank // size, n * (rank + 1) // size
+
+
+class GpuSums:
+    """Sums from GPU to GPU, made by NCCL on a stream of its own, beside what is being computed.
+
+    Every method launches and returns; the host never waits. What is launched here begins when all that was computed
+    before has been; what is computed after `join` begins when all sums have been made.
+
+    identity  names this group of ranks: from rank 0's `nccl.get_unique_id()`.
+    """
+
+    def __init__(self, on: Backend, nccl: Any, rank: int, size: int, identity: Any):
+        # Otherwise NCCL chooses by what it expects to be fast; a sum inside a switch rounds otherwise than a ring's.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        self.size = size
+        self._cuda, self._nccl = on.np.cuda, nccl
+        self._codes = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
+        self._communicator = nccl.NcclCommunicator(size, identity, rank)
+        self._stream = on.np.cuda.Stream(non_blocking=True)
+        self._travelling: list[Any] = []  # arrays whose memory must not be given to others yet
+
+    def start_sum(self, flat: Any, share_only: bool = False) -> None:
+        """Begin to add up a flat array over the ranks, in place; with share_only, only this rank's share of it."""
+        pointer, code = self._begin(flat)
+        add, stream = self._nccl.NCCL_SUM, self._stream.ptr
+        if share_only:
+            for root, (start, count) in enumerate(self._shares(flat)):
+                self._communicator.reduce(pointer + start, pointer + start, count, code, add, root, stream)
+        else:
+            self._communicator.allReduce(pointer, pointer, flat.size, code, add, stream)
+        self._nccl.groupEnd()
+
+    def start_all_gather(self, flat: Any) -> None:
+        """Begin to fill a flat array, of which each rank has brought its own share, with those of the others."""
+        pointer, code = self._begin(flat)
+        for root, (start, count) in enumerate(self._shares(flat)):
+            self._communicator.bcast(pointer + start, count, code, root, self._stream.ptr)
+        self._nccl.groupEnd()
+
+    def join(self) -> None:
+        """Have the computation go on only when the sums are there."""
+        self._cuda.get_current_stream().wait_event(self._stream.record())
+        self._travelling.clear()  # from here on the order of the computation's stream protects their memory
+
+    def _begin(self, flat: Any) -> tuple[int, int]:
+        self._stream.wait_event(self._cuda.get_current_stream().record())
+        self._travelling.append(flat)
+        self._nccl.groupStart()
+        return flat.data.ptr, self._codes[flat.dtype.name]
+
+    def _shares(self, flat: Any) -> Iterator[tuple[int, int]]:
+        """(offset in bytes, how many numbers) of each rank's share."""
+        for rank in range(self.size):
+            start, stop = share(flat.size, rank, self.size)
+            yield start * flat.itemsize, stop - start
 
 
 class SoloComm:
@@ -120,6 +183,9 @@ class SoloComm:
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def gpu_sums(self, on: Backend) -> GpuSums | None:
+        return None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -155,6 +221,7 @@ class MPIComm:
         self.idle_cores = len(starter - set().union(*masks))
         self._parcels = numpy.empty(0, dtype=numpy.uint8)  # what arrives to be added up
         self._caller_waits = False
+        self._gpu_sums: list[GpuSums | None] = []  # empty before the first question
         self._courier = ThreadPoolExecutor(1, "courier")
         self._ending = threading.Event()
         self._watch = threading.Thread(target=self._watch_over, name="heartbeat", daemon=True)
@@ -218,6 +285,19 @@ class MPIComm:
     def _await(self, request: Any, pause: float | None = None) -> None:
         while not request.Test():
             time.sleep(pause or (POLL if self._caller_waits else POLL_BESIDE))
+
+    def gpu_sums(self, on: Backend) -> GpuSums | None:
+        if on.device == "cpu":
+            return None
+        if not self._gpu_sums:
+            nccl, place = on.nccl(), f"{socket.gethostname()} {on.address()}"
+            places = self._calls.allgather(place if nccl else None)
+            if None not in places and len(set(places)) == self.size:
+                identity = self._calls.bcast(nccl.get_unique_id() if self.rank == 0 else None)
+                self._gpu_sums.append(GpuSums(on, nccl, self.rank, self.size, identity))
+            else:
+                self._gpu_sums.append(None)
+        return self._gpu_sums[0]
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -76,6 +76,16 @@ class Module:
         vars(self).pop("_arena", None)
         return self
 
+    def hold_copies(self) -> Self:
+        """Hold every parameter in bfloat16 too, for operations to read; returns the module.
+
+        To be called again where the module has moved to another device, where it has none.
+        """
+        for parameter in list(self.parameters()):
+            parameter.hold_copy()
+        vars(self).pop("_arena", None)
+        return self
+
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for parameter in self.parameters():

@@ -24,13 +24,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
     Raises ValueError where the shapes do not fit.
     """
-    _check_tensors("linear", x, bias, weights=(weight,))
+    _check_tensors("linear", x, weights=(weight, bias))
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, weight.shape[1:])
-    y = backend_of(x.data).kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
+    y = backend_of(x.data).kernels.linear_forward(x.data, weight.compute, None if bias is None else bias.compute)
     parents = (x, weight) if bias is None else (x, weight, bias)
-    return record(y, parents, _linear_backward, saved=(x.data, weight.data, bias is not None))
+    return record(y, parents, _linear_backward, saved=(x.data, weight.compute, bias is not None))
 
 
 def _linear_backward(saved, dy, into):
@@ -57,7 +57,7 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} asked for; wpe has {wpe.shape[0]}")
-    y = backend.kernels.embedding_forward(ids, wte.data, None if wpe is None else wpe.data, first_position)
+    y = backend.kernels.embedding_forward(ids, wte.compute, None if wpe is None else wpe.compute, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
     runs = _token_runs(host, backend) if wte.requires_grad and is_recording() else None
     return record(y, parents, _embedding_backward, saved=(runs, first_position, wpe is not None))
@@ -114,7 +114,7 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
 
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
-    _check_tensors("layernorm", x, weight, bias)
+    _check_tensors("layernorm", x, gains=(weight, bias))
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
     y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, float(eps))
@@ -130,7 +130,7 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
-    _check_tensors("add_layernorm", x, delta, weight, bias)
+    _check_tensors("add_layernorm", x, delta, gains=(weight, bias))
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
@@ -193,10 +193,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
 
     x (..., C), bias (C,) or None -> (..., C). Saves x.
     """
-    _check_tensors("gelu", x, bias)
+    _check_tensors("gelu", x, weights=(bias,))
     _expect("gelu", "bias", bias, x.shape[-1:])
     k = backend_of(x.data).kernels
-    b = None if bias is None else bias.data
+    b = None if bias is None else bias.compute
     y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
     return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
 
@@ -257,8 +257,8 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any, head_rows: int | None = Non
     _expect("lm_head", "targets", ids, x.shape[:-1])
     if head_rows is not None and head_rows < ids.size:
         return _lm_head_in_chunks(x, weight, ids.reshape(-1), head_rows)
-    loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.data, ids)
-    return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.data))
+    loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.compute, ids)
+    return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.compute))
 
 
 def _lm_head_backward(saved, dy, into):
@@ -273,10 +273,11 @@ def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Any, head_rows: int) -> T
     stops = [len(rows) * i // count for i in range(count + 1)]  # nearly equal, so that their memory serves again
     chunks = [slice(start, stop) for start, stop in itertools.pairwise(stops)]
     losses = [
-        k.lm_head_forward(rows[chunk], weight.data, ids[chunk])[0] * (len(ids[chunk]) / len(rows)) for chunk in chunks
+        k.lm_head_forward(rows[chunk], weight.compute, ids[chunk])[0] * (len(ids[chunk]) / len(rows))
+        for chunk in chunks
     ]
     loss = sum(losses[1:], start=losses[0])
-    return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(x.data, weight.data, ids, chunks))
+    return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(x.data, weight.compute, ids, chunks))
 
 
 def _lm_head_in_chunks_backward(saved, dy, into):
@@ -290,20 +291,26 @@ def _lm_head_in_chunks_backward(saved, dy, into):
     return dx, None
 
 
-def _check_tensors(op: str, *tensors: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> None:
+def _check_tensors(
+    op: str, *tensors: Tensor | None, weights: tuple[Tensor | None, ...] = (), gains: tuple[Tensor, ...] = ()
+) -> None:
     """All given are Tensors of one floating-point dtype: nothing is promoted silently.
 
-    weights  may besides be in bfloat16, where nothing is recorded.
+    weights  count as what is computed with (see Tensor.compute). Matrices that are nothing but bfloat16 may stand
+             beside activations of float32, where nothing is recorded.
+    gains    may be float32 beside activations in bfloat16.
     """
-    dtypes = set()
-    for i, tensor in enumerate((*tensors, *weights)):
-        if tensor is not None:
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
-            if i < len(tensors) or tensor.dtype.name != "bfloat16":
-                dtypes.add(tensor.dtype.name)
-            elif is_recording():
-                raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
+    for tensor in (*tensors, *weights, *gains):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
+    dtypes = {tensor.dtype.name for tensor in tensors if tensor is not None}
+    for weight in weights:
+        narrow = weight is not None and weight.dtype.name == "bfloat16" and weight.ndim > 1
+        if narrow and is_recording():
+            raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
+        if weight is not None and (not narrow or "bfloat16" in dtypes):
+            dtypes.add(weight.compute.dtype.name)
+    dtypes |= {gain.dtype.name for gain in gains if (gain.dtype.name, dtypes) != ("float32", {"bfloat16"})}
     if not dtypes and weights:  # tables in bfloat16 give float32
         return
     if len(dtypes) != 1 or "float" not in next(iter(dtypes)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from tinygrad2.distributed import Comm, share
+from tinygrad2.distributed import Comm, GpuSums, share
 from tinygrad2.nn import Module
 from tinygrad2.params import Bucket, ParameterArena, Region
 
@@ -78,8 +78,12 @@ class AdamW:
         squares = [backend.kernels.squared_norm(region.grads[a:b]) for region, a, b in self._parts()]
         square = reduce(operator.add, squares)
         if self.shared_by is not None:
-            shared = self.shared_by.all_gather(backend.to_host(square))
-            square = backend.asarray(shared.sum(), dtype=self.arena.dtype)
+            if direct := self.shared_by.gpu_sums(backend):
+                direct.start_sum(square.reshape(1))
+                direct.join()
+            else:
+                shared = self.shared_by.all_gather(backend.to_host(square))
+                square = backend.asarray(shared.sum(), dtype=self.arena.dtype)
         return backend.np.sqrt(square)
 
     def step(self, max_norm: float | None = None) -> Any:
@@ -94,19 +98,33 @@ class AdamW:
         np, kernels = arena.backend.np, arena.backend.kernels
         norm = self.grad_norm()
         go = np.isfinite(norm).astype(arena.dtype)
-        scale = 1.0 if max_norm is None else np.minimum(max_norm / (norm + 1e-6), 1.0)
+        one = np.ones((), dtype=arena.dtype)
+        scale = one if max_norm is None else np.minimum(max_norm / (norm + 1e-6), one)
         self.steps += 1
+        numbers = arena.backend.upload(numpy.array([self.lr, self.steps], arena.dtype))
+        lr, step = numbers[0], numbers[1]
         for (region, a, b), (m, v) in zip(self._parts(), self.moments, strict=True):
             decay = self.weight_decay if region.name == "decay" else 0.0
             values, grads = region.values[a:b], region.grads[a:b]
-            kernels.adamw_step(values, grads, m, v, go, scale, self.lr, *self.betas, self.eps, decay, self.steps)
+            copy = None if region.copies is None else region.copies[a:b]
+            kernels.adamw_step(values, grads, m, v, copy, go, scale, lr, *self.betas, self.eps, decay, step)
         if self.shared_by is not None:
-            start = self.shared_by.start_all_gather
-            sent = [_Sent(arena, bucket, "values", start) for bucket in arena.buckets]
-            with self.shared_by.waiting():
-                for bucket in sent:
-                    bucket.finish()
+            self._exchange_values(self.shared_by)
+            arena.refresh_copies()
         return norm
+
+    def _exchange_values(self, ranks: Comm) -> None:
+        """Give the other ranks the values that were updated here, and take theirs."""
+        arena = self.arena
+        if direct := ranks.gpu_sums(arena.backend):
+            for bucket in arena.buckets:
+                direct.start_all_gather(bucket.region.values[bucket.start : bucket.stop])
+            direct.join()
+            return
+        sent = [_Sent(arena, bucket, "values", ranks.start_all_gather) for bucket in arena.buckets]
+        with ranks.waiting():
+            for part in sent:
+                part.finish()
 
     def state(self) -> dict[str, numpy.ndarray]:
         """The moments by parameter name (`exp_avg.NAME`, `exp_avg_sq.NAME`), on the host; `steps` is kept beside it.
@@ -167,12 +185,14 @@ class GradientSum:
     def __init__(self, model: Module, comm: Comm, share_only: bool = False):
         self.model, self.comm, self.share_only = model, comm, share_only
         self._missing: list[set[str]] = []  # for each bucket, the parameters that are not final yet
-        self._sent: list[_Sent] = []
+        self._sent: list[_Sent | None] = []  # None: from GPU to GPU
+        self._direct = comm.gpu_sums(model.arena().backend)
 
     def start(self) -> None:
         """From here on a bucket is sent off as soon as it is final."""
         if self.comm.size > 1:
             arena = self.model.arena()
+            self._direct = self.comm.gpu_sums(arena.backend)
             self._missing = [set(bucket.names) for bucket in arena.buckets]
             for name, parameter in arena.parameters.items():
                 assert parameter.leaf is not None
@@ -191,27 +211,58 @@ class GradientSum:
 
     def _send(self) -> None:
         arena = self.model.arena()
-        start = partial(self.comm.start_sum, share_only=self.share_only)
-        self._sent.append(_Sent(arena, arena.buckets[len(self._sent)], "grads", start))
+        bucket = arena.buckets[len(self._sent)]
+        if self._direct:
+            self._direct.start_sum(bucket.region.grads[bucket.start : bucket.stop], self.share_only)
+            self._sent.append(None)
+        else:
+            start = partial(self.comm.start_sum, share_only=self.share_only)
+            self._sent.append(_Sent(arena, bucket, "grads", start))
 
     def finish(self, *numbers: Any) -> list[Any]:
-        """Wait until the gradients are summed; returns the sums over the ranks of these numbers, such as the loss."""
+        """Wait until the gradients are summed; returns the sums over the ranks of these numbers, such as the loss.
+
+        Where sums go from GPU to GPU, the host does not wait, and the sum of a 0-d array is one on the GPU.
+        """
         if self.comm.size == 1:
             return list(numbers)
         arena = self.model.arena()
+        self._direct = self.comm.gpu_sums(arena.backend)
         for parameter in arena.parameters.values():
             assert parameter.leaf is not None
             parameter.leaf.on_final = None
         while len(self._sent) < len(arena.buckets):
             self._send()
+        if self._direct:
+            self._sent.clear()
+            return self._finish_on_gpu(self._direct, numbers)
         own = numpy.array(arena.backend.fetch(*numbers).get())
-        self._sent[-1].ready()
+        sent = [part for part in self._sent if part is not None]
+        sent[-1].ready()
         with self.comm.waiting():
             totals = self.comm.all_gather(own).sum(axis=0)
-            for sent in self._sent:
-                sent.finish()
+            for part in sent:
+                part.finish()
         self._sent.clear()
         return totals.tolist()
+
+    def _finish_on_gpu(self, direct: GpuSums, numbers: tuple[Any, ...]) -> list[Any]:
+        backend = self.model.arena().backend
+        totals = list(numbers)
+        there = [i for i, number in enumerate(numbers) if isinstance(number, backend.np.ndarray)]
+        here = [i for i in range(len(numbers)) if i not in there]
+        if there:
+            stacked = backend.np.stack([numbers[i] for i in there])
+            direct.start_sum(stacked)
+            for place, i in enumerate(there):
+                totals[i] = stacked[place]
+        direct.join()
+        if here:
+            with self.comm.waiting():
+                sums = self.comm.all_gather(numpy.array([float(numbers[i]) for i in here])).sum(axis=0)
+            for i, total in zip(here, sums.tolist(), strict=True):
+                totals[i] = total
+        return totals
 
 
 class _Sent:

@@ -24,14 +24,20 @@ class Parameter(Tensor):
 
     Assigning to `.data` and `.grad` copies into the parameter's memory (and assigning None to `.grad` clears it), so
     that a parameter never leaves the arena it was placed in.
+
+    copy  hold a copy in bfloat16 beside the data, and in step with them: what operations read (see `compute`), while
+          the optimizer adds its small steps to the data, in float32.
     """
 
-    __slots__ = ("_data", "_placed")
+    __slots__ = ("_data", "_copy", "_placed")
     _data: Any
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, copy: bool = False):
+        self._copy: Any = None
         self._placed = False
         super().__init__(data, requires_grad=True)
+        if copy:
+            self.hold_copy()
 
     @property
     def _leaf(self) -> Leaf:
@@ -46,8 +52,23 @@ class Parameter(Tensor):
     def data(self, values: Any) -> None:
         if hasattr(self, "_data"):
             self._data[...] = self._fitting("data", values)
+            if self._copy is not None:
+                self._copy[...] = self._data.astype(bfloat16)
         else:
             self._data = values
+
+    @property
+    def compute(self) -> Any:
+        return self._data if self._copy is None else self._copy
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether a copy in bfloat16 is held."""
+        return self._copy is not None
+
+    def hold_copy(self) -> None:
+        """Hold a copy in bfloat16 from now on; the parameter then stands for itself, outside any arena."""
+        self._copy, self._placed = self._data.astype(bfloat16), False
 
     @property
     def grad(self) -> Any:
@@ -69,9 +90,12 @@ class Parameter(Tensor):
         return values
 
     def move(self, backend: Backend) -> None:
-        """Move to another backend, the gradient too; the parameter then stands for itself, outside any arena."""
+        """Move to another backend, the gradient too; the parameter then stands for itself, outside any arena.
+
+        A copy in bfloat16 stays behind: the device moved to may want none.
+        """
         old, grad = backend_of(self._data), self._leaf.grad
-        self._data = backend.asarray(old.to_host(self._data))
+        self._data, self._copy = backend.asarray(old.to_host(self._data)), None
         self._leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
         self._leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
         self._placed = False
@@ -79,14 +103,19 @@ class Parameter(Tensor):
     def narrow(self) -> None:
         """Hold the values in bfloat16, half the memory; the parameter then serves to generate, and has no gradient."""
         host = backend_of(self._data).to_host(self._data)
-        self._data, self._leaf.grad, self._placed = host.astype(bfloat16), None, False
+        self._data, self._copy, self._leaf.grad, self._placed = host.astype(bfloat16), None, None, False
 
-    def place(self, data: Any, grad: Any) -> None:
-        """Move to the memory `data` and `grad` (views of the parameter's shape), taking the present values along."""
+    def place(self, data: Any, grad: Any, copy: Any = None) -> None:
+        """Move to the memory `data`, `grad` and `copy` (views of the parameter's shape), taking the values along.
+
+        copy  for a parameter that holds a copy, and for no other.
+        """
         data[...] = self._data
         if self._leaf.grad is not None:
             grad[...] = self._leaf.grad
-        self._data, self._leaf.grad, self._placed = data, grad, True
+        if copy is not None:
+            copy[...] = self._copy
+        self._data, self._copy, self._leaf.grad, self._placed = data, copy, grad, True
 
 
 @dataclass
@@ -94,12 +123,14 @@ class Region:
     """One flat run of parameters that the optimizer treats alike.
 
     values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
+    copies  the values in bfloat16, which the optimizer keeps in step, or None.
     """
 
     name: str
     values: Any
     grads: Any
     where: dict[str, tuple[int, int]]
+    copies: Any = None
 
 
 @dataclass
@@ -132,9 +163,14 @@ class ParameterArena:
         self.parameters = dict(backward_order)
         self.backend: Backend = backend_of(backward_order[0][1].data)
         self.dtype = backward_order[0][1].dtype
+        self.has_copies = backward_order[0][1].has_copy
         for name, parameter in backward_order:
             if parameter.dtype != self.dtype:
                 raise TypeError(f"ParameterArena: {name} is {parameter.dtype}, others are {self.dtype}; use one dtype")
+            if parameter.has_copy != self.has_copies:
+                raise TypeError(
+                    f"ParameterArena: some parameters hold a copy, others not; {name} is the first to differ"
+                )
         self.regions = [
             self._place("decay", [(name, p) for name, p in backward_order if p.ndim >= 2]),
             self._place("no_decay", [(name, p) for name, p in backward_order if p.ndim < 2]),
@@ -146,15 +182,24 @@ class ParameterArena:
             where[name] = (stop, stop + parameter.size)
             stop += parameter.size
         values, grads = self.backend.zeros((stop,), self.dtype), self.backend.zeros((stop,), self.dtype)
+        copies = self.backend.zeros((stop,), bfloat16) if self.has_copies else None
         for name, parameter in members:
-            part = slice(*where[name])
-            parameter.place(values[part].reshape(parameter.shape), grads[part].reshape(parameter.shape))
-        return Region(region, values, grads, where)
+            views = (
+                None if a is None else a[slice(*where[name])].reshape(parameter.shape) for a in (values, grads, copies)
+            )
+            parameter.place(*views)
+        return Region(region, values, grads, where, copies)
 
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for region in self.regions:
             region.grads[...] = 0
+
+    def refresh_copies(self) -> None:
+        """Bring the copies in step with values that were changed in the flat buffers."""
+        for region in self.regions:
+            if region.copies is not None:
+                region.copies[...] = region.values.astype(bfloat16)
 
     @cached_property
     def buckets(self) -> list[Bucket]:

@@ -600,13 +600,20 @@ def squared_norm(x):
     return np.dot(x, x)
 
 
-def adamw_step(value, grad, m, v, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    """One step of AdamW on flat arrays; value, m and v are changed in place.
+def _debias(beta, step):
+    """1 - beta^step, without the cancellation: beta near 1 would leave few digits of it in float32."""
+    return -np.expm1(step * (math.log(beta) if beta else -math.inf))
+
+
+def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+    """One step of AdamW on flat arrays; value, m, v and copy are changed in place.
 
     g = grad * grad_scale (clipping);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
     value -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * value); step counts from 1.
-    go  a 0-d array of value's dtype: 1, or 0 to leave everything as it is, whatever the gradient holds. It is an array
-        so that the decision stays on the device.
+    copy  a flat bfloat16 array that follows value, rounded to nearest even, or None.
+    go    1, or 0 to leave everything as it is, whatever the gradient holds.
+    go, grad_scale, lr and step are 0-d arrays of value's dtype: what differs from step to step is on the device, which
+    decides by itself, and the very same launches make every step.
     Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
     """
     g = np.where(go > 0, grad * grad_scale, 0)  # NaN times 0 would be NaN
@@ -617,8 +624,10 @@ def adamw_step(value, grad, m, v, go, grad_scale, lr, beta1, beta2, eps, weight_
     v *= 1 - go * (1 - beta2)
     v += g
     value *= 1 - go * (lr * weight_decay)
-    np.sqrt(v * (1 / (1 - beta2**step)), out=g)
+    np.sqrt(v * (1 / _debias(beta2, step)), out=g)
     g += eps
     np.divide(m, g, out=g)
-    g *= go * (lr / (1 - beta1**step))
+    g *= go * (lr / _debias(beta1, step))
     value -= g
+    if copy is not None:
+        copy[...] = value.astype(copy.dtype)

@@ -38,6 +38,11 @@ class Tensor:
             self._edge = (autograd.Leaf(_zeros_like(self.data)), 0)
 
     @property
+    def compute(self) -> Any:
+        """What operations read: the data, or for a parameter that holds a copy in fewer bits, that copy."""
+        return self.data
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.data.shape
 
@@ -206,7 +211,7 @@ class Tensor:
         order = _axes(tuple(order), self.ndim)
         if sorted(order) != list(range(self.ndim)):
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
-        return record(self.data.transpose(order), (self,), _transpose_backward, saved=(order,))
+        return record(self.compute.transpose(order), (self,), _transpose_backward, saved=(order,))
 
 
 def record(data: Any, parents: tuple[Tensor, ...], backward: Callable, saved: tuple = ()) -> Any:
@@ -276,7 +281,8 @@ def _is_array(data: Any) -> bool:
 
 
 def _zeros_like(data: Any) -> Callable[[], Any]:
-    return partial(backend_of(data).zeros, data.shape, data.dtype)
+    """Makes the buffer for a gradient that is added up: in float32, where the data has fewer bits."""
+    return partial(backend_of(data).zeros, data.shape, numpy.float32 if data.dtype.itemsize < 4 else data.dtype)
 
 
 def _operand(value: Any, like: Tensor) -> Tensor:

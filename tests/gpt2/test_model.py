@@ -250,7 +250,7 @@ def test_a_step_keeps_what_the_config_counts(recompute, head_rows):
     tracemalloc.stop()
     loss.backward()
     array = 4 * 128 * 128 * 4
-    need = config.memory(4, 128, 4, recompute, head_rows)
+    need = config.memory(4, 128, "float32", recompute, head_rows)
     expected = need["activations"] - (16 * array if recompute == "block" else 0)
     expected += need["logits"] if head_rows is None else 0
     assert kept == pytest.approx(expected, abs=3 * array)

@@ -83,7 +83,7 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
         (["--preset", "gpt3"], "--preset is gpt3; expected nano, micro, gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         (["--recipe", "best"], "--recipe is best; expected paper, modern"),
         (["--eval", "lambada,helaswag"], "--eval is lambada,helaswag; expected hellaswag, lambada, or several: hella"),
-        (["--dtype", "float16"], "--dtype is float16; expected float32, float64"),
+        (["--dtype", "float16"], "--dtype is float16; expected float32, tf32, bfloat16, float64"),
         (["--device", "tpu"], "--device is tpu; expected auto, cpu, cuda"),
     ],
 )

@@ -131,7 +131,7 @@ def test_known_probabilities_by_hand():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
 def test_batches_of_different_lengths_equal_one_by_one(batch_size):
-    model, items = make_model(), made_up_items(12, endings=4)
+    model, items = make_model(dtype="float64"), made_up_items(12, endings=4)
     assert any(item.context == "" for item in items)
     expected = sums_of(items, one_by_one(model, BYTES, items))
     assert 0 < expected["right_by_sum"] < 12
@@ -150,7 +150,7 @@ def test_greedy_words_are_those_that_the_model_writes():
 
 
 def test_parts_add_up():
-    model, items = make_model(), made_up_items(9, endings=3)
+    model, items = make_model(dtype="float64"), made_up_items(9, endings=3)
     whole = score(HELLASWAG, model, BYTES, items, 5)
     parts = [score(HELLASWAG, model, BYTES, items[first::2], 5) for first in (0, 1)]
     assert {name: sum(part[name] for part in parts) for name in whole} == pytest.approx(whole, rel=1e-6)

@@ -26,7 +26,7 @@ from tinygrad2.profiler import Profiler
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=150, n_embd=16, n_layer=2, n_head=2)  # dropout at 0.1, as published
 LENGTH = 140  # two blocks of queries in attention
-LAUNCHES = 2590  # of one step of CONFIG at LENGTH, give or take the rounds of TokenRuns; most draw dropout's masks
+LAUNCHES = 2610  # of one step of CONFIG at LENGTH, give or take the rounds of TokenRuns; most draw dropout's masks
 
 
 @pytest.fixture(autouse=True)
@@ -521,7 +521,8 @@ def test_an_unknown_device_is_named():
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_pass_on_the_stand_in():
     """Nobody can mend a test where it needs a GPU: its mistakes are to be found here."""
-    which = "not memory_is_counted and not float64"  # the first needs a device's memory, the others ran above
+    # The first needs a device's memory, those in float64 ran above, bfloat16 needs the CUDA kernels, NCCL a GPU.
+    which = "not memory_is_counted and not float64 and not bfloat16 and not nccl"
     script = (
         "import pytest, sys; from tests import strict_cupy\n"
         "with strict_cupy.registered(): sys.exit(pytest.main(sys.argv[1:]))"
@@ -669,6 +670,29 @@ def test_the_stand_in_gives_views_and_arrays_as_cupy_does(device):
     assert device.launches == 2
     assert backend_of(np.float32(2) * x) is get_backend("cuda")  # a NumPy number on the left
     assert strict_cupy.library.asarray(x) is x
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bfloat16", 989.0),
+        ("NVIDIA H100 80GB HBM3", "float32", 67.0),
+        ("NVIDIA H100 PCIe", "tf32", 378.0),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312.0),
+        ("NVIDIA L40S", "float32", 91.6),
+        ("NVIDIA L4", "bfloat16", 121.0),
+        ("NVIDIA GeForce RTX 4090", "tf32", 82.6),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "tf32", None),
+        ("NVIDIA GeForce RTX 4090 D", "tf32", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("NVIDIA GH200 480GB", "bfloat16", None),
+        ("NVIDIA H200", "float64", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, precision, peak):
+    monkeypatch.setattr(CudaBackend, "name", lambda self: f"cuda: {name}")
+    assert CudaBackend(strict_cupy.library, plain=True).peak(precision) == peak
+    assert get_backend("cpu").peak(precision) is None
 
 
 def test_a_registered_stand_in_leaves_nothing_behind():

@@ -1,6 +1,8 @@
 """tinygrad2/distributed.py and the sums over ranks in optim.py; ranks are threads here (mpirun: test_mpirun.py)."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,9 +15,9 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests import strict_cupy
+from tests import fake_nccl, strict_cupy
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
-from tinygrad2.distributed import Comm, SoloComm, fair_threads, share
+from tinygrad2.distributed import Comm, GpuSums, MPIComm, SoloComm, fair_threads, share
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2)
@@ -40,6 +42,9 @@ class ThreadComm:
         values = list(self._board)
         self._barrier.wait()
         return values
+
+    def gpu_sums(self, on):
+        return None
 
     def from_root(self, function):
         return self._exchange(function() if self.rank == 0 else None)[0]
@@ -286,6 +291,22 @@ def test_ranks_compute_what_one_process_computes(size, micro_steps, shared):
         assert max(kept) <= alone.n_parameters() / size + buckets
 
 
+def test_copies_in_bfloat16_follow_what_other_ranks_updated():
+    def rank(comm):
+        model = GPT2(CONFIG).hold_copies()
+        optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm)
+        for region in optimizer.arena.regions:
+            region.grads[...] = np.random.default_rng(0).standard_normal(region.grads.shape)
+        before = [region.copies.copy() for region in optimizer.arena.regions]
+        optimizer.step()
+        return list(zip(optimizer.arena.regions, before, strict=True))
+
+    for regions in on_ranks(2, rank):
+        for region, old in regions:
+            np.testing.assert_array_equal(region.copies, region.values.astype("bfloat16"))
+            assert (region.copies != old).mean() > 0.5
+
+
 def test_moments_that_are_shared_out_can_be_loaded_on_any_number_of_ranks():
     _, optimizer, *_ = trained(SoloComm())
     state = optimizer.state()
@@ -402,6 +423,250 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for name, values in parameters.items():
         np.testing.assert_allclose(values, on_host[name], rtol=2e-3, atol=2e-5, err_msg=name)
+
+
+# Sums from GPU to GPU -------------------------------------------------------------------------------------------------
+
+
+class DirectEcho(Echo):
+    """Two ranks, each with a GPU of its own; the other one always has the same values."""
+
+    def __init__(self, sums=GpuSums):
+        super().__init__()
+        self._sums, self._made = sums, []
+
+    def gpu_sums(self, on):
+        if not self._made:
+            self._made.append(self._sums(on, on.nccl(), 0, 2, on.nccl().get_unique_id()))
+        return self._made[0]
+
+    def start_sum(self, flat, share_only, after):
+        raise AssertionError
+
+
+class StagedEcho(Echo):
+    """The same through host memory."""
+
+    def start_all_gather(self, flat, after):
+        after()
+        return self._done()
+
+
+def steps_on_the_stand_in(comm, shared):
+    """Losses, norms and parameters of three steps, and how often the host waited."""
+    with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
+        model = GPT2(CONFIG, device="cuda")
+        optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm if shared else None)
+        sums = optim.GradientSum(model, comm, share_only=shared)
+        fetched = []
+        for step in range(3):
+            loss = model.loss(*text(2 * step, 2), Key(0, step)) * 0.5
+            sums.start()
+            loss.backward()
+            total, tokens, stop = sums.finish(loss.data, 16, step == 1)
+            assert (tokens, stop) == (32, 2 * (step == 1))
+            fetched.append(model.backend.fetch(total, optimizer.step(0.5)))
+            optimizer.zero_grad()
+        numbers = np.array([fetch.get() for fetch in fetched])
+        syncs = device.syncs
+        return numbers, {name: p.numpy().copy() for name, p in model.named_parameters()}, syncs, nccl
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared):
+    expected, on_host, *_ = steps_on_the_stand_in(StagedEcho(), shared)
+    found, parameters, syncs, nccl = steps_on_the_stand_in(DirectEcho(), shared)
+    assert syncs == 0
+    np.testing.assert_array_equal(found, expected)
+    for name, values in parameters.items():
+        np.testing.assert_array_equal(values, on_host[name], err_msg=name)
+    assert set(nccl.calls) == ({"allReduce", "reduce", "bcast"} if shared else {"allReduce"})
+    assert nccl.group is None
+
+
+def test_from_gpu_to_gpu_buckets_leave_while_the_backward_pass_still_runs():
+    with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
+        model, comm = GPT2(CONFIG, device="cuda"), DirectEcho()
+        sums, left = optim.GradientSum(model, comm), {}
+        arena = model.arena()
+        loss = model.loss(*text(0, 2))
+        sums.start()
+        last = arena.parameters["wte.weight"].leaf
+        before = last.on_final
+        last.on_final = lambda: left.update(then=len(nccl.calls)) or before()
+        loss.backward()
+        assert 0 < left["then"] < len(nccl.calls) == len(arena.buckets)
+        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # nobody may read them yet
+        sums.finish()
+        assert not any(np.isnan(region.grads.get()).any() for region in arena.regions)
+
+
+class Other:
+    """Three ranks, of which the others have other values."""
+
+    def total(self, values):
+        return values * 3 + 1
+
+    def from_root(self, values, root):
+        return values - root
+
+
+def assert_sums_are_made(sums_of):
+    """Every method of a GpuSums on arrays that were just computed, and one that nobody keeps."""
+    with strict_cupy.registered(), fake_nccl.installed(Other()) as nccl:
+        on = backend.get_backend("cuda")
+        sums = sums_of(on, nccl, 1, 3, nccl.get_unique_id())
+        for dtype in ("float32", "float64"):
+            whole, shared, gathered = (on.asarray(np.arange(10), dtype) * 2 for _ in range(3))
+            sums.start_sum(whole)
+            later = gathered + 0  # what is computed meanwhile
+            sums.start_sum(shared, share_only=True)
+            sums.start_sum(on.zeros((5,), dtype))
+            sums.start_all_gather(gathered)
+            sums.join()
+            result = on.np.stack([whole, shared, gathered, later])
+            even = 2 * np.arange(10)
+            own = np.where((np.arange(10) >= 3) & (np.arange(10) < 6), 3 * even + 1, even)
+            others = even - np.repeat([0, 0, 2], [3, 3, 4])
+            np.testing.assert_array_equal(result.get(), [3 * even + 1, own, others, even])
+        assert nccl.group is None
+
+
+def test_sums_are_made():
+    assert_sums_are_made(GpuSums)
+
+
+FAULTS = [  # in GpuSums: a pattern, and what stands there instead
+    (r"self\._stream\.wait_event\(.*\)", "pass"),
+    (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._stream.record())"),
+    (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
+    (r"wait_event\(self\._stream\.record\(\)\)", "wait_event(self._cuda.get_current_stream().record())"),
+    (r"self\._travelling\.append\(flat\)", "pass"),
+    (r"self\._nccl\.groupStart\(\)", "pass"),
+    (r"self\._nccl\.groupEnd\(\)", "pass"),
+    (r"pointer \+ start", "pointer"),
+    (r"flat\.size, code", "flat.nbytes, code"),
+    (r"start \* flat\.itemsize", "start"),
+    (r"NCCL_FLOAT64", "NCCL_FLOAT32"),
+    (r"bcast\((.*), root,", r"bcast(\1, 0,"),
+    (r"add, root,", "add, 0,"),
+    (r"add, root,", "add, root + 1,"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
+def test_a_fault_in_the_order_of_things_is_noticed(fault):
+    source, places = re.subn(*fault, inspect.getsource(GpuSums))
+    assert places
+    names = dict(vars(distributed))
+    exec("from __future__ import annotations\n" + source, names)
+    with pytest.raises((strict_cupy.RaceError, fake_nccl.NcclError, AssertionError)):
+        assert_sums_are_made(names["GpuSums"])
+
+
+@pytest.mark.parametrize("place", ["_begin", "join"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_training_run_without_one_of_the_waits_is_noticed(monkeypatch, place, shared):
+    wait = strict_cupy.Stream.wait_event
+
+    def sometimes(self, event):
+        if inspect.currentframe().f_back.f_code.co_name != place:
+            wait(self, event)
+
+    monkeypatch.setattr(strict_cupy.Stream, "wait_event", sometimes)
+    if place == "_begin":
+        with pytest.raises(strict_cupy.RaceError, match="has not waited"):
+            steps_on_the_stand_in(DirectEcho(), shared)
+    else:
+        found, *_ = steps_on_the_stand_in(DirectEcho(), shared)
+        assert np.isnan(found).all()
+
+
+def test_memory_that_a_sum_uses_is_not_written_to():
+    with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
+        on = backend.get_backend("cuda")
+        sums = GpuSums(on, nccl, 0, 2, nccl.get_unique_id())
+        values = on.zeros((4,), "float32")
+        sums.start_sum(values)
+        values += np.float32(1)
+        values[...] = 0
+        with pytest.raises(strict_cupy.RaceError, match="written to"):
+            sums.join()
+
+
+def test_one_rank_alone_sums_too():
+    with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo(1)) as nccl:
+        on = backend.get_backend("cuda")
+        sums = GpuSums(on, nccl, 0, 1, nccl.get_unique_id())
+        arrays = [on.asarray(np.arange(7), "float32") for _ in range(3)]
+        sums.start_sum(arrays[0])
+        sums.start_sum(arrays[1], share_only=True)
+        sums.start_all_gather(arrays[2])
+        sums.join()
+        for values in arrays:
+            np.testing.assert_array_equal(values.get(), np.arange(7))
+
+
+def test_nccl_is_told_to_add_up_in_one_order_unless_somebody_chose(monkeypatch):
+    for chosen, then in ((None, "Ring"), ("Tree", "Tree")):
+        monkeypatch.setenv("NCCL_ALGO", chosen or "")
+        if chosen is None:
+            monkeypatch.delenv("NCCL_ALGO")
+        assert_sums_are_made(GpuSums)
+        assert os.environ["NCCL_ALGO"] == then
+
+
+def mpi_rank(others):
+    """A rank 0 that asks for GpuSums among others; with the number of times that it asked them."""
+    comm, asked = MPIComm.__new__(MPIComm), []
+    comm.rank, comm.size, comm._gpu_sums = 0, 1 + len(others), []
+    comm._calls = types.SimpleNamespace(
+        allgather=lambda place: asked.append(place) or [place, *(other(place) for other in others)],
+        bcast=lambda identity: identity,
+    )
+    return comm, asked
+
+
+@pytest.mark.parametrize(
+    ("others", "direct"),
+    [
+        ([lambda place: "elsewhere 0000:00:00.0"], True),
+        ([lambda place: place and place.replace("0000:00", "0000:01"), lambda place: "elsewhere"], True),
+        ([lambda place: place], False),  # two ranks on one GPU
+        ([lambda place: "elsewhere", lambda place: "elsewhere"], False),
+        ([lambda place: None], False),  # a rank that lacks NCCL
+    ],
+)
+def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct):
+    with strict_cupy.registered():
+        on = backend.get_backend("cuda")
+        with fake_nccl.installed(fake_nccl.Echo()):
+            comm, asked = mpi_rank(others)
+            assert isinstance(comm.gpu_sums(on), GpuSums) == direct
+            assert comm.gpu_sums(on) is comm.gpu_sums(on)
+            assert len(asked) == 1
+            assert asked[0].endswith(" 0000:00:00.0")
+            assert comm.gpu_sums(backend.get_backend("cpu")) is None
+        comm, asked = mpi_rank(others)
+        assert comm.gpu_sums(on) is None  # NCCL is missing here
+        assert asked == [None]
+
+
+def test_the_stand_in_for_nccl_has_its_names():
+    nccl = pytest.importorskip("cupy.cuda.nccl")
+    if not nccl.available:
+        pytest.skip("NCCL is not installed")
+    fake = fake_nccl.NCCL(fake_nccl.Echo())
+    for name in ("NCCL_SUM", "NCCL_FLOAT32", "NCCL_FLOAT64"):
+        assert getattr(nccl, name) == getattr(fake, name)
+    for name in ("groupStart", "groupEnd", "get_unique_id", "NcclError"):
+        assert callable(getattr(nccl, name))
+    identity = nccl.get_unique_id()
+    assert (type(identity), len(identity)) == (bytes, 128) == (type(fake.get_unique_id()), len(fake.get_unique_id()))
+    for name in ("allReduce", "reduce", "bcast"):
+        signature = re.search(r"\((.*)\)", getattr(nccl.NcclCommunicator, name).__doc__.splitlines()[0])[1]
+        theirs = [part.split(" ")[-1] for part in signature.split(", ")]
+        assert list(inspect.signature(getattr(fake_nccl.NcclCommunicator, name)).parameters) == theirs
 
 
 # Ranks that drift apart -----------------------------------------------------------------------------------------------

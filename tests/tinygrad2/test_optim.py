@@ -2,7 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
+from tests import strict_cupy
 from tinygrad2 import nn, optim
 from tinygrad2.params import Parameter
 
@@ -55,6 +57,40 @@ def test_float32_stays_float32():
     assert optimizer.step(1.0).dtype == np.float32
     arrays = [a for region in optimizer.arena.regions for a in (region.values, region.grads)]
     assert {a.dtype for a in [*arrays, *(m for pair in optimizer.moments for m in pair)]} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_step_keeps_the_copies_and_does_not_wait(device, max_norm):
+    plain = Model("float32")
+    with strict_cupy.registered() as counters:
+        model = Model("float32").to(device).hold_copies()
+        optimizers = [optim.AdamW(m, lr=0.1) for m in (plain, model)]
+        for _ in range(3):
+            gradients(plain)
+            for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+                q.grad = p.grad
+            optimizers[0].step(max_norm)
+            counters.reset()
+            optimizers[1].step(max_norm)
+            assert (counters.syncs, counters.waits, counters.float64) == (0, 0, 0)
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            data, compute = q.backend.to_host(q.data), q.backend.to_host(q.compute)
+            np.testing.assert_allclose(data, p.data, rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(compute, data.astype(bfloat16))
+
+
+def test_the_bias_correction_has_its_digits_in_float32():
+    """1 - beta2 would be wrong by 5e-5 if it were taken of float32 numbers."""
+    model = Model("float32")
+    with strict_cupy.registered():
+        model.to("cuda")
+        optimizer = optim.AdamW(model, lr=1.0, eps=1e-12, weight_decay=0.0)
+        before = model.b.data.get()
+        for p in model.parameters():
+            p.grad = np.ones(p.shape, np.float32)
+        optimizer.step()
+        np.testing.assert_allclose(model.b.data.get(), before - 1, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

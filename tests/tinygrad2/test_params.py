@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config
+from tests import strict_cupy
 from tinygrad2 import Key, Tensor, nn, ops
+from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena
 
 CONFIG = GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=3, n_head=2)
@@ -164,3 +167,77 @@ def test_narrow_leaves_the_arena_and_halves_the_memory():
     w.data = np.array([[5, 6]], np.float32)
     assert w.data.tolist() == [[5, 6]]
     np.testing.assert_array_equal(arena.regions[0].values, [1, 2 + 2**-9])
+
+
+def rounded(p):
+    """Whether operations read the values of this parameter rounded to bfloat16."""
+    data, compute = p.backend.to_host(p.data), p.backend.to_host(p.compute)
+    assert compute.dtype == bfloat16
+    return np.array_equal(compute, data.astype(bfloat16))
+
+
+def test_what_operations_read_is_the_data_or_the_copy():
+    x, p = Tensor(np.ones(2)), Parameter(np.full(2, 1.003, np.float32))
+    assert x.compute is x.data
+    assert p.compute is p.data
+    p.hold_copy()
+    assert p.compute.tolist() == [1, 1]
+    assert p.dtype == np.float32
+    assert rounded(p)
+
+
+def test_the_copy_follows_the_data_into_the_arena_and_within_it():
+    p, q = Parameter(np.full((2, 2), 0.3, np.float32), copy=True), Parameter(np.full(3, 0.7, np.float32), copy=True)
+    p.data = np.full((2, 2), 0.1, np.float32)
+    assert rounded(p)
+    arena = ParameterArena([("p", p), ("q", q)])
+    for parameter, region in zip((p, q), arena.regions, strict=True):
+        assert np.shares_memory(parameter.compute, region.copies)
+        assert rounded(parameter)
+        assert region.copies.dtype == bfloat16
+    p.data = np.full((2, 2), 0.9, np.float32)
+    assert rounded(p)
+    for region in arena.regions:
+        region.values[...] = 1 / 3
+    assert not rounded(p)
+    arena.refresh_copies()
+    assert rounded(p)
+    assert rounded(q)
+
+
+def test_without_copies_the_regions_have_none():
+    arena = arena_of(w=[[1, 2]], b=[3])
+    assert [region.copies for region in arena.regions] == [None, None]
+    arena.refresh_copies()
+    assert arena.parameters["w"].compute is arena.parameters["w"].data
+
+
+def test_copies_of_some_parameters_only_are_refused():
+    a, b = Parameter(np.ones(2), copy=True), Parameter(np.ones(2))
+    with pytest.raises(TypeError, match=r"^ParameterArena: some parameters hold a copy, others not; a is the first"):
+        ParameterArena([("a", a), ("b", b)])
+
+
+def test_moving_and_narrowing_drop_the_copy():
+    p, q = (Parameter(np.full(2, 0.3, np.float32), copy=True) for _ in range(2))
+    q.narrow()
+    assert q.compute is q.data
+    with strict_cupy.registered():
+        p.move(get_backend("cuda"))
+        assert p.compute is p.data
+        p.hold_copy()
+        assert rounded(p)
+        p.data = np.full(2, 0.6, np.float32)
+        assert rounded(p)
+        p.move(get_backend("cpu"))
+    assert p.compute is p.data
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_holds_copies(device):
+    with strict_cupy.registered():
+        model = GPT2(CONFIG)
+        before = model.arena()
+        model.to(device).hold_copies()
+        assert model.arena() is not before
+        assert all(rounded(p) for p in model.parameters())

@@ -772,10 +772,13 @@ def _adamw(value, grad, m, v, scale, lr, keep1, keep2, eps, shrink, root2):
         value[i] = value[i] * shrink - lr * first / (np.sqrt(second) * root2 + eps)
 
 
-def adamw_step(value, grad, m, v, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
     if not go:
         return
+    grad_scale, lr, step = float(grad_scale), float(lr), float(step)
     # The bias corrections go into the step size and the root, out of the loop.
     numbers = (grad_scale, lr / (1 - beta1**step), beta1, beta2, eps, 1 - lr * weight_decay, (1 - beta2**step) ** -0.5)
     scalars = [value.dtype.type(number) for number in numbers]
     pool.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))
+    if copy is not None:
+        copy[...] = value.astype(copy.dtype)

@@ -1,0 +1,128 @@
+"""The backward pass of attention on the simulator, against the reference in float64 on the same bfloat16 numbers."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import tests.cudasim
+from tinygrad2 import reference
+from tinygrad2.kernels import cuda
+from tinygrad2.random import Key
+
+pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+
+KEY = Key(seed=2**40 + 5, step=3, first_sample=2, site=1)
+
+
+def poisoned(shape, dtype):
+    return np.full(shape, np.nan, dtype=dtype)
+
+
+def kernels():
+    np_ = SimpleNamespace(RawModule=tests.cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
+    return cuda.CudaKernels(np_, reference)
+
+
+def problem(B, T, H, D, key, rate=0.25, seed=0):
+    """The arguments in bfloat16, and what the reference finds in float64."""
+    rng = np.random.default_rng(seed)
+    qkv = (1.5 * rng.standard_normal((B, T, 3 * H * D))).astype(bfloat16)
+    dout = rng.standard_normal((B, T, H * D)).astype(bfloat16)
+    wide = qkv.astype(np.float64)
+    out, lse = reference.attention_forward(wide, H, rate, key)
+    saved = out.astype(bfloat16), lse.astype(np.float32)
+    want = reference.attention_backward(
+        dout.astype(np.float64), wide, *(x.astype(np.float64) for x in saved), H, rate, key
+    )
+    return (dout, qkv, *saved, H, rate, key), want
+
+
+def error(got, want):
+    """The largest relative error of dQ, dK and dV, by their norms."""
+    parts = zip(np.split(got.astype(np.float64), 3, axis=-1), np.split(want, 3, axis=-1), strict=True)
+    # where a gradient is zero but for rounding (one key gets all the weight), the others give the scale
+    return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), 0.1 * np.linalg.norm(want)) for a, b in parts)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "dropout"),
+    [
+        (2, 1, 1, 16, False),
+        (2, 1, 1, 16, True),
+        (2, 64, 3, 16, True),
+        (1, 130, 1, 16, False),
+        (1, 37, 1, 16, True),  # elements of a row that no four lanes share
+        pytest.param(1, 130, 2, 64, False, marks=pytest.mark.slow),  # to compile
+        pytest.param(1, 37, 3, 64, True, marks=pytest.mark.slow),
+        pytest.param(1, 140, 2, 64, True, marks=pytest.mark.slow),
+        pytest.param(1, 200, 1, 80, True, marks=pytest.mark.slow),
+        pytest.param(1, 72, 1, 128, False, marks=pytest.mark.slow),
+    ],
+)
+def test_backward_agrees_with_the_reference(B, T, H, D, dropout):
+    arguments, want = problem(B, T, H, D, KEY if dropout else None)
+    before = [x.copy() for x in arguments[:4]]
+    got = kernels().attention_backward(*arguments)
+    assert got.dtype == bfloat16
+    assert got.shape == want.shape
+    assert error(got, want) < 1e-2
+    assert all(np.array_equal(x, y) for x, y in zip(before, arguments[:4], strict=True))
+
+
+def test_every_schedule_gives_the_same_bits(monkeypatch):
+    arguments, _ = problem(1, 140, 2, 16, KEY)
+    results = []
+    for schedule in range(4):
+        monkeypatch.setattr(tests.cudasim, "schedule", schedule)
+        results.append(kernels().attention_backward(*arguments).view(np.uint16))
+    assert all(np.array_equal(results[0], result) for result in results[1:])
+
+
+def test_other_dtypes_and_head_sizes_go_to_the_reference():
+    arguments, want = problem(1, 5, 2, 8, None)
+    wide = [x.astype(np.float32) for x in arguments[:4]]
+    assert error(kernels().attention_backward(*wide, *arguments[4:]), want) < 1e-2  # `out` was rounded to bfloat16
+    calls = SimpleNamespace(attention_backward=lambda *a: "reference")
+    assert cuda.CudaKernels(np, calls).attention_backward(*arguments) == "reference"
+
+
+FAULTS = [
+    (r"past > 0", "past >= 0"),
+    (r"cp_async_wait<1>", "cp_async_wait<2>"),
+    (r"dp \* keep_scale : 0.f;\n            ds\[m\]\[n\]\[e\] = p\[", "dp : 0.f;\n            ds[m][n][e] = p["),
+    (r"first_sample \* H \+ head", "head"),
+    (r"kept\[m\]\[n\] >> e & 1 \? p\[m\]", "true ? p[m]"),
+    (r"group, lane / 16 \* 16 \+ i \* 4", "group, i * 4"),
+    (r"__syncwarp\(\);", ""),
+    (r"first_query \+ CHUNK <= warp_key", "first_query <= warp_key"),
+    (r"keep_statistic\(stage \^ 1, next\)", "keep_statistic(stage, next)"),
+    (r"\(dp - d\[m\]\[e / 2\]\)", "(dp - d[m][e % 2])"),
+    (r"DROPOUT \? keep_scale : 1.f", "1.f"),
+]
+
+
+@pytest.mark.slow  # each is compiled
+@pytest.mark.parametrize("fault", [*FAULTS, *range(4)])
+def test_planted_faults_are_caught(monkeypatch, fault):
+    """A number plants the removal of that __syncthreads."""
+    text = cuda.source("attention_backward")
+    if isinstance(fault, int):
+        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", text)][fault]
+        broken = text[:start] + text[stop:]
+    else:
+        broken = re.sub(*fault, text)
+    assert broken != text
+    monkeypatch.setattr(cuda, "source", lambda family: broken)
+    arguments, want = problem(1, 140, 1, 16, KEY)  # three tiles: both stages are used again
+    results = []
+    for schedule in range(3):
+        monkeypatch.setattr(tests.cudasim, "schedule", schedule)
+        try:
+            results.append(kernels().attention_backward(*arguments))
+        except RuntimeError:
+            return
+    wrong = any(not error(got, want) < 1e-2 for got in results)  # NaN is not less
+    assert wrong or any(not np.array_equal(results[0].view("u2"), got.view("u2")) for got in results[1:])

@@ -1,0 +1,74 @@
+"""Every CUDA kernel compiles for every GPU that matters, and keeps its numbers in registers (see tests/nvrtc.py)."""
+
+import pytest
+
+from tests import nvrtc
+from tests.cudasim import KERNEL
+from tinygrad2.kernels import cuda
+
+binding = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)
+try:
+    binding.getVersion()
+except RuntimeError:
+    pytest.skip("NVRTC is not installed: pip install -e '.[cuda-check]'", allow_module_level=True)
+
+BIG_ARRAY = """
+extern "C" __global__ void sums(float* out, const int* where, int n) {
+  float kept[ROOM];
+  for (int i = 0; i < ROOM; i++) kept[i] = out[i];
+  for (int i = 0; i < n; i++) kept[where[i]] += 1.0f;  // an index that only the GPU knows: registers have none
+  for (int i = 0; i < ROOM; i++) out[i] = kept[i];
+}
+"""
+MANY_LIVE = """
+extern "C" __global__ void __launch_bounds__(1024) products(float* out, const float* in) {
+  float kept[ROOM];
+#pragma unroll
+  for (int i = 0; i < ROOM; i++) kept[i] = in[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < ROOM; i++) out[i * 1024 + threadIdx.x] = kept[i] * kept[ROOM - 1 - i];
+}
+"""
+
+
+def check(family, architecture, defines):
+    code = cuda.source(family)
+    usages = nvrtc.compiled(code, architecture, defines)
+    names = [use.name for use in usages]
+    assert set(names) <= set(KERNEL.findall(code)), "the simulator knows a kernel by how it is declared"
+    assert names
+    assert [use for use in usages if use.stack or use.spilled] == []
+
+
+@pytest.mark.parametrize("family", nvrtc.families())
+def test_compiles_for_the_main_size(family):
+    assert family in nvrtc.SIZES, f"SIZES of tests/nvrtc.py does not say what to compile {family}.cu for"
+    check(family, "90", nvrtc.SIZES[family][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("family", nvrtc.families())
+def test_compiles_for_every_size(family, architecture):
+    for defines in nvrtc.SIZES[family]:
+        check(family, architecture, defines)
+
+
+def test_a_local_array_is_reported_as_a_stack_frame():
+    (use,) = nvrtc.compiled(BIG_ARRAY, "90", {"ROOM": 64})
+    assert use.name == "sums"
+    assert use.stack >= 256
+
+
+def test_what_does_not_fit_in_registers_is_reported_as_spilled():
+    (use,) = nvrtc.compiled(MANY_LIVE, "90", {"ROOM": 8})
+    assert (use.stack, use.spilled) == (0, 0)
+    assert 8 < use.registers <= 64
+    (use,) = nvrtc.compiled(MANY_LIVE, "90", {"ROOM": 128})
+    assert use.spilled > 0
+
+
+def test_what_does_not_compile_is_reported_with_its_message():
+    with pytest.raises(nvrtc.CompileError, match="INFINITY"):  # nvcc has it, NVRTC has not
+        nvrtc.compiled('extern "C" __global__ void f(float* x) { *x = INFINITY; }', "90", {})

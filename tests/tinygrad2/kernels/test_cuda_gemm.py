@@ -1,0 +1,243 @@
+"""Products by cuBLASLt's interface, on the stand-in of tests/fake_cublaslt.cpp, against NumPy."""
+
+import ctypes
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from tests import strict_cupy
+from tinygrad2 import reference
+from tinygrad2.kernels import gemm as gemm_module
+from tinygrad2.kernels.cuda import CudaKernels
+from tinygrad2.kernels.gemm import Gemm
+
+SOURCE = Path(__file__).parents[2] / "fake_cublaslt.cpp"
+GEMM = Path(gemm_module.__file__).read_text(encoding="utf-8")
+ERROR = {bfloat16: 6e-3, np.float32: 2e-6}  # of the largest element
+rng = np.random.default_rng(0)
+
+
+class Poisoned(strict_cupy.Library):
+    """The stand-in for CuPy; new arrays are filled with NaN."""
+
+    def empty(self, shape, dtype):
+        return device(np.full(shape, 0xFF if np.dtype(dtype).kind == "u" else np.nan, dtype=dtype))
+
+
+device = strict_cupy.ndarray
+
+
+@pytest.fixture
+def gemm(fake_cublaslt):
+    return Gemm(Poisoned(), fake_cublaslt)
+
+
+def normal(*shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def wide(x, stride):
+    """x with its rows so far apart, and NaN between them."""
+    rows = np.full((x.shape[0], stride), np.nan, dtype=x.dtype)
+    rows[:, : x.shape[1]] = x
+    return rows[:, : x.shape[1]]
+
+
+def close(got, want, error):
+    got = got._a.astype(np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= error * max(1, np.abs(want).max())
+
+
+def f64(x):
+    return x.astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float32])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_every_transpose_type_and_scale_gives_the_product(gemm, dtype, accumulate, apart):
+    options = itertools.product((0, 1), (0, 1), {dtype, np.float32}, (None, 0.375), ((5, 7, 11), (1, 24, 8), (9, 1, 3)))
+    for ta, tb, out_dtype, scale, (m, n, k) in options:
+        a, b, out = normal(*((k, m) if ta else (m, k)), dtype=dtype), None, normal(m, n, dtype=out_dtype)
+        b = normal(*((n, k) if tb else (k, n)), dtype=dtype)
+        want = (scale or 1) * (f64(a).T if ta else f64(a)) @ (f64(b).T if tb else f64(b)) + accumulate * f64(out)
+        if apart:
+            a, b, out = wide(a, a.shape[1] + 3), wide(b, 40), wide(out, 33)
+        if not accumulate:
+            out[...] = np.nan
+        before, factor = (a.copy(), b.copy()), None if scale is None else device(np.full((), scale, dtype=np.float32))
+        y = device(out)
+        assert gemm(device(a), device(b), y, transpose_a=ta, transpose_b=tb, accumulate=accumulate, scale=factor) is y
+        close(y, want, ERROR[out_dtype])
+        assert np.array_equal(a, before[0])
+        assert np.array_equal(b, before[1])
+        assert not apart or np.isnan(f64(out.base)[:, n:]).all()
+
+
+def test_views_by_columns_are_read_in_place_and_others_copied(gemm):
+    a, b = normal(6, 5, dtype=bfloat16), normal(8, 6, dtype=bfloat16)
+    want = f64(a).T @ f64(b).T
+    strict_cupy.device.reset()
+    close(gemm(device(a).T, device(b).T), want, ERROR[bfloat16])
+    close(gemm(device(a).T, device(b), transpose_b=True), want, ERROR[bfloat16])
+    assert strict_cupy.device.syncs == 0
+    close(gemm(device(np.repeat(a, 2, axis=1)[:, ::2]).T, device(b[::-1])[::-1].T), want, ERROR[bfloat16])
+
+
+def test_tf32_rounds_float32_operands_only(gemm):
+    a, b = normal(16, 64), normal(64, 16)
+    want, exact = f64(a) @ f64(b), gemm(device(a), device(b))._a
+    narrow = [device(x.astype(bfloat16)) for x in (a, b)]
+    before = gemm(*narrow)._a
+    gemm.tf32 = True
+    error = np.abs(gemm(device(a), device(b))._a - want).max()
+    assert np.abs(exact - want).max() < 2e-5 < error < 2e-2
+    assert np.array_equal(gemm(*narrow)._a, before)
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float32])
+def test_epilogues(gemm, dtype):
+    m, n, k = 6, 16, 10
+    a, b, bias = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype), normal(n, dtype=dtype)
+    product, error = f64(a) @ f64(b), 2 * ERROR[dtype]
+    given = [device(x) for x in (a, b)]
+    close(gemm(*given, bias=device(bias)), product + f64(bias), error)
+
+    aux = device(wide(np.full((m, n), np.nan, dtype=dtype), 24))
+    y = gemm(*given, bias=device(bias), aux=aux, epilogue="gelu")
+    close(aux, product + f64(bias), error)
+    close(y, reference.gelu_forward(product, f64(bias)), error)
+
+    dy = gemm(*given, aux=aux, epilogue="dgelu")
+    close(dy, reference.gelu_backward(product, f64(aux._a), np.zeros(n), None), error)
+
+    sums = device(np.full(n, np.nan, dtype=np.float32))
+    x = normal(k, m, dtype=dtype)
+    total = normal(m, n)
+    want = f64(x).T @ f64(b) + total
+    dw = gemm(device(x), given[1], device(total), transpose_a=True, bias=sums, epilogue="column_sums", accumulate=True)
+    close(dw, want, 2e-6)
+    close(sums, f64(b).sum(0), 2e-6)
+
+
+def test_plans_are_kept_and_know_alignments_and_streams(gemm):
+    memory = np.zeros(4096, dtype=np.uint8)
+    start = -memory.ctypes.data % 256
+    a, b = normal(4, 8, dtype=bfloat16), normal(8, 8, dtype=bfloat16)
+    for offset, plans in ((0, 1), (256, 1), (2, 2), (16, 3), (2, 3)):
+        bias = memory[start + 2048 + offset :][:16].view(bfloat16)
+        bias[:] = offset
+        close(gemm(device(a), device(b), bias=device(bias)), f64(a) @ f64(b) + offset, 2 * ERROR[bfloat16])
+        assert len(gemm._plans) >= plans
+    with strict_cupy.Stream(non_blocking=True) as other:
+        gemm(device(a), device(b))
+    assert set(gemm._workspaces) == {0, other.ptr}
+
+
+def test_what_does_not_fit_is_refused_before_cublas_is_asked(gemm):
+    f, h = device(normal(8, 8)), device(normal(8, 8, dtype=bfloat16))
+    row, bias = device(normal(8)), device(normal(7))
+    for args, options, message in (
+        ((f, h), {}, "no product of float32 and bfloat16 into float32"),
+        ((f, f, h), {}, "into bfloat16"),
+        ((device(normal(8, 8).astype("f8")), f), {}, "no product of float64"),
+        ((f, device(normal(7, 8))), {}, "a product of"),
+        ((device(normal(0, 8)), f), {}, "is empty"),
+        ((f, f, device(normal(8, 8).T)), {}, "by rows"),
+        ((row, f), {}, "2 axes"),
+        ((f, f), {"bias": bias}, "bias"),
+        ((h, h), {"bias": row}, "bias"),
+        ((f, f), {"aux": f}, "takes no aux"),
+        ((f, f), {"epilogue": "gelu", "aux": f}, "needs bias"),
+        ((f, f), {"epilogue": "relu"}, "expected one of"),
+        ((f, f), {"epilogue": "dgelu", "aux": device(wide(normal(8, 8), 9))}, "divisible by 8"),
+        ((f, f), {"scale": row}, "one float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gemm(*args, **options)
+
+
+def test_a_missing_library_and_a_failing_call_are_said(gemm, tmp_path):
+    f = device(normal(2, 2))
+    with pytest.raises(ValueError, match="cuBLASLt was not found"):
+        Gemm(Poisoned(), str(tmp_path / "none.so"))(f, f)
+    gemm(f, f)
+    preference = gemm._new("MatmulPreferenceCreate")
+    with pytest.raises(RuntimeError, match=r"MatmulPreferenceSetAttribute failed: invalid value \(status 7\)"):
+        gemm._call("MatmulPreferenceSetAttribute", preference, 99, ctypes.byref(ctypes.c_int()), 4)
+
+
+# The launchers
+
+
+@pytest.fixture
+def kernels(fake_cublaslt):
+    kernels = CudaKernels(Poisoned(), reference)
+    kernels._gemm = Gemm(Poisoned(), fake_cublaslt)
+    return kernels
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float32])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_is_the_references(kernels, dtype, has_bias):
+    x, dy = normal(2, 5, 12, dtype=dtype), normal(2, 5, 7, dtype=dtype)
+    weight, bias = normal(12, 7, dtype=dtype), normal(7, dtype=dtype) if has_bias else None
+    error = 2 * ERROR[dtype]
+    for w in (device(weight), device(np.ascontiguousarray(weight.T)).T):
+        y = kernels.linear_forward(device(x), w, None if bias is None else device(bias))
+        assert y.dtype == dtype
+        close(y, reference.linear_forward(f64(x), f64(weight), None if bias is None else f64(bias)), error)
+        dweight, dbias = normal(12, 7), normal(7)
+        want = [f64(dweight), f64(dbias)]
+        got = [device(dweight), device(dbias) if has_bias else None]
+        dx = kernels.linear_backward(device(dy), device(x), w, *got)
+        close(dx, reference.linear_backward(f64(dy), f64(x), f64(weight), *want), error)
+        close(got[0], want[0], 2e-6)
+        if has_bias:
+            close(got[1], want[1], 2e-6)
+    kernels.linear_backward(device(dy), device(x), device(weight), None, None)
+
+
+def test_narrow_weights_are_widened(kernels):
+    x, weight, bias = normal(3, 8), normal(8, 5, dtype=bfloat16), normal(5, dtype=bfloat16)
+    want = f64(x) @ f64(weight) + f64(bias)
+    close(kernels.linear_forward(device(x), device(weight), device(bias)), want, 2e-6)
+
+
+FAULTS = [
+    (r"\[self\._matrix\(x\) for x in \(b, a, out\)\]", "[self._matrix(x) for x in (a, b, out)]"),
+    (r"TRANSA, c_int\(transpose_b\)", "TRANSA, c_int(transpose_a)"),
+    (r"c_int64\(aux\.stride\)", "c_int(aux.stride)"),
+    (r"BIAS_TYPE, c_int\(out\.type\)", "BIAS_TYPE, c_int(14 - out.type)"),
+    (r"REDUCTION_COMPUTE_TYPE\)\)", "7))"),
+    (r"self\._one if accumulate else self\._zero", "self._zero"),
+    (r"ptr \+ 4 \* accumulate", "ptr"),
+    (r"c_int\(device_scalars\)", "c_int(2 * device_scalars)"),
+    (r"\*alignments, _alignment\(bias_address\)", "_alignment(256)"),
+    (r"        if bias_address:\n", "        if False:\n"),
+    (r"transpose_a, transpose_b, self\.tf32", "self.tf32"),
+    (r"TYPES\[x\.dtype\.name\], _row_stride\(x\)", "TYPES[x.dtype.name], x.shape[1]"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "replacement"), FAULTS)
+def test_planted_faults_are_caught(fake_cublaslt, pattern, replacement):
+    text, count = re.subn(pattern, replacement, GEMM)
+    assert count == 1
+    module = {"__name__": gemm_module.__name__, "__file__": ""}
+    exec(compile(text, "faulty", "exec"), module)
+    faulty = module["Gemm"](Poisoned(), fake_cublaslt)
+
+    def run():
+        for dtype, accumulate in itertools.product((bfloat16, np.float32), (False, True)):
+            test_every_transpose_type_and_scale_gives_the_product(faulty, dtype, accumulate, True)
+            test_epilogues(faulty, dtype)
+        test_plans_are_kept_and_know_alignments_and_streams(faulty)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        run()

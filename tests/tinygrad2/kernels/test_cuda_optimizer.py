@@ -1,0 +1,195 @@
+"""tinygrad2/kernels/optimizer.cu on the simulator, against reference.py in float64."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from tests import cudasim, strict_cupy
+from tests.tinygrad2.test_optim import Model
+from tinygrad2 import optim, reference
+from tinygrad2.backend import get_backend
+from tinygrad2.kernels import cuda
+
+
+def poisoned(shape, dtype):
+    return np.full(shape, np.nan, dtype)
+
+
+@pytest.fixture
+def kernels():
+    return made()
+
+
+def made():
+    library = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
+    return cuda.CudaKernels(library, reference)
+
+
+@pytest.fixture(autouse=True)
+def schedule(monkeypatch):
+    monkeypatch.setattr(cudasim, "schedule", 0)
+
+
+def flat(n, offset=0, dtype=np.float32, seed=0):
+    """n numbers that begin `offset` places after a multiple of 16 bytes, the same wherever that is; 7 around them."""
+    raw = np.full(n + 32, 7, dtype)
+    start = -raw.ctypes.data % 16 // raw.itemsize + offset
+    raw[start : start + n] = np.random.default_rng(seed).normal(size=n)
+    return raw[start : start + n]
+
+
+# Numbers: none, fewer than one access, a block's run and one more, more than all blocks take at once.
+@pytest.mark.parametrize("n", [0, 3, 1024, 4097, 70_001, 4096 * 1024 + 4099])
+def test_squared_norm(kernels, n):
+    x = flat(n)
+    total = kernels.squared_norm(x)
+    assert (total.shape, total.dtype) == ((), np.float32)
+    np.testing.assert_allclose(total, reference.squared_norm(x.astype("d")), rtol=3e-7)
+    np.testing.assert_array_equal(kernels.squared_norm(flat(n, offset=1)), total)
+    np.testing.assert_array_equal(x, flat(n))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_squared_norm_of_what_is_not_finite(kernels, bad):
+    x = flat(5000)
+    x[4999] = bad
+    assert not np.isfinite(kernels.squared_norm(x))
+
+
+def stepped(kernels, n, offset=0, go=1.0, step=3, betas=(0.9, 0.999), copy=True, dtype=np.float32):
+    """value, m, v and copy after a step on slices that begin at `offset`, and value before it."""
+    value, grad, m, v = (flat(n, offset, dtype, seed) for seed in range(4))
+    for array in (value, grad, m, v):
+        array[...] = array.astype(np.float32)
+    v *= v
+    before, rounded = value.copy(), flat(n, offset, bfloat16)
+    if not go:
+        grad[...] = np.nan
+    numbers = (np.full((), number, dtype) for number in (go, 0.7, 1e-2))
+    last = np.full((), step, dtype)
+    kernels.adamw_step(value, grad, m, v, rounded if copy else None, *numbers, *betas, 1e-8, 0.1, last)
+    return [value, m, v, rounded], before
+
+
+@pytest.mark.parametrize("n", [1, 6, 1024, 2503])
+@pytest.mark.parametrize("step", [1, 3, 20_000])
+def test_adamw_step(kernels, n, step):
+    after, before = stepped(kernels, n, step=step)
+    expected, _ = stepped(reference, n, step=step, dtype=np.float64)
+    # What is rounded is the change: with moments that do not fit each other it can be far larger than the value.
+    bound = 1e-6 * (np.abs(expected[0] - before) + np.abs(before))
+    assert (np.abs(after[0] - expected[0]) <= bound).all()
+    np.testing.assert_allclose(after[1], expected[1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(after[2], expected[2], rtol=1e-6)
+    np.testing.assert_array_equal(after[3], after[0].astype(bfloat16))
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.0, 0.0)])
+def test_adamw_without_moments(kernels, betas):
+    after, _ = stepped(kernels, 100, step=1, betas=betas)
+    expected, _ = stepped(reference, 100, step=1, betas=betas, dtype=np.float64)
+    np.testing.assert_allclose(after[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_a_slice_that_begins_anywhere_gives_the_same_bits_and_nothing_around_it_changes(kernels, offset):
+    for array, right in zip(stepped(kernels, 1030, offset)[0], stepped(kernels, 1030)[0], strict=True):
+        np.testing.assert_array_equal(array, right)
+        first = (array.ctypes.data - array.base.ctypes.data) // array.itemsize
+        assert (np.delete(array.base, np.arange(first, first + 1030)) == 7).all()
+
+
+def test_adamw_leaves_everything_where_go_is_0(kernels):
+    after, value = stepped(kernels, 100, go=0.0)
+    np.testing.assert_array_equal(after[0], value)
+    for array, old in zip(after, stepped(SimpleNamespace(adamw_step=lambda *_: None), 100)[0], strict=True):
+        np.testing.assert_array_equal(array, old)
+
+
+def test_adamw_without_a_copy_and_without_numbers(kernels):
+    for right, got in zip(stepped(kernels, 50)[0][:3], stepped(kernels, 50, copy=False)[0][:3], strict=True):
+        np.testing.assert_array_equal(right, got)
+    stepped(kernels, 0)
+
+
+def test_float64_goes_to_the_reference(kernels):
+    after, expected = (stepped(table, 20, dtype=np.float64)[0] for table in (kernels, reference))
+    np.testing.assert_array_equal(after[0], expected[0])
+    assert kernels.squared_norm(np.full(3, 2.0)) == 12
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, order):
+    first = [*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))]
+    monkeypatch.setattr(cudasim, "schedule", order)
+    for array, right in zip([*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))], first, strict=True):
+        np.testing.assert_array_equal(array, right)
+
+
+def test_training_with_copies_on_the_device():
+    """AdamW on these kernels: the copies stay in step, the host never waits, and the values are the CPU's."""
+    on_cpu = Model("float32")
+    with strict_cupy.registered() as counters:
+        backend, library = get_backend("cuda"), strict_cupy.library
+        own = SimpleNamespace(
+            RawModule=cudasim.RawModule, empty=library.empty, ascontiguousarray=library.ascontiguousarray
+        )
+        table = cuda.CudaKernels(own, backend.kernels)
+        backend.kernels.adamw_step, backend.kernels.squared_norm = table.adamw_step, table.squared_norm
+        on_device = Model("float32").to("cuda").hold_copies()
+        optimizers = [optim.AdamW(model, lr=0.01) for model in (on_cpu, on_device)]
+        R = np.random.default_rng(1)
+        for _ in range(3):
+            for p, q in zip(on_cpu.parameters(), on_device.parameters(), strict=True):
+                p.grad = R.normal(size=p.shape).astype(np.float32)
+                q.grad = p.grad
+            syncs = counters.syncs
+            norms = [optimizer.step(1.0) for optimizer in optimizers]
+            assert counters.syncs == syncs
+            np.testing.assert_allclose(norms[1].get(), norms[0], rtol=1e-6)
+        for p, q in zip(on_cpu.parameters(), on_device.parameters(), strict=True):
+            np.testing.assert_allclose(q.data.get(), p.data, rtol=1e-5)
+            np.testing.assert_array_equal(q.compute.get(), q.data.get().astype(bfloat16))
+
+
+FAULTS = [
+    (r"i \+ 4 <= n\) return", "i < n) return"),  # a last access beyond the end
+    (r"if \(i \+ j < n\) p", "p"),
+    (r"__syncthreads\(\);", ""),
+    (r"threadIdx\.x < 8 \? sums", "threadIdx.x < 7 ? sums"),
+    (r"gridDim\.x \* 4096", "gridDim.x * 8192"),
+    (r"k \* 1024 \+ thr", "k * 512 + thr"),
+    (r"i \+= 256", "i += 128"),
+    (r"!\(\*go > 0\.0f\)", "*go < 0.0f"),
+    (r"g\.v\[j\] \* scale", "g.v[j]"),
+    (r"1\.0f - \*lr \* weight_decay", "1.0f"),
+    (r"-expm1f\(\*step \* log_beta1\)", "rest1"),
+    (r"\* root \+ eps", "+ eps"),
+    (r"from_f32<bf16>\(p\.v\[j\]\)", "from_f32<bf16>(g.v[j])"),
+    (r"  store4\(v, i, n, aligned, second\);\n", ""),
+]
+
+
+def check(monkeypatch):
+    kernels = made()
+    for n in (3, 1024, 4097):
+        test_squared_norm(kernels, n)
+    for n in (6, 1024):
+        test_adamw_step(kernels, n, 3)
+    test_adamw_leaves_everything_where_go_is_0(kernels)
+    test_a_slice_that_begins_anywhere_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
+    test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, 2)
+    test_squared_norm(kernels, 4096 * 1024 + 4099)
+
+
+@pytest.mark.slow  # each is compiled
+@pytest.mark.parametrize(("pattern", "replacement"), FAULTS)
+def test_planted_faults_show(monkeypatch, pattern, replacement):
+    text, count = re.subn(pattern, lambda _: replacement, cuda.source("optimizer"), count=1)
+    assert count == 1
+    monkeypatch.setattr(cuda, "source", lambda family: text)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(monkeypatch)

@@ -1,0 +1,41 @@
+#include "common.cuh"
+#include "columns.cuh"
+// Sums of columns, in two stages of fixed order: blocks leave partial sums, and add_partials adds them to their target.
+
+// partial[p] = the sum of block p's rows of x (N, C). Reads x: 2 bytes and 1 FLOP an element in bf16. At N = 65536 and
+// C = 768: 0.1 GB, floor 0.023 ms.
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+column_sums(float* __restrict__ partial, const REAL* __restrict__ x, int rows) {
+  float sum[VEC] = {};
+  int c = first_column();
+  if (c < C) {
+#pragma unroll 4
+    for (int row = first_row(); row < rows; row += row_step()) {
+      Vec<REAL> in = *(const Vec<REAL>*)(x + (size_t)row * C + c);
+#pragma unroll
+      for (int k = 0; k < VEC; k++) sum[k] += f32(in.v[k]);
+    }
+  }
+  store_partial(partial, sum);
+}
+
+// first += the sum of partial[0] over its rows, second += that of partial[1], for partial (gridDim.y, parts, C). A block
+// has 32 columns, each of its 32 warps takes every 32nd row. 1.6 MB from the L2 cache for a LayerNorm of C = 768, less
+// than the time of a launch.
+extern "C" __global__ void __launch_bounds__(1024)
+add_partials(float* __restrict__ first, float* __restrict__ second, const float* __restrict__ partial, int parts) {
+  __shared__ float sums[32][32];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  partial += (size_t)blockIdx.y * parts * C;
+  float sum = 0.f;
+  if (c < C)
+#pragma unroll 4
+    for (int part = warp; part < parts; part += 32) sum += partial[(size_t)part * C + c];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp || c >= C) return;
+#pragma unroll
+  for (int w = 1; w < 32; w++) sum += sums[w][lane];
+  float* into = blockIdx.y ? second : first;
+  into[c] += sum;
+}

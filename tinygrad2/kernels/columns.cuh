@@ -1,0 +1,28 @@
+// A matrix (N, C) walked down its columns: each lane keeps VEC neighbouring columns, the eight warps of a block take
+// every eighth row of theirs, and gridDim.y blocks share the rows. Where C is no multiple of what 16 bytes hold, a lane
+// has one column. C is a constant (-DC).
+constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N, WARPS = 8, WIDTH = 32 * VEC;
+
+template <class T>
+struct alignas(sizeof(T) * VEC) Vec {
+  T v[VEC];
+};
+
+__device__ __forceinline__ int first_column() { return blockIdx.x * WIDTH + threadIdx.x % 32 * VEC; }
+__device__ __forceinline__ int first_row() { return blockIdx.y * WARPS + threadIdx.x / 32; }
+__device__ __forceinline__ int row_step() { return gridDim.y * WARPS; }
+
+// The sums of the lanes' columns, added over the warps in order, to row blockIdx.y of partial (gridDim.y, C). Every
+// thread of the block calls it.
+__device__ __forceinline__ void store_partial(float* partial, const float (&sum)[VEC]) {
+  __shared__ float sums[WARPS][WIDTH];
+#pragma unroll
+  for (int k = 0; k < VEC; k++) sums[threadIdx.x / 32][threadIdx.x % 32 * VEC + k] = sum[k];
+  __syncthreads();
+  int c = blockIdx.x * WIDTH + threadIdx.x;
+  if (threadIdx.x >= WIDTH || c >= C) return;
+  float total = sums[0][threadIdx.x];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; warp++) total += sums[warp][threadIdx.x];
+  partial[(size_t)blockIdx.y * C + c] = total;
+}

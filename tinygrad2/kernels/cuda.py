@@ -1,0 +1,494 @@
+"""Kernels for NVIDIA GPUs: one CUDA C++ source per family of operations beside this file, launched from here.
+
+Same names and signatures as reference.py. Activations and weights are float32 or bfloat16; statistics, sums and the
+gradients of parameters are float32. What is float64, and what a kernel has no form for, goes to the reference on CuPy.
+No kernel adds with atomics: two runs give the same bits.
+
+Sources are compiled by CuPy when first used (NVRTC, kept on disk) for the shapes at hand: numbers
+such as C or the head size are constants in the code (-DC=768).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+from ml_dtypes import bfloat16
+
+from tinygrad2.kernels.gemm import Gemm
+
+REAL = {"float32": "float", "bfloat16": "bf16"}  # the types that the kernels know, by their names in CUDA C++
+PHILOX_KEY = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # as in common.cuh
+FOLDER = Path(__file__).parent
+CHUNK = 64  # sorted rows that one block of the embedding's backward pass adds up
+ALIGNMENT = 64  # the columns of the logits, and the rows of the embeddings they come from, are a multiple of this
+RESIDENT_ROW = 112 << 10  # bytes of logits: two rows of this size fit the shared memory of a multiprocessor (H100 on)
+
+
+def source(family: str) -> str:
+    """The CUDA C++ of a family of kernels, with what it includes pasted in: CuPy's cache does not see headers."""
+
+    def paste(match: re.Match) -> str:
+        return (FOLDER / match[1]).read_text(encoding="utf-8")
+
+    return re.sub(r'^#include "(\w+\.cuh)"$', paste, (FOLDER / f"{family}.cu").read_text(encoding="utf-8"), flags=re.M)
+
+
+class CudaKernels:
+    """The overrides for one array library (CuPy, or a stand-in in the tests).
+
+    np         the array library.
+    reference  reference.py on that library, for what has no kernel here.
+    """
+
+    def __init__(self, np: Any, reference: Any):
+        self._np = np
+        self._reference = reference
+        self._functions: dict[tuple, Any] = {}
+        self._gemm = Gemm(np)
+
+    def _function(self, family: str, name: str, **defines: Any) -> Any:
+        """A kernel, compiled with these constants when first used."""
+        key = (family, name, *defines.items())
+        if key not in self._functions:
+            options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
+            module = self._np.RawModule(code=source(family), options=options)
+            self._functions[key] = module.get_function(name)
+        return self._functions[key]
+
+    # Matrix products --------------------------------------------------------------------------------------------------
+
+    def linear_forward(self, x: Any, weight: Any, bias: Any | None) -> Any:
+        if x.dtype.name not in REAL or weight.dtype.name not in REAL or not x.size:
+            return self._reference.linear_forward(x, weight, bias)
+        weight = weight.astype(x.dtype, copy=False)
+        bias = None if bias is None else bias.astype(x.dtype, copy=False)
+        return self._gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
+
+    def linear_backward(self, dy: Any, x: Any, weight: Any, dweight: Any | None, dbias: Any | None) -> Any:
+        if any(array.dtype.name not in REAL for array in (dy, x, weight)) or not dy.size:
+            return self._reference.linear_backward(dy, x, weight, dweight, dbias)
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        if dweight is not None:
+            x2 = x.reshape(-1, x.shape[-1]).astype(dy.dtype, copy=False)
+            self._gemm(x2, dy2, dweight, transpose_a=True, accumulate=True)
+        if dbias is not None:
+            self._column_sums(dy2, dbias)
+        return self._gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
+
+    def use_tf32(self, on: bool) -> None:
+        """Whether products of float32 matrices may round what they read to TF32."""
+        self._gemm.tf32 = on
+
+    # Sums of columns --------------------------------------------------------------------------------------------------
+
+    def _column_sums(self, rows: Any, into: Any) -> None:
+        """into (C,) float32 += the sum over the rows of a matrix (N, C), in a fixed order."""
+        np = self._np
+        rows = np.ascontiguousarray(rows)
+        grid, count = _column_grid(rows)
+        partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
+        function = self._function("columns", "column_sums", REAL=REAL[rows.dtype.name], C=rows.shape[-1])
+        function(grid, (THREADS,), (partials, rows, count))
+        self._add_partials(partials, into)
+
+    def _add_partials(self, partials: Any, *targets: Any | None) -> None:
+        """Each target (C,) += the sum of its partials over their rows; partials (targets, parts, C)."""
+        wanted = [i for i, target in enumerate(targets) if target is not None]
+        if not wanted:
+            return
+        parts, C = partials.shape[1:]
+        function = self._function("columns", "add_partials", REAL="float", C=C)
+        first, last = wanted[0], wanted[-1]
+        arguments = (targets[first], targets[last], partials[first : last + 1], numpy.int32(parts))
+        function((-(-C // 32), len(wanted)), (1024,), arguments)
+
+    # Embedding --------------------------------------------------------------------------------------------------------
+
+    def _access(self, C: int, *arrays: Any) -> int:
+        """How many of the first array's numbers a thread takes at once: 16 bytes where rows of C allow it, or 1.
+
+        A parameter may begin anywhere in the arena that holds all of them.
+        """
+        count = 16 // arrays[0].dtype.itemsize
+        return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
+
+    def embedding_forward(self, tokens, wte, wpe, first_position):
+        if wte.dtype.name not in REAL:
+            return self._reference.embedding_forward(tokens, wte, wpe, first_position)
+        np, C, T = self._np, wte.shape[1], tokens.shape[-1] if tokens.ndim else 1
+        y = np.empty((*tokens.shape, C), dtype=wte.dtype)
+        tokens, wte = np.ascontiguousarray(tokens), np.ascontiguousarray(wte)
+        positions = wte if wpe is None else np.ascontiguousarray(wpe.astype(wte.dtype, copy=False))
+        width = self._access(C, wte, positions)
+        defines = {"REAL": REAL[wte.dtype.name], "C": C, "WIDTH": width, "CHUNK": CHUNK}
+        kernel = self._function("embedding", "embedding_forward", **defines, POSITIONS=int(wpe is not None))
+        numbers = numpy.int64(tokens.size), numpy.int32(T), numpy.int32(first_position)
+        kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
+        return y
+
+    def embedding_backward(self, dy, runs, first_position, dwte, dwpe):
+        if dy.dtype.name not in REAL:
+            return self._reference.embedding_backward(dy, runs, first_position, dwte, dwpe)
+        C, rows = dy.shape[-1], dy.size // dy.shape[-1]
+        dy = self._np.ascontiguousarray(dy)
+        width = self._access(C, dy, *(array for array in (dwte, dwpe) if array is not None))
+        defines = {"REAL": REAL[dy.dtype.name], "C": C, "WIDTH": width, "CHUNK": CHUNK, "POSITIONS": 0}
+        threads = min(256, -(-C // width // 32) * 32)
+        columns = -(-C // width // threads)
+
+        def launch(name, blocks, *arguments):
+            self._function("embedding", name, **defines)((blocks, columns), (threads,), arguments)
+
+        if dwte is not None:
+            chunks = -(-rows // CHUNK)
+            partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
+            where = runs.first, runs.ids, numpy.int32(rows), numpy.int32(runs.first.size)
+            launch("embedding_backward", chunks, dwte, partial, dy, runs.order, *where)
+            if chunks > 1:
+                launch("embedding_backward_long", chunks - 1, dwte, partial, *where)
+        if dwpe is not None:
+            T = dy.shape[-2]
+            numbers = numpy.int32(rows // T), numpy.int32(T), numpy.int32(first_position)
+            launch("embedding_backward_positions", T, dwpe, dy, *numbers)
+        return None
+
+    # Dropout ----------------------------------------------------------------------------------------------------------
+
+    def dropout_forward(self, x, rate, key):
+        if x.dtype.name not in REAL:
+            return self._reference.dropout_forward(x, rate, key)
+        x = self._np.ascontiguousarray(x)
+        y = self._np.empty(x.shape, dtype=x.dtype)
+        first = numpy.uint64(key.first_sample * (x.size // x.shape[0]))
+        numbers = (
+            numpy.int64(x.size),
+            _philox_key(key),
+            numpy.uint64(round(rate * 2**32)),
+            numpy.float32(1 / (1 - rate)),
+        )
+        kernel = self._function("dropout", "dropout", REAL=REAL[x.dtype.name])
+        kernel((-(-x.size // 2048),), (256,), (x, y, first, *numbers))
+        return y
+
+    def dropout_backward(self, dy, rate, key):
+        return self.dropout_forward(dy, rate, key)
+
+    # LayerNorm --------------------------------------------------------------------------------------------------------
+
+    def layernorm_forward(self, x: Any, weight: Any, bias: Any, eps: float) -> tuple:
+        if not _all_real(x):
+            return self._reference.layernorm_forward(x, weight, bias, eps)
+        return self._layernorm_forward("layernorm_forward", (x,), weight, bias, eps)
+
+    def add_layernorm_forward(self, x: Any, delta: Any, weight: Any, bias: Any, eps: float) -> tuple:
+        if not _all_real(x, delta):
+            return self._reference.add_layernorm_forward(x, delta, weight, bias, eps)
+        return self._layernorm_forward("add_layernorm_forward", (x, delta), weight, bias, eps)
+
+    def layernorm_backward(
+        self, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
+    ) -> Any:
+        if not _all_real(dy, x):
+            return self._reference.layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias)
+        return self._layernorm_backward("layernorm_backward", (dy, x), weight, mean, rstd, dweight, dbias)
+
+    def add_layernorm_backward(
+        self, ds: Any, dy: Any, s: Any, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
+    ) -> Any:
+        if not _all_real(ds, dy, s):
+            return self._reference.add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias)
+        return self._layernorm_backward("add_layernorm_backward", (ds, dy, s), weight, mean, rstd, dweight, dbias)
+
+    def _layernorm_forward(self, name: str, inputs: tuple, weight: Any, bias: Any, eps: float) -> tuple:
+        np, x = self._np, inputs[0]
+        C = x.shape[-1]
+        rows = x.size // C
+        results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
+        mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
+        arrays = [*map(np.ascontiguousarray, inputs), self._float32(weight), self._float32(bias)]
+        function = self._layernorm(name, x, shared := 8 * C)
+        blocks = _blocks(rows, _rows_of_a_block(C), 4)
+        arguments = (*results, mean, rstd, *arrays, numpy.int32(rows), numpy.float32(eps))
+        function((blocks,), (THREADS,), arguments, shared_mem=shared)
+        return *results, mean, rstd
+
+    def _layernorm_backward(
+        self, name: str, inputs: tuple, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
+    ) -> Any:
+        np, x = self._np, inputs[-1]
+        C = x.shape[-1]
+        rows = x.size // C
+        blocks = _blocks(rows, _rows_of_a_block(C), 2)
+        dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
+        arrays = [*map(np.ascontiguousarray, inputs), *map(self._float32, (weight, mean, rstd))]
+        function = self._layernorm(name, x, shared := 4 * C)
+        function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
+        self._add_partials(partials, dweight, dbias)
+        return dx
+
+    def _layernorm(self, name: str, x: Any, shared: int) -> Any:
+        function = self._function("layernorm", name, REAL=REAL[x.dtype.name], C=x.shape[-1])
+        if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
+            function.max_dynamic_shared_size_bytes = shared
+        return function
+
+    def _float32(self, x: Any) -> Any:
+        return self._np.ascontiguousarray(x.astype(numpy.float32, copy=False))
+
+    # Attention --------------------------------------------------------------------------------------------------------
+
+    def attention_forward(self, qkv: Any, n_head: int, rate: float, key: Any) -> tuple[Any, Any]:
+        """On tensor cores, for bfloat16; lse is float32."""
+        B, T, width = qkv.shape
+        D = width // (3 * n_head)
+        if qkv.dtype != bfloat16 or not self._tiles_fit(D):
+            return self._reference.attention_forward(qkv, n_head, rate, key)
+        out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
+        lse = self._np.empty((B, n_head, T), dtype=numpy.float32)
+        rows, keys = 128 if D <= 64 else 64, 64
+        shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
+        kernel = self._function("attention_forward", "attention_forward", D=D, DROPOUT=int(key is not None))
+        if kernel.max_dynamic_shared_size_bytes < shared:
+            kernel.max_dynamic_shared_size_bytes = shared
+        arrays = out, lse, self._np.ascontiguousarray(qkv)
+        scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
+        dropout = self._attention_dropout(rate, key)
+        kernel(
+            (B * n_head, -(-T // rows)),
+            (128,),
+            (*arrays, numpy.int32(T), numpy.int32(n_head), scale, *dropout),
+            shared_mem=shared,
+        )
+        return out, lse
+
+    def attention_cached(self, qkv: Any, cache: Any, length: int, n_head: int) -> Any:
+        """One token at a time at the speed at which the cache is read; a prompt in bfloat16 as attention_forward."""
+        B, T, width = qkv.shape
+        D = width // (3 * n_head)
+        if qkv.dtype.name not in REAL or cache.dtype != qkv.dtype or not cache.flags.c_contiguous:
+            return self._reference.attention_cached(qkv, cache, length, n_head)
+        qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
+        defines = {"D": D, "REAL": REAL[qkv.dtype.name]}
+        sizes = [numpy.int32(n) for n in (T, n_head, length, capacity)]
+        if length == 0 and T > 1 and qkv.dtype == bfloat16 and self._tiles_fit(D):
+            fill = self._function("attention_cached", "fill_cache", **defines)
+            fill((B * T,), (256,), (cache, qkv, numpy.int32(B), *sizes))
+            return self.attention_forward(qkv, n_head, 0.0, None)[0]
+        out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
+        kernel = self._function("attention_cached", "attention_cached", **defines)
+        scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
+        kernel((B * n_head, T), (256,), (out, cache, qkv, *sizes, scale))
+        return out
+
+    @staticmethod
+    def _tiles_fit(D: int) -> bool:
+        """Whether attention has a form on tensor cores for this head size."""
+        return D % 16 == 0 and D <= 128
+
+    @staticmethod
+    def _attention_dropout(rate: float, key: Any) -> tuple:
+        """The arguments of a kernel that draws dropout's bits: the key, the first sample, the threshold, the scale."""
+        if key is None:
+            return numpy.zeros((), dtype=PHILOX_KEY)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
+        threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
+        return _philox_key(key), numpy.uint64(key.first_sample), threshold, scale
+
+    def attention_backward(self, dout: Any, qkv: Any, out: Any, lse: Any, n_head: int, rate: float, key: Any) -> Any:
+        """On tensor cores, for bfloat16: dqkv, which the kernels fill without atomics, queries apart from keys."""
+        B, T, width = qkv.shape
+        D = width // (3 * n_head)
+        if qkv.dtype != bfloat16 or not self._tiles_fit(D):
+            return self._reference.attention_backward(dout, qkv, out, lse, n_head, rate, key)
+        dout, qkv, out, lse = (self._np.ascontiguousarray(x) for x in (dout, qkv, out, lse))
+        delta = self._np.empty((B, n_head, T), dtype=numpy.float32)
+        dqkv = self._np.empty(qkv.shape, dtype=qkv.dtype)
+        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # what shared memory and the registers hold
+        defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
+        sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
+        kv = self._function("attention_backward", "attention_backward_kv", OWNED=64, CHUNK=chunk, **defines)
+        # Two 16-row tiles a warp halve what is read from shared memory; beyond D = 64 they would not fit the registers.
+        owned, q_chunk = (128, 16) if D == 64 else (64, chunk)
+        q = self._function("attention_backward", "attention_backward_q", OWNED=owned, CHUNK=q_chunk, **defines)
+        row_sums = self._function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
+        row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
+        scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
+        for kernel, mine in ((kv, 64), (q, owned)):
+            # Two tiles of its own and twice two of the stream; with them go two statistics of each row.
+            shared = (2 * mine + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
+            if kernel.max_dynamic_shared_size_bytes < shared:
+                kernel.max_dynamic_shared_size_bytes = shared
+            kernel(
+                (B * n_head * -(-T // mine),),
+                (128,),
+                (dqkv, dout, qkv, lse, delta, *sizes, scale, *dropout),
+                shared_mem=shared,
+            )
+        return dqkv
+
+    # GELU -------------------------------------------------------------------------------------------------------------
+
+    def gelu_forward(self, x: Any, bias: Any | None) -> Any:
+        return self._gelu_forward("gelu_forward", x, bias)
+
+    def gelu_backward(self, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+        return self._gelu_backward("gelu_backward", dy, x, bias, dbias)
+
+    def gelu_exact_forward(self, x: Any, bias: Any | None) -> Any:
+        return self._gelu_forward("gelu_exact_forward", x, bias)
+
+    def gelu_exact_backward(self, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+        return self._gelu_backward("gelu_exact_backward", dy, x, bias, dbias)
+
+    def _gelu_forward(self, name: str, x: Any, bias: Any | None) -> Any:
+        np = self._np
+        if not _all_real(x):
+            return getattr(self._reference, name)(x, bias)
+        y, x = np.empty(x.shape, dtype=x.dtype), np.ascontiguousarray(x)
+        grid, rows = _column_grid(x)
+        self._gelu(name, x, bias)(grid, (THREADS,), (y, x, self._gelu_bias(x, bias), rows))
+        return y
+
+    def _gelu_backward(self, name: str, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+        np = self._np
+        if not _all_real(dy, x):
+            return getattr(self._reference, name)(dy, x, bias, dbias)
+        dx, dy, x = np.empty(x.shape, dtype=x.dtype), np.ascontiguousarray(dy), np.ascontiguousarray(x)
+        grid, rows = _column_grid(x)
+        partials = np.empty((1, grid[1], x.shape[-1]), dtype=np.float32)
+        arguments = (dx, partials, dy, x, self._gelu_bias(x, bias), rows)
+        self._gelu(name, x, bias)(grid, (THREADS,), arguments)
+        self._add_partials(partials, dbias)
+        return dx
+
+    def _gelu(self, name: str, x: Any, bias: Any | None) -> Any:
+        types = {} if bias is None else {"BIAS": REAL[bias.dtype.name]}
+        return self._function("gelu", name, REAL=REAL[x.dtype.name], C=x.shape[-1], **types)
+
+    def _gelu_bias(self, x: Any, bias: Any | None) -> Any:
+        return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
+
+    # Cross-entropy, and the language-model head -----------------------------------------------------------------------
+
+    def cross_entropy_forward(self, logits, targets):
+        return self._reference.cross_entropy_forward(self._widened(logits), targets)
+
+    def cross_entropy_backward(self, dloss, logits, targets, lse):
+        dlogits = self._reference.cross_entropy_backward(dloss, self._widened(logits), targets, lse)
+        return dlogits.astype(logits.dtype, copy=False)
+
+    def _widened(self, x: Any) -> Any:
+        return x.astype(numpy.float32) if x.dtype == bfloat16 else x
+
+    def _aligned_vocabulary(self, weight: Any, dtype: Any) -> Any:
+        """The embeddings (V, C), with rows of 0 up to a multiple of ALIGNMENT.
+
+        GPT-2's V is 50257. With that many columns in a matrix no row but the first would begin at 16 bytes, and tensor
+        cores would be fed by the slowest of cuBLAS's kernels. A copy costs 0.04 ms, the products 25 ms.
+        """
+        V, C = weight.shape
+        width = -(-V // ALIGNMENT) * ALIGNMENT
+        if width == V:
+            return self._np.ascontiguousarray(weight.astype(dtype, copy=False))
+        aligned = self._np.empty((width, C), dtype=dtype)
+        aligned[:V] = weight
+        aligned[V:] = 0
+        return aligned
+
+    def lm_head_forward(self, x, weight, targets):
+        if x.dtype.name not in REAL:
+            return self._reference.lm_head_forward(x, weight, targets)
+        np, (V, C) = self._np, weight.shape
+        rows = np.ascontiguousarray(x.reshape(-1, C))
+        aligned = self._aligned_vocabulary(weight, x.dtype)
+        logits = np.empty((len(rows), len(aligned)), dtype=x.dtype)
+        self._gemm(rows, aligned, logits, transpose_b=True)
+
+        size = len(aligned) * x.dtype.itemsize
+        resident, packs = size <= RESIDENT_ROW, -(-V * x.dtype.itemsize // 16)
+        threads = min(1024, -(-packs // 32) * 32)
+        defines = {"REAL": REAL[x.dtype.name], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
+        kernel = self._function("cross_entropy", "cross_entropy", **defines, RESIDENT=int(resident))
+        if resident:
+            kernel.max_dynamic_shared_size_bytes = size
+        loss, losses = (np.empty(shape, dtype=numpy.float32) for shape in ((), rows.shape[:1]))
+        arguments = logits, losses, np.ascontiguousarray(targets), numpy.float32(1 / len(rows))
+        kernel((len(rows),), (threads,), arguments, shared_mem=size if resident else 0)
+        mean = self._function("cross_entropy", "mean_loss", **defines, RESIDENT=int(resident))
+        mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
+        return loss, logits[:, :V]
+
+    def lm_head_backward(self, dloss, dlogits, x, weight, dweight):
+        if x.dtype.name not in REAL:
+            return self._reference.lm_head_backward(dloss, dlogits, x, weight, dweight)
+        np, V = self._np, len(weight)
+        rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
+        if dweight is not None:
+            self._gemm(dlogits, rows, dweight, transpose_a=True, accumulate=True, scale=dloss)
+        base = dlogits.base
+        if (
+            base is not None
+            and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
+            and base.data.ptr == dlogits.data.ptr
+        ):
+            dlogits = base  # as lm_head_forward made it: what lies in the padding meets rows of 0
+        else:
+            aligned = aligned[:V]
+        return self._gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
+
+    # Optimizer --------------------------------------------------------------------------------------------------------
+
+    def squared_norm(self, x):
+        if x.dtype.name != "float32":
+            return self._reference.squared_norm(x)
+        x = self._np.ascontiguousarray(x)
+        blocks = max(1, min(-(-x.size // 4096), 1024))
+        partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((blocks,), ()))
+        self._function("optimizer", "square_partials")((blocks,), (256,), (x, partial, numpy.int64(x.size)))
+        self._function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
+        return total
+
+    def adamw_step(self, value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+        if value.dtype.name != "float32":
+            other = self._reference.adamw_step
+            other(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+        elif value.size:
+            arrays = (value, grad, m, v, copy, go, grad_scale, lr, step)
+            logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+            numbers = map(numpy.float32, (1 - beta1, 1 - beta2, *logs, eps, weight_decay))
+            kernel = self._function("optimizer", "adamw")
+            kernel((-(-value.size // 1024),), (256,), (*arrays, *numbers, numpy.int64(value.size)))
+
+
+THREADS = 256  # of a block, where no more is said
+PROCESSORS = 132  # of an H200. Constant, so that sums have the same order, and the same bits, on every GPU
+
+
+def _all_real(*arrays: Any) -> bool:
+    """Whether these arrays are of one type that the kernels know."""
+    return arrays[0].dtype.name in REAL and all(x.dtype == arrays[0].dtype for x in arrays)
+
+
+def _rows_of_a_block(C: int) -> int:
+    """As ROWS in layernorm.cu."""
+    return 8 if C <= 768 else 4 if C <= 1536 else 2 if C <= 3072 else 1
+
+
+def _blocks(rows: int, rows_of_a_block: int, blocks_of_a_processor: int) -> int:
+    return max(1, min(-(-rows // rows_of_a_block), blocks_of_a_processor * PROCESSORS))
+
+
+def _column_grid(x: Any) -> tuple[tuple[int, int], Any]:
+    """The grid of a kernel that walks the columns of x (see columns.cuh), and the number of rows."""
+    C = x.shape[-1]
+    pack = 16 // x.dtype.itemsize
+    across, rows = -(-C // (32 * (1 if C % pack else pack))), x.size // C
+    return (across, max(1, min(-(-rows // 8), 4 * PROCESSORS // across))), numpy.int32(rows)
+
+
+def _philox_key(key: Any) -> Any:
+    """A random.Key as kernels take it; its first_sample goes beside it, since it counts other things in each."""
+    return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=PHILOX_KEY)[()]
