@@ -1,14 +1,17 @@
 """The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--out FILE.json]
 
-Runs `pytest -m gpu`, then times launches, copies, matrix products, and the training step of the 124M model in float32
-and TF32 beside the same step in PyTorch, where that is installed. Prints a table last and writes JSON. A part that
-fails is recorded with its error, and the others go on. Under 8 minutes on an H200.
+Runs `pytest -m gpu`, then times launches, copies and matrix products; the training step of the 124M model beside the
+same step in PyTorch, where that is installed; each kernel of a step against the least time that its bytes and FLOPs
+take on this GPU; attention beside PyTorch's; and generation against the rate at which the weights can be read. Prints a
+table last and writes JSON. A part that fails is recorded with its error, and the others go on. Under 10 minutes on an
+H200.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import re
@@ -16,35 +19,51 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 
 from gpt2 import GPT2, GPT2Config  # noqa: E402
+from gpt2.generate import generate  # noqa: E402
+from tests.benchmarks.train_step import torch_model  # noqa: E402
 from tinygrad2 import optim  # noqa: E402
-from tinygrad2.backend import get_backend  # noqa: E402
+from tinygrad2.backend import get_backend, listed  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# Dense peaks in TFLOP/s, (float32, TF32), from NVIDIA's data sheets; TF32 is half of what they give with sparsity.
-PEAKS = {
-    "B200": (75.0, 1125.0),
-    "H200": (67.0, 494.5),
-    "H100 PCIe": (51.0, 378.0),
-    "H100": (67.0, 494.5),
-    "A100": (19.5, 156.0),
-    "L40S": (91.6, 183.0),
-    "L4": (30.3, 60.0),
-    "RTX 4090": (82.6, 82.6),
+# GB/s of the memory of the GPUs in backend.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
+BANDWIDTH = {
+    "B200": 8000.0,
+    "H200": 4800.0,
+    "H100 PCIe": 2000.0,
+    "H100": 3350.0,
+    "A100 .*40GB": 1555.0,
+    "A100": 2039.0,
+    "L40S": 864.0,
+    "L4": 300.0,
+    "RTX 4090": 1008.0,
 }
+# The part of both peaks that the best kernels reach, with which floors are computed: 790 TFLOP/s, 4.3 TB/s on an H200.
+REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
+
+# Arguments that a kernel adds to, or changes in place: they are read and written.
+CHANGED = {
+    "linear_backward": (3, 4),
+    "layernorm_backward": (5, 6),
+    "add_layernorm_backward": (6, 7),
+    "gelu_backward": (3,),
+    "lm_head_backward": (4,),
+    "adamw_step": (0, 2, 3),
+}
+KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
 
 @dataclass(frozen=True)
@@ -53,42 +72,52 @@ class Sizes:
 
     model: GPT2Config
     block_size: int = 1024
-    batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # the first that fits is taken
+    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one is looked at closely
+    batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
+    wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
     steps: int = 5  # in one measurement of a step
     rounds: int = 4  # measurements of each kind, in alternation
     launches: int = 2000
     copy_bytes: int = 256 << 20
     matrix: int = 8192
     repeats: int = 10
+    new_tokens: int = 256
+    compiled: bool = True  # PyTorch's model, in bfloat16
 
 
 NO_DROPOUT = replace(GPT2Config.preset("gpt2"), embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 FULL = Sizes(NO_DROPOUT)
-QUICK = Sizes(NO_DROPOUT, batch_sizes=(4, 2, 1), steps=3, rounds=2, launches=500, matrix=4096, repeats=5)
+QUICK = Sizes(
+    NO_DROPOUT, batch_sizes=(16,), wide_batch_sizes=(4, 2, 1), steps=3, rounds=2, launches=500, matrix=4096, repeats=5,
+    new_tokens=64,
+)  # fmt: skip
 
 
 class Bench:
-    """The measurements on one device; each method is a part, gives a dict of figures, and stands for itself."""
+    """The measurements on one device; each method is a part, gives its figures, and stands for itself."""
 
     def __init__(self, sizes: Sizes, torch_device: str = "cuda"):
         self.sizes = sizes
         self.torch_device = torch_device
         self.backend = get_backend("cuda")
         self.np = self.backend.np
+        bandwidth = listed(self.backend.name(), BANDWIDTH)
+        self.bandwidth = None if bandwidth is None else BANDWIDTH[bandwidth]
+        self.dtype = ml_dtypes.bfloat16 if sizes.precisions[0] == "bfloat16" else numpy.float32
         self.results: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
-        rows = numpy.random.default_rng(0).integers(
-            sizes.model.vocab_size, size=(max(sizes.batch_sizes), sizes.block_size + 1)
-        )
+        sequences = max(*sizes.batch_sizes, *sizes.wide_batch_sizes)
+        rows = numpy.random.default_rng(0).integers(sizes.model.vocab_size, size=(sequences, sizes.block_size + 1))
         self.tokens, self.targets = rows[:, :-1], rows[:, 1:]
 
     def run(self) -> None:
-        for part in (self.launch, self.copy, self.product, self.step, self.operations):
+        for part in (self.launch, self.copy, self.product, self.gemm, self.attention, self.step, self.kernels,
+                     self.decode):  # fmt: skip
             name, started = part.__name__, time.perf_counter()
             try:
                 self.results[name] = part()
             except Exception as error:  # (MemoryError and CuPy's are among these)
-                self.errors[name] = f"{type(error).__name__}: {error}"
+                self.errors[name] = one_line(error)
             self.release()
             print(f"{name}: {self.errors.get(name, 'done')} ({time.perf_counter() - started:.1f} s)", flush=True)
 
@@ -98,14 +127,14 @@ class Bench:
 
     def device(self) -> dict[str, Any]:
         runtime = self.np.cuda.runtime
-        name = runtime.getDeviceProperties(0)["name"]
         return {
-            "device": name.decode() if isinstance(name, bytes) else name,
+            "device": self.backend.name().removeprefix("cuda: "),
             "memory_bytes": self.backend.memory()[1],
             "driver": version(runtime.driverGetVersion()),
             "cuda": version(runtime.runtimeGetVersion()),
             "cupy": self.np.__version__,
             "numpy": numpy.__version__,
+            "torch": torch_version(),
             "python": platform.python_version(),
             "date": datetime.date.today().isoformat(),
         }
@@ -124,6 +153,34 @@ class Bench:
         end.synchronize()
         seconds = time.perf_counter() - started
         return seconds / repeats, self.np.cuda.get_elapsed_time(begin, end) / 1e3 / repeats
+
+    def floor(self, nbytes: float, flops: float) -> float | None:
+        """The least seconds for so many bytes of the device's memory and so many FLOPs, where its peaks are known."""
+        peak = self.backend.peak(self.sizes.precisions[0])
+        if peak is None or self.bandwidth is None:
+            return None
+        return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
+
+    def against_floor(self, seconds: float, nbytes: float, flops: float) -> dict[str, float | None]:
+        """Milliseconds, TFLOP/s, GB/s, and the floor with its share in the time."""
+        floor = self.floor(nbytes, flops)
+        return {
+            "ms": seconds * 1e3,
+            "tflop_per_s": flops / seconds / 1e12,
+            "gb_per_s": nbytes / seconds / 1e9,
+            "floor_ms": None if floor is None else floor * 1e3,
+            "share": None if floor is None else floor / seconds,
+        }
+
+    def array(self, *shape: int) -> Any:
+        """Random numbers on the device: a block of them, over and over (zeros would take less power, so less time)."""
+        count = int(numpy.prod(shape))
+        block = numpy.random.default_rng(0).standard_normal(min(count, 1 << 20), dtype=numpy.float32)
+        values, array = self.backend.asarray(block.astype(self.dtype)), self.np.empty((count,), dtype=self.dtype)
+        whole = count // len(block) * len(block)
+        array[:whole].reshape(-1, len(block))[...] = values
+        array[whole:] = values[: count - whole]
+        return array.reshape(shape)
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
@@ -156,76 +213,198 @@ class Bench:
         return {f"{name}_gb_per_s": nbytes / value / 1e9 for name, value in seconds.items()}
 
     def product(self) -> dict[str, float]:
-        """TFLOP/s of a large square matrix product."""
+        """TFLOP/s of a large square matrix product, through CuPy."""
         n = self.sizes.matrix
         values = numpy.random.default_rng(0).standard_normal((n, n), dtype=numpy.float32)
-        a, b = self.backend.asarray(values), self.backend.asarray(values)
         figures = {}
-        for name, on in (("float32", False), ("tf32", True)):
-            with self.tf32(on):
-                figures[f"{name}_tflop_per_s"] = 2 * n**3 / self.timed(lambda: self.np.matmul(a, b), 10)[1] / 1e12
+        try:
+            for precision in self.sizes.precisions:
+                self.backend.use_tf32(precision == "tf32")
+                dtype = ml_dtypes.bfloat16 if precision == "bfloat16" else numpy.float32
+                a, b = (self.backend.asarray(values.astype(dtype)) for _ in range(2))
+                seconds = self.timed(lambda a=a, b=b: self.np.matmul(a, b), self.sizes.repeats)[1]
+                figures[f"{precision}_tflop_per_s"] = 2 * n**3 / seconds / 1e12
+        finally:
+            self.backend.use_tf32(False)
         return figures
 
-    def step(self) -> dict[str, Any]:
-        """The training step, ours and PyTorch's in alternation, at the largest batch that fits both of ours."""
+    def gemm(self) -> dict[str, Any]:
+        """The matrix products of a training step: of the four linear layers of a block, and of the output layer."""
+        from tinygrad2.kernels.gemm import Gemm
+
+        gemm, C = Gemm(self.np), self.sizes.model.n_embd
+        rows, padded = self.sizes.batch_sizes[0] * self.sizes.block_size, padded_vocabulary(self.sizes.model)
+        figures = {}
+        for name, k, n in (
+            ("qkv", C, 3 * C),
+            ("proj", C, C),
+            ("up", C, 4 * C),
+            ("down", 4 * C, C),
+            ("head", C, padded),
+        ):
+            head = name == "head"  # its weight is the token embedding, (V, C)
+            x, dy, weight = self.array(rows, k), self.array(rows, n), self.array(*((n, k) if head else (k, n)))
+            y, dx = self.np.empty((rows, n), dtype=self.dtype), self.np.empty((rows, k), dtype=self.dtype)
+            gradient, pair = self.backend.zeros(weight.shape, numpy.float32), (dy, x) if head else (x, dy)
+            kinds = {
+                "forward": ((x, weight, y), {"transpose_b": head}),
+                "dgrad": ((dy, weight, dx), {"transpose_b": not head}),
+                "wgrad": ((*pair, gradient), {"transpose_a": True, "accumulate": True}),
+            }
+            for kind, (arrays, options) in kinds.items():
+                seconds = self.timed(lambda a=arrays, o=options: gemm(*a, **o), self.sizes.repeats)[1]
+                nbytes = sum(array.nbytes for array in arrays) + (gradient.nbytes if kind == "wgrad" else 0)
+                figures[f"{name} {kind}"] = self.against_floor(seconds, nbytes, 2 * rows * k * n)
+            if not head and (sums := getattr(self.backend._overrides, "_column_sums", None)):
+                into = self.backend.zeros((n,), numpy.float32)
+                seconds = self.timed(lambda dy=dy, into=into, sums=sums: sums(dy, into), self.sizes.repeats)[1]
+                figures[f"{name} dbias"] = self.against_floor(seconds, dy.nbytes, 0)
+        return figures
+
+    def attention(self) -> dict[str, Any]:
+        """Attention of one layer, without dropout, beside PyTorch's scaled_dot_product_attention."""
+        config, B, T = self.sizes.model, self.sizes.batch_sizes[0], self.sizes.block_size
+        C, H = config.n_embd, config.n_head
+        kernels, qkv, dout = self.backend.kernels, self.array(B, T, 3 * C), self.array(B, T, C)
+        out, lse = kernels.attention_forward(qkv, H, 0.0, None)
+        calls = {
+            "forward": lambda: kernels.attention_forward(qkv, H, 0.0, None),
+            "backward": lambda: kernels.attention_backward(dout, qkv, out, lse, H, 0.0, None),
+        }
+        figures: dict[str, Any] = {}
+        theirs = None
+        try:
+            theirs = TorchAttention((B, H, T, C // H), self.torch_device, self.sizes.precisions[0])
+        except Exception as error:
+            figures["torch_error"] = one_line(error)
+        seconds: dict[str, list[float]] = {}
+        for _ in range(self.sizes.rounds):
+            for name, call in calls.items():
+                seconds.setdefault(name, []).append(self.timed(call, self.sizes.repeats)[1])
+                if theirs is not None:
+                    seconds.setdefault(f"torch_{name}", []).append(theirs.timed(name, self.sizes.repeats))
+        flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # two and five products, half of each
+        nbytes = {"forward": 4 * out.nbytes, "backward": 8 * out.nbytes}
+        for name, values in seconds.items():
+            kind = name.removeprefix("torch_")
+            figures[name] = self.against_floor(statistics.median(values), nbytes[kind], flops[kind])
+        return figures
+
+    def step(self) -> list[dict[str, Any]]:
+        """The training step, ours and PyTorch's in alternation."""
+        rows = []
+        for precision in self.sizes.precisions:
+            first = precision == self.sizes.precisions[0]
+            for batch_size in self.sizes.batch_sizes if first else self.sizes.wide_batch_sizes:
+                row: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
+                try:
+                    row |= self.contest(precision, batch_size)
+                except MemoryError:
+                    row["error"] = "out of memory"
+                except Exception as error:
+                    row["error"] = self.errors[f"step {precision} {batch_size}"] = one_line(error)
+                self.release()
+                rows.append(row)
+                if not first and row.get("error") != "out of memory":
+                    break
+        self.backend.use_tf32(False)
+        return rows
+
+    def contest(self, precision: str, batch_size: int) -> dict[str, Any]:
+        """One precision at one batch size: figures of our step, and of PyTorch's."""
+        sizes, found = self.sizes, {}
+        ours = self.our_step(precision, batch_size)
+        ours()
+        theirs = None
+        try:
+            tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
+            theirs = TorchStep(sizes.model, tokens, targets, self.torch_device, precision, sizes.compiled)
+        except Exception as error:
+            found["torch_error"] = one_line(error)
+        seconds: dict[str, list[float]] = {"ours": [], "torch": []}
+        for _ in range(sizes.rounds):
+            seconds["ours"].append(self.timed(ours, sizes.steps, warmup=1)[0])
+            self.release()
+            if theirs is not None:
+                try:
+                    seconds["torch"].append(theirs.timed(sizes.steps))
+                except Exception as error:
+                    found["torch_error"], theirs = one_line(error), None
+        peak = self.backend.peak(precision)
+        for kind, values in seconds.items():
+            if values:
+                median = statistics.median(values)
+                found[kind] = step_figures(median, sizes.model, batch_size, sizes.block_size, peak)
+        return found
+
+    def kernels(self) -> dict[str, Any]:
+        """The kernels of a training step: how often each is called, its time on the device, and its floor."""
         for batch_size in self.sizes.batch_sizes:
             try:
-                ours = self.our_step(batch_size)
-                ours()
-                self.np.cuda.get_current_stream().synchronize()
-                break
+                return {"batch_size": batch_size, **self.watched_steps(batch_size)}
             except MemoryError:
                 if batch_size == self.sizes.batch_sizes[-1]:
                     raise
             self.release()
-        figures: dict[str, Any] = {"batch_size": batch_size, "block_size": self.sizes.block_size}
-        theirs = None
-        try:
-            theirs = TorchStep(self.sizes.model, self.tokens[:batch_size], self.targets[:batch_size], self.torch_device)
-        except Exception as error:
-            figures["torch_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        seconds: dict[str, list[float]] = {}
-        for _ in range(self.sizes.rounds):
-            for kind, on in (("float32", False), ("tf32", True)):
-                with self.tf32(on):
-                    seconds.setdefault(kind, []).append(self.timed(ours, self.sizes.steps, warmup=1)[0])
-                if theirs is not None:
-                    try:
-                        seconds.setdefault(f"torch_{kind}", []).append(theirs.timed(self.sizes.steps, on))
-                    except Exception as error:
-                        figures["torch_error"], theirs = f"{type(error).__name__}: {error}".splitlines()[0], None
-        name = self.device()["device"]
-        for kind, values in seconds.items():
-            if values:
-                figures[kind] = step_figures(
-                    statistics.median(values), self.sizes.model, batch_size, self.sizes.block_size, name,
-                    kind.endswith("tf32"),
-                )  # fmt: skip
-        return figures
+        raise AssertionError("there are no batch sizes")
 
-    def operations(self) -> dict[str, Any]:
-        """Milliseconds on the device of each kernel, over one training step in float32."""
-        batch_size = self.results.get("step", {}).get("batch_size", self.sizes.batch_sizes[-1])
-        step = self.our_step(batch_size)
-        step()
+    def watched_steps(self, batch_size: int) -> dict[str, Any]:
+        step = self.our_step(self.sizes.precisions[0], batch_size)
+        step(), step()
         with self.watched() as spans:
             begin, end = self.np.cuda.Event(), self.np.cuda.Event()
             begin.record()
-            step()
+            for _ in range(self.sizes.steps):
+                step()
             end.record()
             end.synchronize()
-        total = self.np.cuda.get_elapsed_time(begin, end)
-        milliseconds: Counter[str] = Counter()
-        for name, start, stop in spans:
-            milliseconds[name] += self.np.cuda.get_elapsed_time(start, stop)
-        rows = dict(milliseconds.most_common())
-        return {"batch_size": batch_size, **rows, "outside kernels": total - sum(rows.values())}
+        steps = self.sizes.steps
+        total = self.np.cuda.get_elapsed_time(begin, end) / steps
+        sums: dict[str, list[float]] = {}
+        for name, start, stop, nbytes, flops in spans:
+            milliseconds, floor = self.np.cuda.get_elapsed_time(start, stop), self.floor(nbytes, flops) or 0.0
+            values = (1 / steps, milliseconds / steps, nbytes / steps, flops / steps, 1e3 * floor / steps)
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 5), values, strict=True)]
+        rows = {}
+        for name, (calls, ms, nbytes, flops, floor_ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
+            figures = self.against_floor(ms / 1e3, nbytes, flops)
+            if figures["floor_ms"] is not None:  # the sum of the calls' floors is not the floor of their sum
+                figures |= {"floor_ms": floor_ms, "share": floor_ms / ms}
+            rows[name] = {"calls": round(calls), **figures}
+        outside = total - sum(row["ms"] for row in rows.values())
+        return {"ms": total, "outside_ms": outside, "kernels": rows}
+
+    def decode(self) -> dict[str, Any]:
+        """Tokens per second of one text, and how many could be: as often as the weights can be read."""
+        config, figures = self.sizes.model, {}
+        for precision in self.sizes.precisions:
+            if precision == "tf32":
+                continue
+            model = GPT2(config, device="cuda", dtype=precision)
+            seconds = [self.decoding(model) for _ in range(1 + self.sizes.rounds)][1:]
+            itemsize = 2 if precision == "bfloat16" else 4
+            nbytes = (config.n_parameters - config.n_positions * config.n_embd) * itemsize
+            rate = self.sizes.new_tokens / statistics.median(seconds)
+            limit = None if self.bandwidth is None else REACHED_BYTES * self.bandwidth * 1e9 / nbytes
+            share = None if limit is None else rate / limit
+            figures[precision] = {"tokens_per_s": rate, "limit": limit, "share": share}
+        return figures
 
     # What they are made of ------------------------------------------------------------------------------------------
 
-    def our_step(self, batch_size: int) -> Callable[[], Any]:
+    def decoding(self, model: GPT2) -> float:
+        """Seconds for the tokens after the first one."""
+        prompt = self.tokens[0, : self.sizes.block_size // 4].tolist()
+        tokens = generate(model, prompt, 1 + self.sizes.new_tokens, temperature=0)
+        next(tokens)  # reads the prompt
+        started = time.perf_counter()
+        for _ in tokens:
+            pass
+        return time.perf_counter() - started
+
+    def our_step(self, precision: str, batch_size: int) -> Callable[[], Any]:
         """A training step as train.py makes it, without fetching the loss."""
-        model = GPT2(self.sizes.model, device="cuda")
+        model = GPT2(self.sizes.model, device="cuda", dtype=precision)
         optimizer = optim.AdamW(model, lr=1e-4, weight_decay=0.1)
         tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
 
@@ -237,22 +416,11 @@ class Bench:
         return step
 
     @contextmanager
-    def tf32(self, on: bool) -> Iterator[None]:
-        """Matrix products of float32 numbers in TF32 (CuPy's own switch is read once, when it is imported)."""
-        linalg = self.np._core._routines_linalg
-        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_TF32 if on else linalg.COMPUTE_TYPE_DEFAULT)
-        try:
-            yield
-        finally:
-            linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)
-
-    @contextmanager
-    def watched(self) -> Iterator[list[tuple[str, Any, Any]]]:
-        """Inside, every kernel that is called from outside the kernels leaves (name, start, stop), CUDA events."""
+    def watched(self) -> Iterator[list[tuple[str, Any, Any, int, int]]]:
+        """Inside, every kernel that is called from outside the kernels leaves (name, start, stop, bytes, FLOPs), start
+        and stop being CUDA events."""
         kernels, spans, inside = self.backend.kernels, [], []
-        originals = {
-            name: getattr(kernels, name) for name in dir(kernels) if re.search(r"_(forward|backward|step)$", name)
-        }
+        originals = {name: getattr(kernels, name) for name in dir(kernels) if re.search(KERNEL, name)}
 
         def watch(name: str, kernel: Callable) -> Callable:
             def call(*arguments: Any) -> Any:
@@ -262,10 +430,11 @@ class Bench:
                 start, stop = self.np.cuda.Event(), self.np.cuda.Event()
                 start.record()
                 try:
-                    return kernel(*arguments)
-                finally:
+                    result = kernel(*arguments)
                     stop.record()
-                    spans.append((name, start, stop))
+                    spans.append((name, start, stop, *cost(name, arguments, result)))
+                    return result
+                finally:
                     inside.clear()
 
             return call
@@ -279,76 +448,144 @@ class Bench:
                 setattr(kernels, name, kernel)
 
 
+def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
+    """The bytes that a call of a kernel has to move at least, and the FLOPs of its matrix products.
+
+    Each array that goes in is read once and each that comes out is written once, as if nothing between them left the
+    chip. Attention is causal: half of each product.
+    """
+    changed = [arguments[i] for i in CHANGED.get(name, ())]
+    nbytes, flops = bytes_of(arguments) + bytes_of(result) + bytes_of(changed), 0
+    if name == "linear_forward":
+        x, weight, _ = arguments
+        flops = 2 * x.size * weight.shape[1]
+    elif name == "linear_backward":
+        _, x, weight, *_ = arguments
+        flops = 4 * x.size * weight.shape[1]
+    elif name == "lm_head_forward":
+        x, weight, _ = arguments
+        flops = 2 * x.size * weight.shape[0]
+    elif name == "lm_head_backward":
+        _, _, x, weight, _ = arguments
+        flops = 4 * x.size * weight.shape[0]
+    elif name == "attention_forward":
+        B, T, width = arguments[0].shape
+        flops = 2 * B * T * T * (width // 3)
+    elif name == "attention_backward":
+        B, T, C = arguments[0].shape
+        flops = 5 * B * T * T * C
+    elif name == "embedding_forward":  # only the rows that the tokens name
+        tokens, wte, *_ = arguments
+        nbytes = tokens.nbytes + result.nbytes + min(wte.nbytes, tokens.size * wte.shape[1] * wte.itemsize)
+    elif name == "embedding_backward":
+        dy, _, _, dwte, _ = arguments
+        nbytes = dy.nbytes + 2 * min(dwte.nbytes, dy.size * dwte.itemsize)
+    return nbytes, flops
+
+
+def bytes_of(x: Any) -> int:
+    """The bytes of an array, or of all in a tuple or a list; numbers and None have none."""
+    if isinstance(x, tuple | list):
+        return sum(map(bytes_of, x))
+    return x.nbytes if hasattr(x, "nbytes") and hasattr(x, "strides") else 0
+
+
 class TorchStep:
-    """The same model and step in PyTorch: eager, with scaled_dot_product_attention and the fused AdamW."""
+    """The same model and step in PyTorch, with scaled_dot_product_attention and the fused AdamW. In bfloat16 as nanoGPT
+    does it: compiled, under autocast, with the vocabulary padded."""
 
-    def __init__(self, config: GPT2Config, tokens: numpy.ndarray, targets: numpy.ndarray, device: str):
-        import torch
-        from torch import nn
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"PyTorch {torch.__version__} finds no GPU")
-        functional, C = nn.functional, config.n_embd
-
-        class Block(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-                self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-                self.c_fc, self.c_out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-            def forward(self, x: Any) -> Any:
-                B, T, _ = x.shape
-                heads = (
-                    self.c_attn(self.ln_1(x)).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
-                )
-                mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
-                x = x + self.c_proj(mixed.transpose(1, 2).reshape(B, T, C))
-                return x + self.c_out(functional.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
-
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.n_positions, C)
-                self.blocks = nn.Sequential(*(Block() for _ in range(config.n_layer)))
-                self.ln_f = nn.LayerNorm(C)
-                nn.init.normal_(self.wte.weight, std=0.02)
-
-            def forward(self, tokens: Any, targets: Any) -> Any:
-                x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-                logits = self.ln_f(self.blocks(x)) @ self.wte.weight.T
-                return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-        self.torch, self.device = torch, device
-        self.model = Model().to(device)
+    def __init__(
+        self,
+        config: GPT2Config,
+        tokens: numpy.ndarray,
+        targets: numpy.ndarray,
+        device: str,
+        precision: str,
+        compiled: bool,
+    ):
+        self.torch, self.device = import_torch(device), device
+        torch, narrow = self.torch, precision == "bfloat16"
+        if narrow:
+            config = replace(config, vocab_size=padded_vocabulary(config))
+        self.matmul = "highest" if precision == "float32" else "high"
+        self.autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=narrow)
+        self.model = torch_model(config).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+        self.call = self.model
+        if narrow and compiled:
+            torch._dynamo.reset()  # else a second batch size would compile for all of them
+            self.call = torch.compile(self.model, dynamic=False)
         self.tokens, self.targets = (torch.from_numpy(ids.copy()).to(device) for ids in (tokens, targets))
 
     def step(self) -> Any:
-        loss = self.model(self.tokens, self.targets)
+        with self.autocast:
+            loss = self.call(self.tokens, self.targets)
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
 
-    def wait(self) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-    def timed(self, steps: int, tf32: bool) -> float:
+    def timed(self, steps: int) -> float:
         """Seconds a step, by the clock."""
-        self.torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        self.step()
-        self.wait()
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        self.wait()
-        seconds = (time.perf_counter() - started) / steps
-        if self.device == "cuda":
-            self.torch.cuda.empty_cache()
-        return seconds
+        self.torch.set_float32_matmul_precision(self.matmul)
+        return torch_timed(self.torch, self.device, self.step, steps)
+
+
+class TorchAttention:
+    """PyTorch's attention, forward and backward, on (B, H, T, D)."""
+
+    def __init__(self, shape: tuple[int, ...], device: str, precision: str):
+        self.torch, self.device = import_torch(device), device
+        dtype = self.torch.bfloat16 if precision == "bfloat16" else self.torch.float32
+        self.qkv = [self.torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+        self.dout = self.torch.randn(shape, dtype=dtype, device=device)
+        self.out = self.forward()
+
+    def forward(self) -> Any:
+        return self.torch.nn.functional.scaled_dot_product_attention(*self.qkv, is_causal=True)
+
+    def backward(self) -> Any:
+        return self.torch.autograd.grad(self.out, self.qkv, self.dout, retain_graph=True)
+
+    def timed(self, name: str, repeats: int) -> float:
+        return torch_timed(self.torch, self.device, getattr(self, name), repeats)
+
+
+def import_torch(device: str) -> Any:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"PyTorch {torch.__version__} finds no GPU")
+    return torch
+
+
+def torch_timed(torch: Any, device: str, function: Callable[[], Any], repeats: int) -> float:
+    """Seconds a call, by the clock, after two that compile and take memory; the memory is given back afterwards."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(2):
+        function()
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    wait()
+    seconds = (time.perf_counter() - started) / repeats
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def torch_version() -> str | None:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def padded_vocabulary(config: GPT2Config) -> int:
+    """The vocabulary as products of matrices like it best, a multiple of 64: 50,304 for GPT-2's."""
+    return -(-config.vocab_size // 64) * 64
 
 
 def version(number: int) -> str:
@@ -356,20 +593,17 @@ def version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def peak(device: str, tf32: bool) -> float | None:
-    """The device's dense peak in TFLOP/s, or None where the table does not have it."""
-    spelled = device.replace("-", " ")
-    return next((peaks[tf32] for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b", spelled)), None)
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def step_figures(
-    seconds: float, config: GPT2Config, batch_size: int, block_size: int, device: str, tf32: bool
+    seconds: float, config: GPT2Config, batch_size: int, block_size: int, peak: float | None
 ) -> dict[str, float | None]:
     """Milliseconds, tokens/s, TFLOP/s and MFU (the model's FLOPs over the device's peak) of a step."""
     tokens_per_s = batch_size * block_size / seconds
     tflop_per_s = tokens_per_s * config.flops_per_token(block_size) / 1e12
-    limit = peak(device, tf32)
-    mfu = None if limit is None else tflop_per_s / limit
+    mfu = None if peak is None else tflop_per_s / peak
     return {"ms": seconds * 1e3, "tokens_per_s": tokens_per_s, "tflop_per_s": tflop_per_s, "mfu": mfu}
 
 
@@ -398,7 +632,7 @@ def table(record: dict[str, Any]) -> list[str]:
     results, lines = record["results"], []
     lines.append(
         f"{record['device']}, driver for CUDA {record['driver']}, CUDA {record['cuda']}, CuPy {record['cupy']}, "
-        f"{record['date']}"
+        f"PyTorch {record['torch']}, {record['date']}"
     )
     if record["checks"]:
         lines.append(f"checks     {record['checks']['last_line']}")
@@ -413,32 +647,59 @@ def table(record: dict[str, Any]) -> list[str]:
             f"within {rates['within_gb_per_s']:.0f} GB/s"
         )
     if "product" in results:
-        rates = results["product"]
-        lines.append(
-            f"product    float32 {rates['float32_tflop_per_s']:.1f}, TF32 {rates['tf32_tflop_per_s']:.1f} TFLOP/s"
-        )
+        rates = {name.removesuffix("_tflop_per_s"): value for name, value in results["product"].items()}
+        lines.append(f"product    {', '.join(f'{name} {value:.1f}' for name, value in rates.items())} TFLOP/s")
+    if "gemm" in results:
+        lines += against_floors("matrix products", results["gemm"])
+    if "attention" in results:
+        rows = {name: row for name, row in results["attention"].items() if name != "torch_error"}
+        lines += against_floors("attention", rows)
+        if "torch_error" in results["attention"]:
+            lines.append(f"  PyTorch: {results['attention']['torch_error']}")
     if "step" in results:
-        step = results["step"]
-        lines.append(f"step, {step['batch_size']} x {step['block_size']} tokens    ms  tokens/s  TFLOP/s   MFU")
-        for kind in ("float32", "torch_float32", "tf32", "torch_tf32"):
-            if kind in step:
-                figures = step[kind]
-                mfu = "    ?" if figures["mfu"] is None else f"{figures['mfu']:5.1%}"
-                lines.append(
-                    f"  {kind:18}{figures['ms']:10.1f}{figures['tokens_per_s']:10,.0f}"
-                    f"{figures['tflop_per_s']:9.1f} {mfu}"
-                )
-        if "torch_error" in step:
-            lines.append(f"  PyTorch: {step['torch_error']}")
-    if "operations" in results:
-        slowest = [(name, ms) for name, ms in results["operations"].items() if name != "batch_size"][:6]
-        lines.append("slowest    " + ", ".join(f"{name} {ms:.1f}" for name, ms in slowest) + " ms")
+        block_size = record["sizes"]["block_size"]
+        lines.append(f"{f'step, {block_size} tokens each':28}      ms   tokens/s  TFLOP/s    MFU")
+        for row in results["step"]:
+            name = f"{row['precision']} x {row['batch_size']}"
+            lines += [
+                f"  {name:18}{kind:8}{figures['ms']:8.1f}{figures['tokens_per_s']:11,.0f}"
+                f"{figures['tflop_per_s']:9.1f} {percent(figures['mfu'])}"
+                for kind in ("ours", "torch")
+                if (figures := row.get(kind))
+            ]
+            failed = (("ours", row.get("error")), ("PyTorch", row.get("torch_error")))
+            lines += [f"  {name:18}{who}: {error}" for who, error in failed if error]
+    if "kernels" in results:
+        step = results["kernels"]
+        lines += against_floors(f"kernels, {step['batch_size']} sequences", step["kernels"])
+        lines.append(f"  outside of them {step['outside_ms']:.1f} of {step['ms']:.1f} ms")
+    for precision, row in results.get("decode", {}).items():
+        limit = "?" if row["limit"] is None else f"{row['limit']:,.0f}"
+        rate = f"{row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}"
+        lines.append(f"generate   {precision} {rate}")
     return lines + [f"FAILED     {name}: {error}" for name, error in record["errors"].items()]
+
+
+def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of what Bench.against_floor gives, and the calls where they were counted."""
+    lines = [f"{title:34}      ms    floor  share  TFLOP/s    GB/s"]
+    for name, row in rows.items():
+        calls = f"x{row['calls']}" if "calls" in row else ""
+        floor = "?" if row["floor_ms"] is None else f"{row['floor_ms']:.3f}"
+        lines.append(
+            f"  {name:26}{calls:6}{row['ms']:8.3f}{floor:>9} {percent(row['share'])}{row['tflop_per_s']:9.1f}"
+            f"{row['gb_per_s']:8.0f}"
+        )
+    return lines
+
+
+def percent(share: float | None) -> str:
+    return "     ?" if share is None else f"{share:6.1%}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute or two: smaller sizes, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="two minutes or three: smaller sizes, fewer repetitions")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
     options = parser.parse_args(arguments)
     try:

@@ -69,7 +69,7 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
     dweight, dwide_bias, dgain, dbias, dwte, m, v = (
         np.zeros_like(array) for array in (weight, a["wide_bias"], a["gain"], a["bias"], wte, wte, wte)
     )
-    key, one = Key(0), np.ones((), np.float32)
+    key, one, lr = Key(0), np.ones((), np.float32), np.full((), 1e-4, np.float32)
     out, lse = k.attention_forward(a["qkv"], H, 0.0, None)
     _, mean, rstd = k.layernorm_forward(x, a["gain"], a["bias"], 1e-5)
 
@@ -78,7 +78,8 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
         k.lm_head_backward(one, dlogits, x, wte, dwte)
 
     def adamw() -> None:
-        k.adamw_step(*(array.reshape(-1) for array in (wte, a["dwte"], m, v)), one, 1.0, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1)
+        flat = (array.reshape(-1) for array in (wte, a["dwte"], m, v))
+        k.adamw_step(*flat, None, one, one, lr, 0.9, 0.95, 1e-8, 0.1, one)
 
     return ready(
         {

@@ -3,6 +3,9 @@
 import json
 import re
 import subprocess
+import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,43 +13,98 @@ import pytest
 from gpt2 import GPT2, GPT2Config
 from tests import strict_cupy
 from tests.benchmarks import gpu
+from tinygrad2.backend import PEAK_TFLOPS, CudaBackend, listed
 
 TINY = gpu.Sizes(
     GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=2, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0),
     block_size=8,
+    precisions=("float32", "tf32"),
     batch_sizes=(4, 2),
+    wide_batch_sizes=(3, 1),
     steps=2,
     rounds=2,
     launches=3,
     copy_bytes=1 << 12,
     matrix=16,
     repeats=2,
+    new_tokens=5,
+    compiled=False,
 )
+PARTS = {"launch", "copy", "product", "gemm", "attention", "step", "kernels", "decode"}
+KINDS = ("forward", "dgrad", "wgrad")
+
+
+class Gemm:
+    """Matrix products with the signature of tinygrad2.kernels.gemm.Gemm."""
+
+    def __init__(self, np):
+        self.np = np
+
+    def __call__(self, a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=False):
+        product = self.np.matmul(a.T if transpose_a else a, b.T if transpose_b else b)
+        assert product.shape == out.shape
+        out[...] = out + product if accumulate else product
+        return out
 
 
 @pytest.fixture
-def device():
+def device(monkeypatch):
+    """The stand-in for CuPy. TF32 and products by cublasLt are not to be had there."""
+    monkeypatch.setattr(CudaBackend, "lacks", lambda self, precision: None)
+    monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
         yield counters
 
 
-def test_the_peak_is_that_of_the_device():
-    assert gpu.peak("NVIDIA H200", tf32=True) == 494.5
-    assert gpu.peak("NVIDIA H100 80GB HBM3", tf32=False) == 67.0
-    assert gpu.peak("NVIDIA H100 PCIe", tf32=True) == 378.0
-    assert gpu.peak("NVIDIA A100-SXM4-80GB", tf32=False) == 19.5
-    assert gpu.peak("NVIDIA L40S", tf32=False) == 91.6
-    assert gpu.peak("NVIDIA L4", tf32=False) == 30.3
-    assert gpu.peak("Tesla T4", tf32=False) is None
-
-
 def test_step_figures():
     config = GPT2Config()
-    figures = gpu.step_figures(0.5, config, 16, 1024, "NVIDIA H200", False)
+    figures = gpu.step_figures(0.5, config, 16, 1024, 67.0)
     assert (figures["ms"], figures["tokens_per_s"]) == (500, 32768)
     assert figures["tflop_per_s"] == pytest.approx(32768 * config.flops_per_token(1024) / 1e12)
     assert figures["mfu"] == pytest.approx(figures["tflop_per_s"] / 67)
-    assert gpu.step_figures(0.5, config, 16, 1024, "another", True)["mfu"] is None
+    assert gpu.step_figures(0.5, config, 16, 1024, None)["mfu"] is None
+
+
+def test_floors_are_those_of_an_h200(device, monkeypatch):
+    monkeypatch.setattr(CudaBackend, "name", lambda self: "cuda: NVIDIA H200")
+    bench = gpu.Bench(replace(TINY, precisions=("bfloat16",)))
+    assert bench.floor(4.3e12, 0) == pytest.approx(1, rel=0.01)
+    assert bench.floor(4.3e12, 2 * 790e12) == pytest.approx(2, rel=0.01)
+    assert bench.against_floor(4.0, 4.32e12, 8e12) == pytest.approx(
+        {"ms": 4000, "tflop_per_s": 2, "gb_per_s": 1080, "floor_ms": 1000, "share": 0.25}
+    )
+
+
+def test_every_gpu_with_a_peak_has_a_bandwidth():
+    assert PEAK_TFLOPS.keys() <= gpu.BANDWIDTH.keys()
+    assert gpu.BANDWIDTH[listed("NVIDIA A100-SXM4-40GB", gpu.BANDWIDTH)] == 1555
+    assert gpu.BANDWIDTH[listed("NVIDIA A100-SXM4-80GB", gpu.BANDWIDTH)] == 2039
+
+
+def test_what_a_kernel_moves_and_computes():
+    B, T, C, V = 2, 3, 4, 11
+    x, dy, weight, dbias = np.zeros((B, T, C)), np.zeros((B, T, 8)), np.zeros((C, 8)), np.zeros(8)
+    moved = x.nbytes + dy.nbytes + weight.nbytes
+    assert gpu.cost("linear_forward", (x, weight, None), dy) == (moved, 2 * B * T * C * 8)
+    gradients = weight.nbytes + dbias.nbytes
+    into = (dy, x, weight, np.zeros((C, 8)), dbias)
+    assert gpu.cost("linear_backward", into, x) == (moved + x.nbytes + 2 * gradients, 4 * B * T * C * 8)
+    assert gpu.cost("linear_backward", (dy, x, weight, None, None), x) == (moved + x.nbytes, 4 * B * T * C * 8)
+    qkv, lse = np.zeros((B, T, 3 * C)), np.zeros((B, 2, T))
+    assert gpu.cost("attention_forward", (qkv, 2, 0.0, None), (x, lse)) == (
+        4 * x.nbytes + lse.nbytes,
+        2 * B * T * T * C,
+    )
+    given = (x, qkv, x, lse, 2, 0.0, None)
+    assert gpu.cost("attention_backward", given, qkv) == (8 * x.nbytes + lse.nbytes, 5 * B * T * T * C)
+    wte, targets, dlogits = np.zeros((V, C)), np.zeros((B, T), np.int64), np.zeros((B * T, V))
+    flops = 2 * B * T * C * V
+    assert gpu.cost("lm_head_forward", (x, wte, targets), (np.float64(0), dlogits))[1] == flops
+    assert gpu.cost("lm_head_backward", (np.float64(1), dlogits, x, wte, wte), x)[1] == 2 * flops
+    few = np.zeros((1, 2), np.int64)  # two rows of the embedding are read, not eleven
+    assert gpu.cost("embedding_forward", (few, wte, None, 0), np.zeros((1, 2, C)))[0] == 16 + 2 * 64
+    flat = np.zeros(5)  # AdamW reads four of the five arrays and the optimizer's state is written too
+    assert gpu.cost("adamw_step", (flat, flat, flat, flat, 0.1), None) == (7 * flat.nbytes, 0)
 
 
 def test_versions():
@@ -59,34 +117,76 @@ def test_the_whole_benchmark(device, tmp_path, capsys):
     assert gpu.measure(TINY, out, checks, torch_device="cpu") == 0
     record = json.loads(out.read_text())
     assert record["errors"] == {}
-    assert record["results"].keys() == {"launch", "copy", "product", "step", "operations"}
-    assert {"device", "driver", "cuda", "cupy", "date", "checks", "sizes"} <= record.keys()
-    step, operations = record["results"]["step"], record["results"]["operations"]
-    assert step["batch_size"] == operations["batch_size"] == 4
-    assert step["float32"]["tokens_per_s"] == pytest.approx(32 / step["float32"]["ms"] * 1e3)
-    assert {"attention_backward", "lm_head_forward", "adamw_step"} <= operations.keys()
+    results = record["results"]
+    assert results.keys() == PARTS
+    assert {"device", "driver", "cuda", "cupy", "torch", "date", "checks", "sizes"} <= record.keys()
+    rows = results["step"]
+    assert [(row["precision"], row["batch_size"]) for row in rows] == [("float32", 4), ("float32", 2), ("tf32", 3)]
+    assert rows[0]["ours"]["tokens_per_s"] == pytest.approx(32 / rows[0]["ours"]["ms"] * 1e3)
+    kernels = results["kernels"]["kernels"]
+    assert {"attention_backward", "lm_head_forward", "adamw_step", "squared_norm"} <= kernels.keys()
+    assert kernels["linear_backward"]["calls"] == 4 * 2
+    assert kernels["adamw_step"]["calls"] == 2
+    assert sum(row["ms"] for row in kernels.values()) + results["kernels"]["outside_ms"] == pytest.approx(
+        results["kernels"]["ms"]
+    )
+    names = [f"{layer} {kind}" for layer in ("qkv", "proj", "up", "down", "head") for kind in KINDS]
+    assert list(results["gemm"]) == names
+    assert {"forward", "backward"} <= results["attention"].keys()
+    assert results["decode"].keys() == {"float32"}
     printed = capsys.readouterr().out
-    assert printed.rstrip().splitlines()[-1].startswith("slowest    ")
-    assert re.search(r"\n  tf32 +[\d.]+ +[\d,]+ +[\d.]+ +\?\n", printed)
+    assert re.search(r"\n  tf32 x 3 +ours +[\d.]+ +[\d,]+ +[\d.]+ +\?\n", printed)
+    assert re.search(r"\n  adamw_step +x2 +[\d.]+ +\? +\? +0\.0 +[\d]+\n", printed)
+    assert re.search(r"generate   float32 [\d,]+ of \? tokens/s +\?\n", printed)
     assert "checks     7 passed" in printed
 
 
+def test_shares_are_said_where_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CudaBackend, "name", lambda self: "cuda: NVIDIA H200")
+    monkeypatch.setattr(gpu, "import_torch", broken)
+    assert gpu.measure(TINY, tmp_path / "gpu.json", None) == 0
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert 0 < results["step"][0]["ours"]["mfu"] < 1
+    for rows in (results["kernels"]["kernels"], results["gemm"], {"": results["decode"]["float32"]}):
+        assert all(0 < row["share"] < 1 for row in rows.values())
+    assert results["attention"]["torch_error"] == "RuntimeError: not today"
+    assert "  PyTorch: RuntimeError: not today\n" in capsys.readouterr().out
+
+
+def broken(*given):
+    raise RuntimeError("not today")
+
+
 def test_a_part_that_fails_loses_nothing_else(device, tmp_path, capsys, monkeypatch):
-    def broken(self):
+    def copy(self):
         raise RuntimeError("no copies today")
 
-    monkeypatch.setattr(gpu.Bench, "copy", broken)
-    broken.__name__ = "copy"
-    monkeypatch.setattr(gpu.TorchStep, "__init__", lambda *given: broken(None))
+    monkeypatch.setattr(gpu.Bench, "copy", copy)
+    monkeypatch.setattr(gpu, "import_torch", broken)
     assert gpu.measure(TINY, tmp_path / "gpu.json", None) == 1
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["errors"] == {"copy": "RuntimeError: no copies today"}
-    assert record["results"].keys() == {"launch", "product", "step", "operations"}
-    assert record["results"]["step"]["torch_error"] == "RuntimeError: no copies today"
+    assert record["results"].keys() == PARTS - {"copy"}
+    assert record["results"]["step"][0]["torch_error"] == "RuntimeError: not today"
     assert capsys.readouterr().out.endswith("FAILED     copy: RuntimeError: no copies today\n")
 
 
-def test_the_largest_batch_that_fits_is_taken(device, monkeypatch):
+def test_a_precision_that_fails_loses_no_other(device, monkeypatch):
+    right = gpu.Bench.our_step
+
+    def our_step(self, precision, batch_size):
+        if precision == "float32":
+            raise ValueError("it needs a GPU\nand more")
+        return right(self, precision, batch_size)
+
+    monkeypatch.setattr(gpu.Bench, "our_step", our_step)
+    bench = gpu.Bench(TINY, "cpu")
+    rows = bench.step()
+    assert [row.get("error") for row in rows] == ["ValueError: it needs a GPU"] * 2 + [None]
+    assert bench.errors == dict.fromkeys(["step float32 4", "step float32 2"], "ValueError: it needs a GPU")
+
+
+def test_a_batch_that_does_not_fit_is_passed_over(device, monkeypatch):
     right = GPT2.loss
 
     def small_memory(self, tokens, targets):
@@ -95,35 +195,44 @@ def test_the_largest_batch_that_fits_is_taken(device, monkeypatch):
         return right(self, tokens, targets)
 
     monkeypatch.setattr(GPT2, "loss", small_memory)
-    assert gpu.Bench(TINY, "cpu").step()["batch_size"] == 2
+    bench = gpu.Bench(TINY, "cpu")
+    rows = bench.step()
+    assert [(row["precision"], row["batch_size"]) for row in rows if "ours" in row] == [("float32", 2), ("tf32", 1)]
+    assert [row["error"] for row in rows if "ours" not in row] == ["out of memory"] * 2
+    assert bench.errors == {}
+    assert bench.kernels()["batch_size"] == 2
 
 
 def test_the_kernels_are_as_they_were_afterwards(device):
     bench = gpu.Bench(TINY)
     before = dict(vars(bench.backend.kernels))
-    bench.operations()
+    bench.kernels()
     assert dict(vars(bench.backend.kernels)) == before
 
 
-def test_pytorch_computes_the_same_model():
+@pytest.mark.parametrize("count", [1, 7, (1 << 20) + 5])
+def test_random_arrays_repeat_a_block(device, count):
+    values = gpu.Bench(TINY).array(count).get()
+    block = np.random.default_rng(0).standard_normal(min(count, 1 << 20), dtype=np.float32)
+    np.testing.assert_array_equal(values, np.resize(block, count))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_pytorch_computes_the_same_model(precision):
     torch = pytest.importorskip("torch")
     tokens = np.random.default_rng(0).integers(31, size=(2, 9))
-    theirs = gpu.TorchStep(TINY.model, tokens[:, :-1], tokens[:, 1:], "cpu")
+    theirs = gpu.TorchStep(TINY.model, tokens[:, :-1], tokens[:, 1:], "cpu", precision, compiled=False)
     ours = GPT2(TINY.model)
-    names = {"ln_1": "ln_1", "ln_2": "ln_2", "c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc",
-             "c_out": "mlp.c_proj"}  # fmt: skip
-    values = dict(ours.named_parameters())
     with torch.no_grad():
-        for name, parameter in theirs.model.named_parameters():
-            kind, _, rest = name.partition(".")
-            layer, _, rest = rest.partition(".")
-            part, _, last = rest.partition(".")
-            ours_name = f"h.{layer}.{names[part]}.{last}" if kind == "blocks" else name
-            array = values.pop(ours_name).numpy()
-            linear = "c_" in ours_name and last == "weight"  # PyTorch keeps (out, in)
-            parameter.copy_(torch.from_numpy(array.T.copy() if linear else array))
-    assert not values
-    assert theirs.step().item() == pytest.approx(ours.loss(tokens[:, :-1], tokens[:, 1:]).item(), rel=1e-5)
+        for (name, p), parameter in zip(ours.named_parameters(), theirs.model.parameters(), strict=True):
+            values = torch.from_numpy(p.numpy().T.copy() if ".c_" in name and p.ndim > 1 else p.numpy())
+            parameter[: len(values)] = values
+            parameter[len(values) :] = 0  # the padding of the vocabulary
+    padding = 0 if precision == "float32" else (64 - 31)
+    logits = ours(tokens[:, :-1]).numpy().astype(np.float64)
+    total = np.exp(logits).sum(-1) + padding  # whose logits are 0
+    picked = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    assert theirs.step().item() == pytest.approx(np.mean(np.log(total) - picked), rel=1e-5 if not padding else 1e-2)
 
 
 @pytest.mark.parametrize("written", [b"1 passed\n", "1 passed\n", None])

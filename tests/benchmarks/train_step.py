@@ -97,7 +97,7 @@ def torch_model(config: Any) -> Any:
                     nn.init.normal_(parameter, std=config.initializer_range)
 
         def forward(self, tokens: Any, targets: Any) -> Any:
-            x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+            x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
             for block in self.h:
                 x = block(x)
             logits = functional.linear(self.ln_f(x), self.wte.weight)
