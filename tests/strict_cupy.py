@@ -611,6 +611,7 @@ class Library:
                 "major": 9,
                 "minor": 0,
                 "multiProcessorCount": 132,
+                "sharedMemPerMultiprocessor": 228 << 10,
                 "sharedMemPerBlockOptin": 227 << 10,
             },
             driverGetVersion=lambda: 0,

@@ -16,7 +16,6 @@ Every name used from the array library is one that CuPy has too, and every const
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -200,20 +199,6 @@ def linear_backward(dy, x, weight, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TokenRuns(NamedTuple):
-    """Which rows of a batch hold the same token: what the embedding's backward pass needs, found on the host.
-
-    order  (N,) the positions sorted by token: equal tokens stand side by side, in runs.
-    folds  pairs of index arrays (into, other) of sorted rows to add pairwise, round by round.
-    first  (U,) the row where each run begins;  ids  (U,) its token.
-    """
-
-    order: Any
-    folds: list[tuple[Any, Any]]
-    first: Any
-    ids: Any
-
-
 def embedding_forward(tokens, wte, wpe, first_position):
     """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None.
 
@@ -229,7 +214,7 @@ def embedding_forward(tokens, wte, wpe, first_position):
 def embedding_backward(dy, runs, first_position, dwte, dwpe):
     """dwte[v] += the sum of dy over the places that hold token v;  dwpe[p] += the sum of dy over the batch at p.
 
-    runs  where the same tokens stand (see TokenRuns). The rows of dy are sorted by token, and each token's run is
+    runs  where the same tokens stand (see ops.TokenRuns). The rows of dy are sorted by token, and each token's run is
           folded onto its first row: in every round, rows at a distance of 1, 2, 4, ... are added pairwise, so that no
           row is written twice in a round. The sum is the same every time, which adding with atomics is not, and as
           exact as pairwise summation; differences of a running sum, which CuPy's add.reduceat takes, are not.

@@ -21,6 +21,7 @@ CACHE = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
 KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^\n]*\))?\s+(\w+)\(')
 SHARED = re.compile(r"__shared__\s+([^;()]+);")
 
+shared_memory = 227 << 10  # bytes of it that a block can have; of an H100
 schedule = 0  # how the threads of a block take turns: 0 the first warp ahead, 1 the last, from 2 on at random
 
 
@@ -72,13 +73,22 @@ class RawModule:
 class Function:
     """A kernel; its arguments are checked for what CuPy would pass on wrongly without a word."""
 
-    max_dynamic_shared_size_bytes = 48 << 10
-
     def __init__(self, library, name):
+        self._most = 48 << 10
         self.name = name
         self.launch, parameters = (getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params"))
         self.launch.restype = parameters.restype = ctypes.c_char_p
         self.kinds = parameters().decode().split()
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._most
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if size > shared_memory:
+            raise ValueError(f"{self.name}: {size} bytes of shared memory; a block of this GPU has {shared_memory}")
+        self._most = size
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         if len(args) != len(self.kinds):

@@ -446,6 +446,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); }
+inline unsigned bf16_pair(float first, float second) {
+  return __float2bfloat16_rn(first).u | (unsigned)__float2bfloat16_rn(second).u << 16;
+}
 
 // Tensor cores and asynchronous copies, which common.cuh has in PTX --------------------------------------------------
 

@@ -223,8 +223,8 @@ def test_every_kernel_is_the_cpus(cuda, case, precision, bound):
     name, here, there = case.split(",")[0], [], []
     for i, x in enumerate(arguments(Draw())):
         if name == "embedding_backward" and i == 1:
-            here.append(ops._token_runs(x, cuda))
-            there.append(ops._token_runs(x, get_backend("cpu")))
+            here.append(ops.TokenRuns(x, cuda))
+            there.append(ops.TokenRuns(x, get_backend("cpu")))
         elif isinstance(x, np.ndarray):
             wide = x.dtype.kind != "i"
             narrow = x.dtype == bfloat16 and precision == "float32" and name != "adamw_step"

@@ -100,7 +100,7 @@ def test_embedding(shape, first):
     wte, wpe, tokens = R.normal(size=(4, 3)), R.normal(size=(7, 3)), R.integers(0, 4, shape)
     y = k.embedding_forward(tokens, wte, wpe, first)
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
-    runs = ops._token_runs(tokens, get_backend())
+    runs = ops.TokenRuns(tokens, get_backend())
     k.embedding_backward(y, runs, first, dwte, dwpe)
     k.embedding_backward(y, runs, first, None, None)
     expected_wte, expected_wpe = np.ones_like(wte), np.ones_like(wpe)
@@ -117,7 +117,7 @@ def test_embedding(shape, first):
 def test_the_rounds_of_a_run_add_every_row_once(count):
     tokens = np.repeat(np.arange(3), [count, 1, count])
     R.shuffle(tokens)
-    runs = ops._token_runs(tokens, get_backend())
+    runs = ops.TokenRuns(tokens, get_backend())
     assert len(runs.folds) == math.ceil(math.log2(count))
     rows = np.arange(len(tokens))[runs.order][:, None] ** 2
     for into, other in runs.folds:

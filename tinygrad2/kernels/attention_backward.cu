@@ -130,7 +130,7 @@ attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const 
       Pack<bf16> a = *(const Pack<bf16>*)(dout + (size_t)row * D + col);
       Pack<bf16> b = *(const Pack<bf16>*)(out + (size_t)row * D + col);
 #pragma unroll
-      for (int i = 0; i < 8; i++) sum += f32(a.v[i]) * f32(b.v[i]);
+      for (int i = 0; i < 8; i++) sum += a[i] * b[i];
     }
   }
 #pragma unroll

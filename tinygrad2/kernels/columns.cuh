@@ -3,10 +3,11 @@
 // has one column. C is a constant (-DC).
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N, WARPS = 8, WIDTH = 32 * VEC;
 
+constexpr int AHEAD = 4;   // accesses that a lane asks for before it needs the first
+constexpr int BLOCKS = 4;  // that share a multiprocessor, of which the launcher makes as many as all hold at once
+
 template <class T>
-struct alignas(sizeof(T) * VEC) Vec {
-  T v[VEC];
-};
+using Vec = Pack<T, VEC>;
 
 __device__ __forceinline__ int first_column() { return blockIdx.x * WIDTH + threadIdx.x % 32 * VEC; }
 __device__ __forceinline__ int first_row() { return blockIdx.y * WARPS + threadIdx.x / 32; }

@@ -7,6 +7,7 @@
   extern __shared__ __align__(128) unsigned char name##_raw[]; \
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+#if __CUDA_ARCH__ >= 800
 // Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -36,6 +37,21 @@ template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// Both rounded to bfloat16, the first in the lower half.
+__device__ __forceinline__ unsigned bf16_pair(float first, float second) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+#else  // for what is computed in float32 on older GPUs, which have none of these
+__device__ __forceinline__ void cp_async16(void* d, const void* s) { *(uint4*)d = *(const uint4*)s; }
+__device__ __forceinline__ void cp_async_commit() {}
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {}
+__device__ __forceinline__ unsigned bf16_pair(float first, float second) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(first)) | __bfloat16_as_ushort(__float2bfloat16_rn(second)) << 16;
+}
+#endif
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -43,12 +59,6 @@ typedef __nv_bfloat16 bf16;
 #define REAL bf16
 #endif
 #define NEG_INF __uint_as_float(0xff800000u)  // NVRTC knows no INFINITY
-
-template <class T>
-struct alignas(16) Pack {  // one access of 16 bytes
-  static constexpr int N = 16 / sizeof(T);
-  T v[N];
-};
 
 __device__ __forceinline__ float f32(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float f32(float x) { return x; }
@@ -63,6 +73,35 @@ __device__ __forceinline__ float from_f32<float>(float x) {
   return x;
 }
 
+// COUNT numbers, read and written as a whole: in one access of up to 16 bytes, or in several of 16. In bfloat16 they stay
+// two in a register until one is asked for; the compiler would give each 16-bit member a register of its own.
+template <class T, int COUNT = 16 / sizeof(T), bool PAIRS = sizeof(T) == 2 && COUNT % 2 == 0>
+struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
+  static constexpr int N = COUNT;
+  T v[N];
+
+  Pack() = default;
+  __device__ __forceinline__ explicit Pack(const float (&x)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; k++) v[k] = from_f32<T>(x[k]);
+  }
+  __device__ __forceinline__ float operator[](int k) const { return f32(v[k]); }
+};
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack<T, COUNT, true> {
+  static constexpr int N = COUNT;
+  unsigned pairs[N / 2];
+
+  Pack() = default;
+  __device__ __forceinline__ explicit Pack(const float (&x)[N]) {
+#pragma unroll
+    for (int j = 0; j < N / 2; j++) pairs[j] = bf16_pair(x[2 * j], x[2 * j + 1]);
+  }
+  __device__ __forceinline__ float operator[](int k) const {
+    return __uint_as_float(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
+  }
+};
+
 // The sum over a warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -73,6 +112,16 @@ __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
   return v;
+}
+
+// The sum over a block of WARPS warps, in its first warp; once in a kernel.
+template <int WARPS>
+__device__ __forceinline__ float block_sum(float v) {
+  __shared__ float sums[WARPS];
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+  __syncthreads();
+  return threadIdx.x < 32 ? warp_sum(threadIdx.x < WARPS ? sums[threadIdx.x] : 0.f) : 0.f;
 }
 
 // Philox4x32-10, the CPU's bits (tinygrad2/random.py): the four words of elements 4 group ... 4 group + 3.

@@ -10,6 +10,7 @@ such as C or the head size are constants in the code (-DC=768).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -20,12 +21,13 @@ from ml_dtypes import bfloat16
 
 from tinygrad2.kernels.gemm import Gemm
 
-REAL = {"float32": "float", "bfloat16": "bf16"}  # the types that the kernels know, by their names in CUDA C++
+# The types that the kernels know, and their names in CUDA C++. (dtype.name is code in Python, and takes microseconds.)
+REAL = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
 PHILOX_KEY = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # as in common.cuh
 FOLDER = Path(__file__).parent
 CHUNK = 64  # sorted rows that one block of the embedding's backward pass adds up
 ALIGNMENT = 64  # the columns of the logits, and the rows of the embeddings they come from, are a multiple of this
-RESIDENT_ROW = 112 << 10  # bytes of logits: two rows of this size fit the shared memory of a multiprocessor (H100 on)
+BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides what is asked for: CUDA's own 1 KB, static arrays
 
 
 def source(family: str) -> str:
@@ -50,26 +52,34 @@ class CudaKernels:
         self._functions: dict[tuple, Any] = {}
         self._gemm = Gemm(np)
 
-    def _function(self, family: str, name: str, **defines: Any) -> Any:
-        """A kernel, compiled with these constants when first used."""
+    def _function(self, family: str, name: str, shared: int = 0, **defines: Any) -> Any:
+        """A kernel, compiled with these constants when first used; with them goes what it takes of shared memory."""
         key = (family, name, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
-            module = self._np.RawModule(code=source(family), options=options)
-            self._functions[key] = module.get_function(name)
+            function = self._np.RawModule(code=source(family), options=options).get_function(name)
+            if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
+                function.max_dynamic_shared_size_bytes = shared
+            self._functions[key] = function
         return self._functions[key]
+
+    @functools.cached_property
+    def _shared_memory(self) -> int:
+        """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can have all of it but 1 KB."""
+        runtime = self._np.cuda.runtime
+        return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
     # Matrix products --------------------------------------------------------------------------------------------------
 
     def linear_forward(self, x: Any, weight: Any, bias: Any | None) -> Any:
-        if x.dtype.name not in REAL or weight.dtype.name not in REAL or not x.size:
+        if x.dtype not in REAL or weight.dtype not in REAL or not x.size:
             return self._reference.linear_forward(x, weight, bias)
         weight = weight.astype(x.dtype, copy=False)
         bias = None if bias is None else bias.astype(x.dtype, copy=False)
         return self._gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
 
     def linear_backward(self, dy: Any, x: Any, weight: Any, dweight: Any | None, dbias: Any | None) -> Any:
-        if any(array.dtype.name not in REAL for array in (dy, x, weight)) or not dy.size:
+        if any(array.dtype not in REAL for array in (dy, x, weight)) or not dy.size:
             return self._reference.linear_backward(dy, x, weight, dweight, dbias)
         dy2 = dy.reshape(-1, dy.shape[-1])
         if dweight is not None:
@@ -91,7 +101,7 @@ class CudaKernels:
         rows = np.ascontiguousarray(rows)
         grid, count = _column_grid(rows)
         partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
-        function = self._function("columns", "column_sums", REAL=REAL[rows.dtype.name], C=rows.shape[-1])
+        function = self._function("columns", "column_sums", REAL=REAL[rows.dtype], C=rows.shape[-1])
         function(grid, (THREADS,), (partials, rows, count))
         self._add_partials(partials, into)
 
@@ -117,26 +127,26 @@ class CudaKernels:
         return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
 
     def embedding_forward(self, tokens, wte, wpe, first_position):
-        if wte.dtype.name not in REAL:
+        if wte.dtype not in REAL:
             return self._reference.embedding_forward(tokens, wte, wpe, first_position)
         np, C, T = self._np, wte.shape[1], tokens.shape[-1] if tokens.ndim else 1
         y = np.empty((*tokens.shape, C), dtype=wte.dtype)
         tokens, wte = np.ascontiguousarray(tokens), np.ascontiguousarray(wte)
         positions = wte if wpe is None else np.ascontiguousarray(wpe.astype(wte.dtype, copy=False))
         width = self._access(C, wte, positions)
-        defines = {"REAL": REAL[wte.dtype.name], "C": C, "WIDTH": width, "CHUNK": CHUNK}
+        defines = {"REAL": REAL[wte.dtype], "C": C, "WIDTH": width, "CHUNK": CHUNK}
         kernel = self._function("embedding", "embedding_forward", **defines, POSITIONS=int(wpe is not None))
-        numbers = numpy.int64(tokens.size), numpy.int32(T), numpy.int32(first_position)
+        numbers = numpy.int32(tokens.size), numpy.int32(T), numpy.int32(first_position)
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
 
     def embedding_backward(self, dy, runs, first_position, dwte, dwpe):
-        if dy.dtype.name not in REAL:
+        if dy.dtype not in REAL:
             return self._reference.embedding_backward(dy, runs, first_position, dwte, dwpe)
         C, rows = dy.shape[-1], dy.size // dy.shape[-1]
         dy = self._np.ascontiguousarray(dy)
         width = self._access(C, dy, *(array for array in (dwte, dwpe) if array is not None))
-        defines = {"REAL": REAL[dy.dtype.name], "C": C, "WIDTH": width, "CHUNK": CHUNK, "POSITIONS": 0}
+        defines = {"REAL": REAL[dy.dtype], "C": C, "WIDTH": width, "CHUNK": CHUNK, "POSITIONS": 0}
         threads = min(256, -(-C // width // 32) * 32)
         columns = -(-C // width // threads)
 
@@ -146,7 +156,7 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // CHUNK)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            where = runs.first, runs.ids, numpy.int32(rows), numpy.int32(runs.first.size)
+            where = runs.tokens, numpy.int32(rows)
             launch("embedding_backward", chunks, dwte, partial, dy, runs.order, *where)
             if chunks > 1:
                 launch("embedding_backward_long", chunks - 1, dwte, partial, *where)
@@ -159,7 +169,7 @@ class CudaKernels:
     # Dropout ----------------------------------------------------------------------------------------------------------
 
     def dropout_forward(self, x, rate, key):
-        if x.dtype.name not in REAL:
+        if x.dtype not in REAL:
             return self._reference.dropout_forward(x, rate, key)
         x = self._np.ascontiguousarray(x)
         y = self._np.empty(x.shape, dtype=x.dtype)
@@ -170,7 +180,7 @@ class CudaKernels:
             numpy.uint64(round(rate * 2**32)),
             numpy.float32(1 / (1 - rate)),
         )
-        kernel = self._function("dropout", "dropout", REAL=REAL[x.dtype.name])
+        kernel = self._function("dropout", "dropout", REAL=REAL[x.dtype])
         kernel((-(-x.size // 2048),), (256,), (x, y, first, *numbers))
         return y
 
@@ -210,8 +220,8 @@ class CudaKernels:
         results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
         arrays = [*map(np.ascontiguousarray, inputs), self._float32(weight), self._float32(bias)]
-        function = self._layernorm(name, x, shared := 8 * C)
-        blocks = _blocks(rows, _rows_of_a_block(C), 4)
+        function = self._function("layernorm", name, shared := 8 * C, REAL=REAL[x.dtype], C=C)
+        blocks = _blocks(rows, _rows_of_a_block(C), 4 if x.dtype.itemsize == 2 else 3)
         arguments = (*results, mean, rstd, *arrays, numpy.int32(rows), numpy.float32(eps))
         function((blocks,), (THREADS,), arguments, shared_mem=shared)
         return *results, mean, rstd
@@ -225,16 +235,14 @@ class CudaKernels:
         blocks = _blocks(rows, _rows_of_a_block(C), 2)
         dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
         arrays = [*map(np.ascontiguousarray, inputs), *map(self._float32, (weight, mean, rstd))]
-        function = self._layernorm(name, x, shared := 4 * C)
+        lanes, pack = THREADS // _rows_of_a_block(C), 16 // x.dtype.itemsize
+        shared = 4 * C  # the gains
+        if len(inputs) > 2 and C % pack == 0:
+            shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
+        function = self._function("layernorm", name, shared, REAL=REAL[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
         self._add_partials(partials, dweight, dbias)
         return dx
-
-    def _layernorm(self, name: str, x: Any, shared: int) -> Any:
-        function = self._function("layernorm", name, REAL=REAL[x.dtype.name], C=x.shape[-1])
-        if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
-            function.max_dynamic_shared_size_bytes = shared
-        return function
 
     def _float32(self, x: Any) -> Any:
         return self._np.ascontiguousarray(x.astype(numpy.float32, copy=False))
@@ -269,10 +277,10 @@ class CudaKernels:
         """One token at a time at the speed at which the cache is read; a prompt in bfloat16 as attention_forward."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
-        if qkv.dtype.name not in REAL or cache.dtype != qkv.dtype or not cache.flags.c_contiguous:
+        if qkv.dtype not in REAL or cache.dtype != qkv.dtype or not cache.flags.c_contiguous:
             return self._reference.attention_cached(qkv, cache, length, n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
-        defines = {"D": D, "REAL": REAL[qkv.dtype.name]}
+        defines = {"D": D, "REAL": REAL[qkv.dtype]}
         sizes = [numpy.int32(n) for n in (T, n_head, length, capacity)]
         if length == 0 and T > 1 and qkv.dtype == bfloat16 and self._tiles_fit(D):
             fill = self._function("attention_cached", "fill_cache", **defines)
@@ -365,8 +373,8 @@ class CudaKernels:
         return dx
 
     def _gelu(self, name: str, x: Any, bias: Any | None) -> Any:
-        types = {} if bias is None else {"BIAS": REAL[bias.dtype.name]}
-        return self._function("gelu", name, REAL=REAL[x.dtype.name], C=x.shape[-1], **types)
+        types: dict[str, Any] = {} if bias is None else {"BIAS": REAL[bias.dtype]}
+        return self._function("gelu", name, REAL=REAL[x.dtype], C=x.shape[-1], **types)
 
     def _gelu_bias(self, x: Any, bias: Any | None) -> Any:
         return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
@@ -399,7 +407,7 @@ class CudaKernels:
         return aligned
 
     def lm_head_forward(self, x, weight, targets):
-        if x.dtype.name not in REAL:
+        if x.dtype not in REAL:
             return self._reference.lm_head_forward(x, weight, targets)
         np, (V, C) = self._np, weight.shape
         rows = np.ascontiguousarray(x.reshape(-1, C))
@@ -407,22 +415,20 @@ class CudaKernels:
         logits = np.empty((len(rows), len(aligned)), dtype=x.dtype)
         self._gemm(rows, aligned, logits, transpose_b=True)
 
-        size = len(aligned) * x.dtype.itemsize
-        resident, packs = size <= RESIDENT_ROW, -(-V * x.dtype.itemsize // 16)
-        threads = min(1024, -(-packs // 32) * 32)
-        defines = {"REAL": REAL[x.dtype.name], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
-        kernel = self._function("cross_entropy", "cross_entropy", **defines, RESIDENT=int(resident))
-        if resident:
-            kernel.max_dynamic_shared_size_bytes = size
+        size, packs = len(aligned) * x.dtype.itemsize, -(-V * x.dtype.itemsize // 16)
+        resident = 2 * (size + BLOCK_OVERHEAD) <= self._shared_memory
+        shared, threads = size * resident, min(1024, -(-packs // 32) * 32)
+        defines = {"REAL": REAL[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
+        kernel = self._function("cross_entropy", "cross_entropy", shared, **defines, RESIDENT=int(resident))
         loss, losses = (np.empty(shape, dtype=numpy.float32) for shape in ((), rows.shape[:1]))
         arguments = logits, losses, np.ascontiguousarray(targets), numpy.float32(1 / len(rows))
-        kernel((len(rows),), (threads,), arguments, shared_mem=size if resident else 0)
+        kernel((len(rows),), (threads,), arguments, shared_mem=shared)
         mean = self._function("cross_entropy", "mean_loss", **defines, RESIDENT=int(resident))
         mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
         return loss, logits[:, :V]
 
     def lm_head_backward(self, dloss, dlogits, x, weight, dweight):
-        if x.dtype.name not in REAL:
+        if x.dtype not in REAL:
             return self._reference.lm_head_backward(dloss, dlogits, x, weight, dweight)
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
@@ -442,7 +448,7 @@ class CudaKernels:
     # Optimizer --------------------------------------------------------------------------------------------------------
 
     def squared_norm(self, x):
-        if x.dtype.name != "float32":
+        if x.dtype != numpy.float32:
             return self._reference.squared_norm(x)
         x = self._np.ascontiguousarray(x)
         blocks = max(1, min(-(-x.size // 4096), 1024))
@@ -452,7 +458,7 @@ class CudaKernels:
         return total
 
     def adamw_step(self, value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-        if value.dtype.name != "float32":
+        if value.dtype != numpy.float32:
             other = self._reference.adamw_step
             other(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
         elif value.size:
@@ -469,7 +475,7 @@ PROCESSORS = 132  # of an H200. Constant, so that sums have the same order, and 
 
 def _all_real(*arrays: Any) -> bool:
     """Whether these arrays are of one type that the kernels know."""
-    return arrays[0].dtype.name in REAL and all(x.dtype == arrays[0].dtype for x in arrays)
+    return arrays[0].dtype in REAL and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
 def _rows_of_a_block(C: int) -> int:

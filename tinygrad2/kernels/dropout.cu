@@ -10,6 +10,12 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
         float scale) {
   const long long i = ((long long)blockIdx.x * 256 + threadIdx.x) * 8;
   if (i >= n) return;
+  constexpr int N = Pack<REAL>::N;
+  const bool whole = i + 8 <= n && (unsigned long long)x % 16 == 0;
+  Pack<REAL> in[8 / N];  // on its way while the bits are drawn
+  if (whole)
+#pragma unroll
+    for (int k = 0; k < 8 / N; k++) in[k] = *(const Pack<REAL>*)(x + i + k * N);
   const unsigned long long group = (first + i) / 4;
   const unsigned offset = first % 4;
   const uint4 a = philox(key, group), b = philox(key, group + 1);
@@ -21,18 +27,18 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
 #pragma unroll
       for (int j = 0; j < 11; j++) word[j] = word[j + 1];
   }
-  if (i + 8 <= n && (unsigned long long)x % 16 == 0) {
-    constexpr int N = Pack<REAL>::N;
+  auto factor = [&](int j) { return word[j] >= threshold ? scale : 0.0f; };
+  if (whole) {
 #pragma unroll
-    for (int k = 0; k < 8; k += N) {
-      Pack<REAL> r = *(const Pack<REAL>*)(x + i + k);
+    for (int k = 0; k < 8 / N; k++) {
+      float out[N];
 #pragma unroll
-      for (int j = 0; j < N; j++) r.v[j] = from_f32<REAL>(f32(r.v[j]) * (word[k + j] >= threshold ? scale : 0.0f));
-      *(Pack<REAL>*)(y + i + k) = r;
+      for (int j = 0; j < N; j++) out[j] = in[k][j] * factor(k * N + j);
+      *(Pack<REAL>*)(y + i + k * N) = Pack<REAL>(out);
     }
     return;
   }
 #pragma unroll
   for (int j = 0; j < 8; j++)
-    if (i + j < n) y[i + j] = from_f32<REAL>(f32(x[i + j]) * (word[j] >= threshold ? scale : 0.0f));
+    if (i + j < n) y[i + j] = from_f32<REAL>(f32(x[i + j]) * factor(j));
 }

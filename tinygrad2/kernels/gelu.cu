@@ -41,12 +41,20 @@ __device__ __forceinline__ void forward(REAL* y, const REAL* x, const BIAS* bias
   float b[VEC];
 #pragma unroll
   for (int k = 0; k < VEC; k++) b[k] = bias_of(bias, c + k);
-#pragma unroll 2
-  for (int row = first_row(); row < rows; row += row_step()) {
-    Vec<REAL> v = *(const Vec<REAL>*)(x + (size_t)row * C + c);
+  int step = row_step();
+  for (int row = first_row(); row < rows; row += AHEAD * step) {
+    Vec<REAL> in[AHEAD];
 #pragma unroll
-    for (int k = 0; k < VEC; k++) v.v[k] = from_f32<REAL>(Form::value(f32(v.v[k]) + b[k]));
-    *(Vec<REAL>*)(y + (size_t)row * C + c) = v;
+    for (int i = 0; i < AHEAD; i++)
+      if (row + i * step < rows) in[i] = *(const Vec<REAL>*)(x + (size_t)(row + i * step) * C + c);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      if (row + i * step >= rows) break;
+      float out[VEC];
+#pragma unroll
+      for (int k = 0; k < VEC; k++) out[k] = Form::value(in[i][k] + b[k]);
+      *(Vec<REAL>*)(y + (size_t)(row + i * step) * C + c) = Vec<REAL>(out);
+    }
   }
 }
 
@@ -58,16 +66,26 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   if (c < C) {
 #pragma unroll
     for (int k = 0; k < VEC; k++) b[k] = bias_of(bias, c + k);
-#pragma unroll 2
-    for (int row = first_row(); row < rows; row += row_step()) {
-      Vec<REAL> d = *(const Vec<REAL>*)(dy + (size_t)row * C + c), v = *(const Vec<REAL>*)(x + (size_t)row * C + c);
+    constexpr int ROWS = AHEAD / 2;  // of two arrays
+    for (int row = first_row(), step = row_step(); row < rows; row += ROWS * step) {
+      Vec<REAL> d[ROWS], in[ROWS];
 #pragma unroll
-      for (int k = 0; k < VEC; k++) {
-        float g = f32(d.v[k]) * Form::slope(f32(v.v[k]) + b[k]);
-        sum[k] += g;
-        d.v[k] = from_f32<REAL>(g);
+      for (int i = 0; i < ROWS; i++) {
+        if (row + i * step >= rows) break;
+        size_t at = (size_t)(row + i * step) * C + c;
+        d[i] = *(const Vec<REAL>*)(dy + at), in[i] = *(const Vec<REAL>*)(x + at);
       }
-      *(Vec<REAL>*)(dx + (size_t)row * C + c) = d;
+#pragma unroll
+      for (int i = 0; i < ROWS; i++) {
+        if (row + i * step >= rows) break;
+        float out[VEC];
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+          out[k] = d[i][k] * Form::slope(in[i][k] + b[k]);
+          sum[k] += out[k];
+        }
+        *(Vec<REAL>*)(dx + (size_t)(row + i * step) * C + c) = Vec<REAL>(out);
+      }
     }
   }
   store_partial(partial, sum);
@@ -75,7 +93,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
 
 // y = u / (1 + exp(-2 sqrt(2 / pi) (u + 0.044715 u^3))). Reads x, writes y: 4 bytes an element in bf16, 10 FLOPs. At
 // N = 65536, C = 3072: 0.8 GB, 2 GFLOP, floor 0.19 ms.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   forward<Tanh>(y, x, bias, rows);
 }
@@ -83,20 +101,20 @@ gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __res
 // dx = dy (s + 2 u s (1 - s) sqrt(2 / pi) (1 + 3 * 0.044715 u^2)), s the logistic function above; the sums of its columns
 // go to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes an element in bf16, 20 FLOPs. At N = 65536, C = 3072:
 // 1.2 GB, 4 GFLOP, floor 0.28 ms.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
               const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   backward<Tanh>(dx, partial, dy, x, bias, rows);
 }
 
 // y = u (1 + erf(u / sqrt(2))) / 2: bytes and floor as gelu_forward's, about 30 FLOPs.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   forward<Exact>(y, x, bias, rows);
 }
 
 // dx = dy (Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)): bytes and floor as gelu_backward's, about 40 FLOPs.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
                     const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   backward<Exact>(dx, partial, dy, x, bias, rows);

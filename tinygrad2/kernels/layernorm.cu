@@ -11,9 +11,7 @@ constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
 constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
 
 template <class T>
-struct alignas(sizeof(T) * VEC) Vec {
-  T v[VEC];
-};
+using Vec = Pack<T, VEC>;
 
 // Each of N numbers summed over the lanes of a row, the same bits in every lane. Two calls one after the other need
 // different `slots`: the barrier of the second call is what frees the first one's.
@@ -46,20 +44,28 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads come to the barriers
     size_t start = (size_t)row * C;
-    float v[PER_LANE][VEC] = {}, total[1] = {}, squares[1] = {};
+    float total[1] = {}, squares[1] = {};
+    Vec<REAL> in[PER_LANE], more[PER_LANE];  // all asked for before the first is needed
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
       if (c >= end) continue;
-      Vec<REAL> a = *(const Vec<REAL>*)(x + start + c), d;
-      if (ADD) d = *(const Vec<REAL>*)(delta + start + c);
+      in[i] = *(const Vec<REAL>*)(x + start + c);
+      if (ADD) more[i] = *(const Vec<REAL>*)(delta + start + c);
+    }
 #pragma unroll
-      for (int k = 0; k < VEC; k++) {
-        if (ADD) a.v[k] = from_f32<REAL>(f32(a.v[k]) + f32(d.v[k]));  // the rounded sum is what backward sees, too
-        v[i][k] = f32(a.v[k]);
-        total[0] += v[i][k];
+    for (int i = 0; i < PER_LANE; i++) {
+      int c = (i * LANES + lane) * VEC;
+      if (c >= end) continue;
+      float sum[VEC];
+      if (ADD) {
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum[k] = in[i][k] + more[i][k];
+        in[i] = Vec<REAL>(sum);  // rounded, as backward sees it
+        *(Vec<REAL>*)(s + start + c) = in[i];
       }
-      if (ADD) *(Vec<REAL>*)(s + start + c) = a;
+#pragma unroll
+      for (int k = 0; k < VEC; k++) total[0] += in[i][k];
     }
     row_sums(total, slots[0]);
     float m = total[0] * (1.f / C);
@@ -67,7 +73,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
     for (int i = 0; i < PER_LANE; i++)
       if ((i * LANES + lane) * VEC < end)
 #pragma unroll
-        for (int k = 0; k < VEC; k++) squares[0] += (v[i][k] - m) * (v[i][k] - m);
+        for (int k = 0; k < VEC; k++) squares[0] += (in[i][k] - m) * (in[i][k] - m);
     row_sums(squares, slots[1]);
     float r = 1.f / sqrtf(squares[0] * (1.f / C) + eps);
 #pragma unroll
@@ -75,18 +81,22 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
       int c = (i * LANES + lane) * VEC;
       if (c >= end) continue;
       Vec<float> w = *(const Vec<float>*)(gains + c), b = *(const Vec<float>*)(gains + C + c);
-      Vec<REAL> out;
+      float out[VEC];
 #pragma unroll
-      for (int k = 0; k < VEC; k++) out.v[k] = from_f32<REAL>((v[i][k] - m) * r * w.v[k] + b.v[k]);
-      *(Vec<REAL>*)(y + start + c) = out;
+      for (int k = 0; k < VEC; k++) out[k] = (in[i][k] - m) * r * w[k] + b[k];
+      *(Vec<REAL>*)(y + start + c) = Vec<REAL>(out);
     }
     if (lane == 0 && row < rows) mean[row] = m, rstd[row] = r;
   }
 }
 
+// Blocks that share a multiprocessor, of which the launcher makes as many as all hold at once.
+constexpr int FORWARD_BLOCKS = C > 6144 ? 1 : sizeof(REAL) == 2 ? 4 : 3;
+constexpr int BACKWARD_BLOCKS = C > 6144 || sizeof(REAL) > 2 ? 1 : 2;
+
 // y = w (x - mean) rstd + b. Reads x, writes y: 4 bytes an element in bf16, 8 FLOPs. At N = 65536, C = 768: 0.2 GB,
 // 0.4 GFLOP, floor 0.047 ms.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, const REAL* __restrict__ x,
                   const float* __restrict__ weight, const float* __restrict__ bias, int rows, float eps) {
   forward<false>(nullptr, y, mean, rstd, x, nullptr, weight, bias, rows, eps);
@@ -94,7 +104,7 @@ layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restr
 
 // s = x + delta, y = w (s - mean) rstd + b. Reads x and delta, writes s and y: 8 bytes an element in bf16, 9 FLOPs. At
 // N = 65536, C = 768: 0.4 GB, 0.45 GFLOP, floor 0.094 ms.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 add_layernorm_forward(REAL* __restrict__ s, REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd,
                       const REAL* __restrict__ x, const REAL* __restrict__ delta, const float* __restrict__ weight,
                       const float* __restrict__ bias, int rows, float eps) {
@@ -124,6 +134,7 @@ template <bool ADD>
 __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* ds, const REAL* dy, const REAL* x,
                                          const float* weight, const float* mean, const float* rstd, int rows) {
   DYN_SMEM(float, gains);  // weight: C numbers; later a row of sums
+  Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, on its way while the rest is computed: the registers are full
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
   __syncthreads();
@@ -140,7 +151,9 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       if (c >= end) continue;
       in[i] = *(const Vec<REAL>*)(dy + start + c);
       at[i] = *(const Vec<REAL>*)(x + start + c);
+      if (ADD && VEC > 1) cp_async16(skips + i * WARPS * 32 + threadIdx.x, ds + start + c);
     }
+    cp_async_commit();
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
@@ -148,7 +161,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       Vec<float> w = *(const Vec<float>*)(gains + c);
 #pragma unroll
       for (int k = 0; k < VEC; k++) {
-        float d = f32(in[i].v[k]), xhat = (f32(at[i].v[k]) - m) * r, g = d * w.v[k];
+        float d = in[i][k], xhat = (at[i][k] - m) * r, g = d * w[k];
         dweight[i][k] += d * xhat;
         dbias[i][k] += d;
         sums[0] += g;
@@ -156,20 +169,22 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       }
     }
     row_sums(sums, slots[turn]);
+    cp_async_wait<0>();  // each lane reads what it copied
     float g_mean = sums[0] * (1.f / C), gx_mean = sums[1] * (1.f / C);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
       if (c >= end) continue;
       Vec<float> w = *(const Vec<float>*)(gains + c);
-      Vec<REAL> out, skip;
-      if (ADD) skip = *(const Vec<REAL>*)(ds + start + c);  // not before the sums: there are no registers for it
+      Vec<REAL> skip;
+      if (ADD) skip = VEC > 1 ? skips[i * WARPS * 32 + threadIdx.x] : *(const Vec<REAL>*)(ds + start + c);
+      float out[VEC];
 #pragma unroll
       for (int k = 0; k < VEC; k++) {
-        float xhat = (f32(at[i].v[k]) - m) * r, d = r * (f32(in[i].v[k]) * w.v[k] - g_mean - xhat * gx_mean);
-        out.v[k] = from_f32<REAL>(ADD ? f32(skip.v[k]) + d : d);
+        float xhat = (at[i][k] - m) * r;
+        out[k] = r * (in[i][k] * w[k] - g_mean - xhat * gx_mean) + (ADD ? skip[k] : 0.f);
       }
-      *(Vec<REAL>*)(dx + start + c) = out;
+      *(Vec<REAL>*)(dx + start + c) = Vec<REAL>(out);
     }
   }
   store_partial(partial, gains, dweight);
@@ -180,8 +195,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
 // dy go to its row of partial[0] and partial[1] (2, blocks, C); columns.cu adds them up. Two blocks share an SM in bf16.
 // Reads dy and x, writes dx: 6 bytes an element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, floor
 // 0.070 ms.
-constexpr int BLOCKS_PER_SM = sizeof(REAL) == 2 && C <= 6144 ? 2 : 1;
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
                    const REAL* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ mean,
                    const float* __restrict__ rstd, int rows) {
@@ -189,7 +203,7 @@ layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REA
 }
 
 // The same with the gradient of the sum, ds, added to dx: 8 bytes an element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 add_layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ ds,
                        const REAL* __restrict__ dy, const REAL* __restrict__ x, const float* __restrict__ weight,
                        const float* __restrict__ mean, const float* __restrict__ rstd, int rows) {

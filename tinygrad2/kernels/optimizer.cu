@@ -10,31 +10,18 @@ __device__ __forceinline__ Pack<float> load4(const float* p, long long i, long l
   return r;
 }
 
-struct alignas(8) Half {  // four numbers in bfloat16
-  bf16 v[4];
-};
-
-template <class P, class T>
-__device__ __forceinline__ void store4(T* p, long long i, long long n, bool aligned, const P& r) {
+template <class T>
+__device__ __forceinline__ void store4(T* p, long long i, long long n, bool aligned, const Pack<T, 4>& r) {
   if (aligned && i + 4 <= n) {
-    *(P*)(p + i) = r;
+    *(Pack<T, 4>*)(p + i) = r;
     return;
   }
 #pragma unroll
   for (int j = 0; j < 4; j++)
-    if (i + j < n) p[i + j] = r.v[j];
+    if (i + j < n) p[i + j] = from_f32<T>(r[j]);
 }
 
 __device__ __forceinline__ bool aligned_to(int bytes, const void* p) { return (unsigned long long)p % bytes == 0; }
-
-// The sum over a block of 256 threads, in thread 0.
-__device__ __forceinline__ float block_sum(float v) {
-  __shared__ float sums[8];
-  v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  return threadIdx.x < 32 ? warp_sum(threadIdx.x < 8 ? sums[threadIdx.x] : 0.0f) : 0.0f;
-}
 
 // partial[block] = the sum of x_i^2 over the block's share of x: every gridDim-th run of 4096 numbers.
 // Each of a thread's four sums runs over every fourth number that it meets. The number of blocks is a function of n
@@ -53,7 +40,7 @@ square_partials(const float* x, float* partial, long long n) {
 #pragma unroll
       for (int j = 0; j < 4; j++) sum[j] += r[k].v[j] * r[k].v[j];
   }
-  float total = block_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  float total = block_sum<8>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
@@ -61,7 +48,7 @@ square_partials(const float* x, float* partial, long long n) {
 extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* partial, float* total, int count) {
   float sum = 0.0f;
   for (int i = threadIdx.x; i < count; i += 256) sum += partial[i];
-  sum = block_sum(sum);
+  sum = block_sum<8>(sum);
   if (threadIdx.x == 0) *total = sum;
 }
 
@@ -83,17 +70,15 @@ adamw(float* value, const float* grad, float* m, float* v, bf16* copy, const flo
   Pack<float> first = load4(m, i, n, aligned), second = load4(v, i, n, aligned);
   const float scale = *grad_scale, shrink = 1.0f - *lr * weight_decay;
   const float rate = *lr / -expm1f(*step * log_beta1), root = rsqrtf(-expm1f(*step * log_beta2));
-  Half rounded;
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     float gj = g.v[j] * scale;
     first.v[j] = first.v[j] * (1.0f - rest1) + rest1 * gj;
     second.v[j] = second.v[j] * (1.0f - rest2) + rest2 * gj * gj;
     p.v[j] = p.v[j] * shrink - rate * first.v[j] / (sqrtf(second.v[j]) * root + eps);
-    rounded.v[j] = from_f32<bf16>(p.v[j]);
   }
   store4(value, i, n, aligned, p);
   store4(m, i, n, aligned, first);
   store4(v, i, n, aligned, second);
-  if (copy) store4(copy, i, n, aligned, rounded);
+  if (copy) store4(copy, i, n, aligned, Pack<bf16, 4>(p.v));
 }

@@ -90,7 +90,7 @@ FAULTS = [
     (r"k < offset", "k < 1"),
     (r"= c\.y", "= c.z"),
     (r">= threshold", ">= (unsigned)threshold"),  # a rate of almost 1 would keep all
-    (r"k \+ j\] >= threshold", "k] >= threshold"),
+    (r"factor\(k \* N \+ j\)", "factor(k * N)"),
     (r"key\.step", "0"),
     (r"group >> 32", "0"),
     (r"round < 10", "round < 9"),

@@ -159,7 +159,7 @@ FAULTS = [
     (r"i \+ 4 <= n\) return", "i < n) return"),  # a last access beyond the end
     (r"if \(i \+ j < n\) p", "p"),
     (r"__syncthreads\(\);", ""),
-    (r"threadIdx\.x < 8 \? sums", "threadIdx.x < 7 ? sums"),
+    (r"threadIdx\.x < WARPS \? sums", "threadIdx.x < WARPS - 1 ? sums"),
     (r"gridDim\.x \* 4096", "gridDim.x * 8192"),
     (r"k \* 1024 \+ thr", "k * 512 + thr"),
     (r"i \+= 256", "i += 128"),
@@ -168,7 +168,7 @@ FAULTS = [
     (r"1\.0f - \*lr \* weight_decay", "1.0f"),
     (r"-expm1f\(\*step \* log_beta1\)", "rest1"),
     (r"\* root \+ eps", "+ eps"),
-    (r"from_f32<bf16>\(p\.v\[j\]\)", "from_f32<bf16>(g.v[j])"),
+    (r"Pack<bf16, 4>\(p\.v\)", "Pack<bf16, 4>(g.v)"),
     (r"  store4\(v, i, n, aligned, second\);\n", ""),
 ]
 
