@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     ],
     "attention_cached": _each(REAL=TYPES, D=(64, 80, 128)),
     "cross_entropy": [
-        {"REAL": real, "VOCAB": 50257, "COLUMNS": 50304, "THREADS": 1024, "RESIDENT": int(real == "bf16")}
-        for real in TYPES
+        {"REAL": real, "VOCAB": 50257, "COLUMNS": 50304, "THREADS": 1024, "RESIDENT": resident}
+        for real, resident in (("bf16", 1), ("bf16", 0), ("float", 0))
     ],
     "embedding": [
         {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "CHUNK": 64}
@@ -84,22 +85,41 @@ def families() -> list[str]:
 
 def compiled(code: str, architecture: str, defines: dict[str, Any]) -> list[Usage]:
     """Compile a source as CuPy would on such a GPU. Raises CompileError."""
+    only = defines.get("kernels")
+    with _program(code, f"sm_{architecture}", defines) as (_, log):
+        return [use for use in _usages(log) if only is None or use.name in only]
+
+
+def narrow_loads(code: str, defines: dict[str, Any]) -> dict[str, int]:
+    """How many loads of a single 16-bit number each kernel has in its PTX.
+
+    Where the compiler takes what should be one access of 16 bytes apart into its members, they are what is left of it.
+    """
+    from cupy_backends.cuda.libs import nvrtc
+
+    with _program(code, "compute_90", defines) as (program, _):
+        text = nvrtc.getPTX(program)
+    kernels = (text.decode() if isinstance(text, bytes) else text).split(".visible .entry ")[1:]
+    return {kernel.split("(")[0]: len(re.findall(r"\bld\.global(?:\.nc)?\.[bus]16\b", kernel)) for kernel in kernels}
+
+
+@contextmanager
+def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """A source compiled for a real or a virtual architecture with CuPy's options, and the log."""
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
-    only = defines.get("kernels")
     own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items() if name != "kernels"))
     # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
-    added = ("-ftz=true", f"-arch=sm_{architecture}", "--device-as-default-execution-space")
+    added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*core.assemble_cupy_compiler_options(own), *added, "--ptxas-options=-v"))
-        log = nvrtc.getProgramLog(program)
+        yield program, nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
-        raise CompileError(f"sm_{architecture} {defines}: {error}\n{nvrtc.getProgramLog(program)}") from None
+        raise CompileError(f"{target} {defines}: {error}\n{nvrtc.getProgramLog(program)}") from None
     finally:
         nvrtc.destroyProgram(program)
-    return [use for use in _usages(log) if only is None or use.name in only]
 
 
 def _usages(log: str) -> Iterator[Usage]:

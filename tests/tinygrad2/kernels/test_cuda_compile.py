@@ -30,6 +30,20 @@ extern "C" __global__ void __launch_bounds__(1024) products(float* out, const fl
   for (int i = 0; i < ROOM; i++) out[i * 1024 + threadIdx.x] = kept[i] * kept[ROOM - 1 - i];
 }
 """
+MEMBERS = """
+struct alignas(16) Eight {
+  unsigned short v[8];
+};
+__device__ void add(float* sum, const Eight& x) {
+  for (int k = 0; k < 8; k++) sum[k] += x.v[k];
+}
+extern "C" __global__ void sums(float* __restrict__ out, const unsigned short* __restrict__ in, int n) {
+  float sum[8] = {};
+#pragma unroll 1
+  for (int i = 0; i < n; i++) add(sum, *(const Eight*)(in + 8 * i));
+  for (int k = 0; k < 8; k++) out[k] = sum[k];
+}
+"""
 
 
 def check(family, architecture, defines):
@@ -47,12 +61,39 @@ def test_compiles_for_the_main_size(family):
     check(family, "90", nvrtc.SIZES[family][0])
 
 
+TENSOR_CORES = {"attention_forward", "attention_backward"}
+
+
+@pytest.mark.parametrize("family", sorted(set(nvrtc.families()) - TENSOR_CORES))
+def test_float32_compiles_for_gpus_without_bfloat16(family):
+    defines = next(row for row in nvrtc.SIZES[family] if row.get("REAL", "float") == "float")
+    check(family, "75", defines)
+    if family == "cross_entropy":
+        check(family, "75", {**defines, "VOCAB": 1003, "COLUMNS": 1024, "THREADS": 256, "RESIDENT": 1})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("family", nvrtc.families())
 def test_compiles_for_every_size(family, architecture):
     for defines in nvrtc.SIZES[family]:
         check(family, architecture, defines)
+
+
+# Of single 16-bit numbers: biases, which may begin anywhere, and what a slice that begins anywhere is read by.
+NARROW = {"attention_cached": 2, "cross_entropy": 1, "dropout": 8, "gelu_backward": 8, "gelu_exact_backward": 8,
+          "gelu_exact_forward": 8, "gelu_forward": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", nvrtc.families())
+def test_reads_16_bytes_at_a_time(family):
+    loads = nvrtc.narrow_loads(cuda.source(family), nvrtc.SIZES[family][0])
+    assert loads == {name: NARROW.get(name, 0) for name in loads}
+
+
+def test_an_access_taken_apart_is_reported():
+    assert nvrtc.narrow_loads(MEMBERS, {}) == {"sums": 8}
+    assert nvrtc.narrow_loads(MEMBERS.replace("const Eight& x", "Eight x"), {}) == {"sums": 0}
 
 
 def test_a_local_array_is_reported_as_a_stack_frame():
