@@ -69,6 +69,11 @@ class CudaKernels:
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
+    def _packed(self, x: Any) -> Any:
+        """x where it lies by rows and begins at 16 bytes, as kernels read it, or a copy that does."""
+        x = self._np.ascontiguousarray(x)
+        return x.copy() if x.data.ptr % 16 else x
+
     # Matrix products --------------------------------------------------------------------------------------------------
 
     def linear_forward(self, x: Any, weight: Any, bias: Any | None) -> Any:
@@ -98,7 +103,7 @@ class CudaKernels:
     def _column_sums(self, rows: Any, into: Any) -> None:
         """into (C,) float32 += the sum over the rows of a matrix (N, C), in a fixed order."""
         np = self._np
-        rows = np.ascontiguousarray(rows)
+        rows = self._packed(rows)
         grid, count = _column_grid(rows)
         partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
         function = self._function("columns", "column_sums", REAL=REAL[rows.dtype], C=rows.shape[-1])
@@ -219,7 +224,7 @@ class CudaKernels:
         rows = x.size // C
         results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
-        arrays = [*map(np.ascontiguousarray, inputs), self._float32(weight), self._float32(bias)]
+        arrays = [*map(self._packed, inputs), self._float32(weight), self._float32(bias)]
         function = self._function("layernorm", name, shared := 8 * C, REAL=REAL[x.dtype], C=C)
         blocks = _blocks(rows, _rows_of_a_block(C), 4 if x.dtype.itemsize == 2 else 3)
         arguments = (*results, mean, rstd, *arrays, numpy.int32(rows), numpy.float32(eps))
@@ -234,7 +239,7 @@ class CudaKernels:
         rows = x.size // C
         blocks = _blocks(rows, _rows_of_a_block(C), 2)
         dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
-        arrays = [*map(np.ascontiguousarray, inputs), *map(self._float32, (weight, mean, rstd))]
+        arrays = [*map(self._packed, inputs), *map(self._float32, (weight, mean, rstd))]
         lanes, pack = THREADS // _rows_of_a_block(C), 16 // x.dtype.itemsize
         shared = 4 * C  # the gains
         if len(inputs) > 2 and C % pack == 0:
@@ -355,7 +360,7 @@ class CudaKernels:
         np = self._np
         if not _all_real(x):
             return getattr(self._reference, name)(x, bias)
-        y, x = np.empty(x.shape, dtype=x.dtype), np.ascontiguousarray(x)
+        y, x = np.empty(x.shape, dtype=x.dtype), self._packed(x)
         grid, rows = _column_grid(x)
         self._gelu(name, x, bias)(grid, (THREADS,), (y, x, self._gelu_bias(x, bias), rows))
         return y
@@ -364,7 +369,7 @@ class CudaKernels:
         np = self._np
         if not _all_real(dy, x):
             return getattr(self._reference, name)(dy, x, bias, dbias)
-        dx, dy, x = np.empty(x.shape, dtype=x.dtype), np.ascontiguousarray(dy), np.ascontiguousarray(x)
+        dx, dy, x = np.empty(x.shape, dtype=x.dtype), self._packed(dy), self._packed(x)
         grid, rows = _column_grid(x)
         partials = np.empty((1, grid[1], x.shape[-1]), dtype=np.float32)
         arguments = (dx, partials, dy, x, self._gelu_bias(x, bias), rows)

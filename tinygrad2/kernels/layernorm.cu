@@ -153,7 +153,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       at[i] = *(const Vec<REAL>*)(x + start + c);
       if (ADD && VEC > 1) cp_async16(skips + i * WARPS * 32 + threadIdx.x, ds + start + c);
     }
-    cp_async_commit();
+    if (ADD) cp_async_commit();
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
@@ -169,7 +169,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       }
     }
     row_sums(sums, slots[turn]);
-    cp_async_wait<0>();  // each lane reads what it copied
+    if (ADD) cp_async_wait<0>();  // each lane reads what it copied
     float g_mean = sums[0] * (1.f / C), gx_mean = sums[1] * (1.f / C);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
