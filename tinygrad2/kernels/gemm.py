@@ -14,12 +14,14 @@ from ctypes import POINTER, byref, c_float, c_int, c_int64, c_size_t, c_uint64, 
 from typing import Any, NamedTuple
 
 import numpy
+from ml_dtypes import bfloat16
 
 LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so")
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper and later
 
 # The constants of cublasLt.h and library_types.h, the same in CUDA 11.8 to 13.
-TYPES = {"float32": 0, "bfloat16": 14}  # CUDA_R_32F, CUDA_R_16BF
+FLOAT32 = numpy.dtype(numpy.float32)
+TYPES = {FLOAT32: 0, numpy.dtype(bfloat16): 14}  # CUDA_R_32F, CUDA_R_16BF
 COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
 POINTER_MODE, TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 2, 3, 4, 7, 8, 11, 12
 BIAS_TYPE = 26
@@ -133,13 +135,13 @@ class Gemm:
             raise ValueError(f"a product of ({m}, {k}) and ({inner}, {n}) into {out.shape}")
         if not (m and n and k):
             raise ValueError(f"a product of ({m}, {k}) and ({k}, {n}) is empty")
-        types = tuple(x.dtype.name for x in (a, b, out))
-        if types[0] != types[1] or types[0] not in TYPES or types[2] not in ("float32", types[0]):
+        types = tuple(x.dtype for x in (a, b, out))
+        if types[0] != types[1] or types[0] not in TYPES or types[2] not in (FLOAT32, types[0]):
             raise ValueError(f"no product of {types[0]} and {types[1]} into {types[2]}")
         if epilogue == "" and bias is not None:
             epilogue = "bias"
         self._check_epilogue(epilogue, bias, aux, out)
-        if scale is not None and (scale.dtype.name != "float32" or scale.size != 1):
+        if scale is not None and (scale.dtype != FLOAT32 or scale.size != 1):
             raise ValueError(f"scale must be one float32, got {scale.shape} of {scale.dtype}")
 
         places = [self._matrix(x) for x in (b, a, out)]
@@ -194,7 +196,7 @@ class Gemm:
         return self._np.ascontiguousarray(x), transposed
 
     def _matrix(self, x: Any) -> Matrix:
-        return Matrix(x.data.ptr, TYPES[x.dtype.name], _row_stride(x))
+        return Matrix(x.data.ptr, TYPES[x.dtype], _row_stride(x))
 
     def _check_epilogue(self, epilogue: str, bias: Any, aux: Any, out: Any) -> None:
         if epilogue not in EPILOGUES:
@@ -233,8 +235,8 @@ class Gemm:
             self._call("Create", byref(self._handle))
         m, n, k = shape
         (transpose_b, transpose_a), (b, a, out) = transposes, places
-        compute = COMPUTE_32F_FAST_TF32 if self.tf32 and a.type == TYPES["float32"] else COMPUTE_32F
-        operation = self._new("MatmulDescCreate", compute, TYPES["float32"])
+        compute = COMPUTE_32F_FAST_TF32 if self.tf32 and a.type == TYPES[FLOAT32] else COMPUTE_32F
+        operation = self._new("MatmulDescCreate", compute, TYPES[FLOAT32])
         self._set(operation, TRANSA, c_int(transpose_b))
         self._set(operation, TRANSB, c_int(transpose_a))
         self._set(operation, POINTER_MODE, c_int(device_scalars))

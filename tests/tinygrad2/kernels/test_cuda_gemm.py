@@ -221,7 +221,7 @@ FAULTS = [
     (r"\*alignments, _alignment\(bias_address\)", "_alignment(256)"),
     (r"        if bias_address:\n", "        if False:\n"),
     (r"transpose_a, transpose_b, self\.tf32", "self.tf32"),
-    (r"TYPES\[x\.dtype\.name\], _row_stride\(x\)", "TYPES[x.dtype.name], x.shape[1]"),
+    (r"TYPES\[x\.dtype\], _row_stride\(x\)", "TYPES[x.dtype], x.shape[1]"),
 ]
 
 
