@@ -1,4 +1,5 @@
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,24 @@ def test_attention_works_in_memory_that_grows_as_T(monkeypatch):
 def test_dropout_saves_no_mask():
     y = ops.dropout(Tensor(np.ones((4, 100)), requires_grad=True), 0.5, Key(0))
     assert saved_bytes(y) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [1, 40, 1 << 16, 1 << 17])  # up to 16 bits are sorted another way
+def test_runs_are_where_equal_tokens_stand(vocabulary):
+    uploads = []
+    backend = SimpleNamespace(np=np, upload=lambda values: uploads.append(values) or values)
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(30, 70))
+    tokens[0, 0] = vocabulary - 1
+    flat = tokens.reshape(-1)
+    runs = ops.TokenRuns(tokens, backend)
+    assert not uploads  # before a kernel asks
+    np.testing.assert_array_equal(runs.order, np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(runs.tokens, np.sort(flat))
+    assert [len(values) for values in uploads] == [2 * flat.size]  # for CUDA, no more
+    ids, first = np.unique(runs.tokens, return_index=True)
+    np.testing.assert_array_equal(runs.ids, ids)
+    np.testing.assert_array_equal(runs.first, first)
+    assert {runs.order.dtype, runs.tokens.dtype, runs.first.dtype, runs.ids.dtype} == {np.dtype(np.int64)}
 
 
 def test_tokens_may_be_lists_arrays_of_any_integer_type_and_tensors():
