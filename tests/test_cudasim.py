@@ -166,3 +166,12 @@ def test_a_launch_that_no_gpu_takes_is_refused():
     for size in ({"grid": 0}, {"block": 0}, {"block": 1025}, {"block": 32, "shared_mem": 49_153}):
         with pytest.raises(ValueError, match="reverse"):
             run("reverse", y, X, **size)
+
+
+def test_no_block_has_more_shared_memory_than_the_gpu(monkeypatch):
+    kernel = cudasim.RawModule(code=COMMON + KERNELS, options=("-DREAL=float",)).get_function("reverse")
+    kernel.max_dynamic_shared_size_bytes = 227 << 10
+    monkeypatch.setattr(cudasim, "shared_memory", 99 << 10)
+    with pytest.raises(ValueError, match="reverse: 101377 bytes"):
+        kernel.max_dynamic_shared_size_bytes = (99 << 10) + 1
+    assert kernel.max_dynamic_shared_size_bytes == 227 << 10
