@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpt2.decode import Decoder
 from tinygrad2 import Key, no_grad, random
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of the tokens read so far, so that each new token is read once.
 
-    layers  one array (2, B, H, capacity, D) a layer: keys, then values.
-    length  how many positions are filled.
+    layers   one array (2, B, H, capacity, D) a layer: keys, then values.
+    length   how many positions are filled.
+    decoder  what reads one more token of each text in one launch, or None where operations do it.
     """
 
     def __init__(self, model: GPT2, batch: int, capacity: int):
@@ -27,6 +29,7 @@ class KVCache:
         shape = (2, batch, c.n_head, capacity, c.head_size)
         self.layers = [model.backend.zeros(shape, model.activations) for _ in range(c.n_layer)]
         self.length = 0
+        self.decoder = Decoder.fitting(model, self)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

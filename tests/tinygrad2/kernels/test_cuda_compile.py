@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(1024) products(float* out, const fl
 
 
 def check(family, architecture, defines):
-    code = cuda.source(family)
+    code = cuda.source(nvrtc.families()[family])
     usages = nvrtc.compiled(code, architecture, defines)
     names = [use.name for use in usages]
     assert set(names) <= set(KERNEL.findall(code)), "the simulator knows a kernel by how it is declared"
