@@ -31,7 +31,7 @@ enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 struct Layer {
   const REAL* matrix[MATRICES];
   const float* bias[MATRICES];
-  const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;
+  const float* norm[4];  // the weight and bias of each LayerNorm
   REAL* cache;  // (2, B, H, capacity, D)
 };
 struct Tokens {
@@ -172,11 +172,24 @@ __device__ __forceinline__ float total_of(const float* parts, int b, int c) {
 
 // x = before + y + bias. Every block computes all of it; one leaves it for later.
 template <int MATRIX>
-__device__ __forceinline__ void residual(float* x, const float* before, float* after, const float* parts,
-                                         const float* bias) {
+__device__ __forceinline__ void residual(float* __restrict__ x, const float* __restrict__ before,
+                                         float* __restrict__ after, const float* __restrict__ parts,
+                                         const float* __restrict__ bias) {
   for (int i = threadIdx.x; i < B * C; i += THREADS) {
     x[i] = __ldcg(before + i) + (total_of<MATRIX>(parts, i / C, i % C) + bias[i % C]);
     if (after && blockIdx.x == 0) after[i] = x[i];
+  }
+}
+
+// Biases and LayerNorms' vectors are needed at once by all blocks: bring a layer's to L2, each block some lines of it.
+__device__ __forceinline__ void warm(const Layer& layer) {
+  constexpr int LINE = 32;  // numbers
+  int at = (blockIdx.x + BLOCKS * threadIdx.x) * LINE;
+#pragma unroll
+  for (int i = 0; i < MATRICES + 4; i++) {
+    int size = i < MATRICES ? outputs(i) : C;
+    if (at >= 0 && at < size) prefetch_l2((i < MATRICES ? layer.bias[i % MATRICES] : layer.norm[i % 4]) + at);
+    at -= (size + LINE - 1) / LINE * LINE;
   }
 }
 
@@ -368,6 +381,7 @@ decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, con
       normalise(here, ln_f_weight, ln_f_bias, eps);
       vocabulary(logits, here, wte);
     } else if (phase % 5 == 0) {
+      if (phase / 5 + 1 < L) warm(layers[phase / 5 + 1]);
       if (phase) {
         residual<MLP_OUT>(here, x_mid, x_in, parts_out, last_bias);
       } else {
@@ -376,13 +390,13 @@ decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, con
           if (blockIdx.x == 0) x_in[i] = here[i];
         }
       }
-      normalise(here, layer.ln_1_weight, layer.ln_1_bias, eps);
+      normalise(here, layer.norm[0], layer.norm[1], eps);
       product<QKV>(stream, here, C, 0, parts_in, sums);
     } else if (phase % 5 == 1) {
       attend(heads, layer.cache, parts_in, layer.bias[QKV], sums, position, capacity);
     } else if (phase % 5 == 3) {
       residual<PROJECTION>(here, x_in, x_mid, parts_out, layer.bias[PROJECTION]);
-      normalise(here, layer.ln_2_weight, layer.ln_2_bias, eps);
+      normalise(here, layer.norm[2], layer.norm[3], eps);
       product<MLP_IN>(stream, here, C, 0, parts_in, sums);
     } else {  // the block's share of the matrix says which of the inputs it needs: `count` from `origin` on, in a circle
       bool projection = phase % 5 == 2;
