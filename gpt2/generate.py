@@ -135,7 +135,8 @@ def generate(
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
-        draws = random.uniform(Key(seed, step, site=random.SAMPLING_SITE), samples)
+        key = Key(seed, step, site=random.SAMPLING_SITE)
+        draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         seen = np.concatenate((seen, token[:, None]), axis=1)
