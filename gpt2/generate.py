@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpt2.decode import Decoder
 from tinygrad2 import Key, no_grad, random
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of the tokens read so far, so that each new token is read once.
 
-    layers  one array (2, B, H, capacity, D) a layer: keys, then values.
-    length  how many positions are filled.
+    layers   one array (2, B, H, capacity, D) a layer: keys, then values.
+    length   how many positions are filled.
+    decoder  what reads one more token of each text in one launch, or None where operations do it.
     """
 
     def __init__(self, model: GPT2, batch: int, capacity: int):
@@ -27,6 +29,7 @@ class KVCache:
         shape = (2, batch, c.n_head, capacity, c.head_size)
         self.layers = [model.backend.zeros(shape, model.activations) for _ in range(c.n_layer)]
         self.length = 0
+        self.decoder = Decoder.fitting(model, self)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -55,23 +58,43 @@ def choose(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return np.argmax(logits, axis=-1)
+    return np.array([_choose(*row, temperature, top_k, top_p) for row in zip(logits, draws, strict=True)])
+
+
+def _choose(
+    logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
+) -> int | np.integer:
+    """The first token at which the probabilities, the largest first, add up to more than `draw`."""
+    tokens = None
+    if top_k is not None and top_k < len(logits):
+        tokens = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+        logits = logits[tokens]
     logits = logits.astype(np.float64)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
-        logits = np.where(logits >= kth, logits, -np.inf)
     # The maximum is taken off first: dividing by a tiny temperature must not overflow.
     with np.errstate(over="ignore"):
-        p = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
-    p /= p.sum(axis=-1, keepdims=True)
-    order = np.argsort(-p, axis=-1, kind="stable")
-    p = np.take_along_axis(p, order, axis=-1)
-    total = np.cumsum(p, axis=-1)
+        p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order, total = _likeliest(p, draw if top_p is None else top_p)
     if top_p is not None:
-        p = np.where(total - p < top_p, p, 0.0)
-        total = np.cumsum(p, axis=-1)
-    rank = (total <= draws[:, None] * total[:, -1:]).sum(axis=-1)
-    rank = np.minimum(rank, (p > 0).sum(axis=-1) - 1)
-    return np.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+        count = int(np.searchsorted(total, top_p)) + 1
+        order, total = order[:count], total[:count]
+        draw *= total[-1]
+    rank = min(int(np.searchsorted(total, draw, side="right")), int((p[order] > 0).sum()) - 1)
+    return order[rank] if tokens is None else tokens[order[rank]]
+
+
+def _likeliest(p: np.ndarray, enough: float) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens by falling probability and their running sum, so many of them that it is more than `enough` where it
+    can be: sorting all of a vocabulary takes longer than a small model does."""
+    count = 64
+    while True:
+        count = min(count, len(p))
+        found = np.flatnonzero(p >= np.partition(p, -count)[-count])  # all that tie with the last one, too
+        order = found[np.argsort(-p[found], kind="stable")]
+        total = np.cumsum(p[order])
+        if total[-1] > enough or len(found) == len(p):
+            return order, total
+        count *= 8
 
 
 def generate(
@@ -112,7 +135,8 @@ def generate(
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
-        draws = random.uniform(Key(seed, step, site=random.SAMPLING_SITE), samples)
+        key = Key(seed, step, site=random.SAMPLING_SITE)
+        draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         seen = np.concatenate((seen, token[:, None]), axis=1)

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2 import weights
 from gpt2.config import GPT2Config
 from gpt2.generate import KVCache, generate
@@ -191,6 +193,10 @@ class GPT2(nn.Module):
 
     def next_logits(self, tokens: Any, cache: KVCache | None = None) -> Tensor:
         """The logits of the token after the last one: tokens (B, T) -> (B, V)."""
+        if cache is not None and cache.decoder and isinstance(tokens, np.ndarray) and tokens.shape[1:] == (1,):
+            logits = cache.decoder(tokens[:, 0], cache.length)
+            cache.length += 1
+            return Tensor(logits)
         return ops.linear(self.features(tokens, cache=cache)[:, -1], self.wte.weight.transpose())
 
     def generate(

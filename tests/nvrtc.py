@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import gpt2
 from tinygrad2.kernels import cuda
 
 ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
@@ -58,6 +60,23 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "CHUNK": 64}
         for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
     ],
+    "decode": [
+        {
+            "REAL": real,
+            "B": texts,
+            "C": C,
+            "H": H,
+            "L": L,
+            "V": 50257,
+            "BLOCKS": 132,
+            "SPLITS": max(1, 132 // (texts * H)),
+            "AHEAD": 8,
+            "EXACT": 0,
+        }
+        for real in TYPES
+        for texts in (1, 6)
+        for C, H, L in ((768, 12, 12), (1600, 25, 48))
+    ],
     "dropout": _each(REAL=TYPES),
     "optimizer": [{}],
 }
@@ -78,9 +97,10 @@ class CompileError(RuntimeError):
     """A source that NVRTC refuses, with its messages."""
 
 
-def families() -> list[str]:
-    """The families of kernels that there are."""
-    return sorted(path.stem for path in cuda.FOLDER.glob("*.cu"))
+def families() -> dict[str, Path]:
+    """The families of kernels that there are, and their sources."""
+    files = *cuda.FOLDER.glob("*.cu"), Path(gpt2.__file__).with_name("decode.cu")
+    return {file.stem: file for file in sorted(files)}
 
 
 def compiled(code: str, architecture: str, defines: dict[str, Any]) -> list[Usage]:
@@ -146,7 +166,7 @@ def main() -> bool:
     ]
     good = True
     with ThreadPoolExecutor() as pool:
-        results = [pool.submit(compiled, cuda.source(family), *rest) for family, *rest in work]
+        results = [pool.submit(compiled, cuda.source(families()[family]), *rest) for family, *rest in work]
         for (family, architecture, defines), result in zip(work, results, strict=True):
             constants = " ".join(f"{name}={value}" for name, value in defines.items() if name != "kernels")
             try:

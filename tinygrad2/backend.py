@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -100,6 +101,19 @@ class Backend:
     def lacks(self, precision: str) -> str | None:
         """Why this device does not train in one of PRECISIONS, or None where it does."""
         return None if PRECISIONS[precision] == precision else f"{precision} needs a GPU"
+
+    def limits(self) -> dict[str, int]:
+        """What bounds a kernel of CUDA C++ here; empty where there are no such kernels.
+
+        processors     blocks of any size that certainly run at the same time.
+        shared_memory  bytes that a block may have.
+        cooperative    1 where a launch can ask for all of its blocks to run at the same time, or 0.
+        """
+        return {}
+
+    def kernel(self, file: Path, name: str, cooperative: bool = False, **defines: Any) -> Any:
+        """A kernel in a file of CUDA C++ with these constants; cooperative: its blocks wait for each other."""
+        raise RuntimeError(f"{file}: no CUDA kernels run on {self.name()}")
 
     def use_tf32(self, on: bool) -> None:
         """Whether matrix products of float32 numbers may take TF32 from now on; a setting of the device."""
@@ -235,6 +249,19 @@ class CudaBackend(Backend):
         if precision == "bfloat16" and not self._overrides:
             return "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
         return None
+
+    def limits(self) -> dict[str, int]:
+        if not self._overrides:
+            return {}
+        runtime = self.np.cuda.runtime
+        device = runtime.getDevice()
+        numbers = {"processors": 16, "shared_memory": 97, "cooperative": 95}  # of cudaDeviceAttr
+        return {name: runtime.deviceGetAttribute(number, device) for name, number in numbers.items()}
+
+    def kernel(self, file: Path, name: str, cooperative: bool = False, **defines: Any) -> Any:
+        if not self._overrides:
+            return super().kernel(file, name, cooperative, **defines)
+        return self._overrides.function(file, name, cooperative=cooperative, **defines)
 
     def use_tf32(self, on: bool) -> None:
         linalg = self.np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 
 from gpt2 import GPT2, GPT2Config  # noqa: E402
-from gpt2.generate import generate  # noqa: E402
+from gpt2.generate import KVCache, generate  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
-from tinygrad2 import optim  # noqa: E402
+from tinygrad2 import no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend, listed  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -387,10 +387,29 @@ class Bench:
             rate = self.sizes.new_tokens / statistics.median(seconds)
             limit = None if self.bandwidth is None else REACHED_BYTES * self.bandwidth * 1e9 / nbytes
             share = None if limit is None else rate / limit
-            figures[precision] = {"tokens_per_s": rate, "limit": limit, "share": share}
+            figures[precision] = {"tokens_per_s": rate, "limit": limit, "share": share, **self.token(model, nbytes)}
         return figures
 
     # What they are made of ------------------------------------------------------------------------------------------
+
+    def token(self, model: GPT2, nbytes: int) -> dict[str, Any]:
+        """One token on the device alone: in one launch, where the kernel serves, and as one operation after another."""
+        tokens = self.tokens[:1, : self.sizes.block_size // 4]
+        cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
+        with no_grad():
+            model.next_logits(tokens, cache)
+            length, decoder = cache.length, cache.decoder
+            repeats, launch = 5 * self.sizes.repeats, None
+            if decoder is not None:
+                seconds = self.timed(lambda: decoder(last[:, 0], length), repeats)[1]
+                launch = self.against_floor(seconds, nbytes, nbytes)  # a multiplication and an addition for two bytes
+            cache.decoder = None
+
+            def operations() -> None:
+                cache.length = length
+                model.next_logits(last, cache)
+
+            return {"launch": launch, "operations_ms": self.timed(operations, repeats)[0] * 1e3}
 
     def decoding(self, model: GPT2) -> float:
         """Seconds for the tokens after the first one."""
@@ -677,6 +696,9 @@ def table(record: dict[str, Any]) -> list[str]:
         limit = "?" if row["limit"] is None else f"{row['limit']:,.0f}"
         rate = f"{row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}"
         lines.append(f"generate   {precision} {rate}")
+        if row["launch"]:
+            lines += against_floors(f"one token, {precision}", {"in one launch": row["launch"]})
+        lines.append(f"  one operation after another {row['operations_ms']:.3f} ms")
     return lines + [f"FAILED     {name}: {error}" for name, error in record["errors"].items()]
 
 

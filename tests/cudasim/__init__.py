@@ -21,6 +21,11 @@ CACHE = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
 KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^\n]*\))?\s+(\w+)\(')
 SHARED = re.compile(r"__shared__\s+([^;()]+);")
 
+# Without gnu-unique: libraries of one source compiled with other constants would share what is static in its functions.
+FLAGS = (
+    *("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *("-fno-gnu-unique", "-fsanitize=alignment"),
+)
 shared_memory = 227 << 10  # bytes of it that a block can have; of an H100
 schedule = 0  # how the threads of a block take turns: 0 the first warp ahead, 1 the last, from 2 on at random
 
@@ -51,18 +56,15 @@ class RawModule:
         exports = "".join(f"CUDASIM_EXPORT({name})\n" for name in names)
         text = f'#include "{HERE}/cudasim.h"\n#line 1\n{SHARED.sub(_poisoned, code)}\n{exports}'
         defines = [option for option in options if option.startswith("-D")]
-        known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr(defines).encode()
+        known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr((FLAGS, defines)).encode()
         key = hashlib.sha256(known).hexdigest()[:16]
         library = CACHE / f"{key}.so"
         if not library.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
                 made = Path(folder) / "made.so"
-                subprocess.run(
-                    ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
-                     "-ffp-contract=off", "-fsanitize=alignment", "-x", "c++", "-", "-o", str(made), *defines],
-                    input=text.encode(), check=True,
-                )  # fmt: skip
+                command = ["g++", *FLAGS, "-x", "c++", "-", "-o", str(made), *defines]
+                subprocess.run(command, input=text.encode(), check=True)
                 made.replace(library)
         self.library = ctypes.CDLL(str(library))
 

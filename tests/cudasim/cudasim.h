@@ -32,6 +32,7 @@
 #define __noinline__ __attribute__((noinline))
 // One block runs at a time, on one thread of the system. (The poisoning of it is put in by __init__.py.)
 #define __shared__ static
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -411,12 +412,17 @@ inline unsigned atomicInc(unsigned* p, unsigned lim) {
   return o;
 }
 inline void __threadfence() {}
+inline void __trap() { cudasim::stop("__trap"); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
 template <class T>
 T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
@@ -510,6 +516,7 @@ inline void cp_async16(void* d, const void* s) {
   cudasim::fibers[cudasim::cur].groups.back().push_back({d, s, 16});
 }
 
+inline void prefetch_l2(const void* p) { (void)*(const volatile char*)p; }  // a GPU would overlook a wrong address
 inline void cp_async_commit() { cudasim::fibers[cudasim::cur].groups.emplace_back(); }
 template <int N>
 inline void cp_async_wait() {

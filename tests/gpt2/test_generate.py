@@ -144,6 +144,30 @@ def test_choose_never_takes_what_is_impossible():
         assert choose(logits, np.array([draw]))[0] in (1, 3)
 
 
+def by_definition(logits, draw, top_k=None, top_p=None):
+    """All of the vocabulary sorted, which is too slow to be done for every token."""
+    order = np.argsort(-logits, kind="stable")
+    if top_k is not None:
+        order = order[logits[order] >= logits[order[top_k - 1]]]
+    p = np.exp(logits[order].astype(np.float64) - logits.max())
+    p /= p.sum()
+    if top_p is not None:
+        p = p[np.cumsum(p) - p < top_p]
+        p /= p.sum()
+    return order[np.searchsorted(np.cumsum(p), draw, side="right")]
+
+
+@pytest.mark.parametrize("spread", [0.01, 1, 10])  # from nearly flat, where half of the vocabulary is needed
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.5}], ids=str)
+def test_choose_sorts_no_more_than_it_needs(spread, sampling):
+    R = np.random.default_rng(0)
+    logits = (spread * R.standard_normal((20, 5000))).astype(np.float32)
+    logits[::2] = np.round(logits[::2], 1)  # many ties, where the first token of the vocabulary comes first
+    draws = R.random(20)
+    expected = [by_definition(*row, **sampling) for row in zip(logits, draws, strict=True)]
+    assert choose(logits, draws, **sampling).tolist() == expected
+
+
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )

@@ -8,7 +8,8 @@ import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config, verify
-from tinygrad2 import Key, ops, optim, reference
+from gpt2.generate import KVCache
+from tinygrad2 import Key, no_grad, ops, optim, reference
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import GpuSums
 from tinygrad2.gradcheck import CASES
@@ -256,13 +257,6 @@ def test_every_gradient_of_a_small_model_in_float64():
     assert max(errors.values()) < verify.BOUND
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 50, "seed": 1, "samples": 3}])
-def test_generation_gives_the_cpus_tokens(sampling):
-    _, model = train("cpu", 10)
-    there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # past the context
-    assert model.to("cuda").generate(TEXT[:20].tolist(), 100, **sampling) == there
-
-
 def test_a_model_moves_there_and_back_unchanged():
     model = GPT2(SMALL)
     before = [p.numpy().copy() for p in model.parameters()]
@@ -305,3 +299,30 @@ def test_memory_is_counted(cuda):
     del held
     pool.free_all_blocks()
     assert cuda.memory()[0] > free - (1 << 27)
+
+
+# Generation, last: blocks that wait for each other are what could bring a GPU to a halt.
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("texts", [1, 5])
+def test_a_token_in_one_launch_is_the_cpus(cuda, precision, bound, texts):
+    """The whole of a context, in which every token waits at all of the kernel's barriers."""
+    needs(cuda, precision)
+    config = replace(WIDE, n_positions=256)
+    tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)
+    model, there = GPT2(config, device="cuda", dtype=precision), GPT2(config)
+    cache = KVCache(model, texts, 256)
+    assert cache.decoder is not None
+    with no_grad():
+        expected = there(tokens).numpy()
+        for i in range(256):
+            logits = model.next_logits(tokens[:, i : i + 1], cache).numpy()
+            assert distance(logits, expected[:, i]) < bound, i
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 50, "seed": 1, "samples": 3}])
+def test_generation_gives_the_cpus_tokens(sampling):
+    _, model = train("cpu", 10)
+    there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # past the context
+    assert model.to("cuda").generate(TEXT[:20].tolist(), 100, **sampling) == there

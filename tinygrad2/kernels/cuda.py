@@ -30,13 +30,15 @@ ALIGNMENT = 64  # the columns of the logits, and the rows of the embeddings they
 BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides what is asked for: CUDA's own 1 KB, static arrays
 
 
-def source(family: str) -> str:
-    """The CUDA C++ of a family of kernels, with what it includes pasted in: CuPy's cache does not see headers."""
+def source(family: str | Path) -> str:
+    """The CUDA C++ of a family of kernels, or of a file elsewhere, with what it includes from here pasted in: CuPy's
+    cache does not see headers."""
+    file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
         return (FOLDER / match[1]).read_text(encoding="utf-8")
 
-    return re.sub(r'^#include "(\w+\.cuh)"$', paste, (FOLDER / f"{family}.cu").read_text(encoding="utf-8"), flags=re.M)
+    return re.sub(r'^#include "(\w+\.cuh)"$', paste, file.read_text(encoding="utf-8"), flags=re.M)
 
 
 class CudaKernels:
@@ -52,12 +54,19 @@ class CudaKernels:
         self._functions: dict[tuple, Any] = {}
         self._gemm = Gemm(np)
 
-    def _function(self, family: str, name: str, shared: int = 0, **defines: Any) -> Any:
-        """A kernel, compiled with these constants when first used; with them goes what it takes of shared memory."""
-        key = (family, name, *defines.items())
+    def function(
+        self, family: str | Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any
+    ) -> Any:
+        """A kernel, compiled with these constants when first used.
+
+        shared       bytes of shared memory that it will be launched with, where these constants say how many.
+        cooperative  all blocks of a launch run at once.
+        """
+        key = (family, name, cooperative, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
-            function = self._np.RawModule(code=source(family), options=options).get_function(name)
+            launch = {"enable_cooperative_groups": True} if cooperative else {}
+            function = self._np.RawModule(code=source(family), options=options, **launch).get_function(name)
             if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
                 function.max_dynamic_shared_size_bytes = shared
             self._functions[key] = function
@@ -106,7 +115,7 @@ class CudaKernels:
         rows = self._packed(rows)
         grid, count = _column_grid(rows)
         partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
-        function = self._function("columns", "column_sums", REAL=REAL[rows.dtype], C=rows.shape[-1])
+        function = self.function("columns", "column_sums", REAL=REAL[rows.dtype], C=rows.shape[-1])
         function(grid, (THREADS,), (partials, rows, count))
         self._add_partials(partials, into)
 
@@ -116,7 +125,7 @@ class CudaKernels:
         if not wanted:
             return
         parts, C = partials.shape[1:]
-        function = self._function("columns", "add_partials", REAL="float", C=C)
+        function = self.function("columns", "add_partials", REAL="float", C=C)
         first, last = wanted[0], wanted[-1]
         arguments = (targets[first], targets[last], partials[first : last + 1], numpy.int32(parts))
         function((-(-C // 32), len(wanted)), (1024,), arguments)
@@ -140,7 +149,7 @@ class CudaKernels:
         positions = wte if wpe is None else np.ascontiguousarray(wpe.astype(wte.dtype, copy=False))
         width = self._access(C, wte, positions)
         defines = {"REAL": REAL[wte.dtype], "C": C, "WIDTH": width, "CHUNK": CHUNK}
-        kernel = self._function("embedding", "embedding_forward", **defines, POSITIONS=int(wpe is not None))
+        kernel = self.function("embedding", "embedding_forward", **defines, POSITIONS=int(wpe is not None))
         numbers = numpy.int32(tokens.size), numpy.int32(T), numpy.int32(first_position)
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
@@ -156,7 +165,7 @@ class CudaKernels:
         columns = -(-C // width // threads)
 
         def launch(name, blocks, *arguments):
-            self._function("embedding", name, **defines)((blocks, columns), (threads,), arguments)
+            self.function("embedding", name, **defines)((blocks, columns), (threads,), arguments)
 
         if dwte is not None:
             chunks = -(-rows // CHUNK)
@@ -185,7 +194,7 @@ class CudaKernels:
             numpy.uint64(round(rate * 2**32)),
             numpy.float32(1 / (1 - rate)),
         )
-        kernel = self._function("dropout", "dropout", REAL=REAL[x.dtype])
+        kernel = self.function("dropout", "dropout", REAL=REAL[x.dtype])
         kernel((-(-x.size // 2048),), (256,), (x, y, first, *numbers))
         return y
 
@@ -225,10 +234,10 @@ class CudaKernels:
         results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
         arrays = [*map(self._packed, inputs), self._float32(weight), self._float32(bias)]
-        function = self._function("layernorm", name, shared := 8 * C, REAL=REAL[x.dtype], C=C)
+        function = self.function("layernorm", name, shared=8 * C, REAL=REAL[x.dtype], C=C)
         blocks = _blocks(rows, _rows_of_a_block(C), 4 if x.dtype.itemsize == 2 else 3)
         arguments = (*results, mean, rstd, *arrays, numpy.int32(rows), numpy.float32(eps))
-        function((blocks,), (THREADS,), arguments, shared_mem=shared)
+        function((blocks,), (THREADS,), arguments, shared_mem=8 * C)
         return *results, mean, rstd
 
     def _layernorm_backward(
@@ -244,7 +253,7 @@ class CudaKernels:
         shared = 4 * C  # the gains
         if len(inputs) > 2 and C % pack == 0:
             shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
-        function = self._function("layernorm", name, shared, REAL=REAL[x.dtype], C=C)
+        function = self.function("layernorm", name, shared=shared, REAL=REAL[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
         self._add_partials(partials, dweight, dbias)
         return dx
@@ -264,7 +273,7 @@ class CudaKernels:
         lse = self._np.empty((B, n_head, T), dtype=numpy.float32)
         rows, keys = 128 if D <= 64 else 64, 64
         shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
-        kernel = self._function("attention_forward", "attention_forward", D=D, DROPOUT=int(key is not None))
+        kernel = self.function("attention_forward", "attention_forward", D=D, DROPOUT=int(key is not None))
         if kernel.max_dynamic_shared_size_bytes < shared:
             kernel.max_dynamic_shared_size_bytes = shared
         arrays = out, lse, self._np.ascontiguousarray(qkv)
@@ -288,11 +297,11 @@ class CudaKernels:
         defines = {"D": D, "REAL": REAL[qkv.dtype]}
         sizes = [numpy.int32(n) for n in (T, n_head, length, capacity)]
         if length == 0 and T > 1 and qkv.dtype == bfloat16 and self._tiles_fit(D):
-            fill = self._function("attention_cached", "fill_cache", **defines)
+            fill = self.function("attention_cached", "fill_cache", **defines)
             fill((B * T,), (256,), (cache, qkv, numpy.int32(B), *sizes))
             return self.attention_forward(qkv, n_head, 0.0, None)[0]
         out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
-        kernel = self._function("attention_cached", "attention_cached", **defines)
+        kernel = self.function("attention_cached", "attention_cached", **defines)
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
         kernel((B * n_head, T), (256,), (out, cache, qkv, *sizes, scale))
         return out
@@ -322,11 +331,11 @@ class CudaKernels:
         stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # what shared memory and the registers hold
         defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
         sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
-        kv = self._function("attention_backward", "attention_backward_kv", OWNED=64, CHUNK=chunk, **defines)
+        kv = self.function("attention_backward", "attention_backward_kv", OWNED=64, CHUNK=chunk, **defines)
         # Two 16-row tiles a warp halve what is read from shared memory; beyond D = 64 they would not fit the registers.
         owned, q_chunk = (128, 16) if D == 64 else (64, chunk)
-        q = self._function("attention_backward", "attention_backward_q", OWNED=owned, CHUNK=q_chunk, **defines)
-        row_sums = self._function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
+        q = self.function("attention_backward", "attention_backward_q", OWNED=owned, CHUNK=q_chunk, **defines)
+        row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
         for kernel, mine in ((kv, 64), (q, owned)):
@@ -379,7 +388,7 @@ class CudaKernels:
 
     def _gelu(self, name: str, x: Any, bias: Any | None) -> Any:
         types: dict[str, Any] = {} if bias is None else {"BIAS": REAL[bias.dtype]}
-        return self._function("gelu", name, REAL=REAL[x.dtype], C=x.shape[-1], **types)
+        return self.function("gelu", name, REAL=REAL[x.dtype], C=x.shape[-1], **types)
 
     def _gelu_bias(self, x: Any, bias: Any | None) -> Any:
         return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
@@ -424,11 +433,11 @@ class CudaKernels:
         resident = 2 * (size + BLOCK_OVERHEAD) <= self._shared_memory
         shared, threads = size * resident, min(1024, -(-packs // 32) * 32)
         defines = {"REAL": REAL[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
-        kernel = self._function("cross_entropy", "cross_entropy", shared, **defines, RESIDENT=int(resident))
+        kernel = self.function("cross_entropy", "cross_entropy", shared=shared, **defines, RESIDENT=int(resident))
         loss, losses = (np.empty(shape, dtype=numpy.float32) for shape in ((), rows.shape[:1]))
         arguments = logits, losses, np.ascontiguousarray(targets), numpy.float32(1 / len(rows))
         kernel((len(rows),), (threads,), arguments, shared_mem=shared)
-        mean = self._function("cross_entropy", "mean_loss", **defines, RESIDENT=int(resident))
+        mean = self.function("cross_entropy", "mean_loss", **defines, RESIDENT=int(resident))
         mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
         return loss, logits[:, :V]
 
@@ -458,8 +467,8 @@ class CudaKernels:
         x = self._np.ascontiguousarray(x)
         blocks = max(1, min(-(-x.size // 4096), 1024))
         partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((blocks,), ()))
-        self._function("optimizer", "square_partials")((blocks,), (256,), (x, partial, numpy.int64(x.size)))
-        self._function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
+        self.function("optimizer", "square_partials")((blocks,), (256,), (x, partial, numpy.int64(x.size)))
+        self.function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
         return total
 
     def adamw_step(self, value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
@@ -470,7 +479,7 @@ class CudaKernels:
             arrays = (value, grad, m, v, copy, go, grad_scale, lr, step)
             logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
             numbers = map(numpy.float32, (1 - beta1, 1 - beta2, *logs, eps, weight_decay))
-            kernel = self._function("optimizer", "adamw")
+            kernel = self.function("optimizer", "adamw")
             kernel((-(-value.size // 1024),), (256,), (*arrays, *numbers, numpy.int64(value.size)))
 
 

@@ -1,0 +1,234 @@
+"""gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
+
+The kernel runs in the simulator phase by phase, a launch each: blocks there do not wait for each other.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, GPT2Config, decode
+from gpt2.decode import MOST_TEXTS
+from gpt2.generate import KVCache
+from tests import cudasim, strict_cupy
+from tinygrad2 import no_grad
+from tinygrad2.kernels import cuda
+
+# 3 C is no multiple of a tile's columns, V no multiple of anything; heads of 32.
+CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
+BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def device(cublaslt):
+    with strict_cupy.registered(plain=False) as counters:
+        yield counters
+
+
+def model_of(config=CONFIG, dtype="float32", device="cuda"):
+    """Weights and biases that all matter."""
+    model = GPT2(config, device=device, dtype=dtype)
+    R = np.random.default_rng(0)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data = model.backend.asarray((p.numpy() + 0.3 * R.standard_normal(p.shape)).astype(np.float32))
+        elif "wte" not in name:
+            p.data = model.backend.asarray((4 * p.numpy()).astype(np.float32))
+    return model
+
+
+def logits_of(model, tokens, prompt, decoder=True):
+    """The logits (B, T, V) at the positions of `tokens` (B, T) from `prompt` on, one token at a time, and the cache."""
+    cache = KVCache(model, len(tokens), tokens.shape[1])
+    if not decoder:
+        cache.decoder = None
+    elif model.backend.device == "cuda":
+        assert cache.decoder is not None
+    with no_grad():
+        model.next_logits(tokens[:, :prompt], cache)
+        steps = [model.next_logits(tokens[:, i : i + 1], cache).numpy() for i in range(prompt, tokens.shape[1])]
+    return np.stack(steps, axis=1), [model.backend.to_host(layer) for layer in cache.layers]
+
+
+def tokens_of(config, texts, length, seed=0):
+    return np.random.default_rng(seed).integers(config.vocab_size, size=(texts, length))
+
+
+def distance(a, b):
+    return np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("texts", [1, 2, 5])
+def test_a_token_in_one_launch_is_what_the_operations_compute(device, dtype, texts):
+    tokens = tokens_of(CONFIG, texts, 12)
+    logits, cache = logits_of(model_of(dtype=dtype), tokens, 5)
+    expected, true_cache = logits_of(model_of(device="cpu"), tokens, 5)
+    assert distance(logits, expected) < BOUNDS[dtype]
+    for layer, true in zip(cache, true_cache, strict=True):
+        assert distance(layer.astype(np.float32), true) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=33, n_positions=20, n_embd=128, n_layer=1, n_head=2, activation_function="gelu"),
+        GPT2Config(vocab_size=300, n_positions=20, n_embd=320, n_layer=1, n_head=4),  # heads of 80, not a power of 2
+        GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=3, n_head=1),  # less work than blocks
+    ],
+    ids=str,
+)
+def test_other_sizes(device, config):
+    tokens = tokens_of(config, 2, 8)
+    logits, _ = logits_of(model_of(config), tokens, 3)
+    assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40, a head's keys are in 13 parts, of which many are empty
+def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors):
+    model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
+    limits = {**model.backend.limits(), "processors": processors}
+    monkeypatch.setattr(model.backend, "limits", lambda: limits)
+    logits, _ = logits_of(model, tokens, 1)
+    assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
+
+
+def test_every_schedule_gives_the_same_bits(device, monkeypatch):
+    model, tokens = model_of(dtype="bfloat16"), tokens_of(CONFIG, 2, 40)
+    results = []
+    for order in range(3):
+        monkeypatch.setattr(cudasim, "schedule", order)
+        results.append(logits_of(model, tokens, 36))
+    for logits, cache in results[1:]:
+        np.testing.assert_array_equal(logits, results[0][0])
+        for layer, first in zip(cache, results[0][1], strict=True):
+            np.testing.assert_array_equal(layer, first)
+
+
+def test_generating_with_it_gives_the_same_texts(device):
+    sampling = {"samples": 3, "temperature": 0.8, "seed": 3}
+    texts = model_of().generate([5, 9, 2], 15, **sampling)
+    assert texts == model_of(device="cpu").generate([5, 9, 2], 15, **sampling)
+
+
+def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
+    model = model_of()
+    assert KVCache(model, MOST_TEXTS, 8).decoder is not None
+    assert KVCache(model, MOST_TEXTS + 1, 8).decoder is None
+    assert KVCache(GPT2(GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9), device="cuda"), 1, 8).decoder is None
+    assert KVCache(GPT2(CONFIG, device="cuda", dtype="float64"), 1, 8).decoder is None
+    assert KVCache(GPT2(CONFIG), 1, 8).decoder is None
+    monkeypatch.setattr(model.backend, "limits", lambda: {"processors": 2, "shared_memory": 32 << 10, "cooperative": 1})
+    assert KVCache(model, MOST_TEXTS, 8).decoder is None
+
+
+def test_a_token_or_position_out_of_range_is_refused(device):
+    cache = KVCache(model := model_of(), 1, 4)
+    with no_grad():
+        model.next_logits(np.array([[1, 2, 3]]), cache)
+        for token in (-1, CONFIG.vocab_size):
+            with pytest.raises(ValueError, match=r"tokens hold .* expected 0 to 100"):
+                model.next_logits(np.array([[token]]), cache)
+        assert cache.length == 3
+        model.next_logits(np.array([[0]]), cache)
+        with pytest.raises(ValueError, match="the cache holds 4"):
+            model.next_logits(np.array([[0]]), cache)
+
+
+FAULTS = {
+    "a token does not see itself": (r"first \+ count, position \+ 1", "first + count, position"),
+    "a key of the split before": (r"first = split \* count,", "first = max(0, split * count - 1),"),
+    "parts are one short": (r"block <= last \?", "block < last ?"),
+    "the wrong slot of a block": (r"slot = tile - block \* SHARE / K;", "slot = 0;"),
+    "weights that nobody waits for": (r"cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>"),
+    "inputs begin elsewhere": (r"int origin = Walk\(.*\)\.row;", "int origin = 0;"),
+    "the other buffer": (r"x_in, x_mid, parts_out, layer", "x_mid, x_in, parts_out, layer"),
+    "the first of some rows for all of them": (r"\(walk\.row \+ row\) \* N", "walk.row * N"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, *FAULTS, *range(7)])
+def test_planted_faults_are_caught(device, monkeypatch, fault):
+    """A number plants the removal of that __syncthreads; grid_barrier's are not reached here."""
+    config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
+    text = (Path(decode.__file__).with_suffix(".cu")).read_text(encoding="utf-8")
+    inside = text[: text.index("void grid_barrier")]
+    if isinstance(fault, int):
+        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", inside)][fault]
+        broken = text[:start] + text[stop:]
+    else:
+        broken, count = re.subn(*FAULTS[fault], text) if fault else (text, 1)
+        assert count == 1, "the fault has no place"
+    original = cuda.source
+
+    def source(family):
+        return original(family).replace(text.partition("\n")[2], broken.partition("\n")[2])  # without the #include
+
+    monkeypatch.setattr(cuda, "source", source)
+    model, tokens, results = model_of(config), tokens_of(config, 2, 6), []
+    # With few processors a block has several heads, with many a head has several blocks.
+    limits = {**model.backend.limits(), "processors": 3 if isinstance(fault, int) else 8}
+    monkeypatch.setattr(model.backend, "limits", lambda: limits)
+    expected, _ = logits_of(model_of(config, device="cpu"), tokens, 3)
+    for order in range(3):
+        monkeypatch.setattr(cudasim, "schedule", order)
+        try:
+            results.append(logits_of(model, tokens, 3)[0])
+        except RuntimeError:
+            break
+    caught = len(results) < 3 or any(not distance(got, expected) < BOUNDS["float32"] for got in results)
+    assert caught == (fault is not None)
+
+
+# The barrier, with a thread of the system for each block, from just before its counter runs over.
+MEETING = """
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+#define __device__
+#define __forceinline__ inline
+struct { unsigned x; } threadIdx{0};
+void __syncthreads() {}
+void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+void __trap() { std::puts("trap"); std::exit(1); }
+BARRIER
+int main() {
+  const unsigned BLOCKS = 5, ROUNDS = 400;
+  unsigned start = 0u - BLOCKS * ROUNDS / 2, arrived = start;
+  std::atomic<unsigned> here[ROUNDS] = {};
+  std::atomic<int> early{0};
+  std::vector<std::thread> blocks;
+  for (unsigned b = 0; b < BLOCKS; b++)
+    blocks.emplace_back([&] {
+      unsigned expected = start;
+      for (unsigned round = 0; round < ROUNDS; round++) {
+        here[round]++;
+        grid_barrier(&arrived, expected += BLOCKS);
+        early += here[round] != BLOCKS;
+      }
+    });
+  for (auto& block : blocks) block.join();
+  std::printf("%d early, %u\\n", early.load(), arrived - start);
+}
+"""
+
+
+@pytest.mark.parametrize("fault", [None, (r"- expected\) < 0", "- expected) < -1")])
+def test_no_block_passes_the_barrier_before_all_have_come(tmp_path, fault):
+    cudasim.need_compiler()
+    text = Path(decode.__file__).with_suffix(".cu").read_text(encoding="utf-8")
+    barrier = re.search(r"^__device__ __forceinline__ void grid_barrier.*?^}", text, flags=re.M | re.S)[0]
+    for pattern, other in (("looks\\+\\+", "std::this_thread::yield(), looks++"), *([fault] if fault else [])):
+        barrier, count = re.subn(pattern, other, barrier)
+        assert count == 1
+    (tmp_path / "meeting.cpp").write_text(MEETING.replace("BARRIER", barrier))
+    subprocess.run(["g++", "-O1", "-pthread", "-o", "meeting", "meeting.cpp"], cwd=tmp_path, check=True)
+    said = subprocess.run([tmp_path / "meeting"], stdout=subprocess.PIPE, text=True, timeout=120).stdout
+    assert (said == "0 early, 2000\n") == (fault is None)
