@@ -254,13 +254,12 @@ class CudaKernels:
         rows, keys = 128 if D <= 64 else 64, 64
         shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
         kernel = self.function("attention_forward", "attention_forward", D=D, DROPOUT=int(key is not None))
-        if kernel.max_dynamic_shared_size_bytes < shared:
-            kernel.max_dynamic_shared_size_bytes = shared
+        self._ask_for_shared_memory(kernel, shared)
         arrays = out, lse, self._np.ascontiguousarray(qkv)
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
         dropout = self._attention_dropout(rate, key)
         kernel(
-            (B * n_head, -(-T // rows)),
+            (B * n_head * -(-T // rows),),
             (128,),
             (*arrays, numpy.int32(T), numpy.int32(n_head), scale, *dropout),
             shared_mem=shared,
@@ -285,6 +284,13 @@ class CudaKernels:
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
         kernel((B * n_head, T), (256,), (out, cache, qkv, *sizes, scale))
         return out
+
+    @staticmethod
+    def _ask_for_shared_memory(kernel: Any, size: int) -> None:
+        """Let a kernel have more than 48 KB, and a multiprocessor as much as blocks that run at once can use."""
+        if kernel.max_dynamic_shared_size_bytes < size:
+            kernel.max_dynamic_shared_size_bytes = size
+            kernel.preferred_shared_memory_carveout = 100  # percent, at most; what is left of it is L1 cache
 
     @staticmethod
     def _tiles_fit(D: int) -> bool:
@@ -321,8 +327,7 @@ class CudaKernels:
         for kernel, mine in ((kv, 64), (q, owned)):
             # Two tiles of its own and twice two of the stream; with them go two statistics of each row.
             shared = (2 * mine + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
-            if kernel.max_dynamic_shared_size_bytes < shared:
-                kernel.max_dynamic_shared_size_bytes = shared
+            self._ask_for_shared_memory(kernel, shared)
             kernel(
                 (B * n_head * -(-T // mine),),
                 (128,),
