@@ -427,7 +427,11 @@ class CudaKernels:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            self._gemm(dlogits, rows, dweight, transpose_a=True, accumulate=True, scale=dloss)
+            # 5 TFLOP of a step: cuBLAS takes Hopper's tensor cores for a multiple of 8 columns, and Ampere's for others.
+            whole = V - V % 8
+            for part in (slice(whole), slice(whole, V)):
+                if len(dweight[part]):
+                    self._gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
         base = dlogits.base
         if (
             base is not None
