@@ -427,7 +427,7 @@ class CudaKernels:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            # 5 TFLOP of a step: cuBLAS takes Hopper's tensor cores for a multiple of 8 columns, and Ampere's for others.
+            # 5 TFLOP of a step: of 8 n columns Hopper's tensor cores make them, of any other number Ampere's kernels.
             whole = V - V % 8
             for part in (slice(whole), slice(whole, V)):
                 if len(dweight[part]):
