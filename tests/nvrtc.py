@@ -165,6 +165,7 @@ def main() -> bool:
         for architecture in ARCHITECTURES
     ]
     good = True
+    compiled("", "90", {})  # NVRTC 13.0 opens its own library at the first compilation, and not in two threads at once
     with ThreadPoolExecutor() as pool:
         results = [pool.submit(compiled, cuda.source(families()[family]), *rest) for family, *rest in work]
         for (family, architecture, defines), result in zip(work, results, strict=True):

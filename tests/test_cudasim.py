@@ -118,9 +118,23 @@ def test_shared_memory_of_the_block_before_is_forgotten():
         ("total", r"v = warp_sum\(v\)", "v += threadIdx.x % 2 ? __shfl_sync(~0u, v, 0) : (__syncwarp(), v)", "differ"),
         ("copies", r"cp_async_wait<0>\(\);", "", "not waited for"),
         ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(kept + 2 * i + 1", "multiple of 16"),
+        ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(kept + 8 * i", "outside shared memory"),
+        ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(y + 4 * i", "outside shared memory"),
+        ("copies", r"x \+ 4 \* i\)", "x + 244 + 4 * i)", "outside the arrays"),
         ("pack", r"x \+ 4 \* threadIdx.x\)", "x + 1 + threadIdx.x)", "misaligned access at line"),
     ],
-    ids=["divergent barrier", "half a warp", "lane left out", "mixed", "not waited for", "cp.async", "16 bytes"],
+    ids=[
+        "divergent barrier",
+        "half a warp",
+        "lane left out",
+        "mixed",
+        "not waited for",
+        "cp.async",
+        "past shared memory",
+        "to an array",
+        "past the array",
+        "16 bytes",
+    ],
 )
 def test_what_would_hang_or_fault_stops_with_a_message(name, fault, instead, message):
     arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
@@ -139,6 +153,13 @@ def test_a_copy_that_is_read_too_early_is_nan():
     run("copies", y, X, code=planted("copies", r"cp_async_wait<2>", "cp_async_wait<3>"), block=32, shared_mem=64)
     np.testing.assert_array_equal(y[:4], X[:4])
     assert np.isnan(y[4:]).all()
+
+
+def test_a_copy_of_less_fills_up_with_zeros():
+    y = np.full(8, np.nan, np.float32)
+    part = planted("copies", r"x \+ 4 \* i\)", "x + 4 * i, 8 * i)")  # 0 and 8 bytes of 16
+    run("copies", y, X, code=part.replace("i < 4", "i < 3").replace("wait<2>", "wait<1>"), block=32, shared_mem=64)
+    np.testing.assert_array_equal(y, [0, 0, 0, 0, 4, 5, 0, 0])
 
 
 def test_scalars_arrive_and_none_is_the_null_pointer():
@@ -166,6 +187,10 @@ def test_a_launch_that_no_gpu_takes_is_refused():
     for size in ({"grid": 0}, {"block": 0}, {"block": 1025}, {"block": 32, "shared_mem": 49_153}):
         with pytest.raises(ValueError, match="reverse"):
             run("reverse", y, X, **size)
+    bounded = planted("reverse", r"void reverse", "void __launch_bounds__(64 + 32, 2) reverse")
+    with pytest.raises(ValueError, match=r"blocks of .*128.*bound: 96"):
+        run("reverse", y, X, code=bounded)
+    run("reverse", y, X, code=bounded, block=96)
 
 
 def test_no_block_has_more_shared_memory_than_the_gpu(monkeypatch):

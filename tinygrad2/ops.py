@@ -335,7 +335,7 @@ def _check_tensors(
     """All given are Tensors of one floating-point dtype: nothing is promoted silently.
 
     weights  count as what is computed with (see Tensor.compute). Matrices that are nothing but bfloat16 may stand
-             beside activations of float32, where nothing is recorded.
+             beside activations of float32 too, where nothing is recorded.
     gains    may be float32 beside activations in bfloat16.
     """
     for tensor in (*tensors, *weights, *gains):
@@ -343,10 +343,10 @@ def _check_tensors(
             raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
     dtypes = {tensor.dtype.name for tensor in tensors if tensor is not None}
     for weight in weights:
-        narrow = weight is not None and weight.dtype.name == "bfloat16" and weight.ndim > 1
+        narrow = weight is not None and weight.dtype.name == "bfloat16" and weight.ndim > 1 and "bfloat16" not in dtypes
         if narrow and is_recording():
             raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
-        if weight is not None and (not narrow or "bfloat16" in dtypes):
+        if weight is not None and not narrow:
             dtypes.add(weight.compute.dtype.name)
     dtypes |= {gain.dtype.name for gain in gains if (gain.dtype.name, dtypes) != ("float32", {"bfloat16"})}
     if not dtypes and weights:  # tables in bfloat16 give float32

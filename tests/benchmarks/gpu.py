@@ -1,10 +1,13 @@
-"""The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--out FILE.json]
+"""The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
 
 Runs `pytest -m gpu`, then times launches, copies and matrix products; the training step of the 124M model beside the
 same step in PyTorch, where that is installed; each kernel of a step against the least time that its bytes and FLOPs
 take on this GPU; attention beside PyTorch's; and generation against the rate at which the weights can be read. Prints a
-table last and writes JSON. A part that fails is recorded with its error, and the others go on. Under 10 minutes on an
-H200.
+table last and writes JSON.
+
+Time on a GPU is dear, and a kernel's fault takes a process's access to the GPU with it. So each part runs in a process
+of its own, what it finds is printed and written at once, and a part that fails is recorded with its error, or with the
+time at which it was ended. The parts that tell most go first; all end within --seconds, 570 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +71,12 @@ CHANGED = {
 }
 KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
+PARTS = ("launch", "step", "kernels", "attention", "gemm", "decode", "wide_step", "product", "copy")
+SECONDS, CHECKS_SECONDS = 570, 240  # for everything, and for pytest among it
+GPU_LOST = 2  # pytest's status where a test lost the GPU (tests/gpt2/test_gpu.py)
+COMPILING = 90  # seconds that PyTorch may take until its first step
+Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why there are none, or not all}}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -94,11 +106,22 @@ QUICK = Sizes(
 
 
 class Bench:
-    """The measurements on one device; each method is a part, gives its figures, and stands for itself."""
+    """The measurements on one device; each method named in PARTS gives its figures, and stands for itself.
 
-    def __init__(self, sizes: Sizes, torch_device: str = "cuda"):
+    seconds  after which nothing long is begun.
+    keep     called with the figures so far whenever there are new ones.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        torch_device: str = "cuda",
+        seconds: float = SECONDS,
+        keep: Callable[[Found], None] = lambda found: None,
+    ):
         self.sizes = sizes
         self.torch_device = torch_device
+        self.end, self.keep = time.monotonic() + seconds, keep
         self.backend = get_backend("cuda")
         self.np = self.backend.np
         bandwidth = listed(self.backend.name(), BANDWIDTH)
@@ -110,34 +133,21 @@ class Bench:
         rows = numpy.random.default_rng(0).integers(sizes.model.vocab_size, size=(sequences, sizes.block_size + 1))
         self.tokens, self.targets = rows[:, :-1], rows[:, 1:]
 
-    def run(self) -> None:
-        for part in (self.launch, self.copy, self.product, self.gemm, self.attention, self.step, self.kernels,
-                     self.decode):  # fmt: skip
-            name, started = part.__name__, time.perf_counter()
-            try:
-                self.results[name] = part()
-            except Exception as error:  # (MemoryError and CuPy's are among these)
-                self.errors[name] = one_line(error)
+    def run(self, part: str) -> Found:
+        """The figures and the errors of one part."""
+        try:
+            self.results[part] = getattr(self, part)()
             self.release()
-            print(f"{name}: {self.errors.get(name, 'done')} ({time.perf_counter() - started:.1f} s)", flush=True)
+        except Exception as error:  # (MemoryError and CuPy's are among these)
+            self.errors[part] = told(error)
+        return self.found()
+
+    def found(self) -> Found:
+        return {"results": self.results, "errors": self.errors}
 
     def release(self) -> None:
         """Give freed memory back to the driver, for PyTorch or for what comes next."""
         self.np.get_default_memory_pool().free_all_blocks()
-
-    def device(self) -> dict[str, Any]:
-        runtime = self.np.cuda.runtime
-        return {
-            "device": self.backend.name().removeprefix("cuda: "),
-            "memory_bytes": self.backend.memory()[1],
-            "driver": version(runtime.driverGetVersion()),
-            "cuda": version(runtime.runtimeGetVersion()),
-            "cupy": self.np.__version__,
-            "numpy": numpy.__version__,
-            "torch": torch_version(),
-            "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(),
-        }
 
     def timed(self, function: Callable[[], Any], repeats: int, warmup: int = 2) -> tuple[float, float]:
         """Seconds a call: by the clock, from the first launch to the last result, and between two CUDA events."""
@@ -216,7 +226,7 @@ class Bench:
         """TFLOP/s of a large square matrix product, through CuPy."""
         n = self.sizes.matrix
         values = numpy.random.default_rng(0).standard_normal((n, n), dtype=numpy.float32)
-        figures = {}
+        figures = self.results["product"] = {}
         try:
             for precision in self.sizes.precisions:
                 self.backend.use_tf32(precision == "tf32")
@@ -234,7 +244,7 @@ class Bench:
 
         gemm, C = Gemm(self.np), self.sizes.model.n_embd
         rows, padded = self.sizes.batch_sizes[0] * self.sizes.block_size, padded_vocabulary(self.sizes.model)
-        figures = {}
+        figures = self.results["gemm"] = {}
         for name, k, n in (
             ("qkv", C, 3 * C),
             ("proj", C, C),
@@ -271,71 +281,90 @@ class Bench:
             "forward": lambda: kernels.attention_forward(qkv, H, 0.0, None),
             "backward": lambda: kernels.attention_backward(dout, qkv, out, lse, H, 0.0, None),
         }
-        figures: dict[str, Any] = {}
+        flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # two and five products, half of each
+        nbytes = {"forward": 4 * out.nbytes, "backward": 8 * out.nbytes}
+        figures = self.results["attention"] = {}
         theirs = None
         try:
             theirs = TorchAttention((B, H, T, C // H), self.torch_device, self.sizes.precisions[0])
         except Exception as error:
             figures["torch_error"] = one_line(error)
-        seconds: dict[str, list[float]] = {}
-        for _ in range(self.sizes.rounds):
-            for name, call in calls.items():
-                seconds.setdefault(name, []).append(self.timed(call, self.sizes.repeats)[1])
+        for kind, call in calls.items():
+            seconds: dict[str, list[float]] = {kind: [], f"torch_{kind}": []}
+            for _ in range(self.sizes.rounds):
+                seconds[kind].append(self.timed(call, self.sizes.repeats)[1])
                 if theirs is not None:
-                    seconds.setdefault(f"torch_{name}", []).append(theirs.timed(name, self.sizes.repeats))
-        flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # two and five products, half of each
-        nbytes = {"forward": 4 * out.nbytes, "backward": 8 * out.nbytes}
-        for name, values in seconds.items():
-            kind = name.removeprefix("torch_")
-            figures[name] = self.against_floor(statistics.median(values), nbytes[kind], flops[kind])
+                    try:
+                        seconds[f"torch_{kind}"].append(theirs.timed(kind, self.sizes.repeats))
+                    except Exception as error:
+                        figures["torch_error"], theirs = one_line(error), None
+            for name, values in seconds.items():
+                if values:
+                    figures[name] = self.against_floor(statistics.median(values), nbytes[kind], flops[kind])
         return figures
 
     def step(self) -> list[dict[str, Any]]:
-        """The training step, ours and PyTorch's in alternation."""
-        rows = []
-        for precision in self.sizes.precisions:
-            first = precision == self.sizes.precisions[0]
-            for batch_size in self.sizes.batch_sizes if first else self.sizes.wide_batch_sizes:
-                row: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
-                try:
-                    row |= self.contest(precision, batch_size)
-                except MemoryError:
-                    row["error"] = "out of memory"
-                except Exception as error:
-                    row["error"] = self.errors[f"step {precision} {batch_size}"] = one_line(error)
-                self.release()
-                rows.append(row)
-                if not first and row.get("error") != "out of memory":
+        """The training step in the first precision, ours and PyTorch's in alternation, at every batch size."""
+        rows = self.results["step"] = []
+        for batch_size in self.sizes.batch_sizes:
+            self.add_row(rows, self.sizes.precisions[0], batch_size)
+        return rows
+
+    def wide_step(self) -> list[dict[str, Any]]:
+        """The same in the other precisions, each at the first batch size that fits."""
+        rows = self.results["wide_step"] = []
+        for precision in self.sizes.precisions[1:]:
+            for batch_size in self.sizes.wide_batch_sizes:
+                self.add_row(rows, precision, batch_size)
+                if rows[-1].get("error") != "out of memory":
                     break
         self.backend.use_tf32(False)
         return rows
 
-    def contest(self, precision: str, batch_size: int) -> dict[str, Any]:
-        """One precision at one batch size: figures of our step, and of PyTorch's."""
-        sizes, found = self.sizes, {}
+    def add_row(self, rows: list[dict[str, Any]], precision: str, batch_size: int) -> None:
+        row: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
+        rows.append(row)
+        try:
+            self.contest(row)
+        except MemoryError:
+            row["error"] = "out of memory"
+        except Exception as error:
+            row["error"] = self.errors[f"step {precision} {batch_size}"] = told(error)
+        self.keep(self.found())
+        self.release()
+
+    def contest(self, row: dict[str, Any]) -> None:
+        """One precision at one batch size: figures of our step, and of PyTorch's, into the row."""
+        sizes, precision, batch_size = self.sizes, row["precision"], row["batch_size"]
         ours = self.our_step(precision, batch_size)
-        ours()
         theirs = None
         try:
+            if time.monotonic() > self.end - COMPILING:
+                raise TimeoutError("no time was left for it")
             tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
             theirs = TorchStep(sizes.model, tokens, targets, self.torch_device, precision, sizes.compiled)
         except Exception as error:
-            found["torch_error"] = one_line(error)
+            row["torch_error"] = one_line(error)
         seconds: dict[str, list[float]] = {"ours": [], "torch": []}
         for _ in range(sizes.rounds):
-            seconds["ours"].append(self.timed(ours, sizes.steps, warmup=1)[0])
+            seconds["ours"].append(self.timed(ours, sizes.steps)[0])
+            self.add_figures(row, seconds)
             self.release()
             if theirs is not None:
                 try:
                     seconds["torch"].append(theirs.timed(sizes.steps))
                 except Exception as error:
-                    found["torch_error"], theirs = one_line(error), None
-        peak = self.backend.peak(precision)
+                    row["torch_error"], theirs = one_line(error), None
+        self.add_figures(row, seconds)
+
+    def add_figures(self, row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
+        """The figures of a step from the times that there are so far."""
+        peak = self.backend.peak(row["precision"])
         for kind, values in seconds.items():
             if values:
                 median = statistics.median(values)
-                found[kind] = step_figures(median, sizes.model, batch_size, sizes.block_size, peak)
-        return found
+                row[kind] = step_figures(median, self.sizes.model, row["batch_size"], self.sizes.block_size, peak)
+        self.keep(self.found())
 
     def kernels(self) -> dict[str, Any]:
         """The kernels of a training step: how often each is called, its time on the device, and its floor."""
@@ -376,7 +405,8 @@ class Bench:
 
     def decode(self) -> dict[str, Any]:
         """Tokens per second of one text, and how many could be: as often as the weights can be read."""
-        config, figures = self.sizes.model, {}
+        config = self.sizes.model
+        figures = self.results["decode"] = {}
         for precision in self.sizes.precisions:
             if precision == "tf32":
                 continue
@@ -612,8 +642,14 @@ def version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def told(error: BaseException) -> str:
+    """The error in one line, once all of it has been printed."""
+    traceback.print_exception(error)
+    return one_line(error)
 
 
 def step_figures(
@@ -626,20 +662,40 @@ def step_figures(
     return {"ms": seconds * 1e3, "tokens_per_s": tokens_per_s, "tflop_per_s": tflop_per_s, "mfu": mfu}
 
 
-def run_checks() -> dict[str, Any]:
-    """pytest -m gpu in a process of its own: its exit status, its last line, and the names of what failed."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=short", "tests"]
-    started = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=270)
-        output, status = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, status = f"{_text(error.stdout)}\nnot finished after {error.timeout:.0f} s", 124
-    lines = output.strip().splitlines() or ["no output"]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if status:
-        print("\n".join(lines[-150:]))
-    return {"status": status, "last_line": lines[-1], "failed": failed, "seconds": time.perf_counter() - started}
+def run_checks(seconds: float = CHECKS_SECONDS) -> dict[str, Any]:
+    """pytest -m gpu in a process of its own: its exit status, its last line, and the names of what failed.
+
+    Where a test lost the GPU, those behind it run in another process.
+    """
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rpfEs", "--tb=short", "--continue-on-collection-errors"]
+    command += ["-o", "faulthandler_timeout=60", "tests"]  # says where a test hangs
+    started, statuses, seen, failed = time.monotonic(), [GPU_LOST], [], []
+    while statuses[-1] == GPU_LOST:
+        left = max(1, seconds - (time.monotonic() - started))
+        again = [f"--deselect={name}" for name in seen]
+        try:
+            done = subprocess.run(
+                [*command, *again], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left
+            )
+            output, status = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as error:
+            output, status = f"{_text(error.stdout)}\nnot finished after {seconds:.0f} s", 124
+        lines = output.strip().splitlines() or ["no output"]
+        failed += [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        ran = [line.split(" - ")[0].split(" ", 1)[1] for line in lines if re.match(r"(PASSED|FAILED|ERROR) ", line)]
+        if status:
+            print("\n".join([line for line in lines if not line.startswith("PASSED ")][-200:]), flush=True)
+        seen += ran
+        statuses.append(status if ran else max(status, 1))
+        if not ran:
+            break
+    return {
+        "status": max(statuses[1:]),
+        "last_line": lines[-1],
+        "failed": failed,
+        "processes": len(statuses) - 1,
+        "seconds": time.monotonic() - started,
+    }
 
 
 def _text(output: str | bytes | None) -> str:
@@ -648,37 +704,40 @@ def _text(output: str | bytes | None) -> str:
 
 def table(record: dict[str, Any]) -> list[str]:
     """The record in a few lines."""
-    results, lines = record["results"], []
-    lines.append(
+    lines = [
         f"{record['device']}, driver for CUDA {record['driver']}, CUDA {record['cuda']}, CuPy {record['cupy']}, "
         f"PyTorch {record['torch']}, {record['date']}"
-    )
+    ]
     if record["checks"]:
         lines.append(f"checks     {record['checks']['last_line']}")
         lines += [f"           {line}" for line in record["checks"]["failed"]]
-    if "launch" in results:
-        launch = results["launch"]
-        lines.append(f"launch     add {launch['add_us']:.1f} us, matmul {launch['matmul_us']:.1f} us")
-    if "copy" in results:
-        rates = results["copy"]
+    for part, found in record["results"].items():
+        lines += part_table(part, found, record["sizes"]["block_size"])
+    return lines + [f"FAILED     {name}: {error}" for name, error in record["errors"].items()]
+
+
+def part_table(part: str, found: Any, block_size: int) -> list[str]:
+    """What a part has found, in a few lines."""
+    lines = []
+    if part == "launch":
+        lines.append(f"launch     add {found['add_us']:.1f} us, matmul {found['matmul_us']:.1f} us")
+    if part == "copy":
         lines.append(
-            f"copy       to device {rates['to_device_gb_per_s']:.1f}, to host {rates['to_host_gb_per_s']:.1f}, "
-            f"within {rates['within_gb_per_s']:.0f} GB/s"
+            f"copy       to device {found['to_device_gb_per_s']:.1f}, to host {found['to_host_gb_per_s']:.1f}, "
+            f"within {found['within_gb_per_s']:.0f} GB/s"
         )
-    if "product" in results:
-        rates = {name.removesuffix("_tflop_per_s"): value for name, value in results["product"].items()}
+    if part == "product":
+        rates = {name.removesuffix("_tflop_per_s"): value for name, value in found.items()}
         lines.append(f"product    {', '.join(f'{name} {value:.1f}' for name, value in rates.items())} TFLOP/s")
-    if "gemm" in results:
-        lines += against_floors("matrix products", results["gemm"])
-    if "attention" in results:
-        rows = {name: row for name, row in results["attention"].items() if name != "torch_error"}
-        lines += against_floors("attention", rows)
-        if "torch_error" in results["attention"]:
-            lines.append(f"  PyTorch: {results['attention']['torch_error']}")
-    if "step" in results:
-        block_size = record["sizes"]["block_size"]
+    if part == "gemm":
+        lines += against_floors("matrix products", found)
+    if part == "attention":
+        lines += against_floors("attention", {name: row for name, row in found.items() if name != "torch_error"})
+        if "torch_error" in found:
+            lines.append(f"  PyTorch: {found['torch_error']}")
+    if part in ("step", "wide_step"):
         lines.append(f"{f'step, {block_size} tokens each':28}      ms   tokens/s  TFLOP/s    MFU")
-        for row in results["step"]:
+        for row in found:
             name = f"{row['precision']} x {row['batch_size']}"
             lines += [
                 f"  {name:18}{kind:8}{figures['ms']:8.1f}{figures['tokens_per_s']:11,.0f}"
@@ -688,18 +747,18 @@ def table(record: dict[str, Any]) -> list[str]:
             ]
             failed = (("ours", row.get("error")), ("PyTorch", row.get("torch_error")))
             lines += [f"  {name:18}{who}: {error}" for who, error in failed if error]
-    if "kernels" in results:
-        step = results["kernels"]
-        lines += against_floors(f"kernels, {step['batch_size']} sequences", step["kernels"])
-        lines.append(f"  outside of them {step['outside_ms']:.1f} of {step['ms']:.1f} ms")
-    for precision, row in results.get("decode", {}).items():
-        limit = "?" if row["limit"] is None else f"{row['limit']:,.0f}"
-        rate = f"{row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}"
-        lines.append(f"generate   {precision} {rate}")
-        if row["launch"]:
-            lines += against_floors(f"one token, {precision}", {"in one launch": row["launch"]})
-        lines.append(f"  one operation after another {row['operations_ms']:.3f} ms")
-    return lines + [f"FAILED     {name}: {error}" for name, error in record["errors"].items()]
+    if part == "kernels":
+        lines += against_floors(f"kernels, {found['batch_size']} sequences", found["kernels"])
+        lines.append(f"  outside of them {found['outside_ms']:.1f} of {found['ms']:.1f} ms")
+    if part == "decode":
+        for precision, row in found.items():
+            limit = "?" if row["limit"] is None else f"{row['limit']:,.0f}"
+            rate = f"{row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}"
+            lines.append(f"generate   {precision} {rate}")
+            if row["launch"]:
+                lines += against_floors(f"one token, {precision}", {"in one launch": row["launch"]})
+            lines.append(f"  one operation after another {row['operations_ms']:.3f} ms")
+    return lines
 
 
 def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -719,33 +778,114 @@ def percent(share: float | None) -> str:
     return "     ?" if share is None else f"{share:6.1%}"
 
 
+def device() -> dict[str, Any]:
+    """What is measured, and with what."""
+    backend = get_backend("cuda")
+    runtime = backend.np.cuda.runtime
+    return {
+        "device": backend.name().removeprefix("cuda: "),
+        "memory_bytes": backend.memory()[1],
+        "driver": version(runtime.driverGetVersion()),
+        "cuda": version(runtime.runtimeGetVersion()),
+        "cupy": backend.np.__version__,
+        "numpy": numpy.__version__,
+        "torch": torch_version(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two minutes or three: smaller sizes, fewer repetitions")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
+    parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), metavar="PART", help="these parts alone")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part; --out is required
     options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else FULL
+    if options.part:
+        keep = partial(write, options.out)
+        keep(Bench(sizes, seconds=options.seconds, keep=keep).run(options.part))
+        return 0
+    end = time.monotonic() + options.seconds
     try:
         get_backend("cuda")
     except ValueError as error:
         print(f"no GPU: {error}", file=sys.stderr)
         return 1
-    print("running pytest -m gpu ...", flush=True)
-    return measure(QUICK if options.quick else FULL, options.out, run_checks())
+    checks, chosen = None, options.only or ("checks", *PARTS)
+    if "checks" in chosen:
+        print("running pytest -m gpu ...", flush=True)
+        checks = run_checks(min(CHECKS_SECONDS, options.seconds))
+        print(checks["last_line"], flush=True)
+
+    def run(part: str) -> Found:
+        return in_a_process(part, end - time.monotonic(), options.quick)
+
+    return measure(sizes, options.out, checks, run, [part for part in PARTS if part in chosen])
 
 
-def measure(sizes: Sizes, out: Path | None, checks: dict[str, Any] | None, torch_device: str = "cuda") -> int:
-    """Run every part, write the JSON and print the table; 0 where nothing failed, else 1."""
-    bench = Bench(sizes, torch_device)
-    bench.run()
-    record = {**bench.device(), "checks": checks, "results": bench.results, "errors": bench.errors}
-    record["sizes"] = asdict(sizes)
+def in_a_process(part: str, seconds: float, quick: bool) -> Found:
+    """What a part finds, by a process that has so many seconds; what it found before it ended counts."""
+    found: Found = {"results": {}, "errors": {}}
+    if seconds < 10:
+        return {"results": {}, "errors": {part: "no time was left for it"}}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--part", part, "--out", str(out), "--seconds", str(seconds)]
+        try:
+            status = subprocess.run([*command, *["--quick"] * quick], timeout=seconds).returncode
+            error = f"its process ended with status {status}" if status else None
+        except subprocess.TimeoutExpired:
+            error = f"not finished after {seconds:.0f} s"
+        if out.exists():
+            found = json.loads(out.read_text(encoding="utf-8"))
+        elif error is None:
+            error = "its process left no figures"
+    if error:
+        found["errors"][part] = error
+    return found
+
+
+def measure(
+    sizes: Sizes,
+    out: Path | None,
+    checks: dict[str, Any] | None,
+    run: Callable[[str], Found],
+    parts: Sequence[str] = PARTS,
+) -> int:
+    """Run these parts, write the JSON after each, and print the table last; 0 where nothing failed, else 1."""
+    record = {**device(), "checks": checks, "results": {}, "errors": {}, "sizes": asdict(sizes)}
     if out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
         out = RESULTS / f"gpu-{slug}-{record['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(out, record)
+    for part in parts:
+        started = time.perf_counter()
+        found = run(part)
+        record["results"] |= found["results"]
+        record["errors"] |= found["errors"]
+        write(out, record)
+        lines = [
+            line for name, figures in found["results"].items() for line in part_table(name, figures, sizes.block_size)
+        ]
+        print(
+            *lines,
+            f"{part}: {found['errors'].get(part, 'done')} ({time.perf_counter() - started:.1f} s)",
+            sep="\n",
+            flush=True,
+        )
     print(f"written to {out}\n", *table(record), sep="\n", flush=True)
-    return 1 if bench.errors or (checks and checks["status"]) else 0
+    return 1 if record["errors"] or (checks and checks["status"]) else 0
+
+
+def write(out: Path, record: Any) -> None:
+    """Replace the file in one go: whoever ends this process leaves what was there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(out.name + ".new")
+    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    new.replace(out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ TINY = gpu.Sizes(
     new_tokens=5,
     compiled=False,
 )
-PARTS = {"launch", "copy", "product", "gemm", "attention", "step", "kernels", "decode"}
+PARTS = set(gpu.PARTS)
 KINDS = ("forward", "dgrad", "wgrad")
 
 
@@ -54,6 +54,11 @@ def device(monkeypatch):
     monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
         yield counters
+
+
+def each_part(part):
+    """A part, by a bench of its own, as in a process of its own."""
+    return gpu.Bench(TINY, "cpu").run(part)
 
 
 def test_step_figures():
@@ -114,13 +119,13 @@ def test_versions():
 def test_the_whole_benchmark(device, tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
     checks = {"status": 0, "last_line": "7 passed in 1.00s", "failed": []}
-    assert gpu.measure(TINY, out, checks, torch_device="cpu") == 0
+    assert gpu.measure(TINY, out, checks, each_part) == 0
     record = json.loads(out.read_text())
     assert record["errors"] == {}
     results = record["results"]
     assert results.keys() == PARTS
     assert {"device", "driver", "cuda", "cupy", "torch", "date", "checks", "sizes"} <= record.keys()
-    rows = results["step"]
+    rows = results["step"] + results["wide_step"]
     assert [(row["precision"], row["batch_size"]) for row in rows] == [("float32", 4), ("float32", 2), ("tf32", 3)]
     assert rows[0]["ours"]["tokens_per_s"] == pytest.approx(32 / rows[0]["ours"]["ms"] * 1e3)
     kernels = results["kernels"]["kernels"]
@@ -144,7 +149,7 @@ def test_the_whole_benchmark(device, tmp_path, capsys):
 def test_shares_are_said_where_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CudaBackend, "name", lambda self: "cuda: NVIDIA H200")
     monkeypatch.setattr(gpu, "import_torch", broken)
-    assert gpu.measure(TINY, tmp_path / "gpu.json", None) == 0
+    assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert 0 < results["step"][0]["ours"]["mfu"] < 1
     for rows in (results["kernels"]["kernels"], results["gemm"], {"": results["decode"]["float32"]}):
@@ -163,7 +168,7 @@ def test_a_part_that_fails_loses_nothing_else(device, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(gpu.Bench, "copy", copy)
     monkeypatch.setattr(gpu, "import_torch", broken)
-    assert gpu.measure(TINY, tmp_path / "gpu.json", None) == 1
+    assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 1
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["errors"] == {"copy": "RuntimeError: no copies today"}
     assert record["results"].keys() == PARTS - {"copy"}
@@ -181,7 +186,7 @@ def test_a_precision_that_fails_loses_no_other(device, monkeypatch):
 
     monkeypatch.setattr(gpu.Bench, "our_step", our_step)
     bench = gpu.Bench(TINY, "cpu")
-    rows = bench.step()
+    rows = bench.step() + bench.wide_step()
     assert [row.get("error") for row in rows] == ["ValueError: it needs a GPU"] * 2 + [None]
     assert bench.errors == dict.fromkeys(["step float32 4", "step float32 2"], "ValueError: it needs a GPU")
 
@@ -196,7 +201,7 @@ def test_a_batch_that_does_not_fit_is_passed_over(device, monkeypatch):
 
     monkeypatch.setattr(GPT2, "loss", small_memory)
     bench = gpu.Bench(TINY, "cpu")
-    rows = bench.step()
+    rows = bench.step() + bench.wide_step()
     assert [(row["precision"], row["batch_size"]) for row in rows if "ours" in row] == [("float32", 2), ("tf32", 1)]
     assert [row["error"] for row in rows if "ours" not in row] == ["out of memory"] * 2
     assert bench.errors == {}
@@ -235,6 +240,107 @@ def test_pytorch_computes_the_same_model(precision):
     assert theirs.step().item() == pytest.approx(np.mean(np.log(total) - picked), rel=1e-5 if not padding else 1e-2)
 
 
+def test_what_a_step_has_shown_is_kept_at_once(device, monkeypatch):
+    def killed(self, steps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.TorchStep, "timed", killed)
+    kept = []
+    bench = gpu.Bench(TINY, "cpu", keep=lambda found: kept.append(json.loads(json.dumps(found))))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("step")
+    (row,) = kept[-1]["results"]["step"]
+    assert row["ours"]["ms"] > 0
+
+
+def test_without_time_pytorch_is_left_out(device):
+    bench = gpu.Bench(TINY, "cpu", seconds=gpu.COMPILING - 1)
+    assert {row["torch_error"] for row in bench.step()} == {"TimeoutError: no time was left for it"}
+
+
+def test_attention_stands_without_pytorchs(device, monkeypatch):
+    monkeypatch.setattr(gpu.TorchAttention, "timed", broken)
+    found = gpu.Bench(TINY, "cpu").run("attention")
+    assert found["errors"] == {}
+    assert found["results"]["attention"].keys() == {"torch_error", "forward", "backward"}
+
+
+def test_what_a_kernel_has_shown_outlives_the_next_ones_fault(device, monkeypatch):
+    monkeypatch.setattr(gpu, "import_torch", broken)
+    bench = gpu.Bench(TINY)
+    right, times = bench.timed, []
+
+    def timed(function, repeats):
+        times.append(repeats)
+        return broken() if len(times) > TINY.rounds else right(function, repeats)
+
+    monkeypatch.setattr(bench, "timed", timed)
+    found = bench.run("attention")
+    assert found["errors"] == {"attention": "RuntimeError: not today"}
+    assert found["results"]["attention"].keys() == {"torch_error", "forward"}
+
+
+def test_memory_that_cannot_be_given_back_loses_no_figures(device, monkeypatch):
+    monkeypatch.setattr(gpu.Bench, "release", broken)
+    found = gpu.Bench(TINY).run("launch")
+    assert found["errors"] == {"launch": "RuntimeError: not today"}
+    assert found["results"]["launch"]["add_us"] > 0
+
+
+PROCESS = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.write_text(json.dumps({"results": {"step": [1]}, "errors": {}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "error"),
+    [
+        ("", None),
+        ("sys.exit(3)", "its process ended with status 3"),
+        ("import os; os.kill(os.getpid(), 11)", "its process ended with status -11"),
+        ("time.sleep(100)", "not finished after 11 s"),
+        ("out.unlink()", "its process left no figures"),
+    ],
+)
+def test_a_part_in_a_process(monkeypatch, tmp_path, ending, error):
+    script, run = tmp_path / "part.py", subprocess.run
+    script.write_text(PROCESS + ending)
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, timeout: run(command, timeout=timeout / 5))
+    found = gpu.in_a_process("step", 11.0, quick=True)
+    assert found["errors"] == ({} if error is None else {"step": error})
+    assert found["results"] == ({} if "unlink" in ending else {"step": [1]})
+
+
+def test_a_part_for_which_no_time_is_left(tmp_path):
+    found = gpu.in_a_process("step", 9.0, quick=False)
+    assert found == {"results": {}, "errors": {"step": "no time was left for it"}}
+
+
+def test_the_process_of_a_part(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "QUICK", TINY)
+    out = tmp_path / "found.json"
+    assert gpu.main(["--quick", "--part", "launch", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["results"]["launch"].keys() == {"add_us", "matmul_us"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_some_parts_alone(device, tmp_path, monkeypatch):
+    asked = []
+
+    def process(part, seconds, quick):
+        asked.append((part, quick))
+        return {"results": {}, "errors": {}}
+
+    monkeypatch.setattr(gpu, "in_a_process", process)
+    monkeypatch.setattr(gpu, "run_checks", broken)
+    assert gpu.main(["--only", "gemm", "step", "--out", str(tmp_path / "gpu.json")]) == 0
+    assert asked == [("step", False), ("gemm", False)]
+
+
 @pytest.mark.parametrize("written", [b"1 passed\n", "1 passed\n", None])
 def test_checks_that_take_too_long_are_given_up(monkeypatch, written):
     def late(*arguments, timeout, **keywords):
@@ -242,17 +348,64 @@ def test_checks_that_take_too_long_are_given_up(monkeypatch, written):
 
     monkeypatch.setattr(gpu.subprocess, "run", late)
     checks = gpu.run_checks()
-    assert (checks["status"], checks["last_line"], checks["failed"]) == (124, "not finished after 270 s", [])
+    assert (checks["status"], checks["last_line"], checks["failed"]) == (124, "not finished after 240 s", [])
 
 
 def test_checks_that_fail_are_named(monkeypatch, capsys):
-    output = "....F\nE  assert 1 == 2\nFAILED tests/x.py::test_y - assert 1 == 2\n1 failed, 4 passed in 0.1s\n"
-    done = subprocess.CompletedProcess("pytest", 1, output, "")
+    output = (
+        "....F\nE  assert 1 == 2\nPASSED tests/x.py::test_x\nFAILED tests/x.py::test_y - assert 1 == 2\n"
+        "1 failed, 4 passed in 0.1s\n"
+    )
+    done = subprocess.CompletedProcess("pytest", 1, output)
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **keywords: done)
     checks = gpu.run_checks()
     assert (checks["status"], checks["last_line"]) == (1, "1 failed, 4 passed in 0.1s")
     assert checks["failed"] == ["FAILED tests/x.py::test_y - assert 1 == 2"]
-    assert "E  assert 1 == 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "E  assert 1 == 2" in printed
+    assert "PASSED" not in printed
+
+
+LOSING = """
+import pytest
+from tests.gpt2 import test_gpu
+from tests.gpt2.test_gpu import cuda
+
+class Lost:
+    class np:
+        class cuda:
+            def get_current_stream():
+                return Lost
+    failing = []
+    def synchronize():
+        if Lost.failing:
+            raise RuntimeError("cudaErrorIllegalAddress")
+
+test_gpu.get_backend = lambda name: Lost
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_it(cuda, number):
+    if number in (2, 4):
+        Lost.failing.append(number)
+    assert number != 4
+"""
+
+
+def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_losing.py").write_text(LOSING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -q -p no:cacheprovider\n")
+    monkeypatch.setenv("PYTHONPATH", str(gpu.ROOT))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    checks = gpu.run_checks()
+    assert (checks["status"], checks["processes"]) == (gpu.GPU_LOST, 3)
+    assert [line.split("]")[0] for line in checks["failed"]] == [
+        "ERROR tests/test_losing.py::test_it[2",
+        "FAILED tests/test_losing.py::test_it[4",
+        "ERROR tests/test_losing.py::test_it[4",
+    ]
+    assert checks["last_line"].startswith("1 passed")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

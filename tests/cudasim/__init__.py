@@ -19,6 +19,7 @@ import pytest
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
 KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^\n]*\))?\s+(\w+)\(')
+BOUNDS = re.compile(r"__launch_bounds__\(([^\n]*)\)\s+(\w+)\(")
 SHARED = re.compile(r"__shared__\s+([^;()]+);")
 
 # Without gnu-unique: libraries of one source compiled with other constants would share what is static in its functions.
@@ -52,8 +53,8 @@ class RawModule:
 
     def __init__(self, code, options=()):
         need_compiler()
-        names = KERNEL.findall(code)
-        exports = "".join(f"CUDASIM_EXPORT({name})\n" for name in names)
+        bounds = {name: bounds for bounds, name in BOUNDS.findall(code)}
+        exports = "".join(f"CUDASIM_EXPORT({name}, {bounds.get(name, 1024)})\n" for name in KERNEL.findall(code))
         text = f'#include "{HERE}/cudasim.h"\n#line 1\n{SHARED.sub(_poisoned, code)}\n{exports}'
         defines = [option for option in options if option.startswith("-D")]
         known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr((FLAGS, defines)).encode()
@@ -78,7 +79,8 @@ class Function:
     def __init__(self, library, name):
         self._most = 48 << 10
         self.name = name
-        self.launch, parameters = (getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params"))
+        of = {what: getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params", "bound")}
+        self.launch, parameters, self.bound = of["launch"], of["params"], of["bound"]()
         self.launch.restype = parameters.restype = ctypes.c_char_p
         self.kinds = parameters().decode().split()
 
@@ -95,14 +97,18 @@ class Function:
     def __call__(self, grid, block, args, *, shared_mem=0):
         if len(args) != len(self.kinds):
             raise TypeError(f"{self.name} takes {len(self.kinds)} arguments, {len(args)} given")
-        if min(grid) < 1 or min(block) < 1 or math.prod(block) > 1024 or max((*grid, 1, 1)[1:]) > 65535:
-            raise ValueError(f"{self.name}: no GPU takes a grid of {grid} and blocks of {block}")
+        if min(grid) < 1 or min(block) < 1 or math.prod(block) > self.bound or max((*grid, 1, 1)[1:]) > 65535:
+            raise ValueError(f"{self.name}: no GPU takes a grid of {grid} and blocks of {block} (bound: {self.bound})")
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory; set max_dynamic_shared_size_bytes")
         cells = [self.cell(i, value, kind) for i, (value, kind) in enumerate(zip(args, self.kinds, strict=True))]
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
-        error = self.launch(sizes, ctypes.c_size_t(shared_mem), pointers, schedule)
+        arrays = [x for x in map(array_of, args) if isinstance(x, np.ndarray)]
+        if any(x.dtype == np.uint64 for x in arrays):
+            arrays = []  # a table of addresses, which may lead to any array
+        spans = (ctypes.c_size_t * (2 * len(arrays)))(*(n for x in arrays for n in (x.ctypes.data, x.nbytes)))
+        error = self.launch(sizes, ctypes.c_size_t(shared_mem), pointers, schedule, spans, len(arrays))
         if error:
             raise RuntimeError(f"{self.name}: {error.decode()}")
 

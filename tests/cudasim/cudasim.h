@@ -6,14 +6,15 @@
 // shows as a result that is wrong or depends on the order.
 //
 // It stops with a message at divergent barriers, collectives of a warp that name lanes which have exited or left, lanes
-// that meet in different collectives, copies that nobody waits for, and accesses whose address is not a multiple of
-// what the type asks for. Shared memory, static and dynamic, holds NaN when a block starts, and so does the target of
+// that meet in different collectives, copies that nobody waits for, ldmatrix and cp.async outside shared memory or (to
+// read) outside the arrays that were passed, and accesses whose address is not a multiple of what the type asks for. Shared memory, static and dynamic, holds NaN when a block starts, and so does the target of
 // cp.async until it is waited for.
 //
 // Known: threadIdx and its like, __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4,
 // bf16, ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async.
-// Not modelled: the order in which a GPU makes writes visible, bank conflicts, wgmma, TMA, blocks that wait for each
-// other, denormal numbers (CuPy compiles with -ftz=true), and the GPU's own approximations of exp and its like.
+// Not modelled: the order in which a GPU makes writes visible, bank conflicts, registers, a plain access past the end of
+// an array, lanes that meet in the same collective at two places, wgmma, TMA, blocks that wait for each other, denormal
+// numbers (CuPy compiles with -ftz=true), and the GPU's own approximations of exp and its like.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -124,6 +125,12 @@ inline size_t nstacks;
 inline void* main_sp;  // the scheduler's
 inline int cur, n_alive, n_arrived, order;
 inline char* dyn;  // dynamic shared memory
+inline char* dyn_smem() { return (char*)(((uintptr_t)dyn + 127) & ~(uintptr_t)127); }
+struct Span {
+  const char* start;
+  size_t size;
+};
+inline std::vector<Span> arrays, shared;  // what the launch was given; dynamic shared memory and the static variables met
 inline unsigned long blocks_started;
 inline std::function<void()> body;  // the kernel with its arguments
 inline std::string error;           // the first
@@ -140,13 +147,18 @@ inline void stop(const std::string& m) {
   for (;;) yield_to_main();
 }
 
-inline void check_aligned(const void* p, const char* what) {
+// 16 bytes that one of the spans has to hold.
+inline void check(const void* p, const std::vector<Span>& spans, const char* what) {
   if ((uintptr_t)p % 16) stop(std::string(what) + ": an address that is no multiple of 16");
+  for (auto& span : spans)
+    if (span.start <= p && (const char*)p + 16 <= span.start + span.size) return;
+  stop(std::string(what) + ": an address outside " + (&spans == &shared ? "shared memory" : "the arrays"));
 }
 
 // The first thread of a block that comes to the declaration of a shared variable fills it with NaN.
 inline void poison(void* variable, size_t size, unsigned long& block) {
   if (block == blocks_started) return;
+  if (!block) shared.push_back({(char*)variable, size});
   block = blocks_started;
   memset(variable, 0xFF, size);
 }
@@ -316,12 +328,15 @@ const char* params(void (*)(A...)) {
 
 // gb: the grid's and the block's three sizes. Returns what went wrong, or null.
 template <class... A>
-const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args, int ord) {
+const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args, int ord, const Span* spans, int n) {
   error.clear();
+  arrays.assign(spans, spans + n);
   order = ord;
   gridDim = dim3(gb[0], gb[1], gb[2]);
   blockDim = dim3(gb[3], gb[4], gb[5]);
   dyn = (char*)realloc(dyn, smem + 256);
+  if (shared.empty()) shared.push_back({});
+  shared[0] = {dyn_smem(), smem};
   call(k, args, std::index_sequence_for<A...>{});
   unsigned nb = gb[0] * gb[1] * gb[2];
   for (unsigned j = 0; j < nb; j++) {
@@ -336,7 +351,7 @@ const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args
   return nullptr;
 }
 
-inline char* dyn_smem() { return (char*)(((uintptr_t)dyn + 127) & ~(uintptr_t)127); }
+inline unsigned first(unsigned n, ...) { return n; }
 }  // namespace cudasim
 
 // What g++ -fsanitize=alignment calls; the first field of `where` is the place in the source.
@@ -354,10 +369,13 @@ extern "C" __attribute__((weak)) void __ubsan_handle_type_mismatch_v1(void* wher
     cudasim::poison((void*)&name, sizeof name, block); \
   } while (0)
 #define DYN_SMEM(T, name) T* name = (T*)cudasim::dyn_smem()
-#define CUDASIM_EXPORT(k)                                                                     \
-  extern "C" const char* cudasim_params_##k() { return cudasim::params(k); }                  \
-  extern "C" const char* cudasim_launch_##k(const unsigned* gb, size_t sm, void** a, int o) { \
-    return cudasim::launch(k, gb, sm, a, o);                                                  \
+// A kernel, and its launch bounds.
+#define CUDASIM_EXPORT(k, ...)                                                                  \
+  extern "C" unsigned cudasim_bound_##k() { return cudasim::first(__VA_ARGS__); }               \
+  extern "C" const char* cudasim_params_##k() { return cudasim::params(k); }                    \
+  extern "C" const char* cudasim_launch_##k(const unsigned* gb, size_t sm, void** a, int o,     \
+                                            const cudasim::Span* spans, int n) {                \
+    return cudasim::launch(k, gb, sm, a, o, spans, n);                                          \
   }
 
 // CUDA's functions ----------------------------------------------------------------------------------------------------
@@ -459,7 +477,7 @@ inline unsigned bf16_pair(float first, float second) {
 // Tensor cores and asynchronous copies, which common.cuh has in PTX --------------------------------------------------
 
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
-  cudasim::check_aligned(row, "ldmatrix");
+  cudasim::check(row, cudasim::shared, "ldmatrix");
   cudasim::exchange(~0u, cudasim::LDMATRIX, &row, 8, [&](auto& s) {
     int t = cudasim::cur % 32;
     for (int i = 0; i < 4; i++) {
@@ -472,7 +490,7 @@ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 }
 
 inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
-  cudasim::check_aligned(row, "ldmatrix");
+  cudasim::check(row, cudasim::shared, "ldmatrix");
   cudasim::exchange(~0u, cudasim::LDMATRIX, &row, 8, [&](auto& s) {
     int t = cudasim::cur % 32;
     for (int i = 0; i < 4; i++) {
@@ -509,11 +527,11 @@ inline void mma_bf16_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0, u
   });
 }
 
-inline void cp_async16(void* d, const void* s) {
-  cudasim::check_aligned(d, "cp.async");
-  cudasim::check_aligned(s, "cp.async");
+inline void cp_async16(void* d, const void* s, unsigned read = 16) {
+  cudasim::check(d, cudasim::shared, "cp.async");
+  if (read && !cudasim::arrays.empty()) cudasim::check(s, cudasim::arrays, "cp.async");
   memset(d, 0xFF, 16);
-  cudasim::fibers[cudasim::cur].groups.back().push_back({d, s, 16});
+  cudasim::fibers[cudasim::cur].groups.back().push_back({d, s, (int)read});
 }
 
 inline void prefetch_l2(const void* p) { (void)*(const volatile char*)p; }  // a GPU would overlook a wrong address
@@ -522,7 +540,10 @@ template <int N>
 inline void cp_async_wait() {
   auto& g = cudasim::fibers[cudasim::cur].groups;
   while ((int)g.size() - 1 > N) {
-    for (auto& c : g.front()) memcpy(c.d, c.s, c.n);
+    for (auto& c : g.front()) {
+      memcpy(c.d, c.s, c.n);
+      memset((char*)c.d + c.n, 0, 16 - c.n);
+    }
     g.erase(g.begin());
   }
 }

@@ -22,12 +22,23 @@ WIDE = GPT2Config(n_layer=2)  # the layers, the heads and the vocabulary of the 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8).astype(np.int64)
 
 
+lost: list[str] = []  # the test that lost the GPU: a kernel's fault takes it from the whole process
+
+
 @pytest.fixture(autouse=True)
-def cuda():
+def cuda(request):
+    if lost:
+        pytest.exit(f"{lost[0]} lost the GPU", returncode=2)  # tests/benchmarks/gpu.py then runs the others
     try:
-        return get_backend("cuda")
+        backend = get_backend("cuda")
     except ValueError as error:
         pytest.skip(str(error))
+    yield backend
+    try:
+        backend.np.cuda.get_current_stream().synchronize()  # a fault belongs to the test that launched it
+    except Exception:
+        lost.append(request.node.name)
+        raise
 
 
 def batch(step, rows, length, scale=1):

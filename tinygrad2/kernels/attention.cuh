@@ -14,19 +14,31 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
   return p.word;
 }
 
+// The warp's number, in a form that shows the compiler that it is the same for all lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
+
+// Which tile of which head this block has, of a grid of all tiles of all heads. Blocks start in the order of their index:
+// first the tiles 0, which have the longest way, of as many heads as leave two (T, D) matrices each in the L2 cache.
+__device__ __forceinline__ void place(int tiles, int T, int& head, int& tile) {
+  int heads = gridDim.x / tiles, together = max(1, (16 << 20) / (4 * D) / T);  // in 16 of the H200's 50 MB
+  int first = (int)blockIdx.x / tiles / together * together, among = min(together, heads - first);
+  int rest = blockIdx.x - first * tiles;
+  tile = rest / among;
+  head = first + rest % among;
+}
+
 // Start copying rows first ... first + ROWS - 1 of a (T, D) matrix, `stride` apart, to a tile; rows from T on are zeros.
 // All THREADS threads of the block take part; cp_async_commit, cp_async_wait and __syncthreads are the caller's.
 template <int ROWS, int THREADS>
-__device__ __forceinline__ void load_tile(bf16* tile, const bf16* matrix, int first, int T, size_t stride) {
+__device__ __forceinline__ void load_tile(bf16* tile, const bf16* matrix, int first, int T, int stride) {
   constexpr int CHUNKS = D / 8;  // of 16 bytes, a row
+  matrix += (size_t)first * stride;
 #pragma unroll
   for (int start = 0; start < ROWS * CHUNKS; start += THREADS) {
     int chunk = start + threadIdx.x, row = chunk / CHUNKS, col = chunk % CHUNKS * 8;
+    if (THREADS % CHUNKS == 0) row = start / CHUNKS + threadIdx.x / CHUNKS, col = threadIdx.x % CHUNKS * 8;
     if (ROWS * CHUNKS % THREADS && chunk >= ROWS * CHUNKS) break;
-    if (first + row < T)
-      cp_async16(tile + row * LD + col, matrix + (size_t)(first + row) * stride + col);
-    else
-      *(uint4*)(tile + row * LD + col) = make_uint4(0, 0, 0, 0);
+    cp_async16(tile + row * LD + col, matrix + row * stride + col, first + row < T ? 16 : 0);
   }
 }
 
@@ -45,6 +57,44 @@ __device__ __forceinline__ void right_factor_of_transposed(unsigned (&b)[4], con
 __device__ __forceinline__ void right_factor(unsigned (&b)[4], const bf16* tile, int row, int col) {
   int lane = threadIdx.x % 32;
   ldmatrix_x4_trans(b, tile + (row + lane % 16) * LD + col + lane / 16 * 8);
+}
+
+// The results of a warp, rows row ... row + 16 M - 1 of its tile, times a factor, to rows first + row ... of a (T, D)
+// matrix `stride` apart: through the tile, to write 16 bytes a lane.
+template <int M>
+__device__ __forceinline__ void store_rows(bf16* matrix, bf16* tile, const float (&sum)[M][D / 8][4], float factor,
+                                           int row, int first, int T, int stride) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        *(unsigned*)(tile + (row + m * 16 + lane / 4 + half * 8) * LD + n * 8 + lane % 4 * 2) =
+            pack(sum[m][n][2 * half] * factor, sum[m][n][2 * half + 1] * factor);
+  __syncwarp();
+#pragma unroll
+  for (int start = 0; start < 16 * M * (D / 8); start += 32) {
+    int r = row + (start + lane) / (D / 8), col = (start + lane) % (D / 8) * 8;
+    if (first + r < T) *(uint4*)(matrix + (size_t)(first + r) * stride + col) = *(const uint4*)(tile + r * LD + col);
+  }
+}
+
+// Scores become -inf where the key comes after the query. Rows are queries, or keys where `transposed`.
+template <int M, int N>
+__device__ __forceinline__ void hide_later_keys(float (&s)[M][N][4], int first_query, int first_key,
+                                                bool transposed = false) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        int row = m * 16 + lane / 4 + e / 2 * 8, col = n * 8 + lane % 4 * 2 + e % 2;
+        if (first_key + (transposed ? row : col) > first_query + (transposed ? col : row)) s[m][n][e] = NEG_INF;
+      }
 }
 
 // Dropout on the (B, H, T, T) attention weights, the CPU's bits: element e takes word e % 4 of group e / 4, and is kept

@@ -13,10 +13,13 @@
 // STREAM rows: the next is copied while this one is used. A warp takes CHUNK of those rows at a time, and leaves out
 // chunks that lie wholly above the diagonal.
 //
-// The backward pass of 124M, B = 64, T = 1024, a layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200:
-//   attention_delta        2 X read = 0.2 GB                                                        0.05 ms
-//   attention_backward_kv  4 products, 0.10 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.14 ms
-//   attention_backward_q   3 products, 0.08 TFLOP; 4 X read, X written, 0.5 GB                         0.12 ms
+// The backward pass of 124M, B = 64, T = 1024, a layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200, at 4.3 TB/s
+// and 790 TFLOP/s (mma.sync comes to some 600, one of 16 x 8 x 16 in 6 to 7 cycles of a tensor core):
+//   attention_delta        2 X read, 0.2 GB                                                            0.05 ms
+//   attention_backward_kv  4 products, 0.21 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.26 ms
+//   attention_backward_q   3 products, 0.15 TFLOP; 4 X read, X written, 0.5 GB                         0.20 ms
+// What bounds attention_backward_kv first is shared memory: a warp that owns 16 keys reads 16 numbers of the stream for
+// every 2 mmas, so that reading takes a third longer than multiplying.
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
@@ -98,26 +101,6 @@ __device__ __forceinline__ void add_product(float (&sum)[M][D / 8][4], const flo
   }
 }
 
-// The rows of one warp, times a factor, to a (T, D) matrix `stride` apart: through their tile, to write 16 bytes a lane.
-__device__ __forceinline__ void store_rows(bf16* matrix, bf16* tile, const float (&sum)[M][D / 8][4], float factor,
-                                           int row, int first, int T, size_t stride) {
-  int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int m = 0; m < M; m++)
-#pragma unroll
-    for (int n = 0; n < D / 8; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        *(unsigned*)(tile + (row + m * 16 + lane / 4 + half * 8) * LD + n * 8 + lane % 4 * 2) =
-            pack(sum[m][n][2 * half] * factor, sum[m][n][2 * half + 1] * factor);
-  __syncwarp();
-#pragma unroll
-  for (int start = 0; start < 16 * M * (D / 8); start += 32) {
-    int r = row + (start + lane) / (D / 8), col = (start + lane) % (D / 8) * 8;
-    if (first + r < T) *(uint4*)(matrix + (size_t)(first + r) * stride + col) = *(const uint4*)(tile + r * LD + col);
-  }
-}
-
 // delta = rowsum(dO O), 8 lanes a row.
 extern "C" __global__ void __launch_bounds__(256)
 attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const bf16* __restrict__ out, int T, int H,
@@ -143,34 +126,25 @@ attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const 
 
 // dK and dV of OWNED keys. The score matrix is computed with keys as its rows: then P^T and dS^T lie in the registers as
 // mma wants its left factor.
-#if DROPOUT
-#define BLOCKS_AT_ONCE 2  // the compiler aims at 3 on sm_100, for which it spills
-#else
-#define BLOCKS_AT_ONCE 0  // as it likes
-#endif
+constexpr int BLOCKS_AT_ONCE = D <= 64 && M == 1 && !DROPOUT ? 3 : 2;  // on a multiprocessor: as the registers allow
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
                       const float* __restrict__ lse, const float* __restrict__ delta, int T, int H, float scale,
                       PhiloxKey key, unsigned long long first_sample, unsigned threshold, float keep_scale) {
   DYN_SMEM(bf16, smem);
   bf16 *tile_k = smem, *tile_v = tile_k + OWNED * LD, *tiles_q = tile_v + OWNED * LD, *tiles_do = tiles_q + 2 * STREAM * LD;
-  float* rows_of_lse = (float*)(tiles_do + 2 * STREAM * LD);  // 2 x STREAM, in units of log 2
-  float* rows_of_delta = rows_of_lse + 2 * STREAM;            // 2 x STREAM
-  int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * 16 * M;
-  int tiles = (T + OWNED - 1) / OWNED, first_key = blockIdx.x % tiles * OWNED;  // the longest first
-  size_t head = blockIdx.x / tiles, stride = (size_t)3 * H * D, out_stride = (size_t)H * D;
-  size_t base = head / H * T * stride + head % H * D;
+  float* statistics = (float*)(tiles_do + 2 * STREAM * LD);  // of two tiles: STREAM of lse, base 2, and STREAM of delta
+  int lane = threadIdx.x % 32, own_row = warp_index() * 16 * M;
+  int blocks = (T + OWNED - 1) / OWNED, head, block;
+  place(blocks, T, head, block);
+  int first_key = block * OWNED, stride = 3 * H * D, out_stride = H * D;
+  size_t base = (size_t)(head / H) * T * stride + head % H * D, first_row = (size_t)head * T;
   const bf16 *q = qkv + base, *k = q + H * D, *v = k + H * D;
-  const bf16* d_out = dout + head / H * T * out_stride + head % H * D;
-  // One number a thread: the first STREAM hold the lse of a tile's rows, the next its delta.
+  const bf16* d_out = dout + (size_t)(head / H) * T * out_stride + head % H * D;
+  const float* mine = (threadIdx.x < STREAM ? lse : delta) + first_row;  // of which a thread fetches one a tile
   auto statistic = [&](int tile) {
     int row = tile * STREAM + threadIdx.x % STREAM;
-    if (row >= T || threadIdx.x >= 2 * STREAM) return 0.f;
-    return threadIdx.x < STREAM ? lse[head * T + row] * LOG2E : delta[head * T + row];
-  };
-  auto keep_statistic = [&](int stage, float value) {
-    if (threadIdx.x < 2 * STREAM)
-      (threadIdx.x < STREAM ? rows_of_lse : rows_of_delta)[stage * STREAM + threadIdx.x % STREAM] = value;
+    return row < T ? mine[row] * (threadIdx.x < STREAM ? LOG2E : 1.f) : 0.f;
   };
 
   int begin = first_key / STREAM, end = (T + STREAM - 1) / STREAM;
@@ -179,46 +153,44 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
   load_tile<STREAM, THREADS>(tiles_q, q, begin * STREAM, T, stride);
   load_tile<STREAM, THREADS>(tiles_do, d_out, begin * STREAM, T, out_stride);
   cp_async_commit();
-  keep_statistic(0, statistic(begin));
+  if (threadIdx.x < 2 * STREAM) statistics[threadIdx.x] = statistic(begin);
 
   constexpr bool HELD = 2 * M * D / 4 <= 48;
+  constexpr int CHUNKS_AT_ONCE = DROPOUT ? 1 : STREAM / CHUNK;  // unrolled: some registers fewer; dropout's code is long
   Own<HELD> own_k(tile_k, own_row), own_v(tile_v, own_row);
   int warp_key = first_key + own_row;
   float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
   for (int j = begin; j < end; j++) {
     int stage = (j - begin) % 2;
     float next = 0.f;
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is there for all, and none is still at the one before, which the next overwrites
     if (j + 1 < end) {
       load_tile<STREAM, THREADS>(tiles_q + (stage ^ 1) * STREAM * LD, q, (j + 1) * STREAM, T, stride);
       load_tile<STREAM, THREADS>(tiles_do + (stage ^ 1) * STREAM * LD, d_out, (j + 1) * STREAM, T, out_stride);
+      cp_async_commit();
       next = statistic(j + 1);
     }
-    cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
     if (j == begin) {
       own_k.hold();
       own_v.hold();
     }
     const bf16 *tile_q = tiles_q + stage * STREAM * LD, *tile_do = tiles_do + stage * STREAM * LD;
-#pragma unroll 1
+#pragma unroll CHUNKS_AT_ONCE
     for (int chunk = 0; chunk < STREAM; chunk += CHUNK) {
       int first_query = j * STREAM + chunk;
       if (first_query + CHUNK <= warp_key || first_query >= T) continue;
-      bool diagonal = first_query < warp_key + 16 * M - 1;
       float p[M][CHUNK / 8][4], ds[M][CHUNK / 8][4];
       unsigned kept[M][CHUNK / 8];
       own_k.times_transposed(p, tile_q, chunk);
+      if (first_query < warp_key + 16 * M - 1) hide_later_keys(p, first_query, warp_key, true);
 #pragma unroll
       for (int n = 0; n < CHUNK / 8; n++) {
-        float2 l = *(const float2*)(rows_of_lse + stage * STREAM + chunk + n * 8 + lane % 4 * 2);
+        float2 l = *(const float2*)(statistics + stage * 2 * STREAM + chunk + n * 8 + lane % 4 * 2);
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
-            int past = warp_key + m * 16 + lane / 4 + e / 2 * 8 - (first_query + n * 8 + lane % 4 * 2 + e % 2);
-            p[m][n][e] = diagonal && past > 0 ? 0.f : exp2f(p[m][n][e] * (scale * LOG2E) - (e % 2 ? l.y : l.x));
-          }
+          for (int e = 0; e < 4; e++) p[m][n][e] = exp2f(p[m][n][e] * (scale * LOG2E) - (e % 2 ? l.y : l.x));
           if (DROPOUT)
             kept[m][n] = dropout_keeps_transposed(
                 key, threshold, ((first_sample * H + head) * T + first_query + n * 8) * T + warp_key + m * 16, T);
@@ -238,7 +210,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
       own_v.times_transposed(ds, tile_do, chunk);  // dP, so far
 #pragma unroll
       for (int n = 0; n < CHUNK / 8; n++) {
-        float2 d = *(const float2*)(rows_of_delta + stage * STREAM + chunk + n * 8 + lane % 4 * 2);
+        float2 d = *(const float2*)(statistics + (stage * 2 + 1) * STREAM + chunk + n * 8 + lane % 4 * 2);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -250,8 +222,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
       }
       add_product(dk, ds, tile_q, chunk);
     }
-    keep_statistic(stage ^ 1, next);  // nobody reads that stage now
-    __syncthreads();
+    if (threadIdx.x < 2 * STREAM) statistics[(stage ^ 1) * 2 * STREAM + threadIdx.x] = next;
   }
   store_rows(dqkv + base + H * D, tile_k, dk, scale, own_row, first_key, T, stride);
   store_rows(dqkv + base + 2 * H * D, tile_v, dv, DROPOUT ? keep_scale : 1.f, own_row, first_key, T, stride);
@@ -264,12 +235,13 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
                      PhiloxKey key, unsigned long long first_sample, unsigned threshold, float keep_scale) {
   DYN_SMEM(bf16, smem);
   bf16 *tile_q = smem, *tile_do = tile_q + OWNED * LD, *tiles_k = tile_do + OWNED * LD, *tiles_v = tiles_k + 2 * STREAM * LD;
-  int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * 16 * M;
-  int tiles = (T + OWNED - 1) / OWNED, first_query = (tiles - 1 - blockIdx.x % tiles) * OWNED;  // the longest first
-  size_t head = blockIdx.x / tiles, stride = (size_t)3 * H * D, out_stride = (size_t)H * D;
-  size_t base = head / H * T * stride + head % H * D;
+  int lane = threadIdx.x % 32, own_row = warp_index() * 16 * M;
+  int blocks = (T + OWNED - 1) / OWNED, head, block;
+  place(blocks, T, head, block);
+  int first_query = (blocks - 1 - block) * OWNED, stride = 3 * H * D, out_stride = H * D;
+  size_t base = (size_t)(head / H) * T * stride + head % H * D, first_row = (size_t)head * T;
   const bf16 *q = qkv + base, *k = q + H * D, *v = k + H * D;
-  const bf16* d_out = dout + head / H * T * out_stride + head % H * D;
+  const bf16* d_out = dout + (size_t)(head / H) * T * out_stride + head % H * D;
 
   int end = (min(first_query + OWNED, T) + STREAM - 1) / STREAM;
   load_tile<OWNED, THREADS>(tile_q, q, first_query, T, stride);
@@ -285,8 +257,8 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int row = warp_query + m * 16 + lane / 4 + half * 8;
-      l[m][half] = row < T ? lse[head * T + row] * LOG2E : 0.f;
-      d[m][half] = row < T ? delta[head * T + row] : 0.f;
+      l[m][half] = row < T ? lse[first_row + row] * LOG2E : 0.f;
+      d[m][half] = row < T ? delta[first_row + row] : 0.f;
     }
 
   constexpr bool HELD = 2 * M * D / 4 <= 64;
@@ -294,13 +266,13 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
   float dq[M][D / 8][4] = {};
   for (int j = 0; j < end; j++) {
     int stage = j % 2;
+    cp_async_wait<0>();
+    __syncthreads();
     if (j + 1 < end) {
       load_tile<STREAM, THREADS>(tiles_k + (stage ^ 1) * STREAM * LD, k, (j + 1) * STREAM, T, stride);
       load_tile<STREAM, THREADS>(tiles_v + (stage ^ 1) * STREAM * LD, v, (j + 1) * STREAM, T, stride);
+      cp_async_commit();
     }
-    cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
     if (j == 0) {
       own_q.hold();
       own_do.hold();
@@ -310,10 +282,10 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
     for (int chunk = 0; chunk < STREAM; chunk += CHUNK) {
       int first_key = j * STREAM + chunk;
       if (first_key >= min(warp_query + 16 * M, T)) break;
-      bool diagonal = first_key + CHUNK - 1 > warp_query;
       float s[M][CHUNK / 8][4], ds[M][CHUNK / 8][4];
       own_q.times_transposed(s, tile_k, chunk);
       own_do.times_transposed(ds, tile_v, chunk);  // dP, so far
+      if (first_key + CHUNK - 1 > warp_query) hide_later_keys(s, warp_query, first_key);
 #pragma unroll
       for (int m = 0; m < M; m++)
 #pragma unroll
@@ -324,16 +296,13 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
                 key, threshold, ((first_sample * H + head) * T + warp_query + m * 16) * T + first_key + n * 8, T);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            int past = first_key + n * 8 + lane % 4 * 2 + e % 2 - (warp_query + m * 16 + lane / 4 + e / 2 * 8);
-            float p = diagonal && past > 0 ? 0.f : exp2f(s[m][n][e] * (scale * LOG2E) - l[m][e / 2]);
-            float dp = ds[m][n][e];
+            float p = exp2f(s[m][n][e] * (scale * LOG2E) - l[m][e / 2]), dp = ds[m][n][e];
             if (DROPOUT) dp = kept >> e & 1 ? dp * keep_scale : 0.f;
             ds[m][n][e] = p * (dp - d[m][e / 2]);
           }
         }
       add_product(dq, ds, tile_k, chunk);
     }
-    __syncthreads();
   }
   store_rows(dqkv + base, tile_q, dq, scale, own_row, first_query, T, stride);
 }

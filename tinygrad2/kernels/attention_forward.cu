@@ -32,11 +32,13 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
                   float scale, PhiloxKey key, unsigned long long first_sample, unsigned threshold, float keep_scale) {
   DYN_SMEM(bf16, shared);
   bf16 *queries = shared, *keys = queries + ROWS * LD, *values = keys + 2 * KEYS * LD;
-  int lane = threadIdx.x % 32, head = blockIdx.x, b = head / H, h = head % H;
-  int top = (gridDim.y - 1 - blockIdx.y) * ROWS;          // the longest rows first
-  int warp_top = top + threadIdx.x / 32 * 16 * M;         // the first query of this warp
-  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;     // of keys that some query here sees
-  size_t stride = (size_t)3 * H * D;
+  int blocks = (T + ROWS - 1) / ROWS, head, block;
+  place(blocks, T, head, block);
+  int lane = threadIdx.x % 32, b = head / H, h = head % H;
+  int top = (blocks - 1 - block) * ROWS;               // the last queries see the most keys
+  int warp_top = top + warp_index() * 16 * M;          // the first query of this warp
+  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;  // of keys that some query here sees
+  int stride = 3 * H * D;
   const bf16 *Q = qkv + (size_t)b * T * stride + h * D, *K = Q + H * D, *V = K + H * D;
 
   load_tile<ROWS, 32 * WARPS>(queries, Q, top, T, stride);
@@ -51,13 +53,13 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
 
   for (int j = 0; j < tiles; j++) {
     const bf16 *tile_k = keys + j % 2 * KEYS * LD, *tile_v = values + j % 2 * KEYS * LD;
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is there for all, and none is still at the one before, which the next overwrites
     if (j + 1 < tiles) {
       load_tile<KEYS, 32 * WARPS>(keys + (j + 1) % 2 * KEYS * LD, K, (j + 1) * KEYS, T, stride);
       load_tile<KEYS, 32 * WARPS>(values + (j + 1) % 2 * KEYS * LD, V, (j + 1) * KEYS, T, stride);
+      cp_async_commit();
     }
-    cp_async_commit();  // nothing, for the last tile: so that the wait below is always for all but the latest
-    cp_async_wait<1>();
-    __syncthreads();
     if (j == 0)
 #pragma unroll
       for (int m = 0; m < M; m++)
@@ -78,16 +80,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
             mma_bf16_16816(s[m][2 * n + 1], q[m][k], f[2], f[3]);
           }
         }
-      if ((j + 1) * KEYS > warp_top + 1)  // the diagonal runs through: a key after the query has no weight
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-          for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-              int row = warp_top + 16 * m + lane / 4 + i / 2 * 8, col = j * KEYS + 8 * n + lane % 4 * 2 + i % 2;
-              if (col > row) s[m][n][i] = NEG_INF;
-            }
+      if ((j + 1) * KEYS > warp_top + 1) hide_later_keys(s, warp_top, j * KEYS);  // the diagonal runs through
 #pragma unroll
       for (int m = 0; m < M; m++)
 #pragma unroll
@@ -145,7 +138,6 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
         }
       }
     }
-    __syncthreads();  // before the next round overwrites these keys and values
   }
 
 #pragma unroll
@@ -157,12 +149,13 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
 #if DROPOUT
       factor *= keep_scale;
 #endif
-      if (row < T) {
-        bf16* to = out + (((size_t)b * T + row) * H + h) * D + lane % 4 * 2;
+      if (row < T && lane % 4 == 0)
+        lse[(size_t)head * T + row] = largest[m][half] * scale * 0.69314718056f + logf(sum);
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
-          *(unsigned*)(to + 8 * n) = pack(o[m][n][2 * half] * factor, o[m][n][2 * half + 1] * factor);
-        if (lane % 4 == 0) lse[(size_t)head * T + row] = largest[m][half] * scale * 0.69314718056f + logf(sum);
+      for (int n = 0; n < D / 8; n++) {
+        o[m][n][2 * half] *= factor;
+        o[m][n][2 * half + 1] *= factor;
       }
     }
+  store_rows(out + ((size_t)b * T * H + h) * D, queries, o, 1.f, warp_top - top, top, T, H * D);
 }

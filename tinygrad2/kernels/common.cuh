@@ -29,9 +29,9 @@ __device__ __forceinline__ void mma_bf16_16816(float (&d)[4], const unsigned (&a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// 16 bytes from global to shared memory, without waiting.
-__device__ __forceinline__ void cp_async16(void* d, const void* s) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(d)), "l"(s) : "memory");
+// 16 bytes from global to shared memory, without waiting: `read` from s, or none, and zeros for the rest.
+__device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(d)), "l"(s), "r"(read) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>

@@ -69,6 +69,7 @@ class CudaKernels:
             function = self._np.RawModule(code=source(family), options=options, **launch).get_function(name)
             if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
                 function.max_dynamic_shared_size_bytes = shared
+                function.preferred_shared_memory_carveout = 100  # percent; what is left of it is L1 cache
             self._functions[key] = function
         return self._functions[key]
 
@@ -273,14 +274,13 @@ class CudaKernels:
         lse = self._np.empty((B, n_head, T), dtype=numpy.float32)
         rows, keys = 128 if D <= 64 else 64, 64
         shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
-        kernel = self.function("attention_forward", "attention_forward", D=D, DROPOUT=int(key is not None))
-        if kernel.max_dynamic_shared_size_bytes < shared:
-            kernel.max_dynamic_shared_size_bytes = shared
+        defines = {"D": D, "DROPOUT": int(key is not None)}
+        kernel = self.function("attention_forward", "attention_forward", shared=shared, **defines)
         arrays = out, lse, self._np.ascontiguousarray(qkv)
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
         dropout = self._attention_dropout(rate, key)
         kernel(
-            (B * n_head, -(-T // rows)),
+            (B * n_head * -(-T // rows),),
             (128,),
             (*arrays, numpy.int32(T), numpy.int32(n_head), scale, *dropout),
             shared_mem=shared,
@@ -331,20 +331,17 @@ class CudaKernels:
         stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # what shared memory and the registers hold
         defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
         sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
-        kv = self.function("attention_backward", "attention_backward_kv", OWNED=64, CHUNK=chunk, **defines)
-        # Two 16-row tiles a warp halve what is read from shared memory; beyond D = 64 they would not fit the registers.
-        owned, q_chunk = (128, 16) if D == 64 else (64, chunk)
-        q = self.function("attention_backward", "attention_backward_q", OWNED=owned, CHUNK=q_chunk, **defines)
         row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
-        for kernel, mine in ((kv, 64), (q, owned)):
+        # Two 16-row tiles a warp halve what is read from shared memory; beyond D = 64 they would not fit the registers.
+        q = (128, 16) if D == 64 else (64, chunk)
+        for name, owned, size in ("attention_backward_kv", 64, chunk), ("attention_backward_q", *q):
             # Two tiles of its own and twice two of the stream; with them go two statistics of each row.
-            shared = (2 * mine + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
-            if kernel.max_dynamic_shared_size_bytes < shared:
-                kernel.max_dynamic_shared_size_bytes = shared
+            shared = (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
+            kernel = self.function("attention_backward", name, shared=shared, OWNED=owned, CHUNK=size, **defines)
             kernel(
-                (B * n_head * -(-T // mine),),
+                (B * n_head * -(-T // owned),),
                 (128,),
                 (dqkv, dout, qkv, lse, delta, *sizes, scale, *dropout),
                 shared_mem=shared,
@@ -447,7 +444,11 @@ class CudaKernels:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            self._gemm(dlogits, rows, dweight, transpose_a=True, accumulate=True, scale=dloss)
+            # 5 TFLOP of a step: of 8 n columns Hopper's tensor cores make them, of any other number Ampere's kernels.
+            whole = V - V % 8
+            for part in (slice(whole), slice(whole, V)):
+                if len(dweight[part]):
+                    self._gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
         base = dlogits.base
         if (
             base is not None

@@ -230,7 +230,7 @@ class Gemm:
         device_scalars: bool,
     ) -> Plan:
         """The product as cuBLASLt sees it, and the algorithm that it takes for it: by a model, not by timing."""
-        if self._library is None:
+        if not self._handle:
             self._library = _load(self._path)
             self._call("Create", byref(self._handle))
         m, n, k = shape

@@ -9,7 +9,9 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config
 from tests import cudasim, strict_cupy
-from tinygrad2 import Key, no_grad, optim
+from tests.gpt2 import test_gpu
+from tinygrad2 import Key, no_grad, ops, optim
+from tinygrad2.backend import get_backend
 
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=128, n_layer=2, n_head=2)  # heads of 64, dropout 0.1
 BOUND = 2e-2  # |a - b| / |b| in bfloat16, whose numbers have 8 significant bits
@@ -89,6 +91,19 @@ def test_less_memory_gives_the_same(device, options):
             assert distance(others[name], gradient) < BOUND, name
 
 
+def test_logits_have_gradients_too(device):
+    results = {}
+    for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        model = GPT2(CONFIG, device=place, dtype=dtype)
+        tokens, targets = batch()
+        loss = ops.cross_entropy(model(tokens), targets)
+        loss.backward()
+        results[place] = loss.item(), model.wte.weight.backend.to_host(model.wte.weight.grad).copy()
+    (loss, gradient), (true_loss, true_gradient) = results["cuda"], results["cpu"]
+    assert loss == pytest.approx(true_loss, rel=BOUND / 4)
+    assert distance(gradient, true_gradient) < BOUND
+
+
 def test_generation_reads_the_copies(device):
     model = GPT2(CONFIG, device="cuda", dtype="bfloat16")
     there = GPT2(CONFIG)
@@ -117,3 +132,18 @@ def test_it_learns_as_the_cpu_does(device):
         losses[place] = [fetch.get()[0] for fetch in fetched]
     assert losses["cpu"][-1] < 0.8 * losses["cpu"][0]
     np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=BOUND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("case", test_gpu.KERNELS)
+def test_what_a_gpu_is_asked_holds_here(device, case, precision, bound):
+    """The tests for a GPU, which is seldom at hand, are right themselves."""
+    test_gpu.test_every_kernel_is_the_cpus(get_backend("cuda"), case, precision, bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", test_gpu.BOUNDS)
+def test_what_a_model_on_a_gpu_is_asked_holds_here(device, precision):
+    there = get_backend("cuda")
+    test_gpu.test_logits_loss_and_every_gradient_are_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)

@@ -172,6 +172,22 @@ def test_a_missing_library_and_a_failing_call_are_said(gemm, tmp_path):
         gemm._call("MatmulPreferenceSetAttribute", preference, 99, ctypes.byref(ctypes.c_int()), 4)
 
 
+def test_a_handle_that_was_not_to_be_had_is_asked_for_again(gemm, monkeypatch):
+    call, refused = Gemm._call, []
+
+    def once_busy(self, name, *args):
+        if name == "Create" and not refused:
+            refused.append(name)
+            raise RuntimeError("cublasLtCreate failed: no memory (status 3)")
+        call(self, name, *args)
+
+    monkeypatch.setattr(Gemm, "_call", once_busy)
+    f = device(normal(2, 2))
+    with pytest.raises(RuntimeError, match="no memory"):
+        gemm(f, f)
+    close(gemm(f, f), f64(f._a) @ f64(f._a), 2e-6)
+
+
 # The launchers
 
 

@@ -216,6 +216,20 @@ def test_lm_head(kernels, dtype, resident, shape, C, V):
         assert before.tobytes() == after._a.tobytes()
 
 
+def test_the_weights_gradient_is_made_of_columns_that_hopper_takes(kernels, monkeypatch):
+    gemm, products = kernels._gemm, []
+
+    def spy(a, b, out, **options):
+        products.append((out.shape, bool(options.get("accumulate"))))
+        return gemm(a, b, out, **options)
+
+    x, weight, targets = on_device(*head(bfloat16, (4,), 16, 1001))
+    _, dlogits = kernels.lm_head_forward(x, weight, targets)
+    monkeypatch.setattr(kernels, "_gemm", spy)
+    kernels.lm_head_backward(ndarray(np.ones((), "f4")), dlogits, x, weight, ndarray(np.zeros((1001, 16), "f4")))
+    assert products == [((1000, 16), True), ((1, 16), True), ((4, 16), False)]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_shows_in_the_loss(kernels, bad):
     x, weight, targets = head("float32", (3,), 8, 70)
