@@ -1,4 +1,5 @@
 #include "common.cuh"
+#include "gelu.cuh"
 // One token of GPT-2 for each of B texts, from the token's number to the logits, in one launch.
 //
 // A token reads every weight once and computes two operations on it, so the memory's rate is the limit: 124M in bf16 is
@@ -10,7 +11,7 @@
 //   1  attention: the keys of a head are split over SPLITS blocks
 //   2  projection of the heads' results
 //   3  x += that, LayerNorm, the MLP's first product
-//   4  GELU, the MLP's second product
+//   4  GELU (a form of gelu.cuh), the MLP's second product
 //   and last, 5 L: x += that, the final LayerNorm, logits
 //
 // Weights do not wait. Each block knows beforehand which parts of all matrices are its own, and copies them to shared
@@ -312,14 +313,6 @@ __device__ __forceinline__ float head_of(const float* heads, int b, int c) {
   return y / total;
 }
 
-__device__ __forceinline__ float gelu(float u) {
-#if EXACT
-  return u * (0.5f + 0.5f * erff(0.70710678118654752f * u));
-#else
-  return u / (1.f + __expf(-1.5957691216057308f * u * (1.f + 0.044715f * u * u)));  // see kernels/gelu.cu
-#endif
-}
-
 // logits (B, V) = x wte^T, some rows of wte a warp.
 __device__ __forceinline__ void vocabulary(float* logits, const float* x, const REAL* wte) {
   constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // what the registers hold
@@ -406,7 +399,8 @@ decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, con
       for (int i = threadIdx.x; i < B * count; i += THREADS) {
         int b = i / count, k = origin + i % count;
         k -= k < K ? 0 : K;
-        here[i] = projection ? head_of(heads, b, k) : gelu(total_of<MLP_IN>(parts_in, b, k) + layer.bias[MLP_IN][k]);
+        here[i] = projection ? head_of(heads, b, k)
+                             : GELU::value(total_of<MLP_IN>(parts_in, b, k) + layer.bias[MLP_IN][k]);
       }
       __syncthreads();
       if (projection)

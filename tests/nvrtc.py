@@ -71,7 +71,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
             "BLOCKS": 132,
             "SPLITS": max(1, 132 // (texts * H)),
             "AHEAD": 8,
-            "EXACT": 0,
+            "GELU": "Tanh",
         }
         for real in TYPES
         for texts in (1, 6)

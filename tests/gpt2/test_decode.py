@@ -154,20 +154,18 @@ FAULTS = {
 def test_planted_faults_are_caught(device, monkeypatch, fault):
     """A number plants the removal of that __syncthreads; grid_barrier's are not reached here."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
-    text = (Path(decode.__file__).with_suffix(".cu")).read_text(encoding="utf-8")
-    inside = text[: text.index("void grid_barrier")]
+    whole, pasted = cuda.source, cuda.source(Path(decode.__file__).with_suffix(".cu"))
+    common, title, text = pasted.partition("// One token of GPT-2")
     if isinstance(fault, int):
+        inside = text[: text.index("void grid_barrier")]
         start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", inside)][fault]
         broken = text[:start] + text[stop:]
     else:
         broken, count = re.subn(*FAULTS[fault], text) if fault else (text, 1)
         assert count == 1, "the fault has no place"
-    original = cuda.source
-
-    def source(family):
-        return original(family).replace(text.partition("\n")[2], broken.partition("\n")[2])  # without the #include
-
-    monkeypatch.setattr(cuda, "source", source)
+    monkeypatch.setattr(
+        cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
+    )
     model, tokens, results = model_of(config), tokens_of(config, 2, 6), []
     # With few processors a block has several heads, with many a head has several blocks.
     limits = {**model.backend.limits(), "processors": 3 if isinstance(fault, int) else 8}

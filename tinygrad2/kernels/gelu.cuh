@@ -1,0 +1,25 @@
+// GELU and its slope: of the tanh form and of the exact one.
+//
+// The tanh form without tanh: (1 + tanh v) / 2 is the logistic function of 2 v, 1 / (1 + e), e = exp(-2 v). That loses no
+// digits where tanh is near -1, as 1 + tanh does, and takes one exponential and one division of the special function
+// units. Both overflow towards the right limits: e = infinity gives 0.
+constexpr float SCALE = 0.7978845608028654f, CUBIC = 0.044715f;  // sqrt(2 / pi), and the factor of u^3
+
+struct Tanh {
+  static __device__ __forceinline__ float logistic(float u) {
+    return __fdividef(1.f, 1.f + __expf(-2.f * SCALE * u * (1.f + CUBIC * u * u)));
+  }
+  static __device__ __forceinline__ float value(float u) { return u * logistic(u); }
+  static __device__ __forceinline__ float slope(float u) {
+    float s = logistic(u);
+    return s + u * (s * (1.f - s)) * (2.f * SCALE * (1.f + 3.f * CUBIC * u * u));
+  }
+};
+
+struct Exact {  // u Phi(u), Phi the normal distribution; the slope is Phi + u phi
+  static __device__ __forceinline__ float phi_integral(float u) { return 0.5f + 0.5f * erff(0.70710678118654752f * u); }
+  static __device__ __forceinline__ float value(float u) { return u * phi_integral(u); }
+  static __device__ __forceinline__ float slope(float u) {
+    return phi_integral(u) + u * (0.39894228040143268f * __expf(-0.5f * u * u));  // 1 / sqrt(2 pi)
+  }
+};
