@@ -4,16 +4,6 @@
 constexpr int LD = D + 8;  // 16 bytes more than D: the 8 rows of a matrix that ldmatrix reads fall in distinct banks
 static_assert(D % 16 == 0 && D <= 128, "a head size that the tensor cores' tiles divide");
 
-__device__ __forceinline__ unsigned pack(float low, float high) {
-  union {
-    bf16 half[2];
-    unsigned word;
-  } p;
-  p.half[0] = from_f32<bf16>(low);
-  p.half[1] = from_f32<bf16>(high);
-  return p.word;
-}
-
 // The warp's number, in a form that shows the compiler that it is the same for all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
 
@@ -72,7 +62,7 @@ __device__ __forceinline__ void store_rows(bf16* matrix, bf16* tile, const float
 #pragma unroll
       for (int half = 0; half < 2; half++)
         *(unsigned*)(tile + (row + m * 16 + lane / 4 + half * 8) * LD + n * 8 + lane % 4 * 2) =
-            pack(sum[m][n][2 * half] * factor, sum[m][n][2 * half + 1] * factor);
+            bf16_pair(sum[m][n][2 * half] * factor, sum[m][n][2 * half + 1] * factor);
   __syncwarp();
 #pragma unroll
   for (int start = 0; start < 16 * M * (D / 8); start += 32) {

@@ -87,7 +87,10 @@ __device__ __forceinline__ void add_product(float (&sum)[M][D / 8][4], const flo
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) a[m][i] = pack(x[m][2 * k + i / 2][i % 2 * 2], x[m][2 * k + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; i++) {
+        const float(&part)[4] = x[m][2 * k + i / 2];
+        a[m][i] = bf16_pair(part[i % 2 * 2], part[i % 2 * 2 + 1]);
+      }
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
       unsigned b[4];

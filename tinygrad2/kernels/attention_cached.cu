@@ -19,12 +19,10 @@ __device__ __forceinline__ void read(Row& row, const REAL* from, int member) {
 #pragma unroll
   for (int i = 0; i < PART; i++) {
     int at = i * GROUP + member;
-    struct alignas(VEC * sizeof(REAL)) {
-      REAL v[VEC];
-    } pack = {};
-    if (from && at < VECS) pack = *(const decltype(pack)*)(from + at * VEC);
+    Pack<REAL, VEC> pack = {};
+    if (from && at < VECS) pack = *(const Pack<REAL, VEC>*)(from + at * VEC);
 #pragma unroll
-    for (int e = 0; e < VEC; e++) row.v[i][e] = f32(pack.v[e]);
+    for (int e = 0; e < VEC; e++) row.v[i][e] = pack[e];
   }
 }
 
@@ -133,9 +131,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
 // One block a token. 8 bytes a number of bf16; 124M, 1024 tokens, one layer: 6.3 MB, 1.5 us.
 extern "C" __global__ void __launch_bounds__(256)
 fill_cache(REAL* __restrict__ cache, const REAL* __restrict__ qkv, int B, int T, int H, int length, int capacity) {
-  struct alignas(VEC * sizeof(REAL)) Part {
-    REAL v[VEC];
-  };
+  using Part = Pack<REAL, VEC>;
   int b = blockIdx.x / T, t = blockIdx.x % T, row = H * VECS;
   for (int i = threadIdx.x; i < 2 * row; i += blockDim.x) {  // keys, then values, as they stand in qkv
     size_t to = (((size_t)(i / row) * B + b) * H + i % row / VECS) * capacity + length + t;

@@ -125,7 +125,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
         for (int m = 0; m < M; m++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            p[m][i] = pack(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+            p[m][i] = bf16_pair(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
           unsigned f[4];
