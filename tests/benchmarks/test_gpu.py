@@ -241,10 +241,14 @@ def test_pytorch_computes_the_same_model(precision):
 
 
 def test_what_a_step_has_shown_is_kept_at_once(device, monkeypatch):
-    def killed(self, steps):
-        raise KeyboardInterrupt
+    class Killed:
+        def __init__(self, *given):
+            """In the place of PyTorch's step, which is not everywhere."""
 
-    monkeypatch.setattr(gpu.TorchStep, "timed", killed)
+        def timed(self, steps):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "TorchStep", Killed)
     kept = []
     bench = gpu.Bench(TINY, "cpu", keep=lambda found: kept.append(json.loads(json.dumps(found))))
     with pytest.raises(KeyboardInterrupt):
