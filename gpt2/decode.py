@@ -116,11 +116,11 @@ class Decoder:
             backend.zeros((1,), "uint32"),
         )
         self._kernel = backend.kernel(
-            *(Path(__file__).with_suffix(".cu"), "decode", self._at_once), REAL=REAL[model.activations], B=self._texts,
-            C=c.n_embd, H=c.n_head, L=c.n_layer, V=c.vocab_size, BLOCKS=plan.blocks, SPLITS=plan.splits,
-            AHEAD=plan.ahead, GELU="Exact" if c.activation_function == "gelu" else "Tanh",
+            Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, cooperative=self._at_once,
+            REAL=REAL[model.activations], B=self._texts, C=c.n_embd, H=c.n_head, L=c.n_layer, V=c.vocab_size,
+            BLOCKS=plan.blocks, SPLITS=plan.splits, AHEAD=plan.ahead,
+            GELU="Exact" if c.activation_function == "gelu" else "Tanh",
         )  # fmt: skip
-        self._kernel.max_dynamic_shared_size_bytes = plan.shared
 
 
 def _layer(block: Any, keys_and_values: Any) -> list[Any]:

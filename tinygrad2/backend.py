@@ -111,8 +111,8 @@ class Backend:
         """
         return {}
 
-    def kernel(self, file: Path, name: str, cooperative: bool = False, **defines: Any) -> Any:
-        """A kernel in a file of CUDA C++ with these constants; cooperative: its blocks wait for each other."""
+    def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Any:
+        """A kernel in a file of CUDA C++ with these constants (see CudaKernels.function)."""
         raise RuntimeError(f"{file}: no CUDA kernels run on {self.name()}")
 
     def use_tf32(self, on: bool) -> None:
@@ -258,10 +258,10 @@ class CudaBackend(Backend):
         numbers = {"processors": 16, "shared_memory": 97, "cooperative": 95}  # of cudaDeviceAttr
         return {name: runtime.deviceGetAttribute(number, device) for name, number in numbers.items()}
 
-    def kernel(self, file: Path, name: str, cooperative: bool = False, **defines: Any) -> Any:
+    def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Any:
         if not self._overrides:
-            return super().kernel(file, name, cooperative, **defines)
-        return self._overrides.function(file, name, cooperative=cooperative, **defines)
+            return super().kernel(file, name, shared=shared, cooperative=cooperative, **defines)
+        return self._overrides.function(file, name, shared=shared, cooperative=cooperative, **defines)
 
     def use_tf32(self, on: bool) -> None:
         linalg = self.np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)
