@@ -4,246 +4,295 @@
 //
 // A token reads every weight once and computes two operations on it, so the memory's rate is the limit: 124M in bf16 is
 // 248 MB, 58 us at 4.3 TB/s. As one launch an operation it would take several times that, since each of 100 kernels
-// starts with empty hands. Here as many blocks as the GPU has processors live through the whole model. They go through
-// five phases a layer together and wait for each other between these (grid_barrier):
+// starts with empty hands. Here the blocks live through the whole model, and the time goes into telling each other what
+// they found: all of them twice a layer, those of a team up to three times in between.
 //
-//   0  x += the MLP of the layer before (first: the embeddings), LayerNorm, queries keys and values
-//   1  attention: the keys of a head are split over SPLITS blocks
-//   2  projection of the heads' results
-//   3  x += that, LayerNorm, the MLP's first product
-//   4  GELU (a form of gelu.cuh), the MLP's second product
-//   and last, 5 L: x += that, the final LayerNorm, logits
+// A team is RANKS blocks: where there are thread block clusters (compute capability 9), one of these, whose blocks write
+// to each other's shared memory. The block of some rank in each team keeps C / RANKS columns of the residual stream x, its
+// own; so all blocks of a rank hold the same numbers. A team has HEADS heads and HIDDEN columns of the MLP. Half a layer,
+// attention or MLP, is:
 //
-// Weights do not wait. Each block knows beforehand which parts of all matrices are its own, and copies them to shared
-// memory AHEAD accesses before it needs them, through phases and barriers (Stream): who waits at a barrier finds the
-// next matrix there.
+//   x += what all teams found in the half before, for the own columns
+//   LayerNorm of the own columns, with mean and squares of the team
+//   own columns x the team's columns of the first matrix, added up in the team
+//   attention of the team's heads, each block with some of the keys; or GELU (a form of gelu.cuh)
+//   this x the own columns of the second matrix: what the team found
 //
-// A matrix (K, N) is cut into tiles of TILE columns, and the tiles' rows, one tile after the other, into one contiguous
-// share a block: all shares are equal, but a column's sum comes in several parts. Whoever needs it adds them (total_of),
-// always in the same order. Sums are f32, and nothing in between is rounded but keys and values, as the cache holds them.
+// Numbers travel in letters of 8 bytes: a float32 and a mark that no earlier letter to the same place had. Who sees the
+// mark has the number: there is no barrier of all blocks, no fence. Before a place is written again, its readers have
+// sent another letter, after reading, that the writer waited for. (Teams without heads send none in attention: what goes
+// to all teams has places for four halves, two of each kind, which take turns.)
 //
-// phase, stop: which phases to compute. With all of them in one launch every block has to be on the GPU at the same time
-// (a cooperative launch); phase by phase, in a launch each, the same code needs no barrier.
-constexpr int THREADS = 512, WARPS = THREADS / 32, D = C / H;
-constexpr int VEC = Pack<REAL>::N, LANES = 8, TILE = LANES * VEC;  // LANES threads read one row of a tile, 128 bytes
+// Weights do not wait. Each block knows which parts of all matrices are its own, and copies them to shared memory AHEAD
+// accesses before it needs them (Stream): who waits for a letter finds the next matrix there.
+//
+// Sums are f32, in an order that never changes, and nothing is rounded in between but keys and values, as the cache holds
+// them. All blocks have to run at the same time, so there may be no more than the GPU has room for.
+constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = TEAMS * RANKS, D = C / H, OWN = C / RANKS;
+constexpr int WIDTH = HEADS * D;                        // columns of a team's heads
+constexpr int ATTENDING = (H + HEADS - 1) / HEADS;      // teams that have heads
+constexpr int VEC = Pack<REAL>::N;
 using Access = Pack<REAL, VEC, false>;  // number by number: two to a register spill on sm_100
-constexpr int ROWS = THREADS / LANES;                             // of a tile, that a block reads at a time
+constexpr int TURNS = B <= 2 ? 4 : 1;  // accesses that a thread has in registers
+constexpr int EARLY = 3;               // halves of layers before the end, in which the first rows of wte come to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
+
+#if IN_CLUSTERS
+#define TEAM __cluster_dims__(RANKS, 1, 1)
+#else
+#define TEAM
+#endif
 
 struct Layer {
   const REAL* matrix[MATRICES];
   const float* bias[MATRICES];
   const float* norm[4];  // the weight and bias of each LayerNorm
-  REAL* cache;  // (2, B, H, capacity, D)
+  REAL* cache;           // (2, B, H, capacity, D)
 };
 struct Tokens {
   int id[B];
 };
 
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // where each thread takes one at a time
+constexpr __host__ __device__ bool first_of_half(int matrix) { return matrix == QKV || matrix == MLP_IN; }
 constexpr __host__ __device__ int inputs(int matrix) { return matrix == MLP_OUT ? 4 * C : C; }
 constexpr __host__ __device__ int outputs(int matrix) { return matrix == QKV ? 3 * C : matrix == MLP_IN ? 4 * C : C; }
-constexpr __host__ __device__ int rows_of(int matrix) { return (outputs(matrix) + TILE - 1) / TILE * inputs(matrix); }
-constexpr __host__ __device__ int share(int matrix) { return (rows_of(matrix) + BLOCKS - 1) / BLOCKS; }
-constexpr __host__ __device__ int tiles_of_a_share(int matrix) {
-  return (share(matrix) + inputs(matrix) - 2) / inputs(matrix) + 1;
+// A block's part of a matrix, and how its threads go through it: `at_once` rows at a time, so many times.
+constexpr __host__ __device__ int rows(int matrix) {
+  return first_of_half(matrix) ? OWN : matrix == PROJECTION ? WIDTH : HIDDEN;
 }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int SLOTS = larger(larger(tiles_of_a_share(QKV), tiles_of_a_share(PROJECTION)),
-                             larger(tiles_of_a_share(MLP_IN), tiles_of_a_share(MLP_OUT)));
-constexpr int PARTS = BLOCKS * SLOTS * B * TILE;  // numbers that a product leaves
-// Numbers of x in shared memory: whole rows for LayerNorm, else what the block's share of the matrix asks for.
-constexpr int WIDTH = larger(C, larger(share(PROJECTION) < C ? share(PROJECTION) : C,
-                                       share(MLP_OUT) < 4 * C ? share(MLP_OUT) : 4 * C));
+constexpr __host__ __device__ int columns(int matrix) {
+  return matrix == QKV ? 3 * WIDTH : matrix == MLP_IN ? HIDDEN : OWN;
+}
+constexpr __host__ __device__ int at_once(int matrix) { return THREADS / (columns(matrix) / VEC); }
+constexpr __host__ __device__ int turns(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
 
-// The way through a block's share of a matrix: up to ROWS rows of one tile at a time.
-struct Walk {
-  int tile, row, left, K;
-  __device__ explicit Walk(int matrix) : K(inputs(matrix)) {
-    int first = min((int)blockIdx.x * share(matrix), rows_of(matrix));
-    left = min(share(matrix), rows_of(matrix) - first);
-    tile = first / K;
-    row = first % K;
+// Places of letters that a block receives from its team.
+constexpr int SQUARES = 0, SUMS = SQUARES + RANKS * B * 2;
+constexpr int FOUND = SUMS + RANKS * B * larger(larger(3 * WIDTH, HIDDEN), OWN);
+constexpr int PLACES = FOUND + RANKS * B * HEADS * (D + 2);
+
+__device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
+__device__ __forceinline__ int team() { return blockIdx.x / RANKS; }
+
+// A number and a mark, in one access of 8 bytes, which goes past L1.
+typedef unsigned long long Letter;
+__device__ __forceinline__ void send(Letter* place, float number, unsigned mark) {
+  *(volatile Letter*)place = (Letter)mark << 32 | __float_as_uint(number);
+}
+// Whether a letter with this mark has arrived, and its number.
+__device__ __forceinline__ bool arrived(const Letter* place, unsigned mark, float& number) {
+  Letter letter = *(const volatile Letter*)place;
+  number = __uint_as_float((unsigned)letter);
+  return (unsigned)(letter >> 32) == mark;
+}
+
+// A place among the letters of another block of the team.
+__device__ __forceinline__ Letter* letters_of(Letter* place, int to) {
+#if IN_CLUSTERS
+  return in_block<RANKS>(place, to);
+#else
+  return place + (to - rank()) * PLACES;
+#endif
+}
+__device__ __forceinline__ void tell_team(Letter* place, float number, unsigned mark) {
+#pragma unroll
+  for (int to = 0; to < RANKS; to++) send(letters_of(place, to), number, mark);
+}
+// The numbers of N letters, `stride` places from each other.
+template <int N>
+__device__ __forceinline__ void receive(float (&number)[N], const Letter* place, int stride, unsigned mark) {
+  for (unsigned looks = 0;; looks++) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; i++) all &= arrived(place + i * stride, mark, number[i]);
+    if (all) return;
+    wait_a_little();
+    if (looks >> 26) __trap();  // after seconds: a GPU that hangs is worse than an error
   }
-  __device__ int rows() const { return min(ROWS, min(K - row, left)); }
-  __device__ bool advance() {  // whether that was the last of a tile, or of the share
-    int n = rows();
-    row += n;
-    left -= n;
-    if (row < K) return !left;
-    row = 0;
-    tile++;
-    return true;
+}
+template <int N>
+__device__ __forceinline__ float receive_sum(const Letter* place, int stride, unsigned mark) {
+  float number[N], sum = 0.f;
+  receive(number, place, stride, mark);
+#pragma unroll
+  for (int i = 0; i < N; i++) sum += number[i];
+  return sum;
+}
+
+// What one thread has of a block's part of a matrix: rows first, first + at_once, ..., in VEC columns.
+struct Share {
+  int first, last, column;  // of the whole matrix; there are rows where first < last
+  __device__ __forceinline__ explicit Share(int matrix) {
+    int lane = threadIdx.x % (columns(matrix) / VEC) * VEC, row = threadIdx.x / (columns(matrix) / VEC), end;
+    bool idle = row >= at_once(matrix);
+    if (first_of_half(matrix)) {
+      first = rank() * OWN;
+      last = first + OWN;
+      column = matrix == QKV ? team() * WIDTH + lane % WIDTH : team() * HIDDEN + lane;
+      end = matrix == QKV ? C : 4 * C;  // of the last team
+      idle |= column >= end;
+      if (matrix == QKV) column += lane / WIDTH * C;
+    } else {
+      first = team() * rows(matrix);
+      last = min(first + rows(matrix), inputs(matrix));
+      column = rank() * OWN + lane;
+    }
+    first += row;
+    if (idle) last = 0;
   }
 };
 
-// The block's shares of all matrices, one after the other, on their way to shared memory. A thread copies what it will
+// The block's parts of all matrices, one after the other, on their way to shared memory. A thread copies what it will
 // use itself, so it needs to wait for no other one.
 struct Stream {
   const Layer* layers;
   Access* ring;  // AHEAD accesses of each thread
   const REAL* weight;
-  int stage, slot;
-  Walk walk;
-  __device__ Stream(const Layer* layers, void* memory, int stage)
-      : layers(layers), ring((Access*)memory + threadIdx.x), stage(stage), slot(0), walk(stage % MATRICES) {
-    weight = stage < L * MATRICES ? layers[stage / MATRICES].matrix[stage % MATRICES] : nullptr;
+  int stage, slot, left, row, last;
+  __device__ Stream(const Layer* layers, void* memory)
+      : layers(layers), ring((Access*)memory + threadIdx.x), stage(-1), slot(0), left(0) {
     for (int i = 0; i < AHEAD; i++) fetch();
   }
   __device__ void fetch() {
-    while (!walk.left && weight) {
-      stage++;
-      walk = Walk(stage % MATRICES);
-      weight = stage < L * MATRICES ? layers[stage / MATRICES].matrix[stage % MATRICES] : nullptr;
+    while (!left && stage + 1 < L * MATRICES) {
+      int matrix = ++stage % MATRICES;
+      if (matrix <= PROJECTION && team() >= ATTENDING) continue;
+      Share share(matrix);
+      row = share.first;
+      last = share.last;
+      weight = layers[stage / MATRICES].matrix[matrix] + (size_t)row * outputs(matrix) + share.column;
+      left = turns(matrix);
     }
-    if (weight) {
-      int row = threadIdx.x / LANES, column = walk.tile * TILE + threadIdx.x % LANES * VEC, N = outputs(stage % MATRICES);
-      if (row < walk.rows() && column < N)
-        cp_async16(ring + slot * THREADS, weight + (size_t)(walk.row + row) * N + column);
-      walk.advance();
+    if (left) {
+      int matrix = stage % MATRICES, step = at_once(matrix);
+      if (row < last) cp_async16(ring + slot * THREADS, weight);
+      row += step;
+      weight += (size_t)step * outputs(matrix);
+      left--;
     }
     cp_async_commit();  // empty ones too: which copy is awaited is told by counting
     slot = slot + 1 == AHEAD ? 0 : slot + 1;
   }
-  __device__ Access take() {
-    cp_async_wait<AHEAD - 1>();
-    Access pack = ring[slot * THREADS];
-    fetch();
-    return pack;
+  template <int N>
+  __device__ __forceinline__ void take(Access (&pack)[N]) {
+    cp_async_wait<AHEAD - N>();
+#pragma unroll
+    for (int i = 0; i < N; i++) pack[i] = ring[(slot + i) % AHEAD * THREADS];
+#pragma unroll
+    for (int i = 0; i < N; i++) fetch();
   }
 };
 
-// This block's parts of y = x W. x (B, stride) in shared memory, where row k of W meets x[b][k - origin].
-template <int MATRIX>
-__device__ __forceinline__ void product(Stream& stream, const float* x, int stride, int origin, float* parts,
-                                        float* sums) {
-  constexpr int N = outputs(MATRIX), K = inputs(MATRIX);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// y (B, VEC) += x W for N turns of a thread; x (B, ROWS) begins with row `origin` of the matrix.
+template <int N, int ROWS>
+__device__ __forceinline__ void multiply(float (&y)[B][VEC], Stream& stream, const float* x, int origin, int& row,
+                                         int last, int step) {
+  Access w[N];
+  stream.take(w);
+#pragma unroll
+  for (int i = 0; i < N; i++, row += step) {
+    if (row >= last) continue;
+#pragma unroll
+    for (int b = 0; b < B; b++) {
+      float factor = x[b * ROWS + row - origin];
+#pragma unroll
+      for (int e = 0; e < VEC; e++) y[b][e] += factor * f32(w[i].v[e]);
+    }
+  }
+}
+
+// found(b, column, sum): the block's part of y = x W, a column after the other. x (B, rows) in shared memory.
+template <int MATRIX, class Use>
+__device__ __forceinline__ void product(Stream& stream, const float* x, float* memory, Use found) {
+  constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), REST = turns(MATRIX) % TURNS;
+  Share share(MATRIX);
+  int origin = (first_of_half(MATRIX) ? rank() : team()) * ROWS;
   float y[B][VEC] = {};
-  parts += (size_t)blockIdx.x * SLOTS * B * TILE;
-  for (Walk walk(MATRIX); walk.left;) {
-    int row = threadIdx.x / LANES, at = walk.row + row - origin;
-    bool mine = row < walk.rows() && walk.tile * TILE + threadIdx.x % LANES * VEC < N;
-    Access w = stream.take();
-    if (mine) {
-      at += at < 0 ? K : 0;
+#pragma unroll 1
+  for (int turn = 0; turn < turns(MATRIX) / TURNS; turn++)
+    multiply<TURNS, ROWS>(y, stream, x, origin, share.first, share.last, STEP);
+  if constexpr (REST) multiply<REST, ROWS>(y, stream, x, origin, share.first, share.last, STEP);
 #pragma unroll
-      for (int b = 0; b < B; b++) {
-        float factor = x[b * stride + at];
+  for (int b = 0; b < B; b++) {
+    if (threadIdx.x < STEP * (COLUMNS / VEC))
 #pragma unroll
-        for (int e = 0; e < VEC; e++) y[b][e] += factor * f32(w.v[e]);
-      }
-    }
-    if (!walk.advance()) continue;
-#pragma unroll
-    for (int b = 0; b < B; b++)
-#pragma unroll
-      for (int e = 0; e < VEC; e++) {
-        float sum = y[b][e];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-        if (lane < LANES) sums[(warp * B + b) * TILE + lane * VEC + e] = sum;
-        y[b][e] = 0.f;
-      }
+      for (int e = 0; e < VEC; e++) memory[threadIdx.x * VEC + e] = y[b][e];
     __syncthreads();
-    for (int i = threadIdx.x; i < B * TILE; i += THREADS) {
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += sums[w * B * TILE + i];
-      parts[i] = sum;
+    for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
+      float even = 0.f, odd = 0.f;
+#pragma unroll 8
+      for (int row = 0; row < STEP; row++) (row % 2 ? odd : even) += memory[row * COLUMNS + c];
+      found(b, c, even + odd);
     }
-    parts += B * TILE;
-    __syncthreads();
+    if (b + 1 < B) __syncthreads();  // after the last one, the caller's
   }
 }
 
-// Column c of such a product for text b: the sum of its parts. Other blocks wrote them in this launch: not from L1.
-template <int MATRIX>
-__device__ __forceinline__ float total_of(const float* parts, int b, int c) {
-  constexpr int K = inputs(MATRIX), SHARE = share(MATRIX), MOST = (K + SHARE - 2) / SHARE + 1;
-  int tile = c / TILE, first = tile * K / SHARE, last = ((tile + 1) * K - 1) / SHARE;
-  float part[MOST], sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < MOST; i++) {
-    int block = first + i, slot = tile - block * SHARE / K;
-    part[i] = block <= last ? __ldcg(parts + ((size_t)(block * SLOTS + slot) * B + b) * TILE + c % TILE) : 0.f;
-  }
-#pragma unroll
-  for (int i = 0; i < MOST; i++) sum += part[i];
-  return sum;
-}
-
-// x = before + y + bias. Every block computes all of it; one leaves it for later.
-template <int MATRIX>
-__device__ __forceinline__ void residual(float* __restrict__ x, const float* __restrict__ before,
-                                         float* __restrict__ after, const float* __restrict__ parts,
-                                         const float* __restrict__ bias) {
-  for (int i = threadIdx.x; i < B * C; i += THREADS) {
-    x[i] = __ldcg(before + i) + (total_of<MATRIX>(parts, i / C, i % C) + bias[i % C]);
-    if (after && blockIdx.x == 0) after[i] = x[i];
-  }
-}
-
-// Biases and LayerNorms' vectors are needed at once by all blocks: bring a layer's to L2, each block some lines of it.
-__device__ __forceinline__ void warm(const Layer& layer) {
-  constexpr int LINE = 32;  // numbers
-  int at = (blockIdx.x + BLOCKS * threadIdx.x) * LINE;
-#pragma unroll
-  for (int i = 0; i < MATRICES + 4; i++) {
-    int size = i < MATRICES ? outputs(i) : C;
-    if (at >= 0 && at < size) prefetch_l2((i < MATRICES ? layer.bias[i % MATRICES] : layer.norm[i % 4]) + at);
-    at -= (size + LINE - 1) / LINE * LINE;
-  }
-}
-
-// x = LayerNorm(x), a row a text.
-__device__ __forceinline__ void normalise(float* x, const float* weight, const float* bias, float eps) {
-  __shared__ float mean[B], rstd[B];
+// LayerNorm of the own columns (B, OWN) in shared memory, each thread those that it put there.
+__device__ __forceinline__ void normalise(float* here, float* statistics, const float (&weight)[repeats(B * OWN)],
+                                          const float (&bias)[repeats(B * OWN)], float eps, Letter* letters,
+                                          unsigned mark) {
+  int lane = threadIdx.x % 32, b = threadIdx.x / 32;
   __syncthreads();
-  int lane = threadIdx.x % 32;
-  for (int b = threadIdx.x / 32; b < B; b += WARPS) {
-    float sum = 0.f, squares = 0.f;
-    for (int c = lane; c < C; c += 32) sum += x[b * C + c];
-    float middle = warp_sum(sum) / C;
-    for (int c = lane; c < C; c += 32) squares += (x[b * C + c] - middle) * (x[b * C + c] - middle);
+  if (b < B) {
+    float sum = 0.f, squares = 0.f, number[2] = {};
+    for (int c = lane; c < OWN; c += 32) sum += here[b * OWN + c];
+    float mean = warp_sum(sum) / OWN;
+    for (int c = lane; c < OWN; c += 32) squares += (here[b * OWN + c] - mean) * (here[b * OWN + c] - mean);
     squares = warp_sum(squares);
-    if (lane == 0) mean[b] = middle, rstd[b] = rsqrtf(squares / C + eps);
+    if (lane < RANKS) {
+      Letter* place = letters_of(letters + SQUARES + (rank() * B + b) * 2, lane);
+      send(place, mean, mark);
+      send(place + 1, squares, mark);
+      receive(number, letters + SQUARES + (lane * B + b) * 2, 1, mark);
+    }
+    mean = warp_sum(number[0]) / RANKS;
+    squares = warp_sum(lane < RANKS ? number[1] + OWN * (number[0] - mean) * (number[0] - mean) : 0.f);
+    if (lane == 0) statistics[2 * b] = mean, statistics[2 * b + 1] = rsqrtf(squares / C + eps);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < B * C; i += THREADS)
-    x[i] = (x[i] - mean[i / C]) * rstd[i / C] * weight[i % C] + bias[i % C];
+#pragma unroll
+  for (int k = 0; k < repeats(B * OWN); k++) {
+    int i = threadIdx.x + k * THREADS, b = i / OWN;
+    if (i < B * OWN) here[i] = (here[i] - statistics[2 * b]) * statistics[2 * b + 1] * weight[k] + bias[k];
+  }
   __syncthreads();
 }
 
-// Attention of the tokens at `position` to themselves and what came before. One block has one of SPLITS parts of the
-// keys of a head, with a largest score, a sum and weighted values of its own (heads: D values, largest, sum).
-__device__ __forceinline__ void attend(float* heads, REAL* cache, const float* parts, const float* bias, float* memory,
-                                       int position, int capacity) {
+// Attention of the tokens at `position`, a block the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH) are queries,
+// keys and values. Each head's result of the block goes to the team: D values, the largest score, and the sum.
+__device__ __forceinline__ void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
+                                       Letter* letters, unsigned mark) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;
   constexpr int GROUPS = THREADS / GROUP;
-  float *query = memory, *key = query + D, *value = key + D, *found = value + D;  // found: GROUPS rows as in heads
-  int group = threadIdx.x / GROUP, member = threadIdx.x % GROUP;
-  for (int unit = blockIdx.x; unit < B * H * SPLITS; unit += BLOCKS) {
-    int split = unit % SPLITS, head = unit / SPLITS, b = head / H, column = head % H * D;
-    int count = (position + SPLITS) / SPLITS, first = split * count, last = min(first + count, position + 1);
-    REAL *keys = cache + (size_t)head * capacity * D, *values = keys + (size_t)B * H * capacity * D;
-    for (int i = threadIdx.x; i < 3 * D; i += THREADS) {
-      int c = i / D * C + column + i % D;
-      float y = total_of<QKV>(parts, b, c) + bias[c];
-      query[i] = i < D ? y : f32(from_f32<REAL>(y));
-      if (i >= D && first <= position && position < last)
-        (i < 2 * D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(y);
-    }
-    __syncthreads();
+  int group = threadIdx.x / GROUP, member = threadIdx.x % GROUP, count = (position - rank() + RANKS) / RANKS;
+  for (int unit = 0; unit < B * HEADS; unit++) {
+    int b = unit / HEADS, head = team() * HEADS + unit % HEADS;
+    if (head >= H) continue;
+    if (unit) __syncthreads();
+    const float *query = first + b * 3 * WIDTH + unit % HEADS * D, *key = query + WIDTH, *value = key + WIDTH;
+    REAL *keys = cache + (size_t)(b * H + head) * capacity * D, *values = keys + (size_t)B * H * capacity * D;
+    if (rank() == position % RANKS)
+      for (int i = threadIdx.x; i < 2 * D; i += THREADS)
+        (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
 
-    float largest = NEG_INF, total = 0.f, sum[EACH][VEC] = {};
-    for (int start = first; start < last; start += GROUPS) {  // the same for all threads, which meet in the shuffles
-      int i = start + group;
-      bool old = i < last && i < position;
+    float largest = NEG_INF, total = 0.f, sum[EACH][VEC] = {}, q[EACH][VEC];
+#pragma unroll
+    for (int p = 0; p < EACH; p++)
+#pragma unroll
+      for (int e = 0; e < VEC; e++) {
+        int at = (p * GROUP + member) * VEC + e;
+        q[p][e] = at < D ? query[at] : 0.f;
+      }
+    for (int start = 0; start < count; start += GROUPS) {  // the same for all threads, which meet in the shuffles
+      int i = rank() + (start + group) * RANKS;
       Access k[EACH], v[EACH];
 #pragma unroll
       for (int p = 0; p < EACH; p++) {
         int at = p * GROUP + member;
-        if (old && at < PACKS) {
+        if (i < position && at < PACKS) {
           k[p] = *(const Access*)(keys + (size_t)i * D + at * VEC);
           v[p] = *(const Access*)(values + (size_t)i * D + at * VEC);
         } else {
@@ -258,13 +307,10 @@ __device__ __forceinline__ void attend(float* heads, REAL* cache, const float* p
 #pragma unroll
       for (int p = 0; p < EACH; p++)
 #pragma unroll
-        for (int e = 0; e < VEC; e++) {
-          int at = (p * GROUP + member) * VEC + e;
-          score += at < D ? query[at] * f32(k[p].v[e]) : 0.f;
-        }
+        for (int e = 0; e < VEC; e++) score += q[p][e] * f32(k[p].v[e]);
 #pragma unroll
       for (int o = GROUP / 2; o; o /= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
-      if (i >= last) continue;
+      if (i > position) continue;
       score *= 1.4426950408889634f * rsqrtf((float)D);  // to base 2
       float common = fmaxf(largest, score), shrink = exp2f(largest - common), p_i = exp2f(score - common);
       largest = common;
@@ -274,43 +320,68 @@ __device__ __forceinline__ void attend(float* heads, REAL* cache, const float* p
 #pragma unroll
         for (int e = 0; e < VEC; e++) sum[p][e] = sum[p][e] * shrink + p_i * f32(v[p].v[e]);
     }
-    float* row = found + group * (D + 2);
-    if (member == 0) row[D] = largest, row[D + 1] = total;
+    // The groups of a warp, then the warps.
 #pragma unroll
-    for (int p = 0; p < EACH; p++)
+    for (int o = GROUP; o < 32; o *= 2) {
+      float common = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
+      float shrink = largest == NEG_INF ? 0.f : exp2f(largest - common);
+      largest = common;
+      total = shrink * total + __shfl_xor_sync(0xffffffffu, shrink * total, o);
 #pragma unroll
-      for (int e = 0; e < VEC; e++) {
-        int at = (p * GROUP + member) * VEC + e;
-        if (at < D) row[at] = sum[p][e];
-      }
-    __syncthreads();
-    largest = NEG_INF;
-    for (int g = 0; g < GROUPS; g++) largest = fmaxf(largest, found[g * (D + 2) + D]);
-    for (int d = threadIdx.x; d < D + 2; d += THREADS) {
-      float y = d == D ? largest : 0.f;
-      if (d != D)
-        for (int g = 0; g < GROUPS; g++) {
-          float of_group = found[g * (D + 2) + D];
-          y += of_group == NEG_INF ? 0.f : exp2f(of_group - largest) * found[g * (D + 2) + d];
+      for (int p = 0; p < EACH; p++)
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+          float mine = shrink * sum[p][e];
+          sum[p][e] = mine + __shfl_xor_sync(0xffffffffu, mine, o);
         }
-      heads[(size_t)unit * (D + 2) + d] = y;
+    }
+    float* row = memory + threadIdx.x / 32 * (D + 2);
+    if (threadIdx.x % 32 == 0) row[D] = largest, row[D + 1] = total;
+    if (threadIdx.x % 32 < GROUP)
+#pragma unroll
+      for (int p = 0; p < EACH; p++)
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+          int at = (p * GROUP + member) * VEC + e;
+          if (at < D) row[at] = sum[p][e];
+        }
+    __syncthreads();
+    for (int d = threadIdx.x; d < D + 2; d += THREADS) {
+      float common = NEG_INF, y = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) common = fmaxf(common, memory[w * (D + 2) + D]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float of_warp = memory[w * (D + 2) + D];
+        y += of_warp == NEG_INF ? 0.f : exp2f(of_warp - common) * memory[w * (D + 2) + d];
+      }
+      tell_team(letters + FOUND + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, mark);
     }
   }
 }
 
-// Column c of attention's result for text b, from its SPLITS parts.
-__device__ __forceinline__ float head_of(const float* heads, int b, int c) {
-  const float* part = heads + (size_t)(b * H + c / D) * SPLITS * (D + 2);
-  float largest = NEG_INF, total = 0.f, y = 0.f;
+// heads (B, WIDTH): attention's results, from what the blocks of the team found.
+__device__ __forceinline__ void join(float* heads, const Letter* letters, unsigned mark) {
+  constexpr int STRIDE = B * HEADS * (D + 2);
+  for (int i = threadIdx.x; i < B * WIDTH; i += THREADS) {
+    int unit = i / D;
+    if (team() * HEADS + unit % HEADS >= H) continue;
+    const Letter* place = letters + FOUND + unit * (D + 2);
+    float value[RANKS], largest[RANKS], total[RANKS], common = NEG_INF, below = 0.f, y = 0.f;
+    receive(value, place + i % D, STRIDE, mark);
+    receive(largest, place + D, STRIDE, mark);
+    receive(total, place + D + 1, STRIDE, mark);
 #pragma unroll
-  for (int s = 0; s < SPLITS; s++) largest = fmaxf(largest, __ldcg(part + s * (D + 2) + D));
+    for (int r = 0; r < RANKS; r++) common = fmaxf(common, largest[r]);
 #pragma unroll
-  for (int s = 0; s < SPLITS; s++) {
-    float of_split = __ldcg(part + s * (D + 2) + D), weight = of_split == NEG_INF ? 0.f : exp2f(of_split - largest);
-    total += weight * __ldcg(part + s * (D + 2) + D + 1);
-    y += weight * __ldcg(part + s * (D + 2) + c % D);
+    for (int r = 0; r < RANKS; r++) {
+      float weight = largest[r] == NEG_INF ? 0.f : exp2f(largest[r] - common);
+      below += weight * total[r];
+      y += weight * value[r];
+    }
+    heads[i] = y / below;
   }
-  return y / total;
+  __syncthreads();
 }
 
 // logits (B, V) = x wte^T, some rows of wte a warp.
@@ -319,7 +390,7 @@ __device__ __forceinline__ void vocabulary(float* logits, const float* x, const 
   int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
   for (int v = warp * AT_ONCE; v < V; v += BLOCKS * WARPS * AT_ONCE) {
     float y[AT_ONCE][B] = {};
-#pragma unroll 2
+#pragma unroll(B <= 2 ? 2 : 1)
     for (int p = lane; p < C / VEC; p += 32) {
       Access w[AT_ONCE];
 #pragma unroll
@@ -343,72 +414,129 @@ __device__ __forceinline__ void vocabulary(float* logits, const float* x, const 
   }
 }
 
-// What all blocks wrote before, all of them read afterwards. `arrived` counts on from launch to launch. Where a block
-// does not come in seconds, the launch ends with an error: a GPU that hangs is worse.
-__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned expected) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(arrived, 1u);
-    for (unsigned looks = 0; (int)(*(volatile unsigned*)arrived - expected) < 0; looks++)
-      if (looks >> 25) __trap();
-    __threadfence();
+// Bring to L2 what will be wanted at once: by all blocks, a vector of a layer to come (each block some lines of it);
+// by this one, its keys and values.
+__device__ __forceinline__ void warm(const Layer& layer) {
+  constexpr int LINE = 32;  // numbers
+  int at = (blockIdx.x + BLOCKS * threadIdx.x) * LINE;
+#pragma unroll
+  for (int i = 0; i < MATRICES + 4; i++) {
+    int size = i < MATRICES ? outputs(i) : C;
+    if (at >= 0 && at < size) prefetch_l2((i < MATRICES ? layer.bias[i % MATRICES] : layer.norm[i % 4]) + at);
+    at -= (size + LINE - 1) / LINE * LINE;
   }
-  __syncthreads();
+}
+__device__ __forceinline__ void warm_vocabulary(const REAL* wte, int step) {
+  constexpr int LINE = 128 / sizeof(REAL);
+  size_t at = ((size_t)(step * BLOCKS + blockIdx.x) * THREADS + threadIdx.x) * LINE;
+  if (at < (size_t)V * C) prefetch_l2(wte + at);
+}
+__device__ __forceinline__ void warm_keys(const REAL* cache, int position, int capacity) {
+  for (int i = rank() + threadIdx.x / 2 * RANKS; i < position; i += THREADS / 2 * RANKS)
+    for (int unit = 0; unit < B * HEADS; unit++) {
+      int head = team() * HEADS + unit % HEADS;
+      if (head >= H) continue;
+      size_t text = (size_t)(threadIdx.x % 2 * B + unit / HEADS) * H;  // keys, then values
+      prefetch_l2(cache + ((text + head) * capacity + i) * D);
+    }
 }
 
-// x (2, B, C), parts (2, PARTS), heads (B H SPLITS, D + 2): what the blocks leave for each other, float32.
-// arrived: the barrier's counter, which is `expected` when the launch begins. Tokens stand at `position` in their texts.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, const float* ln_f_weight,
-       const float* ln_f_bias, float* x, float* parts, float* heads, unsigned* arrived, unsigned expected,
-       const __grid_constant__ Tokens tokens, int position, int capacity, float eps, int phase, int stop) {
-  DYN_SMEM(unsigned char, memory);
-  float *here = (float*)(memory + AHEAD * THREADS * 16), *sums = here + B * WIDTH;
-  float *x_in = x, *x_mid = x + B * C, *parts_in = parts, *parts_out = parts + PARTS;
-  Stream stream(layers, memory, phase / 5 * MATRICES + phase % 5 - (phase % 5 > 1));  // phase 1 has no matrix
-  while (phase < stop) {
-    const Layer& layer = layers[min(phase / 5, L - 1)];
-    const float* last_bias = layers[max(phase / 5, 1) - 1].bias[MLP_OUT];
-    if (phase == 5 * L) {
-      residual<MLP_OUT>(here, x_mid, nullptr, parts_out, last_bias);
-      normalise(here, ln_f_weight, ln_f_bias, eps);
-      vocabulary(logits, here, wte);
-    } else if (phase % 5 == 0) {
-      if (phase / 5 + 1 < L) warm(layers[phase / 5 + 1]);
-      if (phase) {
-        residual<MLP_OUT>(here, x_mid, x_in, parts_out, last_bias);
-      } else {
-        for (int i = threadIdx.x; i < B * C; i += THREADS) {
-          here[i] = f32(wte[(size_t)tokens.id[i / C] * C + i % C]) + f32(wpe[(size_t)position * C + i % C]);
-          if (blockIdx.x == 0) x_in[i] = here[i];
-        }
-      }
-      normalise(here, layer.norm[0], layer.norm[1], eps);
-      product<QKV>(stream, here, C, 0, parts_in, sums);
-    } else if (phase % 5 == 1) {
-      attend(heads, layer.cache, parts_in, layer.bias[QKV], sums, position, capacity);
-    } else if (phase % 5 == 3) {
-      residual<PROJECTION>(here, x_in, x_mid, parts_out, layer.bias[PROJECTION]);
-      normalise(here, layer.norm[2], layer.norm[3], eps);
-      product<MLP_IN>(stream, here, C, 0, parts_in, sums);
-    } else {  // the block's share of the matrix says which of the inputs it needs: `count` from `origin` on, in a circle
-      bool projection = phase % 5 == 2;
-      int K = projection ? C : 4 * C, count = min(K, share(projection ? PROJECTION : MLP_OUT));
-      int origin = Walk(projection ? PROJECTION : MLP_OUT).row;
-      for (int i = threadIdx.x; i < B * count; i += THREADS) {
-        int b = i / count, k = origin + i % count;
-        k -= k < K ? 0 : K;
-        here[i] = projection ? head_of(heads, b, k)
-                             : GELU::value(total_of<MLP_IN>(parts_in, b, k) + layer.bias[MLP_IN][k]);
-      }
-      __syncthreads();
-      if (projection)
-        product<PROJECTION>(stream, here, count, origin, parts_out, sums);
-      else
-        product<MLP_OUT>(stream, here, count, origin, parts_out, sums);
-    }
-    if (++phase < stop) grid_barrier(arrived, expected += BLOCKS);
+// Half a layer for what a team has of it: FIRST and SECOND are its matrices, here (B, OWN) is what LayerNorm gave.
+template <int FIRST, int SECOND>
+__device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, const float* here, float* first,
+                                           float* heads, float* work, Letter* found, Letter* letters, int position,
+                                           int capacity, unsigned mark) {
+  constexpr int COLUMNS = columns(FIRST);
+  float bias[repeats(B * COLUMNS)];  // asked for before it is needed
+#pragma unroll
+  for (int k = 0; k < repeats(B * COLUMNS); k++) {
+    int c = (threadIdx.x + k * THREADS) % COLUMNS, within = FIRST == QKV ? c % WIDTH : c;
+    int column = team() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
+    bias[k] = column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
   }
+  Letter* sums = letters + SUMS;
+  product<FIRST>(stream, here, work, [&](int b, int c, float sum) {
+    tell_team(sums + (rank() * B + b) * COLUMNS + c, sum, mark);
+  });
+#pragma unroll
+  for (int k = 0; k < repeats(B * COLUMNS); k++) {
+    int i = threadIdx.x + k * THREADS;
+    if (i >= B * COLUMNS) break;
+    float y = receive_sum<RANKS>(sums + i, B * COLUMNS, mark) + bias[k];
+    first[i] = FIRST == QKV ? y : GELU::value(y);
+  }
+  __syncthreads();
+  if (FIRST == QKV) {
+    attend(first, layer.cache, work, position, capacity, letters, mark);
+    join(heads, letters, mark);
+  }
+  product<SECOND>(stream, FIRST == QKV ? heads : first, work, [&](int b, int c, float sum) {
+    send(found + ((size_t)team() * B + b) * C + rank() * OWN + c, sum, mark);
+  });
+}
+
+// found (4, TEAMS, B, C): letters to all blocks of a rank. letters (BLOCKS, PLACES): those of teams that are no clusters.
+// mark: of the launch's first letters; the 2 L after it are the launch's too. Tokens stand at `position` in their texts.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) TEAM
+decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, const float* ln_f_weight,
+       const float* ln_f_bias, Letter* found, Letter* letters, const __grid_constant__ Tokens tokens, int position,
+       int capacity, float eps, unsigned mark) {
+  DYN_SMEM(unsigned char, memory);
+  float* work = (float*)(memory + AHEAD * THREADS * 16);  // of products and attention; last, x of all ranks
+  float* first = work + larger(THREADS * VEC, larger(WARPS * (D + 2), B * C));
+  float *heads = first + B * larger(3 * WIDTH, HIDDEN), *here = heads + B * WIDTH, *x = here + B * OWN;
+  float* statistics = x + B * OWN;
+  Stream stream(layers, memory);
+#if IN_CLUSTERS
+  letters = (Letter*)(statistics + 2 * B);
+  for (int i = threadIdx.x; i < PLACES; i += THREADS) letters[i] = (Letter)(mark - 1) << 32;  // no mark of this launch
+  cluster_barrier<RANKS>();
+#else
+  letters += (size_t)blockIdx.x * PLACES;
+#endif
+  for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // whose x no other thread asks for
+    int c = rank() * OWN + i % OWN;
+    x[i] = f32(wte[(size_t)tokens.id[i / OWN] * C + c]) + f32(wpe[(size_t)position * C + c]);
+  }
+  constexpr int EACH = repeats(B * OWN);
+#pragma unroll 1
+  for (int half = 0;; half++, mark++) {
+    bool mlp = half % 2, end = half == 2 * L;
+    const Layer &layer = layers[min(half / 2, L - 1)], &before = layers[max(half - 1, 0) / 2];
+    float last_bias[EACH], weight[EACH], bias[EACH];  // asked for before it is needed
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      int c = rank() * OWN + (threadIdx.x + k * THREADS) % OWN;
+      last_bias[k] = before.bias[mlp ? PROJECTION : MLP_OUT][c];
+      weight[k] = (end ? ln_f_weight : layer.norm[mlp ? 2 : 0])[c];
+      bias[k] = (end ? ln_f_bias : layer.norm[mlp ? 3 : 1])[c];
+    }
+    if (mlp && half / 2 + 1 < L) warm(layers[half / 2 + 1]);
+    if (half >= 2 * L - EARLY && !end) warm_vocabulary(wte, half - (2 * L - EARLY));
+    if (!mlp && !end) warm_keys(layer.cache, position, capacity);
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      int i = threadIdx.x + k * THREADS;
+      if (i >= B * OWN) break;
+      const Letter* place = found + ((size_t)(half + 3) % 4 * TEAMS * B + i / OWN) * C + rank() * OWN + i % OWN;
+      if (half)
+        x[i] += last_bias[k] + (mlp ? receive_sum<ATTENDING>(place, B * C, mark - 1)
+                                    : receive_sum<TEAMS>(place, B * C, mark - 1));
+      here[i] = x[i];
+    }
+    if (!mlp && !end && team() >= ATTENDING) continue;
+    normalise(here, statistics, weight, bias, eps, letters, mark);
+    if (end) break;
+    Letter* to = found + (size_t)half % 4 * TEAMS * B * C;
+    if (mlp)
+      half_layer<MLP_IN, MLP_OUT>(stream, layer, here, first, heads, work, to, letters, position, capacity, mark);
+    else
+      half_layer<QKV, PROJECTION>(stream, layer, here, first, heads, work, to, letters, position, capacity, mark);
+  }
+  for (int i = threadIdx.x; i < B * OWN; i += THREADS)
+    tell_team(letters + SUMS + i / OWN * C + rank() * OWN + i % OWN, here[i], mark);
+  for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(letters + SUMS + i, 1, mark);
+  __syncthreads();
+  vocabulary(logits, work, wte);
   cp_async_wait<0>();
 }

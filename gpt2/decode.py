@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,46 +14,76 @@ if TYPE_CHECKING:
     from gpt2.generate import KVCache
     from gpt2.model import GPT2
 
-# As in decode.cu: threads of a block, those that read a row of a tile, bytes that one reads at once, phases of a layer,
-# and the fewest threads that share a key.
-THREADS, LANES, ACCESS, PHASES, GROUP = 512, 8, 16, 5, 8
-LEAST_AHEAD, MOST_AHEAD = 2, 12  # accesses of a thread that are on their way: 12 are 96 KB, more than a matrix's share
+# As in decode.cu: threads of a block, and bytes that one reads at once.
+THREADS, ACCESS = 512, 16
+MOST_RANKS = 8  # blocks of a cluster that every GPU has which knows clusters
+LEAST_AHEAD, MOST_AHEAD = 4, 16  # accesses of a thread that are on their way: 16 are 128 KB, a layer of 124M
 MOST_TEXTS = 6  # at a time: the registers hold the sums of all of them
-MOST_SPLITS = 16  # of the keys of a head
-STATIC = 1024  # bytes of shared memory that the kernel has of its own, at most
+STATIC = 1024  # bytes of shared memory that CUDA keeps for itself
 REAL = {"float32": "float", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a launch for `texts` texts: see decode.cu, whose constants these are."""
+    """The sizes of a launch: see decode.cu, whose constants these are."""
 
-    blocks: int
-    splits: int  # of the keys of a head
-    parts: int  # numbers that one product leaves
+    texts: int
+    ranks: int  # blocks of a team
+    teams: int
+    clusters: bool  # whether a team is a thread block cluster
+    heads: int  # of a team
+    hidden: int  # columns of the MLP, of a team
+    places: int  # for letters, of a block
     ahead: int
     shared: int  # bytes
 
     @staticmethod
-    def of(config: GPT2Config, texts: int, itemsize: int, limits: dict[str, int]) -> Plan:
-        """For numbers of so many bytes, on a GPU with these limits (see Backend.limits)."""
-        C, D, blocks, vector = config.n_embd, config.head_size, limits["processors"], ACCESS // itemsize
-        tile = LANES * vector
-        matrices = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
-        inputs = [K for K, _ in matrices]
-        shares = [-(-(-(-N // tile) * K) // blocks) for K, N in matrices]
-        slots = max((share + K - 2) // K + 1 for share, K in zip(shares, inputs, strict=True))
-        width = max(C, min(shares[3], 4 * C))
-        sums, scores = THREADS // 32 * texts * tile, 3 * D + THREADS // GROUP * (D + 2)
-        fixed = 4 * (texts * width + max(sums, scores))
+    def of(
+        config: GPT2Config, texts: int, itemsize: int, limits: dict[str, int], teams: int = sys.maxsize
+    ) -> Plan | None:
+        """For numbers of so many bytes, on a GPU with these limits (see Backend.limits); at most so many teams. None
+        where there is no way."""
+        C, H, D, vector = config.n_embd, config.n_head, config.head_size, ACCESS // itemsize
+        ranks = MOST_RANKS
+        while C % (ranks * vector) or ranks > limits["processors"]:
+            ranks //= 2
+            if not ranks:
+                return None
+        own, slices = C // ranks, 4 * C // vector
+        hidden = -(-slices // min(teams, limits["processors"] // ranks)) * vector
+        teams = -(-4 * C // hidden)  # each has some of the MLP's columns
+        heads = -(-H // teams)
+        columns = max(3 * heads * D, hidden, own)
+        if columns > THREADS * vector:
+            return None
+        clusters = limits["capability"] >= 9
+        places = ranks * texts * (2 + columns + heads * (D + 2))
+        work = max(THREADS * vector, THREADS // 32 * (D + 2), texts * C)
+        fixed = 4 * (work + texts * (max(3 * heads * D, hidden) + heads * D + 2 * own + 2)) + 8 * places * clusters
         ahead = min(MOST_AHEAD, (limits["shared_memory"] - STATIC - fixed) // (THREADS * ACCESS))
-        splits = max(1, min(MOST_SPLITS, blocks // (texts * config.n_head)))
-        return Plan(blocks, splits, blocks * slots * texts * tile, ahead, ahead * THREADS * ACCESS + fixed)
+        if ahead < LEAST_AHEAD:
+            return None
+        return Plan(texts, ranks, teams, clusters, heads, hidden, places, ahead, ahead * THREADS * ACCESS + fixed)
+
+    @property
+    def blocks(self) -> int:
+        return self.ranks * self.teams
+
+    def constants(self, config: GPT2Config) -> dict[str, Any]:
+        """What decode.cu is compiled with, but for REAL."""
+        return {
+            "B": self.texts, "C": config.n_embd, "H": config.n_head, "L": config.n_layer, "V": config.vocab_size,
+            "RANKS": self.ranks, "TEAMS": self.teams, "IN_CLUSTERS": int(self.clusters), "HEADS": self.heads,
+            "HIDDEN": self.hidden, "AHEAD": self.ahead,
+            "GELU": "Exact" if config.activation_function == "gelu" else "Tanh",
+        }  # fmt: skip
 
 
 class Decoder:
     """The logits of the next token from one more token of each text and a key-value cache: GPT2.next_logits for T = 1,
     in one launch. The parameters are read where they are at the first call."""
+
+    first_mark = 1  # of the letters of the first launch; memory that was never written holds 0
 
     @staticmethod
     def fitting(model: GPT2, cache: KVCache) -> Decoder | None:
@@ -69,11 +100,10 @@ class Decoder:
         if any(p.compute.data.ptr % ACCESS for p in model.parameters() if p.ndim == 2):
             return None
         plan = Plan.of(model.config, texts, itemsize, limits)
-        return None if plan.ahead < LEAST_AHEAD else Decoder(model, cache, plan, bool(limits["cooperative"]))
+        return None if plan is None else Decoder(model, cache, plan)
 
-    def __init__(self, model: GPT2, cache: KVCache, plan: Plan, at_once: bool):
-        """at_once: all phases in one launch, whose blocks wait for each other; else a launch each."""
-        self._model, self._layers, self._plan, self._at_once = model, cache.layers, plan, at_once
+    def __init__(self, model: GPT2, cache: KVCache, plan: Plan):
+        self._model, self._layers, self._plan = model, cache.layers, plan
         self._texts, self._capacity = cache.layers[0].shape[1], cache.layers[0].shape[3]
         self._tokens = np.dtype([("id", "i4", (self._texts,))])
         self._launches = 0
@@ -82,7 +112,7 @@ class Decoder:
     def __call__(self, tokens: np.ndarray, position: int) -> Any:
         """Logits (B, V) in float32, on the device, for tokens (B,) at `position` of their texts, whose keys and values
         go to the cache. Raises ValueError for a token or a position out of range."""
-        c, plan = self._model.config, self._plan
+        c = self._model.config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise ValueError(f"decode: tokens hold {tokens.min()} to {tokens.max()}; expected 0 to {c.vocab_size - 1}")
         if not 0 <= position < min(self._capacity, c.n_positions):
@@ -91,36 +121,39 @@ class Decoder:
             )
         if self._kernel is None:
             self._prepare()
+        plan = self._plan
         logits = self._model.backend.np.empty((self._texts, c.vocab_size), dtype=np.float32)
-        counted = self._launches * PHASES * c.n_layer * plan.blocks % 2**32  # by the barrier, so far
+        marks = 2 * c.n_layer + 1  # of a launch: for each half of a layer, and for the end
+        mark = self.first_mark + self._launches * marks
         self._launches += 1
         numbers = np.int32(position), np.int32(self._capacity), np.float32(c.layer_norm_epsilon)
-        given = logits, *self._arrays, np.uint32(counted), np.array((tokens,), dtype=self._tokens)[()], *numbers
-        end = PHASES * c.n_layer + 1
-        for start, stop in [(0, end)] if self._at_once else [(phase, phase + 1) for phase in range(end)]:
-            arguments = (*given, np.int32(start), np.int32(stop))
-            self._kernel((plan.blocks,), (THREADS,), arguments, shared_mem=plan.shared)
+        arguments = np.array((tokens,), dtype=self._tokens)[()], *numbers, np.uint32(mark % 2**32)
+        self._kernel((plan.blocks,), (THREADS,), (logits, *self._arrays, *arguments), shared_mem=plan.shared)
         return logits
 
     def _prepare(self) -> None:
-        """Compile the kernel, and make what it is given at every call."""
-        model, c, plan, backend = self._model, self._model.config, self._plan, self._model.backend
+        """Compile the kernel for as many blocks as run at once, and make what it is given at every call."""
+        model, c, backend, texts = self._model, self._model.config, self._model.backend, self._texts
+        while True:
+            plan = self._plan
+            constants = {"REAL": REAL[model.activations], **plan.constants(c)}
+            source = Path(__file__).with_suffix(".cu")
+            self._kernel = backend.kernel(source, "decode", shared=plan.shared, **constants)
+            # The processors of a GPU are wired in groups, whose sizes differ: not all of them may be in clusters.
+            room = backend.clusters_at_once(self._kernel, THREADS, plan.shared) if plan.clusters else plan.teams
+            if room >= plan.teams:
+                break
+            sizes, limits = (c, texts, self._layers[0].dtype.itemsize), backend.limits()
+            fewer = Plan.of(*sizes, limits, teams=room) if room else None
+            self._plan = fewer or Plan.of(*sizes, {**limits, "capability": 0}) or plan  # without clusters
         self._rows = [_layer(*layer) for layer in zip(model.h, self._layers, strict=True)]  # kept: they are pointed to
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)
         self._arrays = (
             backend.upload(table),
             *(model.wte.weight.compute, model.wpe.weight.compute, model.ln_f.weight.data, model.ln_f.bias.data),
-            backend.zeros((2, self._texts, c.n_embd), "float32"),
-            backend.zeros((2, plan.parts), "float32"),
-            backend.zeros((self._texts * c.n_head * plan.splits, c.head_size + 2), "float32"),
-            backend.zeros((1,), "uint32"),
+            backend.zeros((4, plan.teams, texts, c.n_embd), "uint64"),
+            backend.zeros((1 if plan.clusters else plan.blocks, plan.places), "uint64"),
         )
-        self._kernel = backend.kernel(
-            Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, cooperative=self._at_once,
-            REAL=REAL[model.activations], B=self._texts, C=c.n_embd, H=c.n_head, L=c.n_layer, V=c.vocab_size,
-            BLOCKS=plan.blocks, SPLITS=plan.splits, AHEAD=plan.ahead,
-            GELU="Exact" if c.activation_function == "gelu" else "Tanh",
-        )  # fmt: skip
 
 
 def _layer(block: Any, keys_and_values: Any) -> list[Any]:

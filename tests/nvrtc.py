@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import gpt2
+from gpt2.config import GPT2Config
+from gpt2.decode import MOST_TEXTS, Plan
 from tinygrad2.kernels import cuda
 
 ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
 TYPES = ("bf16", "float")
+H200 = {"processors": 132, "shared_memory": 227 << 10, "capability": 9}  # as Backend.limits
 
 
 def _each(**choices: Sequence[Any]) -> list[dict[str, Any]]:
@@ -60,22 +63,12 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "CHUNK": 64}
         for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
     ],
-    "decode": [
-        {
-            "REAL": real,
-            "B": texts,
-            "C": C,
-            "H": H,
-            "L": L,
-            "V": 50257,
-            "BLOCKS": 132,
-            "SPLITS": max(1, 132 // (texts * H)),
-            "AHEAD": 8,
-            "GELU": "Tanh",
-        }
-        for real in TYPES
-        for texts in (1, 6)
-        for C, H, L in ((768, 12, 12), (1600, 25, 48))
+    "decode": [  # of 132 processors, 15 clusters of 8 run at once
+        {"REAL": REAL, **plan.constants(config)}
+        for REAL, itemsize in zip(TYPES, (2, 4), strict=True)
+        for texts in (1, 4, MOST_TEXTS)
+        for config in map(GPT2Config.preset, ("gpt2", "gpt2-xl"))
+        if (plan := Plan.of(config, texts, itemsize, H200, teams=15))
     ],
     "dropout": _each(REAL=TYPES),
     "optimizer": [{}],
@@ -129,7 +122,10 @@ def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
-    own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items() if name != "kernels"))
+    defines = {name: value for name, value in defines.items() if name != "kernels"}
+    if int(target.split("_")[1]) < 90 and "IN_CLUSTERS" in defines:
+        defines["IN_CLUSTERS"] = 0
+    own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
     added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")
     program = nvrtc.createProgram(code, "kernels.cu", (), ())

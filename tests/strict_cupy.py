@@ -41,6 +41,7 @@ from ml_dtypes import bfloat16
 
 from tests import cudasim
 from tinygrad2 import backend
+from tinygrad2.kernels import cuda
 
 FROM_HOST = {"asarray", "array", "ascontiguousarray"}
 VIEWS = FROM_HOST | {"reshape", "transpose", "view", "swapaxes", "squeeze", "ravel", "expand_dims", "moveaxis"}
@@ -71,6 +72,7 @@ class Device:
         """Start counting from zero, and forget what was launched."""
         self.launches = self.syncs = self.waits = self.float64 = self.pinned = 0
         self.submitted = self.finished = 0
+        self.clusters = 16  # that run at the same time
         self._queue: deque[Callable[[], None]] = deque()
         self._one_at_a_time = threading.RLock()  # a thread may wait for an event of another one
         self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (where, after which submission, what it does)
@@ -555,6 +557,10 @@ class RawKernel:
         setattr(self._function, name, value)
 
     @property
+    def kernel(self) -> Any:
+        return types.SimpleNamespace(ptr=id(self._function))
+
+    @property
     def max_dynamic_shared_size_bytes(self) -> int:
         return self._function.max_dynamic_shared_size_bytes
 
@@ -563,6 +569,17 @@ class RawKernel:
             raise TypeError("the grid and the block are tuples")
         device.launches += 1
         self._function(grid, block, [_unwrap(x) for x in args], shared_mem=shared_mem)
+
+
+class Driver:
+    """The driver's library, as far as CuPy has no names for it."""
+
+    def cuOccupancyMaxActiveClusters(self, count: Any, function: Any, config: Any) -> int:
+        size = config._obj
+        if not function.value or not 0 < size.block_x <= 1024 or not size.shared <= cudasim.shared_memory:
+            return 1  # CUDA_ERROR_INVALID_VALUE
+        count._obj.value = device.clusters
+        return 0
 
 
 class CUDARuntimeError(RuntimeError):
@@ -604,8 +621,8 @@ class Library:
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
             getDevice=lambda: 0,
-            # Few processors for the simulator's sake; kernels whose blocks wait for each other do not run in it.
-            deviceGetAttribute=lambda attribute, device_id: {16: 3, 95: 0, 97: 227 << 10}[attribute],
+            # Few processors for the simulator's sake.
+            deviceGetAttribute=lambda attribute, device_id: {16: 16, 75: 9, 97: 227 << 10}[attribute],
             deviceGetPCIBusId=lambda device_id: "0000:00:00.0",
             memGetInfo=lambda: (3 << 30, 4 << 30),
             getDeviceProperties=lambda device_id: {
@@ -690,14 +707,17 @@ def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
     real   the module cupy, to check names and arguments against.
     plain  reference.py computes everything, with the CPU's bits; else the CUDA kernels run, in the simulator.
     """
-    named, by_type = dict(backend._backends), dict(backend._by_type)
+    named, by_type, driver = dict(backend._backends), dict(backend._by_type), cuda.driver
     device.reset()
+    cuda.driver = Driver  # type: ignore[assignment]
     device.real = real
     backend.register(backend.CudaBackend(library, plain))
     try:
         yield device
     finally:
         device.real = None
+        device._queue.clear()  # copies that nobody waited for any more
+        cuda.driver = driver
         for registry, before in ((backend._backends, named), (backend._by_type, by_type)):
             registry.clear()
             registry.update(before)

@@ -52,6 +52,25 @@ extern "C" __global__ void pack(float* y, const float* x) {
 extern "C" __global__ void scalars(float* y, int n, long long m, float a, unsigned u, const float* x) {
   y[0] = x ? -1.0f : n + m + a + u;
 }
+extern "C" __global__ void around(float* y, const float* x, int* turn) {  // each block waits for the one before
+  DYN_SMEM(float, kept);
+  if (threadIdx.x == 0) {
+    while (*(volatile int*)turn != blockIdx.x) wait_a_little();
+    kept[0] = x[blockIdx.x] + (blockIdx.x ? y[blockIdx.x - 1] : 0.0f);
+  }
+  __syncthreads();
+  if (threadIdx.x == 32) {
+    y[blockIdx.x] = kept[0];
+    *(volatile int*)turn = blockIdx.x + 1;
+  }
+}
+extern "C" __global__ void swap(float* y, const float* x) {  // two blocks of a cluster, through each other's memory
+  DYN_SMEM(float, kept);
+  cluster_barrier<2>();
+  if (threadIdx.x == 0) *in_block<2>(kept, 1 - blockIdx.x % 2) = x[blockIdx.x];
+  cluster_barrier<2>();
+  if (threadIdx.x == 0) y[blockIdx.x] = kept[0];
+}
 """
 
 
@@ -146,6 +165,39 @@ def test_what_would_hang_or_fault_stops_with_a_message(name, fault, instead, mes
         return
     with pytest.raises(RuntimeError, match=message):
         run(name, y, X, code=code, **arguments)
+
+
+def test_blocks_that_wait_for_each_other_run_in_every_schedule():
+    for schedule in range(6):
+        y, turn = np.full(5, np.nan, np.float32), np.zeros(1, np.int32)
+        run("around", y, X, turn, grid=5, block=64, shared_mem=4, schedule=schedule)
+        np.testing.assert_array_equal(y, np.cumsum(X[:5]))
+    for y in results("swap", KERNELS, X, 6, grid=6, block=32, shared_mem=4):
+        np.testing.assert_array_equal(y, [1, 0, 3, 2, 5, 4])
+
+
+def test_a_missing_cluster_barrier_shows():
+    last = planted("swap", r"(kept, 1 - blockIdx.x % 2\) = x\[blockIdx.x\];\n  )cluster_barrier<2>\(\);", r"\1")
+    y = np.zeros(6, np.float32)
+    with pytest.raises(RuntimeError, match="has not begun, or has ended"):  # the second block ends before the first
+        run("swap", y, X, code=last, grid=6, block=32, shared_mem=4, schedule=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "instead", "message"),
+    [
+        ("around", r"blockIdx.x\) wait", "blockIdx.x + 1) wait", "deadlock: .* waiting for another block"),
+        ("around", r"DYN_SMEM\(float, kept\)", "__shared__ float kept[1]", "static shared memory"),
+        ("swap", r"cluster_barrier<2>\(\);", "", "has not begun, or has ended"),
+        ("swap", r"in_block<2>\(kept", "in_block<2>(kept + 1", "a place outside shared memory"),
+        ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "no multiple of a cluster"),
+    ],
+)
+def test_blocks_that_would_wait_for_ever_or_meet_nobody_stop_with_a_message(name, fault, instead, message):
+    turn = [np.zeros(1, np.int32)] if name == "around" else []
+    code, y = planted(name, fault, instead), np.zeros(6, np.float32)
+    with pytest.raises(RuntimeError, match=message):
+        run(name, y, X, *turn, code=code, grid=6, block=64, shared_mem=4, schedule=1)
 
 
 def test_a_copy_that_is_read_too_early_is_nan():

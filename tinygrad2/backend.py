@@ -107,13 +107,18 @@ class Backend:
 
         processors     blocks of any size that certainly run at the same time.
         shared_memory  bytes that a block may have.
-        cooperative    1 where a launch can ask for all of its blocks to run at the same time, or 0.
+        capability     the major number of the compute capability; from 9 on there are thread block clusters.
         """
         return {}
 
-    def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Any:
+    def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Any:
         """A kernel in a file of CUDA C++ with these constants (see CudaKernels.function)."""
         raise RuntimeError(f"{file}: no CUDA kernels run on {self.name()}")
+
+    def clusters_at_once(self, kernel: Any, threads: int, shared: int) -> int:
+        """How many of a kernel's thread block clusters run at the same time, with blocks of so many threads and bytes
+        of shared memory."""
+        raise RuntimeError(f"no CUDA kernels run on {self.name()}")
 
     def use_tf32(self, on: bool) -> None:
         """Whether matrix products of float32 numbers may take TF32 from now on; a setting of the device."""
@@ -255,13 +260,18 @@ class CudaBackend(Backend):
             return {}
         runtime = self.np.cuda.runtime
         device = runtime.getDevice()
-        numbers = {"processors": 16, "shared_memory": 97, "cooperative": 95}  # of cudaDeviceAttr
+        numbers = {"processors": 16, "shared_memory": 97, "capability": 75}  # of cudaDeviceAttr
         return {name: runtime.deviceGetAttribute(number, device) for name, number in numbers.items()}
 
-    def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Any:
+    def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Any:
         if not self._overrides:
-            return super().kernel(file, name, shared=shared, cooperative=cooperative, **defines)
-        return self._overrides.function(file, name, shared=shared, cooperative=cooperative, **defines)
+            return super().kernel(file, name, shared=shared, **defines)
+        return self._overrides.function(file, name, shared=shared, **defines)
+
+    def clusters_at_once(self, kernel: Any, threads: int, shared: int) -> int:
+        if not self._overrides:
+            return super().clusters_at_once(kernel, threads, shared)
+        return self._overrides.clusters_at_once(kernel, threads, shared)
 
     def use_tf32(self, on: bool) -> None:
         linalg = self.np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)

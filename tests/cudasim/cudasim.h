@@ -1,9 +1,11 @@
 // Runs CUDA C++ kernels on a CPU, to see whether they are right: no GPU, no driver.
 //
-// One block runs at a time. Every CUDA thread is a fiber with a stack of its own, and gives way only at barriers and in
-// collectives of its warp. Between two such points it runs alone, in an order that the caller picks (0: the first warp
-// runs as far ahead as it can, 1: the last warp does, from 2 on: warps at random rates), so that a missing barrier
-// shows as a result that is wrong or depends on the order.
+// Every CUDA thread is a fiber with a stack of its own, and gives way only at barriers, in collectives of its warp, and
+// where it waits for another block. Between two such points it runs alone, in an order that the caller picks (0: the
+// first warp runs as far ahead as it can, 1: the last warp does, from 2 on: warps at random rates), so that a missing
+// barrier shows as a result that is wrong or depends on the order. Blocks run one after the other; one that only waits
+// lets the next begin, and then the same holds among blocks (0: the first one that can goes on, 1: the last one, from 2
+// on: one at random keeps ahead of the others for a while).
 //
 // It stops with a message at divergent barriers, collectives of a warp that name lanes which have exited or left, lanes
 // that meet in different collectives, copies that nobody waits for, ldmatrix and cp.async outside shared memory or (to
@@ -11,12 +13,14 @@
 // cp.async until it is waited for.
 //
 // Known: threadIdx and its like, __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4,
-// bf16, ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async.
+// bf16, ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async, the shared memory of a cluster's blocks and their barrier.
 // Not modelled: the order in which a GPU makes writes visible, bank conflicts, registers, a plain access past the end of
-// an array, lanes that meet in the same collective at two places, wgmma, TMA, blocks that wait for each other, denormal
+// an array, lanes that meet in the same collective at two places, wgmma, TMA, more blocks than a GPU has room for, denormal
 // numbers (CuPy compiles with -ftz=true), and the GPU's own approximations of exp and its like.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -31,8 +35,9 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-// One block runs at a time, on one thread of the system. (The poisoning of it is put in by __init__.py.)
+// One block at a time may use it. (The poisoning of it is put in by __init__.py.)
 #define __shared__ static
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
@@ -92,10 +97,11 @@ cudasim_switch:
 #error "add a ucontext switch for this processor"
 #endif
 
-// Where a fiber stands: it can run, waits for its block, waits in a collective of its warp, or has exited.
-enum Kind { RUN = 0, BLOCK = 1, SYNCWARP, SHFL, BALLOT, LDMATRIX, MMA, DONE };
-static const char* const kind_name[] = {"running", "__syncthreads", "__syncwarp", "shfl",
-                                        "ballot",  "ldmatrix",      "mma",        "exited"};
+// Where a fiber stands: it can run, waits for its block, waits in a collective of its warp, has exited, or waits for
+// another block.
+enum Kind { RUN = 0, BLOCK = 1, SYNCWARP, SHFL, BALLOT, LDMATRIX, MMA, DONE, WAIT, KINDS };
+static const char* const kind_name[] = {"running",  "__syncthreads", "__syncwarp", "shfl",  "ballot",
+                                        "ldmatrix", "mma",           "exited",     "waiting for another block"};
 constexpr size_t STACK = 64 << 10, SLOT = 64;  // bytes: of a stack, and that a lane can give in one exchange
 
 struct Copy {
@@ -109,6 +115,7 @@ struct Fiber {
   int state;
   unsigned mask;  // of the collective it waits in
   int parity;     // which slot its next exchange uses
+  size_t clusters;  // cluster barriers that it came to
   dim3 tid;
   std::vector<std::vector<Copy>> groups;  // of cp.async, the oldest first; the last is not committed
 };
@@ -118,14 +125,25 @@ struct Warp {
   alignas(16) char slot[2][32][SLOT];  // what the lanes give each other
 };
 
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline char* stacks;
-inline size_t nstacks;
-inline void* main_sp;  // the scheduler's
-inline int cur, n_alive, n_arrived, order;
-inline char* dyn;  // dynamic shared memory
-inline char* dyn_smem() { return (char*)(((uintptr_t)dyn + 127) & ~(uintptr_t)127); }
+struct Block {
+  dim3 id;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  char *stacks, *memory;  // dynamic shared memory
+  int alive, arrived;     // fibers that have not exited, that wait in __syncthreads
+  std::vector<int> clusters;  // how many came to each cluster barrier
+  char* dynamic() { return (char*)(((uintptr_t)memory + 127) & ~(uintptr_t)127); }
+};
+
+inline std::vector<Block*> blocks;  // by number; null until they begin
+inline std::vector<Block*> living;  // that have begun and not ended
+inline Block* now;                  // whose fiber runs
+inline int cur;                     // which one of them
+inline int order;
+inline void* main_sp;               // the scheduler's
+inline std::vector<char*> spare;    // stacks of blocks that have ended
+inline size_t spare_threads, dynamic_size;
+inline char* dyn_smem() { return now->dynamic(); }
 struct Span {
   const char* start;
   size_t size;
@@ -139,7 +157,13 @@ inline void fail(const std::string& m) {
   if (error.empty()) error = m;
 }
 
-inline void yield_to_main() { cudasim_switch(&fibers[cur].sp, main_sp); }
+inline void yield_to_main() { cudasim_switch(&now->fibers[cur].sp, main_sp); }
+
+// Let others run until one of them has done something.
+inline void wait() {
+  now->fibers[cur].state = WAIT;
+  yield_to_main();
+}
 
 // Report, and never go on.
 inline void stop(const std::string& m) {
@@ -158,6 +182,7 @@ inline void check(const void* p, const std::vector<Span>& spans, const char* wha
 // The first thread of a block that comes to the declaration of a shared variable fills it with NaN.
 inline void poison(void* variable, size_t size, unsigned long& block) {
   if (block == blocks_started) return;
+  if (living.size() > 1) stop("static shared memory in a kernel whose blocks wait for each other: it stands for one block");
   if (!block) shared.push_back({(char*)variable, size});
   block = blocks_started;
   memset(variable, 0xFF, size);
@@ -166,16 +191,16 @@ inline void poison(void* variable, size_t size, unsigned long& block) {
 // Meeting points ------------------------------------------------------------------------------------------------------
 
 inline void release_block() {
-  if (n_arrived && n_arrived == n_alive) {
-    for (auto& f : fibers)
+  if (now->arrived && now->arrived == now->alive) {
+    for (auto& f : now->fibers)
       if (f.state == BLOCK) f.state = RUN;
-    n_arrived = 0;
+    now->arrived = 0;
   }
 }
 
 inline void syncthreads() {
-  n_arrived++;
-  fibers[cur].state = BLOCK;
+  now->arrived++;
+  now->fibers[cur].state = BLOCK;
   release_block();
   yield_to_main();
 }
@@ -183,8 +208,8 @@ inline void syncthreads() {
 // All lanes named in the mask meet here; the last one lets the others go.
 inline void warp_meet(unsigned mask, int kind) {
   int w = cur / 32, lane = cur % 32;
-  Warp& W = warps[w];
-  Fiber& f = fibers[cur];
+  Warp& W = now->warps[w];
+  Fiber& f = now->fibers[cur];
   if (!(mask >> lane & 1)) fail("a lane calls a warp collective whose mask leaves it out");
   if (mask & ~W.alive) fail(std::string(kind_name[kind]) + ": the mask names a lane that has exited");
   W.arrived |= 1u << lane;
@@ -193,7 +218,7 @@ inline void warp_meet(unsigned mask, int kind) {
   if ((W.arrived & mask) == (mask & W.alive)) {
     for (int l = 0; l < 32; l++)
       if (mask >> l & 1) {
-        Fiber& g = fibers[w * 32 + l];
+        Fiber& g = now->fibers[w * 32 + l];
         if (g.state == DONE) continue;
         if (g.state != kind || g.mask != mask) fail("lanes of one warp meet in different collectives or masks");
         if (kind != SYNCWARP && g.parity != f.parity) fail("lanes that differ in how many exchanges they had");
@@ -208,24 +233,40 @@ inline void warp_meet(unsigned mask, int kind) {
 // is ahead by one exchange writes to the other slot.
 template <class F>
 inline auto exchange(unsigned mask, int kind, const void* v, size_t n, F read) {
-  Fiber& f = fibers[cur];
+  Fiber& f = now->fibers[cur];
   int p = f.parity;
   f.parity ^= 1;
-  memcpy(warps[cur / 32].slot[p][cur % 32], v, n);
+  memcpy(now->warps[cur / 32].slot[p][cur % 32], v, n);
   warp_meet(mask, kind);
-  return read(warps[cur / 32].slot[p]);
+  return read(now->warps[cur / 32].slot[p]);
+}
+
+// The block of this rank in the current one's cluster, where it has begun; else null.
+inline Block* in_cluster(int size, int rank) {
+  size_t i = blockIdx.x / size * size + rank;
+  return i < blocks.size() ? blocks[i] : nullptr;
+}
+
+inline void cluster_barrier(int size) {
+  if (gridDim.x % size) stop("the grid is no multiple of a cluster");
+  size_t mine = now->fibers[cur].clusters++;
+  now->clusters.resize(std::max(now->clusters.size(), mine + 1));
+  now->clusters[mine]++;
+  auto there = [=](Block* b) { return b && b->clusters.size() > mine && b->clusters[mine] == (int)b->fibers.size(); };
+  for (int rank = 0; rank < size; rank++)
+    while (!there(in_cluster(size, rank))) wait();
 }
 
 // Where a fiber begins.
 extern "C" inline void cudasim_entry() {
   body();
   int c = cur;
-  fibers[c].state = DONE;
-  n_alive--;
-  Warp& W = warps[c / 32];
+  now->fibers[c].state = DONE;
+  now->alive--;
+  Warp& W = now->warps[c / 32];
   W.alive &= ~(1u << c % 32);
   if (W.arrived) fail("a thread exited while lanes of its warp wait in a collective");
-  for (auto& g : fibers[c].groups)
+  for (auto& g : now->fibers[c].groups)
     if (!g.empty()) {
       fail("a thread exited with cp.async not waited for");
       break;
@@ -237,21 +278,28 @@ extern "C" inline void cudasim_entry() {
 
 // Blocks --------------------------------------------------------------------------------------------------------------
 
-inline bool run_block() {
+inline void begin(unsigned number) {
   blocks_started++;
-  int n = blockDim.x * blockDim.y * blockDim.z;
-  fibers.assign(n, {});
-  warps.assign((n + 31) / 32, {});
-  if (nstacks < (size_t)n) {
-    if (stacks) munmap(stacks, nstacks * STACK);
-    nstacks = n;
-    stacks = (char*)mmap(0, n * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  size_t n = blockDim.x * blockDim.y * blockDim.z;
+  if (spare_threads != n) {
+    for (char* stacks : spare) munmap(stacks, spare_threads * STACK);
+    spare.clear();
+    spare_threads = n;
   }
-  unsigned rng = order * 2654435761u + blockIdx.x * 40503u + 1;
-  int nw = (n + 31) / 32;
-  for (int i = 0; i < n; i++) {
-    Fiber& f = fibers[i];
-    warps[i / 32].alive |= 1u << i % 32;
+  char* stacks;
+  if (spare.empty()) {
+    stacks = (char*)mmap(0, n * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  } else {
+    stacks = spare.back();
+    spare.pop_back();
+  }
+  dim3 id(number % gridDim.x, number / gridDim.x % gridDim.y, number / (gridDim.x * gridDim.y));
+  Block* b = new Block{id, std::vector<Fiber>(n), std::vector<Warp>((n + 31) / 32), stacks,
+                       (char*)malloc(dynamic_size + 256), (int)n, 0, {}};
+  memset(b->memory, 0xFF, dynamic_size + 256);  // NaN
+  for (size_t i = 0; i < n; i++) {
+    Fiber& f = b->fibers[i];
+    b->warps[i / 32].alive |= 1u << i % 32;
     f.tid = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
     f.groups.resize(1);
     void** s = (void**)(stacks + (i + 1) * STACK);
@@ -260,48 +308,103 @@ inline bool run_block() {
     for (int k = 0; k < 6; k++) *--s = nullptr;
     f.sp = s;
   }
-  n_alive = n;
-  n_arrived = 0;
+  blocks[number] = b;
+  living.push_back(b);
+}
+
+inline unsigned random_bits;
+inline unsigned random(unsigned below) {
+  random_bits = random_bits * 1664525u + 1013904223u;
+  return (random_bits >> 8) % below;
+}
+
+// Let a block run until all its threads have exited or wait; whether one of them did something.
+inline bool run(Block* b) {
+  now = b;
+  blockIdx = b->id;
+  shared[0] = {dyn_smem(), dynamic_size};
+  int n = b->fibers.size(), nw = b->warps.size();
+  for (auto& f : b->fibers)
+    if (f.state == WAIT) f.state = RUN;
   auto pass = [&](int w) {  // run each ready lane of a warp to its next meeting point; whether there was one
     bool moved = false;
     for (int j = 0; j < 32; j++) {
       int i = w * 32 + (order == 1 ? 31 - j : j);
-      if (i < n && fibers[i].state == RUN) {
-        moved = true;
+      if (i < n && b->fibers[i].state == RUN) {
         cur = i;
-        threadIdx = fibers[i].tid;
-        cudasim_switch(&main_sp, fibers[i].sp);
+        threadIdx = b->fibers[i].tid;
+        cudasim_switch(&main_sp, b->fibers[i].sp);
+        moved |= b->fibers[i].state != WAIT;
       }
     }
     return moved;
   };
-  while (n_alive && error.empty()) {
-    bool moved = false;
-    if (order < 2) {  // one warp as far ahead of the others as it can get
+  bool moved = false;
+  if (order < 2) {  // one warp as far ahead of the others as it can get
+    for (bool again = true; again;) {
+      again = false;
       for (int j = 0; j < nw && error.empty(); j++)
-        while (pass(order ? nw - 1 - j : j) && error.empty()) moved = true;
-    } else {  // warps at random rates
-      int idle = 0;
-      while (idle < 64 * nw && error.empty()) {
-        rng = rng * 1664525u + 1013904223u;
-        if (!pass((rng >> 8) % nw)) {
-          idle++;
-        } else {
-          moved = true;
-          idle = 0;
+        while (error.empty() && pass(order ? nw - 1 - j : j)) moved = again = true;
+    }
+  } else {  // warps at random rates
+    for (int idle = 0; idle < 64 * nw && error.empty();) {
+      if (pass(random(nw))) {
+        moved = true;
+        idle = 0;
+      } else {
+        idle++;
+      }
+    }
+  }
+  if (!b->alive) {
+    living.erase(std::find(living.begin(), living.end(), b));
+    spare.push_back(b->stacks);
+    free(b->memory);
+    b->memory = nullptr;
+  }
+  return moved;
+}
+
+// All blocks of a launch; the number of the one that something went wrong in, or of none.
+inline unsigned run_all(unsigned count) {
+  blocks.assign(count, nullptr);
+  for (unsigned started = 0, idle = 0;;) {
+    bool moved = false;
+    if (order < 2) {
+      for (size_t j = 0; j < living.size() && error.empty() && !moved; j++)
+        moved = run(living[order ? living.size() - 1 - j : j]);
+    } else if (size_t n = living.size()) {  // one ahead of the others for a while, then the next
+      for (size_t j = 0, first = random(n); j < n && error.empty() && !moved; j++) {
+        Block* b = living[(first + j) % n];
+        for (bool more = true; more && b->alive && error.empty();) {
+          more = run(b);
+          moved |= more;
+          more = more && random(8);
         }
       }
     }
-    if (!moved) {
-      int k[8] = {};
-      for (auto& f : fibers) k[f.state]++;
-      std::string m = "deadlock:";
-      for (int i = 0; i < 8; i++)
-        if (k[i]) m += " " + std::to_string(k[i]) + " " + kind_name[i];
-      fail(m);
+    if (!error.empty()) break;
+    if (moved) {
+      idle = 0;
+      continue;
     }
+    if (started < count) {
+      begin(order == 1 ? count - 1 - started : started);
+      started++;
+      continue;
+    }
+    if (living.empty()) return count;
+    if (++idle < 100) continue;  // who waits again may have done something in between
+    std::vector<int> k(KINDS);
+    for (Block* b : living)
+      for (auto& f : b->fibers) k[f.state]++;
+    std::string m = "deadlock:";
+    for (int i = 0; i < KINDS; i++)
+      if (k[i]) m += " " + std::to_string(k[i]) + " " + kind_name[i];
+    fail(m);
+    break;
   }
-  return error.empty();
+  return now->id.x + gridDim.x * (now->id.y + gridDim.y * now->id.z);
 }
 
 // Launches, for ctypes ------------------------------------------------------------------------------------------------
@@ -334,21 +437,21 @@ const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args
   order = ord;
   gridDim = dim3(gb[0], gb[1], gb[2]);
   blockDim = dim3(gb[3], gb[4], gb[5]);
-  dyn = (char*)realloc(dyn, smem + 256);
+  dynamic_size = smem;
+  random_bits = order * 2654435761u + 1;
   if (shared.empty()) shared.push_back({});
-  shared[0] = {dyn_smem(), smem};
   call(k, args, std::index_sequence_for<A...>{});
-  unsigned nb = gb[0] * gb[1] * gb[2];
-  for (unsigned j = 0; j < nb; j++) {
-    unsigned b = order == 1 ? nb - 1 - j : j;
-    blockIdx = dim3(b % gb[0], b / gb[0] % gb[1], b / (gb[0] * gb[1]));
-    memset(dyn, 0xFF, smem + 256);  // NaN
-    if (!run_block()) {
-      error += " in block " + std::to_string(b);
-      return error.c_str();
-    }
+  unsigned bad = run_all(gb[0] * gb[1] * gb[2]);
+  for (Block* b : blocks) {
+    if (!b) continue;
+    if (b->memory) munmap(b->stacks, b->fibers.size() * STACK);
+    free(b->memory);
+    delete b;
   }
-  return nullptr;
+  living.clear();
+  if (error.empty()) return nullptr;
+  error += " in block " + std::to_string(bad);
+  return error.c_str();
 }
 
 inline unsigned first(unsigned n, ...) { return n; }
@@ -382,7 +485,7 @@ extern "C" __attribute__((weak)) void __ubsan_handle_type_mismatch_v1(void* wher
 
 inline void __syncthreads() { cudasim::syncthreads(); }
 inline void __syncwarp(unsigned m = ~0u) { cudasim::warp_meet(m, cudasim::SYNCWARP); }
-inline unsigned __activemask() { return cudasim::warps[cudasim::cur / 32].alive; }
+inline unsigned __activemask() { return cudasim::now->warps[cudasim::cur / 32].alive; }
 template <class T>
 T cudasim_shfl(unsigned m, T v, int src) {
   if (!(m >> src & 1)) cudasim::fail("shfl: reads a lane that the mask does not name");
@@ -531,14 +634,30 @@ inline void cp_async16(void* d, const void* s, unsigned read = 16) {
   cudasim::check(d, cudasim::shared, "cp.async");
   if (read && !cudasim::arrays.empty()) cudasim::check(s, cudasim::arrays, "cp.async");
   memset(d, 0xFF, 16);
-  cudasim::fibers[cudasim::cur].groups.back().push_back({d, s, (int)read});
+  cudasim::now->fibers[cudasim::cur].groups.back().push_back({d, s, (int)read});
+}
+
+// Other blocks ----------------------------------------------------------------------------------------------------------
+
+inline void wait_a_little() { cudasim::wait(); }
+template <int SIZE>
+inline void cluster_barrier() {
+  cudasim::cluster_barrier(SIZE);
+}
+template <int SIZE, class T>
+inline T* in_block(T* place, unsigned rank) {
+  cudasim::Block* there = rank < SIZE ? cudasim::in_cluster(SIZE, rank) : nullptr;
+  if (!there || !there->alive) cudasim::stop("a block of the cluster that has not begun, or has ended");
+  std::ptrdiff_t at = (char*)place - cudasim::now->dynamic();
+  if (at < 0 || at + sizeof(T) > cudasim::dynamic_size) cudasim::stop("a place outside shared memory");
+  return (T*)(there->dynamic() + at);
 }
 
 inline void prefetch_l2(const void* p) { (void)*(const volatile char*)p; }  // a GPU would overlook a wrong address
-inline void cp_async_commit() { cudasim::fibers[cudasim::cur].groups.emplace_back(); }
+inline void cp_async_commit() { cudasim::now->fibers[cudasim::cur].groups.emplace_back(); }
 template <int N>
 inline void cp_async_wait() {
-  auto& g = cudasim::fibers[cudasim::cur].groups;
+  auto& g = cudasim::now->fibers[cudasim::cur].groups;
   while ((int)g.size() - 1 > N) {
     for (auto& c : g.front()) {
       memcpy(c.d, c.s, c.n);

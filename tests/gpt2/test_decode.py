@@ -1,6 +1,6 @@
 """gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
 
-The kernel runs in the simulator phase by phase, a launch each: blocks there do not wait for each other.
+The kernel runs in the simulator, where its blocks wait for each other's letters as on a GPU, in several schedules.
 """
 
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
-from gpt2.decode import MOST_TEXTS
+from gpt2.decode import MOST_TEXTS, Decoder
 from gpt2.generate import KVCache
 from tests import cudasim, strict_cupy
 from tinygrad2 import no_grad
@@ -86,19 +86,55 @@ def test_other_sizes(device, config):
     assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
 
 
-@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40, a head's keys are in 13 parts, of which many are empty
-def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors):
-    model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
-    limits = {**model.backend.limits(), "processors": processors}
+def limited(monkeypatch, model, **limits):
+    """The model's GPU has these limits."""
+    limits = {**model.backend.limits(), **limits}
     monkeypatch.setattr(model.backend, "limits", lambda: limits)
+
+
+@pytest.mark.parametrize("capability", [8, 9])  # without and with thread block clusters
+@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five teams, of which two have no head
+def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors, capability):
+    model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
+    limited(monkeypatch, model, processors=processors, capability=capability)
     logits, _ = logits_of(model, tokens, 1)
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("clusters", [3, 1])
+def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypatch, clusters):
+    device.clusters = clusters
+    model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
+    limited(monkeypatch, model, processors=40)
+    cache = KVCache(model, 1, 8)
+    with no_grad():
+        model.next_logits(tokens[:, :5], cache)
+        found = [model.next_logits(tokens[:, i : i + 1], cache).numpy() for i in (5, 6)]
+    assert cache.decoder._plan.teams == clusters
+    expected, _ = logits_of(model_of(device="cpu"), tokens, 5)
+    assert distance(np.stack(found, axis=1), expected[:, :2]) < BOUNDS["float32"]
+
+
+def test_where_no_cluster_runs_a_team_is_none(device):
+    device.clusters = 0
+    tokens = tokens_of(CONFIG, 1, 4)
+    logits, _ = logits_of(model_of(), tokens, 1)
+    assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_marks_go_on_from_zero_where_their_32_bits_end(device, monkeypatch, capability):
+    model, tokens = model_of(), tokens_of(CONFIG, 1, 12)
+    limited(monkeypatch, model, processors=24, capability=capability)
+    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)
+    logits, _ = logits_of(model, tokens, 5)
+    assert distance(logits, logits_of(model_of(device="cpu"), tokens, 5)[0]) < BOUNDS["float32"]
 
 
 def test_every_schedule_gives_the_same_bits(device, monkeypatch):
     model, tokens = model_of(dtype="bfloat16"), tokens_of(CONFIG, 2, 40)
     results = []
-    for order in range(3):
+    for order in range(5):
         monkeypatch.setattr(cudasim, "schedule", order)
         results.append(logits_of(model, tokens, 36))
     for logits, cache in results[1:]:
@@ -120,7 +156,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch
     assert KVCache(GPT2(GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9), device="cuda"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG, device="cuda", dtype="float64"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG), 1, 8).decoder is None
-    monkeypatch.setattr(model.backend, "limits", lambda: {"processors": 2, "shared_memory": 32 << 10, "cooperative": 1})
+    limited(monkeypatch, model, shared_memory=32 << 10)
     assert KVCache(model, MOST_TEXTS, 8).decoder is None
 
 
@@ -138,44 +174,48 @@ def test_a_token_or_position_out_of_range_is_refused(device):
 
 
 FAULTS = {
-    "a token does not see itself": (r"first \+ count, position \+ 1", "first + count, position"),
-    "a key of the split before": (r"first = split \* count,", "first = max(0, split * count - 1),"),
-    "parts are one short": (r"block <= last \?", "block < last ?"),
-    "the wrong slot of a block": (r"slot = tile - block \* SHARE / K;", "slot = 0;"),
-    "weights that nobody waits for": (r"cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>"),
-    "inputs begin elsewhere": (r"int origin = Walk\(.*\)\.row;", "int origin = 0;"),
-    "the other buffer": (r"x_in, x_mid, parts_out, layer", "x_mid, x_in, parts_out, layer"),
-    "the first of some rows for all of them": (r"\(walk\.row \+ row\) \* N", "walk.row * N"),
+    "a token does not see itself": (r"if \(i > position\) continue;", "if (i >= position) continue;"),
+    "all blocks have the keys of the first": (r"int i = rank\(\) \+ \(start", "int i = (start"),
+    "a key stands before its place": (r"\(size_t\)position \* D \+ i % D", "(size_t)(position - 1) * D + i % D"),
+    "weights that nobody waits for": (r"cp_async_wait<AHEAD - N>", "cp_async_wait<AHEAD - N + 1>"),
+    "inputs begin elsewhere": (r"int origin = .*;", "int origin = 0;"),
+    "rows as far apart as in a part": (r"step \* outputs\(matrix\)", "step * columns(matrix)"),
+    "a team that has no heads is heard": (r"receive_sum<ATTENDING>", "receive_sum<TEAMS>"),
+    "the squares are those of one block": (r"squares = warp_sum\(lane < RANKS", "squares = warp_sum(lane < 1"),
+    "blocks that may not have begun": (r"cluster_barrier<RANKS>\(\);", ""),
+    "the last half's letters": (r"place, B \* C, mark - 1\)\);", "place, B * C, mark - 2));"),
+    "what was in shared memory is a letter": (r"\(Letter\)\(mark - 1\) << 32;", "letters[i];"),
+    "halves do not take turns": (r"half % 4 \* TEAMS|\(half \+ 3\) % 4 \* TEAMS", "half % 4 * 0"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [None, *FAULTS, *range(7)])
+@pytest.mark.parametrize("fault", [None, *FAULTS, *range(10)])
 def test_planted_faults_are_caught(device, monkeypatch, fault):
-    """A number plants the removal of that __syncthreads; grid_barrier's are not reached here."""
+    """A number plants the removal of that __syncthreads."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
     whole, pasted = cuda.source, cuda.source(Path(decode.__file__).with_suffix(".cu"))
     common, title, text = pasted.partition("// One token of GPT-2")
     if isinstance(fault, int):
-        inside = text[: text.index("void grid_barrier")]
-        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", inside)][fault]
-        broken = text[:start] + text[stop:]
+        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", text)][fault]
+        broken = text[:start] + ";" + text[stop:]
     else:
         broken, count = re.subn(*FAULTS[fault], text) if fault else (text, 1)
-        assert count == 1, "the fault has no place"
+        assert count, "the fault has no place"
     monkeypatch.setattr(
         cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
     )
-    model, tokens, results = model_of(config), tokens_of(config, 2, 6), []
-    # With few processors a block has several heads, with many a head has several blocks.
-    limits = {**model.backend.limits(), "processors": 3 if isinstance(fault, int) else 8}
-    monkeypatch.setattr(model.backend, "limits", lambda: limits)
+    model, tokens, results = model_of(config), tokens_of(config, 2, 8), []
+    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
     expected, _ = logits_of(model_of(config, device="cpu"), tokens, 3)
-    for order in range(3):
+    # Two heads a team; or a team with none; or two blocks with all, which takes several turns.
+    runs = [(processors, order) for processors in ((8,) if isinstance(fault, int) else (24, 2)) for order in range(6)]
+    for processors, order in runs:
+        limited(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
             results.append(logits_of(model, tokens, 3)[0])
         except RuntimeError:
             break
-    caught = len(results) < 3 or any(not distance(got, expected) < BOUNDS["float32"] for got in results)
+    caught = len(results) < len(runs) or any(not distance(got, expected) < BOUNDS["float32"] for got in results)
     assert caught == (fault is not None)

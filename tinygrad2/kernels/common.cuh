@@ -8,6 +8,20 @@
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ void wait_a_little() {}  // others need no time of ours
+#if __CUDA_ARCH__ >= 900
+// The same place in the shared memory of another block of a thread block cluster of SIZE.
+template <int SIZE, class T>
+__device__ __forceinline__ T* in_block(T* place, unsigned rank) {
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return there;
+}
+template <int SIZE>
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#endif
 #if __CUDA_ARCH__ >= 800
 // Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {

@@ -10,9 +10,11 @@ such as C or the head size are constants in the code (-DC=768).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,20 @@ def source(family: str | Path) -> str:
     return re.sub(r'^#include "(\w+\.cuh)"$', paste, file.read_text(encoding="utf-8"), flags=re.M)
 
 
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        *(("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("attribute_count", ctypes.c_uint)),
+    )
+
+
+def driver() -> ctypes.CDLL:
+    """The library of NVIDIA's driver."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
 class CudaKernels:
     """The overrides for one array library (CuPy, or a stand-in in the tests).
 
@@ -54,24 +70,30 @@ class CudaKernels:
         self._functions: dict[tuple, Any] = {}
         self._gemm = Gemm(np)
 
-    def function(
-        self, family: str | Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any
-    ) -> Any:
+    def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Any:
         """A kernel, compiled with these constants when first used.
 
-        shared       bytes of shared memory that it will be launched with, where these constants say how many.
-        cooperative  all blocks of a launch run at once.
+        shared  bytes of shared memory that it will be launched with, where these constants say how many.
         """
-        key = (family, name, cooperative, *defines.items())
+        key = (family, name, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
-            launch = {"enable_cooperative_groups": True} if cooperative else {}
-            function = self._np.RawModule(code=source(family), options=options, **launch).get_function(name)
+            function = self._np.RawModule(code=source(family), options=options).get_function(name)
             if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
                 function.max_dynamic_shared_size_bytes = shared
                 function.preferred_shared_memory_carveout = 100  # percent; what is left of it is L1 cache
             self._functions[key] = function
         return self._functions[key]
+
+    def clusters_at_once(self, function: Any, threads: int, shared: int) -> int:
+        """How many clusters of a kernel that is compiled for clusters run at the same time. CuPy has no name for it."""
+        count, config = ctypes.c_int(), LaunchConfig(1, 1, 1, threads, 1, 1, shared)
+        status = driver().cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
+        )
+        if status:
+            raise RuntimeError(f"cuOccupancyMaxActiveClusters: the driver's error {status}")
+        return count.value
 
     @functools.cached_property
     def _shared_memory(self) -> int:
