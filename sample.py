@@ -6,6 +6,11 @@ Text goes on beyond the model's context: the first half of what the model sees i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import interrupt
+
+    interrupt.ends()
+
 import io
 import sys
 from pathlib import Path
@@ -136,4 +141,4 @@ def complain(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.run(main))

@@ -5,6 +5,11 @@ Goes on from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import interrupt
+
+    interrupt.ends()
+
 import dataclasses
 import io
 import math
@@ -519,4 +524,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.run(main))

@@ -2,11 +2,16 @@
 
 A probe is a function that returns a Finding. Whatever it meets, it neither ends the program nor keeps it waiting: each
 runs in a thread of its own with a time limit, and what may crash or hang in foreign code (importing NumPy, CuPy or MPI)
-runs in a process of its own. This file imports the standard library only, and old Pythons can read it: it has to speak
+runs in a process of its own. This file needs the standard library only, and old Pythons can read it: it has to speak
 where everything else is missing.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from gpt2 import interrupt
+
+    interrupt.ends()
 
 import argparse
 import json
@@ -599,8 +604,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupt.run(main))
     except BrokenPipeError:  # whoever reads has enough; Python would flush once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import interrupt
+
+    interrupt.ends()
+
 import argparse
 import io
 import math
@@ -217,4 +222,4 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(interrupt.run(main))

@@ -11,6 +11,11 @@ parameter, and the text that is written by taking the likeliest token each time 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import interrupt
+
+    interrupt.ends()
+
 import argparse
 import dataclasses
 import json
@@ -309,4 +314,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(interrupt.run(main))

@@ -1,0 +1,69 @@
+"""gpt2/interrupt.py: Ctrl-C in the first moments of every command."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2 import interrupt
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
+    ["-m", f"gpt2.{name}"] for name in ("convert", "doctor", "evaluate", "report", "verify")
+]
+CTRL_C = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGINT)
+print("went on", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def handler():
+    """What SIGINT does is put back afterwards; that of a process that a test starts is the default."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Start a command that gets a Ctrl-C while it imports its first modules."""
+    for name in ("argparse", "numpy"):
+        (tmp_path / f"{name}.py").write_text(CTRL_C)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+
+    def begin(command):
+        env = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+
+    return begin
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_ctrl_c_among_the_imports_of_a_command_shows_nothing(begun, handler, command):
+    ended = begun(command)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_where_it_is_ignored_it_stays_so(begun, handler):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert "went on" in begun(["sample.py"]).stderr
+
+
+def test_main_gets_an_exception_as_ever(handler):
+    def main():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    interrupt.ends()
+    ending = signal.getsignal(signal.SIGINT)
+    assert ending is not signal.default_int_handler
+    assert interrupt.run(main) == 130
+    assert interrupt.run(lambda: 7) == 7
+    assert signal.getsignal(signal.SIGINT) is ending
