@@ -15,7 +15,7 @@ import io
 import sys
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
 from gpt2.generate import check_sampling, stream_text
 from gpt2.model import WEIGHTS
 from gpt2.options import Parser, discard_output
@@ -100,6 +100,7 @@ def sample(options) -> int:
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    check_memory(model, options.samples, len(prompt), options.max_tokens)
     pieces = stream_text(
         model,
         tokenizer,
@@ -126,6 +127,22 @@ def sample(options) -> int:
     for i, text in enumerate(texts[1:], start=2):
         print(f"{heading.format(i)}\n{text}")
     return 0
+
+
+def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
+    """Raise MemoryError where so many samples need more memory than is free, before any is taken."""
+    itemsize = 2 if model.activations == "bfloat16" else 4
+    need = model.config.memory_to_generate(samples, prompt, more, itemsize)
+    there = model.backend.memory() or doctor.memory()
+    if there is None or sum(need.values()) <= there[0]:
+        return
+    parts = " + ".join(f"{value / 1e9:,.2f} {name}" for name, value in need.items())
+    fitting = int(samples * 0.9 * there[0] / sum(need.values()))  # a tenth for temporary arrays
+    raise MemoryError(
+        f"out of memory: {samples:,} samples of {min(prompt + more, model.config.n_positions):,} tokens need {parts} = "
+        f"{sum(need.values()) / 1e9:,.2f} GB; {there[0] / 1e9:,.2f} of {there[1] / 1e9:,.2f} GB are free; "
+        + (f"-n {fitting} fits" if fitting else "not even one fits: use a smaller --max-tokens or a shorter prompt")
+    )
 
 
 def default_model() -> Path | None:
