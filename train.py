@@ -67,6 +67,8 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         say(f"{folder.path}/ has made its {progress.step:,} steps. {sample_command(folder)} samples from it;")
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
+    if options.min_lr > options.learning_rate:
+        raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     micro_steps = accumulation(options, comm.size)
     options.total_batch_size = micro_steps * comm.size * options.batch_size * options.block_size
     if lacks := get_backend(options.device).lacks(options.dtype):
@@ -298,13 +300,22 @@ def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Confi
     before, options = complete(saved.options, config), complete({**saved.options, **given}, config)
     for name in FIXED:
         was, asked = getattr(before, name), getattr(options, name)
-        if was != asked and not (name == "dtype" and PRECISIONS[was] == PRECISIONS[asked]):
+        if meant(name, was) != meant(name, asked):
             raise UsageError(
                 f"{saved.folder.parent}/ holds a run with {flag(name)} {was}; it cannot go on with {asked}. Use "
                 f"another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
             )
     say(f"going on from {saved.folder}, step {saved.progress.step:,}")
     return options, with_dropout(config, options)
+
+
+def meant(name: str, value: Any) -> Any:
+    """What the value of an option in FIXED means, where several spellings mean the same."""
+    if name == "dtype":
+        return PRECISIONS[value]
+    if name == "data":  # as find_dataset looks for it
+        return next((path for path in (Path("data") / value, Path(value)) if path.exists()), Path(value)).resolve()
+    return value
 
 
 def with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
@@ -345,8 +356,10 @@ def open_data(options: Options, comm: Comm) -> tuple[TokenDataset, TokenDataset,
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     path = find_dataset(options.data)
-    data = TokenDataset.open(path, "train")
-    return data, TokenDataset.open(path, "val"), data.tokenizer()
+    data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
+    for split in (data, validation):
+        split.windows(options.block_size)  # raises now, not at the first evaluation, where there is not one
+    return data, validation, data.tokenizer()
 
 
 def prepare_pydoc() -> None:

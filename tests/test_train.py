@@ -294,6 +294,13 @@ def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
 
+def test_another_spelling_of_its_data_is_no_other_data(user):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "3", "--data", "./data/text/"]) == 0
+    assert train.main(["--max-iters", "4", "--data", str(user / "data" / "text")]) == 0
+    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
+
+
 def test_fine_tuning_starts_from_the_weights(user, capsys):
     run("--max-iters", "3", "--out-dir", "base")
     base = checkpoint.newest(Path("base"))[0]
@@ -462,7 +469,17 @@ BAD = {
     "an out-dir that is a file": (
         lambda user: (user / "taken").write_text("x"),
         ["--out-dir", "taken"],
-        r"taken",
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a file is not renamed for a fresh start": (
+        lambda user: (user / "taken").write_text("x"),
+        ["--out-dir", "taken", "--fresh"],
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a rate that ends above its peak": (
+        None,
+        ["--min-lr", "1e-2", "--learning-rate", "1e-3"],
+        "--min-lr 0.01 is more than --learning-rate 0.001",
     ),
 }
 
@@ -474,6 +491,8 @@ def test_bad_input_gets_one_line(user, capsys, case):
         prepare_case(user)
     run("--max-iters", "3", *options, code=1)
     assert re.search(message, one_line(capsys))
+    if case != "ids outside the vocabulary":  # which shows when they are read; the others before a run begins
+        assert not list(Path().rglob("log.jsonl"))
     assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
 
 
