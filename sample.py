@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name} is {value}; expected {least} or more")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed is {options.seed}; expected 0 to 2**64 - 1")
+    if options.checkpoint == "":
+        parser.error("--checkpoint is empty; expected a model")
     if "" in options.stop:
         parser.error("--stop is empty; expected some text")
     try:
@@ -100,6 +102,8 @@ def sample(options) -> int:
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    if len(prompt) > (context := model.config.n_positions):
+        complain(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
     check_memory(model, options.samples, len(prompt), options.max_tokens)
     pieces = stream_text(
         model,

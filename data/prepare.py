@@ -616,7 +616,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-bytes", type=int, default=0, help="leave out documents of fewer bytes (default: 0)")
     parser.add_argument("--drop-duplicates", action="store_true", help="leave out documents that were there before")
     parser.add_argument("--fresh", action="store_true", help="rename an existing data set of this name away first")
-    options = vars(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    options = vars(parser.parse_args(given))
+    if "" in given:
+        parser.error("an argument is empty")
     try:
         out = prepare(**options)
     except KeyboardInterrupt:

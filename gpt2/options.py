@@ -180,6 +180,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [text for action in self._actions for text in action.option_strings if "_" not in text]
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected argument {unknown[0][:80]!r}")
             self.error(f"unknown option {unknown[0]}{_nearest(unknown[0].split('=')[0], known)}")
         return found
 

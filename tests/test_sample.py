@@ -91,6 +91,13 @@ def test_greedy_text_beyond_the_context(user, capsys):
     assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
+def test_a_prompt_longer_than_the_context_is_said_to_be(user, capsys):
+    save_model("checkpoint")
+    assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
+    said = run(capsys, "-p", 33 * "a", "-m", "2").err
+    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model sees the last 32\n"
+
+
 def test_a_stop_string_ends_the_text(user, capsys):
     save_model("checkpoint")
     text = run(capsys, "-p", "ab", "-m", "60", "--seed", "2").out.removeprefix("ab").rstrip("\n")
@@ -143,6 +150,7 @@ def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
         (["--top-p", "0"], "top-p is 0.0; expected 0 < top-p <= 1"),
         (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
         (["--stop", ""], "--stop is empty"),
+        (["--checkpoint", ""], "--checkpoint is empty; expected a model"),
         (["--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
         (["-m", "x"], "invalid int value: 'x'"),
     ],
