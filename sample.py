@@ -7,11 +7,10 @@ Text goes on beyond the model's context: the first half of what the model sees i
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
-import io
 import sys
 from pathlib import Path
 
@@ -67,9 +66,6 @@ def main(argv: list[str] | None = None) -> int:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the text may hold what this terminal cannot show
     try:
         return sample(options)
     except BrokenPipeError:  # whoever reads has enough
@@ -162,4 +158,4 @@ def complain(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(interrupt.run(main))
+    sys.exit(console.run(main))

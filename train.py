@@ -6,12 +6,11 @@ Goes on from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
 import dataclasses
-import io
 import math
 import os
 import shlex
@@ -43,9 +42,6 @@ from tinygrad2.profiler import Profiler
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
     try:
         comm = distributed.world()
         comm.root_speaks()
@@ -537,4 +533,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(interrupt.run(main))
+    sys.exit(console.run(main))

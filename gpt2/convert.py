@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
 import os
 import shutil
@@ -140,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interrupt.run(main))
+    sys.exit(console.run(main))

@@ -9,9 +9,9 @@ where everything else is missing.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
 import argparse
 import json
@@ -616,6 +616,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(interrupt.run(main))
+        sys.exit(console.run(main))
     except BrokenPipeError:  # whoever reads has enough; Python would flush once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -152,9 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.json}: there is no folder {options.json.parent}/")
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
         return _evaluate(options)
     except BrokenPipeError:
@@ -222,4 +218,4 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interrupt.run(main))
+    sys.exit(console.run(main))

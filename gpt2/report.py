@@ -9,9 +9,9 @@ this file's own style and script forbids everything else: whatever a sample hold
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from gpt2 import interrupt
+    from gpt2 import console
 
-    interrupt.ends()
+    console.begin()
 
 import base64
 import hashlib
@@ -684,4 +684,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interrupt.run(main))
+    sys.exit(console.run(main))

@@ -1,4 +1,4 @@
-"""gpt2/interrupt.py: Ctrl-C in the first moments of every command."""
+"""gpt2/console.py: Ctrl-C in the first moments of every command, and screens without all characters."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import interrupt
+from gpt2 import console
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
@@ -61,9 +61,18 @@ def test_main_gets_an_exception_as_ever(handler):
         signal.raise_signal(signal.SIGINT)
         return 0
 
-    interrupt.ends()
+    console.begin()
     ending = signal.getsignal(signal.SIGINT)
     assert ending is not signal.default_int_handler
-    assert interrupt.run(main) == 130
-    assert interrupt.run(lambda: 7) == 7
+    assert console.run(main) == 130
+    assert console.run(lambda: 7) == 7
     assert signal.getsignal(signal.SIGINT) is ending
+
+
+def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
+    (tmp_path / "café.txt").write_text("text " * 20)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
+    ended = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "train on it: python train.py --data 'caf?'" in ended.stdout

@@ -1,17 +1,20 @@
-"""Ctrl-C while a command still imports NumPy and the rest, or is over: it ends with status 130, without a traceback.
+"""What all commands share: Ctrl-C at any time, and screens that cannot show every character.
 
-A file that is a command calls `ends` before its other imports, and at its end `run(main)`. (Python's own way, an
-exception, would come up anywhere within an import, which may turn it into another one.)
+A file that is a command calls `begin` before its other imports, and at its end `run(main)`. While it imports NumPy and
+the rest, and when it is over, Ctrl-C ends it with status 130 and shows no traceback. (Python's own way, an exception,
+would come up anywhere within an import, which may turn it into another one.)
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 
-def ends() -> None:
+def begin() -> None:
     """From now on Ctrl-C ends this process, unless it is ignored (as in a shell's background jobs)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -26,8 +29,11 @@ def run(main: Callable[[], int]) -> int:
     try:
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a text or a name may hold what this terminal cannot show
         return main()
     except KeyboardInterrupt:  # where main does not expect it, as while it reads its options
         return 130
     finally:
-        ends()
+        begin()
