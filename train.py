@@ -78,8 +78,8 @@ def train(given: dict[str, Any], comm: Comm) -> int:
     questions = [(task, comm.from_root(partial(load, task, limit=options.eval_items))) for task in asked]
     if saved and saved.data != data.fingerprint:
         raise UsageError(
-            f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
-            f"--out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
+            f"{data.path} is not the data that {folder.path}/ was trained on so far: it is another set, or was "
+            f"prepared anew. Use another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
         )
     source = saved.folder if saved else run.find_model(Path(options.init), say) if options.init else None
     config = with_vocabulary(config, tokenizer, source, options.preset)
@@ -296,22 +296,13 @@ def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Confi
     before, options = complete(saved.options, config), complete({**saved.options, **given}, config)
     for name in FIXED:
         was, asked = getattr(before, name), getattr(options, name)
-        if meant(name, was) != meant(name, asked):
+        if was != asked and not (name == "dtype" and PRECISIONS[was] == PRECISIONS[asked]):
             raise UsageError(
                 f"{saved.folder.parent}/ holds a run with {flag(name)} {was}; it cannot go on with {asked}. Use "
                 f"another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
             )
     say(f"going on from {saved.folder}, step {saved.progress.step:,}")
     return options, with_dropout(config, options)
-
-
-def meant(name: str, value: Any) -> Any:
-    """What the value of an option in FIXED means, where several spellings mean the same."""
-    if name == "dtype":
-        return PRECISIONS[value]
-    if name == "data":  # as find_dataset looks for it
-        return next((path for path in (Path("data") / value, Path(value)) if path.exists()), Path(value)).resolve()
-    return value
 
 
 def with_dropout(config: GPT2Config, options: Options) -> GPT2Config:

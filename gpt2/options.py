@@ -150,8 +150,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
-# So does the type of the parameters; in which precision they are computed with may change, as the device may.
-FIXED = ("preset", "init", "data", "block_size", "dtype", "seed")
+# So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
+# the data, which is known by its content: its folder may have another name.
+FIXED = ("preset", "init", "block_size", "dtype", "seed")
 
 
 class UsageError(ValueError):

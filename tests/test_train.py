@@ -280,7 +280,6 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
         (["--block-size", "8"], "--block-size 16; it cannot go on with 8"),
         (["--seed", "3"], "--seed 1337; it cannot go on with 3"),
         (["--dtype", "float64"], "--dtype float32; it cannot go on with float64"),
-        (["--data", "pydoc"], "--data text; it cannot go on with pydoc"),
     ],
 )
 def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
@@ -294,11 +293,18 @@ def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
 
-def test_another_spelling_of_its_data_is_no_other_data(user):
+def test_the_data_of_a_run_may_get_another_name_and_nothing_else(user, capsys):
     run("--max-iters", "2")
     assert train.main(["--max-iters", "3", "--data", "./data/text/"]) == 0
-    assert train.main(["--max-iters", "4", "--data", str(user / "data" / "text")]) == 0
-    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
+    (user / "data" / "text").rename(user / "data" / "mine")
+    assert train.main(["--max-iters", "4", "--data", "mine"]) == 0
+    assert train.main(["--max-iters", "5"]) == 0
+    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4, 5]
+    (user / "other.txt").write_text(TEXT.replace("times", "plus"))
+    prepare([str(user / "other.txt")], "bytes", user / "data" / "other")
+    capsys.readouterr()
+    assert train.main(["--max-iters", "6", "--data", "other"]) == 1
+    assert "data/other is not the data that out/ was trained on so far: it is another set, or was" in one_line(capsys)
 
 
 def test_fine_tuning_starts_from_the_weights(user, capsys):
