@@ -30,10 +30,11 @@ import numpy as np
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
 from gpt2.config import BYTE_PRESETS
+from gpt2.console import discard_output
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
-from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
+from gpt2.options import FIXED, Options, UsageError, complete, flag, parse
 from gpt2.tasks import TASKS, load
 from tinygrad2 import Key, distributed, optim, threads
 from tinygrad2.backend import PRECISIONS, Fetch, get_backend

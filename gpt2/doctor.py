@@ -615,7 +615,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(console.run(main))
-    except BrokenPipeError:  # whoever reads has enough; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(console.run(main))

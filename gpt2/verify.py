@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2 import parity, weights
 from gpt2.config import PRESETS, GPT2Config
+from gpt2.console import discard_output
 from gpt2.model import GPT2
-from gpt2.options import Parser, discard_output
+from gpt2.options import Parser
 from gpt2.run import find_model
 from tinygrad2 import Key, Tensor, record
 from tinygrad2.backend import DEVICES, DTYPES, get_backend

@@ -76,3 +76,20 @@ def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
     ended = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "train on it: python train.py --data 'caf?'" in ended.stdout
+
+
+def test_a_reader_that_has_enough_is_no_mistake(handler, capfd):
+    def main():
+        print("text")
+        return 1
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    screen = os.dup(1)
+    os.dup2(writing, 1)
+    with open(1, "w", closefd=False) as broken, pytest.MonkeyPatch.context() as planted:
+        planted.setattr(sys, "stdout", broken)
+        assert console.run(main) == 0
+    os.dup2(screen, 1)
+    for file in (screen, writing):
+        os.close(file)
