@@ -6,14 +6,19 @@ Text goes on beyond the model's context: the first half of what the model sees i
 
 from __future__ import annotations
 
-import io
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
+
 import sys
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
+from gpt2.console import discard_output
 from gpt2.generate import check_sampling, stream_text
 from gpt2.model import WEIGHTS
-from gpt2.options import Parser, discard_output
+from gpt2.options import Parser
 from gpt2.run import find_model
 from tinygrad2 import checkpoint, threads
 from tinygrad2.backend import DEVICES
@@ -54,15 +59,14 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name} is {value}; expected {least} or more")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed is {options.seed}; expected 0 to 2**64 - 1")
+    if options.checkpoint == "":
+        parser.error("--checkpoint is empty; expected a model")
     if "" in options.stop:
         parser.error("--stop is empty; expected some text")
     try:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the text may hold what this terminal cannot show
     try:
         return sample(options)
     except BrokenPipeError:  # whoever reads has enough
@@ -95,6 +99,9 @@ def sample(options) -> int:
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    if len(prompt) > (context := model.config.n_positions):
+        complain(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
+    check_memory(model, options.samples, len(prompt), options.max_tokens)
     pieces = stream_text(
         model,
         tokenizer,
@@ -123,6 +130,22 @@ def sample(options) -> int:
     return 0
 
 
+def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
+    """Raise MemoryError where so many samples need more memory than is free, before any is taken."""
+    itemsize = 2 if model.activations == "bfloat16" else 4
+    need = model.config.memory_to_generate(samples, prompt, more, itemsize)
+    there = model.backend.memory() or doctor.memory()
+    if there is None or sum(need.values()) <= there[0]:
+        return
+    parts = " + ".join(f"{value / 1e9:,.2f} {name}" for name, value in need.items())
+    fitting = int(samples * 0.9 * there[0] / sum(need.values()))  # a tenth for temporary arrays
+    raise MemoryError(
+        f"out of memory: {samples:,} samples of {min(prompt + more, model.config.n_positions):,} tokens need {parts} = "
+        f"{sum(need.values()) / 1e9:,.2f} GB; {there[0] / 1e9:,.2f} of {there[1] / 1e9:,.2f} GB are free; "
+        + (f"-n {fitting} fits" if fitting else "not even one fits: use a smaller --max-tokens or a shorter prompt")
+    )
+
+
 def default_model() -> Path | None:
     """The model in checkpoint/, else the newest one in out/, else None."""
     for folder in (Path("checkpoint"), Path("out")):
@@ -136,4 +159,4 @@ def complain(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -5,8 +5,12 @@ Goes on from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
+
 import dataclasses
-import io
 import math
 import os
 import shlex
@@ -26,10 +30,11 @@ import numpy as np
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report, run, weights
 from gpt2.config import BYTE_PRESETS
+from gpt2.console import discard_output
 from gpt2.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.generate import stream_text
-from gpt2.options import FIXED, Options, UsageError, complete, discard_output, flag, parse
+from gpt2.options import FIXED, Options, UsageError, complete, flag, parse
 from gpt2.tasks import TASKS, load
 from tinygrad2 import Key, distributed, optim, threads
 from tinygrad2.backend import PRECISIONS, Fetch, get_backend
@@ -38,9 +43,6 @@ from tinygrad2.profiler import Profiler
 
 
 def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
     try:
         comm = distributed.world()
         comm.root_speaks()
@@ -62,6 +64,8 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         say(f"{folder.path}/ has made its {progress.step:,} steps. {sample_command(folder)} samples from it;")
         say(f"--max-iters {2 * progress.step} trains on, --fresh starts anew (the folder is renamed, not deleted).")
         return 0
+    if options.min_lr > options.learning_rate:
+        raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     micro_steps = accumulation(options, comm.size)
     options.total_batch_size = micro_steps * comm.size * options.batch_size * options.block_size
     if lacks := get_backend(options.device).lacks(options.dtype):
@@ -75,8 +79,8 @@ def train(given: dict[str, Any], comm: Comm) -> int:
     questions = [(task, comm.from_root(partial(load, task, limit=options.eval_items))) for task in asked]
     if saved and saved.data != data.fingerprint:
         raise UsageError(
-            f"{data.path} is not the data that {folder.path}/ was trained on so far: it was prepared anew. Use another "
-            f"--out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
+            f"{data.path} is not the data that {folder.path}/ was trained on so far: it is another set, or was "
+            f"prepared anew. Use another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
         )
     source = saved.folder if saved else run.find_model(Path(options.init), say) if options.init else None
     config = with_vocabulary(config, tokenizer, source, options.preset)
@@ -340,8 +344,10 @@ def open_data(options: Options, comm: Comm) -> tuple[TokenDataset, TokenDataset,
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     path = find_dataset(options.data)
-    data = TokenDataset.open(path, "train")
-    return data, TokenDataset.open(path, "val"), data.tokenizer()
+    data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
+    for split in (data, validation):
+        split.windows(options.block_size)  # raises now, not at the first evaluation, where there is not one
+    return data, validation, data.tokenizer()
 
 
 def prepare_pydoc() -> None:
@@ -519,4 +525,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -14,13 +14,21 @@ wherever the text that comes next in a split is not its continuation: after each
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only what lies beside it
+    from gpt2 import console
+
+    console.begin()
+
 import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +36,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
-
-if __name__ == "__main__":  # a script finds only what lies beside it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.sources import (
     BOM,
@@ -612,7 +616,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-bytes", type=int, default=0, help="leave out documents of fewer bytes (default: 0)")
     parser.add_argument("--drop-duplicates", action="store_true", help="leave out documents that were there before")
     parser.add_argument("--fresh", action="store_true", help="rename an existing data set of this name away first")
-    options = vars(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    options = vars(parser.parse_args(given))
+    if "" in given:
+        parser.error("an argument is empty")
     try:
         out = prepare(**options)
     except KeyboardInterrupt:
@@ -634,4 +641,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -125,6 +125,18 @@ class GPT2Config:
             "logits": min(rows, head_rows or rows) * self.vocab_size * computed,
         }
 
+    def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
+        """Bytes that `samples` continuations of a prompt by up to `more` tokens take beside the weights, computed in
+        numbers of `itemsize` bytes. What is read at once is the prompt, or half a context where the text outgrows it,
+        with the arrays of `memory` for one layer at a time. Temporary arrays come on top."""
+        context = self.n_positions
+        read = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
+        return {
+            "keys and values": 2 * self.n_layer * samples * min(prompt + more, context) * self.n_embd * itemsize,
+            "activations": (16 + 3) * samples * read * self.n_embd * itemsize,
+            "logits": samples * self.vocab_size * (itemsize + 4 + 1),  # in float32 too, and whether each is finite
+        }
+
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations of training on one token: 6 a weight, and causal attention's.
 

@@ -2,11 +2,16 @@
 
 A probe is a function that returns a Finding. Whatever it meets, it neither ends the program nor keeps it waiting: each
 runs in a thread of its own with a time limit, and what may crash or hang in foreign code (importing NumPy, CuPy or MPI)
-runs in a process of its own. This file imports the standard library only, and old Pythons can read it: it has to speak
+runs in a process of its own. This file needs the standard library only, and old Pythons can read it: it has to speak
 where everything else is missing.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
 
 import argparse
 import json
@@ -167,24 +172,36 @@ def probe_packages() -> Finding:
 
 BLAS = """
 import json, time
+from importlib import metadata
 import numpy, threadpoolctl
+found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+mkl = None
+try:
+    from tinygrad2 import backend, blas
+    if blas.USES_MKL and backend.get_backend("cpu").kernels.linear_forward.__module__ == "tinygrad2.kernels.cpu":
+        mkl = metadata.version("mkl")
+except Exception:  # the rows packages and numba say more
+    pass
+multiply = blas.gemm if mkl else numpy.matmul
 x = numpy.ones((1024, 1024), dtype="float32")
+y = numpy.empty_like(x)
 def measure():
     began = time.perf_counter()
-    x @ x
+    multiply(x, x, y)
     return 2 * 1024**3 / (time.perf_counter() - began)
 speed = max(measure() for _ in range(4))
-found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-print(json.dumps({"speed": speed, "found": found}, default=str))
+print(json.dumps({"speed": speed, "found": found, "mkl": mkl}, default=str))
 """
 
 
 def probe_blas() -> Finding:
-    """The library that multiplies NumPy's matrices: which, with how many threads, how fast."""
+    """The library that multiplies matrices, MKL or NumPy's: which, with how many threads, how fast."""
     said = ask(BLAS)
     if "error" in said:
         return Finding(WRONG, said["error"], "see the row packages", needed=True)
     speed = f"{said['speed'] / 1e9:,.0f} GFLOP/s in float32"
+    if said["mkl"]:  # it computes each part of a product on the thread that asks for it
+        return Finding(OK, f"MKL {said['mkl']}, {speed} on each thread; NumPy's own library is not used")
     if not said["found"] and said["speed"] < SLOW_BLAS:
         remedy = f"{python()} -m pip install --force-reinstall --only-binary :all: numpy"
         return Finding(WRONG, f"NumPy multiplies without an optimised library: {speed}", remedy)
@@ -598,9 +615,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever reads has enough; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(console.run(main))

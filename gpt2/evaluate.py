@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
+
 import argparse
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -13,9 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from gpt2.console import discard_output
 from gpt2.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.model import GPT2, WEIGHTS
-from gpt2.options import Parser, discard_output
+from gpt2.options import Parser
 from gpt2.run import find_model
 from gpt2.tasks import TASKS, Item, Task, load, perplexity, score
 from gpt2.tokenizer import Tokenizer
@@ -147,9 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.json}: there is no folder {options.json.parent}/")
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
         return _evaluate(options)
     except BrokenPipeError:
@@ -217,4 +219,4 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(console.run(main))

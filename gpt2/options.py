@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -150,8 +149,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
-# So does the type of the parameters; in which precision they are computed with may change, as the device may.
-FIXED = ("preset", "init", "data", "block_size", "dtype", "seed")
+# So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
+# the data, which is known by its content: its folder may have another name.
+FIXED = ("preset", "init", "block_size", "dtype", "seed")
 
 
 class UsageError(ValueError):
@@ -161,13 +161,6 @@ class UsageError(ValueError):
 def flag(name: str) -> str:
     """The command line's spelling of an option."""
     return "--" + name.replace("_", "-")
-
-
-def discard_output() -> None:
-    """From now on print nowhere: the reader of a pipe has closed it, and Python would flush once more at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,6 +173,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [text for action in self._actions for text in action.option_strings if "_" not in text]
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected argument {unknown[0][:80]!r}")
             self.error(f"unknown option {unknown[0]}{_nearest(unknown[0].split('=')[0], known)}")
         return found
 

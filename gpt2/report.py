@@ -8,6 +8,11 @@ this file's own style and script forbids everything else: whatever a sample hold
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
+
 import base64
 import hashlib
 import math
@@ -679,4 +684,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -61,6 +61,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, keep: int = 2, comm: Comm = ALONE):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out-dir {self.path} is a file; name a folder")
         self.keep = keep
         self.comm = comm
         self._log: Any = None

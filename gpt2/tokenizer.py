@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import tiktoken
@@ -17,6 +18,7 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, RANKS = "vocabulary.json", "vocabulary.tiktoken"  # what `save` writes
 HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
+HF_WHOLE = "tokenizer.json"  # what tokenizers and transformers 5 write: vocabulary, merges and how text is cut
 BUILT_IN = ("bytes", "gpt2")
 
 # How GPT-2 cuts text before it merges bytes (Radford et al., 2019, section 2.2): contractions, words, numbers, other
@@ -52,9 +54,9 @@ class Tokenizer:
 
         "bytes"   256 bytes and the mark; needs no file.
         "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
-        a path    a .tiktoken file (lines of base64 token and rank), a folder with vocab.json and merges.txt, or a
-                  folder that `save` wrote to. Text is cut by GPT-2's pattern. The mark takes the first id that no
-                  token has.
+        a path    a .tiktoken file (lines of base64 token and rank), a folder with vocab.json and merges.txt or with
+                  tokenizer.json, or a folder that `save` wrote to. Text is cut by GPT-2's pattern. The mark takes the
+                  first id that no token has.
 
         Raises ValueError or FileNotFoundError for an unknown name and for files that make no vocabulary.
         """
@@ -68,15 +70,18 @@ class Tokenizer:
             return _load_saved(path)
         if (path / HF_VOCAB).is_file() and (path / HF_MERGES).is_file():
             return _make(path.resolve().name, _read_hugging_face(path), path)
+        whole = path if path.is_file() else path / HF_WHOLE
+        if whole.name == HF_WHOLE and whole.is_file():
+            return _make(whole.resolve().parent.name, _read_whole(whole), whole)
         if path.is_file():
             return _make(path.stem, _read_ranks(path), path)
         if path.is_dir():
             raise FileNotFoundError(
-                f"tokenizer {path}: the folder has neither {VOCABULARY} nor {HF_VOCAB} and {HF_MERGES}"
+                f"tokenizer {path}: the folder has neither {VOCABULARY} nor {HF_VOCAB} and {HF_MERGES} nor {HF_WHOLE}"
             )
         raise FileNotFoundError(
             f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or of "
-            f"a folder with {HF_VOCAB} and {HF_MERGES}"
+            f"a folder with {HF_VOCAB} and {HF_MERGES} or {HF_WHOLE}"
         )
 
     @staticmethod
@@ -87,7 +92,7 @@ class Tokenizer:
         Raises ValueError where that is not known, or where the folder's has more tokens than the model.
         """
         folder, alone = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
-        saved = (folder / VOCABULARY).is_file() or (folder / HF_MERGES).is_file()
+        saved = any((folder / name).is_file() for name in (VOCABULARY, HF_MERGES, HF_WHOLE))
         tokenizer = Tokenizer.load(folder) if saved else None
         if tokenizer is None or (alone and tokenizer.vocab_size != vocab_size):
             built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(
@@ -96,7 +101,8 @@ class Tokenizer:
             tokenizer = Tokenizer.load(built_in) if built_in else tokenizer
         if tokenizer is None:
             raise ValueError(
-                f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}"
+                f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}, "
+                f"or {HF_WHOLE}"
             )
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
@@ -271,37 +277,91 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _read_hugging_face(folder: Path) -> dict[bytes, int]:
-    """vocab.json and merges.txt.
+    """vocab.json and merges.txt."""
+    try:
+        vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        vocab = None
+    lines = (folder / HF_MERGES).read_text(encoding="utf-8", errors="replace").split("\n")
+    merges = [
+        (f"line {number} ({line!r})", line.rstrip("\r").split(" "))
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not (number == 1 and line.startswith("#version"))
+    ]
+    return _ranks(vocab, folder / HF_VOCAB, merges, folder / HF_MERGES)
+
+
+def _read_whole(file: Path) -> dict[bytes, int]:
+    """tokenizer.json, if it holds a tokenizer of GPT-2's kind. Raises ValueError saying of which kind it is instead."""
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        model, cutter = whole["model"], whole.get("pre_tokenizer") or {"type": "none"}
+        kinds = [cutter["type"], *(part["type"] for part in cutter.get("pretokenizers", []))]
+        settings = {name: value for part in (whole, cutter, model) for name, value in part.items()}
+        marks = {mark["content"]: mark["id"] for mark in whole.get("added_tokens") or []}
+        vocab, merges = model["vocab"], model.get("merges")
+        special = [mark for mark in marks if mark in vocab and mark != END_OF_TEXT]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"tokenizer {file}: expected one JSON object with a model and its vocabulary") from None
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"tokenizer {file}: {what}; only byte-level BPE that cuts text as GPT-2's does is read")
+
+    kind = model.get("type", "BPE" if merges else "unknown")  # old files do not say that they are BPE
+    if kind != "BPE" or kinds != ["ByteLevel"] or not isinstance(merges, list):
+        refuse(f"its model is {str(kind)[:80]!r} and its pre-tokenizer {', '.join(map(str, kinds))[:80]!r}")
+    for name, plain in WHOLE_SETTINGS.items():
+        if (value := settings.get(name, plain)) != plain and (value or plain):
+            refuse(f"its {name} is {str(value)[:80]!r}")
+    if special:
+        refuse(f"its vocabulary has the special token {special[0][:80]!r}")
+
+    parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    ranks = _ranks(vocab, file, [(f"merge {i} ({str(pair)[:80]})", pair) for i, pair in enumerate(parts, 1)], file)
+    end = marks.get(END_OF_TEXT)
+    if END_OF_TEXT in marks and (type(end) is not int or end in ranks.values() or not 0 <= end <= len(ranks)):
+        refuse(f"{END_OF_TEXT} has the id {str(end)[:80]}, which is not the one that its other tokens leave out")
+    return ranks
+
+
+# What tokenizer.json may set, and the only value read here, but for those that say as little (null, "", 0).
+WHOLE_SETTINGS = {
+    "normalizer": None,
+    "add_prefix_space": False,
+    "use_regex": True,
+    "dropout": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "ignore_merges": False,
+}
+
+
+def _ranks(vocab: Any, vocab_file: Path, merges: list[tuple[str, Any]], merges_file: Path) -> dict[bytes, int]:
+    """The tokens and their ids, from a vocabulary in GPT-2's signs for bytes, and merges, each with its place in the
+    file.
 
     tiktoken merges the pair of lowest rank first, so the merges must stand in the order of their results' ids: checked.
     """
     byte_of = _byte_of()
     try:
-        vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
         ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != END_OF_TEXT}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"tokenizer {folder / HF_VOCAB}: expected one JSON object of tokens and ids") from None
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise ValueError(f"tokenizer {vocab_file}: expected one JSON object of tokens and ids") from None
     except KeyError as error:
         raise ValueError(
-            f"tokenizer {folder / HF_VOCAB}: the character {error} stands for no byte; this is no byte-level vocabulary"
+            f"tokenizer {vocab_file}: the character {error} stands for no byte; this is no byte-level vocabulary"
         ) from None
-
-    merges = (folder / HF_MERGES).read_text(encoding="utf-8", errors="replace").split("\n")
-    previous, count = -1, 0
-    for number, line in enumerate(merges, 1):
-        if not line.strip() or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.rstrip("\r").split(" ")
-        known = len(pair) == 2 and all(c in byte_of for c in "".join(pair))
+    previous = -1
+    for place, pair in merges:
+        known = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        known = known and all(c in byte_of for c in "".join(pair))
         token = bytes(byte_of[c] for c in "".join(pair)) if known else b""
         if ranks.get(token, -1) <= previous:
-            raise ValueError(
-                f"tokenizer {folder / HF_MERGES}: line {number} ({line!r}) does not make the next token of {HF_VOCAB}"
-            )
-        previous, count = ranks[token], count + 1
-    if count + 256 != len(ranks):
+            raise ValueError(f"tokenizer {merges_file}: {place} does not make the next token of {vocab_file.name}")
+        previous = ranks[token]
+    if len(merges) + 256 != len(ranks):
         raise ValueError(
-            f"tokenizer {folder / HF_MERGES}: {count} merges and 256 bytes make {count + 256} tokens; {HF_VOCAB} has "
-            f"{len(ranks)} besides {END_OF_TEXT}"
+            f"tokenizer {merges_file}: {len(merges)} merges and 256 bytes make {len(merges) + 256} tokens; "
+            f"{vocab_file.name} has {len(ranks)} besides {END_OF_TEXT}"
         )
     return ranks

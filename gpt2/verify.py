@@ -11,6 +11,11 @@ parameter, and the text that is written by taking the likeliest token each time 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from gpt2 import console
+
+    console.begin()
+
 import argparse
 import dataclasses
 import json
@@ -27,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2 import parity, weights
 from gpt2.config import PRESETS, GPT2Config
+from gpt2.console import discard_output
 from gpt2.model import GPT2
-from gpt2.options import Parser, discard_output
+from gpt2.options import Parser
 from gpt2.run import find_model
 from tinygrad2 import Key, Tensor, record
 from tinygrad2.backend import DEVICES, DTYPES, get_backend
@@ -309,4 +315,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(console.run(main))

@@ -389,6 +389,12 @@ def test_one_voice_and_one_writer(user):
     assert all(0 < row["comm_seconds"] <= row["seconds"] for row in rows)
 
 
+def test_one_rank_says_that_all_compile(user):
+    patch = "train.get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4)); sys.exit()"
+    _, error = run(2, patch=patch, env={"NUMBA_CACHE_DIR": str(user / "kernels")})
+    assert error.count("compiling kernels") == 1
+
+
 def test_help_and_mistakes_are_printed_once(user):
     out, _ = run(3, "--help")
     assert out.count("usage: train.py") == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sample
-from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
 from tests import strict_cupy
 from tinygrad2 import checkpoint
 
@@ -91,6 +91,13 @@ def test_greedy_text_beyond_the_context(user, capsys):
     assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
+def test_a_prompt_longer_than_the_context_is_said_to_be(user, capsys):
+    save_model("checkpoint")
+    assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
+    said = run(capsys, "-p", 33 * "a", "-m", "2").err
+    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model sees the last 32\n"
+
+
 def test_a_stop_string_ends_the_text(user, capsys):
     save_model("checkpoint")
     text = run(capsys, "-p", "ab", "-m", "60", "--seed", "2").out.removeprefix("ab").rstrip("\n")
@@ -143,6 +150,7 @@ def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
         (["--top-p", "0"], "top-p is 0.0; expected 0 < top-p <= 1"),
         (["--seed", "-1"], "--seed is -1; expected 0 to 2**64 - 1"),
         (["--stop", ""], "--stop is empty"),
+        (["--checkpoint", ""], "--checkpoint is empty; expected a model"),
         (["--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
         (["-m", "x"], "invalid int value: 'x'"),
     ],
@@ -224,3 +232,21 @@ def test_a_reader_that_has_enough_ends_it_quietly(user):
     assert process.stderr.read() == b"model: checkpoint\n"
     process.stderr.close()
     assert process.wait(60) == 0
+
+
+def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    monkeypatch.setattr(doctor, "memory", lambda: (5e6, 20e6))
+    monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
+    # 10 positions of 2 x 16 numbers, 3 tokens read in 19 x 16 numbers, 257 logits: 7,241 bytes each.
+    said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
+    assert said.out == ""
+    assert said.err.splitlines()[1:] == [
+        "sample.py: out of memory: 1,000,000 samples of 10 tokens need 1.28 keys and values + 3.65 activations + 2.31 "
+        "logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
+    ]
+    run(capsys, "-p", "abc", "-m", "7", "-n", "621")
+    monkeypatch.setattr(doctor, "memory", lambda: (1e3, 20e6))
+    assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
+    monkeypatch.setattr(doctor, "memory", lambda: None)  # the system does not say
+    run(capsys, "-p", "abc", "-n", "1000")

@@ -280,7 +280,6 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
         (["--block-size", "8"], "--block-size 16; it cannot go on with 8"),
         (["--seed", "3"], "--seed 1337; it cannot go on with 3"),
         (["--dtype", "float64"], "--dtype float32; it cannot go on with float64"),
-        (["--data", "pydoc"], "--data text; it cannot go on with pydoc"),
     ],
 )
 def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
@@ -292,6 +291,20 @@ def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
     assert "--fresh to start anew" in error
     assert len(error.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_the_data_of_a_run_may_get_another_name_and_nothing_else(user, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "3", "--data", "./data/text/"]) == 0
+    (user / "data" / "text").rename(user / "data" / "mine")
+    assert train.main(["--max-iters", "4", "--data", "mine"]) == 0
+    assert train.main(["--max-iters", "5"]) == 0
+    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4, 5]
+    (user / "other.txt").write_text(TEXT.replace("times", "plus"))
+    prepare([str(user / "other.txt")], "bytes", user / "data" / "other")
+    capsys.readouterr()
+    assert train.main(["--max-iters", "6", "--data", "other"]) == 1
+    assert "data/other is not the data that out/ was trained on so far: it is another set, or was" in one_line(capsys)
 
 
 def test_fine_tuning_starts_from_the_weights(user, capsys):
@@ -462,7 +475,17 @@ BAD = {
     "an out-dir that is a file": (
         lambda user: (user / "taken").write_text("x"),
         ["--out-dir", "taken"],
-        r"taken",
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a file is not renamed for a fresh start": (
+        lambda user: (user / "taken").write_text("x"),
+        ["--out-dir", "taken", "--fresh"],
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a rate that ends above its peak": (
+        None,
+        ["--min-lr", "1e-2", "--learning-rate", "1e-3"],
+        "--min-lr 0.01 is more than --learning-rate 0.001",
     ),
 }
 
@@ -474,6 +497,8 @@ def test_bad_input_gets_one_line(user, capsys, case):
         prepare_case(user)
     run("--max-iters", "3", *options, code=1)
     assert re.search(message, one_line(capsys))
+    if case != "ids outside the vocabulary":  # which shows when they are read; the others before a run begins
+        assert not list(Path().rglob("log.jsonl"))
     assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
 
 

@@ -361,6 +361,12 @@ def choose_gpu(number: int) -> None:
     _gpu = number
 
 
+def hide_notices() -> None:
+    """Leave it to another process, the first of several, to say that kernels are being compiled."""
+    if cpu := _cpu_overrides():
+        cpu.notice.said = True
+
+
 def register(backend: Backend) -> Backend:
     """Make a backend known under its device's name and to backend_of."""
     _backends[backend.device] = backend

@@ -400,6 +400,8 @@ def _join(size: int, rank: int) -> MPIComm:
     comm = MPIComm(MPI)
     threads.set_count(comm.threads)
     backend.choose_gpu(comm.local_rank)
+    if comm.rank:
+        backend.hide_notices()
 
     def ended(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))

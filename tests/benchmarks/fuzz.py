@@ -177,6 +177,7 @@ TARGETS = {
     "dataset": Target(("manifest.json", "vocabulary.json", "train-00000.bin", "val-00000.bin"), read_dataset),
     "vocabulary": Target(("vocabulary.json", "vocabulary.tiktoken"), read_tokenizer),
     "vocab.json": Target(("vocab.json", "merges.txt"), read_tokenizer),
+    "tokenizer.json": Target(("tokenizer.json",), read_tokenizer),
     "checkpoint": Target(
         ("ckpt-000003/trainer.json", "ckpt-000003/manifest.json", "ckpt-000003/optimizer.safetensors", "log.jsonl"),
         read_run,
@@ -225,6 +226,12 @@ def make_originals(folder: Path) -> None:
     tokenizer.save(folder / "vocabulary")
     (folder / "vocab.json").mkdir()
     tokenizer.save_hugging_face(folder / "vocab.json", 8)
+    (folder / "tokenizer.json").mkdir()
+    merges = (folder / "vocab.json" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    bpe = {"type": "BPE", "vocab": json.loads((folder / "vocab.json" / "vocab.json").read_text()), "merges": merges}
+    marks = [{"id": 260, "content": "<|endoftext|>", "special": True}]
+    whole = {"added_tokens": marks, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "model": bpe}
+    (folder / "tokenizer.json" / "tokenizer.json").write_text(json.dumps(whole))
 
     optimizer = optim.AdamW(model)
     (folder / "checkpoint").mkdir()

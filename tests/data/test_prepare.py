@@ -667,7 +667,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, 
     assert not list(Path(".").glob("data/*/manifest.json"))
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "--nonsense"], ["a", "--threads", "x"]])
+@pytest.mark.parametrize("arguments", [[], [""], ["a", "--out", ""], ["a", "--nonsense"], ["a", "--threads", "x"]])
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

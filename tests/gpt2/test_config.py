@@ -4,6 +4,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config
 from gpt2.config import PRESETS
+from gpt2.generate import KVCache
 
 PUBLISHED = {  # the parameters of transformers' gpt2, gpt2-medium, gpt2-large and gpt2-xl
     "gpt2": 124_439_808,
@@ -86,3 +87,13 @@ def test_what_this_model_does_not_compute_is_refused(field, value, message):
 )
 def test_other_spellings_of_what_it_computes_are_taken(field, value):
     GPT2Config.from_dict({field: value})
+
+
+@pytest.mark.parametrize(("prompt", "more", "tokens", "read"), [(5, 3, 8, 5), (5, 30, 20, 10), (70, 1, 20, 20)])
+def test_memory_to_generate_counts_the_cache_and_what_is_read_at_once(prompt, more, tokens, read):
+    config = GPT2Config(vocab_size=11, n_positions=20, n_embd=8, n_layer=3, n_head=2)
+    need = config.memory_to_generate(7, prompt, more)
+    assert need["keys and values"] == sum(layer.nbytes for layer in KVCache(GPT2(config), 7, tokens).layers)
+    assert need["activations"] == 19 * 7 * read * 8 * 4
+    assert need["logits"] == 7 * 11 * 9
+    assert config.memory_to_generate(14, prompt, more) == {name: 2 * size for name, size in need.items()}

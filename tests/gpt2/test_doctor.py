@@ -123,7 +123,7 @@ def test_an_old_python_is_all_that_is_said(capsys, monkeypatch):
     assert lines[2:] == ["", "put right first: python"]
 
 
-@pytest.mark.parametrize("file", ["gpt2/__init__.py", "gpt2/doctor.py"])
+@pytest.mark.parametrize("file", ["gpt2/__init__.py", "gpt2/doctor.py", "gpt2/console.py"])
 def test_an_old_python_can_read_it(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
@@ -198,6 +198,7 @@ def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path)
 
 def test_blas_held_to_one_thread_is_seen(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")  # leaves MKL aside, where it is installed
     monkeypatch.setattr(doctor, "usable_cores", lambda: (4, None))
     finding = doctor.probe_blas()
     assert finding.verdict == WRONG
@@ -211,16 +212,30 @@ def test_blas_held_to_one_thread_is_seen(monkeypatch):
     [
         ({"speed": 1e9, "found": []}, WRONG, "NumPy multiplies without an optimised library: 1 GFLOP/s"),
         ({"speed": 9e11, "found": []}, OK, "a library that threadpoolctl does not know"),
+        ({"speed": 9e11, "found": [], "mkl": "2026.2.0"}, OK, "MKL 2026.2.0, 900 GFLOP/s in float32 on each thread"),
         ({"speed": 1e9, "found": [{"internal_api": "openblas", "num_threads": 2}]}, WRONG, "slow"),
         ({"error": "it was ended by signal 4"}, WRONG, "it was ended by signal 4"),
     ],
 )
 def test_a_slow_or_broken_blas_is_seen(answers, said, verdict, text):
-    answers(BLAS=said)
+    answers(BLAS={"mkl": None, **said})
     finding = doctor.probe_blas()
     assert finding.verdict == verdict
     assert text in finding.text
     assert bool(finding.remedy) == (verdict != OK)
+
+
+def test_mkl_is_named_where_the_products_are_its_own(monkeypatch):
+    from tinygrad2 import blas
+
+    pytest.importorskip("numba")
+    assert doctor.probe_blas().text.startswith("MKL ") == blas.USES_MKL
+    for name, value in (("TINYGRAD2_BLAS", "numpy"), ("TINYGRAD2_KERNELS", "reference")):
+        with monkeypatch.context() as planted:
+            planted.setenv(name, value)
+            finding = doctor.probe_blas()
+        assert finding.verdict == OK
+        assert "mkl" not in finding.text.lower()
 
 
 def test_numba_that_is_missing_or_off_is_seen(monkeypatch, tmp_path, answers):

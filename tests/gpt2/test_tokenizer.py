@@ -9,7 +9,7 @@ import pytest
 import requests
 import tiktoken
 
-from gpt2.tokenizer import HF_MERGES, HF_VOCAB, RANKS, VOCABULARY, Tokenizer
+from gpt2.tokenizer import HF_MERGES, HF_VOCAB, HF_WHOLE, RANKS, VOCABULARY, Tokenizer
 
 HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
 TEXTS = [
@@ -224,6 +224,141 @@ def test_bad_hugging_face_files(tiny, file, text, message):
         Tokenizer.load(tiny)
     assert str(tiny / file) in str(caught.value) or file == HF_VOCAB
     assert "\n" not in str(caught.value)
+
+
+# tokenizer.json -------------------------------------------------------------------------------------------------------
+
+
+def as_one_file(folder, target, pairs=True):
+    """The contents of tokenizer.json as tokenizers writes it, from vocab.json and merges.txt."""
+    merges = [line.split(" ") for line in (folder / HF_MERGES).read_text(encoding="utf-8").splitlines()[1:]]
+    vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
+    target.mkdir(exist_ok=True)
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "continuing_subword_prefix": "",
+            "vocab": vocab,
+            "merges": merges if pairs else [" ".join(pair) for pair in merges],
+        },
+    }
+    (target / HF_WHOLE).write_text(json.dumps(whole), encoding="utf-8")
+    return whole
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_one_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path, pairs):
+    as_one_file(hugging_face, tmp_path / "alone", pairs)
+    for name in (tmp_path / "alone", tmp_path / "alone" / HF_WHOLE):
+        loaded = Tokenizer.load(name)
+        assert (loaded.name, loaded.fingerprint, loaded.end_of_text) == ("alone", gpt2.fingerprint, 50256)
+    assert Tokenizer.for_model(tmp_path / "alone", 50304).name == "alone"
+
+
+def changed(whole, path, value):
+    *parts, last = path.split(".")
+    place = whole
+    for part in parts:
+        place = place[part]
+    place[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("added_tokens", []),
+        ("added_tokens", [{"id": 258, "content": "<|endoftext|>"}, {"id": 259, "content": "<pad>"}]),
+        ("post_processor", {"type": "ByteLevel"}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}),  # as files of 2020 say it
+        ("model.dropout", 0.0),
+    ],
+)
+def test_one_file_may_say_more_or_less(tiny, tmp_path, path, value):
+    whole = as_one_file(tiny, tmp_path / "alone")
+    changed(whole, path, value)
+    del whole["model"]["type"]
+    (tmp_path / "alone" / HF_WHOLE).write_text(json.dumps(whole))
+    assert Tokenizer.load(tmp_path / "alone").fingerprint == Tokenizer.load(tiny).fingerprint
+
+
+WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel", "use_regex": False}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.type", "WordPiece", "its model is 'WordPiece' and its pre-tokenizer 'ByteLevel'; only byte-level BPE"),
+        ("model", {"type": "Unigram", "vocab": [["a", -1.5]]}, "its model is 'Unigram'"),
+        ("model", {"vocab": {"a": 0}}, "its model is 'unknown'"),
+        ("pre_tokenizer", WORDS, "its pre-tokenizer 'Sequence, Split, ByteLevel'"),
+        ("pre_tokenizer", {"type": "Metaspace"}, "its pre-tokenizer 'Metaspace'"),
+        ("pre_tokenizer", None, "its pre-tokenizer 'none'"),
+        ("pre_tokenizer.add_prefix_space", True, "its add_prefix_space is 'True'"),
+        ("pre_tokenizer.use_regex", False, "its use_regex is 'False'"),
+        ("normalizer", {"type": "NFC"}, "its normalizer is .*NFC"),
+        ("model.dropout", 0.1, "its dropout is '0.1'"),
+        ("model.end_of_word_suffix", "</w>", "its end_of_word_suffix is '</w>'"),
+        ("added_tokens", [{"id": 0, "content": "!"}], "its vocabulary has the special token '!'"),
+        ("added_tokens", [{"id": 7, "content": "<|endoftext|>"}], "has the id 7, which is not the one"),
+        ("added_tokens", [{"id": 259, "content": "<|endoftext|>"}], "has the id 259, which is not the one"),
+        ("added_tokens", [{"id": "x", "content": "<|endoftext|>"}], "has the id x, which is not the one"),
+        ("added_tokens", [1], "expected one JSON object with a model"),
+        ("pre_tokenizer", [], "its pre-tokenizer 'none'"),
+        ("pre_tokenizer", [1], "expected one JSON object with a model"),
+        ("model", 3, "expected one JSON object with a model"),
+        ("model.vocab", {"a": {}}, "expected one JSON object of tokens and ids"),
+        ("model.vocab", {"\u65e5": 0}, "stands for no byte"),
+        ("model.merges", {"t": "h"}, "its model is 'BPE'"),
+        ("model.merges", ["th e", "t h"], "merge 2 .* does not make the next token"),
+        ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not make the next token"),
+        ("model.merges", ["t h"], "1 merges and 256 bytes make 257 tokens; tokenizer.json has 258 besides"),
+    ],
+)
+def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, message):
+    whole = as_one_file(tiny, tmp_path / "alone")
+    changed(whole, path, value)
+    file = tmp_path / "alone" / HF_WHOLE
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(tmp_path / "alone")
+    assert str(caught.value).startswith(f"tokenizer {file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_tokenizers_trains_and_writes(tmp_path):
+    """The mark first, as a trainer's special tokens are."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(TEXTS, trainer)
+    theirs.save(str(tmp_path / HF_WHOLE))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.vocab_size, ours.end_of_text) == (theirs.get_vocab_size(), 0)
+    for text in TEXTS:
+        if "<|endoftext|>" not in text:
+            assert ours.encode(text).tolist() == theirs.encode(text).ids
+
+
+def test_what_transformers_writes(hugging_face, tmp_path):
+    """Version 5 writes tokenizer.json alone."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)
+    theirs.save_pretrained(tmp_path / "saved")
+    for name in (HF_VOCAB, HF_MERGES):
+        (tmp_path / "saved" / name).unlink(missing_ok=True)
+    assert Tokenizer.load(tmp_path / "saved").fingerprint == Tokenizer.load(hugging_face).fingerprint
 
 
 def ranks_file(ranks):

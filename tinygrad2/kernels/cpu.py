@@ -52,7 +52,8 @@ class _Notice(event.Listener):
         pass
 
 
-event.register("numba:compile", _Notice())
+notice = _Notice()
+event.register("numba:compile", notice)
 
 CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
 FLAT = 1 << 15  # elements of a flat buffer that are taken at a time

@@ -1,0 +1,95 @@
+"""gpt2/console.py: Ctrl-C in the first moments of every command, and screens without all characters."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2 import console
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
+    ["-m", f"gpt2.{name}"] for name in ("convert", "doctor", "evaluate", "report", "verify")
+]
+CTRL_C = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGINT)
+print("went on", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def handler():
+    """What SIGINT does is put back afterwards; that of a process that a test starts is the default."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Start a command that gets a Ctrl-C while it imports its first modules."""
+    for name in ("argparse", "numpy"):
+        (tmp_path / f"{name}.py").write_text(CTRL_C)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+
+    def begin(command):
+        env = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+
+    return begin
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_ctrl_c_among_the_imports_of_a_command_shows_nothing(begun, handler, command):
+    ended = begun(command)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_where_it_is_ignored_it_stays_so(begun, handler):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert "went on" in begun(["sample.py"]).stderr
+
+
+def test_main_gets_an_exception_as_ever(handler):
+    def main():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    console.begin()
+    ending = signal.getsignal(signal.SIGINT)
+    assert ending is not signal.default_int_handler
+    assert console.run(main) == 130
+    assert console.run(lambda: 7) == 7
+    assert signal.getsignal(signal.SIGINT) is ending
+
+
+def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
+    (tmp_path / "café.txt").write_text("text " * 20)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
+    ended = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "train on it: python train.py --data 'caf?'" in ended.stdout
+
+
+def test_a_reader_that_has_enough_is_no_mistake(handler, capfd):
+    def main():
+        print("text")
+        return 1
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    screen = os.dup(1)
+    os.dup2(writing, 1)
+    with open(1, "w", closefd=False) as broken, pytest.MonkeyPatch.context() as planted:
+        planted.setattr(sys, "stdout", broken)
+        assert console.run(main) == 0
+    os.dup2(screen, 1)
+    for file in (screen, writing):
+        os.close(file)
