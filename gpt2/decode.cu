@@ -37,6 +37,11 @@ constexpr int TURNS = B <= 2 ? 4 : 1;  // accesses that a thread has in register
 constexpr int EARLY = 3;               // halves of layers before the end, in which the first rows of wte come to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
+#if B > 4  // inlined, it would have registers spill
+#define ATTEND __noinline__
+#else
+#define ATTEND __forceinline__
+#endif
 #if IN_CLUSTERS
 #define TEAM __cluster_dims__(RANKS, 1, 1)
 #else
@@ -263,7 +268,7 @@ __device__ __forceinline__ void normalise(float* here, float* statistics, const 
 
 // Attention of the tokens at `position`, a block the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH) are queries,
 // keys and values. Each head's result of the block goes to the team: D values, the largest score, and the sum.
-__device__ __forceinline__ void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
+__device__ ATTEND void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
                                        Letter* letters, unsigned mark) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;
   constexpr int GROUPS = THREADS / GROUP;
@@ -384,10 +389,24 @@ __device__ __forceinline__ void join(float* heads, const Letter* letters, unsign
   __syncthreads();
 }
 
-// logits (B, V) = x wte^T, some rows of wte a warp.
-__device__ __forceinline__ void vocabulary(float* logits, const float* x, const REAL* wte) {
+// The largest of some logits and its token, of equal ones the first. A logit that is no finite number is larger than all,
+// and its token -1.
+struct Choice {
+  float logit, token;
+  __device__ __forceinline__ void none() { logit = NEG_INF, token = 1e9f; }
+  __device__ __forceinline__ void meet(float other, float its_token) {
+    if (other > logit || (other == logit && its_token < token)) logit = other, token = its_token;
+  }
+};
+
+// logits (B, V) = x wte^T, some rows of wte a warp, where they are wanted; best (B, WARPS): of the warps' shares of the
+// first `choices` tokens.
+__device__ __forceinline__ void vocabulary(float* logits, Choice* best, int choices, const float* x, const REAL* wte) {
   constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // what the registers hold
   int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
+  best += threadIdx.x / 32;
+  if (lane < B) best[lane * WARPS].none();
+  __syncwarp();
   for (int v = warp * AT_ONCE; v < V; v += BLOCKS * WARPS * AT_ONCE) {
     float y[AT_ONCE][B] = {};
 #pragma unroll(B <= 2 ? 2 : 1)
@@ -409,9 +428,40 @@ __device__ __forceinline__ void vocabulary(float* logits, const float* x, const 
 #pragma unroll
       for (int b = 0; b < B; b++) {
         float sum = warp_sum(y[r][b]);
-        if (lane == 0 && v + r < V) logits[(size_t)b * V + v + r] = sum;
+        if (lane != 0) continue;
+        if (logits && v + r < V) logits[(size_t)b * V + v + r] = sum;
+        bool finite = fabsf(sum) < -NEG_INF;
+        if (v + r < choices) best[b * WARPS].meet(finite ? sum : -NEG_INF, finite ? v + r : -1);
       }
   }
+}
+
+// The likeliest token of each text: a warp a text, first of the block, then, having been told by all, of the GPU.
+__device__ __forceinline__ void choose(int* likeliest, const Choice* best, Letter* letters, unsigned mark) {
+  __syncthreads();
+  int b = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (b >= B) return;
+  auto of_warp = [](Choice choice) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1)
+      choice.meet(__shfl_xor_sync(0xffffffffu, choice.logit, o), __shfl_xor_sync(0xffffffffu, choice.token, o));
+    return choice;
+  };
+  Choice choice = of_warp(best[b * WARPS + lane % WARPS]);
+  letters += b * BLOCKS * 2;
+  if (lane == 0) {
+    send(letters + blockIdx.x * 2, choice.logit, mark);
+    send(letters + blockIdx.x * 2 + 1, choice.token, mark);
+  }
+  if (blockIdx.x) return;
+  choice.none();
+  for (int i = lane; i < BLOCKS; i += 32) {
+    float other[2];
+    receive(other, letters + i * 2, 1, mark);
+    choice.meet(other[0], other[1]);
+  }
+  choice = of_warp(choice);
+  if (lane == 0) likeliest[b] = choice.token;
 }
 
 // Bring to L2 what will be wanted at once: by all blocks, a vector of a layer to come (each block some lines of it);
@@ -475,12 +525,14 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
   });
 }
 
-// found (4, TEAMS, B, C): letters to all blocks of a rank. letters (BLOCKS, PLACES): those of teams that are no clusters.
-// mark: of the launch's first letters; the 2 L after it are the launch's too. Tokens stand at `position` in their texts.
+// The tokens are `previous` (B), what an earlier launch chose, or where that is null `tokens`; they stand at `position` in
+// their texts. Either logits (B, V) or likeliest (B), among the first `choices` tokens, may be null.
+// found (4, TEAMS, B, C): letters to all blocks of a rank, and then (B, BLOCKS, 2) to the first block. letters (BLOCKS,
+// PLACES): those of teams that are no clusters. mark: of the launch's first letters; the 2 L after it are its too.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) TEAM
-decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, const float* ln_f_weight,
-       const float* ln_f_bias, Letter* found, Letter* letters, const __grid_constant__ Tokens tokens, int position,
-       int capacity, float eps, unsigned mark) {
+decode(float* logits, int* likeliest, const int* previous, const Layer* layers, const REAL* wte, const REAL* wpe,
+       const float* ln_f_weight, const float* ln_f_bias, Letter* found, Letter* letters,
+       const __grid_constant__ Tokens tokens, int choices, int position, int capacity, float eps, unsigned mark) {
   DYN_SMEM(unsigned char, memory);
   float* work = (float*)(memory + AHEAD * THREADS * 16);  // of products and attention; last, x of all ranks
   float* first = work + larger(THREADS * VEC, larger(WARPS * (D + 2), B * C));
@@ -495,8 +547,8 @@ decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, con
   letters += (size_t)blockIdx.x * PLACES;
 #endif
   for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // whose x no other thread asks for
-    int c = rank() * OWN + i % OWN;
-    x[i] = f32(wte[(size_t)tokens.id[i / OWN] * C + c]) + f32(wpe[(size_t)position * C + c]);
+    int c = rank() * OWN + i % OWN, token = previous ? max(previous[i / OWN], 0) : tokens.id[i / OWN];
+    x[i] = f32(wte[(size_t)token * C + c]) + f32(wpe[(size_t)position * C + c]);
   }
   constexpr int EACH = repeats(B * OWN);
 #pragma unroll 1
@@ -537,6 +589,8 @@ decode(float* logits, const Layer* layers, const REAL* wte, const REAL* wpe, con
     tell_team(letters + SUMS + i / OWN * C + rank() * OWN + i % OWN, here[i], mark);
   for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(letters + SUMS + i, 1, mark);
   __syncthreads();
-  vocabulary(logits, work, wte);
-  cp_async_wait<0>();
+  cp_async_wait<0>();  // of nothing: the last matrix has been used
+  Choice* best = (Choice*)memory;
+  vocabulary(logits, best, likeliest ? choices : 0, work, wte);
+  if (likeliest) choose(likeliest, best, found + (size_t)4 * TEAMS * B * C, mark);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,24 +113,65 @@ class Decoder:
     def __call__(self, tokens: np.ndarray, position: int) -> Any:
         """Logits (B, V) in float32, on the device, for tokens (B,) at `position` of their texts, whose keys and values
         go to the cache. Raises ValueError for a token or a position out of range."""
+        self._check(tokens, position, 1)
+        logits = self._model.backend.np.empty((self._texts, self._model.config.vocab_size), dtype=np.float32)
+        self._launch(tokens, position, logits=logits)
+        return logits
+
+    def likeliest(self, tokens: np.ndarray, position: int, count: int, choices: int) -> Iterator[np.ndarray]:
+        """`count` times the likeliest of the first `choices` tokens for each text, (B,), beginning with what follows
+        `tokens` at `position`; -1 where the logits are no finite numbers.
+
+        Each token goes to the next launch on the device, and that one is launched before the token has come to the
+        host: the GPU does not wait for it. Raises ValueError for a token or a position out of range."""
+        if count < 1:
+            return
+        self._check(tokens, position, count)
+        backend, previous, arrived = self._model.backend, None, None
+        chosen = [backend.zeros((self._texts,), "int32") for _ in range(2)]
+        landing = [backend.staging(array, None) for array in chosen]
+        for i in range(count):
+            self._launch(tokens, position + i, previous=previous, likeliest=chosen[i % 2], choices=choices)
+            previous, wait = chosen[i % 2], backend.download(chosen[i % 2], landing[i % 2])
+            if arrived is not None:
+                arrived()
+                yield landing[(i - 1) % 2].astype(np.int64)
+            arrived = wait
+        if arrived is not None:
+            arrived()
+            yield landing[(count - 1) % 2].astype(np.int64)
+
+    def _check(self, tokens: np.ndarray, position: int, count: int) -> None:
         c = self._model.config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise ValueError(f"decode: tokens hold {tokens.min()} to {tokens.max()}; expected 0 to {c.vocab_size - 1}")
-        if not 0 <= position < min(self._capacity, c.n_positions):
+        if not 0 <= position <= min(self._capacity, c.n_positions) - count:
             raise ValueError(
-                f"decode: position {position}; the cache holds {self._capacity}, the context {c.n_positions}"
+                f"decode: position {position + count - 1}; the cache holds {self._capacity}, the context "
+                f"{c.n_positions}"
             )
+
+    def _launch(
+        self,
+        tokens: np.ndarray,
+        position: int,
+        *,
+        logits: Any = None,
+        likeliest: Any = None,
+        previous: Any = None,
+        choices: int = 0,
+    ) -> None:
+        """One token of each text; see decode.cu for the arguments."""
         if self._kernel is None:
             self._prepare()
-        plan = self._plan
-        logits = self._model.backend.np.empty((self._texts, c.vocab_size), dtype=np.float32)
+        c, plan = self._model.config, self._plan
         marks = 2 * c.n_layer + 1  # of a launch: for each half of a layer, and for the end
-        mark = self.first_mark + self._launches * marks
+        mark = np.uint32((self.first_mark + self._launches * marks) % 2**32)
         self._launches += 1
-        numbers = np.int32(position), np.int32(self._capacity), np.float32(c.layer_norm_epsilon)
-        arguments = np.array((tokens,), dtype=self._tokens)[()], *numbers, np.uint32(mark % 2**32)
-        self._kernel((plan.blocks,), (THREADS,), (logits, *self._arrays, *arguments), shared_mem=plan.shared)
-        return logits
+        numbers = np.int32(choices), np.int32(position), np.int32(self._capacity), np.float32(c.layer_norm_epsilon)
+        given = np.array((tokens,), dtype=self._tokens)[()], *numbers, mark
+        arguments = logits, likeliest, previous, *self._arrays, *given
+        self._kernel((plan.blocks,), (THREADS,), arguments, shared_mem=plan.shared)
 
     def _prepare(self) -> None:
         """Compile the kernel for as many blocks as run at once, and make what it is given at every call."""
@@ -151,7 +193,7 @@ class Decoder:
         self._arrays = (
             backend.upload(table),
             *(model.wte.weight.compute, model.wpe.weight.compute, model.ln_f.weight.data, model.ln_f.bias.data),
-            backend.zeros((4, plan.teams, texts, c.n_embd), "uint64"),
+            backend.zeros((4 * plan.teams * texts * c.n_embd + 2 * texts * plan.blocks,), "uint64"),
             backend.zeros((1 if plan.clusters else plan.blocks, plan.places), "uint64"),
         )
 

@@ -28,8 +28,20 @@ class KVCache:
         c = model.config
         shape = (2, batch, c.n_head, capacity, c.head_size)
         self.layers = [model.backend.zeros(shape, model.activations) for _ in range(c.n_layer)]
-        self.length = 0
+        self.length, self.capacity = 0, capacity
         self.decoder = Decoder.fitting(model, self)
+
+    def likeliest(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
+        """The tokens that follow `tokens` (B,), each the likeliest of the first `choices`, up to `most` of them and as
+        long as there is room; where there is a decoder (see Decoder.likeliest)."""
+        assert self.decoder is not None
+        first, count = self.length, min(most, self.capacity - self.length)
+        for found in self.decoder.likeliest(tokens, first, count, choices):
+            self.length += 1
+            yield found
+
+
+NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -128,21 +140,29 @@ def generate(
     context = model.config.n_positions
     seen = np.tile(np.asarray(prompt, dtype=np.int64)[-context:], (samples, 1))
     state = _new_cache(model, seen, max_tokens) if cache else None
-    for step in range(max_tokens):
+    step = 0
+    while step < max_tokens:
         unread = seen if state is None else seen[:, state.length :]
         with no_grad():
             logits = model.next_logits(unread, state).numpy()[:, :vocab_size]
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
-            raise ValueError("generate: the model's logits are not finite numbers; its weights are damaged")
+            raise ValueError(NOT_FINITE)
         key = Key(seed, step, site=random.SAMPLING_SITE)
         draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
-        seen = np.concatenate((seen, token[:, None]), axis=1)
+        step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
+        if temperature == 0 and state is not None and state.decoder is not None:
+            for token in state.likeliest(token, max_tokens - step, vocab_size or model.config.vocab_size):
+                if token.min() < 0:
+                    raise ValueError(NOT_FINITE)
+                yield token
+                step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
             if state is not None:
+                del state  # before there is another one
                 state = _new_cache(model, seen, max_tokens - step)
 
 

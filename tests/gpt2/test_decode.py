@@ -11,7 +11,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
 from gpt2.decode import MOST_TEXTS, Decoder
-from gpt2.generate import KVCache
+from gpt2.generate import KVCache, generate
 from tests import cudasim, strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
@@ -149,6 +149,53 @@ def test_generating_with_it_gives_the_same_texts(device):
     assert texts == model_of(device="cpu").generate([5, 9, 2], 15, **sampling)
 
 
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capability):
+    """Chosen on the device, beyond the context too (80 tokens), and among the first ones where a model is padded."""
+    model, there = model_of(), model_of(device="cpu")
+    limited(monkeypatch, model, processors=24, capability=capability)
+    positions = np.random.default_rng(1).standard_normal((80, 96)).astype(np.float32)  # so that the text moves on
+    for of in (model, there):
+        of.wpe.weight.data = of.backend.asarray(positions)
+    for vocab_size in (None, 60):
+        options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
+        texts = [[*generate(of, [5, 9, 2], 83, **options)] for of in (model, there)]
+        np.testing.assert_array_equal(*texts)
+        assert len(np.unique(texts[0])) > 10, "they are alike"
+        assert texts[0][0].dtype == np.int64
+        assert vocab_size is None or np.max(texts) < vocab_size
+
+
+def test_a_launch_is_ahead_of_the_host(device):
+    model = model_of()
+    tokens = generate(model, [5, 9, 2], 8, temperature=0)
+    next(tokens)  # reads the prompt
+    before = device.launches
+    next(tokens)
+    kernels = device.launches - before
+    before, syncs = device.launches, device.syncs
+    next(tokens)
+    assert 1 <= device.launches - before < kernels
+    assert device.syncs == syncs, "nothing waits for the whole device"
+    tokens.close()
+
+
+def test_of_equal_logits_the_first_token_is_chosen(device):
+    model = model_of()
+    model.wte.weight.data[...] = model.backend.asarray(np.zeros((101, 96), np.float32))
+    np.testing.assert_array_equal([*generate(model, [5, 9, 2], 4, temperature=0)], np.zeros((4, 1)))
+
+
+def test_logits_that_are_no_numbers_end_the_text(device):
+    model = model_of()
+    tokens = generate(model, [5, 9, 2], 9, temperature=0)
+    assert 0 <= next(tokens)[0] < 101
+    model.wte.weight.data[100] = np.float32(np.inf)
+    with pytest.raises(ValueError, match="the model's logits are not finite numbers"):
+        [*tokens]
+
+
 def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
     model = model_of()
     assert KVCache(model, MOST_TEXTS, 8).decoder is not None
@@ -169,8 +216,10 @@ def test_a_token_or_position_out_of_range_is_refused(device):
                 model.next_logits(np.array([[token]]), cache)
         assert cache.length == 3
         model.next_logits(np.array([[0]]), cache)
-        with pytest.raises(ValueError, match="the cache holds 4"):
+        with pytest.raises(ValueError, match="position 4; the cache holds 4"):
             model.next_logits(np.array([[0]]), cache)
+        with pytest.raises(ValueError, match="position 5; the cache holds 4"):
+            next(cache.decoder.likeliest(np.array([0]), 2, 4, 101))
 
 
 FAULTS = {
