@@ -77,36 +77,37 @@ def _choose(
     logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int | np.integer:
     """The first token at which the probabilities, the largest first, add up to more than `draw`."""
-    tokens = None
-    if top_k is not None and top_k < len(logits):
-        tokens = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
-        logits = logits[tokens]
-    logits = logits.astype(np.float64)
-    # The maximum is taken off first: dividing by a tiny temperature must not overflow.
+    # The maximum is taken off first: dividing by a tiny temperature must not overflow. exp is three times as fast in
+    # the logits' float32 as in float64.
     with np.errstate(over="ignore"):
-        p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    order, total = _likeliest(p, draw if top_p is None else top_p)
+        scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
+    weights = np.exp(scaled)
+    if top_k is not None and top_k < len(logits):
+        best = _sorted(scaled, np.partition(scaled, -top_k)[-top_k])
+        total, candidates = weights[best].sum(dtype=np.float64), iter([best])
+    else:
+        total, candidates = weights.sum(dtype=np.float64), _likeliest(scaled)
+    for tokens in candidates:
+        sums = np.cumsum(weights[tokens].astype(np.float64) / total)
+        if sums[-1] > (draw if top_p is None else top_p):
+            break
     if top_p is not None:
-        count = int(np.searchsorted(total, top_p)) + 1
-        order, total = order[:count], total[:count]
-        draw *= total[-1]
-    rank = min(int(np.searchsorted(total, draw, side="right")), int((p[order] > 0).sum()) - 1)
-    return order[rank] if tokens is None else tokens[order[rank]]
+        sums = sums[: int(np.searchsorted(sums, top_p)) + 1]
+        draw *= sums[-1]
+    rank = min(int(np.searchsorted(sums, draw, side="right")), int((weights[tokens[: len(sums)]] > 0).sum()) - 1)
+    return tokens[rank]
 
 
-def _likeliest(p: np.ndarray, enough: float) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens by falling probability and their running sum, so many of them that it is more than `enough` where it
-    can be: sorting all of a vocabulary takes longer than a small model does."""
-    count = 64
-    while True:
-        count = min(count, len(p))
-        found = np.flatnonzero(p >= np.partition(p, -count)[-count])  # all that tie with the last one, too
-        order = found[np.argsort(-p[found], kind="stable")]
-        total = np.cumsum(p[order])
-        if total[-1] > enough or len(found) == len(p):
-            return order, total
-        count *= 8
+def _likeliest(scaled: np.ndarray) -> Iterator[np.ndarray]:
+    """Tokens by falling logit, of equal ones the first: those a little below the largest, 0, then more, then all.
+    Sorting all of a vocabulary takes longer than a small model does."""
+    for least in (-4.0, -6.0, -8.0, -10.0, -np.inf):
+        yield _sorted(scaled, least)
+
+
+def _sorted(scaled: np.ndarray, least: float) -> np.ndarray:
+    tokens = np.flatnonzero(scaled >= least)
+    return tokens[np.argsort(-scaled[tokens], kind="stable")]
 
 
 def generate(
@@ -154,11 +155,12 @@ def generate(
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
         if temperature == 0 and state is not None and state.decoder is not None:
-            for token in state.likeliest(token, max_tokens - step, vocab_size or model.config.vocab_size):
-                if token.min() < 0:
+            choices = vocab_size or model.config.vocab_size
+            for following in state.likeliest(token, max_tokens - step, choices):
+                if following.min() < 0:
                     raise ValueError(NOT_FINITE)
-                yield token
-                step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
+                yield following
+                step, seen = step + 1, np.concatenate((seen, following[:, None]), axis=1)
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
             if state is not None:

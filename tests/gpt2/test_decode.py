@@ -193,7 +193,7 @@ def test_logits_that_are_no_numbers_end_the_text(device):
     assert 0 <= next(tokens)[0] < 101
     model.wte.weight.data[100] = np.float32(np.inf)
     with pytest.raises(ValueError, match="the model's logits are not finite numbers"):
-        [*tokens]
+        list(tokens)
 
 
 def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
