@@ -14,6 +14,17 @@ from tinygrad2 import autograd
 from tinygrad2.kernels import gemm
 
 
+def pytest_addoption(parser):
+    parser.addoption("--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/ptxsim.py)")
+
+
+def pytest_configure(config):
+    if config.getoption("--ptx"):
+        from tests import ptxsim
+
+        cudasim.RawModule = ptxsim.RawModule
+
+
 def _read_only(value):
     if hasattr(value, "_replace"):  # a named tuple
         return type(value)(*map(_read_only, value))

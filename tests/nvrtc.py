@@ -108,12 +108,17 @@ def narrow_loads(code: str, defines: dict[str, Any]) -> dict[str, int]:
 
     Where the compiler takes what should be one access of 16 bytes apart into its members, they are what is left of it.
     """
+    kernels = ptx(code, "compute_90", defines).split(".visible .entry ")[1:]
+    return {kernel.split("(")[0]: len(re.findall(r"\bld\.global(?:\.nc)?\.[bus]16\b", kernel)) for kernel in kernels}
+
+
+def ptx(code: str, target: str, defines: dict[str, Any]) -> str:
+    """What NVRTC makes of a source for a virtual architecture such as compute_90. Raises CompileError."""
     from cupy_backends.cuda.libs import nvrtc
 
-    with _program(code, "compute_90", defines) as (program, _):
+    with _program(code, target, defines) as (program, _):
         text = nvrtc.getPTX(program)
-    kernels = (text.decode() if isinstance(text, bytes) else text).split(".visible .entry ")[1:]
-    return {kernel.split("(")[0]: len(re.findall(r"\bld\.global(?:\.nc)?\.[bus]16\b", kernel)) for kernel in kernels}
+    return text.decode() if isinstance(text, bytes) else text
 
 
 @contextmanager

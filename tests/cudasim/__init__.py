@@ -48,6 +48,22 @@ def _poisoned(declaration):
     return " ".join([declaration[0], *(f"CUDASIM_POISON({name});" for name in names)])
 
 
+def compiled(text, options):
+    """The library of some C++ after cudasim.h, kept on disk."""
+    text = f'#include "{HERE}/cudasim.h"\n#line 1\n{text}'
+    known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr((FLAGS, options)).encode()
+    key = hashlib.sha256(known).hexdigest()[:16]
+    library = CACHE / f"{key}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / "made.so"
+            command = ["g++", *FLAGS, "-x", "c++", "-", "-o", str(made), *options]
+            subprocess.run(command, input=text.encode(), check=True)
+            made.replace(library)
+    return ctypes.CDLL(str(library))
+
+
 class RawModule:
     """As cupy.RawModule: get_function(name)(grid, block, args, shared_mem=n)."""
 
@@ -55,19 +71,8 @@ class RawModule:
         need_compiler()
         bounds = {name: bounds for bounds, name in BOUNDS.findall(code)}
         exports = "".join(f"CUDASIM_EXPORT({name}, {bounds.get(name, 1024)})\n" for name in KERNEL.findall(code))
-        text = f'#include "{HERE}/cudasim.h"\n#line 1\n{SHARED.sub(_poisoned, code)}\n{exports}'
         defines = [option for option in options if option.startswith("-D")]
-        known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr((FLAGS, defines)).encode()
-        key = hashlib.sha256(known).hexdigest()[:16]
-        library = CACHE / f"{key}.so"
-        if not library.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                made = Path(folder) / "made.so"
-                command = ["g++", *FLAGS, "-x", "c++", "-", "-o", str(made), *defines]
-                subprocess.run(command, input=text.encode(), check=True)
-                made.replace(library)
-        self.library = ctypes.CDLL(str(library))
+        self.library = compiled(f"{SHARED.sub(_poisoned, code)}\n{exports}", defines)
 
     def get_function(self, name):
         return Function(self.library, name)
@@ -76,9 +81,10 @@ class RawModule:
 class Function:
     """A kernel; its arguments are checked for what CuPy would pass on wrongly without a word."""
 
-    def __init__(self, library, name):
+    def __init__(self, library, name, static=0):
+        """static: bytes of shared memory that the kernel has of its own at the beginning of the dynamic one."""
         self._most = 48 << 10
-        self.name = name
+        self.name, self._static = name, static
         of = {what: getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params", "bound")}
         self.launch, parameters, self.bound = of["launch"], of["params"], of["bound"]()
         self.launch.restype = parameters.restype = ctypes.c_char_p
@@ -108,7 +114,7 @@ class Function:
         if any(x.dtype == np.uint64 for x in arrays):
             arrays = []  # a table of addresses, which may lead to any array
         spans = (ctypes.c_size_t * (2 * len(arrays)))(*(n for x in arrays for n in (x.ctypes.data, x.nbytes)))
-        error = self.launch(sizes, ctypes.c_size_t(shared_mem), pointers, schedule, spans, len(arrays))
+        error = self.launch(sizes, ctypes.c_size_t(shared_mem + self._static), pointers, schedule, spans, len(arrays))
         if error:
             raise RuntimeError(f"{self.name}: {error.decode()}")
 

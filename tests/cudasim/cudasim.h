@@ -102,7 +102,10 @@ cudasim_switch:
 enum Kind { RUN = 0, BLOCK = 1, SYNCWARP, SHFL, BALLOT, LDMATRIX, MMA, DONE, WAIT, KINDS };
 static const char* const kind_name[] = {"running",  "__syncthreads", "__syncwarp", "shfl",  "ballot",
                                         "ldmatrix", "mma",           "exited",     "waiting for another block"};
-constexpr size_t STACK = 64 << 10, SLOT = 64;  // bytes: of a stack, and that a lane can give in one exchange
+#ifndef CUDASIM_STACK
+#define CUDASIM_STACK 64
+#endif
+constexpr size_t STACK = CUDASIM_STACK << 10, SLOT = 64;  // bytes: of a stack, and that a lane can give in one exchange
 
 struct Copy {
   void* d;

@@ -10,11 +10,12 @@ __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void wait_a_little() {}  // others need no time of ours
 #if __CUDA_ARCH__ >= 900
-// The same place in the shared memory of another block of a thread block cluster of SIZE.
+// The same place in the shared memory of another block of a thread block cluster of SIZE. (Were it not volatile, the
+// compiler would ask in all lanes where only some do, for blocks that there are not.)
 template <int SIZE, class T>
 __device__ __forceinline__ T* in_block(T* place, unsigned rank) {
   T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
   return there;
 }
 template <int SIZE>
