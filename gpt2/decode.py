@@ -54,13 +54,13 @@ class Plan:
         hidden = -(-slices // min(teams, limits["processors"] // ranks)) * vector
         teams = -(-4 * C // hidden)  # each has some of the MLP's columns
         heads = -(-H // teams)
-        columns = max(3 * heads * D, hidden, own)
-        if columns > THREADS * vector:
+        if max(3 * heads * D, hidden, own) > THREADS * vector:
             return None
         clusters = limits["capability"] >= 9
-        places = ranks * texts * (2 + columns + heads * (D + 2))
-        work = max(THREADS * vector, THREADS // 32 * (D + 2), texts * C)
-        fixed = 4 * (work + texts * (max(3 * heads * D, hidden) + heads * D + 2 * own + 2)) + 8 * places * clusters
+        first = max(3 * heads * D, hidden)  # columns of a half's first matrix
+        places = texts * (ranks * (2 + -(-first // ranks) + heads * (D + 2)) + max(first, C))
+        work = max(THREADS * vector + 16, THREADS // 32 * (D + 2), texts * C)
+        fixed = 4 * (work + texts * (first + heads * D + 2 * own)) + 8 * places * clusters
         ahead = min(MOST_AHEAD, (limits["shared_memory"] - STATIC - fixed) // (THREADS * ACCESS))
         if ahead < LEAST_AHEAD:
             return None
