@@ -37,7 +37,7 @@ constexpr int TURNS = B <= 2 ? 2 : 1;  // accesses that a thread has in register
 constexpr int EARLY = 3;               // halves of layers before the end, in which the first rows of wte come to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
-#if !IN_CLUSTERS  // inlined, it would have registers spill
+#if !IN_CLUSTERS  // inlined, it would have registers spill on sm_80
 #define ATTEND __noinline__
 #else
 #define ATTEND __forceinline__
@@ -216,7 +216,7 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
     cp_async_wait<AHEAD - PART>();
     int slot = stream.slot;
 #pragma unroll TURNS
-    for (int i = 0; i < PART; i++) {
+    for (int i = turn; i < min(turn + PART, ALL); i++) {
       Access w = stream.ring[slot];  // zeros where there is no row
 #pragma unroll
       for (int b = 0; b < B; b++) {
@@ -295,10 +295,6 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
     if (unit) __syncthreads();
     const float *query = first + b * 3 * WIDTH + unit % HEADS * D, *key = query + WIDTH, *value = key + WIDTH;
     REAL *keys = cache + (size_t)(b * H + head) * capacity * D, *values = keys + (size_t)B * H * capacity * D;
-    if (rank() == position % RANKS)
-      for (int i = threadIdx.x; i < 2 * D; i += THREADS)
-        (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
-
     float largest = NEG_INF, total = 0.f, sum[EACH][VEC] = {}, q[EACH][VEC];
 #pragma unroll
     for (int p = 0; p < EACH; p++)
@@ -380,6 +376,9 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
       }
       tell_team(letters + FOUND + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, mark);
     }
+    if (rank() == position % RANKS)  // for the tokens to come
+      for (int i = threadIdx.x; i < 2 * D; i += THREADS)
+        (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
   }
 }
 

@@ -255,17 +255,22 @@ def test_planted_faults_are_caught(device, monkeypatch, fault):
     monkeypatch.setattr(
         cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
     )
-    model, tokens, results = model_of(config), tokens_of(config, 2, 8), []
+    model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
     monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
-    expected, _ = logits_of(model_of(config, device="cpu"), tokens, 3)
+    expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
+    text = [*generate(there, [5], 3, samples=2, temperature=0)]
     # Two heads a team; or a team with none; or two blocks with all, which takes several turns.
     runs = [(processors, order) for processors in ((8,) if isinstance(fault, int) else (24, 2)) for order in range(6)]
     for processors, order in runs:
         limited(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
-            results.append(logits_of(model, tokens, 3)[0])
+            found = logits_of(model, tokens, 3)[0]
+            likeliest = [*KVCache(model, 2, 8).decoder.likeliest(np.array([5, 5]), 0, 3, 70)]
         except RuntimeError:
+            caught = True
+        else:
+            caught = not (distance(found, expected) < BOUNDS["float32"] and np.array_equal(likeliest, text))
+        if caught:
             break
-    caught = len(results) < len(runs) or any(not distance(got, expected) < BOUNDS["float32"] for got in results)
     assert caught == (fault is not None)
