@@ -5,7 +5,7 @@
 // A token reads every weight once and computes two operations on it, so the memory's rate is the limit: 124M in bf16 is
 // 248 MB, 58 us at 4.3 TB/s. As one launch an operation it would take several times that, since each of 100 kernels
 // starts with empty hands. Here the blocks live through the whole model, and the time goes into telling each other what
-// they found: all of them twice a layer, those of a team up to three times in between.
+// they found: all of them twice a layer, those of a team up to four times in between.
 //
 // A team is RANKS blocks: where there are thread block clusters (compute capability 9), one of these, whose blocks write
 // to each other's shared memory. The block of some rank in each team keeps C / RANKS columns of the residual stream x, its
@@ -32,12 +32,12 @@ constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = TEAMS * RANKS, D = C
 constexpr int WIDTH = HEADS * D;                        // columns of a team's heads
 constexpr int ATTENDING = (H + HEADS - 1) / HEADS;      // teams that have heads
 constexpr int VEC = Pack<REAL>::N;
-using Access = Pack<REAL, VEC, false>;  // number by number: two to a register spill on sm_100
-constexpr int TURNS = B <= 2 ? 4 : 1;  // accesses that a thread has in registers
+using Access = Pack<REAL, VEC>;
+constexpr int TURNS = B <= 2 ? 2 : 1;  // accesses that a thread has in registers
 constexpr int EARLY = 3;               // halves of layers before the end, in which the first rows of wte come to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
-#if B > 4  // inlined, it would have registers spill
+#if !IN_CLUSTERS  // inlined, it would have registers spill on sm_80
 #define ATTEND __noinline__
 #else
 #define ATTEND __forceinline__
@@ -71,11 +71,13 @@ constexpr __host__ __device__ int columns(int matrix) {
   return matrix == QKV ? 3 * WIDTH : matrix == MLP_IN ? HIDDEN : OWN;
 }
 constexpr __host__ __device__ int at_once(int matrix) { return THREADS / (columns(matrix) / VEC); }
+constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // that a block adds up
 constexpr __host__ __device__ int turns(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
 
 // Places of letters that a block receives from its team.
-constexpr int SQUARES = 0, SUMS = SQUARES + RANKS * B * 2;
-constexpr int FOUND = SUMS + RANKS * B * larger(larger(3 * WIDTH, HIDDEN), OWN);
+constexpr int SQUARES = 0, SUMS = SQUARES + B * RANKS * 2;
+constexpr int WHOLE = SUMS + RANKS * B * slots(larger(3 * WIDTH, HIDDEN));
+constexpr int FOUND = WHOLE + B * larger(larger(3 * WIDTH, HIDDEN), C);
 constexpr int PLACES = FOUND + RANKS * B * HEADS * (D + 2);
 
 __device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
@@ -149,119 +151,133 @@ struct Share {
   }
 };
 
+// How a thread goes through a block's part of a matrix; divisions, which take longer than some accesses.
+struct Way {
+  int first, stride;  // where it begins, and goes on in the next turn
+  int turns, rows;    // of the block, and those in which this thread has a row
+  __device__ __forceinline__ explicit Way(int matrix)
+      : stride(at_once(matrix) * outputs(matrix)), turns(::turns(matrix)) {
+    Share share(matrix);
+    first = share.first * outputs(matrix) + share.column;
+    rows = max(share.last - share.first + at_once(matrix) - 1, 0) / at_once(matrix);
+  }
+};
+
 // The block's parts of all matrices, one after the other, on their way to shared memory. A thread copies what it will
 // use itself, so it needs to wait for no other one.
 struct Stream {
   const Layer* layers;
   Access* ring;  // AHEAD accesses of each thread
-  const REAL* weight;
-  int stage, slot, left, row, last;
+  const Way qkv, projection, mlp_in, mlp_out;
+  const REAL *weight, *next;  // of the next access, and the matrix that follows
+  int stage, slot, left, rows, stride;
   __device__ Stream(const Layer* layers, void* memory)
-      : layers(layers), ring((Access*)memory + threadIdx.x), stage(-1), slot(0), left(0) {
-    for (int i = 0; i < AHEAD; i++) fetch();
+      : layers(layers), ring((Access*)memory + threadIdx.x), qkv(QKV), projection(PROJECTION), mlp_in(MLP_IN),
+        mlp_out(MLP_OUT), stage(team() < ATTENDING ? QKV : MLP_IN), slot(0), left(0) {
+    next = layers->matrix[stage];
+    fetch(AHEAD);
   }
-  __device__ void fetch() {
-    while (!left && stage + 1 < L * MATRICES) {
-      int matrix = ++stage % MATRICES;
-      if (matrix <= PROJECTION && team() >= ATTENDING) continue;
-      Share share(matrix);
-      row = share.first;
-      last = share.last;
-      weight = layers[stage / MATRICES].matrix[matrix] + (size_t)row * outputs(matrix) + share.column;
-      left = turns(matrix);
+  __device__ __forceinline__ void fetch(int count) {
+#pragma unroll 1
+    for (; count; count--) {
+      if (!left && stage < L * MATRICES) {
+        int matrix = stage % MATRICES;
+        Way way = matrix == QKV ? qkv : matrix == PROJECTION ? projection : matrix == MLP_IN ? mlp_in : mlp_out;
+        weight = next + way.first;
+        stride = way.stride;
+        left = way.turns;
+        rows = way.rows;
+        if (++stage % MATRICES == QKV && team() >= ATTENDING) stage += 2;
+        if (stage < L * MATRICES) next = layers[stage / MATRICES].matrix[stage % MATRICES];  // asked for early
+      }
+      if (left) {
+        cp_async16(ring + slot, weight, rows-- > 0 ? 16 : 0);
+        weight += stride;
+        left--;
+      }
+      cp_async_commit();  // empty ones too: which copy is awaited is told by counting
+      slot = slot + THREADS == AHEAD * THREADS ? 0 : slot + THREADS;
     }
-    if (left) {
-      int matrix = stage % MATRICES, step = at_once(matrix);
-      if (row < last) cp_async16(ring + slot * THREADS, weight);
-      row += step;
-      weight += (size_t)step * outputs(matrix);
-      left--;
-    }
-    cp_async_commit();  // empty ones too: which copy is awaited is told by counting
-    slot = slot + 1 == AHEAD ? 0 : slot + 1;
-  }
-  template <int N>
-  __device__ __forceinline__ void take(Access (&pack)[N]) {
-    cp_async_wait<AHEAD - N>();
-#pragma unroll
-    for (int i = 0; i < N; i++) pack[i] = ring[(slot + i) % AHEAD * THREADS];
-#pragma unroll
-    for (int i = 0; i < N; i++) fetch();
   }
 };
-
-// y (B, VEC) += x W for N turns of a thread; x (B, ROWS) begins with row `origin` of the matrix.
-template <int N, int ROWS>
-__device__ __forceinline__ void multiply(float (&y)[B][VEC], Stream& stream, const float* x, int origin, int& row,
-                                         int last, int step) {
-  Access w[N];
-  stream.take(w);
-#pragma unroll
-  for (int i = 0; i < N; i++, row += step) {
-    if (row >= last) continue;
-#pragma unroll
-    for (int b = 0; b < B; b++) {
-      float factor = x[b * ROWS + row - origin];
-#pragma unroll
-      for (int e = 0; e < VEC; e++) y[b][e] += factor * f32(w[i].v[e]);
-    }
-  }
-}
 
 // found(b, column, sum): the block's part of y = x W, a column after the other. x (B, rows) in shared memory.
 template <int MATRIX, class Use>
 __device__ __forceinline__ void product(Stream& stream, const float* x, float* memory, Use found) {
-  constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), REST = turns(MATRIX) % TURNS;
+  constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), ALL = turns(MATRIX);
+  constexpr int PART = ALL < AHEAD / 2 ? ALL : AHEAD / 2;  // turns whose weights are awaited together
+  constexpr int LANES = COLUMNS / VEC, PLANE = THREADS * 4 + 16;  // of 4 columns each: no two meet in a bank
   Share share(MATRIX);
-  int origin = (first_of_half(MATRIX) ? rank() : team()) * ROWS;
+  x -= (first_of_half(MATRIX) ? rank() : team()) * ROWS;
   float y[B][VEC] = {};
 #pragma unroll 1
-  for (int turn = 0; turn < turns(MATRIX) / TURNS; turn++)
-    multiply<TURNS, ROWS>(y, stream, x, origin, share.first, share.last, STEP);
-  if constexpr (REST) multiply<REST, ROWS>(y, stream, x, origin, share.first, share.last, STEP);
+  for (int turn = 0; turn < ALL; turn += PART) {
+    if (turn) stream.fetch(PART);
+    cp_async_wait<AHEAD - PART>();
+    int slot = stream.slot;
+#pragma unroll TURNS
+    for (int i = turn; i < min(turn + PART, ALL); i++) {
+      Access w = stream.ring[slot];  // zeros where there is no row
+#pragma unroll
+      for (int b = 0; b < B; b++) {
+        float factor = share.first < share.last ? x[b * ROWS + share.first] : 0.f;
+#pragma unroll
+        for (int e = 0; e < VEC; e++) y[b][e] += factor * w[e];
+      }
+      share.first += STEP;
+      slot = slot + THREADS == AHEAD * THREADS ? 0 : slot + THREADS;
+    }
+  }
 #pragma unroll
   for (int b = 0; b < B; b++) {
-    if (threadIdx.x < STEP * (COLUMNS / VEC))
+    if (threadIdx.x < STEP * LANES)
 #pragma unroll
-      for (int e = 0; e < VEC; e++) memory[threadIdx.x * VEC + e] = y[b][e];
+      for (int e = 0; e < VEC; e++) memory[e / 4 * PLANE + threadIdx.x * 4 + e % 4] = y[b][e];
     __syncthreads();
     for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
+      const float* at = memory + c % VEC / 4 * PLANE + c / VEC * 4 + c % 4;
       float even = 0.f, odd = 0.f;
-#pragma unroll 8
-      for (int row = 0; row < STEP; row++) (row % 2 ? odd : even) += memory[row * COLUMNS + c];
+#pragma unroll 16
+      for (int row = 0; row < STEP; row++) (row % 2 ? odd : even) += at[row * LANES * 4];
       found(b, c, even + odd);
     }
     if (b + 1 < B) __syncthreads();  // after the last one, the caller's
   }
+  stream.fetch(ALL - (ALL - 1) / PART * PART);  // others wait for the sums, not for this
 }
 
 // LayerNorm of the own columns (B, OWN) in shared memory, each thread those that it put there.
-__device__ __forceinline__ void normalise(float* here, float* statistics, const float (&weight)[repeats(B * OWN)],
+__device__ __forceinline__ void normalise(float* here, const float (&weight)[repeats(B * OWN)],
                                           const float (&bias)[repeats(B * OWN)], float eps, Letter* letters,
                                           unsigned mark) {
-  int lane = threadIdx.x % 32, b = threadIdx.x / 32;
+  int lane = threadIdx.x % 32, text = threadIdx.x / 32;
   __syncthreads();
-  if (b < B) {
-    float sum = 0.f, squares = 0.f, number[2] = {};
-    for (int c = lane; c < OWN; c += 32) sum += here[b * OWN + c];
-    float mean = warp_sum(sum) / OWN;
-    for (int c = lane; c < OWN; c += 32) squares += (here[b * OWN + c] - mean) * (here[b * OWN + c] - mean);
+  if (text < B) {  // its mean and squares in the block; the differences from one of the numbers lose no digits
+    float origin = here[text * OWN], sum = 0.f, squares = 0.f;
+    for (int c = lane; c < OWN; c += 32) {
+      float x = here[text * OWN + c] - origin;
+      sum += x;
+      squares += x * x;
+    }
+    sum = warp_sum(sum);
     squares = warp_sum(squares);
     if (lane < RANKS) {
-      Letter* place = letters_of(letters + SQUARES + (rank() * B + b) * 2, lane);
-      send(place, mean, mark);
-      send(place + 1, squares, mark);
-      receive(number, letters + SQUARES + (lane * B + b) * 2, 1, mark);
+      Letter* place = letters_of(letters + SQUARES + (text * RANKS + rank()) * 2, lane);
+      send(place, origin + sum * (1.f / OWN), mark);
+      send(place + 1, squares - sum * sum * (1.f / OWN), mark);
     }
-    mean = warp_sum(number[0]) / RANKS;
-    squares = warp_sum(lane < RANKS ? number[1] + OWN * (number[0] - mean) * (number[0] - mean) : 0.f);
-    if (lane == 0) statistics[2 * b] = mean, statistics[2 * b + 1] = rsqrtf(squares / C + eps);
   }
-  __syncthreads();
 #pragma unroll
   for (int k = 0; k < repeats(B * OWN); k++) {
-    int i = threadIdx.x + k * THREADS, b = i / OWN;
-    if (i < B * OWN) here[i] = (here[i] - statistics[2 * b]) * statistics[2 * b + 1] * weight[k] + bias[k];
+    int i = threadIdx.x + k * THREADS;
+    if (i >= B * OWN) break;
+    float of[RANKS * 2], mean = 0.f, squares = 0.f;  // of the blocks
+    receive(of, letters + SQUARES + i / OWN * RANKS * 2, 1, mark);
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) mean += of[2 * r] * (1.f / RANKS);
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) squares += of[2 * r + 1] + OWN * (of[2 * r] - mean) * (of[2 * r] - mean);
+    here[i] = (here[i] - mean) * rsqrtf(squares * (1.f / C) + eps) * weight[k] + bias[k];
   }
   __syncthreads();
 }
@@ -279,10 +295,6 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
     if (unit) __syncthreads();
     const float *query = first + b * 3 * WIDTH + unit % HEADS * D, *key = query + WIDTH, *value = key + WIDTH;
     REAL *keys = cache + (size_t)(b * H + head) * capacity * D, *values = keys + (size_t)B * H * capacity * D;
-    if (rank() == position % RANKS)
-      for (int i = threadIdx.x; i < 2 * D; i += THREADS)
-        (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
-
     float largest = NEG_INF, total = 0.f, sum[EACH][VEC] = {}, q[EACH][VEC];
 #pragma unroll
     for (int p = 0; p < EACH; p++)
@@ -301,18 +313,20 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
           k[p] = *(const Access*)(keys + (size_t)i * D + at * VEC);
           v[p] = *(const Access*)(values + (size_t)i * D + at * VEC);
         } else {
+          float own_key[VEC], own_value[VEC];
 #pragma unroll
           for (int e = 0; e < VEC; e++) {
-            k[p].v[e] = from_f32<REAL>(at < PACKS ? key[at * VEC + e] : 0.f);
-            v[p].v[e] = from_f32<REAL>(at < PACKS ? value[at * VEC + e] : 0.f);
+            own_key[e] = at < PACKS ? key[at * VEC + e] : 0.f;
+            own_value[e] = at < PACKS ? value[at * VEC + e] : 0.f;
           }
+          k[p] = Access(own_key), v[p] = Access(own_value);  // rounded as in the cache
         }
       }
       float score = 0.f;
 #pragma unroll
       for (int p = 0; p < EACH; p++)
 #pragma unroll
-        for (int e = 0; e < VEC; e++) score += q[p][e] * f32(k[p].v[e]);
+        for (int e = 0; e < VEC; e++) score += q[p][e] * k[p][e];
 #pragma unroll
       for (int o = GROUP / 2; o; o /= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
       if (i > position) continue;
@@ -323,7 +337,7 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
 #pragma unroll
       for (int p = 0; p < EACH; p++)
 #pragma unroll
-        for (int e = 0; e < VEC; e++) sum[p][e] = sum[p][e] * shrink + p_i * f32(v[p].v[e]);
+        for (int e = 0; e < VEC; e++) sum[p][e] = sum[p][e] * shrink + p_i * v[p][e];
     }
     // The groups of a warp, then the warps.
 #pragma unroll
@@ -362,6 +376,9 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
       }
       tell_team(letters + FOUND + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, mark);
     }
+    if (rank() == position % RANKS)  // for the tokens to come
+      for (int i = threadIdx.x; i < 2 * D; i += THREADS)
+        (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
   }
 }
 
@@ -420,7 +437,7 @@ __device__ __forceinline__ void vocabulary(float* logits, Choice* best, int choi
         for (int e = 0; e < VEC; e++) {
           float factor = x[b * C + p * VEC + e];
 #pragma unroll
-          for (int r = 0; r < AT_ONCE; r++) y[r][b] += factor * f32(w[r].v[e]);
+          for (int r = 0; r < AT_ONCE; r++) y[r][b] += factor * w[r][e];
         }
     }
 #pragma unroll
@@ -468,7 +485,7 @@ __device__ __forceinline__ void choose(int* likeliest, const Choice* best, Lette
 // by this one, its keys and values.
 __device__ __forceinline__ void warm(const Layer& layer) {
   constexpr int LINE = 32;  // numbers
-  int at = (blockIdx.x + BLOCKS * threadIdx.x) * LINE;
+  int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps have letters to wait for
 #pragma unroll
   for (int i = 0; i < MATRICES + 4; i++) {
     int size = i < MATRICES ? outputs(i) : C;
@@ -482,7 +499,7 @@ __device__ __forceinline__ void warm_vocabulary(const REAL* wte, int step) {
   if (at < (size_t)V * C) prefetch_l2(wte + at);
 }
 __device__ __forceinline__ void warm_keys(const REAL* cache, int position, int capacity) {
-  for (int i = rank() + threadIdx.x / 2 * RANKS; i < position; i += THREADS / 2 * RANKS)
+  for (int i = rank() + (THREADS - 1 - threadIdx.x) / 2 * RANKS; i < position; i += THREADS / 2 * RANKS)
     for (int unit = 0; unit < B * HEADS; unit++) {
       int head = team() * HEADS + unit % HEADS;
       if (head >= H) continue;
@@ -496,25 +513,27 @@ template <int FIRST, int SECOND>
 __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, const float* here, float* first,
                                            float* heads, float* work, Letter* found, Letter* letters, int position,
                                            int capacity, unsigned mark) {
-  constexpr int COLUMNS = columns(FIRST);
-  float bias[repeats(B * COLUMNS)];  // asked for before it is needed
+  constexpr int COLUMNS = columns(FIRST), SLOTS = slots(COLUMNS);
+  float bias[repeats(B * SLOTS)];  // asked for before it is needed
 #pragma unroll
-  for (int k = 0; k < repeats(B * COLUMNS); k++) {
-    int c = (threadIdx.x + k * THREADS) % COLUMNS, within = FIRST == QKV ? c % WIDTH : c;
+  for (int k = 0; k < repeats(B * SLOTS); k++) {
+    int c = rank() * SLOTS + (threadIdx.x + k * THREADS) % SLOTS, within = FIRST == QKV ? c % WIDTH : c;
     int column = team() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
-    bias[k] = column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
+    bias[k] = c < COLUMNS && column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
   }
-  Letter* sums = letters + SUMS;
+  // Each block adds up some of the columns and tells the team: two ways, but an eighth of the letters.
+  Letter *sums = letters + SUMS, *whole = letters + WHOLE;
   product<FIRST>(stream, here, work, [&](int b, int c, float sum) {
-    tell_team(sums + (rank() * B + b) * COLUMNS + c, sum, mark);
+    send(letters_of(sums + (rank() * B + b) * SLOTS + c % SLOTS, c / SLOTS), sum, mark);
   });
 #pragma unroll
-  for (int k = 0; k < repeats(B * COLUMNS); k++) {
-    int i = threadIdx.x + k * THREADS;
-    if (i >= B * COLUMNS) break;
-    float y = receive_sum<RANKS>(sums + i, B * COLUMNS, mark) + bias[k];
-    first[i] = FIRST == QKV ? y : GELU::value(y);
+  for (int k = 0; k < repeats(B * SLOTS); k++) {
+    int i = threadIdx.x + k * THREADS, c = rank() * SLOTS + i % SLOTS;
+    if (i >= B * SLOTS || c >= COLUMNS) continue;
+    float y = receive_sum<RANKS>(sums + i, B * SLOTS, mark) + bias[k];
+    tell_team(whole + i / SLOTS * COLUMNS + c, FIRST == QKV ? y : GELU::value(y), mark);
   }
+  for (int i = threadIdx.x; i < B * COLUMNS; i += THREADS) first[i] = receive_sum<1>(whole + i, 1, mark);
   __syncthreads();
   if (FIRST == QKV) {
     attend(first, layer.cache, work, position, capacity, letters, mark);
@@ -535,12 +554,11 @@ decode(float* logits, int* likeliest, const int* previous, const Layer* layers, 
        const __grid_constant__ Tokens tokens, int choices, int position, int capacity, float eps, unsigned mark) {
   DYN_SMEM(unsigned char, memory);
   float* work = (float*)(memory + AHEAD * THREADS * 16);  // of products and attention; last, x of all ranks
-  float* first = work + larger(THREADS * VEC, larger(WARPS * (D + 2), B * C));
+  float* first = work + larger(THREADS * VEC + 16, larger(WARPS * (D + 2), B * C));
   float *heads = first + B * larger(3 * WIDTH, HIDDEN), *here = heads + B * WIDTH, *x = here + B * OWN;
-  float* statistics = x + B * OWN;
   Stream stream(layers, memory);
 #if IN_CLUSTERS
-  letters = (Letter*)(statistics + 2 * B);
+  letters = (Letter*)(x + B * OWN);
   for (int i = threadIdx.x; i < PLACES; i += THREADS) letters[i] = (Letter)(mark - 1) << 32;  // no mark of this launch
   cluster_barrier<RANKS>();
 #else
@@ -577,7 +595,7 @@ decode(float* logits, int* likeliest, const int* previous, const Layer* layers, 
       here[i] = x[i];
     }
     if (!mlp && !end && team() >= ATTENDING) continue;
-    normalise(here, statistics, weight, bias, eps, letters, mark);
+    normalise(here, weight, bias, eps, letters, mark);
     if (end) break;
     Letter* to = found + (size_t)half % 4 * TEAMS * B * C;
     if (mlp)
@@ -586,8 +604,8 @@ decode(float* logits, int* likeliest, const int* previous, const Layer* layers, 
       half_layer<QKV, PROJECTION>(stream, layer, here, first, heads, work, to, letters, position, capacity, mark);
   }
   for (int i = threadIdx.x; i < B * OWN; i += THREADS)
-    tell_team(letters + SUMS + i / OWN * C + rank() * OWN + i % OWN, here[i], mark);
-  for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(letters + SUMS + i, 1, mark);
+    tell_team(letters + WHOLE + i / OWN * C + rank() * OWN + i % OWN, here[i], mark);
+  for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(letters + WHOLE + i, 1, mark);
   __syncthreads();
   cp_async_wait<0>();  // of nothing: the last matrix has been used
   Choice* best = (Choice*)memory;

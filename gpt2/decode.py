@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +54,13 @@ class Plan:
         hidden = -(-slices // min(teams, limits["processors"] // ranks)) * vector
         teams = -(-4 * C // hidden)  # each has some of the MLP's columns
         heads = -(-H // teams)
-        columns = max(3 * heads * D, hidden, own)
-        if columns > THREADS * vector:
+        if max(3 * heads * D, hidden, own) > THREADS * vector:
             return None
         clusters = limits["capability"] >= 9
-        places = ranks * texts * (2 + columns + heads * (D + 2))
-        work = max(THREADS * vector, THREADS // 32 * (D + 2), texts * C)
-        fixed = 4 * (work + texts * (max(3 * heads * D, hidden) + heads * D + 2 * own + 2)) + 8 * places * clusters
+        first = max(3 * heads * D, hidden)  # columns of a half's first matrix
+        places = texts * (ranks * (2 + -(-first // ranks) + heads * (D + 2)) + max(first, C))
+        work = max(THREADS * vector + 16, THREADS // 32 * (D + 2), texts * C)
+        fixed = 4 * (work + texts * (first + heads * D + 2 * own)) + 8 * places * clusters
         ahead = min(MOST_AHEAD, (limits["shared_memory"] - STATIC - fixed) // (THREADS * ACCESS))
         if ahead < LEAST_AHEAD:
             return None
@@ -127,19 +127,24 @@ class Decoder:
         if count < 1:
             return
         self._check(tokens, position, count)
-        backend, previous, arrived = self._model.backend, None, None
+        backend, previous = self._model.backend, None
+        arrived: Callable[[], None] | None = None
         chosen = [backend.zeros((self._texts,), "int32") for _ in range(2)]
         landing = [backend.staging(array, None) for array in chosen]
-        for i in range(count):
-            self._launch(tokens, position + i, previous=previous, likeliest=chosen[i % 2], choices=choices)
-            previous, wait = chosen[i % 2], backend.download(chosen[i % 2], landing[i % 2])
-            if arrived is not None:
+        try:
+            for i in range(count):
+                self._launch(tokens, position + i, previous=previous, likeliest=chosen[i % 2], choices=choices)
+                before, previous = arrived, chosen[i % 2]
+                arrived = backend.download(previous, landing[i % 2])
+                if before:
+                    before()
+                    yield landing[(i - 1) % 2].astype(np.int64)
+            if arrived:
                 arrived()
-                yield landing[(i - 1) % 2].astype(np.int64)
-            arrived = wait
-        if arrived is not None:
-            arrived()
-            yield landing[(count - 1) % 2].astype(np.int64)
+                yield landing[(count - 1) % 2].astype(np.int64)
+        finally:  # who stops early must not free memory that the last copy is still to land in
+            if arrived:
+                arrived()
 
     def _check(self, tokens: np.ndarray, position: int, count: int) -> None:
         c = self._model.config
@@ -182,7 +187,8 @@ class Decoder:
             source = Path(__file__).with_suffix(".cu")
             self._kernel = backend.kernel(source, "decode", shared=plan.shared, **constants)
             # The processors of a GPU are wired in groups, whose sizes differ: not all of them may be in clusters.
-            room = backend.clusters_at_once(self._kernel, THREADS, plan.shared) if plan.clusters else plan.teams
+            launch = self._kernel, plan.blocks, THREADS, plan.shared
+            room = backend.clusters_at_once(*launch) if plan.clusters else plan.teams
             if room >= plan.teams:
                 break
             sizes, limits = (c, texts, self._layers[0].dtype.itemsize), backend.limits()

@@ -25,6 +25,7 @@ no GPU and no driver.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import threading
@@ -540,16 +541,18 @@ class RawModule:
         if not isinstance(code, str) or not isinstance(options, tuple):
             raise TypeError("cupy.RawModule takes the source as a string and its options as a tuple")
         self._module = cudasim.RawModule(code, options)
+        self._cluster = next((int(o.split("=")[1]) for o in options if o.startswith("-DRANKS=")), 1)
 
     def get_function(self, name: str) -> RawKernel:
-        return RawKernel(self._module.get_function(name))
+        return RawKernel(self._module.get_function(name), self._cluster)
 
 
 class RawKernel:
     """A kernel, which runs when it is launched; the simulator checks its arguments."""
 
-    def __init__(self, function: cudasim.Function):
+    def __init__(self, function: cudasim.Function, cluster: int):
         object.__setattr__(self, "_function", function)
+        object.__setattr__(self, "cluster", cluster)  # blocks of one
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("max_dynamic_shared_size_bytes", "preferred_shared_memory_carveout"):
@@ -558,7 +561,7 @@ class RawKernel:
 
     @property
     def kernel(self) -> Any:
-        return types.SimpleNamespace(ptr=id(self._function))
+        return types.SimpleNamespace(ptr=id(self))
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -578,6 +581,8 @@ class Driver:
         size = config._obj
         if not function.value or not 0 < size.block_x <= 1024 or not size.shared <= cudasim.shared_memory:
             return 1  # CUDA_ERROR_INVALID_VALUE
+        if not size.grid_x or size.grid_x % ctypes.cast(function, ctypes.py_object).value.cluster:
+            return 912  # CUDA_ERROR_INVALID_CLUSTER_SIZE
         count._obj.value = device.clusters
         return 0
 

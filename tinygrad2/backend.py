@@ -115,9 +115,9 @@ class Backend:
         """A kernel in a file of CUDA C++ with these constants (see CudaKernels.function)."""
         raise RuntimeError(f"{file}: no CUDA kernels run on {self.name()}")
 
-    def clusters_at_once(self, kernel: Any, threads: int, shared: int) -> int:
-        """How many of a kernel's thread block clusters run at the same time, with blocks of so many threads and bytes
-        of shared memory."""
+    def clusters_at_once(self, kernel: Any, blocks: int, threads: int, shared: int) -> int:
+        """How many of a kernel's thread block clusters run at the same time, in a grid of so many blocks of so many
+        threads and bytes of shared memory."""
         raise RuntimeError(f"no CUDA kernels run on {self.name()}")
 
     def use_tf32(self, on: bool) -> None:
@@ -268,10 +268,10 @@ class CudaBackend(Backend):
             return super().kernel(file, name, shared=shared, **defines)
         return self._overrides.function(file, name, shared=shared, **defines)
 
-    def clusters_at_once(self, kernel: Any, threads: int, shared: int) -> int:
+    def clusters_at_once(self, kernel: Any, blocks: int, threads: int, shared: int) -> int:
         if not self._overrides:
-            return super().clusters_at_once(kernel, threads, shared)
-        return self._overrides.clusters_at_once(kernel, threads, shared)
+            return super().clusters_at_once(kernel, blocks, threads, shared)
+        return self._overrides.clusters_at_once(kernel, blocks, threads, shared)
 
     def use_tf32(self, on: bool) -> None:
         linalg = self.np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)

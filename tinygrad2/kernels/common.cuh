@@ -60,7 +60,9 @@ __device__ __forceinline__ unsigned bf16_pair(float first, float second) {
   return pair;
 }
 #else  // for what is computed in float32 on older GPUs, which have none of these
-__device__ __forceinline__ void cp_async16(void* d, const void* s) { *(uint4*)d = *(const uint4*)s; }
+__device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
+  *(uint4*)d = read ? *(const uint4*)s : make_uint4(0, 0, 0, 0);
+}
 __device__ __forceinline__ void cp_async_commit() {}
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {}

@@ -85,9 +85,10 @@ class CudaKernels:
             self._functions[key] = function
         return self._functions[key]
 
-    def clusters_at_once(self, function: Any, threads: int, shared: int) -> int:
-        """How many clusters of a kernel that is compiled for clusters run at the same time. CuPy has no name for it."""
-        count, config = ctypes.c_int(), LaunchConfig(1, 1, 1, threads, 1, 1, shared)
+    def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
+        """How many clusters of a kernel that is compiled for clusters run at the same time; `blocks` is a grid of whole
+        clusters, since the driver refuses any other one here too. CuPy has no name for it."""
+        count, config = ctypes.c_int(), LaunchConfig(blocks, 1, 1, threads, 1, 1, shared)
         status = driver().cuOccupancyMaxActiveClusters(
             ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
         )
