@@ -83,7 +83,7 @@ def _choose(
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     weights = np.exp(scaled)
     if top_k is not None and top_k < len(logits):
-        best = _sorted(scaled, np.partition(scaled, -top_k)[-top_k])
+        best = _sorted(logits, np.partition(logits, -top_k)[-top_k])
         total, candidates = weights[best].sum(dtype=np.float64), iter([best])
     else:
         total, candidates = weights.sum(dtype=np.float64), _likeliest(scaled)
@@ -105,9 +105,9 @@ def _likeliest(scaled: np.ndarray) -> Iterator[np.ndarray]:
         yield _sorted(scaled, least)
 
 
-def _sorted(scaled: np.ndarray, least: float) -> np.ndarray:
-    tokens = np.flatnonzero(scaled >= least)
-    return tokens[np.argsort(-scaled[tokens], kind="stable")]
+def _sorted(values: np.ndarray, least: float) -> np.ndarray:
+    tokens = np.flatnonzero(values >= least)
+    return tokens[np.argsort(-values[tokens], kind="stable")]
 
 
 def generate(

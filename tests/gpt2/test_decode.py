@@ -153,18 +153,18 @@ def test_generating_with_it_gives_the_same_texts(device):
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capability):
-    """Chosen on the device, beyond the context too (24 tokens), and among the first ones where a model is padded."""
-    config = replace(CONFIG, n_positions=24)
+    """Chosen on the device, beyond the context too (32 tokens), and among the first ones where a model is padded."""
+    config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
     limited(monkeypatch, model, processors=24, capability=capability)
-    positions = np.random.default_rng(1).standard_normal((24, 96)).astype(np.float32)  # so that the text moves on
+    positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that the text moves on
     for of in (model, there):
         of.wpe.weight.data = of.backend.asarray(positions)
     for vocab_size in (None, 60):
         options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
-        texts = [[*generate(of, [5, 9, 2], 27, **options)] for of in (model, there)]
+        texts = [[*generate(of, [5, 9, 2], 35, **options)] for of in (model, there)]
         np.testing.assert_array_equal(*texts)
-        assert len(np.unique(texts[0])) > 5, "they are alike"
+        assert len(np.unique(texts[0])) > 10, "they are alike"
         assert texts[0][0].dtype == np.int64
         assert vocab_size is None or np.max(texts) < vocab_size
 
