@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy
 import pytest
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import autograd
 from tinygrad2.kernels import gemm
 
 
 def pytest_addoption(parser):
-    parser.addoption("--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/ptxsim.py)")
+    parser.addoption(
+        "--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/stand_ins/ptxsim.py)"
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--ptx"):
-        from tests import ptxsim
+        from tests.stand_ins import ptxsim
 
         cudasim.RawModule = ptxsim.RawModule
 
@@ -60,7 +62,7 @@ def gpt2_files():
 @pytest.fixture(scope="session")
 def fake_cublaslt():
     """The path of the stand-in for the library cublasLt, compiled when its source has changed."""
-    source = Path(__file__).parent / "fake_cublaslt.cpp"
+    source = Path(__file__).parent / "stand_ins" / "cublaslt.cpp"
     folder = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
     path = folder / f"cublaslt-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
     if not path.exists():

@@ -433,7 +433,7 @@ def test_an_mpirun_of_another_mpi_is_refused(user):
 
 def test_gradients_of_a_gpu_are_staged(user):
     """On the stand-in for CuPy, which notices memory that is read or changed before a copy has taken place."""
-    code = "from tests import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
+    code = "from tests.stand_ins import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8"]
     for more in ([], ["--zero"]):
         run(2, *quick, *more, "--out-dir", "host")
@@ -446,7 +446,7 @@ def test_gradients_go_from_gpu_to_gpu(user):
     """On the stand-ins for CuPy and NCCL, which notice what is read, changed or freed while a sum is being made."""
     code = """
 from mpi4py import MPI
-from tests import fake_nccl, strict_cupy
+from tests.stand_ins import nccl as fake_nccl, strict_cupy
 contexts = [strict_cupy.registered()]
 if {direct}:
     ranks = fake_nccl.Ranks(MPI.COMM_WORLD.Dup())

@@ -9,7 +9,7 @@ import pytest
 
 import sample
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import checkpoint
 
 ROOT = Path(__file__).parents[1]

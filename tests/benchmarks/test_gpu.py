@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests import strict_cupy
 from tests.benchmarks import gpu
+from tests.stand_ins import strict_cupy
 from tinygrad2.backend import PEAK_TFLOPS, CudaBackend, listed
 
 TINY = gpu.Sizes(

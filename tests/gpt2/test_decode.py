@@ -13,7 +13,7 @@ import pytest
 from gpt2 import GPT2, GPT2Config, decode
 from gpt2.decode import MOST_TEXTS, Decoder
 from gpt2.generate import KVCache, generate
-from tests import cudasim, strict_cupy
+from tests.stand_ins import cudasim, strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 

@@ -12,7 +12,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config, Tokenizer, tasks
 from gpt2.tasks import TASKS, Item, load, score
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 
 HELLASWAG, LAMBADA = TASKS["hellaswag"], TASKS["lambada"]

@@ -11,7 +11,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config, parity, verify
 from gpt2.config import PRESETS
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import Tensor, no_grad, reference
 from tinygrad2.backend import get_backend
 

@@ -1,4 +1,4 @@
-"""The CUDA backend, on a stand-in for CuPy (see tests/strict_cupy.py): the engine's results there are NumPy's."""
+"""The CUDA backend on a stand-in for CuPy (tests/stand_ins/strict_cupy.py): results there equal NumPy's."""
 
 import importlib
 import re
@@ -16,8 +16,8 @@ import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, verify
 from gpt2.run import read_log
-from tests import strict_cupy
-from tests.strict_cupy import RaceError
+from tests.stand_ins import strict_cupy
+from tests.stand_ins.strict_cupy import RaceError
 from tinygrad2 import Key, Tensor, backend, checkpoint, gradcheck, ops, optim, reference
 from tinygrad2.backend import CudaBackend, backend_of, get_backend
 from tinygrad2.gradcheck import CASES
@@ -525,7 +525,7 @@ def test_the_tests_for_a_gpu_pass_on_the_stand_in():
     # CUDA kernels, NCCL a GPU.
     which = "not memory_is_counted and not float64 and not bfloat16 and not one_launch and not nccl"
     script = (
-        "import pytest, sys; from tests import strict_cupy\n"
+        "import pytest, sys; from tests.stand_ins import strict_cupy\n"
         "with strict_cupy.registered(): sys.exit(pytest.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "-m", "gpu", "tests/gpt2/test_gpu.py", "-k", which]

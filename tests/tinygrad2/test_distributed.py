@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests import fake_nccl, strict_cupy
+from tests.stand_ins import nccl as fake_nccl
+from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
 from tinygrad2.distributed import Comm, GpuSums, MPIComm, SoloComm, fair_threads, share
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, Tensor, nn, no_grad, ops, random
 
 R = np.random.default_rng(0)

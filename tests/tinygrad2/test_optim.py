@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import nn, optim
 from tinygrad2.params import Parameter
 

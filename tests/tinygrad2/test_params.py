@@ -3,7 +3,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, Tensor, nn, ops
 from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena

@@ -1,5 +1,5 @@
 // What all kernels share; kernels/cuda.py pastes it in front of each source. REAL is the type of the activations: bf16 or
-// float. On the device the few functions below hold PTX; tests/cudasim/cudasim.h has their twins in C++, with which the
+// float. On the device the few functions below hold PTX; tests/stand_ins/cudasim/cudasim.h has their twins in C++, with which the
 // same sources run on a CPU.
 #ifndef CUDASIM
 #include <cuda_bf16.h>

@@ -1,15 +1,16 @@
 """A whole bfloat16 training step through the CUDA kernels and the GEMM module, on a machine without a GPU.
 
-The kernels' own CUDA C++ runs in the simulator (tests/cudasim), products go through the real calls to a stand-in of
-cublasLt, arrays follow CuPy's rules (tests/strict_cupy.py). Each family's own tests are in test_cuda_FAMILY.py.
+The kernels' own CUDA C++ runs in the simulator (tests/stand_ins/cudasim), products go through the real calls to a
+stand-in of
+cublasLt, arrays follow CuPy's rules (tests/stand_ins/strict_cupy.py). A family's own tests are in test_cuda_FAMILY.py.
 """
 
 import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests import cudasim, strict_cupy
 from tests.gpt2 import test_gpu
+from tests.stand_ins import cudasim, strict_cupy
 from tinygrad2 import Key, no_grad, ops, optim
 from tinygrad2.backend import get_backend
 

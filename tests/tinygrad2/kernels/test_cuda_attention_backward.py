@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-import tests.cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 from tinygrad2.random import Key
@@ -22,7 +22,7 @@ def poisoned(shape, dtype):
 
 
 def kernels():
-    np_ = SimpleNamespace(RawModule=tests.cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
+    np_ = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
     return cuda.CudaKernels(np_, reference)
 
 
@@ -76,7 +76,7 @@ def test_every_schedule_gives_the_same_bits(monkeypatch):
     arguments, _ = problem(1, 140, 2, 16, KEY)
     results = []
     for schedule in range(4):
-        monkeypatch.setattr(tests.cudasim, "schedule", schedule)
+        monkeypatch.setattr(cudasim, "schedule", schedule)
         results.append(kernels().attention_backward(*arguments).view(np.uint16))
     assert all(np.array_equal(results[0], result) for result in results[1:])
 
@@ -123,7 +123,7 @@ def test_planted_faults_are_caught(monkeypatch, fault):
     arguments, want = problem(1, 140, 1, 16, KEY)  # three tiles: both stages are used again
     results = []
     for schedule in range(3):
-        monkeypatch.setattr(tests.cudasim, "schedule", schedule)
+        monkeypatch.setattr(cudasim, "schedule", schedule)
         try:
             results.append(kernels().attention_backward(*arguments))
         except RuntimeError:

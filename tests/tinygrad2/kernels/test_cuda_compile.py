@@ -3,7 +3,7 @@
 import pytest
 
 from tests import nvrtc
-from tests.cudasim import KERNEL
+from tests.stand_ins.cudasim import KERNEL
 from tinygrad2.kernels import cuda
 
 binding = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", exc_type=ImportError)

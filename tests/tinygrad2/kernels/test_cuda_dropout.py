@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import Key, reference
 from tinygrad2.kernels import cuda
 

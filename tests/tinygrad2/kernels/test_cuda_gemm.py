@@ -1,4 +1,4 @@
-"""Products by cuBLASLt's interface, on the stand-in of tests/fake_cublaslt.cpp, against NumPy."""
+"""Products by cuBLASLt's interface, on the stand-in of tests/stand_ins/cublaslt.cpp, against NumPy."""
 
 import ctypes
 import itertools
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import strict_cupy
+from tests.stand_ins import strict_cupy
 from tinygrad2 import reference
 from tinygrad2.kernels import gemm as gemm_module
 from tinygrad2.kernels.cuda import CudaKernels
 from tinygrad2.kernels.gemm import Gemm
 
-SOURCE = Path(__file__).parents[2] / "fake_cublaslt.cpp"
+SOURCE = Path(__file__).parents[2] / "stand_ins" / "cublaslt.cpp"
 GEMM = Path(gemm_module.__file__).read_text(encoding="utf-8")
 ERROR = {bfloat16: 6e-3, np.float32: 2e-6}  # of the largest element
 rng = np.random.default_rng(0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import cudasim
-from tests.strict_cupy import device, library, ndarray
+from tests.stand_ins import cudasim
+from tests.stand_ins.strict_cupy import device, library, ndarray
 from tinygrad2 import ops, reference
 from tinygrad2.kernels import cuda
 

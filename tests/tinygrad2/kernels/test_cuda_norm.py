@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 

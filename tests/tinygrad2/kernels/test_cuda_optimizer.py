@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import cudasim, strict_cupy
+from tests.stand_ins import cudasim, strict_cupy
 from tests.tinygrad2.test_optim import Model
 from tinygrad2 import optim, reference
 from tinygrad2.backend import get_backend

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import strict_cupy
-from tests.strict_cupy import device, library
+from tests.stand_ins import strict_cupy
+from tests.stand_ins.strict_cupy import device, library
 from tinygrad2 import Key
 from tinygrad2.kernels.cuda import _philox_key
 

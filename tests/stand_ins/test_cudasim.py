@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2.kernels import cuda
 
 pytestmark = pytest.mark.slow  # some twenty kernels are compiled

@@ -12,12 +12,12 @@ It computes with NumPy and refuses or counts what CuPy refuses or what would be 
   - bfloat16 arrays are ml_dtypes', which NumPy computes with otherwise than CuPy 14 does: sums and products of matrices
     are made in float32 and rounded once; a product of more than two axes raises, as it fails in CuPy, and so does
     arithmetic with a Python number, whose dtype the two do not agree on;
-  - kernels of a RawModule are compiled for the CPU and run at once, by the simulator in tests/cudasim.
+  - kernels of a RawModule are compiled for the CPU and run at once, by the simulator in tests/stand_ins/cudasim.
 
 Copies between pinned memory and the device are late, as they can be on a device: they take place when somebody waits.
 Pinned memory that was changed or freed before its copy to the device took place raises RaceError then; memory that a
 result is fetched to holds NaN until then. Everything else runs in the order of launching, as in the one stream, but for
-what a library launches beside it on a stream of its own (`device.launch_beside`; see fake_nccl.py).
+what a library launches beside it on a stream of its own (`device.launch_beside`; see nccl.py).
 
 With `registered(real=cupy)` every name and every keyword is checked against the CuPy that is installed, too. That needs
 no GPU and no driver.
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import backend
 from tinygrad2.kernels import cuda
 
@@ -613,7 +613,7 @@ class Library:
 
     ndarray = ndarray
     RawModule = RawModule
-    __name__ = "tests.strict_cupy"
+    __name__ = "tests.stand_ins.strict_cupy"
     __version__ = "stand-in"
     cuda = types.SimpleNamespace(
         Device=GPU,

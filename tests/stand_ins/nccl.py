@@ -21,8 +21,8 @@ from unittest import mock
 
 import numpy as np
 
-from tests import strict_cupy
-from tests.strict_cupy import POISON, RaceError, device
+from tests.stand_ins import strict_cupy
+from tests.stand_ins.strict_cupy import POISON, RaceError, device
 
 MODULE = f"{strict_cupy.library.__name__}.cuda.nccl"  # where a CudaBackend of the stand-in looks for it
 

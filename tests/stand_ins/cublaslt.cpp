@@ -1,5 +1,5 @@
 // cuBLASLt on a CPU: the C functions that tinygrad2/kernels/gemm.py calls, naive and by columns, checking what they are
-// told. A mistake is answered with a status, and said by fake_cublaslt_complaint(). An algorithm is good only for the
+// told. A mistake is answered with a status, and said by cublaslt_complaint(). An algorithm is good only for the
 // product that the heuristic was asked about; the workspace is overwritten, and what only a plan may hold is compared.
 #include <cmath>
 #include <cstdint>
@@ -134,7 +134,7 @@ int put(T& field, const void* value, size_t size) {
 }  // namespace
 
 extern "C" {
-const char* fake_cublaslt_complaint() { return complaint; }
+const char* cublaslt_complaint() { return complaint; }
 
 int cublasLtCreate(Handle** h) { return *h = new Handle, OK; }
 int cublasLtMatmulDescCreate(Operation** o, int compute, int scale) {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests import cudasim
+from tests.stand_ins import cudasim
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
@@ -15,7 +15,7 @@ try:
     nvrtc.getVersion()
 except RuntimeError:
     pytest.skip("NVRTC is not installed: pip install -e '.[cuda-check]'", allow_module_level=True)
-from tests import ptxsim  # noqa: E402
+from tests.stand_ins import ptxsim  # noqa: E402
 
 pytestmark = pytest.mark.slow  # some twenty kernels are compiled
 

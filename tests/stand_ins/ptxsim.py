@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests import cudasim, nvrtc
+from tests import nvrtc
+from tests.stand_ins import cudasim
 
 ARCHITECTURE = "compute_90"
 TYPES = {
