@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
-from gpt2.console import discard_output
+from gpt2.console import Parser, discard_output
 from gpt2.generate import check_sampling, stream_text
 from gpt2.model import WEIGHTS
-from gpt2.options import Parser
-from gpt2.run import find_model
+from gpt2.training.run import find_model
 from tinygrad2 import checkpoint, threads
 from tinygrad2.backend import DEVICES
 

@@ -2,8 +2,8 @@
 
 A source is a text file in UTF-8, a .jsonl file (one document a line), a .csv or .parquet file (one a row), each but the
 last also as .gz or .zst, a folder of such files, `-` (stdin), or a named set: `pydoc` (the documentation inside every
-Python), `shakespeare`, `openwebtext`, `fineweb-edu`. The result is what gpt2/dataset.py reads, byte for byte the same
-whatever the number of threads and however often the work was interrupted.
+Python), `shakespeare`, `openwebtext`, `fineweb-edu`. gpt2/training/dataset.py reads the result, which is
+byte for byte the same whatever the number of threads and however often the work was interrupted.
 
 A document is taken in parts of at most 16 KiB, so that memory stays bounded. A part ends before the white space around
 its last line end: GPT-2's pattern never joins a character and white space after it, so the tokens are those of the
@@ -54,9 +54,9 @@ from data.sources import (
     skip,
     unpacked_name,
 )
-from gpt2.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
-from gpt2.options import Parser
+from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
 from tinygrad2.checkpoint import Lock
 
 PART_BYTES = 16 << 10

@@ -153,6 +153,8 @@ def is_matrix(name: str) -> bool:
     return ".c_" in name and name.endswith(".weight")
 
 
+RECOMPUTE = ("none", "block")  # what a training step computes again in its backward pass, to save memory
+
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
 
 BYTE_PRESETS = ("nano", "micro")  # which take over the vocabulary of the data

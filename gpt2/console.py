@@ -7,11 +7,14 @@ would come up anywhere within an import, which may turn it into another one.)
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 def begin() -> None:
@@ -49,3 +52,24 @@ def run(main: Callable[[], int]) -> int:
         return 130
     finally:
         begin()
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [text for action in self._actions for text in action.option_strings if "_" not in text]
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected argument {unknown[0][:80]!r}")
+            self.error(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+        return found
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -18,13 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2 import llmc, pickles
 from gpt2.config import ACTIVATIONS, GPT2Config, is_matrix
-from gpt2.options import Parser
-from gpt2.pickles import Stored
-from gpt2.run import find_model
+from gpt2.console import Parser
+from gpt2.formats import llmc, torch_file
+from gpt2.formats.huggingface import HEAD, open_model, write_hugging_face
+from gpt2.formats.torch_file import Stored
 from gpt2.tokenizer import Tokenizer
-from gpt2.weights import HEAD, open_model, write_hugging_face
+from gpt2.training.run import find_model
 from tinygrad2.checkpoint import write_json
 
 FORMATS = {
@@ -36,7 +36,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def convert(source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = "") -> None:
-    """Write the model in `source`, anything that gpt2.weights.open_model reads, to `target`, which must not exist yet.
+    """Write the model in `source`, in any format that is read, to `target`, which must not exist yet.
 
     form        one of FORMATS.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
@@ -61,7 +61,7 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
     }
     with progress, _whole(target) as partial:
         if form == "pt":
-            pickles.save(partial, _checkpoint(config, arrays))
+            torch_file.save(partial, _checkpoint(config, arrays))
         elif form == "llmc":
             llmc.write(partial, config, arrays)
         else:

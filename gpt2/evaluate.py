@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2.console import discard_output
-from gpt2.dataset import SPLITS, TokenDataset, find_dataset
+from gpt2.console import Parser, discard_output
 from gpt2.model import GPT2, WEIGHTS
-from gpt2.options import Parser
-from gpt2.run import find_model
-from gpt2.tasks import TASKS, Item, Task, load, perplexity, score
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
+from gpt2.training.run import find_model
+from gpt2.training.tasks import TASKS, Item, Task, load, perplexity, score
 from tinygrad2 import no_grad, threads
 from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import write_json

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt2 import weights
-from gpt2.config import GPT2Config
+from gpt2.config import RECOMPUTE, GPT2Config
+from gpt2.formats import huggingface
 from gpt2.generate import KVCache, generate
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.backend import PRECISIONS, Backend, get_backend
 from tinygrad2.random import INIT_STEP
 
-RECOMPUTE = ("none", "block")
 WEIGHTS = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
@@ -221,20 +220,20 @@ class GPT2(nn.Module):
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
         """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
-        folder that gpt2.weights.open_model reads. In bfloat16 on the CPU it serves to generate: see `narrow`.
+        folder that gpt2.formats reads. In bfloat16 on the CPU it serves to generate: see `narrow`.
 
         Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
         FileNotFoundError where a file is not there.
         """
         narrow = dtype == "bfloat16" and get_backend(device).device == "cpu"
-        config = weights.load_config(path)
+        config = huggingface.load_config(path)
         model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
-        weights.load_into(model, path)
+        huggingface.load_into(model, path)
         return model.narrow() if narrow else model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
-        weights.save(self, path)
+        huggingface.save(self, path)
 
 
 def _residual_std(config: GPT2Config) -> float:

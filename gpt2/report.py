@@ -26,8 +26,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gpt2.options import Parser, flag
-from gpt2.run import LOG, SAMPLES, STARTS, read_log
+from gpt2.console import Parser
+from gpt2.training.options import flag
+from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 BUCKETS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots

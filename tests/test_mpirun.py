@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.prepare import prepare
-from gpt2.run import read_log
+from gpt2.training.run import read_log
 from tinygrad2 import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ PROGRAM = """
 import os, signal, sys, time
 import numpy as np
 import train
-from gpt2.dataset import SampleOrder
+from gpt2.training.dataset import SampleOrder
 from tinygrad2 import checkpoint, distributed, optim, params
 params.BUCKET = 50_000  # many buckets in a small model
 comm = distributed.world()

@@ -17,10 +17,10 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
-from gpt2.dataset import SampleOrder
 from gpt2.evaluate import evaluate_task
-from gpt2.run import read_log
-from gpt2.tasks import TASKS, load
+from gpt2.training.dataset import SampleOrder
+from gpt2.training.run import read_log
+from gpt2.training.tasks import TASKS, load
 from tinygrad2 import checkpoint
 from tinygrad2.backend import Backend
 
@@ -408,7 +408,7 @@ def damage_shard(user, change):
 
 def retell(user, **changes):
     """Change the manifest, checksums included, so that only the content of the shard is wrong."""
-    from gpt2.dataset import file_sha256
+    from gpt2.training.dataset import file_sha256
 
     file = user / "data" / "text" / "manifest.json"
     manifest = json.loads(file.read_text())

@@ -323,7 +323,7 @@ def command(main: Callable[[], int]) -> int:
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    from gpt2.options import Parser
+    from gpt2.console import Parser
     from tinygrad2 import threads
 
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

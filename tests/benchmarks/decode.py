@@ -161,9 +161,9 @@ def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: i
 def narrow_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
     """The validation loss with weights in float32 and in bfloat16, nats a token, over so many windows of the data."""
     from gpt2 import GPT2
-    from gpt2.dataset import TokenDataset, find_dataset
     from gpt2.evaluate import mean_loss
-    from gpt2.run import find_model
+    from gpt2.training.dataset import TokenDataset, find_dataset
+    from gpt2.training.run import find_model
     from tinygrad2 import ops
 
     tokens = TokenDataset.open(find_dataset(data), "val")

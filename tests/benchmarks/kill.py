@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from gpt2.run import read_log  # noqa: E402
+from gpt2.training.run import read_log  # noqa: E402
 from tinygrad2 import checkpoint  # noqa: E402
 
 LIMIT = 30.0  # seconds in which a job must have ended after one of its ranks was killed

@@ -21,8 +21,8 @@ import pytest
 from data import prepare as module
 from data.prepare import PART_BYTES, main, prepare, read_parts, side_of
 from data.sources import find_sources
-from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = Tokenizer.load("bytes")

@@ -21,8 +21,8 @@ import pytest
 from data import sources as module
 from data.prepare import main, prepare, read_parts
 from data.sources import HUB_SETS, Texts, find_sources, pydoc_corpus
-from gpt2.dataset import MANIFEST, SPLITS, TokenDataset
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order

@@ -9,9 +9,9 @@ import pytest
 
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, evaluate
-from gpt2.dataset import TokenDataset
 from gpt2.evaluate import evaluate_data, evaluate_task, mean_loss, summed_loss
-from gpt2.tasks import TASKS, load
+from gpt2.training.dataset import TokenDataset
+from gpt2.training.tasks import TASKS, load
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.distributed import SoloComm

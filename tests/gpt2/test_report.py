@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from gpt2 import report
-from gpt2.run import LOG, SAMPLES, STARTS
+from gpt2.training.run import LOG, SAMPLES, STARTS
 
 HOSTILE = (
     "</pre></script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"> & \x1b[2J"

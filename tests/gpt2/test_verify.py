@@ -306,7 +306,7 @@ def test_one_of_openais_names_is_downloaded(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
-    monkeypatch.setattr("gpt2.hub.download", {"gpt2": tmp_path}.__getitem__)
+    monkeypatch.setattr("gpt2.formats.hub.download", {"gpt2": tmp_path}.__getitem__)
     assert verify.main(["--against", "gpt2"]) == 0
     assert "\ngpt2: 16,440 parameters" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, verify
-from gpt2.run import read_log
+from gpt2.training.run import read_log
 from tests.stand_ins import strict_cupy
 from tests.stand_ins.strict_cupy import RaceError
 from tinygrad2 import Key, Tensor, backend, checkpoint, gradcheck, ops, optim, reference

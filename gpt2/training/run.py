@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2 import hub, weights
+from gpt2.formats import hub, huggingface
 from gpt2.model import GPT2
-from gpt2.options import UsageError, check
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.options import UsageError, check
 from tinygrad2 import checkpoint, optim
 from tinygrad2.distributed import Comm, SoloComm
 
@@ -223,11 +223,11 @@ def _unused(path: Path) -> Path:
 
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
     """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
-    else the newest .pt file; for one of the names in gpt2.hub the folder that OpenAI's model was downloaded to.
+    else the newest .pt file; for one of the names in gpt2.formats.hub the folder that OpenAI's model was downloaded to.
 
     Raises FileNotFoundError where there is none.
     """
-    if path.is_file() or (path / weights.CONFIG).exists():
+    if path.is_file() or (path / huggingface.CONFIG).exists():
         return path
     if str(path) in hub.REVISIONS:
         return hub.download(str(path))

@@ -1,4 +1,4 @@
-"""gpt2/dataset.py: windows and batches, damaged data, the sample order, and the counting baselines."""
+"""gpt2/training/dataset.py: windows and batches, damaged data, the sample order, and the counting baselines."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpt2 import dataset
-from gpt2.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, baselines, find_dataset, token_dtype
 from gpt2.tokenizer import Tokenizer
+from gpt2.training import dataset
+from gpt2.training.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, baselines, find_dataset, token_dtype
 
 
 def write_dataset(folder, splits, vocab_size=257, shard_tokens=10):

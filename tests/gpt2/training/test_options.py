@@ -1,11 +1,11 @@
-"""gpt2/options.py: flags, TOML files, recipes, and what is refused."""
+"""gpt2/training/options.py: flags, TOML files, recipes, and what is refused."""
 
 from dataclasses import fields
 
 import pytest
 
 from gpt2 import GPT2Config
-from gpt2.options import RECIPES, Options, complete, flag, parse
+from gpt2.training.options import RECIPES, Options, complete, flag, parse
 
 NANO, SMALL = GPT2Config.preset("nano"), GPT2Config.preset("gpt2")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gpt2.config import BYTE_PRESETS, PRESETS, GPT2Config
-from gpt2.model import RECOMPUTE
-from gpt2.tasks import TASKS
+from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
+from gpt2.console import Parser, nearest
+from gpt2.training.tasks import TASKS
 from tinygrad2.backend import DEVICES, PRECISIONS
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
@@ -163,27 +162,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with the nearest flag that exists."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [text for action in self._actions for text in action.option_strings if "_" not in text]
-            if not unknown[0].startswith("-"):
-                self.error(f"unexpected argument {unknown[0][:80]!r}")
-            self.error(f"unknown option {unknown[0]}{_nearest(unknown[0].split('=')[0], known)}")
-        return found
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
 def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """The options given on the command line and in the files it names, the command line winning; nothing else."""
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
@@ -214,7 +192,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in names:
-            raise UsageError(f"{path}: unknown option {key}{_nearest(name, names)}")
+            raise UsageError(f"{path}: unknown option {key}{nearest(name, names)}")
         kind = next(f.metadata["kind"] for f in fields(Options) if f.name == name)
         if kind is float and type(value) is int:
             value = float(value)
@@ -233,7 +211,7 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
         if value is not None and allowed is not None and not allowed(value):
             expected = f.metadata["expected"]
             raise UsageError(
-                f"{flag(f.name)} is {value or 'empty'}; expected {expected}{_nearest(str(value), expected.split(', '))}"
+                f"{flag(f.name)} is {value or 'empty'}; expected {expected}{nearest(str(value), expected.split(', '))}"
                 if isinstance(value, str)
                 else f"{flag(f.name)} is {value}; expected {expected}"
             )

@@ -19,9 +19,9 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2 import llmc, pickles
 from gpt2.config import PRESETS, GPT2Config, is_matrix
-from gpt2.pickles import Record, Stored
+from gpt2.formats import llmc, torch_file
+from gpt2.formats.torch_file import Record, Stored
 from tinygrad2.checkpoint import save_arrays, write_json
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
         start = opened.read(4)
     if start == llmc.MAGIC.to_bytes(4, "little"):
         return llmc.read(file)
-    if start in (pickles.ZIP, pickles.LEGACY):
-        return _from_checkpoint(pickles.load(file))
+    if start in (torch_file.ZIP, torch_file.LEGACY):
+        return _from_checkpoint(torch_file.load(file))
     return None, _read_safetensors(file)
 
 

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from gpt2.pickles import LIMIT, Record, Stored, load, save
+from gpt2.formats.torch_file import LIMIT, Record, Stored, load, save
 
 
 def plain(value):
@@ -290,7 +290,7 @@ def test_a_big_claim_costs_no_memory(file):
     """In a process of its own with 1 GiB of address space beyond what it starts with."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
-        "import resource, sys; from pathlib import Path; from gpt2.pickles import load\n"
+        "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import load\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)\n"
         "try:\n    load(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"

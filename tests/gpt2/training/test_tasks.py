@@ -1,4 +1,4 @@
-"""gpt2/tasks.py: HellaSwag and LAMBADA, scored by hand, one row at a time, and by PyTorch; reading and downloading."""
+"""HellaSwag and LAMBADA, scored by hand, one row at a time, and by PyTorch; reading and downloading."""
 
 import hashlib
 import json
@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from gpt2 import GPT2, GPT2Config, Tokenizer, tasks
-from gpt2.tasks import TASKS, Item, load, score
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2.training import tasks
+from gpt2.training.tasks import TASKS, Item, load, score
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 
