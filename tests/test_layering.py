@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # The engine, bottom up: a module imports only from rows above its own.
 ROWS = (
-    ("random", "autograd", "checkpoint", "threads", "memory"),
+    ("array", "random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),
@@ -25,6 +25,7 @@ ROWS = (
 RANK = {f"tinygrad2.{name}": rank for rank, row in enumerate(ROWS) for name in row}
 # For gpt2 and the scripts, besides the names that the package itself gives.
 PUBLIC_MODULES = {
+    "array",
     "backend",
     "checkpoint",
     "distributed",
