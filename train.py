@@ -31,11 +31,11 @@ from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report
 from gpt2.config import BYTE_PRESETS
 from gpt2.console import discard_output
-from gpt2.evaluate import describe_task, evaluate_task, mean_loss
-from gpt2.formats import huggingface
+from gpt2.formats import model_file
 from gpt2.generate import stream_text
 from gpt2.training import run
 from gpt2.training.dataset import SampleOrder, TokenDataset, baselines, find_dataset
+from gpt2.training.evaluation import describe_task, evaluate_task, mean_loss
 from gpt2.training.options import FIXED, Options, UsageError, complete, flag, parse
 from gpt2.training.tasks import TASKS, load
 from tinygrad2 import Key, distributed, optim, threads
@@ -84,7 +84,7 @@ def train(given: dict[str, Any], comm: Comm) -> int:
             f"{data.path} is not the data that {folder.path}/ was trained on so far: it is another set, or was "
             f"prepared anew. Use another --out-dir, or --fresh to start anew (the folder is renamed, not deleted)"
         )
-    source = saved.folder if saved else run.find_model(Path(options.init), say) if options.init else None
+    source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config = with_vocabulary(config, tokenizer, source, options.preset)
     with explained(config, options):
         model = GPT2(
@@ -96,7 +96,7 @@ def train(given: dict[str, Any], comm: Comm) -> int:
             head_rows=options.head_rows,
         )
         if source:
-            huggingface.load_into(model, source)
+            model_file.load_into(model, source)
         optimizer = optim.AdamW(
             model,
             betas=(options.beta1, options.beta2),
@@ -282,7 +282,7 @@ def fresh(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
     if "init" in given:
         if "preset" in given:
             raise UsageError("--init brings the sizes of its model; leave --preset out")
-        config = huggingface.load_config(run.find_model(Path(given["init"]), say))
+        config = model_file.load_config(model_file.find_model(Path(given["init"]), say))
     else:
         config = GPT2Config.preset(given.get("preset", Options.preset))
     options = complete(given, config)
@@ -295,7 +295,7 @@ def fresh(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
 
 def resumed(given: dict[str, Any], saved: run.Saved) -> tuple[Options, GPT2Config]:
     """The options and the config of a run that goes on: as it was started, but for what is given now."""
-    config = huggingface.load_config(saved.folder)
+    config = model_file.load_config(saved.folder)
     before, options = complete(saved.options, config), complete({**saved.options, **given}, config)
     for name in FIXED:
         was, asked = getattr(before, name), getattr(options, name)

@@ -153,6 +153,10 @@ def is_matrix(name: str) -> bool:
     return ".c_" in name and name.endswith(".weight")
 
 
+GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
+PADDED_VOCAB_SIZE = 50304  # the same, as nanoGPT and build-nanogpt pad it; no text has the last ids
+
+WEIGHT_DTYPES = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
 RECOMPUTE = ("none", "block")  # what a training step computes again in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first

@@ -17,8 +17,8 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
-from gpt2.evaluate import evaluate_task
 from gpt2.training.dataset import SampleOrder
+from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
 from gpt2.training.tasks import TASKS, load
 from tinygrad2 import checkpoint
