@@ -27,7 +27,7 @@ class KVCache:
         shapes = model.cache_shapes(batch, capacity)
         self.layers: list[Array] = [model.backend.zeros(shape, model.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
-        self.decoder = Decoder.fitting(model, self)  # type: ignore[arg-type]
+        self.decoder = Decoder.fitting(model, self)
 
     def likeliest(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
         """The tokens that follow `tokens` (B,), each the likeliest of the first `choices`, up to `most` of them and as
