@@ -78,6 +78,10 @@ class GPT2Config:
         """D, the numbers in a head's queries, keys and values."""
         return self.n_embd // self.n_head
 
+    def summary(self) -> str:
+        """The sizes in words."""
+        return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads"
+
     @property
     def n_parameters(self) -> int:
         """How many numbers the parameters hold; the output layer shares the token embedding."""

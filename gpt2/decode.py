@@ -87,8 +87,9 @@ class Decoder:
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
-        """A decoder for this model and cache, or None where the kernel cannot serve them: another architecture, a CPU, float64, for
-        more than MOST_TEXTS texts, for heads or parameters that are no whole accesses, or too little shared memory."""
+        """A decoder for this model and cache, or None where the kernel cannot serve them: another architecture than
+        GPT-2's, a CPU, float64, more than MOST_TEXTS texts, heads or parameters that are not whole accesses, or too
+        little shared memory."""
         limits, texts, itemsize = model.backend.limits(), cache.layers[0].shape[1], cache.layers[0].dtype.itemsize
         config = model.config
         if (

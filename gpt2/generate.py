@@ -238,6 +238,12 @@ def stream_text(
             yield i, rest
 
 
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
+    """A short text of the model's own, as training shows it."""
+    pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
+    return "".join(piece for _, piece in pieces).strip()
+
+
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:
     """(what can be shown, what may be the beginning of a stop string)."""
     for length in range(min(len(text), max(map(len, stop), default=0)), 0, -1):

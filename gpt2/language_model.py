@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tinygrad2 import Key, Tensor
 from tinygrad2.array import Array
@@ -23,6 +23,16 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def n_positions(self) -> int: ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def summary(self) -> str:
+        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
+
+    def memory(
+        self, batch_size: int, block_size: int, precision: str, recompute: str, head_rows: int | None
+    ) -> dict[str, int]:
+        """Bytes that a training step keeps, by what they are for."""
 
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations of training on one token, in sequences of block_size tokens."""

@@ -81,8 +81,13 @@ class RunFolder:
             except checkpoint.CheckpointError as error:
                 say(f"damaged checkpoint, not used: {error}")
         if folders:
-            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts anew beside it")
+            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts a new run beside it")
         return None
+
+    def last_checkpoint(self) -> str:
+        """A sentence that names the newest checkpoint, for a rank that is about to fail alone."""
+        saved = self.newest(lambda line: None)
+        return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
     def opened(self, step: int, writer: Any = None) -> Iterator[None]:

@@ -58,6 +58,9 @@ class Task:
     metrics: Callable[[dict[str, float]], dict[str, float]]
 
 
+Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with their items
+
+
 def _hellaswag_item(line: Any) -> Item:
     context, endings, label = line["ctx"], line["endings"], int(line["label"])  # some copies have the label as text
     if not isinstance(context, str) or not isinstance(endings, list) or not 0 <= label < len(endings):

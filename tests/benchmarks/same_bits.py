@@ -1,8 +1,8 @@
 """Does this tree compute the same bits as another commit? `python tests/benchmarks/same_bits.py [--commit REVISION]`
 
-Both train `nano` for 40 steps with dropout on the same data: in float32, in float64, with --recompute block, on 2 ranks,
-and on 2 ranks with --zero. Compared are the step, loss, lr, grad_norm and tokens of every row of log.jsonl, and every
-parameter and moment of the last checkpoint. Then this tree resumes a run that the other commit stopped at step 20.
+Both train `nano` for 40 steps with dropout on the same data: in float32, in float64, with --recompute block, on 2
+ranks, and on 2 ranks with --zero. Compared are the step, loss, lr, grad_norm and tokens of every row of log.jsonl, and
+every parameter and moment of the last checkpoint. Then this tree resumes the other commit's run from its step 20.
 --zero-tolerance 1e-5 allows the runs with --zero such relative differences of losses, and a tenth of it of norms.
 """
 
