@@ -46,7 +46,7 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)
+        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
         self.first_step = progress.step + 1  # of this start
         self.profiler = Profiler(model.backend) if options.profile else None
