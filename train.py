@@ -30,8 +30,8 @@ from gpt2.training.display import (
     say_tasks,
     start_record,
 )  # fmt: skip
-from gpt2.training.options import Options, parse
-from gpt2.training.run import Progress, RunFolder, tensorboard_writer
+from gpt2.training.options import Options, parse_options
+from gpt2.training.run import Progress, Remembered, RunFolder, tensorboard_writer
 from gpt2.training.setup import (
     build_trainer,
     explain_memory,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         comm = distributed.world()
         comm.root_speaks()
-        return train(comm.from_root(lambda: parse(argv, __doc__)), comm)
+        return train(comm.from_root(lambda: parse_options(argv, __doc__)), comm)
     except (ValueError, OSError, MemoryError) as error:
         return distributed.fail(f"train.py: {one_line(error)}", 1)
     except KeyboardInterrupt:
@@ -65,24 +65,22 @@ def train(given: dict[str, Any], comm: Comm) -> int:
     fresh = given.pop("fresh", False)
     folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
     saved = None if fresh else folder.resume(say)
-    options, config = resumed_run(given, saved) if saved else new_run(given)
+    options, config, remembered = resumed_run(given, saved) if saved else new_run(given)
     progress = saved.progress if saved else Progress()
     if progress.step >= options.max_iters:
         say_finished(folder.path, progress.step)
         return 0
-    settle_options(options, comm.size)
+    settle_options(options, remembered, comm.size)
     board = tensorboard_writer() if options.tensorboard else None
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = open_data(options, saved), load_questions(options, comm)
     trainer = build_trainer(options, config, data, folder, saved)
-    # What a resumed run takes over: a step has as many tokens on any number of ranks.
-    remembered = {**(saved.options if saved else {}), **given, "total_batch_size": options.total_batch_size}
     if fresh and (aside := folder.set_aside()):
         say(f"{folder.path}/ is now {aside}/")
 
     with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
-        folder.log_start(progress.step, given=remembered, **start_record(trainer, doctor.machine()))
+        folder.log_start(progress.step, given=remembered.options, **start_record(trainer, doctor.machine()))
         comm.from_root(partial(describe_start, trainer))
         written = training_loop(trainer, questions, remembered, stop, report.Writer(folder.path, say))
     say_end(trainer, written, folder.path / report.REPORT)
@@ -90,7 +88,7 @@ def train(given: dict[str, Any], comm: Comm) -> int:
 
 
 def training_loop(
-    trainer: Trainer, questions: Questions, remembered: dict[str, Any], stop: StopRequest, page: report.Writer
+    trainer: Trainer, questions: Questions, remembered: Remembered, stop: StopRequest, page: report.Writer
 ) -> Path | None:
     """Train to the last step, or until a rank is told to stop. Returns the last checkpoint."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm

@@ -20,7 +20,7 @@ from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
-from gpt2.training.tasks import TASKS, load
+from gpt2.training.tasks import TASKS, load_items
 from tinygrad2 import threads
 from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import write_json
@@ -77,7 +77,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
     # What can be missing is opened before anything is computed.
     questions = {
-        name: load(task, getattr(options, name), options.items)
+        name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()
         if getattr(options, name) is not None
     }

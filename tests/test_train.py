@@ -1,6 +1,7 @@
 """train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -18,10 +19,11 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
+from gpt2.training import options
 from gpt2.training.dataset import SampleOrder
 from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
-from gpt2.training.tasks import TASKS, load
+from gpt2.training.tasks import TASKS, load_items
 from tinygrad2 import checkpoint
 from tinygrad2.backend import Backend
 
@@ -226,7 +228,7 @@ def test_tasks_are_scored_at_evaluations(user, monkeypatch, capsys):
     scored = {row["step"]: row for row in read_log(Path("out/log.jsonl")) if "hellaswag_acc" in row}
     assert list(scored) == [4, 6]
     task, folder = TASKS["hellaswag"], "out/ckpt-000006"
-    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load(task, limit=4), 2)
+    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load_items(task, limit=4), 2)
     assert figures == {name: scored[6][f"hellaswag_{name}"] for name in ("acc_norm", "acc", "items", "cut")}
     assert figures["items"] == 4
     assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
@@ -674,6 +676,33 @@ def test_the_help_needs_no_data_and_is_quick():
     ).stdout
     assert "--batch-size" in said
     assert time.perf_counter() - began < 10
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(user, monkeypatch):
+    run("--max-iters", "2", "--out-dir", "newer")
+    run("--max-iters", "2", "--out-dir", "older")
+    state = Path("older/ckpt-000002/trainer.json")
+    values = json.loads(state.read_text())
+    assert values.pop("defaults")["beta2"] == 0.95
+    state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
+    sign_again(state.parent)
+    monkeypatch.setattr(options, "IMPLIED", {"small": {**options.IMPLIED["small"], "learning_rate": 1e-5}})
+    monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
+    for folder in ("newer", "older"):
+        assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0
+        start = json.loads(Path(folder, "starts.jsonl").read_text().splitlines()[-1])["options"]
+        assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 3e-3, 3e-3 / 10)
+        assert start["lr_decay_iters"] == 4  # follows --max-iters
+
+
+def sign_again(folder):
+    """List the checksums of a checkpoint whose files were changed."""
+    manifest = folder / "manifest.json"
+    listed = json.loads(manifest.read_text())["files"]
+    for name in listed:
+        content = (folder / name).read_bytes()
+        listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps({"files": listed}))
 
 
 def test_it_trains_outside_the_main_thread(user):

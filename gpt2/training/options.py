@@ -56,8 +56,8 @@ def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
 
 @dataclass
 class Options:
-    """Everything that train.py can be told. Where the default is None, `complete` fills in what other options imply;
-    only those whose type says so may stay None."""
+    """Everything that train.py can be told. Where the default is None, `resolve_options` fills in what other options
+    imply; only those whose type says so may stay None."""
 
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
@@ -183,7 +183,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
+DERIVED_OPTIONS = ("lr_decay_iters", "min_lr")  # which follow from others where they are not given
+
+# A run is resumed only with these unchanged: they decide which numbers it computes on.
 # So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
 # the data, which is known by its content: its folder may have another name.
 FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed")
@@ -194,7 +196,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+def parse_options(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """The options given on the command line and in the files it names, the command line winning; nothing else."""
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file (the same names)")
@@ -208,7 +210,7 @@ def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
     try:
-        return check({**(_read_toml(Path(file)) if file else {}), **given})
+        return check_options({**(_read_toml(Path(file)) if file else {}), **given})
     except UsageError as error:
         parser.error(str(error))
 
@@ -217,7 +219,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is no TOML ({error})"
+        reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error})"
         raise UsageError(f"{path}: {reason}") from None
     given = {}
     names = [f.name for f in fields(Options)]
@@ -234,7 +236,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return given
 
 
-def check(given: dict[str, Any]) -> dict[str, Any]:
+def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Raise UsageError for a value out of range; returns `given`."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
@@ -250,8 +252,9 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def complete(given: dict[str, Any], config: GPT2Config) -> Options:
-    """All options: those given, else the recipe's, else what the size of the model implies, else the defaults."""
+def default_options(given: dict[str, Any], config: GPT2Config) -> dict[str, Any]:
+    """What holds where an option is not given: the recipe's value, else what the size of the model implies, else the
+    default. Options that follow from others (see `resolve_options`) are not among them."""
     implied = dict(IMPLIED["small" if config.n_parameters < SMALL_MODEL else "large"])
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
     for values in (implied, recipe):  # sequences as long as the model can read, where the user names no length
@@ -263,7 +266,16 @@ def complete(given: dict[str, Any], config: GPT2Config) -> Options:
         implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
     elif given.get("preset", Options.preset) in BYTE_PRESETS:
         implied["data"] = "pydoc"
-    values = {**implied, **recipe, **given}
+    plain = {f.name: f.default for f in fields(Options) if f.default is not None}
+    return {**plain, **implied, **recipe}
+
+
+def resolve_options(given: dict[str, Any], config: GPT2Config, defaults: dict[str, Any] | None = None) -> Options:
+    """All options: those given, else the defaults, else what other options imply.
+
+    defaults  of the version that started the run, where it is resumed; else those of this version.
+    """
+    values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
     values.setdefault("min_lr", values["learning_rate"] / 10)
     return Options(**values)

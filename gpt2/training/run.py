@@ -8,13 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.options import UsageError, check
+from gpt2.training.options import DERIVED_OPTIONS, Options, UsageError, check_options
 from tinygrad2 import checkpoint, optim
 from tinygrad2.distributed import Comm, SoloComm
 
@@ -42,14 +42,28 @@ class Progress:
 
 
 @dataclass
+class Remembered:
+    """What a resumed run takes over: the options that it was given, and the defaults of the others at its start."""
+
+    options: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+@dataclass
 class Saved:
-    """What a checkpoint holds beside the weights."""
+    """What a checkpoint holds beside the weights.
+
+    options   that the run was given;  defaults  what held for the others when it was started, or None where that is
+              not known: later versions may have other defaults, but not for this run.
+    data      the fingerprint of the training data.
+    """
 
     folder: Path
     progress: Progress
     optimizer_steps: int
     options: dict[str, Any]
     data: str
+    defaults: dict[str, Any] | None = None
 
 
 class RunFolder:
@@ -122,12 +136,12 @@ class RunFolder:
         optimizer: optim.AdamW,
         tokenizer: Tokenizer,
         progress: Progress,
-        options: dict[str, Any],
+        remembered: Remembered,
         data: str,
     ) -> Path:
         """Write the checkpoint of the step that `progress` names, point `best` at the best one, clear old ones away.
 
-        options  what the run was told;  data  the fingerprint of the training data.
+        data  the fingerprint of the training data.
         """
         folder = self.path / checkpoint.name(progress.step)
         moments = optimizer.state()
@@ -137,7 +151,7 @@ class RunFolder:
             model.save_pretrained(partial)
             tokenizer.save(partial)
             checkpoint.save_arrays(partial / OPTIMIZER, moments)
-            state = Saved(folder, progress, optimizer.steps, options, data)
+            state = Saved(folder, progress, optimizer.steps, remembered.options, data, remembered.defaults)
             checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         checkpoint.prune(self.path, self.keep, best)
@@ -207,16 +221,30 @@ def _read_state(folder: Path) -> Saved:
     """Raises CheckpointError where trainer.json is not what RunFolder.save writes."""
     state = checkpoint.read_json(folder / TRAINER)
     try:
-        saved = Saved(folder, Progress(**state["progress"]), state["optimizer_steps"], state["options"], state["data"])
+        defaults = state["defaults"] if "defaults" in state else _first_defaults(folder.parent)
+        progress = Progress(**state["progress"])
+        saved = Saved(folder, progress, state["optimizer_steps"], state["options"], state["data"], defaults)
         counts = (saved.progress.step, saved.progress.samples, saved.progress.tokens, saved.optimizer_steps)
         if not all(isinstance(count, int) for count in counts) or not isinstance(saved.options, dict):
             raise TypeError
         if saved.progress.best is not None:
             saved.progress.best["step"] + 0, saved.progress.best["val_loss"] + 0
-        check(saved.options)
+        check_options(saved.options)
+        check_options(saved.defaults or {})
         return saved
     except (KeyError, TypeError, ValueError):
         raise checkpoint.CheckpointError(f"{folder / TRAINER}: it is not what train.py writes") from None
+
+
+def _first_defaults(out: Path) -> dict[str, Any] | None:
+    """The options that a run had when it was started, as its folder recorded them: checkpoints of earlier versions
+    do not hold the defaults."""
+    starts = read_log(out / STARTS)
+    options = starts[0].get("options") if starts else None
+    if not isinstance(options, dict):
+        return None
+    known = {f.name for f in fields(Options)} - set(DERIVED_OPTIONS)
+    return {name: value for name, value in options.items() if name in known and value is not None}
 
 
 def _unused(path: Path) -> Path:

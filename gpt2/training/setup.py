@@ -16,9 +16,9 @@ from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, find_dataset
 from gpt2.training.display import say
-from gpt2.training.options import FIXED_OPTIONS, Options, UsageError, complete, flag
-from gpt2.training.run import Progress, RunFolder, Saved
-from gpt2.training.tasks import TASKS, Questions, load
+from gpt2.training.options import FIXED_OPTIONS, Options, UsageError, default_options, flag, resolve_options
+from gpt2.training.run import Progress, Remembered, RunFolder, Saved
+from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
 from tinygrad2 import optim, threads
 from tinygrad2.backend import PRECISIONS, get_backend
@@ -27,7 +27,7 @@ from tinygrad2.distributed import Comm
 Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 
 
-def new_run(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
+def new_run(given: dict[str, Any]) -> tuple[Options, GPT2Config, Remembered]:
     """The options and the model's config of a new run."""
     if "init" in given:
         if "preset" in given:
@@ -35,18 +35,23 @@ def new_run(given: dict[str, Any]) -> tuple[Options, GPT2Config]:
         config = model_file.load_config(model_file.find_model(Path(given["init"]), say))
     else:
         config = GPT2Config.preset(given.get("preset", Options.preset))
-    options = complete(given, config)
+    defaults = default_options(given, config)
+    options = resolve_options(given, config, defaults)
     if options.block_size > config.n_positions:
         raise UsageError(
             f"--block-size {options.block_size} is longer than the model's context of {config.n_positions} tokens"
         )
-    return options, _with_dropout(config, options)
+    return options, _with_dropout(config, options), Remembered(given, defaults)
 
 
-def resumed_run(given: dict[str, Any], saved: Saved) -> tuple[Options, GPT2Config]:
+def resumed_run(given: dict[str, Any], saved: Saved) -> tuple[Options, GPT2Config, Remembered]:
     """The options and the config of a resumed run: those that it was started with, then those given now."""
     config = model_file.load_config(saved.folder)
-    before, options = complete(saved.options, config), complete({**saved.options, **given}, config)
+    told = {**saved.options, **given}
+    first = saved.defaults or default_options(saved.options, config)
+    # A recipe given now sets what the run was not told before; else the defaults are those that it started with.
+    defaults = default_options(told, config) if "recipe" in given else first
+    before, options = resolve_options(saved.options, config, first), resolve_options(told, config, defaults)
     for name in FIXED_OPTIONS:
         was, asked = getattr(before, name), getattr(options, name)
         if was != asked and not (name == "dtype" and PRECISIONS[was] == PRECISIONS[asked]):
@@ -55,7 +60,7 @@ def resumed_run(given: dict[str, Any], saved: Saved) -> tuple[Options, GPT2Confi
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
-    return options, _with_dropout(config, options)
+    return options, _with_dropout(config, options), Remembered(told, defaults)
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
@@ -66,7 +71,7 @@ def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
     return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
 
-def settle_options(options: Options, ranks: int) -> None:
+def settle_options(options: Options, remembered: Remembered, ranks: int) -> None:
     """Check what depends on other options or on the device, and fill in the tokens of a step.
 
     Raises UsageError for options that contradict each other.
@@ -74,6 +79,7 @@ def settle_options(options: Options, ranks: int) -> None:
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
+    remembered.options["total_batch_size"] = options.total_batch_size  # also on another number of ranks
     if unsupported := get_backend(options.device).lacks(options.dtype):
         say(f"--dtype {unsupported}; computing in float32")
         options.dtype = "float32"
@@ -105,7 +111,7 @@ def open_data(options: Options, saved: Saved | None) -> Splits:
 def load_questions(options: Options, comm: Comm) -> Questions:
     """The tasks that --eval names, with their items."""
     named = [TASKS[name] for name in TASKS if name in (options.eval or "").split(",")]
-    return [(task, comm.from_root(partial(load, task, limit=options.eval_items))) for task in named]
+    return [(task, comm.from_root(partial(load_items, task, limit=options.eval_items))) for task in named]
 
 
 def build_trainer(

@@ -106,7 +106,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygrad2"
 
 
-def load(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
+def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
     """The task's items, from `file` or else from the published one, which is downloaded at the first use.
 
     limit  at most so many, spread evenly over the file (which may be sorted).

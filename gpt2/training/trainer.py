@@ -16,7 +16,7 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
-from gpt2.training.run import Progress, RunFolder
+from gpt2.training.run import Progress, Remembered, RunFolder
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
 from tinygrad2.backend import Fetch
@@ -146,7 +146,7 @@ class Trainer:
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
         return found
 
-    def save(self, remembered: dict[str, Any]) -> Path:
+    def save(self, remembered: Remembered) -> Path:
         """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run takes over."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
         return self.folder.save(*state, remembered, self.train.fingerprint)
