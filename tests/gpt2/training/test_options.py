@@ -103,7 +103,7 @@ def test_a_wrong_option_gets_one_line(capsys, argv, message):
         ("fresh = 1", "fresh is 1; expected a value of type bool"),
         ("[train]\nbatch_size = 3", "unknown option train"),
         ("batch_size = 0", "--batch-size is 0; expected more than 0"),
-        ("import os", "it is no TOML"),
+        ("import os", "not valid TOML"),
     ],
 )
 def test_a_wrong_file_gets_one_line(capsys, tmp_path, text, message):
