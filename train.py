@@ -5,11 +5,9 @@ Goes on from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
+from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
-    console.begin()
-
+# isort: split
 import dataclasses
 import math
 import os
@@ -28,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from data.prepare import prepare
-from gpt2 import GPT2, GPT2Config, Tokenizer, doctor, report
+from gpt2 import GPT2, GPT2Config, Tokenizer, report
 from gpt2.config import BYTE_PRESETS
-from gpt2.console import discard_output
 from gpt2.evaluate import describe_task, evaluate_task, mean_loss
 from gpt2.formats import huggingface
 from gpt2.generate import stream_text
@@ -38,9 +35,10 @@ from gpt2.training import run
 from gpt2.training.dataset import SampleOrder, TokenDataset, baselines, find_dataset
 from gpt2.training.options import FIXED, Options, UsageError, complete, flag, parse
 from gpt2.training.tasks import TASKS, load
-from tinygrad2 import Key, distributed, optim, threads
+from tinygrad2 import Key, distributed, machine, optim, threads
 from tinygrad2.backend import PRECISIONS, Fetch, get_backend
 from tinygrad2.distributed import Comm
+from tinygrad2.files import discard_stdout
 from tinygrad2.profiler import Profiler
 
 
@@ -439,7 +437,12 @@ def circumstances(
             "tokenizer": tokenizer.name,
             "fingerprint": data.fingerprint,
         },
-        "machine": {"device": model.backend.name(), "ranks": comm.size, "threads": threads.count(), **doctor.machine()},
+        "machine": {
+            "device": model.backend.name(),
+            "ranks": comm.size,
+            "threads": threads.count(),
+            **machine.describe(),
+        },
     }
 
 
@@ -523,7 +526,7 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        discard_output()
+        discard_stdout()
 
 
 if __name__ == "__main__":

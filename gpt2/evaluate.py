@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
-
-    console.begin()
-
 import argparse
 import math
 import sys
@@ -17,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2.console import Parser, discard_output
+from gpt2 import console
+from gpt2.console import Parser
 from gpt2.model import GPT2, WEIGHTS
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
@@ -120,6 +116,7 @@ def describe_task(task: Task, figures: dict[str, Any]) -> str:
     return f"{task.name}: {', '.join(sorted(parts))} ({n:,} items{cut})"
 
 
+@console.command("gpt2.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0, 1 where something cannot be evaluated, 2 for a mistake in the options."""
     parser = Parser(prog="python -m gpt2.evaluate", description=__doc__, allow_abbrev=False)
@@ -153,18 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     try:
         return _evaluate(options)
-    except BrokenPipeError:
-        discard_output()
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"gpt2.evaluate: {error}", file=sys.stderr)
-        return 1
     except MemoryError:
-        print(f"gpt2.evaluate: out of memory; use a smaller --batch-size than {options.batch_size}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gpt2.evaluate: interrupted", file=sys.stderr)
-        return 130
+        raise MemoryError(f"out of memory; use a smaller --batch-size than {options.batch_size}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -176,7 +163,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
     }
     data = None if options.data is None else TokenDataset.open(find_dataset(options.data), options.split)
-    folder = find_model(Path(options.checkpoint), lambda line: print(line, file=sys.stderr))
+    folder = find_model(Path(options.checkpoint), console.print_error)
     model = GPT2.from_pretrained(folder, device=options.device)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     context = model.config.n_positions

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # The engine, bottom up: a module imports only from rows above its own.
 ROWS = (
-    ("array", "random", "autograd", "checkpoint", "threads", "memory"),
+    ("array", "random", "autograd", "files", "machine", "memory"),
+    ("checkpoint", "threads"),
     ("blas",),
     ("reference",),
     ("kernels",),
@@ -29,7 +30,9 @@ PUBLIC_MODULES = {
     "backend",
     "checkpoint",
     "distributed",
+    "files",
     "gradcheck",
+    "machine",
     "nn",
     "ops",
     "optim",
