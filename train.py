@@ -5,12 +5,11 @@ Resumes from the newest checkpoint in the out-dir where there is one. Ctrl-C fin
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
+from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
-    console.begin()
-
+# isort: split
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.prepare import prepare
-from gpt2 import doctor, report
+from gpt2 import report
 from gpt2.generate import sample_text
 from gpt2.training.display import (
     describe_start,
@@ -44,19 +43,15 @@ from gpt2.training.setup import (
 from gpt2.training.stop import StopRequest
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
-from tinygrad2 import distributed
+from tinygrad2 import distributed, machine
 from tinygrad2.distributed import Comm
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        comm = distributed.world()
-        comm.root_speaks()
-        return train(comm.from_root(lambda: parse_options(argv, __doc__)), comm)
-    except (ValueError, OSError, MemoryError) as error:
-        return distributed.fail(f"train.py: {one_line(error)}", 1)
-    except KeyboardInterrupt:
-        return distributed.fail("train.py: interrupted; earlier checkpoints are intact", 130)
+@console.command("train.py", closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail)
+def main(arguments: Sequence[str] | None = None) -> int:
+    comm = distributed.world()
+    comm.root_speaks()
+    return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer reports a loss that is not finite
@@ -80,7 +75,7 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         say(f"{folder.path}/ is now {aside}/")
 
     with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
-        folder.log_start(progress.step, given=remembered.options, **start_record(trainer, doctor.machine()))
+        folder.log_start(progress.step, given=remembered.options, **start_record(trainer, machine.describe()))
         comm.from_root(partial(describe_start, trainer))
         written = training_loop(trainer, questions, remembered, stop, report.Writer(folder.path, say))
     say_end(trainer, written, folder.path / report.REPORT)
@@ -135,13 +130,6 @@ def prepare_pydoc() -> None:
     if not folder.exists():
         say(f"no data yet: preparing the documentation inside this Python as {folder}")
         prepare(["pydoc"], "bytes", folder)
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong, with the file's name first where the operating system refused something."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing'}: {error.strerror}; earlier checkpoints are intact"
-    return str(error)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
-
-    console.begin()
-
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2 import console
 from gpt2.config import WEIGHT_DTYPES
-from gpt2.console import Parser, discard_output
+from gpt2.console import Parser
 from gpt2.formats.model_file import find_model
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
@@ -26,6 +22,7 @@ from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import write_json
 
 
+@console.command("gpt2.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0, 1 where something cannot be evaluated, 2 for a mistake in the options."""
     parser = Parser(prog="python -m gpt2.evaluate", description=__doc__, allow_abbrev=False)
@@ -59,18 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     try:
         return _evaluate(options)
-    except BrokenPipeError:
-        discard_output()
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"gpt2.evaluate: {error}", file=sys.stderr)
-        return 1
     except MemoryError:
-        print(f"gpt2.evaluate: out of memory; use a smaller --batch-size than {options.batch_size}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gpt2.evaluate: interrupted", file=sys.stderr)
-        return 130
+        raise MemoryError(f"out of memory; use a smaller --batch-size than {options.batch_size}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -82,7 +69,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None
     }
     data = None if options.data is None else TokenDataset.open(find_dataset(options.data), options.split)
-    folder = find_model(Path(options.checkpoint), lambda line: print(line, file=sys.stderr))
+    folder = find_model(Path(options.checkpoint), console.print_error)
     model = GPT2.from_pretrained(folder, device=options.device)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     context = model.config.n_positions

@@ -562,7 +562,7 @@ def test_two_runs_do_not_share_a_folder(user, capsys):
         Path("out/.lock").write_text(str(other.pid))
         for more in ([], ["--fresh"]):
             run("--max-iters", "4", *more, code=1)
-            assert f"out: process {other.pid} is at work there" in one_line(capsys)
+            assert f"out: process {other.pid} is using it" in one_line(capsys)
         assert len(rows("out")) == 2
     finally:
         other.kill()

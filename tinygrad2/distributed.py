@@ -31,6 +31,8 @@ import numpy
 
 from tinygrad2 import backend, threads
 from tinygrad2.backend import Backend
+from tinygrad2.files import discard_stdout
+from tinygrad2.machine import cores
 
 T = TypeVar("T")
 
@@ -215,9 +217,9 @@ class MPIComm:
         self._calls, self._bulk, self._pulse = world.Dup(), world.Dup(), world.Dup()
         machine = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = machine.rank
-        masks = machine.allgather(threads.cores())
+        masks = machine.allgather(cores())
         self.threads = fair_threads(masks, machine.rank)
-        starter = threads.cores(os.getppid()) if "OMPI_COMM_WORLD_SIZE" in os.environ else set()
+        starter = cores(os.getppid()) if "OMPI_COMM_WORLD_SIZE" in os.environ else set()
         self.idle_cores = len(starter - set().union(*masks))
         self._parcels = numpy.empty(0, dtype=numpy.uint8)  # what arrives to be added up
         self._caller_waits = False
@@ -310,9 +312,7 @@ class MPIComm:
 
     def root_speaks(self) -> None:
         if self.rank:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
+            discard_stdout()
 
     def abort(self, code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):

@@ -7,13 +7,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gpt2.console import discard_output
+from gpt2.console import clock
 from gpt2.training.dataset import baselines
 from gpt2.training.evaluation import describe_task
 from gpt2.training.options import Options
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
 from tinygrad2 import threads
+from tinygrad2.files import discard_stdout
 
 
 def say(line: str) -> None:
@@ -21,7 +22,7 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        discard_output()
+        discard_stdout()
 
 
 def describe_start(trainer: Trainer) -> None:
@@ -129,13 +130,6 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
     )
     say(f"its curves and samples: {page}")
     say(f"next: {sample_command(out)}")
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss, or m:ss where it is less than an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def sample_command(out: Path) -> str:

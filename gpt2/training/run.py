@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.options import DERIVED_OPTIONS, Options, UsageError, check_options
-from tinygrad2 import checkpoint, optim
+from tinygrad2 import checkpoint, files, optim
 from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
@@ -115,15 +113,14 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with checkpoint.Lock(self.path / LOCK, str(self.path)):
+        with files.Lock(self.path / LOCK, str(self.path)):
             for folder in checkpoint.find(self.path):
                 if checkpoint.step_of(folder) > step:
-                    folder.rename(_unused(folder.with_name(f"damaged-{folder.name}")))
+                    folder.rename(files.free_name(folder.with_name(f"damaged-{folder.name}")))
             for log in (self.path / LOG, self.path / SAMPLES, self.path / STARTS):
                 kept = [row for row in read_log(log) if row["step"] <= step]
-                rewritten = self.path / f".{log.name}.new"
-                rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-                os.replace(rewritten, log)
+                with files.atomic_write(log) as partial:
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             # Its files are named by the second: the suffix keeps two starts within one apart.
             options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
             board = writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
@@ -162,13 +159,9 @@ class RunFolder:
     def _point(self, link: str, name: str) -> None:
         """Make out/best a link to a checkpoint, where the file system has links."""
         if (self.path / name).is_dir():
-            new = self.path / f".{link}.new"
-            try:
-                new.unlink(missing_ok=True)
+            # (Windows gives links only to administrators; trainer.json names the best step too)
+            with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
-                os.replace(new, self.path / link)
-            except OSError:
-                pass  # Windows gives links only to administrators; trainer.json names the best step too
 
     def load_optimizer(self, saved: Saved, optimizer: optim.AdamW) -> None:
         """Take over the optimizer's state from a checkpoint."""
@@ -211,10 +204,11 @@ class RunFolder:
     def _set_aside(self) -> Path | None:
         if not self.path.exists():
             return None
-        checkpoint.Lock(self.path / LOCK, str(self.path)).check()
+        files.Lock(self.path / LOCK, str(self.path)).check()
         if not self.path.name:
             raise ValueError(f"--out-dir {self.path} cannot be renamed; name a folder of its own")
-        return self.path.rename(_unused(self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")))
+        dated = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return self.path.rename(files.free_name(dated))
 
 
 def _read_state(folder: Path) -> Saved:
@@ -245,12 +239,6 @@ def _first_defaults(out: Path) -> dict[str, Any] | None:
         return None
     known = {f.name for f in fields(Options)} - set(DERIVED_OPTIONS)
     return {name: value for name, value in options.items() if name in known and value is not None}
-
-
-def _unused(path: Path) -> Path:
-    """The path, or with a number after it where the name is taken."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(1)))
-    return next(name for name in names if not name.exists())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

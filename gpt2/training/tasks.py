@@ -17,7 +17,6 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import no_grad
+from tinygrad2.files import atomic_write
 
 TIMEOUT = 30  # seconds without an answer from a server
 
@@ -129,31 +129,30 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
 
 
 def _download(task: Task) -> Path:
-    """The published file in the cache, downloaded if it is not there. It gets its name when it is whole and checked."""
+    """The published file in the cache, downloaded and checked if it is not there."""
     path = cache_folder() / task.url.rsplit("/", 1)[-1]
     if path.is_file():
         return path
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     sha = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(task.url, timeout=TIMEOUT) as response, partial.open("wb") as out:
+        with (
+            atomic_write(path, suffix=str(os.getpid())) as partial,  # other processes may download it too
+            urllib.request.urlopen(task.url, timeout=TIMEOUT) as response,
+            partial.open("wb") as out,
+        ):
             size = int(response.headers.get("Content-Length", 0))
             with tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None) as progress:
                 while chunk := response.read(1 << 16):
                     sha.update(chunk)
                     progress.update(out.write(chunk))
-        if sha.hexdigest() != task.sha256:
-            raise OSError("what came is not the published file: its checksum differs")
-        os.replace(partial, path)
+            if sha.hexdigest() != task.sha256:
+                raise OSError("the downloaded data is not the published file: its checksum differs")
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
             f"{task.name}: {task.url} could not be downloaded ({reason}); connect once, or put the file here: {path}"
         ) from None
-    finally:
-        with suppress(OSError):  # what went wrong is said already
-            partial.unlink(missing_ok=True)
     return path
 
 
