@@ -1,7 +1,7 @@
 """The operations that GPT-2 is made of, on Tensors.
 
-Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records how to
-go back: the name of the backward kernel or, where that adds to buffers of parameters, a function that stands below it.
+Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records its
+backward pass: the name of a kernel or, where that adds to gradient buffers of parameters, the function below it.
 """
 
 from __future__ import annotations

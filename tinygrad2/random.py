@@ -52,8 +52,8 @@ class Key:
 
     seed          64 bits, chosen by the user.
     step          the training step (or the epoch, for the data order).
-    first_sample  position in the *global* batch of the first sample at hand; shifts the element index, so that a part
-                  of a batch draws what the whole batch would have drawn there.
+    first_sample  position in the *global* batch of the first sample drawn for; it shifts the element index, so that a
+                  part of a batch gets the numbers that it has in the whole batch.
     site          which operation of the model draws (see `at`).
 
     The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.

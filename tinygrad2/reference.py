@@ -1,7 +1,7 @@
 """The math: the forward and the backward pass of every operation, on plain arrays.
 
-Read this file to learn how training works: each pair stands together, in the order in which GPT-2 needs them, with its
-formula and the derivation of its gradient. The same functions are the reference that faster kernels are tested against,
+Read this file to learn how training works: the two of each pair are adjacent, in the order in which GPT-2 needs them, with
+their formula and the derivation of its gradient. The same functions are the reference that faster kernels are tested against,
 and what computes where there is no faster kernel.
 
 Conventions
@@ -288,7 +288,7 @@ def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: 
 def dropout_forward(x: Array, rate: float, key: Key) -> Array:
     """y = x m / (1 - rate), m Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
 
-    The first axis of x counts samples; key.first_sample says where they stand in the global batch.
+    The first axis of x counts samples; key.first_sample is the position of the first one in the global batch.
     Source: Srivastava et al., JMLR 15 (2014), in the inverted form.
     """
     return x * dropout_scale(key, key.first_sample * (x.size // x.shape[0]), x.size, rate, x.dtype).reshape(x.shape)

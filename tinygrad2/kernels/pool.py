@@ -192,7 +192,7 @@ def _wait(slots: int, count: int, max_spins: int) -> bool:
 
 @_compiled
 def _post(slots: int, count: int) -> None:
-    """Post the tasks that stand in the slots of the first `count` workers."""
+    """Post the tasks in the slots of the first `count` workers."""
     for worker in range(count):
         slot = slots + 8 * WORDS * worker
         _store(slot + 8 * TICKET, _load(slot + 8 * TICKET) + 1)
