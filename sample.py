@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
+from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, discard_output
+from gpt2.formats.model_file import find_model
 from gpt2.generate import check_sampling, stream_text
-from gpt2.model import WEIGHTS
-from gpt2.training.run import find_model
 from tinygrad2 import checkpoint, threads
 from tinygrad2.backend import DEVICES
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--dtype",
         default="float32",
-        choices=WEIGHTS,
+        choices=WEIGHT_DTYPES,
         help="weights in bfloat16 are half as many bytes to read for a token [%(default)s]",
     )
     options = parser.parse_args(argv)

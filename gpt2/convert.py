@@ -18,13 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2.config import ACTIVATIONS, GPT2Config, is_matrix
+from gpt2.config import ACTIVATIONS, GPT2Config
 from gpt2.console import Parser
-from gpt2.formats import llmc, torch_file
-from gpt2.formats.huggingface import HEAD, open_model, write_hugging_face
-from gpt2.formats.torch_file import Stored
+from gpt2.formats import huggingface, llmc, torch_file
+from gpt2.formats.model_file import find_model, open_model
+from gpt2.formats.stored import Stored
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.run import find_model
 from tinygrad2.checkpoint import write_json
 
 FORMATS = {
@@ -61,23 +60,11 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
     }
     with progress, _whole(target) as partial:
         if form == "pt":
-            torch_file.save(partial, _checkpoint(config, arrays))
+            torch_file.write(partial, config, arrays)
         elif form == "llmc":
             llmc.write(partial, config, arrays)
         else:
             _write_folder(partial, config, arrays, source)
-
-
-def _checkpoint(config: GPT2Config, arrays: dict[str, Stored]) -> dict[str, Any]:
-    """What nanoGPT saves and loads, with matrices as nn.Linear has them, and our own config, which says more."""
-    named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
-    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
-    rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
-    return {
-        "model": {**named, HEAD: named["transformer.wte.weight"]},
-        "model_args": {**sizes, **rates},
-        "config": config.to_dict(),
-    }
 
 
 def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], source: Path) -> None:
@@ -92,7 +79,7 @@ def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], s
         write_json(folder / "generation_config.json", ids)
     except (ValueError, OSError) as error:
         print(f"the tokenizer's files were not written: {error}", file=sys.stderr)
-    write_hugging_face(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
+    huggingface.write(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ from gpt2 import parity
 from gpt2.config import PRESETS, GPT2Config
 from gpt2.console import Parser, discard_output
 from gpt2.formats import huggingface
+from gpt2.formats.model_file import find_model
 from gpt2.model import GPT2
-from gpt2.training.run import find_model
 from tinygrad2 import Key, Tensor, record
 from tinygrad2.backend import DEVICES, DTYPES, get_backend
 from tinygrad2.checkpoint import save_arrays, write_json
@@ -167,7 +167,7 @@ def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
         else:
             found = find_model(Path(case.model), complain)
             model = GPT2.from_pretrained(found, device, case.dtype)
-            source = found if (found / huggingface.CONFIG).is_file() else copy
+            source = found if (found / huggingface.CONFIG_FILE).is_file() else copy
         if source == copy:
             model.save_pretrained(copy)
         theirs = parity.torch_model(source)

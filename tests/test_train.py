@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
-from gpt2.evaluate import evaluate_task
 from gpt2.training.dataset import SampleOrder
+from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
 from gpt2.training.tasks import TASKS, load
 from tinygrad2 import checkpoint
@@ -98,7 +99,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(user, monkeypatch, capsys, 
     assert [row["step"] for row in rows("cut")] == [1, 2, 3, 4, 5, 6, 7]
     mend()
     assert train.main(["--out-dir", "cut"]) == 0  # no other option: the run knows how it was started
-    assert "going on from cut/ckpt-000006, step 6" in capsys.readouterr().out
+    assert "resuming from cut/ckpt-000006, step 6" in capsys.readouterr().out
     assert_same_run("whole", "cut")
 
 
@@ -126,7 +127,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(user, capsys):
         said = process.stdout.read()
         assert process.wait(30) == 0
         step = int(re.search(r"stopped after step ([\d,]+)", said)[1].replace(",", ""))
-        assert f"saved in {out}/{checkpoint.name(step)}; python train.py --out-dir {out} goes on from there" in said
+        assert f"saved in {out}/{checkpoint.name(step)}; python train.py --out-dir {out} resumes it" in said
         assert checkpoint.newest(Path(out))[0].name == checkpoint.name(step)
         assert [row["step"] for row in rows(out)] == list(range(1, step + 1))
 
@@ -244,7 +245,7 @@ def test_a_task_that_cannot_be_had_is_said_before_training(user, monkeypatch, ca
 
 def test_newest_best_and_the_last_few_are_kept(user, monkeypatch):
     values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
-    monkeypatch.setattr(train, "mean_loss", lambda *args: next(values))
+    monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
     assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
     assert Path("out/best").resolve().name == "ckpt-000004"
@@ -267,8 +268,8 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
     capsys.readouterr()
     assert train.main([]) == 0
     said = capsys.readouterr().out
-    assert "out/ has made its 2 steps" in said
-    assert "--max-iters 4 trains on, --fresh starts anew" in said
+    assert "the run in out/ is already finished (2 steps)" in said
+    assert "--max-iters 4 trains on, --fresh starts a new run" in said
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 
@@ -276,10 +277,10 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--preset", "gpt2"], "--preset nano; it cannot go on with gpt2"),
-        (["--block-size", "8"], "--block-size 16; it cannot go on with 8"),
-        (["--seed", "3"], "--seed 1337; it cannot go on with 3"),
-        (["--dtype", "float64"], "--dtype float32; it cannot go on with float64"),
+        (["--preset", "gpt2"], "--preset nano; it cannot be resumed with gpt2"),
+        (["--block-size", "8"], "--block-size 16; it cannot be resumed with 8"),
+        (["--seed", "3"], "--seed 1337; it cannot be resumed with 3"),
+        (["--dtype", "float64"], "--dtype float32; it cannot be resumed with float64"),
     ],
 )
 def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
@@ -288,7 +289,7 @@ def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
     assert train.main(["--max-iters", "4", *option]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert "--fresh to start anew" in error
+    assert "--fresh to start a new run" in error
     assert len(error.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
@@ -522,7 +523,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(user, capsys):
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
     assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
-    assert "going on from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
+    assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
     assert_same_run("whole", "out")
 
 
@@ -549,7 +550,7 @@ def test_a_checkpoint_without_a_sound_state_is_passed_over(user, capsys, state):
     manifest["files"]["trainer.json"] = checkpoint._describe(file)
     checkpoint.write_json(file.with_name("manifest.json"), manifest)
     run("--max-iters", "4")
-    assert "going on from out/ckpt-000002, step 2" in capsys.readouterr().out
+    assert "resuming from out/ckpt-000002, step 2" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_share_a_folder(user, capsys):
@@ -632,7 +633,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_overwritten(user, capsys):
     (Path("out/ckpt-000001/trainer.json")).write_text("{}")
     log = Path("out/log.jsonl").read_text()
     run("--max-iters", "2", code=1)
-    assert "no checkpoint is whole; --fresh starts anew" in one_line(capsys)
+    assert "no checkpoint is whole; --fresh starts a new run" in one_line(capsys)
     assert Path("out/log.jsonl").read_text() == log
 
 
@@ -645,7 +646,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(user, capsys, mo
     monkeypatch.setattr(checkpoint, "save_arrays", full)
     run("--max-iters", "4", code=1)
     line = one_line(capsys)
-    assert "out/.ckpt-000004.partial/optimizer.safetensors: No space left on device; what was saved before is" in line
+    assert (
+        "out/.ckpt-000004.partial/optimizer.safetensors: No space left on device; earlier checkpoints are intact"
+        in line
+    )
     monkeypatch.undo()
     os.chdir(user)
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000002"
@@ -670,3 +674,11 @@ def test_the_help_needs_no_data_and_is_quick():
     ).stdout
     assert "--batch-size" in said
     assert time.perf_counter() - began < 10
+
+
+def test_it_trains_outside_the_main_thread(user):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train.main(["--data", "text", *QUICK, "--max-iters", "2"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

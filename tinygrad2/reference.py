@@ -1,8 +1,8 @@
 """The math: the forward and the backward pass of every operation, on plain arrays.
 
-Read this file to learn how training works: the two of each pair are adjacent, in the order in which GPT-2 needs them, with
-their formula and the derivation of its gradient. The same functions are the reference that faster kernels are tested against,
-and what computes where there is no faster kernel.
+Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
+GPT-2 needs them, with its formula and the derivation of its gradient. The same functions are the reference that faster
+kernels are tested against, and what computes where there is no faster kernel.
 
 Conventions
     L               the loss, a number; dx is dL/dx, of x's shape, and dy = dL/dy is given.

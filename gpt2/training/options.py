@@ -12,9 +12,14 @@ from typing import Any
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
+from tinygrad2 import optim
 from tinygrad2.backend import DEVICES, PRECISIONS
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
+
+
+class UsageError(ValueError):
+    """The options do not make sense; the message says which and why."""
 
 
 def _option(
@@ -92,6 +97,37 @@ class Options:
     zero: bool = _option(False, bool, "with several ranks, each keeps its share of the optimizer's moments only")
     seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
 
+    def micro_steps(self, ranks: int) -> int:
+        """Micro-steps of a step on every rank, from the tokens that a step is to have. Raises UsageError where they do
+        not divide into whole micro-steps."""
+        B, T = self.batch_size, self.block_size
+        micro = B * T * ranks
+        total = self.total_batch_size or micro
+        if total % micro:
+            lower = total // micro * micro
+            near = f"{lower:,} or {lower + micro:,}" if lower else f"{micro:,}"
+            fitting = [b for b in range(1, B) if total % (b * T * ranks) == 0]
+            other = f", or --batch-size {fitting[-1]}" if fitting else ""
+            if ranks > 1 and total % T == 0 and not fitting:
+                sequences = total // T
+                counts = [str(n) for n in range(1, min(sequences, 2 * ranks) + 1) if sequences % n == 0]
+                other = f". Its {sequences:,} sequences divide over {', '.join(counts)} ranks"
+            raise UsageError(
+                f"--total-batch-size {total:,} is no multiple of {f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x "
+                f"--block-size {T} = {micro:,} tokens; the nearest that is: {near}{other}"
+            )
+        return total // micro
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear warm-up, then half a cosine."""
+        return optim.cosine(
+            step,
+            lr=self.learning_rate,
+            min_lr=self.min_lr,
+            warmup=self.warmup_iters,
+            decay_steps=self.lr_decay_iters,
+        )
+
 
 # What is implied where nothing else says so: for models that a small machine trains in minutes, and for the others.
 SMALL_MODEL = 20_000_000  # parameters
@@ -150,11 +186,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
 # So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
 # the data, which is known by its content: its folder may have another name.
-FIXED = ("preset", "init", "block_size", "dtype", "seed")
-
-
-class UsageError(ValueError):
-    """The options do not make sense; the message says which and why."""
+FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed")
 
 
 def flag(name: str) -> str:

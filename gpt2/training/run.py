@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2.formats import hub, huggingface
-from gpt2.model import GPT2
+from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.options import UsageError, check
 from tinygrad2 import checkpoint, optim
@@ -82,8 +81,13 @@ class RunFolder:
             except checkpoint.CheckpointError as error:
                 say(f"damaged checkpoint, not used: {error}")
         if folders:
-            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts anew beside it")
+            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts a new run beside it")
         return None
+
+    def last_checkpoint(self) -> str:
+        """A sentence that names the newest checkpoint, for a rank that is about to fail alone."""
+        saved = self.newest(lambda line: None)
+        return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
     def opened(self, step: int, writer: Any = None) -> Iterator[None]:
@@ -114,7 +118,7 @@ class RunFolder:
 
     def save(
         self,
-        model: GPT2,
+        model: LanguageModel,
         optimizer: optim.AdamW,
         tokenizer: Tokenizer,
         progress: Progress,
@@ -219,31 +223,6 @@ def _unused(path: Path) -> Path:
     """The path, or with a number after it where the name is taken."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(1)))
     return next(name for name in names if not name.exists())
-
-
-def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
-    else the newest .pt file; for one of the names in gpt2.formats.hub the folder that OpenAI's model was downloaded to.
-
-    Raises FileNotFoundError where there is none.
-    """
-    if path.is_file() or (path / huggingface.CONFIG).exists():
-        return path
-    if str(path) in hub.REVISIONS:
-        return hub.download(str(path))
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: there is no such folder or file; expected a model's, the out-dir of a run, or one of "
-            f"{', '.join(hub.REVISIONS)}"
-        )
-    folder, damaged = checkpoint.newest(path)
-    for line in damaged:
-        say(f"damaged checkpoint, not used: {line}")
-    if folder is None:
-        folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
-    if folder is None:
-        raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
-    return folder
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

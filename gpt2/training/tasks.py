@@ -20,16 +20,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tinygrad2 import no_grad, ops
-
-if TYPE_CHECKING:
-    from gpt2.model import GPT2
-    from gpt2.tokenizer import Tokenizer
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from tinygrad2 import no_grad
 
 TIMEOUT = 30  # seconds without an answer from a server
 
@@ -58,6 +56,9 @@ class Task:
     item: Callable[[Any], Item]
     expected: str
     metrics: Callable[[dict[str, float]], dict[str, float]]
+
+
+Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with their items
 
 
 def _hellaswag_item(line: Any) -> Item:
@@ -178,7 +179,9 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
     return rows
 
 
-def score(task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int) -> dict[str, float]:
+def score(
+    task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
+) -> dict[str, float]:
     """What these items add to the task's figures: sums, so that those of several parts of the items add up.
 
     items          how many there are.
@@ -213,7 +216,7 @@ def score(task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], 
     return sums
 
 
-def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
+def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
     """For each row its ending's loss in nats, and how many of the ending's tokens are the likeliest ones, both (B,).
 
     The output layer, by far the widest, is computed at the endings' positions only.
@@ -228,7 +231,7 @@ def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarr
     upload = model.backend.upload
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
-        logits = ops.linear(x, model.wte.weight.transpose())  # (N, V)
+        logits = model.head(x)  # (N, V)
         asked = logits[upload(np.arange(len(target))), upload(target)]
         top = logits.max(axis=-1, keepdims=True)
         lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)

@@ -9,8 +9,8 @@ import pytest
 
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, evaluate
-from gpt2.evaluate import evaluate_data, evaluate_task, mean_loss, summed_loss
 from gpt2.training.dataset import TokenDataset
+from gpt2.training.evaluation import evaluate_data, evaluate_task, mean_loss, summed_loss
 from gpt2.training.tasks import TASKS, load
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad

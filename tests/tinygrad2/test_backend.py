@@ -382,7 +382,7 @@ def saved(out):
 
 
 def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, capsys):
-    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     options = ["--dropout", "0.1", "--total-batch-size", "32", "--save-interval", "2"]
     run("host", "cpu", 4, *options)
     run("device", "cuda", 4, *options)
@@ -400,7 +400,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
 
 
 def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, monkeypatch):
-    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     order, syncs = [], set()
     fetch, get = CudaBackend.fetch, backend.CudaFetch.get
 
@@ -417,7 +417,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
 
 
 def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
-    monkeypatch.setattr(train, "make_sample", lambda *arguments: "")
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
     right, calls = kernels.lm_head_forward, []
 
@@ -432,7 +432,8 @@ def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
     run("out", "cuda", 9, "--eval-interval", "0", code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: step 3: the loss is nan and the gradient's norm nan; this step was not made.*\n", error
+        r"train.py: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*\n",
+        error,
     )
     assert [row["step"] for row in log("out")] == [1, 2]
 
