@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import tempfile
@@ -18,6 +19,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/stand_ins/ptxsim.py)"
     )
+    parser.addoption(
+        "--require-extras", action="store_true", help="fail, instead of skipping, where a package is not installed"
+    )
 
 
 def pytest_configure(config):
@@ -25,6 +29,22 @@ def pytest_configure(config):
         from tests.stand_ins import ptxsim
 
         cudasim.RawModule = ptxsim.RawModule
+
+
+def pytest_runtest_setup(item):
+    """Skip a test that is marked `extras("package", ...)` where one of these packages is not installed."""
+    for package in (name for mark in item.iter_markers("extras") for name in mark.args):
+        if importlib.util.find_spec(package) is None:
+            (pytest.fail if item.config.getoption("--require-extras") else pytest.skip)(f"needs the package {package}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A module that skips itself while it is imported fails too with --require-extras."""
+    report = yield
+    if report.skipped and collector.config.getoption("--require-extras"):
+        report.outcome, report.longrepr = "failed", report.longrepr[2]
+    return report
 
 
 def _read_only(value):

@@ -355,7 +355,8 @@ def test_a_report_that_fails_does_not_end_the_run(user, capsys, monkeypatch):
 
 def board(out):
     """(tag, step, value) of everything in TensorBoard's files, and the steps from which on older values are void."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    from tensorboardX.proto import event_pb2
+
     values, void = [], []
     for file in sorted(Path(out, "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
         data = file.read_bytes()
@@ -369,8 +370,8 @@ def board(out):
     return values, void
 
 
+@pytest.mark.extras("tensorboardX")
 def test_tensorboard_gets_what_the_log_gets(user):
-    pytest.importorskip("tensorboardX")
     run("--max-iters", "4", "--tensorboard")
     run("--max-iters", "6")  # the run remembers it
     values, void = board("out")

@@ -109,8 +109,10 @@ def test_the_table():
     assert lines[-1] == "FAILED  fast: gone"
 
 
+@pytest.mark.extras("torch")
 def test_pytorch_makes_the_same_steps():
-    torch = pytest.importorskip("torch")
+    import torch
+
     model, theirs = GPT2(TINY), train_step.torch_model(TINY)
     with torch.no_grad():
         for (name, ours), parameter in zip(model.named_parameters(), theirs.parameters(), strict=True):
@@ -124,9 +126,9 @@ def test_pytorch_makes_the_same_steps():
     np.testing.assert_allclose(losses, [theirs() for _ in range(20)], rtol=2e-5)
 
 
+@pytest.mark.extras("transformers")
 def test_ctranslate2_gets_the_same_model(tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")
-    pytest.importorskip("transformers")
+    ctranslate2 = pytest.importorskip("ctranslate2")  # in no extra: a benchmark's contender
     model = GPT2(TINY)
     model.save_pretrained(tmp_path)
     decode.convert(str(tmp_path), str(tmp_path / "theirs"))

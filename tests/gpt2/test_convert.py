@@ -549,8 +549,8 @@ def run_sample(folder, endpoint, *, code=0, **environment):
     return done
 
 
+@pytest.mark.extras("huggingface_hub")
 def test_names_are_downloaded_once(model, tmp_path):
-    pytest.importorskip("huggingface_hub")
     (tmp_path / "gpt2").mkdir()  # as in the repository: a folder of this name that holds no model
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "served", "hf")
@@ -568,16 +568,16 @@ def test_names_are_downloaded_once(model, tmp_path):
 UNREACHABLE = "sample.py: gpt2: it could not be downloaded from the Hugging Face hub"
 
 
+@pytest.mark.extras("huggingface_hub")
 def test_without_a_network_there_is_one_line(tmp_path):
-    pytest.importorskip("huggingface_hub")
     (line,) = run_sample(tmp_path, "http://127.0.0.1:9", code=1, HF_HUB_OFFLINE="1").stderr.splitlines()
     assert line.startswith(UNREACHABLE)
 
 
+@pytest.mark.extras("huggingface_hub")
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_asked_again(tmp_path):
     """The library says so, five times, before it gives up."""
-    pytest.importorskip("huggingface_hub")
     *retries, line = run_sample(tmp_path, "http://127.0.0.1:9", code=1).stderr.splitlines()
     assert sum("Retry" in retry for retry in retries) == 5
     assert line.startswith(UNREACHABLE)
@@ -599,10 +599,12 @@ def test_every_name_is_a_preset():
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_files):
     """By way of both other formats to a folder: equal logits, equal greedy text, equal ids of a text."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = random_model(vocab_size=50257, n_positions=48, n_embd=16, n_head=4)
     for parameter in model.parameters():
         parameter.data = parameter.data * 0.4
@@ -631,8 +633,10 @@ def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_f
 
 
 @pytest.mark.parity
+@pytest.mark.extras("transformers")
 def test_transformers_shards_are_read(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"vocab_size": 99, "n_positions": 16, "n_embd": 16, "n_layer": 3, "n_head": 2}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     theirs.save_pretrained(tmp_path, max_shard_size="12KB")
@@ -643,8 +647,10 @@ def test_transformers_shards_are_read(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 def test_pytorch_reads_the_exported_state_dict(model, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "b.pt", "pt")
     checkpoint = torch.load(tmp_path / "b.pt", weights_only=True)

@@ -331,9 +331,11 @@ def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.extras("tokenizers")
 def test_what_tokenizers_trains_and_writes(tmp_path):
     """The mark first, as a trainer's special tokens are."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -351,9 +353,11 @@ def test_what_tokenizers_trains_and_writes(tmp_path):
             assert ours.encode(text).tolist() == theirs.encode(text).ids
 
 
+@pytest.mark.extras("transformers")
 def test_what_transformers_writes(hugging_face, tmp_path):
     """Version 5 writes tokenizer.json alone."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)
     theirs.save_pretrained(tmp_path / "saved")
     for name in (HF_VOCAB, HF_MERGES):

@@ -303,9 +303,10 @@ def test_a_big_claim_costs_no_memory(file):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
 def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
 
     class GPTConfig:
         def __init__(self):
@@ -339,9 +340,11 @@ def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize("mmap", [False, True])
 def test_pytorch_reads_what_is_written(mmap, file):
-    torch = pytest.importorskip("torch")
+    import torch
+
     arrays = {
         kind: np.arange(12).reshape(3, 4).astype(kind)
         for kind in ("float64", "float32", "float16", "bfloat16", "int64", "bool")

@@ -191,10 +191,12 @@ def test_on_a_device():
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_the_figures_are_pytorchs(tmp_path):
     """As build-nanogpt computes them: all rows of an item padded with 0, the loss masked, its sum and its mean."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = make_model()
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
