@@ -21,7 +21,7 @@ ENGINE = (
     ("tensor", "distributed", "profiler"),
     ("ops", "params"),
     ("nn",),
-    ("optim", "gradcheck"),
+    ("optim", "gradcheck", "diagnose"),
     ("__init__",),
 )
 MODEL = (

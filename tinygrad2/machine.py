@@ -128,6 +128,16 @@ def nvidia_driver() -> dict[str, int]:
     return {"version": version.value, "status": status, "gpus": gpus.value}
 
 
+def mpirun_command(launcher: str, ranks: int) -> list[str]:
+    """The beginning of the command that starts so many ranks on this machine with this mpirun."""
+    version, _ = call([launcher, "--version"], 20)
+    flags = []
+    if "Open MPI" in version or "OpenRTE" in version:
+        flags += ["--oversubscribe"] * (ranks > len(cores()))
+        flags += ["--allow-run-as-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)
+    return [launcher, "-n", str(ranks), *flags]
+
+
 def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[str, str]:
     """Run another program: (its output, "") if it succeeds, else ("", the reason in one line).
 
