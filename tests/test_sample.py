@@ -1,5 +1,6 @@
 """sample.py, as a user runs it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import sample
-from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, convert
+from tests.gpt2.formats.models import random_model
 from tests.stand_ins import strict_cupy
 from tinygrad2 import checkpoint, machine
 
@@ -250,3 +252,38 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
     monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not say
     run(capsys, "-p", "abc", "-n", "1000")
+
+
+# Model files of other programs
+
+
+@pytest.fixture
+def every_format(user):
+    """A current directory that has the same model in every format."""
+    random_model().save_pretrained("model")
+    for form in ("pt", "llmc"):
+        convert.convert("model", f"model.{form}", form)
+
+
+def greedy(capsys, *options):
+    return run(capsys, "-m", "8", "-t", "0", *options)
+
+
+def test_every_format_is_read(every_format, capsys):
+    expected = greedy(capsys, "--checkpoint", "model").out
+    for name in ("model.pt", "model.llmc", "model/model.safetensors"):
+        found = greedy(capsys, "--checkpoint", name)
+        assert found.out == expected
+        assert found.err == f"model: {name}\n"
+
+
+def test_pt_files_in_checkpoint_and_out_are_found(every_format, capsys):
+    Path("out").mkdir()
+    for age, name in ((30, "ckpt.pt"), (20, "a.pt"), (40, "b.pt")):
+        Path("out", name).write_bytes(Path("model.pt").read_bytes())
+        os.utime(Path("out", name), (10**9 - age, 10**9 - age))
+    assert greedy(capsys).err == "model: out/a.pt\n"
+    assert greedy(capsys, "--checkpoint", "out").err == "model: out/a.pt\n"
+    Path("checkpoint").mkdir()
+    Path("model.pt").rename("checkpoint/gpt2.pt")
+    assert greedy(capsys).err == "model: checkpoint/gpt2.pt\n"

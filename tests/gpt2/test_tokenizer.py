@@ -12,6 +12,8 @@ import tiktoken
 from gpt2.tokenizer import HF_MERGES, HF_VOCAB, HF_WHOLE, RANKS, VOCABULARY, Tokenizer
 
 HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+
+
 TEXTS = [
     "Hello world",
     "",
@@ -414,3 +416,28 @@ def test_failed_download_says_what_to_do(monkeypatch, error):
     with pytest.raises(FileNotFoundError, match="connect once, or set TIKTOKEN_CACHE_DIR") as caught:
         Tokenizer.load("gpt2")
     assert "\n" not in str(caught.value)
+
+
+# Beside a model
+
+
+def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
+    tokenizer = Tokenizer.load("gpt2")
+    tokenizer.save_hugging_face(tmp_path, 1024)
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    published = (gpt2_files / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").read_text(encoding="utf-8")  # vocab.bpe
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == published
+    names = json.loads((gpt2_files / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) == names
+
+
+def test_the_tokenizer_of_a_model_file(tmp_path, gpt2_files):
+    """The one beside it, but GPT-2's for GPT-2's vocabulary."""
+    Tokenizer.load("bytes").save(tmp_path)
+    (tmp_path / "model.pt").touch()
+    assert Tokenizer.for_model(tmp_path / "model.pt", 257).name == "bytes"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 300).name == "bytes"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 50257).name == "gpt2"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 50304).name == "gpt2"
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens, the model only 99"):
+        Tokenizer.for_model(tmp_path / "model.pt", 99)
