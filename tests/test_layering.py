@@ -1,6 +1,7 @@
 """Which module may import which: from rows above its own only, type-checking imports included."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def sources():
     return {module_of(path): path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.py"))}
 
 
+@functools.cache  # most sources are the same in every test
 def imports(source):
     """(module, name) of everything that the source imports, wherever it stands; name is None for `import module`."""
     found = []

@@ -42,6 +42,7 @@ def dies(path):
     return {"task": lambda: os._exit(3)}
 
 
+@pytest.mark.slow
 def test_the_contenders_take_turns_and_one_that_fails_is_left_out(tmp_path):
     path = tmp_path / "turns"
     contenders = [Contender(name, leaves_its_name, (name, path), {"task": Work()}) for name in "ABC"]
@@ -166,6 +167,7 @@ def test_decoding(small_limits, tmp_path):
     assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
 
 
+@pytest.mark.slow
 def test_operations(small_limits, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "LEAST", 0.0)
     out = tmp_path / "ops.json"

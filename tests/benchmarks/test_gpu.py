@@ -398,6 +398,7 @@ def test_it(cuda, number):
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_losing.py").write_text(LOSING)

@@ -465,6 +465,7 @@ def start(code, *arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_control_c(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(200_000) * 300, encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]

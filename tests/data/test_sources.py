@@ -571,6 +571,7 @@ def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, mes
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pydoc_corpus():
     texts = pydoc_corpus()
     assert 1_000_000 < sum(map(len, texts)) < 5_000_000
@@ -579,6 +580,7 @@ def test_pydoc_corpus():
     assert texts == pydoc_corpus()
 
 
+@pytest.mark.slow
 def test_pydoc_imports_nothing():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"

@@ -165,6 +165,7 @@ def test_linear_takes_any_weights_and_rows(dtype, rows, cut):
             np.testing.assert_allclose(y, x.astype(np.float64) @ wide + bias, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):
     script = (
         "import numpy as np\n"
