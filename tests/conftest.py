@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -77,6 +79,29 @@ def gpt2_files():
     if not folder:
         pytest.skip("needs GPT-2's vocabulary: TIKTOKEN_CACHE_DIR names no folder that has it")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def prepared_text(tmp_path_factory):
+    """A data set of the text of tests/training_runs.py."""
+    from data.prepare import prepare
+    from tests.training_runs import TEXT
+
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text(TEXT)
+    prepare([str(folder / "text.txt")], "bytes", folder / "text")
+    return folder / "text"
+
+
+@pytest.fixture
+def workspace(prepared_text, tmp_path, monkeypatch):
+    """An empty current directory with a data set, data/text; signal handlers are restored afterwards."""
+    shutil.copytree(prepared_text, tmp_path / "data" / "text")
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import sample
-from gpt2 import GPT2, GPT2Config, Tokenizer, convert
-from tests.gpt2.formats.models import random_model
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from tests.gpt2.formats.models import write_every_format
 from tests.stand_ins import strict_cupy
 from tinygrad2 import checkpoint, machine
 
@@ -257,19 +257,12 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
 # Model files of other programs
 
 
-@pytest.fixture
-def every_format(user):
-    """A current directory that has the same model in every format."""
-    random_model().save_pretrained("model")
-    for form in ("pt", "llmc"):
-        convert.convert("model", f"model.{form}", form)
-
-
 def greedy(capsys, *options):
     return run(capsys, "-m", "8", "-t", "0", *options)
 
 
-def test_every_format_is_read(every_format, capsys):
+def test_every_format_is_read(user, capsys):
+    write_every_format()
     expected = greedy(capsys, "--checkpoint", "model").out
     for name in ("model.pt", "model.llmc", "model/model.safetensors"):
         found = greedy(capsys, "--checkpoint", name)
@@ -277,7 +270,8 @@ def test_every_format_is_read(every_format, capsys):
         assert found.err == f"model: {name}\n"
 
 
-def test_pt_files_in_checkpoint_and_out_are_found(every_format, capsys):
+def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
+    write_every_format()
     Path("out").mkdir()
     for age, name in ((30, "ckpt.pt"), (20, "a.pt"), (40, "b.pt")):
         Path("out", name).write_bytes(Path("model.pt").read_bytes())

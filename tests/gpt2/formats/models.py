@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gpt2 import GPT2, GPT2Config
+from gpt2 import GPT2, GPT2Config, convert
 from gpt2.config import is_matrix
 from gpt2.formats import torch_file
 from gpt2.formats.stored import Stored
@@ -41,6 +41,13 @@ def assert_equal(model, other):
     for (name, p), (other_name, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert name == other_name
         np.testing.assert_array_equal(p.data, q.data, err_msg=name)
+
+
+def write_every_format():
+    """Write the same model in every format into the current directory: model/, model.pt and model.llmc."""
+    random_model().save_pretrained("model")
+    for form in ("pt", "llmc"):
+        convert.convert("model", f"model.{form}", form)
 
 
 NANOGPT = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": True, "vocab_size": 257, "dropout": 0.2}
