@@ -93,7 +93,7 @@ def test_greedy_text_beyond_the_context(user, capsys):
     assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
-def test_a_prompt_longer_than_the_context_is_said_to_be(user, capsys):
+def test_a_prompt_longer_than_the_context_is_reported(user, capsys):
     save_model("checkpoint")
     assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
     said = run(capsys, "-p", 33 * "a", "-m", "2").err
@@ -113,7 +113,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
     assert run(capsys, "-m", "20", "-t", "0").out == bytes(expected).decode("utf-8", "replace") + "\n"
 
 
-def test_weights_in_bfloat16_are_said_and_read(user, capsys):
+def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     assert "an untrained one, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
     for p in model.parameters():  # larger, so that rounding shows
@@ -218,14 +218,14 @@ def test_a_padded_vocabulary_is_never_chosen(user, capsys):
     run(capsys, "-p", "x", "-m", "60", "-t", "3")
 
 
-def test_weights_that_are_no_numbers_are_said(user, capsys):
+def test_nan_weights_are_reported(user, capsys):
     model = save_model("checkpoint")
     model.ln_f.weight.data[...] = float("nan")
     model.save_pretrained("checkpoint")
     assert "the model's logits are not finite numbers" in run(capsys, "-p", "x", "-t", "0", code=1).err
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(user):
+def test_a_closed_pipe_ends_it_silently(user):
     save_model("checkpoint")
     command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})

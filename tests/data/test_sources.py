@@ -473,7 +473,7 @@ def test_from_the_hub(hub, tmp_path):
 
 
 @with_hub
-def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
+def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
     """The hub refuses within file 9, when 20 parts wait for the threads: a file and a half."""
     hub.trouble = lambda n: 403 if "009_" in hub.asked[-1][0] and hub.asked[-1][1] in range(20_000, 40_000) else None
     small = "p.JOURNAL_BYTES = 1; p.BATCH_PARTS = 1; sources.HUB_BLOCK_BYTES = 1 << 12"

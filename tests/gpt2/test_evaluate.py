@@ -112,7 +112,7 @@ def test_limits(user, tmp_path):
     assert (figures["data"]["split"], figures["data"]["tokens"], figures["hellaswag"]["items"]) == ("train", 48, 3)
 
 
-def test_too_large_a_batch_is_said(user, monkeypatch, capsys):
+def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
     def too_much(*_):
         raise MemoryError
 

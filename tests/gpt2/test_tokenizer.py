@@ -132,7 +132,7 @@ def test_last_merge_counts_without_a_final_newline_and_with_windows_line_ends(ti
         assert Tokenizer.load(tiny).fingerprint == expected
 
 
-def test_an_edited_file_is_read_anew(tiny):
+def test_an_edited_file_is_read_again(tiny):
     before = Tokenizer.load(tiny)
     vocab = json.loads((tiny / HF_VOCAB).read_text())
     vocab = {token: i for i, token in enumerate(token for token in vocab if token != "the")}

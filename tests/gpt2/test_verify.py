@@ -179,7 +179,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
     assert f"the first that deviates: {first}\n" in capsys.readouterr().out
 
 
-def test_a_result_that_is_no_number_deviates(recorded, monkeypatch, tmp_path):
+def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
     monkeypatch.setattr(
         get_backend().kernels, "lm_head_backward", lambda *arguments: np.full((2, 20, 24), np.nan, "f4")
     )
@@ -240,7 +240,7 @@ def rewritten(file, cases=None, **arrays):
         ({"cases": '[{"model": null}]'}, "its list of cases is damaged"),
     ],
 )
-def test_a_damaged_reference_is_said_in_one_line(change, said, recorded, capsys):
+def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, capsys):
     rewritten(recorded, **change)
     assert verify.main(["--against", str(recorded)]) == 2
     printed = capsys.readouterr().err

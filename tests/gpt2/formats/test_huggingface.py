@@ -173,7 +173,7 @@ def expect_one_line(folder, file, message, kind=ValueError):
         ({"vocab_size": "13"}, "vocab_size is '13'"),
     ],
 )
-def test_configurations_that_are_not_computed_are_refused(changes, message, folder):
+def test_unsupported_configurations_are_refused(changes, message, folder):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     expect_one_line(folder, "config.json", message)
@@ -200,7 +200,7 @@ def test_damaged_weights(keep, folder):
     expect_one_line(folder, "model.safetensors", "header")
 
 
-def test_foreign_file(folder):
+def test_a_file_of_another_format(folder):
     (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
     expect_one_line(folder, "model.safetensors", "File is not a zip file")
 

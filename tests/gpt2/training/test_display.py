@@ -12,7 +12,7 @@ from tinygrad2 import checkpoint
 
 
 @pytest.mark.parametrize("screen", ["closed", "ascii"])
-def test_a_screen_that_fails_does_not_stop_a_run(workspace, screen):
+def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [sys.executable, "-W", "error", ROOT / "train.py", "--data", "text", *QUICK, "--max-iters", "8"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)

@@ -112,7 +112,7 @@ def test_shards_of_another_program_are_of_gpt2s_tokenizer(gpt2_files, tmp_path):
         evaluate_data(make_model(257), Tokenizer.load("bytes"), data, 2, 8)
 
 
-def test_a_damaged_model_is_said(folder):
+def test_a_damaged_model_is_reported(folder):
     model = make_model(257)
     model.wte.weight.data = np.full(model.wte.weight.shape, np.nan, dtype=np.float32)
     with pytest.raises(ValueError, match="the model's loss is nan"):

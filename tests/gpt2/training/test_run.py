@@ -95,7 +95,7 @@ def test_tensorboard_gets_what_the_log_gets(workspace):
     assert board("out")[0] == values
 
 
-def test_tensorboard_that_is_not_installed_is_said_before_anything_happens(workspace, capsys, monkeypatch):
+def test_missing_tensorboard_is_reported_before_anything_happens(workspace, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     run("--max-iters", "2", "--tensorboard", code=1)
     assert one_line(capsys).endswith('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"')
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(workspace, capsys
     assert_same_run("whole", "out")
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_never_counts_as_the_newest(workspace):
+def test_a_damaged_checkpoint_is_renamed_and_never_counts_as_the_newest(workspace):
     run("--max-iters", "6", "--save-interval", "2", "--keep", "3")
     damaged = Path("out/ckpt-000006/model.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_counts_as_the_newest(worksp
 @pytest.mark.parametrize(
     "state", ["{}", '{"progress": {"step": "3"}, "optimizer_steps": 1, "options": {}, "data": ""}', "[]", "\xff"]
 )
-def test_a_checkpoint_without_a_sound_state_is_passed_over(workspace, capsys, state):
+def test_a_checkpoint_without_a_valid_state_is_passed_over(workspace, capsys, state):
     run("--max-iters", "4", "--save-interval", "2")
     file = Path("out/ckpt-000004/trainer.json")
     file.write_text(state)
@@ -155,7 +155,7 @@ def test_two_runs_do_not_share_a_folder(workspace, capsys):
     assert not Path("out/.lock").exists()
 
 
-def test_a_log_with_foreign_bytes_does_not_stop_a_run(workspace):
+def test_a_log_with_invalid_utf8_does_not_stop_a_run(workspace):
     run("--max-iters", "2")
     with Path("out/log.jsonl").open("ab") as log:
         log.write(b'\xff\xfe\n{"step": 2')

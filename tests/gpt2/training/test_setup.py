@@ -17,7 +17,7 @@ from tests.training_runs import QUICK, TEXT, one_line, rows, run, update_checksu
 from tinygrad2 import checkpoint
 
 
-def test_a_task_that_cannot_be_had_is_said_before_training(workspace, monkeypatch, capsys):
+def test_a_task_that_cannot_be_downloaded_is_reported_before_training(workspace, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     monkeypatch.setitem(TASKS, "lambada", dataclasses.replace(TASKS["lambada"], url="http://127.0.0.1:9/words.jsonl"))
     monkeypatch.setenv("no_proxy", "*")
@@ -37,7 +37,7 @@ def test_a_task_that_cannot_be_had_is_said_before_training(workspace, monkeypatc
         (["--dtype", "float64"], "--dtype float32; it cannot be resumed with float64"),
     ],
 )
-def test_a_run_goes_on_only_as_it_was_started(workspace, capsys, option, message):
+def test_a_run_resumes_only_with_the_settings_it_started_with(workspace, capsys, option, message):
     run("--max-iters", "2")
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     assert train.main(["--max-iters", "4", *option]) == 1
@@ -176,7 +176,7 @@ def test_bad_input_gets_one_line(workspace, capsys, case):
     assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
 
 
-def test_data_prepared_anew_under_the_same_name_is_noticed(workspace, capsys):
+def test_data_prepared_again_under_the_same_name_is_noticed(workspace, capsys):
     run("--max-iters", "2")
     (workspace / "other.txt").write_text(TEXT.replace("times", "plus"))
     prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "text", fresh=True)

@@ -26,7 +26,7 @@ def test_the_log_has_one_object_a_step(workspace):
     assert [row["step"] for row in logged if "val_loss" in row] == [4, 5]
 
 
-def test_the_share_of_a_known_peak_is_said_and_logged(workspace, monkeypatch, capsys):
+def test_mfu_is_shown_and_logged_where_the_peak_is_known(workspace, monkeypatch, capsys):
     run("--max-iters", "2", "--out-dir", "unknown")
     assert "MFU" not in capsys.readouterr().out
     assert not any("mfu" in row for row in read_log(Path("unknown/log.jsonl")))

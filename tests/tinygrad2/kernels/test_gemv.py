@@ -101,7 +101,7 @@ def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layou
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_shows(dtype, layout, bad):
+def test_nan_and_infinity_show(dtype, layout, bad):
     K, N = 37, 85
     for k, j in ((0, 0), (36, 3), (5, 84), (36, 84), (17, 40)):
         x, w, y = matrices(7, K, N, dtype, layout)
