@@ -1,6 +1,6 @@
 """gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
 
-The kernel runs in the simulator, where its blocks wait for each other's letters as on a GPU, in several schedules.
+The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
 
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
-from gpt2.decode import MOST_TEXTS, Decoder
+from gpt2.decode import MAX_TEXTS, Decoder
 from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
 from tinygrad2 import no_grad
@@ -87,14 +87,14 @@ def test_other_sizes(device, config):
     assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
 
 
-def limited(monkeypatch, model, **limits):
+def limited(monkeypatch, model, **changes):
     """The model's GPU has these limits."""
-    limits = {**model.backend.limits(), **limits}
-    monkeypatch.setattr(model.backend, "limits", lambda: limits)
+    limits = model.backend.cuda.limits()._replace(**changes)
+    monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
 
 
 @pytest.mark.parametrize("capability", [8, 9])  # without and with thread block clusters
-@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five teams, of which two have no head
+@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five clusters, of which two have no head
 def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=processors, capability=capability)
@@ -103,7 +103,7 @@ def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors
 
 
 @pytest.mark.parametrize("clusters", [3, 1])
-def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypatch, clusters):
+def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=40)
@@ -111,12 +111,12 @@ def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypa
     with no_grad():
         next_logits(model, tokens[:, :5], cache)
         found = [next_logits(model, tokens[:, i : i + 1], cache).numpy() for i in (5, 6)]
-    assert cache.decoder._plan.teams == clusters
+    assert cache.decoder._plan.clusters == clusters
     expected, _ = logits_of(model_of(device="cpu"), tokens, 5)
     assert distance(np.stack(found, axis=1), expected[:, :2]) < BOUNDS["float32"]
 
 
-def test_where_no_cluster_runs_a_team_is_none(device):
+def test_hardware_clusters_are_not_used_where_none_runs(device):
     device.clusters = 0
     tokens = tokens_of(CONFIG, 1, 4)
     logits, _ = logits_of(model_of(), tokens, 1)
@@ -124,10 +124,10 @@ def test_where_no_cluster_runs_a_team_is_none(device):
 
 
 @pytest.mark.parametrize("capability", [8, 9])
-def test_marks_go_on_from_zero_where_their_32_bits_end(device, monkeypatch, capability):
+def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 12)
     limited(monkeypatch, model, processors=24, capability=capability)
-    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)
     logits, _ = logits_of(model, tokens, 5)
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 5)[0]) < BOUNDS["float32"]
 
@@ -152,7 +152,7 @@ def test_generating_with_it_gives_the_same_texts(device):
 
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capability):
+def test_greedy_tokens_are_the_cpus(device, monkeypatch, samples, capability):
     """Chosen on the device, beyond the context too (32 tokens), and among the first ones where a model is padded."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
@@ -164,7 +164,7 @@ def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capabil
         options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
         texts = [[*generate(of, [5, 9, 2], 35, **options)] for of in (model, there)]
         np.testing.assert_array_equal(*texts)
-        assert len(np.unique(texts[0])) > 10, "they are alike"
+        assert len(np.unique(texts[0])) > 10, "the tokens hardly vary"
         assert texts[0][0].dtype == np.int64
         assert vocab_size is None or np.max(texts) < vocab_size
 
@@ -201,13 +201,13 @@ def test_logits_that_are_no_numbers_end_the_text(device):
 
 def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
     model = model_of()
-    assert KVCache(model, MOST_TEXTS, 8).decoder is not None
-    assert KVCache(model, MOST_TEXTS + 1, 8).decoder is None
+    assert KVCache(model, MAX_TEXTS, 8).decoder is not None
+    assert KVCache(model, MAX_TEXTS + 1, 8).decoder is None
     assert KVCache(GPT2(GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9), device="cuda"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG, device="cuda", dtype="float64"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG), 1, 8).decoder is None
     limited(monkeypatch, model, shared_memory=32 << 10)
-    assert KVCache(model, MOST_TEXTS, 8).decoder is None
+    assert KVCache(model, MAX_TEXTS, 8).decoder is None
 
 
 def test_a_token_or_position_out_of_range_is_refused(device):
@@ -215,14 +215,14 @@ def test_a_token_or_position_out_of_range_is_refused(device):
     with no_grad():
         next_logits(model, np.array([[1, 2, 3]]), cache)
         for token in (-1, CONFIG.vocab_size):
-            with pytest.raises(ValueError, match=r"tokens hold .* expected 0 to 100"):
+            with pytest.raises(ValueError, match=r"token ids are .* expected 0 to 100"):
                 next_logits(model, np.array([[token]]), cache)
         assert cache.length == 3
         next_logits(model, np.array([[0]]), cache)
-        with pytest.raises(ValueError, match="position 4; the cache holds 4"):
+        with pytest.raises(ValueError, match="position 4 is out of range; the cache has 4"):
             next_logits(model, np.array([[0]]), cache)
-        with pytest.raises(ValueError, match="position 5; the cache holds 4"):
-            next(cache.decoder.likeliest(np.array([0]), 2, 4, 101))
+        with pytest.raises(ValueError, match="position 5 is out of range; the cache has 4"):
+            next(cache.decoder.greedy(np.array([0]), 2, 4, 101))
 
 
 FAULTS = {
@@ -258,7 +258,7 @@ def test_planted_faults_are_caught(device, monkeypatch, fault):
         cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
     )
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
-    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
     text = [*generate(there, [5], 3, samples=2, temperature=0)]
     # Two heads a team; or a team with none; or two blocks with all, which takes several turns.
@@ -268,7 +268,7 @@ def test_planted_faults_are_caught(device, monkeypatch, fault):
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
             found = logits_of(model, tokens, 3)[0]
-            likeliest = [*KVCache(model, 2, 8).decoder.likeliest(np.array([5, 5]), 0, 3, 70)]
+            likeliest = [*KVCache(model, 2, 8).decoder.greedy(np.array([5, 5]), 0, 3, 70)]
         except RuntimeError:
             caught = True
         else:
