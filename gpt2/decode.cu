@@ -9,8 +9,8 @@
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
-//             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without, they
-//             write to each other's part of global memory.
+//             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without,
+//             they write to each other's part of global memory.
 //   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
 //             rank hold the same numbers in every cluster.
 //   message   8 bytes: a float32 and a 32-bit tag, written in one access. Tags count up with every half of a layer: a
@@ -295,8 +295,9 @@ __device__ __forceinline__ void layernorm(float* here, const float (&weight)[rep
   __syncthreads();
 }
 
-// Attention of the tokens at `position`, in each block over the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH) has
-// queries, keys and values. The block's part of each head is sent to the cluster: D values, the largest score, the sum.
+// Attention of the tokens at `position`, in each block over the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH)
+// holds queries, keys and values. The block's part of each head goes to its cluster: D values, the largest score, and
+// the sum.
 __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
                                        Message* mailbox, unsigned tag) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;

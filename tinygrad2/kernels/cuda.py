@@ -186,9 +186,9 @@ class CudaKernels:
         partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
         function = self.function("columns", "column_sums", REAL=CPP_TYPES[rows.dtype], C=rows.shape[-1])
         function(grid, (THREADS,), (partials, rows, count))
-        self._add_partials(partials, into)
+        self.add_partials(partials, into)
 
-    def _add_partials(self, partials: Array, *targets: Any | None) -> None:
+    def add_partials(self, partials: Array, *targets: Any | None) -> None:
         """Each target (C,) += the sum of its partials over their rows; partials (targets, parts, C)."""
         wanted = [i for i, target in enumerate(targets) if target is not None]
         if not wanted:
@@ -334,7 +334,7 @@ class CudaKernels:
             shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
         function = self.function("layernorm", name, shared=shared, REAL=CPP_TYPES[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
-        self._add_partials(partials, dweight, dbias)
+        self.add_partials(partials, dweight, dbias)
         return dx
 
     def _float32(self, x: Array) -> Any:
@@ -452,7 +452,7 @@ class CudaKernels:
         partials = np.empty((1, grid[1], x.shape[-1]), dtype=np.float32)
         arguments = (dx, partials, dy, x, self._gelu_bias(x, bias), rows)
         self._gelu(name, x, bias)(grid, (THREADS,), arguments)
-        self._add_partials(partials, dbias)
+        self.add_partials(partials, dbias)
         return dx
 
     def _gelu(self, name: str, x: Array, bias: Array | None) -> Any:
