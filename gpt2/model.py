@@ -29,7 +29,11 @@ class _Init:
         self.sites = itertools.count()
 
     def normal(self, std: float) -> nn.Initializer:
-        return nn.zeros if self.seed is None else nn.normal(std, Key(self.seed, INIT_STEP, site=next(self.sites)))
+        return (
+            nn.zeros_init
+            if self.seed is None
+            else nn.normal_init(std, Key(self.seed, INIT_STEP, site=next(self.sites)))
+        )
 
 
 class Attention(nn.Module):
@@ -78,8 +82,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Tensor, delta: Tensor | None, key: Key | None, site: int, past: tuple[Any, int] | None
     ) -> tuple[Tensor, Tensor]:
-        x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.after_adding(x, delta)
-        x, h = self.ln_2.after_adding(x, self.attn(h, key, site, past))
+        x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.add_and_normalize(x, delta)
+        x, h = self.ln_2.add_and_normalize(x, self.attn(h, key, site, past))
         return x, self.mlp(h, key, site + 2)
 
     def again(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -174,7 +178,7 @@ class GPT2(nn.Module):
         if cache is not None:
             cache.length += shape[1]
         assert delta is not None
-        return self.ln_f.after_adding(x, delta)[1]
+        return self.ln_f.add_and_normalize(x, delta)[1]
 
     def head(self, features: Tensor) -> Tensor:
         """The output layer, tied to the token embedding: features (..., C) -> logits (..., V)."""

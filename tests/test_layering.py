@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "random", "autograd", "files", "gpus", "machine", "memory", "precision"),
-    ("checkpoint", "threads"),
+    ("array", "files", "gpus", "machine", "precision"),
+    ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),

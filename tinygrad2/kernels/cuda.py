@@ -26,6 +26,7 @@ from numpy.typing import DTypeLike
 
 from tinygrad2.array import Array
 from tinygrad2.kernels.gemm import Gemm
+from tinygrad2.kernels.token_runs import sort_tokens
 from tinygrad2.random import Key
 
 # The types that the kernels compute in, and their names in CUDA C++. (Keys are dtypes: dtype.name takes microseconds.)
@@ -222,25 +223,27 @@ class CudaKernels:
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
 
-    @only_if(lambda dy, *_: _known(dy))
-    def embedding_backward(self, dy, runs, first_position, dwte, dwpe):
+    @only_if(lambda dy, tokens, first_position, dwte, dwpe: _known(dy))
+    def embedding_backward(
+        self, dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
+    ) -> None:
         C, rows = dy.shape[-1], dy.size // dy.shape[-1]
         dy = self._np.ascontiguousarray(dy)
         width = self._access(C, dy, *(array for array in (dwte, dwpe) if array is not None))
-        defines = {"REAL": CPP_TYPES[dy.dtype], "C": C, "WIDTH": width, "POSITIONS": 0}
+        defines: dict[str, Any] = {"REAL": CPP_TYPES[dy.dtype], "C": C, "WIDTH": width, "POSITIONS": 0}
         threads = min(256, -(-C // width // 32) * 32)
         columns = -(-C // width // threads)
 
-        def launch(name, blocks, *arguments):
-            self.function("embedding", name, **defines, ROWS_PER_BLOCK=ROWS_PER_BLOCK)(
-                (blocks, columns), (threads,), arguments
-            )
+        def launch(name: str, blocks: int, *arguments: Any) -> None:
+            kernel = self.function("embedding", name, **defines, ROWS_PER_BLOCK=ROWS_PER_BLOCK)
+            kernel((blocks, columns), (threads,), arguments)
 
         if dwte is not None:
             chunks = -(-rows // ROWS_PER_BLOCK)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            where = runs.tokens, numpy.int32(rows)
-            launch("embedding_backward", chunks, dwte, partial, dy, runs.order, *where)
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # copied without waiting for the device
+            where = ordered, numpy.int32(rows)
+            launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:
                 launch("embedding_backward_long", chunks - 1, dwte, partial, *where)
         if dwpe is not None:
