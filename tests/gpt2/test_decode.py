@@ -3,7 +3,6 @@
 The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from gpt2 import GPT2, GPT2Config, decode
 from gpt2.decode import MAX_TEXTS, Decoder
 from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
+from tests.stand_ins.faults import plant_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
 # 3 C is no multiple of a tile's columns, V no multiple of anything; heads of 32.
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
+SOURCE = Path(decode.__file__).with_suffix(".cu")
 BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
 
 
@@ -226,43 +227,59 @@ def test_a_token_or_position_out_of_range_is_refused(device):
 
 
 FAULTS = {
-    "a token does not see itself": (r"if \(i > position\) continue;", "if (i >= position) continue;"),
-    "all blocks have the keys of the first": (r"int i = rank\(\) \+ \(start", "int i = (start"),
-    "a key stands before its place": (r"\(size_t\)position \* D \+ i % D", "(size_t)(position / 2) * D + i % D"),
-    "weights that nobody waits for": (r"cp_async_wait<AHEAD - PART>", "cp_async_wait<AHEAD - PART + 1>"),
-    "inputs begin elsewhere": (r"x -= .*;", ""),
-    "rows as far apart as in a part": (r"stride\(at_once\(matrix\) \* outputs", "stride(at_once(matrix) * columns"),
-    "a team that has no heads is heard": (r"receive_sum<ATTENDING>", "receive_sum<TEAMS>"),
-    "the squares are those of one block": (r"of\[2 \* r \+ 1\]", "of[1]"),
-    "blocks that may not have begun": (r"cluster_barrier<RANKS>\(\);", ""),
-    "the last half's letters": (r"place, B \* C, mark - 1\)\);", "place, B * C, mark - 2));"),
-    "what was in shared memory is a letter": (r"\(Letter\)\(mark - 1\) << 32;", "letters[i];"),
-    "halves do not take turns": (r"half % 4 \* TEAMS|\(half \+ 3\) % 4 \* TEAMS", "half % 4 * 0"),
+    "a token does not see itself": ("attend", "if (i > position) continue;", "if (i >= position) continue;"),
+    "all blocks have the keys of the first": ("attend", "int i = rank() + (start", "int i = (start"),
+    "a key is stored at another position": (
+        "attend", "(size_t)position * D + i % D", "(size_t)(position / 2) * D + i % D"
+    ),
+    "weights are not waited for": ("product", "cp_async_wait<PREFETCH - PART>", "cp_async_wait<PREFETCH - PART + 1>"),
+    "inputs begin elsewhere": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
+    "rows have the stride of a part": (
+        "Traversal", "stride(at_once(matrix) * outputs", "stride(at_once(matrix) * columns"
+    ),
+    "a cluster without heads is waited for": ("decode", "receive_sum<ATTENTION_CLUSTERS>", "receive_sum<CLUSTERS>"),
+    "the squares are those of one block": ("layernorm", "of[2 * r + 1]", "of[1]"),
+    "blocks that may not have begun": ("decode", "cluster_barrier<RANKS>();", ""),
+    "the messages of the half before the last": ("decode", "entry, B * C, tag - 1));", "entry, B * C, tag - 2));"),
+    "shared memory holds a message at first": ("decode", "(Message)(tag - 1) << 32;", "mailbox[i];"),
+    "halves share their results": ("decode", "half % 4 * CLUSTERS", "half % 4 * 0"),
 }  # fmt: skip
+BARRIERS = {
+    "product": 2,
+    "layernorm": 2,
+    "attend": 2,
+    "combine_heads": 1,
+    "choose_token": 1,
+    "half_layer": 1,
+    "decode": 1,
+}
+
+
+def test_every_barrier_is_among_the_faults():
+    text = cuda.source(SOURCE)
+    own = text[text.index("struct Layer {") :]  # not those of the headers
+    assert own.count("__syncthreads();") == sum(BARRIERS.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [None, *FAULTS, *range(10)])
+@pytest.mark.parametrize(
+    "fault", [None, *FAULTS, *((name, i) for name, n in BARRIERS.items() for i in range(n))], ids=str
+)
 def test_planted_faults_are_caught(device, monkeypatch, fault):
-    """A number plants the removal of that __syncthreads."""
+    """A pair plants the removal of that __syncthreads of a function."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
-    whole, pasted = cuda.source, cuda.source(Path(decode.__file__).with_suffix(".cu"))
-    common, title, text = pasted.partition("// One token of GPT-2")
-    if isinstance(fault, int):
-        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", text)][fault]
-        broken = text[:start] + ";" + text[stop:]
-    else:
-        broken, count = re.subn(*FAULTS[fault], text) if fault else (text, 1)
-        assert count, "the fault has no place"
-    monkeypatch.setattr(
-        cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
-    )
+    if isinstance(fault, tuple):
+        replace_source(monkeypatch, SOURCE, without(cuda.source(SOURCE), fault[0], "__syncthreads()", fault[1]))
+    elif fault == "halves share their results":
+        plant_in(monkeypatch, SOURCE, FAULTS[fault], ("decode", "(half + 3) % 4 * CLUSTERS", "half % 4 * 0"))
+    elif fault:
+        plant_in(monkeypatch, SOURCE, FAULTS[fault])
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
-    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # at first shared memory holds the tag 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
     text = [*generate(there, [5], 3, samples=2, temperature=0)]
-    # Two heads a team; or a team with none; or two blocks with all, which takes several turns.
-    runs = [(processors, order) for processors in ((8,) if isinstance(fault, int) else (24, 2)) for order in range(6)]
+    # Two heads a cluster; or a cluster with none; or two blocks with all, which takes several steps.
+    runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:
         limited(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)

@@ -41,7 +41,7 @@ def plant(source: str, function: str, old: str, new: str) -> str:
     return source
 
 
-def plant_in(monkeypatch: pytest.MonkeyPatch, family: str, *faults: Fault) -> None:
+def plant_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
     """From now on the CUDA C++ of a family of kernels has these faults."""
     source = cuda.source(family)
     for fault in faults:
