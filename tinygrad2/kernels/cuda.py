@@ -120,7 +120,7 @@ class CudaKernels:
         self._np = np
         self._reference = reference
         self._functions: dict[tuple[Hashable, ...], Kernel] = {}
-        self._gemm = Gemm(np)
+        self.gemm = Gemm(np)
 
     def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """A kernel, compiled with these constants when first used.
@@ -149,7 +149,7 @@ class CudaKernels:
         return count.value
 
     @functools.cached_property
-    def _shared_memory(self) -> int:
+    def shared_memory(self) -> int:
         """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can have all of it but 1 KB."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
@@ -165,21 +165,21 @@ class CudaKernels:
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> Array:
         weight = weight.astype(x.dtype, copy=False)
         bias = None if bias is None else bias.astype(x.dtype, copy=False)
-        return self._gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
+        return self.gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
 
     @only_if(lambda dy, x, weight, dweight, dbias: _known(dy, x, weight) and dy.size)
     def linear_backward(self, dy: Array, x: Array, weight: Array, dweight: Array | None, dbias: Array | None) -> Array:
         dy2 = dy.reshape(-1, dy.shape[-1])
         if dweight is not None:
             x2 = x.reshape(-1, x.shape[-1]).astype(dy.dtype, copy=False)
-            self._gemm(x2, dy2, dweight, transpose_a=True, accumulate=True)
+            self.gemm(x2, dy2, dweight, transpose_a=True, accumulate=True)
         if dbias is not None:
             self.column_sums(dy2, dbias)
-        return self._gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
+        return self.gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
 
     def use_tf32(self, on: bool) -> None:
         """Whether products of float32 matrices may round their operands to TF32."""
-        self._gemm.tf32 = on
+        self.gemm.tf32 = on
 
     # Sums of columns --------------------------------------------------------------------------------------------------
 
@@ -502,10 +502,10 @@ class CudaKernels:
         rows = np.ascontiguousarray(x.reshape(-1, C))
         aligned = self._aligned_vocabulary(weight, x.dtype)
         logits = np.empty((len(rows), len(aligned)), dtype=x.dtype)
-        self._gemm(rows, aligned, logits, transpose_b=True)
+        self.gemm(rows, aligned, logits, transpose_b=True)
 
         size, packs = len(aligned) * x.dtype.itemsize, -(-V * x.dtype.itemsize // 16)
-        resident = 2 * (size + BLOCK_OVERHEAD) <= self._shared_memory
+        resident = 2 * (size + BLOCK_OVERHEAD) <= self.shared_memory
         shared, threads = size * resident, min(1024, -(-packs // 32) * 32)
         defines: Defines = {"REAL": CPP_TYPES[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
         kernel = self.function("cross_entropy", "cross_entropy", shared=shared, **defines, RESIDENT=int(resident))
@@ -525,7 +525,7 @@ class CudaKernels:
             whole = V - V % 8
             for part in (slice(whole), slice(whole, V)):
                 if len(dweight[part]):
-                    self._gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
+                    self.gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
         base = dlogits.base
         if (
             base is not None
@@ -535,7 +535,7 @@ class CudaKernels:
             dlogits = base  # as lm_head_forward made it: the padding is multiplied by rows of 0
         else:
             aligned = aligned[:V]
-        return self._gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
+        return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
 
     # Optimizer --------------------------------------------------------------------------------------------------------
 
