@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "machine"),
+    ("array", "files", "gpus", "machine", "precision"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -58,6 +58,7 @@ PUBLIC_MODULES = {
     "nn",
     "ops",
     "optim",
+    "precision",
     "profiler",
     "random",
     "threads",

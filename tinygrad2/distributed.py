@@ -289,10 +289,10 @@ class MPIComm:
             time.sleep(pause or (POLL if self._caller_waits else POLL_BESIDE))
 
     def gpu_sums(self, on: Backend) -> GpuSums | None:
-        if on.device == "cpu":
+        if on.cuda is None:
             return None
         if not self._gpu_sums:
-            nccl, place = on.nccl(), f"{socket.gethostname()} {on.address()}"
+            nccl, place = on.cuda.nccl(), f"{socket.gethostname()} {on.cuda.address()}"
             places = self._calls.allgather(place if nccl else None)
             if None not in places and len(set(places)) == self.size:
                 identity = self._calls.bcast(nccl.get_unique_id() if self.rank == 0 else None)
@@ -401,7 +401,7 @@ def _join(size: int, rank: int) -> MPIComm:
     threads.set_count(comm.threads)
     backend.choose_gpu(comm.local_rank)
     if comm.rank:
-        backend.hide_notices()
+        backend.silence_compile_notice()
 
     def ended(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))

@@ -277,7 +277,7 @@ class _Sent:
 
     def finish(self) -> None:
         self.future.result()
-        self.backend.put_back(self.host, self.array)
+        self.backend.copy_back(self.host, self.array)
 
 
 def _share_of(bucket: Bucket, comm: Comm) -> tuple[Region, int, int]:

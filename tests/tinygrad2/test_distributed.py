@@ -438,7 +438,7 @@ class DirectEcho(Echo):
 
     def gpu_sums(self, on):
         if not self._made:
-            self._made.append(self._sums(on, on.nccl(), 0, 2, on.nccl().get_unique_id()))
+            self._made.append(self._sums(on, on.cuda.nccl(), 0, 2, on.cuda.nccl().get_unique_id()))
         return self._made[0]
 
     def start_sum(self, flat, share_only, after):
