@@ -97,20 +97,19 @@ class AdamW:
         arena = self.arena
         np, kernels = arena.backend.np, arena.backend.kernels
         norm = self.grad_norm()
-        go = np.isfinite(norm).astype(arena.dtype)
-        one = np.ones((), dtype=arena.dtype)
+        one, nan = (np.full((), value, dtype=arena.dtype) for value in (1, math.nan))
         scale = one if max_norm is None else np.minimum(max_norm / (norm + 1e-6), one)
+        scale = np.where(np.isfinite(norm), scale, nan)
         self.steps += 1
         numbers = arena.backend.upload(numpy.array([self.lr, self.steps], arena.dtype))
         lr, step = numbers[0], numbers[1]
         for (region, a, b), (m, v) in zip(self._parts(), self.moments, strict=True):
             decay = self.weight_decay if region.name == "decay" else 0.0
             values, grads = region.values[a:b], region.grads[a:b]
-            copy = None if region.copies is None else region.copies[a:b]
-            kernels.adamw_step(values, grads, m, v, copy, go, scale, lr, *self.betas, self.eps, decay, step)
+            kernels.adamw_step(values, grads, m, v, scale, lr, *self.betas, self.eps, decay, step)
         if self.shared_by is not None:
             self._exchange_values(self.shared_by)
-            arena.refresh_copies()
+        arena.refresh_copies()
         return norm
 
     def _exchange_values(self, ranks: Comm) -> None:
