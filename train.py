@@ -47,7 +47,7 @@ from tinygrad2.profiler import Profiler
 def main(argv: list[str] | None = None) -> int:
     try:
         comm = distributed.world()
-        comm.root_speaks()
+        comm.silence_other_ranks()
         return train(comm.from_root(lambda: parse(argv, __doc__)), comm)
     except (ValueError, OSError, MemoryError) as error:
         return distributed.fail(f"train.py: {one_line(error)}", 1)
@@ -398,7 +398,7 @@ def describe(
         f", {options.dtype} on {model.backend.device} ({ranks}{threads.count()} thread{'s' * (threads.count() > 1)})"
     )
     if comm.size > 1 and model.backend.device != "cpu":
-        direct = comm.gpu_sums(model.backend)
+        direct = comm.nccl(model.backend)
         say(f"sums      of gradients go {'from GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         hint = "mpirun --bind-to none frees them"

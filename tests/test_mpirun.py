@@ -292,7 +292,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
 def test_slow_saves_and_steps_are_no_failures(user):
     """Rank 0 saves for six seconds, rank 1 computes for six: more than the silence that is allowed here."""
     code = """
-distributed.BEAT, distributed.SILENCE = 0.2, 3.0
+distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0
 save, indices = checkpoint.write_json, SampleOrder.indices
 def slow_save(*args):
     time.sleep(3)
@@ -310,7 +310,7 @@ checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
 
 def test_a_job_that_was_stopped_as_a_whole_goes_on(user):
     """A laptop that slept, a batch system that suspends: no rank counts that against the others."""
-    job = Job(2, *LONG, patch=PIDS + "distributed.BEAT, distributed.SILENCE = 0.2, 3.0")
+    job = Job(2, *LONG, patch=PIDS + "distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0")
     wait_for(lambda: steps_made() >= 3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (0, 1):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from tinygrad2.distributed import Comm, GpuSums, share
+from tinygrad2.distributed import Comm, NcclComm, share
 from tinygrad2.nn import Module
 from tinygrad2.params import Bucket, ParameterArena, Region
 
@@ -78,7 +78,7 @@ class AdamW:
         squares = [backend.kernels.squared_norm(region.grads[a:b]) for region, a, b in self._parts()]
         square = reduce(operator.add, squares)
         if self.shared_by is not None:
-            if direct := self.shared_by.gpu_sums(backend):
+            if direct := self.shared_by.nccl(backend):
                 direct.start_sum(square.reshape(1))
                 direct.join()
             else:
@@ -115,7 +115,7 @@ class AdamW:
     def _exchange_values(self, ranks: Comm) -> None:
         """Give the other ranks the values that were updated here, and take theirs."""
         arena = self.arena
-        if direct := ranks.gpu_sums(arena.backend):
+        if direct := ranks.nccl(arena.backend):
             for bucket in arena.buckets:
                 direct.start_all_gather(bucket.region.values[bucket.start : bucket.stop])
             direct.join()
@@ -185,13 +185,13 @@ class GradientSum:
         self.model, self.comm, self.share_only = model, comm, share_only
         self._missing: list[set[str]] = []  # for each bucket, the parameters that are not final yet
         self._sent: list[_Sent | None] = []  # None: from GPU to GPU
-        self._direct = comm.gpu_sums(model.arena().backend)
+        self._direct = comm.nccl(model.arena().backend)
 
     def start(self) -> None:
         """From here on a bucket is sent off as soon as it is final."""
         if self.comm.size > 1:
             arena = self.model.arena()
-            self._direct = self.comm.gpu_sums(arena.backend)
+            self._direct = self.comm.nccl(arena.backend)
             self._missing = [set(bucket.names) for bucket in arena.buckets]
             for name, parameter in arena.parameters.items():
                 assert parameter.leaf is not None
@@ -226,7 +226,7 @@ class GradientSum:
         if self.comm.size == 1:
             return list(numbers)
         arena = self.model.arena()
-        self._direct = self.comm.gpu_sums(arena.backend)
+        self._direct = self.comm.nccl(arena.backend)
         for parameter in arena.parameters.values():
             assert parameter.leaf is not None
             parameter.leaf.on_final = None
@@ -245,7 +245,7 @@ class GradientSum:
         self._sent.clear()
         return totals.tolist()
 
-    def _finish_on_gpu(self, direct: GpuSums, numbers: tuple[Any, ...]) -> list[Any]:
+    def _finish_on_gpu(self, direct: NcclComm, numbers: tuple[Any, ...]) -> list[Any]:
         backend = self.model.arena().backend
         totals = list(numbers)
         there = [i for i, number in enumerate(numbers) if isinstance(number, backend.np.ndarray)]

@@ -11,7 +11,7 @@ from gpt2 import GPT2, GPT2Config, verify
 from gpt2.generate import KVCache
 from tinygrad2 import Key, no_grad, ops, optim, reference
 from tinygrad2.backend import get_backend
-from tinygrad2.distributed import GpuSums
+from tinygrad2.distributed import NcclComm
 from tinygrad2.gradcheck import CASES
 
 pytestmark = pytest.mark.gpu
@@ -288,7 +288,7 @@ def test_nccl_takes_the_calls(cuda, dtype):
     """One rank alone, whose sums change nothing; what it computes before and after is ordered all the same."""
     if (nccl := cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
-    sums = GpuSums(cuda, nccl, 0, 1, nccl.get_unique_id())
+    sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
     values = cuda.zeros((1 << 20,), dtype)
     for _ in range(20):
         values += 1

@@ -18,7 +18,7 @@ from gpt2 import GPT2, GPT2Config
 from tests.stand_ins import nccl as fake_nccl
 from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
-from tinygrad2.distributed import Comm, GpuSums, MPIComm, SoloComm, fair_threads, share
+from tinygrad2.distributed import Comm, MPIComm, NcclComm, SoloComm, fair_threads, share
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2)
@@ -44,7 +44,7 @@ class ThreadComm:
         self._barrier.wait()
         return values
 
-    def gpu_sums(self, on):
+    def nccl(self, device):
         return None
 
     def from_root(self, function):
@@ -80,7 +80,7 @@ class ThreadComm:
     def waiting(self):
         return nullcontext()
 
-    def root_speaks(self):
+    def silence_other_ranks(self):
         pass
 
     def abort(self, code):
@@ -432,13 +432,13 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 class DirectEcho(Echo):
     """Two ranks, each with a GPU of its own; the other one always has the same values."""
 
-    def __init__(self, sums=GpuSums):
+    def __init__(self, sums=NcclComm):
         super().__init__()
         self._sums, self._made = sums, []
 
-    def gpu_sums(self, on):
+    def nccl(self, device):
         if not self._made:
-            self._made.append(self._sums(on, on.nccl(), 0, 2, on.nccl().get_unique_id()))
+            self._made.append(self._sums(device, device.nccl(), 0, 2, device.nccl().get_unique_id()))
         return self._made[0]
 
     def start_sum(self, flat, share_only, after):
@@ -513,7 +513,7 @@ class Other:
 
 
 def assert_sums_are_made(sums_of):
-    """Every method of a GpuSums on arrays that were just computed, and one that nobody keeps."""
+    """Every method of a NcclComm on arrays that were just computed, and one that nobody keeps."""
     with strict_cupy.registered(), fake_nccl.installed(Other()) as nccl:
         on = backend.get_backend("cuda")
         sums = sums_of(on, nccl, 1, 3, nccl.get_unique_id())
@@ -534,15 +534,15 @@ def assert_sums_are_made(sums_of):
 
 
 def test_sums_are_made():
-    assert_sums_are_made(GpuSums)
+    assert_sums_are_made(NcclComm)
 
 
-FAULTS = [  # in GpuSums: a pattern, and what stands there instead
+FAULTS = [  # in NcclComm: a pattern, and what stands there instead
     (r"self\._stream\.wait_event\(.*\)", "pass"),
     (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._stream.record())"),
     (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
     (r"wait_event\(self\._stream\.record\(\)\)", "wait_event(self._cuda.get_current_stream().record())"),
-    (r"self\._travelling\.append\(flat\)", "pass"),
+    (r"self\._in_flight\.append\(flat\)", "pass"),
     (r"self\._nccl\.groupStart\(\)", "pass"),
     (r"self\._nccl\.groupEnd\(\)", "pass"),
     (r"pointer \+ start", "pointer"),
@@ -557,12 +557,12 @@ FAULTS = [  # in GpuSums: a pattern, and what stands there instead
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
 def test_a_fault_in_the_order_of_things_is_noticed(fault):
-    source, places = re.subn(*fault, inspect.getsource(GpuSums))
+    source, places = re.subn(*fault, inspect.getsource(NcclComm))
     assert places
     names = dict(vars(distributed))
     exec("from __future__ import annotations\n" + source, names)
     with pytest.raises((strict_cupy.RaceError, fake_nccl.NcclError, AssertionError)):
-        assert_sums_are_made(names["GpuSums"])
+        assert_sums_are_made(names["NcclComm"])
 
 
 @pytest.mark.parametrize("place", ["_begin", "join"])
@@ -586,7 +586,7 @@ def test_a_training_run_without_one_of_the_waits_is_noticed(monkeypatch, place, 
 def test_memory_that_a_sum_uses_is_not_written_to():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         on = backend.get_backend("cuda")
-        sums = GpuSums(on, nccl, 0, 2, nccl.get_unique_id())
+        sums = NcclComm(on, nccl, 0, 2, nccl.get_unique_id())
         values = on.zeros((4,), "float32")
         sums.start_sum(values)
         values += np.float32(1)
@@ -598,7 +598,7 @@ def test_memory_that_a_sum_uses_is_not_written_to():
 def test_one_rank_alone_sums_too():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo(1)) as nccl:
         on = backend.get_backend("cuda")
-        sums = GpuSums(on, nccl, 0, 1, nccl.get_unique_id())
+        sums = NcclComm(on, nccl, 0, 1, nccl.get_unique_id())
         arrays = [on.asarray(np.arange(7), "float32") for _ in range(3)]
         sums.start_sum(arrays[0])
         sums.start_sum(arrays[1], share_only=True)
@@ -613,14 +613,14 @@ def test_nccl_is_told_to_add_up_in_one_order_unless_somebody_chose(monkeypatch):
         monkeypatch.setenv("NCCL_ALGO", chosen or "")
         if chosen is None:
             monkeypatch.delenv("NCCL_ALGO")
-        assert_sums_are_made(GpuSums)
+        assert_sums_are_made(NcclComm)
         assert os.environ["NCCL_ALGO"] == then
 
 
 def mpi_rank(others):
-    """A rank 0 that asks for GpuSums among others; with the number of times that it asked them."""
+    """A rank 0 that asks for a NcclComm among others; with the number of times that it asked them."""
     comm, asked = MPIComm.__new__(MPIComm), []
-    comm.rank, comm.size, comm._gpu_sums = 0, 1 + len(others), []
+    comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(
         allgather=lambda place: asked.append(place) or [place, *(other(place) for other in others)],
         bcast=lambda identity: identity,
@@ -643,13 +643,13 @@ def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct
         on = backend.get_backend("cuda")
         with fake_nccl.installed(fake_nccl.Echo()):
             comm, asked = mpi_rank(others)
-            assert isinstance(comm.gpu_sums(on), GpuSums) == direct
-            assert comm.gpu_sums(on) is comm.gpu_sums(on)
+            assert isinstance(comm.nccl(on), NcclComm) == direct
+            assert comm.nccl(on) is comm.nccl(on)
             assert len(asked) == 1
             assert asked[0].endswith(" 0000:00:00.0")
-            assert comm.gpu_sums(backend.get_backend("cpu")) is None
+            assert comm.nccl(backend.get_backend("cpu")) is None
         comm, asked = mpi_rank(others)
-        assert comm.gpu_sums(on) is None  # NCCL is missing here
+        assert comm.nccl(on) is None  # NCCL is missing here
         assert asked == [None]
 
 
