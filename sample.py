@@ -6,20 +6,19 @@ Text goes on beyond the model's context: the first half of what the model sees i
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
+from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
-    console.begin()
-
+# isort: split
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
-from gpt2.console import Parser, discard_output
+from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2.config import WEIGHT_DTYPES
+from gpt2.console import Parser, print_error
+from gpt2.formats.model_file import find_model
 from gpt2.generate import check_sampling, stream_text
-from gpt2.model import WEIGHTS
-from gpt2.training.run import find_model
-from tinygrad2 import checkpoint, threads
+from tinygrad2 import checkpoint, machine, threads
 from tinygrad2.backend import DEVICES
 
 MODELS = (
@@ -28,7 +27,8 @@ MODELS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+@console.command("sample.py")
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("-p", "--prompt", default="", help="text to continue; without one the model begins a text of its own")
@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--dtype",
         default="float32",
-        choices=WEIGHTS,
+        choices=WEIGHT_DTYPES,
         help="weights in bfloat16 are half as many bytes to read for a token [%(default)s]",
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     for name, value, least in (
         ("--max-tokens", options.max_tokens, 0),
         ("--samples", options.samples, 1),
@@ -68,38 +68,31 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--{error}")
     try:
         return sample(options)
-    except BrokenPipeError:  # whoever reads has enough
-        discard_output()
-        return 0
-    except (ValueError, OSError, MemoryError) as error:
-        complain(f"sample.py: {error}")
-        return 1
     except KeyboardInterrupt:
-        print()
-        return 130
+        print()  # ends the line of the text
+        raise
 
 
 def sample(options) -> int:
     threads.set_count(options.threads)
-    folder = find_model(Path(options.checkpoint), complain) if options.checkpoint else default_model()
+    folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model()
     own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
     hint = " (your own: --checkpoint out)" if own else ""
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
-        print(
-            f"no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one{weights}",
-            file=sys.stderr,
+        print_error(
+            f"no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one{weights}"
         )
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
         model = model.narrow() if weights and model.backend.device == "cpu" else model
     else:
-        print(f"model: {folder}{weights}{hint}", file=sys.stderr)
+        print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
     if len(prompt) > (context := model.config.n_positions):
-        complain(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
+        print_error(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
     check_memory(model, options.samples, len(prompt), options.max_tokens)
     pieces = stream_text(
         model,
@@ -133,7 +126,7 @@ def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
     """Raise MemoryError where so many samples need more memory than is free, before any is taken."""
     itemsize = 2 if model.activations == "bfloat16" else 4
     need = model.config.memory_to_generate(samples, prompt, more, itemsize)
-    there = model.backend.memory() or doctor.memory()
+    there = model.backend.memory() or machine.memory()
     if there is None or sum(need.values()) <= there[0]:
         return
     parts = " + ".join(f"{value / 1e9:,.2f} {name}" for name, value in need.items())
@@ -149,12 +142,8 @@ def default_model() -> Path | None:
     """The model in checkpoint/, else the newest one in out/, else None."""
     for folder in (Path("checkpoint"), Path("out")):
         if (folder / "config.json").is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
-            return find_model(folder, complain)
+            return find_model(folder, print_error)
     return None
-
-
-def complain(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only what lies beside it
-    from gpt2 import console
-
-    console.begin()
+    import gpt2  # noqa: F401 - before the rest: Ctrl-C during the imports ends silently
 
 import hashlib
 import json
@@ -54,10 +52,13 @@ from data.sources import (
     skip,
     unpacked_name,
 )
+from gpt2 import console
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
-from tinygrad2.checkpoint import Lock
+from tinygrad2.checkpoint import write_json
+from tinygrad2.files import Lock, atomic_write, free_name
+from tinygrad2.machine import usable_threads
 
 PART_BYTES = 16 << 10
 BATCH_PARTS = 32  # parts per task of a thread
@@ -340,7 +341,7 @@ def prepare(
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
         shards.restore(state)
-        threads = threads or os.cpu_count() or 1
+        threads = threads or usable_threads()
         for hub_set in (HUB_SETS[name] for name in sources if name in HUB_SETS):
             say(
                 f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of about "
@@ -362,7 +363,7 @@ def prepare(
             dropped = f" but in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
             raise ValueError(f"sources {' '.join(sources)}: they have no text{dropped}")
         if os.path.lexists(out):
-            say(f"{out}: renamed to {_rename_away(out)}")
+            say(f"{out}: renamed to {out.rename(free_name(out, separator='.'))}")
         partial.rename(out)
         lock.file = out / LOCK
         (out / JOURNAL).unlink()
@@ -442,9 +443,8 @@ def _load_journal(shards: Shards, job: dict[str, Any], say: Callable[[str], None
 def _save_journal(job: dict[str, Any], state: State, shards: Shards) -> None:
     shards.close()
     state.tokens = dict(shards.tokens)
-    temporary = shards.folder / (JOURNAL + ".new")
-    _write_synced(temporary, {"job": job, "state": asdict(state)})
-    temporary.replace(shards.folder / JOURNAL)
+    with atomic_write(shards.folder / JOURNAL) as partial:
+        write_json(partial, {"job": job, "state": asdict(state)})
 
 
 def _write_tokens(
@@ -562,13 +562,8 @@ def _write_manifest(
             for file, tokens in shards.shards(split, shards.tokens[split])
         ],
     }
-    _write_synced(shards.folder / MANIFEST, manifest)
-
-
-def _write_synced(file: Path, value: dict[str, Any]) -> None:
-    stream = file.open("wb")
-    stream.write((json.dumps(value, indent=2) + "\n").encode())
-    _sync(stream)
+    with atomic_write(shards.folder / MANIFEST) as partial:
+        write_json(partial, manifest)
 
 
 def _sync(stream: BinaryIO) -> None:
@@ -578,13 +573,9 @@ def _sync(stream: BinaryIO) -> None:
         os.fsync(stream.fileno())
 
 
-def _rename_away(folder: Path) -> Path:
-    k = next(k for k in range(1, 1 << 31) if not os.path.lexists(f"{folder}.{k}"))
-    return folder.rename(f"{folder}.{k}")
-
-
+@console.command("data/prepare.py")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line. The exit status: 0, or 1 where the data set could not be made."""
     parser = Parser(
         prog="data/prepare.py",
         description="Turn text into a token data set that train.py reads.",
@@ -620,24 +611,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(given))
     if "" in given:
         parser.error("an argument is empty")
-    try:
+    repeatable = "-" not in options["sources"]
+    with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
         out = prepare(**options)
-    except KeyboardInterrupt:
-        go_on = "stdin cannot be read again, so start over" if "-" in options["sources"] else "the same command goes on"
-        print(f"\ninterrupted; {go_on}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"data/prepare.py: {_one_line(error)}", file=sys.stderr)
-        return 1
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
     print(f"train on it: python train.py --data {shlex.quote(str(name))}")
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing the data set'}: {error.strerror}"
-    return str(error)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gpt2.console import first_line
+
 BOM = b"\xef\xbb\xbf"
 LINE_BYTES = 256 << 20  # a line of JSON or CSV is read whole, so it has a limit
 SAMPLE_BYTES = 1 << 20  # of a compressed file, from which its whole size is estimated
@@ -243,7 +245,7 @@ class HubParquet(Parquet):
         try:
             yield from super().documents(start)
         except (errors.HTTPError, OSError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else _first_line(error)
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
             raise ValueError(
                 f"{self}: it cannot be read from the hub ({reason}); the same command goes on when it can"
             ) from None
@@ -415,7 +417,7 @@ def shakespeare() -> list[str]:
             data = response.read(16 << 20)
     except (OSError, HTTPException) as error:
         raise ValueError(
-            f"shakespeare: {SHAKESPEARE_URL} cannot be read ({_first_line(error)}); connect and try again"
+            f"shakespeare: {SHAKESPEARE_URL} cannot be read ({first_line(error)}); connect and try again"
         ) from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"shakespeare: {SHAKESPEARE_URL} gave {len(data)} bytes that are not the text; try again")
@@ -527,7 +529,7 @@ def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
     except (EOFError, zlib.error) + kinds as error:  # noqa: RUF005 (mypy)
         if isinstance(error, OSError) and error.strerror:
             raise  # the operating system's: it names the file
-        raise ValueError(f"{source}: the file is damaged or truncated ({_first_line(error)}); get it anew") from None
+        raise ValueError(f"{source}: the file is damaged or truncated ({first_line(error)}); get it anew") from None
 
 
 def require(module: str, source: object) -> Any:
@@ -537,10 +539,6 @@ def require(module: str, source: object) -> Any:
     except ImportError:
         library = module.split(".")[0]
         raise ValueError(f'{source}: reading it needs {library}; install it with pip install -e ".[data]"') from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _no_column(source: object, column: str, names: Sequence[str]) -> str:

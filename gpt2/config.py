@@ -78,6 +78,10 @@ class GPT2Config:
         """D, the numbers in a head's queries, keys and values."""
         return self.n_embd // self.n_head
 
+    def summary(self) -> str:
+        """The sizes in words."""
+        return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads"
+
     @property
     def n_parameters(self) -> int:
         """How many numbers the parameters hold; the output layer shares the token embedding."""
@@ -153,6 +157,10 @@ def is_matrix(name: str) -> bool:
     return ".c_" in name and name.endswith(".weight")
 
 
+GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
+PADDED_VOCAB_SIZE = 50304  # the same, as nanoGPT and build-nanogpt pad it; no text has the last ids
+
+WEIGHT_DTYPES = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
 RECOMPUTE = ("none", "block")  # what a training step computes again in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first

@@ -1,64 +1,131 @@
-"""What all commands share: Ctrl-C at any time, screens that cannot show every character, readers that have enough.
+"""How a command runs: its exit status, errors in one line, Ctrl-C, closed pipes, and terminals without all characters.
 
-A file that is a command calls `begin` before its other imports, and at its end `run(main)`. While it imports NumPy and
-the rest, and when it is over, Ctrl-C ends it with status 130 and shows no traceback. (Python's own way, an exception,
-would come up anywhere within an import, which may turn it into another one.)
+The file of a command has
+
+    @console.command("gpt2.NAME")
+    def main(arguments: Sequence[str] | None = None) -> int: ...
+
+    if __name__ == "__main__":
+        sys.exit(console.run(main))
+
+and raises ValueError, OSError or MemoryError with one line for the user.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import io
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
-
-def begin() -> None:
-    """From now on Ctrl-C ends this process, unless it is ignored (as in a shell's background jobs)."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+from gpt2 import interrupts
+from tinygrad2.files import discard_stdout
 
 
-def _end(number: int, frame: object) -> None:
-    os._exit(130)
+def print_error(line: str) -> None:
+    """Print a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def discard_output() -> None:
-    """From now on print nowhere: the reader of a pipe has closed it, and Python would flush once more at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
+def _fail(line: str, status: int) -> int:
+    print_error(line)
+    return status
+
+
+def command(
+    name: str,
+    *,
+    failed: int = 1,
+    closed_pipe: int | None = 0,
+    kept: str = "",
+    fail: Callable[[str, int], int] = _fail,
+) -> Callable[[Callable[[Sequence[str] | None], int]], Callable[..., int]]:
+    """A decorator of a command's main function: what it raises becomes one line on stderr and an exit status.
+
+    ValueError, OSError, MemoryError  `failed`
+    a mistake in the options          2, from Parser
+    BrokenPipeError                   `closed_pipe`, without a line: the reader of the output wants no more of it. With
+                                      None it is an error like any other OSError.
+    Ctrl-C                            130; see on_interrupt
+
+    kept  what remains valid when the operating system refuses something or the user interrupts; ends the line.
+    fail  prints the line and returns the status.
+    """
+    remark = f"; {kept}" if kept else ""
+
+    def decorate(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def guarded(arguments: Sequence[str] | None = None) -> int:
+            try:
+                status = main(arguments)
+                sys.stdout.flush()
+                return status
+            except (ValueError, OSError, MemoryError) as error:
+                if isinstance(error, BrokenPipeError) and closed_pipe is not None:
+                    discard_stdout()  # Python flushes once more when it ends
+                    return closed_pipe
+                refused = isinstance(error, OSError) and error.strerror
+                return fail(f"{name}: {one_line(error)}{remark if refused else ''}", failed)
+            except KeyboardInterrupt as interrupt:
+                return fail(f"{name}: interrupted{f'; {interrupt}' if interrupt.args else remark}", 130)
+
+        return guarded
+
+    return decorate
+
+
+@contextmanager
+def on_interrupt(remark: str) -> Iterator[None]:
+    """A Ctrl-C within the block is reported with this remark, such as what happens to the output."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(remark) from None
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status that `main` returns. Within it Ctrl-C raises KeyboardInterrupt again."""
+    """The exit status of a command's main function, for the last line of its file."""
     try:
-        if signal.getsignal(signal.SIGINT) is _end:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupts.raise_on_ctrl_c()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a text or a name may hold what this terminal cannot show
-        status = main()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever reads has enough
-        discard_output()
-        return 0
-    except KeyboardInterrupt:  # where main does not expect it, as while it reads its options
+        return main()
+    except KeyboardInterrupt:  # just before or after main
         return 130
     finally:
-        begin()
+        interrupts.exit_silently_on_ctrl_c()
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, with the file's name first where the operating system refused something."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty; its type where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def clock(seconds: float) -> str:
+    """A duration as 2:03 (minutes, seconds) or 1:02:03 (hours too)."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with the nearest flag that exists."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+        name = self.prog.split()[-1]  # without "python -m", as in the other lines of a command
+        self.exit(2, f"{name}: {message} ({self.prog} --help lists the options)\n")
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -71,5 +138,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
+    """A question that suggests the most similar of the `known` words, or "" if none is similar."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {match[0]}?" if match else ""

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
-
-    console.begin()
-
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gpt2.config import ACTIVATIONS, GPT2Config, is_matrix
+from gpt2 import console
+from gpt2.config import ACTIVATIONS, GPT2Config
 from gpt2.console import Parser
-from gpt2.formats import llmc, torch_file
-from gpt2.formats.huggingface import HEAD, open_model, write_hugging_face
-from gpt2.formats.torch_file import Stored
+from gpt2.formats import huggingface, llmc, torch_file
+from gpt2.formats.model_file import find_model, open_model
+from gpt2.formats.stored import Stored
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.run import find_model
 from tinygrad2.checkpoint import write_json
+from tinygrad2.files import atomic_write
 
 FORMATS = {
     "hf": "a folder of Hugging Face: config.json, model.safetensors, generation_config.json, the tokenizer's files",
@@ -59,25 +52,13 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
         name: Stored(stored.shape, stored.dtype, lambda name=name: counted(name)).cast(dtype)  # type: ignore[misc]
         for name, stored in model.arrays.items()
     }
-    with progress, _whole(target) as partial:
+    with progress, atomic_write(target) as partial:
         if form == "pt":
-            torch_file.save(partial, _checkpoint(config, arrays))
+            torch_file.write(partial, config, arrays)
         elif form == "llmc":
             llmc.write(partial, config, arrays)
         else:
             _write_folder(partial, config, arrays, source)
-
-
-def _checkpoint(config: GPT2Config, arrays: dict[str, Stored]) -> dict[str, Any]:
-    """What nanoGPT saves and loads, with matrices as nn.Linear has them, and our own config, which says more."""
-    named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
-    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
-    rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
-    return {
-        "model": {**named, HEAD: named["transformer.wte.weight"]},
-        "model_args": {**sizes, **rates},
-        "config": config.to_dict(),
-    }
 
 
 def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], source: Path) -> None:
@@ -91,23 +72,11 @@ def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], s
         ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
         write_json(folder / "generation_config.json", ids)
     except (ValueError, OSError) as error:
-        print(f"the tokenizer's files were not written: {error}", file=sys.stderr)
-    write_hugging_face(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
+        console.print_error(f"the tokenizer's files were not written: {console.one_line(error)}")
+    huggingface.write(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to, which becomes `target` at the end, or is removed where the writing fails."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        os.rename(partial, target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-
-
+@console.command("gpt2.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0, or 1 where the source cannot be read or the target not written."""
     parser = Parser(
@@ -126,15 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, where the file is wrong about it"
     )
     options = parser.parse_args(arguments)
-    try:
-        source = find_model(Path(options.source), lambda line: print(line, file=sys.stderr))
+    with console.on_interrupt(f"{options.target} was not written"):
+        source = find_model(Path(options.source), console.print_error)
         convert(source, options.target, options.to, options.dtype, options.activation)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"gpt2.convert: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"gpt2.convert: interrupted; {options.target} was not written", file=sys.stderr)
-        return 130
     print(f"{options.target}: written from {source}")
     return 0
 

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from gpt2.config import GPT2Config
-    from gpt2.generate import KVCache
-    from gpt2.model import GPT2
+from gpt2.config import GPT2Config
+from gpt2.language_model import Cache, LanguageModel
+from tinygrad2.nn import Parameter
 
 # As in decode.cu: threads of a block, and bytes that one reads at once.
 THREADS, ACCESS = 512, 16
@@ -87,24 +86,27 @@ class Decoder:
     first_mark = 1  # of the letters of the first launch; memory that was never written holds 0
 
     @staticmethod
-    def fitting(model: GPT2, cache: KVCache) -> Decoder | None:
-        """A decoder for this model and cache, or None where the kernel cannot serve them: on a CPU, in float64, for
-        more than MOST_TEXTS texts, for heads or parameters that are no whole accesses, or too little shared memory."""
+    def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
+        """A decoder for this model and cache, or None where the kernel cannot serve them: another architecture than
+        GPT-2's, a CPU, float64, more than MOST_TEXTS texts, heads or parameters that are not whole accesses, or too
+        little shared memory."""
         limits, texts, itemsize = model.backend.limits(), cache.layers[0].shape[1], cache.layers[0].dtype.itemsize
+        config = model.config
         if (
-            not limits
+            not isinstance(config, GPT2Config)
+            or not limits
             or model.activations not in REAL
             or texts > MOST_TEXTS
-            or model.config.head_size * itemsize % ACCESS
+            or config.head_size * itemsize % ACCESS
         ):
             return None
         if any(p.compute.data.ptr % ACCESS for p in model.parameters() if p.ndim == 2):
             return None
-        plan = Plan.of(model.config, texts, itemsize, limits)
-        return None if plan is None else Decoder(model, cache, plan)
+        plan = Plan.of(config, texts, itemsize, limits)
+        return None if plan is None else Decoder(model, config, cache, plan)
 
-    def __init__(self, model: GPT2, cache: KVCache, plan: Plan):
-        self._model, self._layers, self._plan = model, cache.layers, plan
+    def __init__(self, model: LanguageModel, config: GPT2Config, cache: Cache, plan: Plan):
+        self._model, self._config, self._layers, self._plan = model, config, cache.layers, plan
         self._texts, self._capacity = cache.layers[0].shape[1], cache.layers[0].shape[3]
         self._tokens = np.dtype([("id", "i4", (self._texts,))])
         self._launches = 0
@@ -147,7 +149,7 @@ class Decoder:
                 arrived()
 
     def _check(self, tokens: np.ndarray, position: int, count: int) -> None:
-        c = self._model.config
+        c = self._config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise ValueError(f"decode: tokens hold {tokens.min()} to {tokens.max()}; expected 0 to {c.vocab_size - 1}")
         if not 0 <= position <= min(self._capacity, c.n_positions) - count:
@@ -169,7 +171,7 @@ class Decoder:
         """One token of each text; see decode.cu for the arguments."""
         if self._kernel is None:
             self._prepare()
-        c, plan = self._model.config, self._plan
+        c, plan = self._config, self._plan
         marks = 2 * c.n_layer + 1  # of a launch: for each half of a layer, and for the end
         mark = np.uint32((self.first_mark + self._launches * marks) % 2**32)
         self._launches += 1
@@ -180,7 +182,7 @@ class Decoder:
 
     def _prepare(self) -> None:
         """Compile the kernel for as many blocks as run at once, and make what it is given at every call."""
-        model, c, backend, texts = self._model, self._model.config, self._model.backend, self._texts
+        model, c, backend, texts = self._model, self._config, self._model.backend, self._texts
         while True:
             plan = self._plan
             constants = {"REAL": REAL[model.activations], **plan.constants(c)}
@@ -194,19 +196,21 @@ class Decoder:
             sizes, limits = (c, texts, self._layers[0].dtype.itemsize), backend.limits()
             fewer = Plan.of(*sizes, limits, teams=room) if room else None
             self._plan = fewer or Plan.of(*sizes, {**limits, "capability": 0}) or plan  # without clusters
-        self._rows = [_layer(*layer) for layer in zip(model.h, self._layers, strict=True)]  # kept: they are pointed to
+        named = dict(model.named_parameters())
+        self._rows = [_layer(named, i, cache) for i, cache in enumerate(self._layers)]  # kept: they are pointed to
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)
         self._arrays = (
             backend.upload(table),
-            *(model.wte.weight.compute, model.wpe.weight.compute, model.ln_f.weight.data, model.ln_f.bias.data),
+            *(named["wte.weight"].compute, named["wpe.weight"].compute),
+            *(named["ln_f.weight"].data, named["ln_f.bias"].data),
             backend.zeros((4 * plan.teams * texts * c.n_embd + 2 * texts * plan.blocks,), "uint64"),
             backend.zeros((1 if plan.clusters else plan.blocks, plan.places), "uint64"),
         )
 
 
-def _layer(block: Any, keys_and_values: Any) -> list[Any]:
+def _layer(named: dict[str, Parameter], layer: int, keys_and_values: Any) -> list[Any]:
     """The arrays of a struct Layer."""
-    linears = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-    norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
-    vectors = (*(linear.bias for linear in linears), *norms)
-    return [*(linear.weight.compute for linear in linears), *(p.data for p in vectors), keys_and_values]
+    linears = [f"h.{layer}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    norms = [f"h.{layer}.{norm}.{kind}" for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
+    vectors = [named[name].data for name in (*(f"{linear}.bias" for linear in linears), *norms)]
+    return [*(named[f"{linear}.weight"].compute for linear in linears), *vectors, keys_and_values]

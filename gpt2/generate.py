@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gpt2.decode import Decoder
-from tinygrad2 import Key, no_grad, random
-
-if TYPE_CHECKING:
-    from gpt2.model import GPT2
-    from gpt2.tokenizer import Tokenizer
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from tinygrad2 import Key, Tensor, no_grad, random
+from tinygrad2.array import Array
 
 
 class KVCache:
@@ -24,10 +23,9 @@ class KVCache:
     decoder  what reads one more token of each text in one launch, or None where operations do it.
     """
 
-    def __init__(self, model: GPT2, batch: int, capacity: int):
-        c = model.config
-        shape = (2, batch, c.n_head, capacity, c.head_size)
-        self.layers = [model.backend.zeros(shape, model.activations) for _ in range(c.n_layer)]
+    def __init__(self, model: LanguageModel, batch: int, capacity: int):
+        shapes = model.cache_shapes(batch, capacity)
+        self.layers: list[Array] = [model.backend.zeros(shape, model.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
         self.decoder = Decoder.fitting(model, self)
 
@@ -39,6 +37,16 @@ class KVCache:
         for found in self.decoder.likeliest(tokens, first, count, choices):
             self.length += 1
             yield found
+
+
+def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
+    """The logits of the token after the last one: tokens (B, T) -> (B, V). With a cache, `tokens` are those that it
+    does not hold yet, and are added to it."""
+    if cache is not None and cache.decoder and tokens.shape[1:] == (1,):
+        logits = cache.decoder(tokens[:, 0], cache.length)
+        cache.length += 1
+        return Tensor(logits)
+    return model.head(model.features(tokens, cache=cache)[:, -1])
 
 
 NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
@@ -111,7 +119,7 @@ def _sorted(values: np.ndarray, least: float) -> np.ndarray:
 
 
 def generate(
-    model: GPT2,
+    model: LanguageModel,
     prompt: Sequence[int],
     max_tokens: int,
     *,
@@ -145,7 +153,7 @@ def generate(
     while step < max_tokens:
         unread = seen if state is None else seen[:, state.length :]
         with no_grad():
-            logits = model.next_logits(unread, state).numpy()[:, :vocab_size]
+            logits = next_logits(model, unread, state).numpy()[:, :vocab_size]
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError(NOT_FINITE)
@@ -168,13 +176,32 @@ def generate(
                 state = _new_cache(model, seen, max_tokens - step)
 
 
-def _new_cache(model: GPT2, seen: np.ndarray, more: int) -> KVCache:
+def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
     samples, length = seen.shape
     return KVCache(model, samples, min(model.config.n_positions, length + more))
 
 
+def complete(
+    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any
+) -> list[list[int]]:
+    """Continue `tokens` (ids): for each sample the new ids, up to the `stop` id (such as end-of-text) if it is chosen.
+
+    sampling  samples, temperature, top_k, top_p, seed, cache: see `generate`, which yields tokens as they are chosen.
+    """
+    rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
+    ended = [False] * len(rows)
+    for chosen in generate(model, tokens, max_tokens, **sampling):
+        for i, token in enumerate(chosen.tolist()):
+            ended[i] = ended[i] or token == stop
+            if not ended[i]:
+                rows[i].append(token)
+        if all(ended):
+            break
+    return rows
+
+
 def stream_text(
-    model: GPT2,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     max_tokens: int,
@@ -209,6 +236,12 @@ def stream_text(
         rest = held[i] + decoders[i].decode(b"", final=True)
         if rest:
             yield i, rest
+
+
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
+    """A short text of the model's own, as training shows it."""
+    pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
+    return "".join(piece for _, piece in pieces).strip()
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:

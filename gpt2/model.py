@@ -9,16 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt2.config import RECOMPUTE, GPT2Config
-from gpt2.formats import huggingface
-from gpt2.generate import KVCache, generate
+from gpt2.formats import huggingface, model_file
+from gpt2.generate import complete
+from gpt2.language_model import Cache
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.backend import PRECISIONS, Backend, get_backend
 from tinygrad2.random import INIT_STEP
 
-WEIGHTS = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
 
 
@@ -30,7 +28,11 @@ class _Init:
         self.sites = itertools.count()
 
     def normal(self, std: float) -> nn.Initializer:
-        return nn.zeros if self.seed is None else nn.normal(std, Key(self.seed, INIT_STEP, site=next(self.sites)))
+        return (
+            nn.zeros_init
+            if self.seed is None
+            else nn.normal_init(std, Key(self.seed, INIT_STEP, site=next(self.sites)))
+        )
 
 
 class Attention(nn.Module):
@@ -79,8 +81,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Tensor, delta: Tensor | None, key: Key | None, site: int, past: tuple[Any, int] | None
     ) -> tuple[Tensor, Tensor]:
-        x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.after_adding(x, delta)
-        x, h = self.ln_2.after_adding(x, self.attn(h, key, site, past))
+        x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.add_and_normalize(x, delta)
+        x, h = self.ln_2.add_and_normalize(x, self.attn(h, key, site, past))
         return x, self.mlp(h, key, site + 2)
 
     def again(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ class GPT2(nn.Module):
         """Where the model computes: the backend of its parameters."""
         return self.wte.weight.backend
 
-    def features(self, tokens: Any, key: Key | None = None, cache: KVCache | None = None) -> Tensor:
+    def features(self, tokens: Any, key: Key | None = None, cache: Cache | None = None) -> Tensor:
         """The last layer's normalised activations: tokens (B, T) -> (B, T, C).
 
         key    names the dropout masks; None is no dropout.
@@ -177,11 +179,15 @@ class GPT2(nn.Module):
         if cache is not None:
             cache.length += shape[1]
         assert delta is not None
-        return self.ln_f.after_adding(x, delta)[1]
+        return self.ln_f.add_and_normalize(x, delta)[1]
+
+    def head(self, features: Tensor) -> Tensor:
+        """The output layer, tied to the token embedding: features (..., C) -> logits (..., V)."""
+        return ops.linear(features, self.wte.weight.transpose())
 
     def __call__(self, tokens: Any) -> Tensor:
         """Logits: tokens (B, T) of integers -> (B, T, V)."""
-        return ops.linear(self.features(tokens), self.wte.weight.transpose())
+        return self.head(self.features(tokens))
 
     def loss(self, tokens: Any, targets: Any, key: Key | None = None) -> Tensor:
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar.
@@ -190,32 +196,16 @@ class GPT2(nn.Module):
         """
         return ops.lm_head(self.features(tokens, key), self.wte.weight, targets, self.head_rows)
 
-    def next_logits(self, tokens: Any, cache: KVCache | None = None) -> Tensor:
-        """The logits of the token after the last one: tokens (B, T) -> (B, V)."""
-        if cache is not None and cache.decoder and isinstance(tokens, np.ndarray) and tokens.shape[1:] == (1,):
-            logits = cache.decoder(tokens[:, 0], cache.length)
-            cache.length += 1
-            return Tensor(logits)
-        return ops.linear(self.features(tokens, cache=cache)[:, -1], self.wte.weight.transpose())
+    def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
+        """The shape of each layer's keys and values, (2, B, H, capacity, D)."""
+        c = self.config
+        return [(2, batch, c.n_head, capacity, c.head_size)] * c.n_layer
 
     def generate(
         self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any
     ) -> list[list[int]]:
-        """Continue `tokens` (ids): for each sample the new ids, up to the `stop` id (such as end-of-text) if it comes.
-
-        sampling  samples, temperature, top_k, top_p, seed, cache: see gpt2.generate.generate, which yields tokens as
-                  they come.
-        """
-        rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
-        ended = [False] * len(rows)
-        for chosen in generate(self, tokens, max_tokens, **sampling):
-            for i, token in enumerate(chosen.tolist()):
-                ended[i] = ended[i] or token == stop
-                if not ended[i]:
-                    rows[i].append(token)
-            if all(ended):
-                break
-        return rows
+        """Continue `tokens` (ids): for each sample the new ids. See gpt2.generate.complete."""
+        return complete(self, tokens, max_tokens, stop, **sampling)
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
@@ -226,14 +216,14 @@ class GPT2(nn.Module):
         FileNotFoundError where a file is not there.
         """
         narrow = dtype == "bfloat16" and get_backend(device).device == "cpu"
-        config = huggingface.load_config(path)
+        config = model_file.load_config(path)
         model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
-        huggingface.load_into(model, path)
+        model_file.load_into(model, path)
         return model.narrow() if narrow else model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
-        huggingface.save(self, path)
+        huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()}, {})
 
 
 def _residual_std(config: GPT2Config) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from gpt2.config import GPT2Config
+from gpt2.console import first_line
 from gpt2.model import GPT2
 from tinygrad2 import no_grad, ops
 
@@ -156,7 +157,7 @@ def torch_model(source: str | Path) -> Any:
     try:
         return transformers.GPT2LMHeadModel.from_pretrained(str(source), attn_implementation="eager").eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"transformers cannot load {source}: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"transformers cannot load {source}: {first_line(error)}") from None
 
 
 def torch_versions() -> str:

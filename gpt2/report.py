@@ -8,15 +8,9 @@ this file's own style and script forbids everything else: whatever a sample hold
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
-
-    console.begin()
-
 import base64
 import hashlib
 import math
-import os
 import shlex
 import sys
 import time
@@ -26,9 +20,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gpt2.console import Parser
+from gpt2 import console
+from gpt2.console import Parser, clock
 from gpt2.training.options import flag
 from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
+from tinygrad2.files import atomic_write
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 BUCKETS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
@@ -379,14 +375,8 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
         ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
         ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
         ("tokens per second", number(round(speeds[len(speeds) // 2])) if speeds else "-", "median"),
-        ("time", duration(seconds), "in steps"),
+        ("time", f"{clock(seconds)} {'h' if round(seconds) >= 3600 else 'min'}", "in steps"),
     ]
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02}" if hours else f"{minutes}:{seconds:02} min"
 
 
 def tile(figure: tuple[str, str, str]) -> str:
@@ -628,14 +618,9 @@ def page(title: str, body: str) -> str:
 
 
 def write(text: str, file: Path) -> None:
-    """Give a file its new content in one step: who opens it meanwhile sees the old one."""
-    new = file.with_name(f".{file.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(new, file)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    """Write a page; whoever opens the file meanwhile sees the old one."""
+    with atomic_write(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 class Writer:
@@ -661,6 +646,7 @@ class Writer:
         self.cost = self.written - began
 
 
+@console.command("gpt2.report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0, or 1 where a folder is not that of a run."""
     parser = Parser(prog="python -m gpt2.report", description="Write the page of a run, or one that compares runs.")
@@ -672,14 +658,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"where the page goes [{REPORT} in the out-dir; of several runs {COMPARISON} here]",
     )
     options = parser.parse_args(arguments)
-    try:
-        runs = [Run.load(out) for out in options.out]
-        file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
-        write(report_page(runs[0]) if len(runs) == 1 else comparison_page(runs), file)
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"gpt2.report: {reason}", file=sys.stderr)
-        return 1
+    runs = [Run.load(out) for out in options.out]
+    file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
+    write(report_page(runs[0]) if len(runs) == 1 else comparison_page(runs), file)
     print(file)
     return 0
 

@@ -11,11 +11,6 @@ parameter, and the text that is written by taking the likeliest token each time 
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from gpt2 import console
-
-    console.begin()
-
 import argparse
 import dataclasses
 import json
@@ -30,12 +25,12 @@ from typing import Any
 import numpy
 from safetensors import SafetensorError, safe_open
 
-from gpt2 import parity
+from gpt2 import console, parity
 from gpt2.config import PRESETS, GPT2Config
-from gpt2.console import Parser, discard_output
+from gpt2.console import Parser, print_error
 from gpt2.formats import huggingface
+from gpt2.formats.model_file import find_model
 from gpt2.model import GPT2
-from gpt2.training.run import find_model
 from tinygrad2 import Key, Tensor, record
 from tinygrad2.backend import DEVICES, DTYPES, get_backend
 from tinygrad2.checkpoint import save_arrays, write_json
@@ -165,14 +160,14 @@ def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
         if case.model is None:
             model = case.random_model(device)
         else:
-            found = find_model(Path(case.model), complain)
+            found = find_model(Path(case.model), print_error)
             model = GPT2.from_pretrained(found, device, case.dtype)
-            source = found if (found / huggingface.CONFIG).is_file() else copy
+            source = found if (found / huggingface.CONFIG_FILE).is_file() else copy
         if source == copy:
             model.save_pretrained(copy)
         theirs = parity.torch_model(source)
         case.fingerprint, case.reference = parity.fingerprint(model), parity.torch_versions()
-        complain(f"{case}: {case.reference} computes the reference")
+        print_error(f"{case}: {case.reference} computes the reference")
         return model, parity.torch_results(theirs, parity.random_tokens(model.config, case.seed), case.dtype)
 
 
@@ -210,7 +205,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Case, 
                 model = case.random_model(device)
             else:
                 case.model = folder or case.model
-                model = GPT2.from_pretrained(find_model(Path(case.model), complain), device, case.dtype)
+                model = GPT2.from_pretrained(find_model(Path(case.model), print_error), device, case.dtype)
             if parity.fingerprint(model) != case.fingerprint:
                 raise ValueError(f"{path}: it was recorded with other weights than those of {case}; record it anew")
 
@@ -257,10 +252,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
+@console.command("gpt2.verify", failed=2, closed_pipe=2)  # nothing is verified then
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing can be."""
     parser = Parser(
@@ -291,26 +283,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{file}: there is no folder {file.parent}/")
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; expected 0 or more")
-    try:
-        get_backend(options.device)
-        if options.record:
-            if not comparing or is_reference(Path(options.against or "")):
-                raise ValueError("--record needs --preset, or --against with a model")
-            write_reference(options.record, asked(options), options.device)
-            comparing = False
-        report = verify_parity(options) if comparing else {"ok": True}
-        if options.json:
-            write_json(options.json, report)
-        right = not options.gradients or verify_gradients(options.seed, options.device)
-    except BrokenPipeError:  # whoever reads has enough, but nothing is verified
-        discard_output()
-        return 2
-    except (ValueError, OSError, MemoryError) as error:
-        complain(f"gpt2.verify: {error}")
-        return 2
-    except KeyboardInterrupt:
-        complain("gpt2.verify: interrupted")
-        return 130
+    get_backend(options.device)
+    if options.record:
+        if not comparing or is_reference(Path(options.against or "")):
+            raise ValueError("--record needs --preset, or --against with a model")
+        write_reference(options.record, asked(options), options.device)
+        comparing = False
+    report = verify_parity(options) if comparing else {"ok": True}
+    if options.json:
+        write_json(options.json, report)
+    right = not options.gradients or verify_gradients(options.seed, options.device)
     return 0 if report["ok"] and right else 1
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import sample
-from gpt2 import GPT2, GPT2Config, Tokenizer, doctor
+from gpt2 import GPT2, GPT2Config, Tokenizer
 from tests.stand_ins import strict_cupy
-from tinygrad2 import checkpoint
+from tinygrad2 import checkpoint, machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,7 +236,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(user):
 
 def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys, monkeypatch):
     save_model("checkpoint")
-    monkeypatch.setattr(doctor, "memory", lambda: (5e6, 20e6))
+    monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
     # 10 positions of 2 x 16 numbers, 3 tokens read in 19 x 16 numbers, 257 logits: 7,241 bytes each.
     said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
@@ -246,7 +246,7 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
         "logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
     ]
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
-    monkeypatch.setattr(doctor, "memory", lambda: (1e3, 20e6))
+    monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
-    monkeypatch.setattr(doctor, "memory", lambda: None)  # the system does not say
+    monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not say
     run(capsys, "-p", "abc", "-n", "1000")

@@ -1,6 +1,7 @@
 """train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,10 +19,11 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, Tokenizer, report
-from gpt2.evaluate import evaluate_task
+from gpt2.training import options
 from gpt2.training.dataset import SampleOrder
+from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
-from gpt2.training.tasks import TASKS, load
+from gpt2.training.tasks import TASKS, load_items
 from tinygrad2 import checkpoint
 from tinygrad2.backend import Backend
 
@@ -98,7 +101,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(user, monkeypatch, capsys, 
     assert [row["step"] for row in rows("cut")] == [1, 2, 3, 4, 5, 6, 7]
     mend()
     assert train.main(["--out-dir", "cut"]) == 0  # no other option: the run knows how it was started
-    assert "going on from cut/ckpt-000006, step 6" in capsys.readouterr().out
+    assert "resuming from cut/ckpt-000006, step 6" in capsys.readouterr().out
     assert_same_run("whole", "cut")
 
 
@@ -126,7 +129,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(user, capsys):
         said = process.stdout.read()
         assert process.wait(30) == 0
         step = int(re.search(r"stopped after step ([\d,]+)", said)[1].replace(",", ""))
-        assert f"saved in {out}/{checkpoint.name(step)}; python train.py --out-dir {out} goes on from there" in said
+        assert f"saved in {out}/{checkpoint.name(step)}; python train.py --out-dir {out} resumes it" in said
         assert checkpoint.newest(Path(out))[0].name == checkpoint.name(step)
         assert [row["step"] for row in rows(out)] == list(range(1, step + 1))
 
@@ -225,7 +228,7 @@ def test_tasks_are_scored_at_evaluations(user, monkeypatch, capsys):
     scored = {row["step"]: row for row in read_log(Path("out/log.jsonl")) if "hellaswag_acc" in row}
     assert list(scored) == [4, 6]
     task, folder = TASKS["hellaswag"], "out/ckpt-000006"
-    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load(task, limit=4), 2)
+    figures = evaluate_task(task, GPT2.from_pretrained(folder), Tokenizer.load(folder), load_items(task, limit=4), 2)
     assert figures == {name: scored[6][f"hellaswag_{name}"] for name in ("acc_norm", "acc", "items", "cut")}
     assert figures["items"] == 4
     assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
@@ -244,7 +247,7 @@ def test_a_task_that_cannot_be_had_is_said_before_training(user, monkeypatch, ca
 
 def test_newest_best_and_the_last_few_are_kept(user, monkeypatch):
     values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
-    monkeypatch.setattr(train, "mean_loss", lambda *args: next(values))
+    monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
     assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
     assert Path("out/best").resolve().name == "ckpt-000004"
@@ -267,8 +270,8 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
     capsys.readouterr()
     assert train.main([]) == 0
     said = capsys.readouterr().out
-    assert "out/ has made its 2 steps" in said
-    assert "--max-iters 4 trains on, --fresh starts anew" in said
+    assert "the run in out/ is already finished (2 steps)" in said
+    assert "--max-iters 4 trains on, --fresh starts a new run" in said
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 
@@ -276,10 +279,10 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--preset", "gpt2"], "--preset nano; it cannot go on with gpt2"),
-        (["--block-size", "8"], "--block-size 16; it cannot go on with 8"),
-        (["--seed", "3"], "--seed 1337; it cannot go on with 3"),
-        (["--dtype", "float64"], "--dtype float32; it cannot go on with float64"),
+        (["--preset", "gpt2"], "--preset nano; it cannot be resumed with gpt2"),
+        (["--block-size", "8"], "--block-size 16; it cannot be resumed with 8"),
+        (["--seed", "3"], "--seed 1337; it cannot be resumed with 3"),
+        (["--dtype", "float64"], "--dtype float32; it cannot be resumed with float64"),
     ],
 )
 def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
@@ -288,7 +291,7 @@ def test_a_run_goes_on_only_as_it_was_started(user, capsys, option, message):
     assert train.main(["--max-iters", "4", *option]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert "--fresh to start anew" in error
+    assert "--fresh to start a new run" in error
     assert len(error.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
@@ -522,7 +525,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(user, capsys):
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
     assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
-    assert "going on from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
+    assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
     assert_same_run("whole", "out")
 
 
@@ -549,7 +552,7 @@ def test_a_checkpoint_without_a_sound_state_is_passed_over(user, capsys, state):
     manifest["files"]["trainer.json"] = checkpoint._describe(file)
     checkpoint.write_json(file.with_name("manifest.json"), manifest)
     run("--max-iters", "4")
-    assert "going on from out/ckpt-000002, step 2" in capsys.readouterr().out
+    assert "resuming from out/ckpt-000002, step 2" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_share_a_folder(user, capsys):
@@ -559,7 +562,7 @@ def test_two_runs_do_not_share_a_folder(user, capsys):
         Path("out/.lock").write_text(str(other.pid))
         for more in ([], ["--fresh"]):
             run("--max-iters", "4", *more, code=1)
-            assert f"out: process {other.pid} is at work there" in one_line(capsys)
+            assert f"out: process {other.pid} is using it" in one_line(capsys)
         assert len(rows("out")) == 2
     finally:
         other.kill()
@@ -632,7 +635,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_overwritten(user, capsys):
     (Path("out/ckpt-000001/trainer.json")).write_text("{}")
     log = Path("out/log.jsonl").read_text()
     run("--max-iters", "2", code=1)
-    assert "no checkpoint is whole; --fresh starts anew" in one_line(capsys)
+    assert "no checkpoint is whole; --fresh starts a new run" in one_line(capsys)
     assert Path("out/log.jsonl").read_text() == log
 
 
@@ -645,7 +648,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(user, capsys, mo
     monkeypatch.setattr(checkpoint, "save_arrays", full)
     run("--max-iters", "4", code=1)
     line = one_line(capsys)
-    assert "out/.ckpt-000004.partial/optimizer.safetensors: No space left on device; what was saved before is" in line
+    assert (
+        "out/.ckpt-000004.partial/optimizer.safetensors: No space left on device; earlier checkpoints are intact"
+        in line
+    )
     monkeypatch.undo()
     os.chdir(user)
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000002"
@@ -670,3 +676,38 @@ def test_the_help_needs_no_data_and_is_quick():
     ).stdout
     assert "--batch-size" in said
     assert time.perf_counter() - began < 10
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(user, monkeypatch):
+    run("--max-iters", "2", "--out-dir", "newer")
+    run("--max-iters", "2", "--out-dir", "older")
+    state = Path("older/ckpt-000002/trainer.json")
+    values = json.loads(state.read_text())
+    assert values.pop("defaults")["beta2"] == 0.95
+    state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
+    sign_again(state.parent)
+    monkeypatch.setattr(options, "IMPLIED", {"small": {**options.IMPLIED["small"], "learning_rate": 1e-5}})
+    monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
+    for folder in ("newer", "older"):
+        assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0
+        start = json.loads(Path(folder, "starts.jsonl").read_text().splitlines()[-1])["options"]
+        assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 3e-3, 3e-3 / 10)
+        assert start["lr_decay_iters"] == 4  # follows --max-iters
+
+
+def sign_again(folder):
+    """List the checksums of a checkpoint whose files were changed."""
+    manifest = folder / "manifest.json"
+    listed = json.loads(manifest.read_text())["files"]
+    for name in listed:
+        content = (folder / name).read_bytes()
+        listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_text(json.dumps({"files": listed}))
+
+
+def test_it_trains_outside_the_main_thread(user):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train.main(["--data", "text", *QUICK, "--max-iters", "2"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

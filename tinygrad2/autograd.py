@@ -1,31 +1,33 @@
-"""The tape: nodes, the backward walk, and no_grad(). It knows no op, no Tensor, no array library and no device.
+"""The tape: nodes, the backward pass over them, and no_grad(). Independent of ops, Tensors, array library and device.
 
-A forward pass leaves a graph of nodes behind. Each node knows the nodes it came from and how to send a gradient back to
-them. Nodes are numbered as they are made, so going through them from the highest number to the lowest visits every node
-after everything that used it: the backward walk is one sorted loop, with no recursion.
+A forward pass leaves a graph of nodes behind. Each node knows the nodes that its inputs came from, and how to compute
+their gradients from its own. Nodes are numbered as they are created, so visiting them from the highest number to the
+lowest reaches every node after all nodes that used its results: the backward pass is one sorted loop, no recursion.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+from tinygrad2.array import Array
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 def is_recording() -> bool:
-    """Whether operations are put on the tape at the moment."""
+    """Whether operations are recorded on the tape at the moment."""
     return _recording.get()
 
 
 @contextmanager
 def recording(on: bool) -> Iterator[None]:
-    """Inside this context operations are put on the tape, or are not."""
+    """Inside this context operations are recorded on the tape, or are not."""
     token = _recording.set(on)
     try:
         yield
@@ -39,24 +41,29 @@ def no_grad() -> AbstractContextManager[None]:
 
 
 class Leaf:
-    """Where gradients end: the node of a parameter, or of an input whose gradient is wanted.
+    """The node of a parameter, or of an input whose gradient is wanted: it has no parents.
 
     grad      the gradient summed so far, or None before the first contribution.
     zeros     makes a zeroed array of the leaf's shape.
-    on_final  called with no arguments when one backward walk has added its last contribution to `grad`.
+    on_final  called without arguments when one backward pass has added its last contribution to `grad`.
     """
 
     __slots__ = ("grad", "zeros", "on_final")
 
-    def __init__(self, zeros: Callable[[], Any]):
-        self.grad: Any = None
+    def __init__(self, zeros: Callable[[], Array]):
+        self.grad: Array | None = None
         self.zeros = zeros
         self.on_final: Callable[[], None] | None = None
 
-    def buffer(self) -> Any:
+    def buffer(self) -> Array:
+        """The array that gradients are added to; zeroed when it is first asked for."""
         if self.grad is None:
             self.grad = self.zeros()
         return self.grad
+
+
+Saved = tuple[Any, ...]  # what a backward function needs from the forward pass: arrays, shapes, numbers
+Gradients = Sequence[Array | None]  # one for each parent
 
 
 class Node:
@@ -72,10 +79,16 @@ class Node:
 
     __slots__ = ("parents", "backward", "saved", "zeros", "number")
 
-    def __init__(self, parents: tuple[Edge | None, ...], backward: Callable, saved: tuple, zeros: tuple[Callable, ...]):
+    def __init__(
+        self,
+        parents: tuple[Edge | None, ...],
+        backward: BackwardFunction,
+        saved: Saved,
+        zeros: tuple[Callable[[], Array], ...],
+    ):
         self.parents = parents
-        self.backward: Callable | None = backward
-        self.saved: Any = saved
+        self.backward: BackwardFunction | None = backward
+        self.saved: Saved | None = saved
         self.zeros = zeros
         self.number = next(_numbers)
 
@@ -83,87 +96,92 @@ class Node:
 Edge = tuple[Node | Leaf, int]
 
 
-class Into:
-    """What a backward function may ask for: `into(i)`, the buffer of parent i's gradient."""
+class GradientBuffers:
+    """The gradient buffers of a node's parents, which its backward function may add to: its argument `into`."""
 
     __slots__ = ("_pending", "_parents")
 
-    def __init__(self, pending: _Pending, parents: tuple[Edge | None, ...]):
+    def __init__(self, pending: _PendingGradients, parents: tuple[Edge | None, ...]):
         self._pending = pending
         self._parents = parents
 
-    def __call__(self, i: int) -> Any:
-        """The buffer that parent i's gradient is to be added to, or None where it is not wanted."""
+    def __call__(self, i: int) -> Array | None:
+        """The buffer to add parent i's gradient to, or None where that gradient is not wanted."""
         edge = self._parents[i]
         return None if edge is None else self._pending.buffer(edge)
 
 
-class _Pending:
-    """Gradients on their way to nodes that have not run yet.
+BackwardFunction = Callable[[Saved, Any, GradientBuffers], Gradients]  # of an op of several results, dy is a tuple
+
+
+class _PendingGradients:
+    """Gradients of nodes whose backward function has not run yet.
 
     The first gradient to arrive at an output is borrowed: it may be shared with another output, so it is never written
-    to. The second makes a sum of our own, and later ones are added to that in place (the scheme of HIPS autograd).
+    to. The second makes a sum in an array of its own, and later ones are added to that in place (as in HIPS autograd).
     """
 
     def __init__(self) -> None:
-        self._slots: dict[Edge, tuple[Any, bool]] = {}  # edge -> (gradient, whether it is ours to write to)
+        self._gradients: dict[Edge, tuple[Array, bool]] = {}  # edge -> (gradient, whether it may be written to)
 
-    def add(self, edge: Edge, gradient: Any) -> None:
+    def add(self, edge: Edge, gradient: Array) -> None:
         target = edge[0]
         if isinstance(target, Leaf):
             buffer = target.buffer()
             buffer += gradient
             return
-        there = self._slots.get(edge)
-        if there is None:
-            self._slots[edge] = (gradient, False)
-        elif there[1]:
-            total = there[0]
+        earlier = self._gradients.get(edge)
+        if earlier is None:
+            self._gradients[edge] = (gradient, False)
+        elif earlier[1]:
+            total = earlier[0]
             total += gradient
-            self._slots[edge] = (total, True)  # a 0-d sum may be a scalar, which += cannot change in place
+            self._gradients[edge] = (total, True)  # a 0-d sum may be a scalar, which += cannot change in place
         else:
-            self._slots[edge] = (there[0] + gradient, True)
+            self._gradients[edge] = (earlier[0] + gradient, True)
 
-    def buffer(self, edge: Edge) -> Any:
+    def buffer(self, edge: Edge) -> Array:
         target, output = edge
         if isinstance(target, Leaf):
             return target.buffer()
-        gradient, ours = self._slots.get(edge, (None, False))
-        if not ours:
-            fresh = target.zeros[output]()
+        gradient, owned = self._gradients.get(edge, (None, False))
+        if gradient is None or not owned:
+            buffer = target.zeros[output]()
             if gradient is not None:
-                fresh += gradient
-            gradient = fresh
-            self._slots[edge] = (gradient, True)
+                buffer += gradient
+            gradient = buffer
+            self._gradients[edge] = (gradient, True)
         return gradient
 
-    def pop(self, node: Node) -> list[Any]:
-        return [self._slots.pop((node, output), (None, False))[0] for output in range(len(node.zeros))]
+    def pop(self, node: Node) -> list[Array | None]:
+        """The gradients of the node's outputs, None where none arrived."""
+        return [self._gradients.pop((node, output), (None, False))[0] for output in range(len(node.zeros))]
 
 
-def backward(gradients: list[tuple[Edge, Any]]) -> None:
-    """Send gradients of the loss with respect to some outputs back to every leaf they came from: pairs (edge, dy).
+def backward(gradients: list[tuple[Edge, Array]]) -> None:
+    """Compute the gradient of every leaf behind some outputs, given the gradients of these: pairs (edge, dy).
 
-    Leaves add up: gradients are summed into `Leaf.grad` until somebody clears them. What the nodes saved is dropped as
-    the walk passes, so a graph can be walked once.
+    Gradients are summed into `Leaf.grad` until they are cleared. What a node saved is freed as soon as its backward
+    function has run, so a graph can be used once.
 
-    Raises RuntimeError where part of the graph has been walked before.
+    Raises RuntimeError where a part of the graph has been used before.
     """
     nodes, uses = _reachable([edge[0] for edge, _ in gradients])
-    pending = _Pending()
+    pending = _PendingGradients()
     for edge, dy in gradients:
         pending.add(edge, dy)
     for leaf in {edge[0] for edge, _ in gradients if isinstance(edge[0], Leaf) and edge[0] not in uses}:
-        _final(leaf)
+        _call_on_final(leaf)
     for node in sorted(nodes, key=lambda node: node.number, reverse=True):
         arrived = pending.pop(node)
         function, saved, parents = node.backward, node.saved, node.parents
         node.backward, node.saved, node.parents = None, None, ()
         if any(gradient is not None for gradient in arrived):
             assert function is not None
-            into = Into(pending, parents)
-            out = function(saved, arrived[0] if len(arrived) == 1 else tuple(arrived), into)
-            for parent, gradient in zip(parents, out, strict=True):
+            assert saved is not None
+            into = GradientBuffers(pending, parents)
+            results = function(saved, arrived[0] if len(arrived) == 1 else tuple(arrived), into)
+            for parent, gradient in zip(parents, results, strict=True):
                 if parent is not None and gradient is not None:
                     pending.add(parent, gradient)
         del saved, arrived
@@ -171,10 +189,10 @@ def backward(gradients: list[tuple[Edge, Any]]) -> None:
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
                 if not uses[parent[0]]:
-                    _final(parent[0])
+                    _call_on_final(parent[0])
 
 
-def _final(leaf: Leaf) -> None:
+def _call_on_final(leaf: Leaf) -> None:
     if leaf.on_final is not None:
         leaf.on_final()
 
@@ -190,8 +208,8 @@ def _reachable(roots: list[Node | Leaf]) -> tuple[set[Node], Counter[Leaf]]:
             continue
         if node.backward is None:
             raise RuntimeError(
-                "backward: this graph has been walked before, and what it had saved is freed; "
-                "run the forward pass again, or add the losses up and call backward once"
+                "backward: an earlier backward() went through this graph and freed what it had saved; "
+                "run the forward pass again, or add the losses and call backward once"
             )
         nodes.add(node)
         for parent in node.parents:

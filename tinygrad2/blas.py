@@ -1,9 +1,9 @@
-"""The matrix product of a BLAS library, called by its C interface: of Intel's MKL where the package `mkl` is installed,
-else of the library that NumPy has loaded.
+"""The matrix product of a BLAS library, called through its C interface: of Intel's MKL if the package `mkl` is
+installed, else of the library that NumPy has loaded.
 
-numpy.matmul cannot add to what is there, so that a gradient would need a second matrix and a pass over both; and it
-cannot be called from compiled code. The library can do both: cblas_sgemm computes C = alpha A B + beta C, and it has an
-address. Where no library with this interface is found, NumPy computes. TINYGRAD2_BLAS=numpy leaves MKL aside.
+numpy.matmul cannot accumulate, so that a gradient would need a second matrix and a pass over both, and it cannot be
+called from compiled code. cblas_sgemm can do both: it computes C = alpha A B + beta C, and compiled code can call its
+address. Where no library with this interface is found, NumPy computes. TINYGRAD2_BLAS=numpy disables MKL.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from threadpoolctl import ThreadpoolController
 
 from tinygrad2 import memory
 
+Gemm = Any  # a cblas_?gemm of ctypes, whose class has no public name
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
 
 # Prefix and suffix of the names, and whether integers have 64 bits: NumPy's own OpenBLAS first.
 _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False), ("", "", False))
 
 
-def _mkl() -> Any:
-    """MKL, told to compute on the thread that calls it: the threads are ours. None where it is not installed or not
-    wanted."""
+def _mkl() -> ctypes.CDLL | None:
+    """MKL, set to compute on the calling thread, since kernels/pool.py has threads; None where it is not installed or
+    disabled."""
     if os.environ.get("TINYGRAD2_BLAS") == "numpy":
         return None
     try:
@@ -38,9 +39,9 @@ def _mkl() -> Any:
     return library
 
 
-def _find(mkl: Any) -> tuple[dict[str, Any], bool]:
-    """The functions by dtype, and whether their integers have 64 bits; nothing where there is no such library."""
-    paths = [pool["filepath"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"]
+def _find(mkl: ctypes.CDLL | None) -> tuple[dict[str, Gemm], bool]:
+    """The functions by dtype, and whether their integers have 64 bits; an empty dict where there is no such library."""
+    paths = [library["filepath"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
     for library in [mkl] if mkl else map(ctypes.CDLL, sorted(paths, key=lambda path: "numpy" not in path)):
         for prefix, suffix, wide in _SPELLINGS:
             if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
@@ -52,7 +53,7 @@ def _find(mkl: Any) -> tuple[dict[str, Any], bool]:
     return {}, False
 
 
-def _declared(function: Any, number: Any, wide: bool) -> Any:
+def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wide: bool) -> Gemm:
     enum, size, pointer = ctypes.c_int, ctypes.c_int64 if wide else ctypes.c_int32, ctypes.c_void_p
     function.restype = None
     function.argtypes = [enum] * 3 + [size] * 3 + [number, pointer, size, pointer, size, number, pointer, size]
@@ -62,7 +63,7 @@ def _declared(function: Any, number: Any, wide: bool) -> Any:
 _library = _mkl()
 USES_MKL = _library is not None
 _functions, WIDE = _find(_library)
-ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value for dtype, function in _functions.items()}
+ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value or 0 for dtype, function in _functions.items()}
 
 
 def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> None:
@@ -91,7 +92,7 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
 
 
 def layout(matrix: np.ndarray) -> tuple[int, int] | None:
-    """How BLAS is to read the matrix: as it is or transposed, and the distance of its rows; None where it cannot."""
+    """How BLAS reads the matrix: PLAIN or TRANSPOSED, and its leading dimension; None where it cannot."""
     if not matrix.dtype.isnative or any(stride % matrix.itemsize for stride in matrix.strides):
         return None
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)
@@ -103,5 +104,5 @@ def layout(matrix: np.ndarray) -> tuple[int, int] | None:
 
 
 def address(array: np.ndarray) -> int:
-    """Where the first number of an array lies."""
+    """The address of an array's first element."""
     return array.__array_interface__["data"][0]

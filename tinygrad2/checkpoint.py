@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tinygrad2.files import atomic_write
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"ckpt-(\d+)")
 
@@ -31,35 +32,16 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; on leaving, lists its checksums, flushes it and gives it the name `folder`.
+    """Yields an empty folder to fill; on leaving, lists its checksums, flushes it and renames it to `folder`.
 
-    A folder of that name is replaced. Where the block raises, what was written is removed and `folder` is as it was.
+    A folder of that name is replaced. If the block raises, what was written is removed and `folder` is unchanged.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-    partial.mkdir(parents=True)
-    try:
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         listed = {path.relative_to(partial).as_posix(): _describe(path) for path in files}
         write_json(partial / MANIFEST, {"files": listed})
-        for path in (*files, partial / MANIFEST, partial):
-            _flush(path)
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
-        _flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def verify(folder: Path) -> None:
@@ -119,52 +101,6 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-class Lock:
-    """Keeps a second process out of a folder: a file with the owner's process id, removed at the end.
-
-    Raises ValueError where a process that is alive holds it; what a killed one left is taken over.
-    """
-
-    def __init__(self, file: Path, what: str):
-        self.file, self.what = file, what
-
-    def check(self) -> None:
-        """Raise ValueError where another process that is alive holds the lock."""
-        owner = self.file.read_text() if self.file.is_file() else ""
-        if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
-            raise ValueError(f"{self.what}: process {owner} is at work there; wait for it, or choose another folder")
-
-    def __enter__(self) -> Lock:
-        try:
-            handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            self.check()
-            self.file.unlink(missing_ok=True)
-            return self.__enter__()
-        with os.fdopen(handle, "w") as stream:
-            stream.write(str(os.getpid()))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    if os.name == "nt":
-        return True  # there, os.kill ends the process instead of asking; the file has to be removed by hand
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True  # a system without /proc
-    return state != "Z"  # one that has ended, and whose parent has not asked for its status yet
-
-
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write named arrays as one safetensors file. Raises OSError where it cannot be written."""
     path.touch()
@@ -205,14 +141,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system put a file or folder on the disk (folders cannot be opened on Windows)."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -34,6 +34,8 @@ import numpy
 from tinygrad2 import backend, threads
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend
+from tinygrad2.files import discard_stdout
+from tinygrad2.machine import cores
 
 T = TypeVar("T")
 
@@ -258,9 +260,9 @@ class MPIComm:
         self._calls, self._bulk, self._heartbeats = world.Dup(), world.Dup(), world.Dup()
         machine = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = machine.rank
-        masks = machine.allgather(threads.cores())
+        masks = machine.allgather(cores())
         self.threads = fair_threads(masks, machine.rank)
-        launcher = threads.cores(os.getppid()) if "OMPI_COMM_WORLD_SIZE" in os.environ else set()
+        launcher = cores(os.getppid()) if "OMPI_COMM_WORLD_SIZE" in os.environ else set()
         self.idle_cores = len(launcher - set().union(*masks))
         self._received = numpy.empty(0, dtype=numpy.uint8)  # buffer of the contributions to a sum
         self._caller_waits = False
@@ -352,9 +354,7 @@ class MPIComm:
 
     def silence_other_ranks(self) -> None:
         if self.rank:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.close(null)
+            discard_stdout()
 
     def abort(self, code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):

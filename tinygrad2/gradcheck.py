@@ -1,8 +1,8 @@
-"""Are the gradients right? Backward passes against finite differences, in float64.
+"""Check backward passes against finite differences, in float64.
 
 `check(fn, inputs)` tests a function of your own. `python -m tinygrad2.gradcheck` tests every operation of the engine
-and a small transformer, prints a table, and exits with 1 where a row is over its bound. To have one more operation
-checked, add a row to CASES.
+and a small transformer, prints a table, and exits with 1 if the error of a row is above its bound. To check another
+operation, add a row to CASES.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+from numpy.typing import ArrayLike
 
 from tinygrad2 import ops
 from tinygrad2.autograd import no_grad
@@ -24,12 +25,14 @@ from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, recompute, record
 
 STEP = 5e-4  # of the differences: truncation ~ STEP^4 and rounding ~ 1e-16 / STEP are both about 1e-13
-FLOOR = 1e-4  # a slope this much smaller than the outputs counts as this large: its rounding errors are like theirs
+FLOOR = (
+    1e-4  # errors are relative to the slope, but at least to this fraction of the outputs, which bounds their rounding
+)
 
 
 def check(
     fn: Callable[..., Any],
-    inputs: Sequence[Any],
+    inputs: Sequence[Tensor | ArrayLike],
     *,
     tolerance: float = 1e-7,
     raises: bool = False,
@@ -46,18 +49,18 @@ def check(
     tolerance   with raises=True, the largest error that is accepted.
     directions  how many random directions are tried for each input.
     names       of the inputs, for the error message.
-    device      where fn gets its inputs and computes; the comparison is made on the host.
+    device      where fn computes; the comparison is done on the host.
 
     With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> by backward is
     compared with the slope of L along v: [8 (L(x+hv) - L(x-hv)) - (L(x+2hv) - L(x-2hv))] / 12h. Its truncation error is
-    of the order h^4; the two-point difference leaves h^2, which at no h is reliably below 1e-9. No component of v or w
-    is near zero, so that no coordinate hides. An input's error is |backward - slope| / |slope|, norms over its
+    of the order h^4; that of the two-point difference is h^2, never reliably below 1e-9. No component of v or w is
+    near zero, so that every coordinate counts. An input's error is |backward - slope| / |slope|, norms over its
     directions. The denominator is at least FLOOR max(1, |w y|): a gradient that is truly zero is then no failure, and
     one wrong by 0.1 % is found unless it is below 1e-8 of the outputs. A gradient that never arrives counts as zero;
     NaN or infinity anywhere makes the error infinite.
 
     Raises AssertionError with raises=True where an error is over the tolerance; TypeError for inputs that are not a
-    list or tuple, and for an `fn` that returns something else than Tensors.
+    list or tuple, and for an `fn` that does not return Tensors.
     """
     if not isinstance(inputs, list | tuple):
         raise TypeError(
@@ -66,7 +69,7 @@ def check(
     backend = get_backend(device)
     arrays = [numpy.array(x.numpy() if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
     for array in arrays:
-        array.flags.writeable = False  # an fn that changes its inputs in place would spoil every later evaluation
+        array.flags.writeable = False  # an fn that changes its inputs in place would change every later evaluation
     random = numpy.random.default_rng(seed)
 
     leaves = [Tensor(backend.asarray(array), requires_grad=True) for array in arrays]
@@ -79,9 +82,9 @@ def check(
         loss.backward()
     floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
 
-    def loss_change(i: int, change: Any) -> Any:
-        """L(x_i + change) - L(x_i - change), subtracted before it is summed: less is lost to rounding."""
-        with no_grad(), numpy.errstate(invalid="ignore"):  # what is not finite shows in the error
+    def loss_change(i: int, change: numpy.ndarray) -> float:
+        """L(x_i + change) - L(x_i - change), subtracted before the sum: that has a smaller rounding error."""
+        with no_grad(), numpy.errstate(invalid="ignore"):  # a value that is not finite makes the error infinite
             up, down = (
                 _results(
                     fn(*(Tensor(backend.asarray(x + sign * change if j == i else x)) for j, x in enumerate(arrays)))
@@ -121,55 +124,56 @@ def _results(y: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _away_from_zero(random: numpy.random.Generator, shape: tuple[int, ...]) -> Any:
+def _away_from_zero(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
     """Random signs times uniform(0.5, 1.5)."""
     return random.choice((-1.0, 1.0), shape) * random.uniform(0.5, 1.5, shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is checked
+# The table
 # ---------------------------------------------------------------------------------------------------------------------
 
-Draw = Callable[[numpy.random.Generator, tuple[int, ...]], Any]
+Draw = Callable[[numpy.random.Generator, tuple[int, ...]], numpy.ndarray]
 
 
-def normal(random: numpy.random.Generator, shape: tuple[int, ...]) -> Any:
+def standard_normal(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
     """Normal(0, 1) values."""
     return random.standard_normal(shape)
 
 
-def positive(random: numpy.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Values in (0.5, 2), for functions that are not defined, or not smooth, at zero."""
+def positive(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Values in (0.5, 2), for functions that are undefined or not smooth at zero."""
     return random.uniform(0.5, 2.0, shape)
 
 
-def distinct(random: numpy.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Values at least 0.1 apart in random order, for functions that ask which is the largest."""
+def distinct(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Values at least 0.1 apart in random order, for functions that depend on which element is the largest."""
     return 0.1 * random.permutation(math.prod(shape)).reshape(shape)
 
 
-def initial(random: numpy.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Normal values that keep activations at their size: matrices over sqrt(rows), vectors (gains, biases) about 1."""
-    return random.standard_normal(shape) / math.sqrt(shape[0]) if len(shape) > 1 else 1 + 0.3 * normal(random, shape)
+def initial(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Normal values for parameters: matrices divided by sqrt(rows), vectors (gains, biases) about 1."""
+    values = random.standard_normal(shape)
+    return values / math.sqrt(shape[0]) if len(shape) > 1 else 1 + 0.3 * values
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row of the table: `fn` is checked at random inputs of these shapes, its error is to be at most `bound`."""
+class GradientCase:
+    """One row of the table: `fn` is checked at random inputs of these shapes; its error must be at most `bound`."""
 
     name: str
     fn: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
-    draw: Draw = normal
+    draw: Draw = standard_normal
     bound: float = 1e-7
 
     def error(self, seed: int = 0, device: str = "cpu") -> float:
         """The largest error of all inputs."""
-        random = numpy.random.default_rng([seed, *self.name.encode()])  # other rows may come and go
+        random = numpy.random.default_rng([seed, *self.name.encode()])  # independent of the other rows
         return max(check(self.fn, [self.draw(random, shape) for shape in self.shapes], seed=seed, device=device))
 
 
-BLOCK_WIDTH, BLOCK_HEADS, VOCABULARY = 6, 2, 11
+BLOCK_WIDTH, BLOCK_HEADS, BLOCK_VOCABULARY = 6, 2, 11
 BLOCK_SHAPES: tuple[tuple[int, ...], ...] = (
     tuple(
         shape
@@ -179,7 +183,7 @@ BLOCK_SHAPES: tuple[tuple[int, ...], ...] = (
     + ((BLOCK_WIDTH,),) * 4
 )  # gain and bias of two LayerNorms
 KEY = Key(seed=1, step=2, first_sample=3)
-TOKENS = numpy.array([[3, 1, 3, 0, 10], [3, 3, 2, 9, 1]])  # some of them several times
+TOKENS = numpy.array([[3, 1, 3, 0, 10], [3, 3, 2, 9, 1]])  # with repetitions
 TARGETS = numpy.array([[1, 3, 0, 10, 10], [3, 2, 9, 1, 0]])
 
 
@@ -202,67 +206,76 @@ def stack(wte: Tensor, wpe: Tensor, gain: Tensor, bias: Tensor, *parameters: Ten
 
 
 CASES = (
-    Case("add", lambda a, b: a + b, ((3, 4), (3, 4))),
-    Case("add, broadcast", lambda a, b: a + b, ((2, 3, 4), (3, 1))),
-    Case("add, a number", lambda a: 2 + a + 1.5, ((3, 4),)),
-    Case("subtract, broadcast", lambda a, b: a - b, ((1, 4), (3, 1))),
-    Case("subtract, from a number", lambda a: 2 - a, ((3, 4),)),
-    Case("negate", lambda a: -a, ((3, 4),)),
-    Case("multiply", lambda a, b: a * b, ((3, 4), (3, 4))),
-    Case("multiply, broadcast", lambda a, b: a * b, ((4,), (2, 3, 1))),
-    Case("multiply, by itself", lambda a: a * a, ((3, 4),)),
-    Case("divide, broadcast", lambda a, b: a / b, ((3, 1), (2, 1, 4)), positive),
-    Case("divide, a number", lambda a: 2 / a, ((3, 4),), positive),
-    Case("power 3", lambda x: x**3, ((3, 4),)),
-    Case("power -0.5", lambda x: x**-0.5, ((3, 4),), positive),
-    Case("exp", lambda x: x.exp(), ((3, 4),)),
-    Case("log", lambda x: x.log(), ((3, 4),), positive),
-    Case("tanh", lambda x: x.tanh(), ((3, 4),)),
-    Case("sum", lambda x: x.sum(), ((3, 4),)),
-    Case("sum, axes", lambda x: x.sum((0, -1)), ((2, 3, 4),)),
-    Case("sum, keepdims", lambda x: x.sum(1, keepdims=True), ((2, 3, 4),)),
-    Case("mean, axes", lambda x: x.mean((0, 2)), ((2, 3, 4),)),
-    Case("max", lambda x: x.max(), ((3, 4),), distinct),
-    Case("max, axes", lambda x: x.max((0, -1)), ((2, 3, 4),), distinct),
-    Case("max, keepdims", lambda x: x.max(1, keepdims=True), ((2, 3, 4),), distinct),
-    Case("reshape", lambda x: x.reshape(4, -1), ((2, 3, 4),)),
-    Case("transpose", lambda x: x.transpose(), ((2, 3, 4),)),
-    Case("transpose, axes", lambda x: x.transpose(1, -1, 0), ((2, 3, 4),)),
-    Case("getitem, slices", lambda x: x[1:, ..., ::-2], ((3, 2, 5),)),
-    Case("getitem, repeated integers", lambda x: x[[0, 2, 0, 0]], ((3, 4),)),
-    Case("getitem, pairs", lambda x: x[[0, 2, 0], [1, 3, 1]], ((3, 4),)),
-    Case("matmul", lambda a, b: a @ b, ((3, 4), (4, 5))),
-    Case("matmul, batched", lambda a, b: a @ b, ((2, 3, 4), (2, 4, 5))),
-    Case("matmul, broadcast", lambda a, b: a @ b, ((2, 1, 3, 4), (5, 4, 2))),
-    Case("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
-    Case("linear, no bias", ops.linear, ((3, 4), (4, 5))),
-    Case("embedding", lambda wte: ops.embedding(TOKENS, wte), ((11, 4),)),
-    Case("embedding, positions", lambda wte, wpe: ops.embedding(TOKENS, wte, wpe, 2), ((11, 4), (8, 4))),
-    Case("dropout", lambda x: ops.dropout(x, 0.3, KEY), ((2, 5, 7),)),
-    Case("layernorm", ops.layernorm, ((2, 3, 7), (7,), (7,))),
-    Case("add_layernorm", ops.add_layernorm, ((2, 3, 7), (2, 3, 7), (7,), (7,))),
-    Case("add_layernorm, only s", lambda *x: ops.add_layernorm(*x)[0], ((2, 3, 7), (2, 3, 7), (7,), (7,))),
-    Case("add_layernorm, only y", lambda *x: ops.add_layernorm(*x)[1], ((2, 3, 7), (2, 3, 7), (7,), (7,))),
-    Case("attention, one token", lambda qkv: ops.attention(qkv, 2), ((2, 1, 18),)),
-    Case("attention", lambda qkv: ops.attention(qkv, 2), ((2, 7, 18),)),
-    Case("attention, dropout", lambda qkv: ops.attention(qkv, 2, 0.3, KEY), ((2, 7, 18),)),
-    Case("attention, two query blocks", lambda qkv: ops.attention(qkv, 2), ((1, 131, 12),)),
-    Case("attention, both", lambda qkv: ops.attention(qkv, 2, 0.3, KEY), ((1, 131, 12),)),
-    Case("gelu", ops.gelu, ((2, 3, 7), (7,))),
-    Case("gelu, no bias", ops.gelu, ((2, 3, 7),)),
-    Case("gelu_exact", lambda x, bias: ops.gelu(x, bias, exact=True), ((2, 3, 7), (7,))),
-    Case("gelu_exact, no bias", lambda x: ops.gelu(x, exact=True), ((2, 3, 7),)),
-    Case("softmax", ops.softmax, ((2, 3, 7),)),
-    Case("cross_entropy", lambda logits: ops.cross_entropy(logits, TARGETS), ((2, 5, 11),)),
-    Case("cross_entropy, transposed", lambda x: ops.cross_entropy(x.transpose(1, 0, 2), TARGETS), ((5, 2, 11),)),
-    Case("lm_head", lambda x, weight: ops.lm_head(x, weight, TARGETS), ((2, 5, 4), (11, 4))),
-    Case("lm_head_in_chunks", lambda x, weight: ops.lm_head(x, weight, TARGETS, 4), ((2, 5, 4), (11, 4))),
-    Case("recompute", lambda x: recompute(lambda x: x.tanh() * x, x), ((3, 4),)),
-    Case("transformer block", block, ((2, 5, BLOCK_WIDTH), *BLOCK_SHAPES), initial, 1e-6),
-    Case(
+    GradientCase("add", lambda a, b: a + b, ((3, 4), (3, 4))),
+    GradientCase("add, broadcast", lambda a, b: a + b, ((2, 3, 4), (3, 1))),
+    GradientCase("add, a number", lambda a: 2 + a + 1.5, ((3, 4),)),
+    GradientCase("subtract, broadcast", lambda a, b: a - b, ((1, 4), (3, 1))),
+    GradientCase("subtract, from a number", lambda a: 2 - a, ((3, 4),)),
+    GradientCase("negate", lambda a: -a, ((3, 4),)),
+    GradientCase("multiply", lambda a, b: a * b, ((3, 4), (3, 4))),
+    GradientCase("multiply, broadcast", lambda a, b: a * b, ((4,), (2, 3, 1))),
+    GradientCase("multiply, by itself", lambda a: a * a, ((3, 4),)),
+    GradientCase("divide, broadcast", lambda a, b: a / b, ((3, 1), (2, 1, 4)), positive),
+    GradientCase("divide, a number", lambda a: 2 / a, ((3, 4),), positive),
+    GradientCase("power 3", lambda x: x**3, ((3, 4),)),
+    GradientCase("power -0.5", lambda x: x**-0.5, ((3, 4),), positive),
+    GradientCase("exp", lambda x: x.exp(), ((3, 4),)),
+    GradientCase("log", lambda x: x.log(), ((3, 4),), positive),
+    GradientCase("tanh", lambda x: x.tanh(), ((3, 4),)),
+    GradientCase("sum", lambda x: x.sum(), ((3, 4),)),
+    GradientCase("sum, axes", lambda x: x.sum((0, -1)), ((2, 3, 4),)),
+    GradientCase("sum, keepdims", lambda x: x.sum(1, keepdims=True), ((2, 3, 4),)),
+    GradientCase("mean, axes", lambda x: x.mean((0, 2)), ((2, 3, 4),)),
+    GradientCase("max", lambda x: x.max(), ((3, 4),), distinct),
+    GradientCase("max, axes", lambda x: x.max((0, -1)), ((2, 3, 4),), distinct),
+    GradientCase("max, keepdims", lambda x: x.max(1, keepdims=True), ((2, 3, 4),), distinct),
+    GradientCase("reshape", lambda x: x.reshape(4, -1), ((2, 3, 4),)),
+    GradientCase("transpose", lambda x: x.transpose(), ((2, 3, 4),)),
+    GradientCase("transpose, axes", lambda x: x.transpose(1, -1, 0), ((2, 3, 4),)),
+    GradientCase("getitem, slices", lambda x: x[1:, ..., ::-2], ((3, 2, 5),)),
+    GradientCase("getitem, repeated integers", lambda x: x[[0, 2, 0, 0]], ((3, 4),)),
+    GradientCase("getitem, pairs", lambda x: x[[0, 2, 0], [1, 3, 1]], ((3, 4),)),
+    GradientCase("matmul", lambda a, b: a @ b, ((3, 4), (4, 5))),
+    GradientCase("matmul, batched", lambda a, b: a @ b, ((2, 3, 4), (2, 4, 5))),
+    GradientCase("matmul, broadcast", lambda a, b: a @ b, ((2, 1, 3, 4), (5, 4, 2))),
+    GradientCase("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
+    GradientCase("linear, no bias", ops.linear, ((3, 4), (4, 5))),
+    GradientCase("embedding", lambda wte: ops.embedding(TOKENS, wte), ((11, 4),)),
+    GradientCase("embedding, positions", lambda wte, wpe: ops.embedding(TOKENS, wte, wpe, 2), ((11, 4), (8, 4))),
+    GradientCase("dropout", lambda x: ops.dropout(x, 0.3, KEY), ((2, 5, 7),)),
+    GradientCase("layernorm", ops.layernorm, ((2, 3, 7), (7,), (7,))),
+    GradientCase("add_layernorm", ops.add_layernorm, ((2, 3, 7), (2, 3, 7), (7,), (7,))),
+    GradientCase("add_layernorm, only s", lambda *x: ops.add_layernorm(*x)[0], ((2, 3, 7), (2, 3, 7), (7,), (7,))),
+    GradientCase("add_layernorm, only y", lambda *x: ops.add_layernorm(*x)[1], ((2, 3, 7), (2, 3, 7), (7,), (7,))),
+    GradientCase("attention, one token", lambda qkv: ops.attention(qkv, 2), ((2, 1, 18),)),
+    GradientCase("attention", lambda qkv: ops.attention(qkv, 2), ((2, 7, 18),)),
+    GradientCase("attention, dropout", lambda qkv: ops.attention(qkv, 2, 0.3, KEY), ((2, 7, 18),)),
+    GradientCase("attention, two query blocks", lambda qkv: ops.attention(qkv, 2), ((1, 131, 12),)),
+    GradientCase("attention, both", lambda qkv: ops.attention(qkv, 2, 0.3, KEY), ((1, 131, 12),)),
+    GradientCase("gelu", ops.gelu, ((2, 3, 7), (7,))),
+    GradientCase("gelu, no bias", ops.gelu, ((2, 3, 7),)),
+    GradientCase("gelu_exact", lambda x, bias: ops.gelu(x, bias, exact=True), ((2, 3, 7), (7,))),
+    GradientCase("gelu_exact, no bias", lambda x: ops.gelu(x, exact=True), ((2, 3, 7),)),
+    GradientCase("softmax", ops.softmax, ((2, 3, 7),)),
+    GradientCase("cross_entropy", lambda logits: ops.cross_entropy(logits, TARGETS), ((2, 5, 11),)),
+    GradientCase(
+        "cross_entropy, transposed", lambda x: ops.cross_entropy(x.transpose(1, 0, 2), TARGETS), ((5, 2, 11),)
+    ),
+    GradientCase("lm_head", lambda x, weight: ops.lm_head(x, weight, TARGETS), ((2, 5, 4), (11, 4))),
+    GradientCase("lm_head_in_chunks", lambda x, weight: ops.lm_head(x, weight, TARGETS, 4), ((2, 5, 4), (11, 4))),
+    GradientCase("recompute", lambda x: recompute(lambda x: x.tanh() * x, x), ((3, 4),)),
+    GradientCase("transformer block", block, ((2, 5, BLOCK_WIDTH), *BLOCK_SHAPES), initial, 1e-6),
+    GradientCase(
         "transformer, two blocks",
         stack,
-        ((VOCABULARY, BLOCK_WIDTH), (5, BLOCK_WIDTH), (BLOCK_WIDTH,), (BLOCK_WIDTH,), *BLOCK_SHAPES, *BLOCK_SHAPES),
+        (
+            (BLOCK_VOCABULARY, BLOCK_WIDTH),
+            (5, BLOCK_WIDTH),
+            (BLOCK_WIDTH,),
+            (BLOCK_WIDTH,),
+            *BLOCK_SHAPES,
+            *BLOCK_SHAPES,
+        ),
         initial,
         1e-6,
     ),
@@ -270,7 +283,7 @@ CASES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check every row of CASES and print the table; 0 where all are under their bounds, 1 where not, 2 where the device
+    """Check every row of CASES and print the table. Returns 0 if all are within their bounds, 1 if not, 2 if the device
     is not available."""
     parser = argparse.ArgumentParser(
         prog="python -m tinygrad2.gradcheck",

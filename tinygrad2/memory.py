@@ -1,38 +1,38 @@
-"""Memory for NumPy arrays that is used again: what one step computes in, the next one finds warm.
+"""A memory pool for NumPy arrays: each step reuses the previous step's memory.
 
-The system gives a large array page by page at its first touch, zeroed, and takes it back when the array dies. For a
-training step that costs as much time as many of its kernels. Here an array stands on a block of memory that goes back
-to a pool when the last view of the array is gone: NumPy's own reference counts say when. (CuPy has such a pool.)
+The operating system maps and zeroes a large array page by page when it is first written to, and unmaps it when it is
+freed; in a training step that takes as long as many of its kernels. Here a large array uses a block of a pool, and the
+block returns to the pool when the last view of the array is freed, by NumPy's own reference counts. (CuPy has a pool.)
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-SMALL = 1 << 16  # bytes; below this the system's allocator is as quick
-GRANULE = 1 << 16  # bytes; sizes are rounded up to whole granules, so that nearly equal arrays share blocks
-LINE = 64  # bytes of a cache line, where arrays begin
-SLACK = 2.0  # how much more memory than was ever in use at once the pool may hold
+SMALL = 1 << 16  # bytes; below this size the system's allocator is as fast
+GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple, so that arrays of nearly equal size share blocks
+LINE = 64  # bytes of a cache line: the alignment of arrays
+SLACK = 2.0  # the pool holds at most this many times the memory that was ever in use at once
 
 
-class Pool:
+class MemoryPool:
     """Blocks of memory, in use or free.
 
     held       bytes of all blocks.
-    used       bytes of those that arrays stand on;  most_used  the most there have been at once.
+    used       bytes of the blocks in use;  most_used  its maximum since the last trim().
     """
 
     def __init__(self) -> None:
         self.held = self.used = self.most_used = 0
         self._free: dict[int, list[np.ndarray]] = {}  # by size
-        self._lock = threading.RLock()  # (an array may die, and give its block back, while its thread holds the lock)
+        self._lock = threading.RLock()  # (re-entrant: an array may be freed while its thread holds the lock)
 
     def take(self, nbytes: int) -> np.ndarray:
-        """A block of at least `nbytes`, to be given back."""
+        """A block of at least `nbytes`; return it with give_back()."""
         size = -(-nbytes // GRANULE) * GRANULE + LINE
         with self._lock:
             blocks = self._free.get(size)
@@ -43,7 +43,7 @@ class Pool:
 
     def _new(self, size: int) -> np.ndarray:
         if self.held + size > SLACK * max(self.most_used, self.used + size):
-            self.trim()  # the sizes have changed: what is free serves no more
+            self.trim()  # sizes have changed: the free blocks do not fit any more
         try:
             block = np.empty(size, dtype=np.uint8)
         except MemoryError:
@@ -58,19 +58,19 @@ class Pool:
             self._free.setdefault(block.size, []).append(block)
 
     def trim(self) -> None:
-        """Return the memory that no array uses to the system."""
+        """Return all free blocks to the operating system."""
         with self._lock:
-            free, self._free = self._free, {}  # (meanwhile an array may die)
+            free, self._free = self._free, {}  # (an array may be freed meanwhile)
             self.held -= sum(size * len(blocks) for size, blocks in free.items())
             self.most_used = self.used
 
 
-class _Lease:
-    """Holds a block for one array, whose base it is: when no view of the array is left, it gives the block back."""
+class _BlockOwner:
+    """The base of an array that uses a block: when no view of the array is left, the block returns to its pool."""
 
     __slots__ = ("_block", "_pool", "__array_interface__")
 
-    def __init__(self, pool: Pool, block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, pool: MemoryPool, block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype):
         self._pool, self._block = pool, block
         address = self._block.ctypes.data
         self.__array_interface__ = {
@@ -84,19 +84,19 @@ class _Lease:
         self._pool.give_back(self._block)
 
 
-pool = Pool()
+memory_pool = MemoryPool()
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of arbitrary contents, like numpy.empty; a large one stands on a block of the pool."""
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An uninitialised array, like numpy.empty; a large one uses a block of the pool."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
         return np.empty(shape, dtype=dtype)
-    return np.asarray(_Lease(pool, pool.take(nbytes), shape, dtype))
+    return np.asarray(_BlockOwner(memory_pool, memory_pool.take(nbytes), shape, dtype))
 
 
-def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """The same, filled with zeros."""
     array = empty(shape, dtype)
     array.fill(0)

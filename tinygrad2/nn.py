@@ -1,4 +1,4 @@
-"""Modules: they hold parameters and say which operation uses them. The math is in ops and reference."""
+"""Modules: they hold parameters and call operations on them. The operations are in ops.py, the math in reference.py."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tinygrad2.params import Parameter, ParameterArena
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
-_sites = itertools.count(random.LAYER_SITES)  # each layer that is given no initializer draws at a place of its own
+_sites = itertools.count(random.LAYER_SITES)  # each layer without an initializer of its own draws at another site
 
 
-def normal(std: float, key: random.Key | None = None) -> Initializer:
-    """Fills with normal(0, std) values; without a key, from seed 0 at a site that counts the layers made so far."""
+def normal_init(std: float, key: random.Key | None = None) -> Initializer:
+    """Initial values from normal(0, std); without a key, from seed 0, at a new site for each layer."""
     chosen = random.Key(0, site=next(_sites)) if key is None else key
     return lambda shape: random.normal(chosen, shape, std)
 
 
-def zeros(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Fills with zeros: for weights that are about to be loaded."""
+def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
+    """Initial values of 0: for biases, and for weights that are about to be loaded."""
     return numpy.zeros(shape, dtype=numpy.float32)
 
 
@@ -45,13 +45,13 @@ class Module:
         return (parameter for _, parameter in self.named_parameters())
 
     def arena(self) -> ParameterArena:
-        """The flat buffers behind the parameters; the first call moves the parameters there."""
+        """The flat buffers that hold the parameters; the first call moves the parameters there."""
         if "_arena" not in vars(self):
             self._arena = ParameterArena(self.named_parameters())
         return self._arena
 
     def to(self, device: str) -> Self:
-        """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer follows by itself."""
+        """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer needs no call."""
         backend = get_backend(device)
         for parameter in list(self.parameters()):
             if parameter.backend is not backend:
@@ -60,16 +60,16 @@ class Module:
         return self
 
     def narrow(self) -> Self:
-        """Hold every matrix in bfloat16, to generate faster: half as many bytes are read for a token.
+        """Convert every matrix to bfloat16, to generate faster: half as many bytes are read for each token.
 
-        Values are rounded to 8 significant bits; biases, gains and activations stay as they are. There are no gradients
-        afterwards: compute inside no_grad(). On the CPU; raises ValueError elsewhere.
+        Values are rounded to 8 significant bits; biases, gains and activations keep their dtype. Afterwards there are
+        no gradients: compute inside no_grad(). On the CPU only; raises ValueError elsewhere.
         """
         for parameter in list(self.parameters()):
             if parameter.backend.device != "cpu":
                 raise ValueError(
-                    f"bfloat16: such weights are read on the CPU only; the model is on {parameter.backend.device}, "
-                    f'move it with to("cpu") or --device cpu'
+                    f"bfloat16: weights held in bfloat16 alone are supported on the CPU only; the model is on "
+                    f'{parameter.backend.device}; move it with to("cpu") or --device cpu'
                 )
             if parameter.ndim >= 2:
                 parameter.narrow()
@@ -77,9 +77,9 @@ class Module:
         return self
 
     def hold_copies(self) -> Self:
-        """Hold every parameter in bfloat16 too, for operations to read; returns the module.
+        """Add a bfloat16 copy of every parameter, which operations read; returns the module.
 
-        To be called again where the module has moved to another device, where it has none.
+        Call it again after the module has moved to another device: the copies are not moved.
         """
         for parameter in list(self.parameters()):
             parameter.hold_copy()
@@ -92,7 +92,7 @@ class Module:
             parameter.grad = None
 
     def n_parameters(self) -> int:
-        """How many numbers the parameters hold."""
+        """The number of elements of all parameters."""
         return sum(parameter.size for parameter in self.parameters())
 
 
@@ -122,9 +122,9 @@ class Linear(Module):
         device: str = "cpu",
         dtype: str = "float32",
     ):
-        init = init or normal(1 / math.sqrt(n_in))
+        init = init or normal_init(1 / math.sqrt(n_in))
         self.weight = _parameter(init((n_in, n_out)), device, dtype)
-        self.bias = _parameter(zeros((n_out,)), device, dtype) if bias else None
+        self.bias = _parameter(zeros_init((n_out,)), device, dtype) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -135,13 +135,13 @@ class LayerNorm(Module):
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", dtype: str = "float32"):
         self.weight = _parameter(numpy.ones(n), device, dtype)
-        self.bias = _parameter(zeros((n,)), device, dtype)
+        self.bias = _parameter(zeros_init((n,)), device, dtype)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.layernorm(x, self.weight, self.bias, self.eps)
 
-    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def add_and_normalize(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """s = x + delta and layernorm(s), fused."""
         return ops.add_layernorm(x, delta, self.weight, self.bias, self.eps)
 
@@ -152,7 +152,7 @@ class Embedding(Module):
     def __init__(
         self, n: int, width: int, init: Initializer | None = None, device: str = "cpu", dtype: str = "float32"
     ):
-        init = init or normal(0.02)
+        init = init or normal_init(0.02)
         self.weight = _parameter(init((n, width)), device, dtype)
 
     def __call__(self, tokens: Any) -> Tensor:

@@ -1,19 +1,20 @@
 """The operations that GPT-2 is made of, on Tensors.
 
-Each is two functions that stand together: the forward one checks its arguments, calls the kernel of the same name (see
-reference.py for the math) and records; the backward one calls the backward kernel with what was saved.
+Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records its
+backward pass: the name of a kernel or, where that adds to gradient buffers of parameters, the function below it.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
 import numpy
+from numpy.typing import ArrayLike
 
-from tinygrad2.autograd import is_recording
-from tinygrad2.backend import Backend, backend_of
+from tinygrad2.array import Array
+from tinygrad2.autograd import GradientBuffers, Gradients, Saved, is_recording
+from tinygrad2.backend import backend_of
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
@@ -33,18 +34,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return record(y, parents, _linear_backward, saved=(x.data, weight.compute, bias is not None))
 
 
-def _linear_backward(saved, dy, into):
+def _linear_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     x, weight, has_bias = saved
     dbias = into(2) if has_bias else None
     dx = backend_of(dy).kernels.linear_backward(dy, x, weight, into(1), dbias)
     return (dx, None, None) if has_bias else (dx, None)
 
 
-def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_position: int = 0) -> Tensor:
+def embedding(tokens: Tensor | ArrayLike, wte: Tensor, wpe: Tensor | None = None, first_position: int = 0) -> Tensor:
     """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
 
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
-    Saves the tokens. Raises ValueError for a token outside [0, V) and for a position past P.
+    Saves the tokens, on the host. Raises ValueError for a token outside [0, V) and for a position past P.
     """
     _check_tensors("embedding", weights=(wte, wpe))
     backend = backend_of(wte.data)
@@ -56,83 +57,24 @@ def embedding(tokens: Any, wte: Tensor, wpe: Tensor | None = None, first_positio
             raise ValueError("embedding: tokens have shape (); with positions, expected (..., T)")
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
-            raise ValueError(f"embedding: positions {first_position} to {end - 1} asked for; wpe has {wpe.shape[0]}")
+            raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
     y = backend.kernels.embedding_forward(ids, wte.compute, None if wpe is None else wpe.compute, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
-    runs = TokenRuns(host, backend) if wte.requires_grad and is_recording() else None
-    return record(y, parents, _embedding_backward, saved=(runs, first_position, wpe is not None))
+    return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
 
 
-def _embedding_backward(saved, dy, into):
-    runs, first_position, has_wpe = saved
+def _embedding_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    tokens, first_position, has_wpe = saved
     dwpe = into(1) if has_wpe else None
-    backend_of(dy).kernels.embedding_backward(dy, runs, first_position, into(0), dwpe)
+    backend_of(dy).kernels.embedding_backward(dy, tokens, first_position, into(0), dwpe)
     return (None, None) if has_wpe else (None,)
-
-
-class TokenRuns:
-    """Which rows of a batch hold the same token: what the embedding's backward pass needs, found on the host.
-
-    order  (N,) the positions sorted by token: equal tokens stand side by side, in runs;  tokens  (N,) those tokens.
-    first  (U,) the row where each run begins;  ids  (U,) its token.
-    folds  pairs of index arrays (into, other) of sorted rows to add pairwise, round by round.
-
-    Each line is found, and uploaded as one array, when first asked for: no more than the kernel at hand needs, and at a
-    time at which the device is still busy with what was launched before.
-    """
-
-    def __init__(self, tokens: numpy.ndarray, backend: Backend):
-        self._flat, self._backend = tokens.reshape(-1), backend
-
-    order = property(lambda self: self._rows[0])
-    tokens = property(lambda self: self._rows[1])
-    first = property(lambda self: self._runs[0])
-    ids = property(lambda self: self._runs[1])
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        keys = self._flat
-        if keys.max() < 1 << 16:
-            keys = keys.astype(numpy.uint16)  # which NumPy sorts by radix, in a tenth of the time
-        order = numpy.argsort(keys, kind="stable")
-        return order, self._flat[order]
-
-    @functools.cached_property
-    def _first(self) -> numpy.ndarray:
-        _, tokens = self._sorted
-        return numpy.flatnonzero(numpy.diff(tokens, prepend=tokens[0] - 1))
-
-    @functools.cached_property
-    def _rows(self) -> list[Any]:
-        return self._upload(*self._sorted)
-
-    @functools.cached_property
-    def _runs(self) -> list[Any]:
-        return self._upload(self._first, self._sorted[1][self._first])
-
-    @functools.cached_property
-    def folds(self) -> list[tuple[Any, Any]]:
-        length = numpy.diff(self._first, append=self._flat.size)
-        place = numpy.arange(self._flat.size) - numpy.repeat(self._first, length)  # of each row within its run
-        left = numpy.repeat(length, length) - place  # rows from here to the run's end
-        pieces, distance = [], 1
-        while distance < length.max():
-            into = numpy.flatnonzero((place % (2 * distance) == 0) & (left > distance))
-            pieces += [into, into + distance]
-            distance *= 2
-        uploaded = self._upload(*pieces) if pieces else []
-        return list(zip(uploaded[::2], uploaded[1::2], strict=True))
-
-    def _upload(self, *pieces: numpy.ndarray) -> list[Any]:
-        stops = numpy.cumsum([len(piece) for piece in pieces])[:-1]
-        return self._backend.np.split(self._backend.upload(numpy.concatenate(pieces)), stops)
 
 
 def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     """y = x m / (1 - rate) with m Bernoulli(1 - rate); x itself where key is None or rate is 0.
 
-    x (samples, ...). The mask is a pure function of the key and of the element's index in the global batch; it is
-    computed again in backward, so nothing is saved. Raises ValueError for a rate outside [0, 1).
+    x (samples, ...). The mask is a function of the key and of the element's index in the global batch alone; the
+    backward pass computes it again, so only the key is saved. Raises ValueError for a rate outside [0, 1).
     """
     rate = _check_rate("dropout", rate)
     if key is None or rate == 0:
@@ -140,11 +82,8 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     _check_tensors("dropout", x)
     if x.ndim == 0 or x.size == 0:
         raise ValueError(f"dropout: x has shape {x.shape}; expected (samples, ...)")
-    return record(backend_of(x.data).kernels.dropout_forward(x.data, rate, key), (x,), _dropout_backward, (rate, key))
-
-
-def _dropout_backward(saved, dy, into):
-    return (backend_of(dy).kernels.dropout_backward(dy, *saved),)
+    y = backend_of(x.data).kernels.dropout_forward(x.data, rate, key)
+    return record(y, (x,), "dropout_backward", saved=(rate, key))
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -159,7 +98,7 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
     return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, weight.data, mean, rstd))
 
 
-def _layernorm_backward(saved, dy, into):
+def _layernorm_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     return backend_of(dy).kernels.layernorm_backward(dy, *saved, into(1), into(2)), None, None
 
 
@@ -174,11 +113,16 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, float(eps))
-    return record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, weight.data, mean, rstd))
+    total, normalised = record(
+        (s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, weight.data, mean, rstd)
+    )
+    return total, normalised
 
 
-def _add_layernorm_backward(saved, dy, into):
-    ds, dy = dy
+def _add_layernorm_backward(
+    saved: Saved, gradients: tuple[Array | None, Array | None], into: GradientBuffers
+) -> Gradients:
+    ds, dy = gradients
     if dy is None:  # only the sum was used
         return ds, ds, None, None
     k = backend_of(dy).kernels
@@ -192,7 +136,7 @@ def _add_layernorm_backward(saved, dy, into):
 def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = None) -> Tensor:
     """Causal multi-head softmax attention on packed queries, keys and values (arXiv:1706.03762, eq. 1).
 
-    qkv (B, T, 3 * n_head * D), as the one linear layer before it leaves them -> (B, T, n_head * D).
+    qkv (B, T, 3 * n_head * D), the result of one linear layer -> (B, T, n_head * D).
     With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
     no T x T array. Raises ValueError where qkv does not divide into heads.
     """
@@ -204,25 +148,20 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
         )
     key = None if rate == 0 else key
     out, lse = backend_of(qkv.data).kernels.attention_forward(qkv.data, n_head, rate, key)
-    return record(out, (qkv,), _attention_backward, saved=(qkv.data, out, lse, n_head, rate, key))
+    return record(out, (qkv,), "attention_backward", saved=(qkv.data, out, lse, n_head, rate, key))
 
 
-def _attention_backward(saved, dy, into):
-    return (backend_of(dy).kernels.attention_backward(dy, *saved),)
-
-
-def attention_cached(qkv: Tensor, cache: Any, length: int, n_head: int) -> Tensor:
-    """Causal attention of new tokens, whose keys and values join those in `cache`; for generation, without gradients.
+def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int) -> Tensor:
+    """Causal attention of new tokens, whose keys and values are added to `cache`; for generation, without gradients.
 
     qkv (B, T, 3 * n_head * D) of the positions from `length` on; cache (2, B, n_head, capacity, D), written to
     -> (B, T, n_head * D). Raises RuntimeError where a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
-        raise RuntimeError("attention_cached: it has no backward pass; generate inside no_grad()")
-    if length + qkv.shape[1] > cache.shape[3]:
-        raise ValueError(
-            f"attention_cached: {length + qkv.shape[1]} positions needed; the cache holds {cache.shape[3]}"
-        )
+        raise RuntimeError("attention_cached: there is no backward pass; call it inside no_grad()")
+    end = length + qkv.shape[1]
+    if end > cache.shape[3]:
+        raise ValueError(f"attention_cached: {end} positions needed; the cache holds {cache.shape[3]}")
     return Tensor(backend_of(qkv.data).kernels.attention_cached(qkv.data, cache, length, n_head))
 
 
@@ -239,7 +178,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
 
 
-def _gelu_backward(saved, dy, into):
+def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     x, bias, exact = saved
     k = backend_of(dy).kernels
     backward = k.gelu_exact_backward if exact else k.gelu_backward
@@ -252,14 +191,10 @@ def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
     y = backend_of(x.data).kernels.softmax_forward(x.data)
-    return record(y, (x,), _softmax_backward, saved=(y,))
+    return record(y, (x,), "softmax_backward", saved=(y,))
 
 
-def _softmax_backward(saved, dy, into):
-    return (backend_of(dy).kernels.softmax_backward(dy, *saved),)
-
-
-def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     """The mean of -log softmax(logits)[target], in nats.
 
     logits (..., V), targets (...) integers -> a scalar. Saves the logits and one statistic per row.
@@ -272,20 +207,16 @@ def cross_entropy(logits: Tensor, targets: Any) -> Tensor:
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
-    return record(loss, (logits,), _cross_entropy_backward, saved=(logits.data, ids, lse))
+    return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
 
 
-def _cross_entropy_backward(saved, dy, into):
-    return (backend_of(dy).kernels.cross_entropy_backward(dy, *saved),)
-
-
-def lm_head(x: Tensor, weight: Tensor, targets: Any, head_rows: int | None = None) -> Tensor:
+def lm_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike, head_rows: int | None = None) -> Tensor:
     """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
     holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
-    head_rows  take so many of the N rows at a time: the buffer has as many, and the backward pass computes the logits
-               again (a third more work in the head).
+    head_rows  process at most this many of the N rows at a time: the buffer has as many rows, and the backward pass
+               computes the logits again (a third more work in the head).
     """
     _check_tensors("lm_head", x, weights=(weight,))
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -299,16 +230,16 @@ def lm_head(x: Tensor, weight: Tensor, targets: Any, head_rows: int | None = Non
     return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.compute))
 
 
-def _lm_head_backward(saved, dy, into):
+def _lm_head_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     return backend_of(dy).kernels.lm_head_backward(dy, *saved, into(1)), None
 
 
-def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Any, head_rows: int) -> Tensor:
+def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Array, head_rows: int) -> Tensor:
     if head_rows < 1:
         raise ValueError(f"lm_head: head_rows is {head_rows}; expected 1 or more")
     k, rows = backend_of(x.data).kernels, x.data.reshape(-1, x.shape[-1])
     count = -(-len(rows) // head_rows)
-    stops = [len(rows) * i // count for i in range(count + 1)]  # nearly equal, so that their memory serves again
+    stops = [len(rows) * i // count for i in range(count + 1)]  # nearly equal sizes, so that memory is reused
     chunks = [slice(start, stop) for start, stop in itertools.pairwise(stops)]
     losses = [
         k.lm_head_forward(rows[chunk], weight.compute, ids[chunk])[0] * (len(ids[chunk]) / len(rows))
@@ -318,7 +249,7 @@ def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Any, head_rows: int) -> T
     return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(x.data, weight.compute, ids, chunks))
 
 
-def _lm_head_in_chunks_backward(saved, dy, into):
+def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     x, weight, ids, chunks = saved
     backend, dweight = backend_of(dy), into(1)
     dx, rows = backend.np.empty(x.shape, dtype=x.dtype), x.reshape(-1, x.shape[-1])
@@ -332,11 +263,11 @@ def _lm_head_in_chunks_backward(saved, dy, into):
 def _check_tensors(
     op: str, *tensors: Tensor | None, weights: tuple[Tensor | None, ...] = (), gains: tuple[Tensor, ...] = ()
 ) -> None:
-    """All given are Tensors of one floating-point dtype: nothing is promoted silently.
+    """Check that all are Tensors of one floating-point dtype: there is no type promotion.
 
-    weights  count as what is computed with (see Tensor.compute). Matrices that are nothing but bfloat16 may stand
-             beside activations of float32 too, where nothing is recorded.
-    gains    may be float32 beside activations in bfloat16.
+    weights  are checked by the dtype that operations read (see Tensor.compute). Matrices that are held in bfloat16
+             alone may be used with activations of float32 too, where nothing is recorded.
+    gains    may be float32 where the activations are bfloat16.
     """
     for tensor in (*tensors, *weights, *gains):
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -345,7 +276,7 @@ def _check_tensors(
     for weight in weights:
         narrow = weight is not None and weight.dtype.name == "bfloat16" and weight.ndim > 1 and "bfloat16" not in dtypes
         if narrow and is_recording():
-            raise TypeError(f"{op}: weights in bfloat16 have no gradients; compute inside no_grad()")
+            raise TypeError(f"{op}: weights held in bfloat16 have no gradients; compute inside no_grad()")
         if weight is not None and not narrow:
             dtypes.add(weight.compute.dtype.name)
     dtypes |= {gain.dtype.name for gain in gains if (gain.dtype.name, dtypes) != ("float32", {"bfloat16"})}
@@ -361,15 +292,15 @@ def _check_rate(op: str, rate: float) -> float:
     return float(rate)
 
 
-def _expect(op: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _expect(op: str, name: str, value: Tensor | Array | None, shape: tuple[int, ...]) -> None:
     if value is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; expected {tuple(shape)}")
 
 
 def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
-    """`values` as an int64 array on the host, every one checked to be in [0, limit): a GPU would read past the end.
+    """`values` as an int64 array on the host, each checked to be in [0, limit): a GPU would read out of bounds.
 
-    What is on a device already is read back, which waits for the device.
+    An array on a device is copied to the host, which waits for the device.
     """
     values = values.data if isinstance(values, Tensor) else values
     if isinstance(values, list | tuple | int):
@@ -380,7 +311,7 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
     if values.size == 0:
-        raise ValueError(f"{op}: {name} have shape {values.shape}, which holds nothing")
+        raise ValueError(f"{op}: {name} have shape {values.shape}, which is empty")
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)

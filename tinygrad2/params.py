@@ -79,7 +79,7 @@ class Parameter(Tensor):
         if values is not None:
             values = self._fitting("grad", values)
         if self._placed:
-            self._leaf.grad[...] = 0 if values is None else values
+            self._leaf.buffer()[...] = 0 if values is None else values
         else:
             self._leaf.grad = values
 

@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a pure function of (seed, step, site, element).
 
 A counter-based generator has no state to save, restore or share. Splitting a batch over micro-steps or machines,
-resuming a run, or moving to another device draws the same numbers: nothing depends on what was drawn before.
+resuming a run and changing the device all keep the numbers: none depends on what was drawn before.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox4x32-10, Random123).
 """
@@ -13,17 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad2.array import Array
+
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # the round multipliers of the paper
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)  # the key increments: golden ratio, sqrt(3) - 1
 
 
-def philox4x32(c0, c1, c2, c3, k0, k1):
+Word = Any  # np.uint64 or arrays of it, of any library: each a 32-bit value
+
+
+def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10: four 32-bit words of counter and two of key -> four 32-bit random words.
 
     Every argument is a uint64 scalar or array holding a 32-bit value, so that a 32 x 32 product fits; arrays of any
-    library broadcast. Plain arithmetic only: the same function serves NumPy, CuPy and a JIT compiler.
+    library broadcast. It uses arithmetic only, so that NumPy, CuPy and Numba can run the same function.
     """
     for _ in range(10):
         p0 = _M0 * c0
@@ -34,22 +39,22 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-# The places that draw numbers, apart from each other: a model's dropout counts up from 0.
-SAMPLING_SITE = 1 << 30  # choosing the next token
-LAYER_SITES = 1 << 31  # layers that were given no initial values, counted up from here
-DATA_SITE = 2**32 - 1  # the order of samples; its step is the epoch
-INIT_STEP = 2**32 - 1  # a model's initial values, at sites of their own: a step that no training reaches
+# Sites, which keep the streams of random numbers apart; the sites of a model's dropout are 0, 1, 2, ...
+SAMPLING_SITE = 1 << 30  # sampling of the next token
+LAYER_SITES = 1 << 31  # the first of the layers without an initializer of their own
+DATA_SITE = 2**32 - 1  # the order of samples; the step is the epoch
+INIT_STEP = 2**32 - 1  # the step of a model's initial values: no training reaches it
 
 
 @dataclass(frozen=True)
 class Key:
-    """Names one stream of random numbers.
+    """Identifies one stream of random numbers.
 
     seed          64 bits, chosen by the user.
     step          the training step (or the epoch, for the data order).
-    first_sample  position in the *global* batch of the first sample at hand; shifts the element index, so that a part
-                  of a batch draws what the whole batch would have drawn there.
-    site          which of the model's random places is drawing (see `at`).
+    first_sample  position in the *global* batch of the first sample drawn for; it shifts the element index, so that a
+                  part of a batch gets the numbers that it has in the whole batch.
+    site          which operation of the model draws (see `at`).
 
     The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.
     """
@@ -72,7 +77,7 @@ class Key:
         return replace(self, site=site)
 
 
-def draw(key: Key, group: Any) -> tuple[Any, Any, Any, Any]:
+def draw(key: Key, group: Word) -> tuple[Array, Array, Array, Array]:
     """The words of elements 4 * group ... 4 * group + 3; `group` is a uint64 array of any library and shape."""
     seed, site, step = np.uint64(key.seed), np.uint64(key.site), np.uint64(key.step)
     return philox4x32(group & _WORD, group >> _SHIFT, site, step, seed & _WORD, seed >> _SHIFT)

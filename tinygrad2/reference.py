@@ -1,14 +1,19 @@
 """The math: the forward and the backward pass of every operation, on plain arrays.
 
-Read this file to learn how training works: each pair stands together, in the order in which GPT-2 needs them, with its
-formula. It is the textbook, the oracle that faster kernels are tested against, and what runs where there is none.
+Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
+GPT-2 needs them, with its formula and the derivation of its gradient. The same functions are the reference that faster
+kernels are tested against, and what computes where there is no faster kernel.
 
 Conventions
-    dx              the gradient of the loss with respect to x; dy is the gradient that comes in.
+    L               the loss, a number; dx is dL/dx, of x's shape, and dy = dL/dy is given.
     B T C V H D     batch, time, channels, vocabulary, heads, head size (C = H * D); N = B * T rows.
     dweight, dbias  are *added to* (a parameter may be used more than once); None means not wanted.
     dx              is *returned*, as a new array. Inputs are never changed, except where a docstring says so.
     dtype           of the results is that of the inputs (float32 to train, float64 to check); indices are integers.
+
+How a gradient is derived
+    By the chain rule, dx_j = sum_i dy_i (dy_i / dx_j), where the fraction is the derivative of y_i with respect to x_j.
+    So each derivation says which results y_i change with x_j, and by how much. delta_ij is 1 where i = j, else 0.
 
 Every name used from the array library is one that CuPy has too, and every constructor is given its dtype.
 """
@@ -16,19 +21,31 @@ Every name used from the array library is one that CuPy has too, and every const
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from tinygrad2.array import Array
 from tinygrad2.random import draw
 
+if TYPE_CHECKING:
+    import numpy.typing
+
+    from tinygrad2.array import Array, Index
+    from tinygrad2.random import Key
+
+    _A = TypeVar("_A", bound=Array)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Elementwise and shape operations
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def unbroadcast(dy, shape):
-    """The gradient of broadcasting `shape` up to dy's shape: dy summed over every axis that was repeated."""
+def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of broadcasting an array of `shape` to dy's shape: dy summed over every axis that was repeated.
+
+    One element x_j became several y_i, each with derivative 1, so dx_j is the sum of their dy_i.
+    """
     if dy.shape == tuple(shape):
         return dy
     extra = dy.ndim - len(shape)
@@ -36,122 +53,133 @@ def unbroadcast(dy, shape):
     return np.sum(dy, axis=tuple(range(extra)) + repeated, keepdims=True).reshape(shape)
 
 
-def add_forward(a, b):
+def add_forward(a: Array, b: Array) -> Array:
     """y = a + b."""
     return a + b
 
 
-def add_backward(dy, a_shape, b_shape):
-    """da = dy, db = dy."""
+def add_backward(dy: Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Both derivatives are 1: da = dy, db = dy."""
     return unbroadcast(dy, a_shape), unbroadcast(dy, b_shape)
 
 
-def subtract_forward(a, b):
+def subtract_forward(a: Array, b: Array) -> Array:
     """y = a - b."""
     return a - b
 
 
-def subtract_backward(dy, a_shape, b_shape):
-    """da = dy, db = -dy."""
+def subtract_backward(dy: Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The derivatives are 1 and -1: da = dy, db = -dy."""
     return unbroadcast(dy, a_shape), unbroadcast(-dy, b_shape)
 
 
-def multiply_forward(a, b):
+def multiply_forward(a: Array, b: Array) -> Array:
     """y = a b."""
     return a * b
 
 
-def multiply_backward(dy, a, b):
-    """da = dy b, db = dy a."""
+def multiply_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """The derivative by a is b, and by b it is a: da = dy b, db = dy a."""
     return unbroadcast(dy * b, a.shape), unbroadcast(dy * a, b.shape)
 
 
-def divide_forward(a, b):
+def divide_forward(a: Array, b: Array) -> Array:
     """y = a / b."""
     return a / b
 
 
-def divide_backward(dy, a, b):
-    """da = dy / b, db = -dy a / b^2."""
+def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """The derivative of a / b by a is 1 / b, and by b it is -a / b^2 (the power rule for b^-1). So
+
+    da = dy / b,    db = -dy a / b^2 = -da a / b.
+    """
     da = dy / b
     return unbroadcast(da, a.shape), unbroadcast(-da * a / b, b.shape)
 
 
-def power_forward(x, exponent):
+def power_forward(x: Array, exponent: float) -> Array:
     """y = x^exponent, the exponent a Python number."""
     return x**exponent
 
 
-def power_backward(dy, x, exponent):
-    """dx = dy exponent x^(exponent - 1), and 0 for exponent 0, at x = 0 too."""
+def power_backward(dy: Array, x: Array, exponent: float) -> Array:
+    """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
+    formula gives 0 times infinity.
+    """
     return dy * (exponent * x ** (exponent - 1)) if exponent else np.zeros_like(dy)
 
 
-def exp_forward(x):
+def exp_forward(x: Array) -> Array:
     """y = e^x."""
     return np.exp(x)
 
 
-def exp_backward(dy, y):
-    """dx = dy y."""
+def exp_backward(dy: Array, y: Array) -> Array:
+    """e^x is its own derivative: dx = dy y."""
     return dy * y
 
 
-def log_forward(x):
+def log_forward(x: Array) -> Array:
     """y = ln x."""
     return np.log(x)
 
 
-def log_backward(dy, x):
-    """dx = dy / x."""
+def log_backward(dy: Array, x: Array) -> Array:
+    """The derivative of ln x is 1 / x: dx = dy / x."""
     return dy / x
 
 
-def tanh_forward(x):
+def tanh_forward(x: Array) -> Array:
     """y = tanh x."""
     return np.tanh(x)
 
 
-def tanh_backward(dy, y):
-    """dx = dy (1 - y^2)."""
+def tanh_backward(dy: Array, y: Array) -> Array:
+    """tanh = sinh / cosh, so its derivative is (cosh^2 - sinh^2) / cosh^2 = 1 - tanh^2: dx = dy (1 - y^2)."""
     return dy * (1 - y * y)
 
 
-def sum_forward(x, axis, keepdims):
+def sum_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """y = the sum of x over `axis` (a tuple of axes)."""
     return np.sum(x, axis=axis, keepdims=keepdims)
 
 
-def sum_backward(dy, shape, axis):
-    """dx = dy repeated along `axis`. Returns a read-only view."""
+def sum_backward(dy: Array, shape: tuple[int, ...], axis: tuple[int, ...]) -> Array:
+    """Each x_j is in one sum, with derivative 1: dx = dy repeated along `axis`. Returns a read-only view."""
     kept = tuple(1 if i in axis else n for i, n in enumerate(shape))
     return np.broadcast_to(dy.reshape(kept), shape)
 
 
-def max_forward(x, axis, keepdims):
+def max_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """y = the maximum of x over `axis` (a tuple of axes)."""
     return np.max(x, axis=axis, keepdims=keepdims)
 
 
-def max_backward(dy, x, y, axis):
-    """dx = dy where x is the maximum, shared equally where several elements are (as PyTorch's amax does)."""
+def max_backward(dy: Array, x: Array, y: Array, axis: tuple[int, ...]) -> Array:
+    """y changes with the largest element alone: dx = dy there and 0 elsewhere.
+
+    Where n elements are equal and largest, there is no derivative; each gets dy / n (as PyTorch's amax does).
+    """
     kept = tuple(1 if i in axis else n for i, n in enumerate(x.shape))
     largest = x == y.reshape(kept)
     return largest * (dy.reshape(kept) / np.sum(largest, axis=axis, keepdims=True, dtype=x.dtype))
 
 
-def getitem_forward(x, index):
+def getitem_forward(x: Array, index: Index) -> Array:
     """y = x[index], for anything that NumPy indexing takes."""
     return x[index]
 
 
-def getitem_backward(dy, index, dx):
-    """dx[index] += dy, adding up where an element was taken several times."""
+def getitem_backward(dy: Array, index: Index, dx: Array) -> None:
+    """Each y_i is a copy of one x_j, so dx_j is the sum of dy_i over its copies: dx[index] += dy.
+
+    Where an element was taken several times, x[index] += dy would add only one of them; np.add.at adds all.
+    """
     plain = index if isinstance(index, tuple) else (index,)
     if all(isinstance(i, int | slice) or i is None or i is Ellipsis for i in plain):
         dx[index] += dy
     else:
-        np.add.at(dx, index, dy)
+        np.add.at(dx, index, dy)  # type: ignore[arg-type]  # (NumPy's own type hints know no other array)
 
 
 # reshape and transpose are views; their backward passes are the inverse view, in tensor.py.
@@ -161,22 +189,25 @@ def getitem_backward(dy, index, dx):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def matmul_forward(a, b):
+def matmul_forward(a: Array, b: Array) -> Array:
     """y = a @ b over the last two axes, the leading ones broadcast: (..., m, k) (..., k, n) -> (..., m, n)."""
     return np.matmul(a, b)
 
 
-def matmul_backward(dy, a, b):
-    """da = dy b^T, db = a^T dy."""
+def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """With y_ij = sum_k a_ik b_kj, moving a_ik moves row i of y (y_ij by b_kj), moving b_kj column j (y_ij by a_ik):
+
+    da_ik = sum_j dy_ij b_kj = (dy b^T)_ik,    db_kj = sum_i a_ik dy_ij = (a^T dy)_kj.
+    """
     da = np.matmul(dy, b.swapaxes(-1, -2))
     db = np.matmul(a.swapaxes(-1, -2), dy)
     return unbroadcast(da, a.shape), unbroadcast(db, b.shape)
 
 
-def linear_forward(x, weight, bias):
+def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     """y = x W + b: x (..., C_in), W (C_in, C_out) as OpenAI ships it, b (C_out,) or None -> (..., C_out).
 
-    W may be held in bfloat16, to generate: it is widened as it is read.
+    W may be held in bfloat16, to generate: it is converted to x's dtype as it is read.
     """
     weight = weight.astype(x.dtype, copy=False)
     y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one product of 2-D matrices, whatever the shape of x
@@ -185,8 +216,11 @@ def linear_forward(x, weight, bias):
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
-def linear_backward(dy, x, weight, dweight, dbias):
-    """dx = dy W^T;  dW += x^T dy;  db += the sum of dy over its rows."""
+def linear_backward(dy: Array, x: Array, weight: Array, dweight: Array | None, dbias: Array | None) -> Array:
+    """As for matmul, with y_nj = sum_k x_nk W_kj + b_j. Every row n uses W and b, so their gradients are sums over n:
+
+    dx = dy W^T,    dW_kj += sum_n x_nk dy_nj = (x^T dy)_kj,    db_j += sum_n dy_nj.
+    """
     dy2 = dy.reshape(-1, dy.shape[-1])
     if dweight is not None:
         dweight += np.matmul(x.reshape(-1, x.shape[-1]).T, dy2)
@@ -200,7 +234,7 @@ def linear_backward(dy, x, weight, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def embedding_forward(tokens, wte, wpe, first_position):
+def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
     """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None.
 
     Tables held in bfloat16 give float32.
@@ -212,19 +246,22 @@ def embedding_forward(tokens, wte, wpe, first_position):
     return y
 
 
-def embedding_backward(dy, runs, first_position, dwte, dwpe):
-    """dwte[v] += the sum of dy over the places that hold token v;  dwpe[p] += the sum of dy over the batch at p.
+def embedding_backward(
+    dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
+) -> None:
+    """Moving row v of wte moves every y[b, t] with tokens[b, t] = v; moving row p of wpe moves y[b, p - first_position]
+    for every b. Both derivatives are 1:
 
-    runs  where the same tokens stand (see ops.TokenRuns). The rows of dy are sorted by token, and each token's run is
-          folded onto its first row: in every round, rows at a distance of 1, 2, 4, ... are added pairwise, so that no
-          row is written twice in a round. The sum is the same every time, which adding with atomics is not, and as
-          exact as pairwise summation; differences of a running sum, which CuPy's add.reduceat takes, are not.
+    dwte[v] += the sum of dy[b, t] where tokens[b, t] = v,    dwpe[first_position + t] += the sum of dy[b, t] over b.
+
+    tokens  a NumPy array, whatever the array library: equal tokens are found on the host, without waiting for the
+            device. (np.add.at(dwte, tokens, dy) is the same sum, but on a GPU its order differs from run to run.)
     """
     if dwte is not None:
-        rows = dy.reshape(-1, dy.shape[-1])[runs.order]
-        for into, other in runs.folds:
-            rows[into] += rows[other]
-        dwte[runs.ids] += rows[runs.first]
+        rows, flat = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
+        for token in set(flat.tolist()):
+            (places,) = (flat == token).nonzero()
+            dwte[token] += np.sum(rows[np.asarray(places)], axis=0)
     if dwpe is not None:
         T = dy.shape[-2]
         dwpe[first_position : first_position + T] += np.sum(dy.reshape(-1, T, dy.shape[-1]), axis=0)
@@ -235,7 +272,7 @@ def embedding_backward(dy, runs, first_position, dwte, dwpe):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def dropout_scale(key, first, count, rate, dtype):
+def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: numpy.typing.DTypeLike) -> Array:
     """The factor of elements first ... first + count - 1: 0 with probability `rate`, else 1 / (1 - rate).
 
     first   the 64-bit index of an element in the global batch: an int, or a uint64 array of any shape S.
@@ -249,17 +286,20 @@ def dropout_scale(key, first, count, rate, dtype):
     return kept.astype(dtype) * (1 / (1 - rate))
 
 
-def dropout_forward(x, rate, key):
+def dropout_forward(x: Array, rate: float, key: Key) -> Array:
     """y = x m / (1 - rate), m Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
 
-    The first axis of x counts samples; key.first_sample says where they stand in the global batch.
+    The first axis of x counts samples; key.first_sample is the position of the first one in the global batch.
     Source: Srivastava et al., JMLR 15 (2014), in the inverted form.
     """
     return x * dropout_scale(key, key.first_sample * (x.size // x.shape[0]), x.size, rate, x.dtype).reshape(x.shape)
 
 
-def dropout_backward(dy, rate, key):
-    """dx = dy m / (1 - rate), the same factor as forward."""
+def dropout_backward(dy: Array, rate: float, key: Key) -> Array:
+    """y = f x, where the factor f = m / (1 - rate) does not depend on x: dx = f dy.
+
+    The key gives the same f again, so the backward pass is the forward pass, of dy.
+    """
     return dropout_forward(dy, rate, key)
 
 
@@ -268,7 +308,7 @@ def dropout_backward(dy, rate, key):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def layernorm_forward(x, weight, bias, eps):
+def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
     """y = w (x - mean) rstd + b over the last axis, rstd = 1 / sqrt(var + eps), var the biased variance.
 
     x (..., C), w and b (C,) -> y (..., C), mean (..., 1), rstd (..., 1).   Source: arXiv:1607.06450, eq. 4.
@@ -279,9 +319,15 @@ def layernorm_forward(x, weight, bias, eps):
     return centred * rstd * weight + bias, mean, rstd
 
 
-def layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias):
-    """With xhat = (x - mean) rstd and g = dy w:  dx = rstd (g - mean(g) - xhat mean(g xhat));
-    dw += the sum of dy xhat over the rows;  db += the sum of dy over the rows.
+def layernorm_backward(
+    dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
+) -> Array:
+    """With xhat = (x - mean) rstd, y = w xhat + b; g = dy w is the gradient of xhat. Moving x_j moves every xhat_i of
+    its row: directly, through mean (by 1 / C) and through rstd (by -rstd^2 xhat_j / C):
+
+    dxhat_i / dx_j = rstd (delta_ij - 1 / C - xhat_i xhat_j / C), so
+    dx_j = sum_i g_i (dxhat_i / dx_j) = rstd (g_j - mean(g) - xhat_j mean(g xhat));
+    dw += the sum of dy xhat over the rows,    db += the sum of dy over the rows.
 
     xhat is computed again from x and the two statistics of each row instead of being saved.
     """
@@ -295,7 +341,9 @@ def layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias):
     return rstd * (g - np.mean(g, axis=-1, keepdims=True) - xhat * np.mean(g * xhat, axis=-1, keepdims=True))
 
 
-def add_layernorm_forward(x, delta, weight, bias, eps):
+def add_layernorm_forward(
+    x: Array, delta: Array, weight: Array, bias: Array, eps: float
+) -> tuple[Array, Array, Array, Array]:
     """s = x + delta;  y = LayerNorm(s): a residual connection and the normalisation that reads it, in one pass.
 
     Returns s, y, mean, rstd.
@@ -304,8 +352,13 @@ def add_layernorm_forward(x, delta, weight, bias, eps):
     return s, *layernorm_forward(s, weight, bias, eps)
 
 
-def add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias):
-    """dx = ddelta = ds + the LayerNorm's dx; ds and dy are the gradients of the two results. Returns the one array."""
+def add_layernorm_backward(
+    ds: Array, dy: Array, s: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
+) -> Array:
+    """s is used twice: as a result, whose gradient is ds, and by the LayerNorm, which adds its own gradient.
+
+    x and delta move s alike: dx = ddelta = ds + LayerNorm's dx. Returns the one array.
+    """
     return ds + layernorm_backward(dy, s, weight, mean, rstd, dweight, dbias)
 
 
@@ -316,26 +369,26 @@ def add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias):
 QUERY_ROWS = 128  # rows of the score matrix at a time: memory grows as T, and blocks above the diagonal are skipped
 
 
-def query_blocks(T):
+def query_blocks(T: int) -> list[tuple[slice, slice]]:
     """(rows, cols) for each block of queries: cols are the keys up to the last row, all that those rows can see."""
     return [(slice(i, min(i + QUERY_ROWS, T)), slice(0, min(i + QUERY_ROWS, T))) for i in range(0, T, QUERY_ROWS)]
 
 
-def split_heads(packed, parts, n_head):
+def split_heads(packed: _A, parts: int, n_head: int) -> list[_A]:
     """(B, T, parts * C), heads side by side in each part -> `parts` views of shape (B, H, T, D)."""
     B, T, width = packed.shape
     split = packed.reshape(B, T, parts, n_head, width // (parts * n_head)).transpose(2, 0, 3, 1, 4)
     return [split[i] for i in range(parts)]
 
 
-def _scores(q, k, rows, cols):
+def _scores(q: Array, k: Array, rows: slice, cols: slice) -> Array:
     """q k^T / sqrt(D) for a block of queries, -inf where the key comes after the query."""
     T = np.arange(cols.stop, dtype=np.int64)
     scores = np.matmul(q[:, :, rows], k[:, :, cols].swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
     return np.where(T[None, cols] <= T[rows, None], scores, -np.inf)
 
 
-def _attention_dropout(qkv, n_head, rows, cols, rate, key):
+def _attention_dropout(qkv: Array, n_head: int, rows: slice, cols: slice, rate: float, key: Key) -> Array:
     """Dropout's factors for a block; element ((sample * H + h) * T + row) * T + col of the (B, H, T, T) attention."""
     B, T, _ = qkv.shape
     head = np.arange(B * n_head, dtype=np.uint64).reshape(B, n_head, 1) + np.uint64(key.first_sample * n_head)
@@ -343,12 +396,12 @@ def _attention_dropout(qkv, n_head, rows, cols, rate, key):
     return dropout_scale(key, (head * np.uint64(T) + row) * np.uint64(T), cols.stop, rate, qkv.dtype)
 
 
-def attention_forward(qkv, n_head, rate, key):
+def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> tuple[Array, Array]:
     """softmax(q k^T / sqrt(D), causal) v for each head; with a key, dropout at `rate` on the attention weights.
 
     qkv (B, T, 3 C), queries, keys and values side by side, the heads side by side in each; key None means no dropout.
     Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that the
-    backward pass needs to rebuild the weights, so that no T x T array is kept.
+    backward pass needs to compute the weights again, so that no T x T array is kept.
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
@@ -369,12 +422,17 @@ def attention_forward(qkv, n_head, rate, key):
     return out, lse
 
 
-def attention_backward(dout, qkv, out, lse, n_head, rate, key):
-    """With P = exp(scores - lse), M dropout's factors, and delta_i = sum_d dout_id out_id:
+def attention_backward(
+    dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
+) -> Array:
+    """For one head, S = Q K^T / sqrt(D), P = softmax(S) = exp(S - lse) row by row, M dropout's factors, O = (P M) V.
+    O and S are matrix products, and P M is elementwise, so their gradients are those of matmul and multiply:
 
-        dV = (P M)^T dO;   dP = (dO V^T) M;   dS = P (dP - delta) / sqrt(D);   dQ = dS K;   dK = dS^T Q.
+    dV = (P M)^T dO,    dP = (dO V^T) M,    dQ = dS K / sqrt(D),    dK = dS^T Q / sqrt(D);
+    dS is softmax's: dS_ij = P_ij (dP_ij - delta_i), delta_i = sum_j dP_ij P_ij. That needs no second pass over j:
+    sum_j (dO V^T)_ij M_ij P_ij = sum_d dO_id sum_j P_ij M_ij V_jd, so delta_i = sum_d dO_id O_id.
 
-    delta is the row sum of P dP, since out = (P M) V. Returns dqkv.   Source: arXiv:2205.14135, appendix B.
+    Returns dqkv.   Source: arXiv:2205.14135, appendix B.
     """
     T = qkv.shape[1]
     q, k, v = split_heads(qkv, 3, n_head)
@@ -400,7 +458,7 @@ def attention_backward(dout, qkv, out, lse, n_head, rate, key):
     return dqkv
 
 
-def attention_cached(qkv, cache, length, n_head):
+def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Array:
     """Attention of new tokens to themselves and to all before them, for generation: there is no backward pass.
 
     qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) holds the keys
@@ -431,7 +489,7 @@ _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def gelu_forward(x, bias):
+def gelu_forward(x: Array, bias: Array | None) -> Array:
     """y = u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2 with u = x + bias (bias (C,) or None).
 
     GPT-2's GELU, the tanh form.   Source: arXiv:1606.08415, section 2.
@@ -440,8 +498,14 @@ def gelu_forward(x, bias):
     return 0.5 * u * (1 + np.tanh(_GELU_SCALE * u * (1 + _GELU_CUBIC * (u * u))))
 
 
-def gelu_backward(dy, x, bias, dbias):
-    """dy/du = (1 + t) / 2 + u (1 - t^2) sqrt(2 / pi) (1 + 3 * 0.044715 u^2) / 2 with t the tanh;  dbias += its rows."""
+def gelu_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
+    """With z = a (u + c u^3), a = sqrt(2 / pi), c = 0.044715, and t = tanh z, y = u (1 + t) / 2. Moving u moves y
+    directly and through t, whose derivative is (1 - t^2) dz/du = (1 - t^2) a (1 + 3 c u^2). By the product rule,
+
+    dy/du = (1 + t) / 2 + u (1 - t^2) a (1 + 3 c u^2) / 2,    dx = dy (dy/du).
+
+    u = x + bias for every row, so dbias += the sum of dx over the rows.
+    """
     u = x if bias is None else x + bias
     square = u * u
     t = np.tanh(_GELU_SCALE * u * (1 + _GELU_CUBIC * square))
@@ -452,14 +516,18 @@ def gelu_backward(dy, x, bias, dbias):
     return dx
 
 
-def gelu_exact_forward(x, bias):
+def gelu_exact_forward(x: Array, bias: Array | None) -> Array:
     """y = u Phi(u) = u (1 + erf(u / sqrt(2))) / 2 with u = x + bias (bias (C,) or None).   Source: arXiv:1606.08415."""
     u = x if bias is None else x + bias
     return 0.5 * u * (1 + erf(u * math.sqrt(0.5)))
 
 
-def gelu_exact_backward(dy, x, bias, dbias):
-    """dy/du = Phi(u) + u phi(u), phi the normal density exp(-u^2 / 2) / sqrt(2 pi);  dbias += its rows."""
+def gelu_exact_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
+    """Phi is the distribution function of the standard normal distribution, whose derivative is the density
+    phi(u) = exp(-u^2 / 2) / sqrt(2 pi). By the product rule, with y = u Phi(u),
+
+    dy/du = Phi(u) + u phi(u),    dx = dy (dy/du),    dbias += the sum of dx over the rows.
+    """
     u = x if bias is None else x + bias
     density = np.exp(-0.5 * u * u) * (1 / math.sqrt(2 * math.pi))
     dx = dy * (0.5 * (1 + erf(u * math.sqrt(0.5))) + u * density)
@@ -488,7 +556,7 @@ _ERF_LARGE = (
 )  # fmt: skip
 
 
-def _ratio(coefficients, x):
+def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Array) -> Array:
     """P(x) / Q(x), both by Horner's rule, the highest power first."""
     p, q = (np.full(x.shape, c[0], dtype=x.dtype) for c in coefficients)
     for a, b in zip(coefficients[0][1:], coefficients[1][1:], strict=True):
@@ -497,7 +565,7 @@ def _ratio(coefficients, x):
     return p / q
 
 
-def erf(x):
+def erf(x: Array) -> Array:
     """2 / sqrt(pi) times the integral of exp(-t^2) from 0 to x, to the precision of x's dtype (Cody 1969).
 
     Three ranges of |x|: up to 0.46875 erf itself; up to 4 and beyond, 1 - erfc.
@@ -518,42 +586,51 @@ def erf(x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def softmax_forward(x):
+def softmax_forward(x: Array) -> Array:
     """y_i = exp(x_i) / sum_j exp(x_j) over the last axis."""
     y = np.exp(x - np.max(x, axis=-1, keepdims=True))
     y /= np.sum(y, axis=-1, keepdims=True)
     return y
 
 
-def softmax_backward(dy, y):
-    """dx = y (dy - sum_j dy_j y_j)."""
+def softmax_backward(dy: Array, y: Array) -> Array:
+    """Moving x_j moves the numerator of y_j, and the denominator of every y_i (by exp(x_j)):
+
+    dy_i / dx_j = y_i (delta_ij - y_j), so
+    dx_j = sum_i dy_i y_i (delta_ij - y_j) = y_j (dy_j - sum_i dy_i y_i).
+    """
     return y * (dy - np.sum(dy * y, axis=-1, keepdims=True))
 
 
-def cross_entropy_forward(logits, targets):
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
     """loss = the mean over the rows of lse(logits) - logits[target]: logits (..., V), targets (...) integers.
 
     Returns the loss (0-d, in nats) and lse (..., 1), the log of each row's sum of exponentials.
     """
     largest = np.max(logits, axis=-1, keepdims=True)
     lse = largest + np.log(np.sum(np.exp(logits - largest), axis=-1, keepdims=True))
-    return np.mean(lse - np.take_along_axis(logits, targets[..., None], axis=-1)), lse
+    picked: Array = np.take_along_axis(logits, targets[..., None], axis=-1)
+    return np.mean(lse - picked), lse
 
 
-def cross_entropy_backward(dloss, logits, targets, lse):
-    """dlogits = dloss (softmax(logits) - onehot(target)) / rows."""
+def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, lse: Array) -> Array:
+    """The derivative of lse = log sum_j exp(z_j) by z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j = exp(z_j - lse),
+    and that of -z[target] is -1 at the target. Each row has 1 / rows of the mean:
+
+    dlogits = dloss (softmax(logits) - onehot(target)) / rows.
+    """
     rows = np.exp(logits - lse).reshape(-1, logits.shape[-1])
     rows[np.arange(len(rows), dtype=np.int64), targets.reshape(-1)] -= 1
     rows *= dloss / targets.size
     return rows.reshape(logits.shape)
 
 
-def lm_head_forward(x, weight, targets):
+def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
     """The loss of softmax(x W^T) against targets, fused: x (..., C), W (V, C), targets (...) integers.
 
-    The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1) in place: the largest array
-    of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and dlogits (N, V). W may be held
-    in bfloat16, to evaluate.
+    The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1; see cross_entropy_backward)
+    in place: the largest array of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and
+    dlogits (N, V). W may be held in bfloat16, to evaluate.
     """
     logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype, copy=False).T)
     row, target = np.arange(len(logits), dtype=np.int64), targets.reshape(-1)
@@ -567,8 +644,12 @@ def lm_head_forward(x, weight, targets):
     return loss, logits
 
 
-def lm_head_backward(dloss, dlogits, x, weight, dweight):
-    """dx = dloss dlogits W;  dW += dloss dlogits^T x. The factor goes to x, not to the (N, V) buffer."""
+def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dweight: Array | None) -> Array:
+    """logits = x W^T, so by the rule for matmul dx = (dloss dlogits) W and dW += (dloss dlogits)^T x, where dlogits is
+    the gradient for dloss = 1. The number dloss may multiply any factor of a product: here
+
+    dx = dloss (dlogits W),    dW += dlogits^T (dloss x),    both smaller than the (N, V) buffer.
+    """
     if dweight is not None:
         dweight += np.matmul(dlogits.T, x.reshape(-1, x.shape[-1]) * dloss)
     dx = np.matmul(dlogits, weight)

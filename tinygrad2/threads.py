@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 import weakref
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
+from tinygrad2 import machine
 
-def cores(process: int = 0) -> set[int]:
-    """The cores that a process may use (0 is this one), by number."""
-    return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def available() -> int:
-    """How many cores this process may use; where a container gets less of their time, as many as that is worth."""
-    return max(1, math.ceil(min(len(cores()), _quota())))
-
-
-def _quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """The cores' worth of time that the control group (version 2) allows; infinite without a limit."""
-    try:
-        limit, period = file.read_text(encoding="ascii").split()
-        return math.inf if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
-        return math.inf
-
-
-_count = available()
+_count = machine.usable_threads()
 _lock = threading.Lock()
 # An interrupt may come at any step: what BLAS was told is noted before it is told, and who asked is forgotten with it.
 _before: list[tuple[Any, int]] = []  # the BLAS libraries and how many threads each had, while somebody asks for one

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt2.config import GPT2Config, is_matrix
-from gpt2.formats.torch_file import Stored, read_at
+from gpt2.formats.stored import Stored, read_at
 
 MAGIC, HEADER = 20240326, 256
 VERSIONS = {3: "float32", 5: "bfloat16"}

@@ -1,4 +1,4 @@
-"""Files of PyTorch (`torch.save`), read and written without it. Nothing that a file holds is ever executed.
+"""Files of PyTorch (`torch.save`), read and written without PyTorch. Nothing that a file holds is ever executed.
 
 Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
 data/1 and so on. Before PyTorch 1.6 it was a chain of pickles with the tensors' memory after them. A pickle is a
@@ -14,15 +14,19 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
-LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has less than 1 MB
+from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPT2Config, is_matrix
+from gpt2.formats.stored import Stored, read_at
+
+LM_HEAD = "lm_head.weight"  # the output layer, tied to the token embedding
+STATE_DICTS = ("model", "state_dict", "model_state_dict")  # where a checkpoint keeps its parameters
+PICKLE_LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has less than 1 MB
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files begin; the second is a pickle of a number of 10 bytes
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
@@ -49,27 +53,6 @@ CONFIGS = ("Config", "Namespace")  # how the names of classes end whose attribut
 
 # What zipfile, struct and seeking raise for nonsense.
 DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An array in a file: its shape and NumPy's name of its type are known, its values are read when asked for."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-    def rows(self, count: int) -> Stored:
-        """The first `count` rows."""
-        return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])
-
-    def transposed(self) -> Stored:
-        """With its axes in the reverse order, contiguous again."""
-        return Stored(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self.read().T))
-
-    def cast(self, dtype: str) -> Stored:
-        """With its values rounded to `dtype`."""
-        return Stored(self.shape, dtype, lambda: self.read().astype(dtype, copy=False))
 
 
 @dataclass
@@ -100,7 +83,7 @@ class _Storage:
         return self.count * np.dtype(self.dtype).itemsize
 
 
-def load(path: Path) -> Any:
+def load_pickled(path: Path) -> Any:
     """What `torch.save` wrote into the file: dicts, lists, tuples, text and numbers, with a Stored for each tensor and
     a Record for each config object. Raises ValueError for anything else, before it allocates what the file asks for."""
     with path.open("rb") as file:
@@ -122,8 +105,10 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
             entries[name] = info
         if "data.pkl" not in entries:
             raise ValueError("its archive has no entry data.pkl; expected a file of torch.save")
-        if entries["data.pkl"].file_size > LIMIT:
-            raise ValueError(f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; at most {LIMIT:,} are read")
+        if entries["data.pkl"].file_size > PICKLE_LIMIT:
+            raise ValueError(
+                f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; at most {PICKLE_LIMIT:,} are read"
+            )
         if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
             raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
         program = io.BytesIO(archive.read(entries["data.pkl"]))
@@ -168,7 +153,7 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
 def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple[Any, list[_Storage]]:
     """The next pickle of a chain; the file then stands behind it."""
     start = file.tell()
-    program = io.BytesIO(file.read(LIMIT))
+    program = io.BytesIO(file.read(PICKLE_LIMIT))
     found = _interpret(program, path, places)
     file.seek(start + program.tell())
     return found
@@ -339,16 +324,7 @@ def _is_count(number: Any) -> bool:
     return type(number) is int and 0 <= number < 1 << 63
 
 
-def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that begins `offset` bytes into a file."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.fromfile(path, np.uint8, count, offset=offset)
-    if len(memory) != count:
-        raise ValueError(f"it ends {count - len(memory):,} bytes too early")
-    return memory.view(dtype).reshape(shape)
-
-
-def save(path: Path, tree: dict[str, Any]) -> None:
+def save_pickled(path: Path, tree: dict[str, Any]) -> None:
     """Write what `torch.load` reads, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
     tensors. One that stands in several places is one tensor there too. Holds one array at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
@@ -398,3 +374,56 @@ def _pickled(value: Any, storages: dict[int, tuple[str, Stored]]) -> bytes:
             return each([_Name(TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
         case _:
             raise TypeError(f"a file of PyTorch: {type(value).__name__} is not written")
+
+
+def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
+    """The config, where the file has one, and the parameters. The config tells which program wrote the file:
+
+    a config.json (model_type)     gpt2.convert
+    model_args                     nanoGPT, which computes GELU's exact form
+    config, a pickled GPTConfig    build-nanogpt, GELU's tanh form and no dropout; nanoGPT's class has a dropout
+    """
+    tree = load_pickled(file)
+    if not isinstance(tree, dict):
+        raise ValueError(f"it holds a {type(tree).__name__}; expected a dictionary with a model's parameters")
+    stored = next((tree[key] for key in STATE_DICTS if isinstance(tree.get(key), dict)), tree)
+    if not stored or not all(isinstance(name, str) and isinstance(value, Stored) for name, value in stored.items()):
+        raise ValueError("it holds no state dict; expected the tensors themselves, or a dictionary `model` of them")
+    config = _scalars(tree.get("config"))
+    if "model_type" in config:
+        return GPT2Config.from_dict(config), stored
+    values = _scalars(tree.get("model_args")) or config
+    if "n_head" not in values:
+        return None, stored
+    rate = values.get("dropout", 0.0)
+    return GPT2Config(
+        vocab_size=GPT2_VOCAB_SIZE if values["vocab_size"] == PADDED_VOCAB_SIZE else values["vocab_size"],
+        n_positions=values["block_size"],
+        n_embd=values["n_embd"],
+        n_layer=values["n_layer"],
+        n_head=values["n_head"],
+        activation_function="gelu" if "dropout" in values else "gelu_new",
+        embd_pdrop=rate,
+        attn_pdrop=rate,
+        resid_pdrop=rate,
+    ), stored
+
+
+def _scalars(config: Any) -> dict[str, Any]:
+    """A config's numbers and texts; of anything else the type's name, which no check of a config lets pass."""
+    values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
+    kinds = (str, int, float, type(None))
+    return {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
+
+
+def write(path: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
+    """Write what nanoGPT saves and loads, with matrices as nn.Linear has them, and our own config, which says more."""
+    named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
+    rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
+    checkpoint = {
+        "model": {**named, LM_HEAD: named["transformer.wte.weight"]},
+        "model_args": {**sizes, **rates},
+        "config": config.to_dict(),
+    }
+    save_pickled(path, checkpoint)

@@ -12,9 +12,14 @@ from typing import Any
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
+from tinygrad2 import optim
 from tinygrad2.backend import DEVICES, PRECISIONS
 
 LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
+
+
+class UsageError(ValueError):
+    """The options do not make sense; the message says which and why."""
 
 
 def _option(
@@ -51,8 +56,8 @@ def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
 
 @dataclass
 class Options:
-    """Everything that train.py can be told. Where the default is None, `complete` fills in what other options imply;
-    only those whose type says so may stay None."""
+    """Everything that train.py can be told. Where the default is None, `resolve_options` fills in what other options
+    imply; only those whose type says so may stay None."""
 
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
@@ -91,6 +96,37 @@ class Options:
     profile: bool = _option(False, bool, "at the end, show where the steps' time went, by operation")
     zero: bool = _option(False, bool, "with several ranks, each keeps its share of the optimizer's moments only")
     seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
+
+    def micro_steps(self, ranks: int) -> int:
+        """Micro-steps of a step on every rank, from the tokens that a step is to have. Raises UsageError where they do
+        not divide into whole micro-steps."""
+        B, T = self.batch_size, self.block_size
+        micro = B * T * ranks
+        total = self.total_batch_size or micro
+        if total % micro:
+            lower = total // micro * micro
+            near = f"{lower:,} or {lower + micro:,}" if lower else f"{micro:,}"
+            fitting = [b for b in range(1, B) if total % (b * T * ranks) == 0]
+            other = f", or --batch-size {fitting[-1]}" if fitting else ""
+            if ranks > 1 and total % T == 0 and not fitting:
+                sequences = total // T
+                counts = [str(n) for n in range(1, min(sequences, 2 * ranks) + 1) if sequences % n == 0]
+                other = f". Its {sequences:,} sequences divide over {', '.join(counts)} ranks"
+            raise UsageError(
+                f"--total-batch-size {total:,} is no multiple of {f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x "
+                f"--block-size {T} = {micro:,} tokens; the nearest that is: {near}{other}"
+            )
+        return total // micro
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear warm-up, then half a cosine."""
+        return optim.cosine(
+            step,
+            lr=self.learning_rate,
+            min_lr=self.min_lr,
+            warmup=self.warmup_iters,
+            decay_steps=self.lr_decay_iters,
+        )
 
 
 # What is implied where nothing else says so: for models that a small machine trains in minutes, and for the others.
@@ -147,14 +183,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# A run goes on from its checkpoint only with these unchanged: they decide which numbers it computes on.
+DERIVED_OPTIONS = ("lr_decay_iters", "min_lr")  # which follow from others where they are not given
+
+# A run is resumed only with these unchanged: they decide which numbers it computes on.
 # So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
 # the data, which is known by its content: its folder may have another name.
-FIXED = ("preset", "init", "block_size", "dtype", "seed")
-
-
-class UsageError(ValueError):
-    """The options do not make sense; the message says which and why."""
+FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed")
 
 
 def flag(name: str) -> str:
@@ -162,7 +196,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+def parse_options(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     """The options given on the command line and in the files it names, the command line winning; nothing else."""
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file (the same names)")
@@ -176,7 +210,7 @@ def parse(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
     try:
-        return check({**(_read_toml(Path(file)) if file else {}), **given})
+        return check_options({**(_read_toml(Path(file)) if file else {}), **given})
     except UsageError as error:
         parser.error(str(error))
 
@@ -185,7 +219,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is no TOML ({error})"
+        reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error})"
         raise UsageError(f"{path}: {reason}") from None
     given = {}
     names = [f.name for f in fields(Options)]
@@ -202,7 +236,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return given
 
 
-def check(given: dict[str, Any]) -> dict[str, Any]:
+def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Raise UsageError for a value out of range; returns `given`."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
@@ -218,8 +252,9 @@ def check(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def complete(given: dict[str, Any], config: GPT2Config) -> Options:
-    """All options: those given, else the recipe's, else what the size of the model implies, else the defaults."""
+def default_options(given: dict[str, Any], config: GPT2Config) -> dict[str, Any]:
+    """What holds where an option is not given: the recipe's value, else what the size of the model implies, else the
+    default. Options that follow from others (see `resolve_options`) are not among them."""
     implied = dict(IMPLIED["small" if config.n_parameters < SMALL_MODEL else "large"])
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
     for values in (implied, recipe):  # sequences as long as the model can read, where the user names no length
@@ -231,7 +266,16 @@ def complete(given: dict[str, Any], config: GPT2Config) -> Options:
         implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
     elif given.get("preset", Options.preset) in BYTE_PRESETS:
         implied["data"] = "pydoc"
-    values = {**implied, **recipe, **given}
+    plain = {f.name: f.default for f in fields(Options) if f.default is not None}
+    return {**plain, **implied, **recipe}
+
+
+def resolve_options(given: dict[str, Any], config: GPT2Config, defaults: dict[str, Any] | None = None) -> Options:
+    """All options: those given, else the defaults, else what other options imply.
+
+    defaults  of the version that started the run, where it is resumed; else those of this version.
+    """
+    values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
     values.setdefault("min_lr", values["learning_rate"] / 10)
     return Options(**values)

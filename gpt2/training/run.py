@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gpt2.formats import hub, huggingface
-from gpt2.model import GPT2
+from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.options import UsageError, check
-from tinygrad2 import checkpoint, optim
+from gpt2.training.options import DERIVED_OPTIONS, Options, UsageError, check_options
+from tinygrad2 import checkpoint, files, optim
 from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
@@ -43,14 +40,28 @@ class Progress:
 
 
 @dataclass
+class Remembered:
+    """What a resumed run takes over: the options that it was given, and the defaults of the others at its start."""
+
+    options: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+@dataclass
 class Saved:
-    """What a checkpoint holds beside the weights."""
+    """What a checkpoint holds beside the weights.
+
+    options   that the run was given;  defaults  what held for the others when it was started, or None where that is
+              not known: later versions may have other defaults, but not for this run.
+    data      the fingerprint of the training data.
+    """
 
     folder: Path
     progress: Progress
     optimizer_steps: int
     options: dict[str, Any]
     data: str
+    defaults: dict[str, Any] | None = None
 
 
 class RunFolder:
@@ -82,8 +93,13 @@ class RunFolder:
             except checkpoint.CheckpointError as error:
                 say(f"damaged checkpoint, not used: {error}")
         if folders:
-            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts anew beside it")
+            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts a new run beside it")
         return None
+
+    def last_checkpoint(self) -> str:
+        """A sentence that names the newest checkpoint, for a rank that is about to fail alone."""
+        saved = self.newest(lambda line: None)
+        return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
     def opened(self, step: int, writer: Any = None) -> Iterator[None]:
@@ -97,15 +113,14 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with checkpoint.Lock(self.path / LOCK, str(self.path)):
+        with files.Lock(self.path / LOCK, str(self.path)):
             for folder in checkpoint.find(self.path):
                 if checkpoint.step_of(folder) > step:
-                    folder.rename(_unused(folder.with_name(f"damaged-{folder.name}")))
+                    folder.rename(files.free_name(folder.with_name(f"damaged-{folder.name}")))
             for log in (self.path / LOG, self.path / SAMPLES, self.path / STARTS):
                 kept = [row for row in read_log(log) if row["step"] <= step]
-                rewritten = self.path / f".{log.name}.new"
-                rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-                os.replace(rewritten, log)
+                with files.atomic_write(log) as partial:
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             # Its files are named by the second: the suffix keeps two starts within one apart.
             options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
             board = writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
@@ -114,16 +129,16 @@ class RunFolder:
 
     def save(
         self,
-        model: GPT2,
+        model: LanguageModel,
         optimizer: optim.AdamW,
         tokenizer: Tokenizer,
         progress: Progress,
-        options: dict[str, Any],
+        remembered: Remembered,
         data: str,
     ) -> Path:
         """Write the checkpoint of the step that `progress` names, point `best` at the best one, clear old ones away.
 
-        options  what the run was told;  data  the fingerprint of the training data.
+        data  the fingerprint of the training data.
         """
         folder = self.path / checkpoint.name(progress.step)
         moments = optimizer.state()
@@ -133,7 +148,7 @@ class RunFolder:
             model.save_pretrained(partial)
             tokenizer.save(partial)
             checkpoint.save_arrays(partial / OPTIMIZER, moments)
-            state = Saved(folder, progress, optimizer.steps, options, data)
+            state = Saved(folder, progress, optimizer.steps, remembered.options, data, remembered.defaults)
             checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         checkpoint.prune(self.path, self.keep, best)
@@ -144,13 +159,9 @@ class RunFolder:
     def _point(self, link: str, name: str) -> None:
         """Make out/best a link to a checkpoint, where the file system has links."""
         if (self.path / name).is_dir():
-            new = self.path / f".{link}.new"
-            try:
-                new.unlink(missing_ok=True)
+            # (Windows gives links only to administrators; trainer.json names the best step too)
+            with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
-                os.replace(new, self.path / link)
-            except OSError:
-                pass  # Windows gives links only to administrators; trainer.json names the best step too
 
     def load_optimizer(self, saved: Saved, optimizer: optim.AdamW) -> None:
         """Take over the optimizer's state from a checkpoint."""
@@ -193,57 +204,41 @@ class RunFolder:
     def _set_aside(self) -> Path | None:
         if not self.path.exists():
             return None
-        checkpoint.Lock(self.path / LOCK, str(self.path)).check()
+        files.Lock(self.path / LOCK, str(self.path)).check()
         if not self.path.name:
             raise ValueError(f"--out-dir {self.path} cannot be renamed; name a folder of its own")
-        return self.path.rename(_unused(self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")))
+        dated = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return self.path.rename(files.free_name(dated))
 
 
 def _read_state(folder: Path) -> Saved:
     """Raises CheckpointError where trainer.json is not what RunFolder.save writes."""
     state = checkpoint.read_json(folder / TRAINER)
     try:
-        saved = Saved(folder, Progress(**state["progress"]), state["optimizer_steps"], state["options"], state["data"])
+        defaults = state["defaults"] if "defaults" in state else _first_defaults(folder.parent)
+        progress = Progress(**state["progress"])
+        saved = Saved(folder, progress, state["optimizer_steps"], state["options"], state["data"], defaults)
         counts = (saved.progress.step, saved.progress.samples, saved.progress.tokens, saved.optimizer_steps)
         if not all(isinstance(count, int) for count in counts) or not isinstance(saved.options, dict):
             raise TypeError
         if saved.progress.best is not None:
             saved.progress.best["step"] + 0, saved.progress.best["val_loss"] + 0
-        check(saved.options)
+        check_options(saved.options)
+        check_options(saved.defaults or {})
         return saved
     except (KeyError, TypeError, ValueError):
         raise checkpoint.CheckpointError(f"{folder / TRAINER}: it is not what train.py writes") from None
 
 
-def _unused(path: Path) -> Path:
-    """The path, or with a number after it where the name is taken."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{i}") for i in itertools.count(1)))
-    return next(name for name in names if not name.exists())
-
-
-def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
-    else the newest .pt file; for one of the names in gpt2.formats.hub the folder that OpenAI's model was downloaded to.
-
-    Raises FileNotFoundError where there is none.
-    """
-    if path.is_file() or (path / huggingface.CONFIG).exists():
-        return path
-    if str(path) in hub.REVISIONS:
-        return hub.download(str(path))
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: there is no such folder or file; expected a model's, the out-dir of a run, or one of "
-            f"{', '.join(hub.REVISIONS)}"
-        )
-    folder, damaged = checkpoint.newest(path)
-    for line in damaged:
-        say(f"damaged checkpoint, not used: {line}")
-    if folder is None:
-        folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
-    if folder is None:
-        raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
-    return folder
+def _first_defaults(out: Path) -> dict[str, Any] | None:
+    """The options that a run had when it was started, as its folder recorded them: checkpoints of earlier versions
+    do not hold the defaults."""
+    starts = read_log(out / STARTS)
+    options = starts[0].get("options") if starts else None
+    if not isinstance(options, dict):
+        return None
+    known = {f.name for f in fields(Options)} - set(DERIVED_OPTIONS)
+    return {name: value for name, value in options.items() if name in known and value is not None}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

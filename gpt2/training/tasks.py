@@ -17,19 +17,17 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tinygrad2 import no_grad, ops
-
-if TYPE_CHECKING:
-    from gpt2.model import GPT2
-    from gpt2.tokenizer import Tokenizer
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from tinygrad2 import no_grad
+from tinygrad2.files import atomic_write
 
 TIMEOUT = 30  # seconds without an answer from a server
 
@@ -58,6 +56,9 @@ class Task:
     item: Callable[[Any], Item]
     expected: str
     metrics: Callable[[dict[str, float]], dict[str, float]]
+
+
+Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with their items
 
 
 def _hellaswag_item(line: Any) -> Item:
@@ -105,7 +106,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygrad2"
 
 
-def load(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
+def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
     """The task's items, from `file` or else from the published one, which is downloaded at the first use.
 
     limit  at most so many, spread evenly over the file (which may be sorted).
@@ -128,31 +129,30 @@ def load(task: Task, file: str | Path | None = None, limit: int | None = None) -
 
 
 def _download(task: Task) -> Path:
-    """The published file in the cache, downloaded if it is not there. It gets its name when it is whole and checked."""
+    """The published file in the cache, downloaded and checked if it is not there."""
     path = cache_folder() / task.url.rsplit("/", 1)[-1]
     if path.is_file():
         return path
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     sha = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(task.url, timeout=TIMEOUT) as response, partial.open("wb") as out:
+        with (
+            atomic_write(path, suffix=str(os.getpid())) as partial,  # other processes may download it too
+            urllib.request.urlopen(task.url, timeout=TIMEOUT) as response,
+            partial.open("wb") as out,
+        ):
             size = int(response.headers.get("Content-Length", 0))
             with tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None) as progress:
                 while chunk := response.read(1 << 16):
                     sha.update(chunk)
                     progress.update(out.write(chunk))
-        if sha.hexdigest() != task.sha256:
-            raise OSError("what came is not the published file: its checksum differs")
-        os.replace(partial, path)
+            if sha.hexdigest() != task.sha256:
+                raise OSError("the downloaded data is not the published file: its checksum differs")
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
             f"{task.name}: {task.url} could not be downloaded ({reason}); connect once, or put the file here: {path}"
         ) from None
-    finally:
-        with suppress(OSError):  # what went wrong is said already
-            partial.unlink(missing_ok=True)
     return path
 
 
@@ -178,7 +178,9 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
     return rows
 
 
-def score(task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int) -> dict[str, float]:
+def score(
+    task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
+) -> dict[str, float]:
     """What these items add to the task's figures: sums, so that those of several parts of the items add up.
 
     items          how many there are.
@@ -213,7 +215,7 @@ def score(task: Task, model: GPT2, tokenizer: Tokenizer, items: Sequence[Item], 
     return sums
 
 
-def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
+def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
     """For each row its ending's loss in nats, and how many of the ending's tokens are the likeliest ones, both (B,).
 
     The output layer, by far the widest, is computed at the endings' positions only.
@@ -228,7 +230,7 @@ def _score_rows(model: GPT2, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarr
     upload = model.backend.upload
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
-        logits = ops.linear(x, model.wte.weight.transpose())  # (N, V)
+        logits = model.head(x)  # (N, V)
         asked = logits[upload(np.arange(len(target))), upload(target)]
         top = logits.max(axis=-1, keepdims=True)
         lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)

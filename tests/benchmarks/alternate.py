@@ -356,8 +356,8 @@ def report(
 
     name  of the benchmark, for the file.  more  what else the record is to hold.
     """
-    from gpt2.doctor import processor
     from tinygrad2 import blas
+    from tinygrad2.machine import processor
 
     product = Work(flops=2 * MATRIX**3)
     works = dict(zip(MACHINE, (product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True))

@@ -52,7 +52,7 @@ def save_model(folder: str, preset: str) -> None:
 
 def ours(folder: str, batches: Sequence[int], prefill: int, count: int, narrow: bool) -> Tasks:
     from gpt2 import GPT2
-    from gpt2.generate import KVCache, generate
+    from gpt2.generate import KVCache, generate, next_logits
     from tinygrad2 import no_grad, threads
 
     threads.set_count(count)
@@ -71,7 +71,7 @@ def ours(folder: str, batches: Sequence[int], prefill: int, count: int, narrow: 
         import numpy as np
 
         with no_grad():
-            model.next_logits(np.array([long]), KVCache(model, 1, prefill))
+            next_logits(model, np.array([long]), KVCache(model, 1, prefill))
 
     return ready(decode, read, batches, prefill)
 
@@ -161,9 +161,9 @@ def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: i
 def narrow_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
     """The validation loss with weights in float32 and in bfloat16, nats a token, over so many windows of the data."""
     from gpt2 import GPT2
-    from gpt2.evaluate import mean_loss
+    from gpt2.formats.model_file import find_model
     from gpt2.training.dataset import TokenDataset, find_dataset
-    from gpt2.training.run import find_model
+    from gpt2.training.evaluation import mean_loss
     from tinygrad2 import ops
 
     tokens = TokenDataset.open(find_dataset(data), "val")

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 
 from gpt2 import GPT2, GPT2Config  # noqa: E402
-from gpt2.generate import KVCache, generate  # noqa: E402
+from gpt2.generate import KVCache, generate, next_logits  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
 from tinygrad2 import no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend, listed  # noqa: E402
@@ -427,7 +427,7 @@ class Bench:
         tokens = self.tokens[:1, : self.sizes.block_size // 4]
         cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
         with no_grad():
-            model.next_logits(tokens, cache)
+            next_logits(model, tokens, cache)
             length, decoder = cache.length, cache.decoder
             repeats, launch = 5 * self.sizes.repeats, None
             if decoder is not None:
@@ -437,7 +437,7 @@ class Bench:
 
             def operations() -> None:
                 cache.length = length
-                model.next_logits(last, cache)
+                next_logits(model, last, cache)
 
             return {"launch": launch, "operations_ms": self.timed(operations, repeats)[0] * 1e3}
 

@@ -475,7 +475,7 @@ def test_control_c(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.strip() == "interrupted; the same command goes on"
+    assert errors.strip() == "data/prepare.py: interrupted; the same command resumes"
     assert not (tmp_path / "out").exists()
     said = []
     prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append)
@@ -614,7 +614,7 @@ def test_two_at_once(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     (tmp_path / "out.partial" / "lock").write_text(str(other.pid))
     try:
-        with pytest.raises(ValueError, match=f"process {other.pid} is at work there"):
+        with pytest.raises(ValueError, match=f"process {other.pid} is using it"):
             make([tmp_path / "a.txt"], tmp_path / "out")
     finally:
         other.communicate(b"\n")

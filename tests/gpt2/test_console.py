@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import console
+from gpt2 import console, interrupts
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
@@ -61,7 +61,7 @@ def test_main_gets_an_exception_as_ever(handler):
         signal.raise_signal(signal.SIGINT)
         return 0
 
-    console.begin()
+    interrupts.exit_silently_on_ctrl_c()
     ending = signal.getsignal(signal.SIGINT)
     assert ending is not signal.default_int_handler
     assert console.run(main) == 130
@@ -79,7 +79,8 @@ def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
 
 
 def test_a_reader_that_has_enough_is_no_mistake(handler, capfd):
-    def main():
+    @console.command("test")
+    def main(arguments):
         print("text")
         return 1
 

@@ -18,9 +18,9 @@ import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, convert
 from gpt2.config import is_matrix
-from gpt2.formats import hub, huggingface, torch_file
-from gpt2.formats.torch_file import Stored
-from gpt2.training.run import find_model
+from gpt2.formats import hub, model_file, torch_file
+from gpt2.formats.model_file import find_model
+from gpt2.formats.stored import Stored
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 257, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -66,7 +66,7 @@ NANOGPT = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": Tru
 
 def nanogpt(path, arrays, **changes):
     checkpoint = {"model": stored(arrays), "optimizer": {"state": {}}, "model_args": {**NANOGPT, **changes}}
-    torch_file.save(path, {**checkpoint, "iter_num": 5, "config": {"dataset": "x", "n_layer": 2, "n_head": 2}})
+    torch_file.save_pickled(path, {**checkpoint, "iter_num": 5, "config": {"dataset": "x", "n_layer": 2, "n_head": 2}})
     return path
 
 
@@ -135,7 +135,7 @@ def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
     import pickle
     import zipfile
 
-    torch_file.save(path, {"model": stored(arrays), "config": "HERE", "step": 5, "val_loss": 3.5})
+    torch_file.save_pickled(path, {"model": stored(arrays), "config": "HERE", "step": 5, "val_loss": 3.5})
     with zipfile.ZipFile(path) as file:
         content = {info.filename: file.read(info) for info in file.infolist()}
     state = pickle.dumps(attributes, 2)[2:-1]
@@ -161,7 +161,7 @@ def test_checkpoints_of_build_nanogpt(model, tmp_path):
 
 def test_a_config_object_of_nanogpt_has_the_exact_form(model, tmp_path):
     path = with_config_object(tmp_path / "a.pt", linear(model), {**CONFIG, "dropout": 0.0, "bias": True})
-    assert huggingface.load_config(path).activation_function == "gelu"
+    assert model_file.load_config(path).activation_function == "gelu"
 
 
 @pytest.mark.parametrize(
@@ -186,25 +186,25 @@ def test_a_config_that_does_not_fit_is_refused_before_a_model_is_made(change, me
 def test_a_config_without_a_value(model, tmp_path):
     path = with_config_object(tmp_path / "a.pt", linear(model), {"n_head": 2, "vocab_size": 257})
     with pytest.raises(ValueError, match=r"a.pt: 'block_size' is missing"):
-        huggingface.load_config(path)
+        model_file.load_config(path)
 
 
 @pytest.mark.parametrize("tree", [[1], {"a": 1}, {"model": {}}, {"model": {"wte.weight": 3}}])
 def test_a_file_of_pytorch_without_a_model(tree, tmp_path):
-    torch_file.save(tmp_path / "x.pt", tree)
+    torch_file.save_pickled(tmp_path / "x.pt", tree)
     with pytest.raises(ValueError, match=r"x.pt: it holds "):
-        huggingface.open_model(tmp_path / "x.pt")
+        model_file.open_model(tmp_path / "x.pt")
 
 
 def test_a_plain_state_dict_takes_the_config_beside_it(model, tmp_path):
     model.save_pretrained(tmp_path)
     for name, arrays in (("linear.pt", linear(model)), ("conv.bin", values(model))):
-        torch_file.save(tmp_path / name, stored(arrays))
+        torch_file.save_pickled(tmp_path / name, stored(arrays))
         assert_equal(model, GPT2.from_pretrained(tmp_path / name))
     assert_equal(model, GPT2.from_pretrained(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"linear.pt: it does not say how many heads .* put its config.json beside it"):
-        huggingface.open_model(tmp_path / "linear.pt")
+        model_file.open_model(tmp_path / "linear.pt")
 
 
 def test_the_published_sizes_need_no_config():
@@ -212,7 +212,7 @@ def test_the_published_sizes_need_no_config():
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         config = GPT2Config.preset(name)
         arrays = {key: Stored(shape, "float32", lambda: None) for key, shape in config.shapes()}
-        assert huggingface._published(arrays) == config
+        assert model_file._published(arrays) == config
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
@@ -227,7 +227,7 @@ def test_folders_of_hugging_face(kind, shards, model, tmp_path):
     for i, name in enumerate(names):
         part = dict(items[i::shards])
         if suffix == "bin":
-            torch_file.save(tmp_path / name, stored(part))
+            torch_file.save_pickled(tmp_path / name, stored(part))
         else:
             save_file(part, tmp_path / name)
     if shards > 1:
@@ -255,7 +255,7 @@ def test_a_list_of_shards_that_is_wrong(places, message, model, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
     with pytest.raises(ValueError, match=r"model.safetensors.index.json: ") as error:
-        huggingface.open_model(tmp_path)
+        model_file.open_model(tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -380,17 +380,17 @@ def test_what_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "a")
     for form in convert.FORMATS:
         reads = iter(range(5))
-        read = huggingface.ModelFile.read
+        read = model_file.ModelFile.read
 
         def failing(self, name, read=read, reads=reads):
             if next(reads, None) is None:
                 raise OSError("the disk is gone")
             return read(self, name)
 
-        monkeypatch.setattr(huggingface.ModelFile, "read", failing)
+        monkeypatch.setattr(model_file.ModelFile, "read", failing)
         with pytest.raises(OSError, match="the disk is gone"):
             convert.convert(tmp_path / "a", tmp_path / "b", form)
-        monkeypatch.setattr(huggingface.ModelFile, "read", read)
+        monkeypatch.setattr(model_file.ModelFile, "read", read)
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
 from gpt2.decode import MOST_TEXTS, Decoder
-from gpt2.generate import KVCache, generate
+from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
@@ -48,8 +48,8 @@ def logits_of(model, tokens, prompt, decoder=True):
     elif model.backend.device == "cuda":
         assert cache.decoder is not None
     with no_grad():
-        model.next_logits(tokens[:, :prompt], cache)
-        steps = [model.next_logits(tokens[:, i : i + 1], cache).numpy() for i in range(prompt, tokens.shape[1])]
+        next_logits(model, tokens[:, :prompt], cache)
+        steps = [next_logits(model, tokens[:, i : i + 1], cache).numpy() for i in range(prompt, tokens.shape[1])]
     return np.stack(steps, axis=1), [model.backend.to_host(layer) for layer in cache.layers]
 
 
@@ -109,8 +109,8 @@ def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypa
     limited(monkeypatch, model, processors=40)
     cache = KVCache(model, 1, 8)
     with no_grad():
-        model.next_logits(tokens[:, :5], cache)
-        found = [model.next_logits(tokens[:, i : i + 1], cache).numpy() for i in (5, 6)]
+        next_logits(model, tokens[:, :5], cache)
+        found = [next_logits(model, tokens[:, i : i + 1], cache).numpy() for i in (5, 6)]
     assert cache.decoder._plan.teams == clusters
     expected, _ = logits_of(model_of(device="cpu"), tokens, 5)
     assert distance(np.stack(found, axis=1), expected[:, :2]) < BOUNDS["float32"]
@@ -213,14 +213,14 @@ def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch
 def test_a_token_or_position_out_of_range_is_refused(device):
     cache = KVCache(model := model_of(), 1, 4)
     with no_grad():
-        model.next_logits(np.array([[1, 2, 3]]), cache)
+        next_logits(model, np.array([[1, 2, 3]]), cache)
         for token in (-1, CONFIG.vocab_size):
             with pytest.raises(ValueError, match=r"tokens hold .* expected 0 to 100"):
-                model.next_logits(np.array([[token]]), cache)
+                next_logits(model, np.array([[token]]), cache)
         assert cache.length == 3
-        model.next_logits(np.array([[0]]), cache)
+        next_logits(model, np.array([[0]]), cache)
         with pytest.raises(ValueError, match="position 4; the cache holds 4"):
-            model.next_logits(np.array([[0]]), cache)
+            next_logits(model, np.array([[0]]), cache)
         with pytest.raises(ValueError, match="position 5; the cache holds 4"):
             next(cache.decoder.likeliest(np.array([0]), 2, 4, 101))
 

@@ -9,9 +9,9 @@ import pytest
 
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, evaluate
-from gpt2.evaluate import evaluate_data, evaluate_task, mean_loss, summed_loss
 from gpt2.training.dataset import TokenDataset
-from gpt2.training.tasks import TASKS, load
+from gpt2.training.evaluation import evaluate_data, evaluate_task, mean_loss, summed_loss
+from gpt2.training.tasks import TASKS, load_items
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 from tinygrad2.distributed import SoloComm
@@ -81,9 +81,9 @@ def test_ranks_share_an_evaluation(user):
     for rank in range(2):
         whole.rank = parts.rank = rank
         loss = mean_loss(model, data, 2, 16, 5, whole)
-        task = evaluate_task(TASKS["hellaswag"], model, tokenizer, load(TASKS["hellaswag"], "h.jsonl"), 4, parts)
+        task = evaluate_task(TASKS["hellaswag"], model, tokenizer, load_items(TASKS["hellaswag"], "h.jsonl"), 4, parts)
     assert loss == pytest.approx(mean_loss(model, data, 2, 16, 5), rel=1e-6)
-    alone = evaluate_task(TASKS["hellaswag"], model, tokenizer, load(TASKS["hellaswag"], "h.jsonl"), 4)
+    alone = evaluate_task(TASKS["hellaswag"], model, tokenizer, load_items(TASKS["hellaswag"], "h.jsonl"), 4)
     assert task == pytest.approx(alone, rel=1e-6)
     assert [array[0] for array in parts.gathered] == [4, 3]  # of the seven items
 
@@ -148,7 +148,7 @@ def test_command_line(user, tmp_path, capsys):
     assert evaluate.main([*command, "--device", "cpu"]) == 0
     model, tokenizer = GPT2.from_pretrained("model"), Tokenizer.load("bytes")
     hellaswag, lambada = (
-        evaluate_task(TASKS[name], model, tokenizer, load(TASKS[name], f"{name[0]}.jsonl"), 16) for name in TASKS
+        evaluate_task(TASKS[name], model, tokenizer, load_items(TASKS[name], f"{name[0]}.jsonl"), 16) for name in TASKS
     )
     data = evaluate_data(model, tokenizer, TokenDataset.open("data/text", "val"), 16, 16)
     assert json.loads(json_file.read_text()) == {
@@ -189,7 +189,7 @@ def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
     assert narrow["data"]["loss"] == pytest.approx(data["loss"], rel=1e-7)
     assert narrow["loss_difference"] == narrow["data"]["loss"] - plain["data"]["loss"] != 0
     for name in TASKS:
-        figures = evaluate_task(TASKS[name], rounded, tokenizer, load(TASKS[name], f"{name[0]}.jsonl"), 16)
+        figures = evaluate_task(TASKS[name], rounded, tokenizer, load_items(TASKS[name], f"{name[0]}.jsonl"), 16)
         assert narrow[name] == pytest.approx(figures, rel=1e-6)
     assert narrow["lambada"] != plain["lambada"]
     printed = capsys.readouterr().out.splitlines()

@@ -8,8 +8,8 @@ import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config, verify
-from gpt2.generate import KVCache
-from tinygrad2 import Key, no_grad, ops, optim, reference
+from gpt2.generate import KVCache, next_logits
+from tinygrad2 import Key, no_grad, optim, reference
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import NcclComm
 from tinygrad2.gradcheck import CASES
@@ -235,8 +235,8 @@ def test_every_kernel_is_the_cpus(cuda, case, precision, bound):
     name, here, there = case.split(",")[0], [], []
     for i, x in enumerate(arguments(Draw())):
         if name == "embedding_backward" and i == 1:
-            here.append(ops.TokenRuns(x, cuda))
-            there.append(ops.TokenRuns(x, get_backend("cpu")))
+            here.append(x)  # the tokens stay on the host
+            there.append(x)
         elif isinstance(x, np.ndarray):
             wide = x.dtype.kind != "i"
             narrow = x.dtype == bfloat16 and precision == "float32"
@@ -328,7 +328,7 @@ def test_a_token_in_one_launch_is_the_cpus(cuda, precision, bound, texts):
     with no_grad():
         expected = there(tokens).numpy()
         for i in range(256):
-            logits = model.next_logits(tokens[:, i : i + 1], cache).numpy()
+            logits = next_logits(model, tokens[:, i : i + 1], cache).numpy()
             assert distance(logits, expected[:, i]) < bound, i
 
 

@@ -177,7 +177,7 @@ def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
         (np.zeros(5, int), ValueError, r"tokens have shape \(5,\); expected \(B, T\)"),
         (np.zeros((1, 2, 3), int), ValueError, r"tokens have shape \(1, 2, 3\); expected \(B, T\)"),
         (np.zeros((1, 12), int), ValueError, "12 tokens given; the model's context is 11"),
-        (np.zeros((2, 0), int), ValueError, r"tokens have shape \(2, 0\), which holds nothing"),
+        (np.zeros((2, 0), int), ValueError, r"tokens have shape \(2, 0\), which is empty"),
         ([[0, 29]], ValueError, r"tokens hold 29; expected integers in \[0, 29\)"),
         ([[0, -1]], ValueError, r"tokens hold -1; expected integers in \[0, 29\)"),
         ([[0.0, 1.0]], TypeError, "tokens are of dtype float64; expected integers"),
@@ -240,7 +240,7 @@ def test_a_step_keeps_what_the_config_counts(recompute, head_rows):
     model.loss(tokens, targets, KEY)
 
     def held():
-        memory.pool.trim()
+        memory.memory_pool.trim()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()

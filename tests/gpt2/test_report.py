@@ -310,7 +310,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     [
         (["nowhere"], "nowhere: it has no log.jsonl; expected the out-dir of a run of train.py"),
         (["a", "nowhere"], "nowhere: it has no log.jsonl"),
-        (["a", "--output", "no/such/folder.html"], "no/such/.folder.html.new: No such file or directory"),
+        (["a", "--output", "no/such/folder.html"], "no/such/.folder.html.partial: No such file or directory"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, message):

@@ -27,7 +27,7 @@ def scale(x, factor, seen=None):
     return record(factor * x.data, (x,), backward)
 
 
-def test_a_shared_subexpression_is_walked_once():
+def test_a_shared_subexpression_is_computed_once():
     calls = []
     x = leaf([2.0])
     shared = record(x.data**2, (x,), lambda saved, dy, into: (calls.append(dy.copy()) or 4.0 * dy,))
@@ -131,7 +131,7 @@ def test_a_second_backward_raises_and_says_what_to_do():
     h = x * 2
     y, z = h * 3, h * 5
     y.sum().backward()
-    with pytest.raises(RuntimeError, match=r"walked before.*run the forward pass again, or add the losses up"):
+    with pytest.raises(RuntimeError, match=r"an earlier backward\(\).*run the forward pass again, or add the losses"):
         z.sum().backward()
     assert x.grad == 6  # nothing was added by the walk that failed
 

@@ -9,8 +9,8 @@ from tinygrad2 import memory
 
 @pytest.fixture
 def pool(monkeypatch):
-    monkeypatch.setattr(memory, "pool", memory.Pool())
-    return memory.pool
+    monkeypatch.setattr(memory, "memory_pool", memory.MemoryPool())
+    return memory.memory_pool
 
 
 def address(array):

@@ -50,7 +50,7 @@ def test_layers_call_their_operations():
     table = nn.Embedding(7, 2)
     np.testing.assert_array_equal(linear(x).data, ops.linear(x, linear.weight, linear.bias).data)
     np.testing.assert_array_equal(norm(x).data, ops.layernorm(x, norm.weight, norm.bias, 0.1).data)
-    s, y = norm.after_adding(x, x)
+    s, y = norm.add_and_normalize(x, x)
     np.testing.assert_array_equal(s.data, 2 * x.data)
     np.testing.assert_array_equal(y.data, norm(s).data)
     np.testing.assert_array_equal(table(tokens).data, table.weight.data[tokens])
@@ -77,10 +77,10 @@ def test_layers_without_an_initializer_differ():
 
 def test_initializers():
     key = Key(5, site=2)
-    np.testing.assert_array_equal(nn.normal(0.3, key)((2, 3)), random.normal(key, (2, 3), 0.3))
-    layer = nn.Linear(2, 3, init=nn.normal(0.3, key))
+    np.testing.assert_array_equal(nn.normal_init(0.3, key)((2, 3)), random.normal(key, (2, 3), 0.3))
+    layer = nn.Linear(2, 3, init=nn.normal_init(0.3, key))
     np.testing.assert_array_equal(layer.weight.data, random.normal(key, (2, 3), 0.3).astype("float32"))
-    assert not nn.Embedding(2, 3, init=nn.zeros).weight.data.any()
+    assert not nn.Embedding(2, 3, init=nn.zeros_init).weight.data.any()
 
 
 def test_a_network_learns():
@@ -162,7 +162,7 @@ def test_narrow_rounds_the_matrices_and_nothing_else(placed):
 def test_what_is_narrow_cannot_be_trained():
     model = Small().narrow()
     with pytest.raises(
-        TypeError, match=r"^embedding: weights in bfloat16 have no gradients; compute inside no_grad\(\)$"
+        TypeError, match=r"^embedding: weights held in bfloat16 have no gradients; compute inside no_grad\(\)$"
     ):
         model([[1, 2]])
     with pytest.raises(TypeError, match=r"^ParameterArena: .* use one dtype$"):
@@ -172,7 +172,7 @@ def test_what_is_narrow_cannot_be_trained():
 def test_narrow_on_a_device_says_where_such_weights_are_read():
     with strict_cupy.registered():
         model = Small().to("cuda")
-        with pytest.raises(ValueError, match=r"^bfloat16: .* on the CPU only; the model is on cuda, move it with"):
+        with pytest.raises(ValueError, match=r"^bfloat16: .* on the CPU only; the model is on cuda; move it with"):
             model.narrow()
         assert {p.dtype.name for p in model.parameters()} == {"float32"}
         assert model.to("cpu").narrow().table.weight.dtype.name == "bfloat16"

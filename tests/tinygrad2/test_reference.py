@@ -3,9 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tinygrad2 import ops
 from tinygrad2 import reference as k
-from tinygrad2.backend import get_backend
 from tinygrad2.random import Key
 
 R = np.random.default_rng(0)
@@ -100,9 +98,8 @@ def test_embedding(shape, first):
     wte, wpe, tokens = R.normal(size=(4, 3)), R.normal(size=(7, 3)), R.integers(0, 4, shape)
     y = k.embedding_forward(tokens, wte, wpe, first)
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
-    runs = ops.TokenRuns(tokens, get_backend())
-    k.embedding_backward(y, runs, first, dwte, dwpe)
-    k.embedding_backward(y, runs, first, None, None)
+    k.embedding_backward(y, tokens, first, dwte, dwpe)
+    k.embedding_backward(y, tokens, first, None, None)
     expected_wte, expected_wpe = np.ones_like(wte), np.ones_like(wpe)
     for place in np.ndindex(shape):
         token, position = tokens[place], first + place[-1]
@@ -111,20 +108,6 @@ def test_embedding(shape, first):
         expected_wpe[position] += y[place]
     np.testing.assert_allclose(dwte, expected_wte, rtol=1e-13)
     np.testing.assert_allclose(dwpe, expected_wpe, rtol=1e-13)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 31, 100])
-def test_the_rounds_of_a_run_add_every_row_once(count):
-    tokens = np.repeat(np.arange(3), [count, 1, count])
-    R.shuffle(tokens)
-    runs = ops.TokenRuns(tokens, get_backend())
-    assert len(runs.folds) == math.ceil(math.log2(count))
-    rows = np.arange(len(tokens))[runs.order][:, None] ** 2
-    for into, other in runs.folds:
-        assert len({*into, *other}) == 2 * len(into)
-        rows[into] += rows[other]
-    np.testing.assert_array_equal(tokens[runs.order][runs.first], [0, 1, 2])
-    np.testing.assert_array_equal(rows[runs.first, 0], [(np.flatnonzero(tokens == t) ** 2).sum() for t in range(3)])
 
 
 # Dropout ------------------------------------------------------------------------------------------------------------

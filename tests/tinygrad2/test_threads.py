@@ -1,6 +1,5 @@
 """tinygrad2/threads.py: how work is cut, and BLAS left as it was."""
 
-import math
 import subprocess
 import sys
 
@@ -58,23 +57,6 @@ def test_a_product_in_parts_is_the_product():
             out = np.ones((m, n))
             cpu._matmul(a, b, out, add=True)
             np.testing.assert_allclose(out, 1 + a @ b, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [("max 100000\n", math.inf), ("150000 100000\n", 1.5), ("50000 100000", 0.5), ("", math.inf), ("what", math.inf)],
-)
-def test_a_container_may_get_less_time_than_it_has_cores(tmp_path, monkeypatch, text, cores):
-    file = tmp_path / "cpu.max"
-    file.write_text(text)
-    assert threads._quota(file) == cores
-    monkeypatch.setattr(threads, "_quota", lambda: cores)
-    monkeypatch.setattr(threads, "cores", lambda: set(range(8)))
-    assert threads.available() == {math.inf: 8, 1.5: 2, 0.5: 1}[cores]
-
-
-def test_no_control_group(tmp_path):
-    assert threads._quota(tmp_path / "cpu.max") == math.inf
 
 
 def blas_threads():

@@ -1,32 +1,38 @@
 """Fused kernels for NumPy arrays, compiled by Numba: the functions of reference.py by name and signature, only faster.
 
-What is gained is passes over memory: GELU in NumPy goes over its array a dozen times, here once. The formulas are those
-of reference.py; a comment stands where the arithmetic differs. Each function cuts its rows into parts, one a thread
-(see threads.py). Sums over rows are taken in chunks of fixed size, added in order, so that they do not depend on the
-number of threads. A matrix product is BLAS's, cut into parts that BLAS computes on one thread each.
+They are faster because they pass over memory less often: GELU in NumPy reads its array a dozen times, here once. The
+formulas are those of reference.py; a comment says where the arithmetic differs. Each function splits its rows into
+parts, one for each thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in order, so
+that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on one thread
+each.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
 from ml_dtypes import bfloat16
 from numba import carray, njit, types
 from numba.core import event
+from numba.core.base import BaseContext
+from numba.core.typing import Context, Signature
 from numba.extending import intrinsic, overload
 
 from tinygrad2 import blas, memory, random, reference, threads
-from tinygrad2.kernels import pool, skinny
+from tinygrad2.array import Array
+from tinygrad2.kernels import gemv, pool
+from tinygrad2.kernels.token_runs import token_runs
 from tinygrad2.reference import split_heads
 
 
-def _compiled(function: Any) -> Any:
-    """Compile at the first call for each type of arguments, and keep the result on disk where that is possible."""
-    # The compiler may reorder sums (they vectorise), but not assume that there is no NaN or infinity.
+def _compiled(function: F) -> F:
+    """Compile at the first call for each combination of argument types; cached on disk where that is possible."""
+    # The compiler may reorder sums, to vectorise them, but not assume that there is no NaN or infinity.
     options: dict[str, Any] = {
         "nogil": True,
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
@@ -34,12 +40,12 @@ def _compiled(function: Any) -> Any:
     }
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache folder can a file be written
+    except RuntimeError:  # neither this file's folder nor the user's cache folder is writable
         return njit(**options)(function)
 
 
 class _Notice(event.Listener):
-    """Says once a process that compiling has begun, since it takes seconds; what is on disk already does not count."""
+    """Prints once per process that compilation has started, since it takes seconds; not for what is cached on disk."""
 
     said = False
 
@@ -55,34 +61,42 @@ class _Notice(event.Listener):
 notice = _Notice()
 event.register("numba:compile", notice)
 
-CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
-FLAT = 1 << 15  # elements of a flat buffer that are taken at a time
-GRAIN = 1 << 18  # elements that are worth waking a thread for
+F = TypeVar("F", bound=Callable)
+Library = tuple[int, bool]  # the address of a BLAS library's gemm, and whether its integers have 64 bits
+PhiloxKey = tuple[np.uint64, np.uint64, np.uint64, np.uint64]  # seed, site, step, threshold: see _dropout
+ROW_CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
+FLAT = 1 << 15  # elements of a flat buffer that are processed at a time
+GRAIN = 1 << 18  # elements for each thread at least
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exp and the largest of a row, in forms that the compiler vectorises
+# exp and the maximum of a row, in forms that the compiler vectorises. (No annotations: Numba compares the parameters of
+# an overload with those of its implementation, annotations included.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def _float_from_bits(typing_context, bits):
-    def generate(context, builder, signature, arguments):
+def _float_from_bits(typing_context: Context, bits: types.Type) -> pool.Intrinsic:
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
 
 
 @intrinsic
-def _bits_from_float(typing_context, x):
-    def generate(context, builder, signature, arguments):
+def _bits_from_float(typing_context: Context, x: types.Type) -> pool.Intrinsic:
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.int32(types.float32), generate
 
 
-def _exp(x: Any) -> Any:
-    raise AssertionError("only compiled functions call this")
+def _exp(x: float) -> float:
+    raise AssertionError("to be called from compiled functions only")
 
 
 @overload(_exp, inline="always")
@@ -94,9 +108,9 @@ def _exp_overload(x):
     f = np.float32
 
     def exp32(x):
-        c = min(max(x, f(-87.3)), f(88.7))  # beyond, the result is 0 or infinite for what it is used for here
+        c = min(max(x, f(-87.3)), f(88.7))  # beyond, the result counts as 0 or infinity here
         n = np.floor(c * f(1.44269504) + f(0.5))
-        r = c - n * f(0.693359375) + n * f(2.12194440e-4)  # ln 2 in two parts, for n ln 2 without rounding
+        r = c - n * f(0.693359375) + n * f(2.12194440e-4)  # ln 2 in two parts, so that n ln 2 is exact
         p = f(1.9875691500e-4) * r + f(1.3981999507e-3)
         p = p * r + f(8.3334519073e-3)
         p = p * r + f(4.1665795894e-2)
@@ -108,15 +122,15 @@ def _exp_overload(x):
     return exp32
 
 
-def _largest(row: Any, n: Any) -> Any:
-    raise AssertionError("only compiled functions call this")
+def _largest(row: np.ndarray, n: int) -> float:
+    raise AssertionError("to be called from compiled functions only")
 
 
 @overload(_largest)
 def _largest_overload(row, n):
-    """The largest of row[:n]. float32: by the bits, which as integers stand in the order of the numbers once those of
-    negative numbers are flipped; a maximum of floats does not vectorise, because of NaN, which here comes out on top
-    (or, with its sign bit set, at the bottom: then exp(row - largest) shows it)."""
+    """The maximum of row[:n]. float32: by the bits, which compare as integers in the order of the numbers once those of
+    negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN counts as the largest
+    number (or, with its sign bit set, as the smallest: then exp(row - largest) is NaN)."""
     if row.dtype != types.float32:
 
         def largest64(row, n):
@@ -144,14 +158,16 @@ def _rows(x: np.ndarray) -> np.ndarray:
 
 
 def _row_parts(n: int, width: int) -> list[tuple[int, int]]:
-    """The rows 0 ... n-1 in parts for the threads, whole chunks each."""
-    chunks = -(-n // CHUNK)
-    return [(a * CHUNK, min(b * CHUNK, n)) for a, b in threads.parts(chunks, max(1, GRAIN // (CHUNK * width)))]
+    """The rows 0 ... n-1 in parts for the threads, of whole chunks each."""
+    chunks = -(-n // ROW_CHUNK)
+    return [
+        (a * ROW_CHUNK, min(b * ROW_CHUNK, n)) for a, b in threads.parts(chunks, max(1, GRAIN // (ROW_CHUNK * width)))
+    ]
 
 
-def _partial(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros for the partial sums over the rows of a matrix, one row a chunk."""
-    return memory.zeros((-(-shape[0] // CHUNK), shape[1]), dtype)
+def _partial(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros for the partial sums over the rows of a matrix, one row for each chunk."""
+    return memory.zeros((-(-shape[0] // ROW_CHUNK), shape[1]), dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,13 +177,31 @@ def _partial(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 _BLAS = {np.dtype(dtype): (address, blas.WIDE) for dtype, address in blas.ADDRESSES.items()}
 
 
-def _gemm_with_integers_of(bits: int) -> Any:
+def _gemm_with_integers_of(bits: int) -> Callable[..., None]:
     @intrinsic
-    def call(typing_context, address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-        """cblas_?gemm by its address, on the addresses of matrices in rows."""
+    def call(
+        typing_context: Context,
+        address: types.Type,
+        ta: types.Type,
+        tb: types.Type,
+        m: types.Type,
+        n: types.Type,
+        k: types.Type,
+        alpha: types.Type,
+        a: types.Type,
+        lda: types.Type,
+        b: types.Type,
+        ldb: types.Type,
+        beta: types.Type,
+        c: types.Type,
+        ldc: types.Type,
+    ) -> pool.Intrinsic:
+        """cblas_?gemm, called by its address, on the addresses of row-major matrices."""
         enum, size, place = types.int32, types.int64, types.intp
 
-        def generate(context, builder, signature, arguments):
+        def generate(
+            context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+        ) -> ir.Value:
             number, i32, integer = context.get_value_type(alpha), ir.IntType(32), ir.IntType(bits)
             pointer = number.as_pointer()
             kinds = [i32] * 3 + [integer] * 3 + [number, pointer, integer, pointer, integer, number, pointer, integer]
@@ -192,7 +226,22 @@ _PLAIN, _TRANSPOSED = np.int32(blas.PLAIN), np.int32(blas.TRANSPOSED)
 
 
 @njit(inline="always")
-def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+def _gemm(
+    library: Library,
+    ta: np.int32,
+    tb: np.int32,
+    m: int,
+    n: int,
+    k: int,
+    alpha: np.floating,
+    a: int,
+    lda: int,
+    b: int,
+    ldb: int,
+    beta: np.floating,
+    c: int,
+    ldc: int,
+) -> None:
     address, wide = library
     if wide:
         _gemm64(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
@@ -200,13 +249,13 @@ def _gemm(library, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
         _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
 
-GEMM_FLOPS = 1 << 23  # of products that are worth another thread: 50 microseconds
+GEMM_FLOPS = 1 << 23  # of a matrix product, for each thread at least: 50 microseconds
 
 
-def _product_task() -> Any:
-    """A part of a product for the pool, out (+)= a b: the rows start ... stop - 1 of out, or the columns."""
+def _product_task() -> pool.CompiledTask:
+    """Compile the task of a matrix product, out (+)= a b: the rows start ... stop - 1 of out, or the columns."""
 
-    def task(arguments, start, stop):
+    def task(arguments: int, start: int, stop: int) -> None:
         words = carray(pool.pointer(arguments, np.int64(0)), (16,))
         library, is_double, by_rows, add = (words[0], words[1] == 1), words[2] == 1, words[3] == 1, words[4] == 1
         ta, tb, m, n, k = np.int32(words[5]), np.int32(words[6]), words[7], words[8], words[9]
@@ -231,12 +280,12 @@ def _product_task() -> Any:
     return pool.task(task)
 
 
-_product_tasks: list[Any] = []  # the one, compiled at the first use
+_product_tasks: list[pool.CompiledTask] = []  # one, compiled at the first use
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, cut along the longer side of out. BLAS computes each part on one thread: its own
-    threads would look for work on the cores that the pool's compute on."""
+    """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
+    threads would spin on the cores that the pool's threads use."""
     (m, n), k = out.shape, a.shape[1]
     left, right, result = blas.layout(a), blas.layout(b), blas.layout(out)
     if out.dtype not in _BLAS or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
@@ -254,9 +303,9 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
 
 
 @_compiled
-def _sum_rows(x, partial, first):
+def _sum_rows(x: np.ndarray, partial: np.ndarray, first: int) -> None:
     for i in range(x.shape[0]):
-        chunk = (first + i) // CHUNK
+        chunk = (first + i) // ROW_CHUNK
         for j in range(x.shape[1]):
             partial[chunk, j] += x[i, j]
 
@@ -268,21 +317,23 @@ def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     total += partial.sum(axis=0)
 
 
-SKINNY = 32  # rows of x up to which a product takes as long as reading the weights
+GEMV_ROWS = 32  # rows of x up to which a product takes no longer than reading the weights
 
 
-def linear_forward(x, weight, bias):
+def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     x2 = x.reshape(-1, x.shape[-1])
     y = memory.empty((len(x2), weight.shape[1]), x.dtype)
     y[...] = 0 if bias is None else bias
-    if len(x2) <= SKINNY and skinny.fits(x2, weight):
-        skinny.product(np.ascontiguousarray(x2), weight, y)
+    if len(x2) <= GEMV_ROWS and gemv.supports(x2, weight):
+        gemv.add_product(np.ascontiguousarray(x2), weight, y)
     else:
         _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
-def linear_backward(dy, x, weight, dweight, dbias):
+def linear_backward(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray, dweight: np.ndarray | None, dbias: np.ndarray | None
+) -> np.ndarray:
     dy2 = dy.reshape(-1, dy.shape[-1])
     if dweight is not None:
         _matmul(x.reshape(-1, x.shape[-1]).T, dy2, dweight, add=True)
@@ -299,7 +350,9 @@ def linear_backward(dy, x, weight, dweight, dbias):
 
 
 @_compiled
-def _sum_runs(dy, order, first, ids, dwte, start, stop):
+def _sum_runs(
+    dy: np.ndarray, order: np.ndarray, first: np.ndarray, ids: np.ndarray, dwte: np.ndarray, start: int, stop: int
+) -> None:
     for run in range(start, stop):
         end = first[run + 1] if run + 1 < len(first) else len(order)
         for i in range(first[run], end):
@@ -307,22 +360,25 @@ def _sum_runs(dy, order, first, ids, dwte, start, stop):
                 dwte[ids[run], j] += dy[order[i], j]
 
 
-def embedding_forward(tokens, wte, wpe, first_position):
+def embedding_forward(tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray | None, first_position: int) -> Array:
     if wte.dtype == bfloat16:
         return reference.embedding_forward(tokens, wte, wpe, first_position)
     y = memory.empty((*tokens.shape, wte.shape[1]), wte.dtype)
-    np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens have been checked; "raise" would buffer a copy)
+    np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens are checked before; "raise" would copy)
     if wpe is not None:
         y += wpe[first_position : first_position + tokens.shape[-1]]
     return y
 
 
-def embedding_backward(dy, runs, first_position, dwte, dwpe):
+def embedding_backward(
+    dy: np.ndarray, tokens: np.ndarray, first_position: int, dwte: np.ndarray | None, dwpe: np.ndarray | None
+) -> None:
     rows = _rows(dy)
     if dwte is not None:
+        order, first, ids = token_runs(tokens)
         pool.each(
-            lambda a, b: _sum_runs(rows, runs.order, runs.first, runs.ids, dwte, a, b),
-            threads.parts(len(runs.first), max(1, GRAIN // rows.shape[1])),
+            lambda a, b: _sum_runs(rows, order, first, ids, dwte, a, b),
+            threads.parts(len(first), max(1, GRAIN // rows.shape[1])),
         )
     if dwpe is not None:
         T = dy.shape[-2]
@@ -338,7 +394,16 @@ _WORD, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 @_compiled
-def _dropout(x, y, first, seed, site, step, threshold, scale):
+def _dropout(
+    x: np.ndarray,
+    y: np.ndarray,
+    first: np.uint64,
+    seed: np.uint64,
+    site: np.uint64,
+    step: np.uint64,
+    threshold: np.uint64,
+    scale: np.floating,
+) -> None:
     """y = x m scale for the elements first ... of the global batch; a group of four shares one counter."""
     n = len(x)
     group = first >> np.uint64(2)
@@ -352,22 +417,22 @@ def _dropout(x, y, first, seed, site, step, threshold, scale):
         i += 4
 
 
-def _dropout_numbers(rate: float, key: random.Key) -> tuple[np.uint64, ...]:
-    return tuple(np.uint64(value) for value in (key.seed, key.site, key.step, round(rate * 2**32)))
+def _philox_key(rate: float, key: random.Key) -> PhiloxKey:
+    return np.uint64(key.seed), np.uint64(key.site), np.uint64(key.step), np.uint64(round(rate * 2**32))
 
 
-def dropout_forward(x, rate, key):
+def dropout_forward(x: np.ndarray, rate: float, key: random.Key) -> np.ndarray:
     flat = np.ascontiguousarray(x).reshape(-1)
     y = memory.empty(flat.shape, flat.dtype)
     base = key.first_sample * (x.size // x.shape[0])
-    numbers, scale = _dropout_numbers(rate, key), x.dtype.type(1 / (1 - rate))
+    philox_key, scale = _philox_key(rate, key), x.dtype.type(1 / (1 - rate))
     pool.each(
-        lambda a, b: _dropout(flat[a:b], y[a:b], np.uint64(base + a), *numbers, scale), threads.parts(x.size, GRAIN)
+        lambda a, b: _dropout(flat[a:b], y[a:b], np.uint64(base + a), *philox_key, scale), threads.parts(x.size, GRAIN)
     )
     return y.reshape(x.shape)
 
 
-def dropout_backward(dy, rate, key):
+def dropout_backward(dy: np.ndarray, rate: float, key: random.Key) -> np.ndarray:
     return dropout_forward(dy, rate, key)
 
 
@@ -377,7 +442,15 @@ def dropout_backward(dy, rate, key):
 
 
 @_compiled
-def _layernorm(x, weight, bias, eps, y, mean, rstd):
+def _layernorm(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    eps: np.floating,
+    y: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+) -> None:
     C = x.shape[1]
     for i in range(x.shape[0]):
         total = x.dtype.type(0)
@@ -395,17 +468,29 @@ def _layernorm(x, weight, bias, eps, y, mean, rstd):
 
 
 @_compiled
-def _add(x, delta, s):
+def _add(x: np.ndarray, delta: np.ndarray, s: np.ndarray) -> None:
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             s[i, j] = x[i, j] + delta[i, j]
 
 
 @_compiled
-def _layernorm_backward(dy, x, weight, mean, rstd, ds, has_ds, dx, dweight, dbias, first):
+def _layernorm_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    ds: np.ndarray,
+    has_ds: bool,
+    dx: np.ndarray,
+    dweight: np.ndarray,
+    dbias: np.ndarray,
+    first: int,
+) -> None:
     C = x.shape[1]
     for i in range(x.shape[0]):
-        m, r, chunk = mean[i], rstd[i], (first + i) // CHUNK
+        m, r, chunk = mean[i], rstd[i], (first + i) // ROW_CHUNK
         a = x.dtype.type(0)
         b = x.dtype.type(0)
         for j in range(C):
@@ -422,41 +507,71 @@ def _layernorm_backward(dy, x, weight, mean, rstd, ds, has_ds, dx, dweight, dbia
             dx[i, j] = ds[i, j] + value if has_ds else value
 
 
-def layernorm_forward(x, weight, bias, eps):
+def layernorm_forward(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = _rows(x)
     y, mean, rstd = memory.empty(rows.shape, x.dtype), np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
-    eps = x.dtype.type(eps)
+    epsilon = x.dtype.type(eps)
     pool.each(
-        lambda a, b: _layernorm(rows[a:b], weight, bias, eps, y[a:b], mean[a:b], rstd[a:b]), _row_parts(*rows.shape)
+        lambda a, b: _layernorm(rows[a:b], weight, bias, epsilon, y[a:b], mean[a:b], rstd[a:b]), _row_parts(*rows.shape)
     )
     kept = (*x.shape[:-1], 1)
     return y.reshape(x.shape), mean.reshape(kept), rstd.reshape(kept)
 
 
-def layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias):
+def layernorm_backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    dweight: np.ndarray | None,
+    dbias: np.ndarray | None,
+) -> np.ndarray:
     return _any_layernorm_backward(None, dy, x, weight, mean, rstd, dweight, dbias)
 
 
-def add_layernorm_forward(x, delta, weight, bias, eps):
+def add_layernorm_forward(
+    x: np.ndarray, delta: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     rows, more = _rows(x), _rows(delta)
     s, y = memory.empty(rows.shape, x.dtype), memory.empty(rows.shape, x.dtype)
     mean, rstd = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
-    eps = x.dtype.type(eps)
+    epsilon = x.dtype.type(eps)
 
     def part(a: int, b: int) -> None:
         _add(rows[a:b], more[a:b], s[a:b])
-        _layernorm(s[a:b], weight, bias, eps, y[a:b], mean[a:b], rstd[a:b])
+        _layernorm(s[a:b], weight, bias, epsilon, y[a:b], mean[a:b], rstd[a:b])
 
     pool.each(part, _row_parts(*rows.shape))
     kept = (*x.shape[:-1], 1)
     return s.reshape(x.shape), y.reshape(x.shape), mean.reshape(kept), rstd.reshape(kept)
 
 
-def add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias):
+def add_layernorm_backward(
+    ds: np.ndarray,
+    dy: np.ndarray,
+    s: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    dweight: np.ndarray | None,
+    dbias: np.ndarray | None,
+) -> np.ndarray:
     return _any_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias)
 
 
-def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
+def _any_layernorm_backward(
+    ds: np.ndarray | None,
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray,
+    mean: np.ndarray,
+    rstd: np.ndarray,
+    dweight: np.ndarray | None,
+    dbias: np.ndarray | None,
+) -> np.ndarray:
     dy2, x2 = _rows(dy), _rows(x)
     ds2 = dy2 if ds is None else _rows(ds)
     m, r, dx = mean.reshape(-1), rstd.reshape(-1), memory.empty(x2.shape, x.dtype)
@@ -480,15 +595,19 @@ def _any_layernorm_backward(ds, dy, x, weight, mean, rstd, dweight, dbias):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ATTENTION_FLOPS = 1 << 24  # of q k^T that are worth waking a thread for, the softmax counted in
+ATTENTION_FLOPS = 1 << 24  # of q k^T, for each thread at least; chosen with the softmax included
 
 
 @_compiled
-def _attention(library, q, k, v, o, lse, p, first_head, last_head, scale, has_dropout, numbers, first_sample, keep):
+def _attention(
+    library: Library, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray, p: np.ndarray,
+    first_head: int, last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int,
+    keep: np.floating,
+) -> None:  # fmt: skip
     """Heads first_head ... last_head - 1 of the batch's B H; q, k, v and o (B, H, T, D), lse (B, H, T).
 
-    A head is read and written where it lies: a matrix whose rows may be any distance apart. The last query sees the
-    last key; where there are more keys than queries, they belong to tokens before these.
+    Heads are read and written in place, as matrices with any distance between rows. The last query sees the last key;
+    if there are more keys than queries, the first keys belong to earlier tokens.
     """
     H, T, D = q.shape[1:]
     before = k.shape[2] - T
@@ -519,17 +638,18 @@ def _attention(library, q, k, v, o, lse, p, first_head, last_head, scale, has_dr
                 lse[b, h, start + i] = largest + np.log(total)
                 if has_dropout:
                     element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
-                    _dropout(row[:seen], row[:seen], element, *numbers, keep)
+                    _dropout(row[:seen], row[:seen], element, *philox_key, keep)
             _gemm(library, _PLAIN, _PLAIN, rows, D, stop, one, scores, ld, values, ldv, zero, results, ldo)
 
 
 @_compiled
 def _attention_backward(
-    library, do, q, k, v, o, lse, dq, dk, dv, p, dp,
-    first_head, last_head, scale, has_dropout, numbers, first_sample, keep,
-):  # fmt: skip
-    """The same heads: blocks of rows from the last to the first. The last sees every key, so it writes dk and dv where
-    the others add to them. With dropout, p holds P M while dV is made, dp holds dP M."""
+    library: Library, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray,
+    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
+    scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
+) -> None:  # fmt: skip
+    """The same heads, in blocks of rows from the last to the first: the last block sees every key, so it writes dk and
+    dv, and the others add to them. With dropout, p holds P M while dV is computed, and dp holds dP M."""
     H, T, D = q.shape[1:]
     R, ld = p.shape
     size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
@@ -558,8 +678,8 @@ def _attention_backward(
                     weights[j] = weight
                 if has_dropout:
                     element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
-                    _dropout(row[:seen], row[:seen], element, *numbers, keep)
-                    _dropout(drow[:seen], drow[:seen], element, *numbers, keep)
+                    _dropout(row[:seen], row[:seen], element, *philox_key, keep)
+                    _dropout(drow[:seen], drow[:seen], element, *philox_key, keep)
                 for j in range(seen):
                     drow[j] = weights[j] * (drow[j] - delta)
                 for j in range(seen, stop):
@@ -572,25 +692,28 @@ def _attention_backward(
             _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, keys, ldq, zero, queries_gradient, lddq)
 
 
-def _each_head(task: Any, q: np.ndarray, keys: int, blocks: int) -> None:
+def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int) -> None:
     """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
     B, H, T, D = q.shape
-    # Fewer rows make the products slower, more rows compute more of what the causal mask throws away.
+    # With fewer rows the products are slower; with more rows more scores are computed that the causal mask discards.
     shape = (min(T, 128 if T >= 512 else 64), keys)
 
     def part(start: int, stop: int) -> None:
         task(start, stop, *(memory.empty(shape, q.dtype) for _ in range(blocks)))
 
     flops = 2 * B * H * T * keys * D
-    with threads.blas_on_one_thread():  # in one part too: the products are too small for BLAS's threads
+    with threads.blas_on_one_thread():  # even for one part: the products are too small for BLAS's threads
         pool.each(part, threads.parts(B * H, max(1, B * H * ATTENTION_FLOPS // max(1, flops))))
 
 
-def _dropout_arguments(dtype: np.dtype, rate: float, key: Any) -> tuple:
-    """has_dropout, numbers, first_sample, keep: the last arguments of the kernels."""
+def _dropout_arguments(
+    dtype: np.dtype, rate: float, key: random.Key | None
+) -> tuple[bool, PhiloxKey, int, np.floating]:
+    """has_dropout, philox_key, first_sample, keep: the last arguments of the kernels."""
     if key is None:
-        return False, (np.uint64(0),) * 4, 0, dtype.type(0)
-    return True, _dropout_numbers(rate, key), key.first_sample, dtype.type(1 / (1 - rate))
+        zero = np.uint64(0)
+        return False, (zero, zero, zero, zero), 0, dtype.type(0)
+    return True, _philox_key(rate, key), key.first_sample, dtype.type(1 / (1 - rate))
 
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -607,12 +730,22 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple
     return out, lse
 
 
-def attention_forward(qkv, n_head, rate, key):
+def attention_forward(
+    qkv: np.ndarray, n_head: int, rate: float, key: random.Key | None
+) -> tuple[np.ndarray, np.ndarray]:
     q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
     return _attend(q, k, v, *_dropout_arguments(qkv.dtype, rate, key))
 
 
-def attention_backward(dout, qkv, out, lse, n_head, rate, key):
+def attention_backward(
+    dout: np.ndarray,
+    qkv: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    n_head: int,
+    rate: float,
+    key: random.Key | None,
+) -> np.ndarray:
     dqkv = memory.empty(qkv.shape, qkv.dtype)
     q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
     dq, dk, dv = split_heads(dqkv, 3, n_head)
@@ -627,7 +760,7 @@ def attention_backward(dout, qkv, out, lse, n_head, rate, key):
     return dqkv
 
 
-def attention_cached(qkv, cache, length, n_head):
+def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: int) -> np.ndarray:
     q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
     end = length + qkv.shape[1]
     cache[0, :, :, length:end] = k
@@ -635,7 +768,7 @@ def attention_cached(qkv, cache, length, n_head):
     return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
 
 
-if not _BLAS:  # no library that can be called by its address: the reference serves
+if not _BLAS:  # no BLAS library can be called by its address: the reference computes
     del attention_forward, attention_backward, attention_cached
 
 
@@ -644,13 +777,13 @@ if not _BLAS:  # no library that can be called by its address: the reference ser
 # ---------------------------------------------------------------------------------------------------------------------
 
 # (1 + tanh z) / 2 = 1 / (1 + exp(-2 z)), so the tanh form is u s with s the logistic function of 2 z: one exponential,
-# and no digits lost where tanh z is near -1.
+# and no loss of precision where tanh z is near -1.
 _TWICE_SCALE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
 
 
 @_compiled
-def _gelu(x, bias, y):
+def _gelu(x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -659,11 +792,13 @@ def _gelu(x, bias, y):
 
 
 @_compiled
-def _gelu_backward(dy, x, bias, dx, partial, first):
+def _gelu_backward(
+    dy: np.ndarray, x: np.ndarray, bias: np.ndarray, dx: np.ndarray, partial: np.ndarray, first: int
+) -> None:
     one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
     three = x.dtype.type(3)
     for i in range(x.shape[0]):
-        chunk = (first + i) // CHUNK
+        chunk = (first + i) // ROW_CHUNK
         for j in range(x.shape[1]):
             u = x[i, j] + bias[j]
             s = one / (one + _exp(-c * u * (one + k * u * u)))
@@ -672,7 +807,7 @@ def _gelu_backward(dy, x, bias, dx, partial, first):
             partial[chunk, j] += value
 
 
-def gelu_forward(x, bias):
+def gelu_forward(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     rows = _rows(x)
     y = memory.empty(rows.shape, x.dtype)
     b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
@@ -680,7 +815,7 @@ def gelu_forward(x, bias):
     return y.reshape(x.shape)
 
 
-def gelu_backward(dy, x, bias, dbias):
+def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias: np.ndarray | None) -> np.ndarray:
     rows, dy2 = _rows(x), _rows(dy)
     dx, partial = memory.empty(rows.shape, x.dtype), _partial(rows.shape, x.dtype)
     b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
@@ -700,8 +835,8 @@ def gelu_backward(dy, x, bias, dbias):
 
 
 @_compiled
-def _cross_entropy(logits, targets, loss, count):
-    """Each row of logits in place to its gradient (softmax - onehot) / count; loss gets each row's loss."""
+def _cross_entropy(logits: np.ndarray, targets: np.ndarray, loss: np.ndarray, count: np.floating) -> None:
+    """Replace each row of logits by its gradient (softmax - onehot) / count; loss gets each row's loss."""
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
@@ -718,7 +853,7 @@ def _cross_entropy(logits, targets, loss, count):
         loss[i] = np.log(total) - picked
 
 
-def lm_head_forward(x, weight, targets):
+def lm_head_forward(x: np.ndarray, weight: np.ndarray, targets: np.ndarray) -> tuple[np.floating, np.ndarray]:
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
     logits = memory.empty((len(rows), len(weight)), x.dtype)
     _matmul(rows, weight.astype(x.dtype, copy=False).T, logits)
@@ -730,7 +865,9 @@ def lm_head_forward(x, weight, targets):
     return np.mean(loss), logits
 
 
-def lm_head_backward(dloss, dlogits, x, weight, dweight):
+def lm_head_backward(
+    dloss: np.floating, dlogits: np.ndarray, x: np.ndarray, weight: np.ndarray, dweight: np.ndarray | None
+) -> np.ndarray:
     rows = x.reshape(-1, x.shape[-1])
     dx = memory.empty(rows.shape, x.dtype)
     if dweight is not None:

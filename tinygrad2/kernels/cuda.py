@@ -23,6 +23,7 @@ from ml_dtypes import bfloat16
 
 from tinygrad2.array import Array
 from tinygrad2.kernels.gemm import Gemm
+from tinygrad2.kernels.token_runs import sort_tokens
 
 # The types that the kernels know, and their names in CUDA C++. (dtype.name is code in Python, and takes microseconds.)
 REAL = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
@@ -179,9 +180,11 @@ class CudaKernels:
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
 
-    def embedding_backward(self, dy, runs, first_position, dwte, dwpe):
+    def embedding_backward(
+        self, dy: Any, tokens: numpy.ndarray, first_position: int, dwte: Any | None, dwpe: Any | None
+    ) -> None:
         if dy.dtype not in REAL:
-            return self._reference.embedding_backward(dy, runs, first_position, dwte, dwpe)
+            return self._reference.embedding_backward(dy, tokens, first_position, dwte, dwpe)
         C, rows = dy.shape[-1], dy.size // dy.shape[-1]
         dy = self._np.ascontiguousarray(dy)
         width = self._access(C, dy, *(array for array in (dwte, dwpe) if array is not None))
@@ -195,8 +198,9 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // CHUNK)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            where = runs.tokens, numpy.int32(rows)
-            launch("embedding_backward", chunks, dwte, partial, dy, runs.order, *where)
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # copied without waiting for the device
+            where = ordered, numpy.int32(rows)
+            launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:
                 launch("embedding_backward_long", chunks - 1, dwte, partial, *where)
         if dwpe is not None:

@@ -1,12 +1,11 @@
-"""The threads that compute on the CPU: one pool, whose threads wait for more work by looking, not sleeping.
+"""The thread pool that computes on the CPU. Idle workers spin briefly before they sleep.
 
-To wake a thread that sleeps takes 50 to 100 microseconds, as long as many a kernel. So a thread that has nothing to do
-looks for work for about a millisecond before it goes to sleep: inside a training step, or between the tokens of a
-text, it is there at once. Work is a Python function (`each`) or compiled code (`each_compiled`), which starts and ends
-without Python's global lock.
+Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels take. So an idle worker first spins for
+about a millisecond: within a training step, or between two tokens of a text, it starts at once. A task is a Python
+function (`each`) or compiled code (`each_compiled`), which starts and ends without Python's global interpreter lock.
 
-BLAS is told to compute on the thread that calls it for as long as parts run, not longer: what another part of the
-program does with BLAS is not changed. Two pools would fight, as the threads of both look for work on the same cores.
+While a task runs, BLAS is set to compute on the calling thread: the threads of two pools would spin on the same cores.
+Afterwards its number of threads is restored, so that BLAS calls of other parts of the program are not affected.
 """
 
 from __future__ import annotations
@@ -19,27 +18,36 @@ import time
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
+from numba.core.base import BaseContext
+from numba.core.typing import Context, Signature
 from numba.extending import intrinsic
 
 from tinygrad2 import threads
 
-# A worker's letter box, in 64-bit words: what the caller writes, and on a cache line of its own what the worker writes.
+# A worker's slot in shared memory, in 64-bit words: those that the caller writes and, on another cache line, those that
+# the worker writes. A task is posted by raising TICKET; it is finished when DONE equals TICKET.
 TICKET, FUNCTION, ARGUMENTS, START, STOP = range(5)
 DONE, ASLEEP = 16, 17
 WORDS = 32
-PYTHON = 0  # as the function: the worker's task is a Python function
-PATIENCE = 1e-3  # seconds that a worker looks for work before it sleeps
+PYTHON = 0  # as FUNCTION: the task is a Python function
+SPIN_SECONDS = 1e-3  # how long an idle worker spins before it sleeps
+
+Intrinsic = tuple[Signature, Callable[..., ir.Value]]  # the types, and a function that generates the LLVM IR
+CompiledTask = Any  # what numba.cfunc returns: it has `address`, and `ctypes` to call it from Python
+F = TypeVar("F", bound=Callable)
 
 
 @intrinsic
-def _load(typing_context, address):
-    def generate(context, builder, signature, arguments):
+def _load(typing_context: Context, address: types.Type) -> Intrinsic:
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         word = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.load_atomic(word, "seq_cst", 8)
 
@@ -47,8 +55,10 @@ def _load(typing_context, address):
 
 
 @intrinsic
-def _store(typing_context, address, value):
-    def generate(context, builder, signature, arguments):
+def _store(typing_context: Context, address: types.Type, value: types.Type) -> Intrinsic:
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         word = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         builder.store_atomic(arguments[1], word, "seq_cst", 8)
         return context.get_dummy_value()
@@ -57,29 +67,33 @@ def _store(typing_context, address, value):
 
 
 @intrinsic
-def pointer(typing_context, address, like):
+def pointer(typing_context: Context, address: types.Type, like: types.Type) -> Intrinsic:
     """In compiled code: an address as a pointer to numbers of the type of `like`."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(types.int64, like), generate
 
 
-def task(function: Callable) -> Any:
+def task(function: Callable[[int, int, int], None]) -> CompiledTask:
     """Compile function(arguments, start, stop) for each_compiled; `arguments` is the address of 64-bit words."""
     signature = types.void(types.int64, types.int64, types.int64)
     try:
         return cfunc(signature, cache=True)(function)
-    except RuntimeError:  # no place for a cache
+    except RuntimeError:  # there is no writable folder for the cache
         return cfunc(signature)(function)
 
 
 @intrinsic
-def _pause(typing_context):
-    """Tell the processor that this thread only looks: the other one on its core, if there is one, gets the units."""
+def _pause(typing_context: Context) -> Intrinsic:
+    """The processor's hint for spin loops: the other hardware thread of the core may use its execution units."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         if platform.machine() in ("x86_64", "AMD64"):
             kind = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
@@ -89,10 +103,14 @@ def _pause(typing_context):
 
 
 @intrinsic
-def _call(typing_context, function, arguments_, start, stop):
+def _call(
+    typing_context: Context, function: types.Type, arguments_: types.Type, start: types.Type, stop: types.Type
+) -> Intrinsic:
     """function(arguments, start, stop), by its address."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word] * 3)
         builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
@@ -101,100 +119,101 @@ def _call(typing_context, function, arguments_, start, stop):
     return types.void(*[types.int64] * 4), generate
 
 
-def _compiled(function: Callable) -> Any:
+def _compiled(function: F) -> F:
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no place for a cache
+    except RuntimeError:  # there is no writable folder for the cache
         return njit(nogil=True)(function)
 
 
 @_compiled
-def _look(count):
+def _spin(count: int) -> None:
     for _ in range(count):
         _pause()
 
 
 @cache
-def _looks() -> int:
-    """How many looks take PATIENCE: processors pause for very different times."""
-    _look(1)
+def _spins() -> int:
+    """How many iterations of a spin loop take SPIN_SECONDS: a pause takes longer on some processors than on others."""
+    _spin(1)
     spent = []
-    for _ in range(10):  # the least counts: in the others, other threads may have had the lock or the core
+    for _ in range(10):  # the minimum is used: otherwise another thread may have held the lock or the core
         started = time.perf_counter()
-        _look(1000)
+        _spin(1000)
         spent.append(time.perf_counter() - started)
-    return max(1000, int(1000 * PATIENCE / min(spent)))
+    return max(1000, int(1000 * SPIN_SECONDS / min(spent)))
 
 
 @_compiled
-def _serve(box, finished, patience):
-    """Compute what comes into the box. Returns the ticket of a Python task, or 0 where none came for long.
+def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
+    """Run the compiled tasks that are posted to a slot (its address). Returns the ticket of a Python task, or 0 if
+    nothing was posted for max_spins iterations.
 
-    finished  the ticket of the Python task that was made, which is announced only here, without Python's lock.
+    finished  the ticket of the Python task that the worker has run, or 0; DONE is set here, without Python's lock.
     """
-    _store(box + 8 * ASLEEP, 0)
+    _store(slot + 8 * ASLEEP, 0)
     if finished:
-        _store(box + 8 * DONE, finished)
-    last = _load(box + 8 * DONE)
-    looks = 0
+        _store(slot + 8 * DONE, finished)
+    last = _load(slot + 8 * DONE)
+    spins = 0
     while True:
-        ticket = _load(box + 8 * TICKET)
+        ticket = _load(slot + 8 * TICKET)
         if ticket != last:
-            function = _load(box + 8 * FUNCTION)
+            function = _load(slot + 8 * FUNCTION)
             if function == PYTHON:
                 return ticket
-            _call(function, _load(box + 8 * ARGUMENTS), _load(box + 8 * START), _load(box + 8 * STOP))
-            _store(box + 8 * DONE, ticket)
+            _call(function, _load(slot + 8 * ARGUMENTS), _load(slot + 8 * START), _load(slot + 8 * STOP))
+            _store(slot + 8 * DONE, ticket)
             last = ticket
-            looks = 0
+            spins = 0
         _pause()
-        looks += 1
-        if looks > patience:
-            _store(box + 8 * ASLEEP, 1)
-            if _load(box + 8 * TICKET) == last:
+        spins += 1
+        if spins > max_spins:
+            _store(slot + 8 * ASLEEP, 1)
+            if _load(slot + 8 * TICKET) == last:
                 return 0
-            _store(box + 8 * ASLEEP, 0)
-            looks = 0
+            _store(slot + 8 * ASLEEP, 0)
+            spins = 0
 
 
 @_compiled
-def _wait(boxes, count, patience):
-    """Until all workers have answered, or for about a millisecond; whether they have."""
+def _wait(slots: int, count: int, max_spins: int) -> bool:
+    """Spin until the first `count` workers have finished, or for max_spins iterations; whether they have finished."""
     for worker in range(count):
-        box = boxes + 8 * WORDS * worker
-        looks = 0
-        while _load(box + 8 * DONE) != _load(box + 8 * TICKET):
+        slot = slots + 8 * WORDS * worker
+        spins = 0
+        while _load(slot + 8 * DONE) != _load(slot + 8 * TICKET):
             _pause()
-            looks += 1
-            if looks > patience:
+            spins += 1
+            if spins > max_spins:
                 return False
     return True
 
 
 @_compiled
-def _begin(boxes, count):
-    """Tell `count` workers that there is work in their boxes."""
+def _post(slots: int, count: int) -> None:
+    """Post the tasks in the slots of the first `count` workers."""
     for worker in range(count):
-        box = boxes + 8 * WORDS * worker
-        _store(box + 8 * TICKET, _load(box + 8 * TICKET) + 1)
+        slot = slots + 8 * WORDS * worker
+        _store(slot + 8 * TICKET, _load(slot + 8 * TICKET) + 1)
 
 
 @_compiled
-def _call_and_wait(boxes, count, function, arguments, start, stop, patience):
-    """The same, then compute the part start ... stop - 1 here, and wait as above."""
-    _begin(boxes, count)
+def _post_and_run(slots: int, count: int, function: int, arguments: int, start: int, stop: int, max_spins: int) -> bool:
+    """Post, compute the part start ... stop - 1 on the calling thread, then wait."""
+    _post(slots, count)
     _call(function, arguments, start, stop)
-    return _wait(boxes, count, patience)
+    return _wait(slots, count, max_spins)
 
 
 class _Worker:
-    """A thread and its letter box."""
+    """A thread and its slot."""
 
-    def __init__(self, box: np.ndarray):
-        self.box = box
+    def __init__(self, slot: np.ndarray):
+        self.slot = slot
         self.task: Callable[[], None] | None = None
         self.error: BaseException | None = None
-        self.wake = threading.Lock()  # which the thread waits for (an interrupted threading.Event can stay locked)
+        self.wake = threading.Lock()  # held while the thread sleeps (an interrupted threading.Event can stay locked)
         self.wake.acquire()
         self.thread = threading.Thread(target=self._work, name="tinygrad2", daemon=True)
         self.thread.start()
@@ -203,7 +222,7 @@ class _Worker:
         _state.inside = True
         ticket = 0
         while True:
-            ticket = _serve(self.box.ctypes.data, ticket, _looks())
+            ticket = _run_tasks(self.slot.ctypes.data, ticket, _spins())
             if not ticket:
                 self.wake.acquire()
             elif self.task is None:
@@ -211,91 +230,92 @@ class _Worker:
             else:
                 try:
                     self.task()
-                except BaseException as error:  # the caller raises it
+                except BaseException as error:  # raised again on the calling thread
                     self.error = error
                 self.task = None
 
     def wake_up(self) -> None:
-        """Have the thread look again, if it sleeps. Only the thread itself says that it is awake: who is interrupted
-        here has not told anything wrong."""
-        if self.box[ASLEEP] and self.wake.locked():
+        """Wake the thread if it sleeps. Only the thread itself clears ASLEEP, so an interrupt here does no harm."""
+        if self.slot[ASLEEP] and self.wake.locked():
             self.wake.release()
 
 
 _state = threading.local()  # inside: whether this thread is a worker
-_busy = threading.Lock()  # the workers serve one caller at a time; another one computes alone
-_boxes = np.zeros((0, WORDS), dtype=np.int64)
+_busy = threading.Lock()  # the workers compute for one caller at a time; another one computes on its own thread
+_slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
 
-def _staff(count: int) -> list[_Worker]:
-    """The first `count` workers. Where there are fewer, all are hired anew, and known only when all are there.
+def _get_workers(count: int) -> list[_Worker]:
+    """The first `count` workers. If there are fewer, the pool is recreated and published at once.
 
-    An interrupt between a caller's last step and its waiting leaves a part behind, which is waited for here: a worker
-    that gets its next task too early would lose it, and whoever waits for that would wait for ever.
+    An interrupt after a caller has posted and before it waits leaves a task running, which is waited for here: a task
+    that is posted to a worker before it has finished would be lost, and its caller would wait forever.
     """
-    global _boxes, _workers
-    _await(_workers)
+    global _slots, _workers
+    _wait_for(_workers)
     if count > len(_workers):
-        _dismiss()
-        boxes = np.zeros((max(count, threads.count() - 1), WORDS), dtype=np.int64)
-        _workers, _boxes = [_Worker(box) for box in boxes], boxes
+        _stop_workers()
+        slots = np.zeros((max(count, threads.count() - 1), WORDS), dtype=np.int64)
+        _workers, _slots = [_Worker(slot) for slot in slots], slots
     return _workers[:count]
 
 
-def _dismiss() -> None:
-    """End the threads."""
+def _stop_workers() -> None:
+    """End the threads of the pool."""
     global _workers
     workers, _workers = _workers, []
     for worker in workers:
-        worker.box[FUNCTION], worker.task = PYTHON, None
-    _begin(_boxes.ctypes.data, len(workers))
+        worker.slot[FUNCTION], worker.task = PYTHON, None
+    _post(_slots.ctypes.data, len(workers))
     for worker in workers:
         while worker.thread.is_alive():
             worker.wake_up()
-            worker.thread.join(PATIENCE)
+            worker.thread.join(SPIN_SECONDS)
 
 
 @atexit.register
 def _close() -> None:
-    """At exit: what still computes afterwards does so alone. A thread that is in the midst of it is not waited for."""
+    """Stop the pool at exit; what computes later does so on the calling thread. A task of another thread, such as a
+    daemon, is not waited for: its caller keeps the lock."""
     if _busy.acquire(timeout=1):
-        _dismiss()
+        _stop_workers()
 
 
-def _forget() -> None:
-    """In a forked process, where the threads do not exist."""
+def _reset_after_fork() -> None:
+    """In a forked process the threads do not exist."""
     global _busy, _workers
     _busy, _workers = threading.Lock(), []
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """Call task(start, stop) for every range, at the same time; the first range on the calling thread.
+    """Call task(start, stop) for every range, in parallel; the first range on the calling thread.
 
-    A part that calls `each` again has its parts computed in place. The first error of a part is raised when all ended.
+    A nested call computes its ranges on the thread that makes it. If parts raise errors, the first of them is raised
+    again when all parts have ended.
     """
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
             task(start, stop)
         return
     try:
-        workers = _staff(len(ranges) - 1)
+        workers = _get_workers(len(ranges) - 1)
         with threads.blas_on_one_thread():
             try:
                 for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
-                    # Each part sees the caller's context: NumPy keeps there which floating-point errors are reported.
+                    # Each part runs in the caller's context, which holds NumPy's errstate.
                     worker.task, worker.error = partial(copy_context().run, task, start, stop), None
-                    worker.box[FUNCTION] = PYTHON
-                _begin(_boxes.ctypes.data, len(workers))
+                    worker.slot[FUNCTION] = PYTHON
+                _post(_slots.ctypes.data, len(workers))
                 for worker in workers:
                     worker.wake_up()
                 task(*ranges[0])
             finally:
-                _await(workers)
+                _wait_for(workers)
         for worker in workers:
             if worker.error is not None:
                 raise worker.error
@@ -303,34 +323,34 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
         _busy.release()
 
 
-def each_compiled(function: Any, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:
-    """The same for a compiled function(arguments, start, stop), made by numba.cfunc; `arguments` are 64-bit words."""
+def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:
+    """The same for a compiled function(arguments, start, stop), see `task`; `arguments` is an array of 64-bit words."""
     address = arguments.ctypes.data
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
             function.ctypes(address, start, stop)
         return
     try:
-        workers, patience, ended = _staff(len(ranges) - 1), _looks(), False
+        workers, max_spins, ended = _get_workers(len(ranges) - 1), _spins(), False
         for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
-            worker.box[FUNCTION : STOP + 1] = function.address, address, start, stop
+            worker.slot[FUNCTION : STOP + 1] = function.address, address, start, stop
             worker.wake_up()
         try:
-            ended = _call_and_wait(_boxes.ctypes.data, len(workers), function.address, address, *ranges[0], patience)
+            ended = _post_and_run(_slots.ctypes.data, len(workers), function.address, address, *ranges[0], max_spins)
         finally:
             if not ended:
-                _await(workers)
+                _wait_for(workers)
     finally:
         _busy.release()
 
 
-def _await(workers: list[_Worker]) -> None:
-    """Wait until all have answered. An interrupt is raised only then: they write to the caller's memory until then."""
+def _wait_for(workers: list[_Worker]) -> None:
+    """Wait until all have finished. An interrupt is raised only then, since they write to the caller's memory."""
     try:
-        while not _wait(_boxes.ctypes.data, len(workers), _looks()):
+        while not _wait(_slots.ctypes.data, len(workers), _spins()):
             for worker in workers:
                 worker.wake_up()
-            time.sleep(0)  # where there are more threads than cores
+            time.sleep(0)  # yields, where there are more threads than cores
     except BaseException:
-        _await(workers)
+        _wait_for(workers)
         raise

@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from gpt2.formats.torch_file import LIMIT, Record, Stored, load, save
+from gpt2.formats.stored import Stored
+from gpt2.formats.torch_file import PICKLE_LIMIT, Record, load_pickled, save_pickled
 
 
 def plain(value):
@@ -52,7 +53,7 @@ SIX = np.arange(6, dtype="float32")
 
 def refused(path, message):
     with pytest.raises(ValueError, match=message) as error:
-        load(path)
+        load_pickled(path)
     assert "\n" not in str(error.value)
 
 
@@ -61,8 +62,8 @@ def test_what_is_written_is_read_bit_by_bit(file):
     arrays = [SIX.reshape(2, 3), np.array(7, "int64"), np.zeros((0, 4), "float16"), bfloat16, np.array([True, False])]
     stored = [Stored(a.shape, a.dtype.name, lambda a=a: a) for a in arrays]
     data = {"a": [1, -1, 2**40, -(2**31)], "b": (True, False, None, 0.1), "é": {3: "x" * 300}, "": [], "t": ()}
-    save(file, {"arrays": stored, "again": stored[0], **data})
-    tree = load(file)
+    save_pickled(file, {"arrays": stored, "again": stored[0], **data})
+    tree = load_pickled(file)
     assert {key: tree[key] for key in data} == data
     for found, array in zip([*tree["arrays"], tree["again"]], [*arrays, arrays[0]], strict=True):
         assert (found.shape, found.dtype) == (array.shape, array.dtype.name)
@@ -73,7 +74,7 @@ def test_what_is_written_is_read_bit_by_bit(file):
 
 def test_what_does_not_belong_into_such_a_file_is_not_written(file):
     with pytest.raises(TypeError, match="set is not written"):
-        save(file, {"a": {1}})
+        save_pickled(file, {"a": {1}})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_what_does_not_belong_into_such_a_file_is_not_written(file):
     ],
 )
 def test_views_of_a_storage(geometry, expected, file):
-    stored = load(archive(file, tensor(**geometry), [SIX.tobytes()]))
+    stored = load_pickled(archive(file, tensor(**geometry), [SIX.tobytes()]))
     np.testing.assert_array_equal(stored.read(), expected)
     assert stored.read().shape == stored.shape == np.shape(expected)
 
@@ -199,29 +200,29 @@ def test_extensions_of_copyreg_are_not_looked_up(file, monkeypatch):
 
 
 def test_a_memo_of_four_billion_entries_takes_no_memory(file):
-    assert load(archive(file, b"Nr\xff\xff\xff\xff")) is None
+    assert load_pickled(archive(file, b"Nr\xff\xff\xff\xff")) is None
 
 
 def test_shared_lists_do_not_unfold(file):
     """Sixty lists, each twice in the next: 2**60 elements for whoever copies or prints them."""
-    tree = load(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)))
+    tree = load_pickled(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)))
     assert len(tree) == 2
 
 
 def test_config_objects_are_records(file):
     program = b"ctrain_gpt2\nGPTConfig\n)\x81" + plain({"n_layer": 12, "__class__": "x"}) + b"b"
-    assert load(archive(file, program)) == Record("train_gpt2.GPTConfig", {"n_layer": 12, "__class__": "x"})
+    assert load_pickled(archive(file, program)) == Record("train_gpt2.GPTConfig", {"n_layer": 12, "__class__": "x"})
 
 
 def test_the_attributes_of_an_ordered_dictionary_are_left_out(file):
     """state_dict() has `_metadata`."""
     program = b"ccollections\nOrderedDict\n)R" + plain({"_metadata": 1, "items": 2}) + b"b"
-    assert load(archive(file, program)) == {}
+    assert load_pickled(archive(file, program)) == {}
 
 
 def test_zip_bombs_are_refused(file):
     refused(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
-    refused(archive(file, plain("x" * LIMIT)), "at most")
+    refused(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -250,7 +251,7 @@ def test_a_flipped_bit_in_the_pickle_is_noticed(file):
 
 def test_a_truncated_file(file):
     archive(file, tensor(), [SIX.tobytes()])
-    stored = load(file)
+    stored = load_pickled(file)
     file.write_bytes(file.read_bytes()[:100])
     refused(file, "not a zip file")
     with pytest.raises(ValueError, match=r"ends .* bytes too early"):
@@ -266,7 +267,7 @@ def legacy(path, *, magic=0x1950A86A20F9469CFC6C, little_endian=True, keys=("0",
 
 
 def test_files_from_before_zip(file):
-    stored = load(legacy(file, memory=SIX.tobytes()))["weight"]
+    stored = load_pickled(legacy(file, memory=SIX.tobytes()))["weight"]
     np.testing.assert_array_equal(stored.read(), SIX.reshape(2, 3))
 
 
@@ -290,10 +291,10 @@ def test_a_big_claim_costs_no_memory(file):
     """In a process of its own with 1 GiB of address space beyond what it starts with."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
-        "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import load\n"
+        "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import load_pickled\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)\n"
-        "try:\n    load(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
+        "try:\n    load_pickled(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
     )
     if not sys.platform.startswith("linux"):
         pytest.skip("measures memory as Linux shows it")
@@ -325,7 +326,7 @@ def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
         **tensors,
     }
     torch.save(tree, file, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
-    found = load(file)
+    found = load_pickled(file)
     assert found["config"] == Record("__main__.GPTConfig", {"n_layer": 12})
     assert found["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
     for key in (*kinds, "loss", "parameter", "view"):
@@ -346,7 +347,7 @@ def test_pytorch_reads_what_is_written(mmap, file):
         for kind in ("float64", "float32", "float16", "bfloat16", "int64", "bool")
     }
     stored = {kind: Stored(array.shape, kind, lambda array=array: array) for kind, array in arrays.items()}
-    save(file, {**stored, "plain": [1, -5, 2**35, 0.5, None, True, ("a", {"b": 1})], "again": stored["int64"]})
+    save_pickled(file, {**stored, "plain": [1, -5, 2**35, 0.5, None, True, ("a", {"b": 1})], "again": stored["int64"]})
     tree = torch.load(file, weights_only=True, mmap=mmap)
     assert tree["plain"] == [1, -5, 2**35, 0.5, None, True, ("a", {"b": 1})]
     assert tree["again"].data_ptr() == tree["int64"].data_ptr()

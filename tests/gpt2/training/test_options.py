@@ -5,13 +5,13 @@ from dataclasses import fields
 import pytest
 
 from gpt2 import GPT2Config
-from gpt2.training.options import RECIPES, Options, complete, flag, parse
+from gpt2.training.options import RECIPES, Options, flag, parse_options, resolve_options
 
 NANO, SMALL = GPT2Config.preset("nano"), GPT2Config.preset("gpt2")
 
 
 def given(*argv):
-    return parse(argv, "")
+    return parse_options(argv, "")
 
 
 def refused(capsys, *argv):
@@ -52,7 +52,7 @@ def test_the_options_that_others_rely_on_exist():
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path):
     file = tmp_path / "options.toml"
     file.write_text('recipe = "modern"\nlearning_rate = 1e-3\nbeta2 = 0.9\nmax-iters = 5\nfresh = true\n')
-    options = complete(given("--config", str(file), "--beta2", "0.99"), SMALL)
+    options = resolve_options(given("--config", str(file), "--beta2", "0.99"), SMALL)
     assert (options.beta2, options.learning_rate, options.warmup_iters) == (0.99, 1e-3, 715)
     assert (options.max_iters, options.fresh, options.min_lr) == (5, True, 1e-4)
 
@@ -103,7 +103,7 @@ def test_a_wrong_option_gets_one_line(capsys, argv, message):
         ("fresh = 1", "fresh is 1; expected a value of type bool"),
         ("[train]\nbatch_size = 3", "unknown option train"),
         ("batch_size = 0", "--batch-size is 0; expected more than 0"),
-        ("import os", "it is no TOML"),
+        ("import os", "not valid TOML"),
     ],
 )
 def test_a_wrong_file_gets_one_line(capsys, tmp_path, text, message):
@@ -117,7 +117,7 @@ def test_a_missing_file_gets_one_line(capsys):
 
 
 def test_the_recipes_are_the_published_ones():
-    paper, modern = (complete({"recipe": name, "preset": "gpt2"}, SMALL) for name in ("paper", "modern"))
+    paper, modern = (resolve_options({"recipe": name, "preset": "gpt2"}, SMALL) for name in ("paper", "modern"))
     assert (paper.learning_rate, paper.weight_decay, paper.dropout) == (2.5e-4, 0.01, 0.1)
     assert (paper.total_batch_size, paper.block_size) == (512 * 1024, 1024)
     assert (modern.learning_rate, modern.min_lr, modern.warmup_iters) == (6e-4, pytest.approx(6e-5), 715)
@@ -127,16 +127,16 @@ def test_the_recipes_are_the_published_ones():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_a_model_with_a_shorter_context(recipe):
-    options = complete({"recipe": recipe}, NANO)
+    options = resolve_options({"recipe": recipe}, NANO)
     assert options.block_size == NANO.n_positions
     assert options.total_batch_size == 512 * NANO.n_positions
 
 
 def test_what_is_implied():
-    nano, small = complete({}, NANO), complete({"preset": "gpt2"}, SMALL)
+    nano, small = resolve_options({}, NANO), resolve_options({"preset": "gpt2"}, SMALL)
     assert (nano.block_size, small.block_size) == (NANO.n_positions, 1024)
     assert nano.lr_decay_iters == nano.max_iters
     assert nano.min_lr == nano.learning_rate / 10
-    assert complete({"max_iters": 7}, NANO).lr_decay_iters == 7
-    assert complete({"init": "somewhere"}, NANO).learning_rate == nano.learning_rate / 10
-    assert complete({"init": "somewhere", "learning_rate": 1e-3}, NANO).learning_rate == 1e-3
+    assert resolve_options({"max_iters": 7}, NANO).lr_decay_iters == 7
+    assert resolve_options({"init": "somewhere"}, NANO).learning_rate == nano.learning_rate / 10
+    assert resolve_options({"init": "somewhere", "learning_rate": 1e-3}, NANO).learning_rate == 1e-3

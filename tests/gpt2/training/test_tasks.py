@@ -12,7 +12,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.training import tasks
-from gpt2.training.tasks import TASKS, Item, load, score
+from gpt2.training.tasks import TASKS, Item, load_items, score
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 
@@ -246,11 +246,11 @@ def test_load(tmp_path):
     lines = [{"ind": i, "ctx": f"é{i}", "endings": ["a", "b"], "label": str(i % 2), "more": None} for i in range(10)]
     file = write(tmp_path / "h.jsonl", lines)
     file.write_bytes(file.read_bytes() + b"\n")
-    items = load(HELLASWAG, file)
+    items = load_items(HELLASWAG, file)
     assert items[3] == Item("é3", (" a", " b"), 1)
     assert len(items) == 10
-    assert [item.context for item in load(HELLASWAG, file, limit=4)] == ["é0", "é2", "é5", "é7"]
-    assert load(HELLASWAG, file, limit=11) == items
+    assert [item.context for item in load_items(HELLASWAG, file, limit=4)] == ["é0", "é2", "é5", "é7"]
+    assert load_items(HELLASWAG, file, limit=11) == items
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_lines_that_are_none_of_the_task(task, line, tmp_path):
     good = {"ctx": "a", "endings": ["b", "c"], "label": 0} if task is HELLASWAG else {"text": "two words"}
     file = write(tmp_path / "f.jsonl", [good, line])
     with pytest.raises(ValueError, match=rf"f.jsonl: line 2 is no question of {task.name}; expected {{"):
-        load(task, file)
+        load_items(task, file)
 
 
 @pytest.mark.parametrize(
@@ -283,15 +283,15 @@ def test_lines_that_are_none_of_the_task(task, line, tmp_path):
 def test_files_that_are_no_json_lines(content, line, tmp_path):
     (tmp_path / "f.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=line):
-        load(LAMBADA, tmp_path / "f.jsonl")
+        load_items(LAMBADA, tmp_path / "f.jsonl")
 
 
 def test_an_empty_and_a_missing_file(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\n\n")
     with pytest.raises(ValueError, match="it holds no question"):
-        load(LAMBADA, tmp_path / "f.jsonl")
+        load_items(LAMBADA, tmp_path / "f.jsonl")
     with pytest.raises(FileNotFoundError):
-        load(LAMBADA, tmp_path / "none.jsonl")
+        load_items(LAMBADA, tmp_path / "none.jsonl")
 
 
 @contextmanager
@@ -335,8 +335,8 @@ def published(url, body=BODY):
 
 def test_download_happens_once(cache):
     with serving(BODY) as (url, asked):
-        assert len(load(published(url))) == 9000
-        assert load(published(url))[0] == Item("a last", (" word",), 0)
+        assert len(load_items(published(url))) == 9000
+        assert load_items(published(url))[0] == Item("a last", (" word",), 0)
     assert asked == ["/data/words.jsonl"]
     assert [path.name for path in cache.iterdir()] == ["words.jsonl"]
     assert (cache / "words.jsonl").read_bytes() == BODY
@@ -353,7 +353,7 @@ def test_download_happens_once(cache):
 def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
     what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*put the file here"
     with serving(**answer) as (url, _), pytest.raises(OSError, match=what) as error:
-        load(published(url))
+        load_items(published(url))
     assert str(cache / "words.jsonl") in str(error.value)
     assert "\n" not in str(error.value)
     assert list(cache.iterdir()) == []
@@ -363,10 +363,10 @@ def test_without_a_network(cache):
     with serving(b"") as (url, _):
         pass  # nobody listens there any more
     with pytest.raises(OSError, match=r"could not be downloaded .*refused"):
-        load(published(url))
+        load_items(published(url))
 
 
 def test_a_cache_folder_that_cannot_be_made(cache):
     cache.parent.write_text("a file in the way")
     with serving(BODY) as (url, _), pytest.raises(OSError, match="could not be downloaded"):
-        load(published(url))
+        load_items(published(url))

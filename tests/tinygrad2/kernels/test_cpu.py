@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from tinygrad2 import Key, ops, reference, threads
-from tinygrad2.backend import get_backend, kernel_table
+from tinygrad2 import Key, reference, threads
+from tinygrad2.backend import kernel_table
 
 cpu = pytest.importorskip("tinygrad2.kernels.cpu")
 NAMES = [
@@ -48,8 +48,8 @@ def arguments(name, shape, seed=0):
         ],
         "embedding_forward": [[tokens, array(V, C), array(T + 3, C), 2], [tokens, array(V, C), None, 0]],
         "embedding_backward": [
-            [x, ops.TokenRuns(tokens, get_backend()), 2, array(V, C), array(T + 3, C)],
-            [x, ops.TokenRuns(tokens, get_backend()), 0, None, None],
+            [x, tokens, 2, array(V, C), array(T + 3, C)],
+            [x, tokens, 0, None, None],
         ],
         "dropout_forward": [[x, 0.3, KEY], [x[1:] if B > 1 else x, 0.7, KEY]],
         "dropout_backward": [[x, 0.3, KEY]],

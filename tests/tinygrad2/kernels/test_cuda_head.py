@@ -9,7 +9,7 @@ from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim
 from tests.stand_ins.strict_cupy import device, library, ndarray
-from tinygrad2 import ops, reference
+from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
 pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
@@ -70,12 +70,6 @@ def schedules(compute):
     return results[0]
 
 
-def token_runs(tokens):
-    """For the reference, and for the device."""
-    libraries = (np, lambda values: values), (library, ndarray)
-    return [ops.TokenRuns(tokens, types.SimpleNamespace(np=np, upload=upload)) for np, upload in libraries]
-
-
 # Embedding ------------------------------------------------------------------------------------------------------------
 
 
@@ -115,8 +109,7 @@ def embedding_gradients(kernels, tokens, dtype, C, offset=0):
     dy = R.normal(size=(B, T, C)).astype(dtype)
     grads = [R.normal(size=(rows, C)).astype("f4") for rows in (V, T + 3)]
     right = [grad.astype("d") for grad in grads]
-    host, runs = token_runs(tokens)
-    reference.embedding_backward(dy.astype("d"), host, first, *right)
+    reference.embedding_backward(dy.astype("d"), tokens, first, *right)
 
     def compute():
         given = ndarray(dy.copy())
@@ -124,7 +117,7 @@ def embedding_gradients(kernels, tokens, dtype, C, offset=0):
         for place, grad in zip(places, grads, strict=True):
             place[...] = grad
         results = [ndarray(place) for place in places]
-        kernels.embedding_backward(given, runs, first, *results)
+        kernels.embedding_backward(given, tokens, first, *results)
         assert given._a.tobytes() == dy.tobytes()
         return results
 
@@ -157,8 +150,7 @@ def test_runs_and_the_borders_of_chunks(kernels, tokens):
 
 
 def test_embedding_backward_leaves_out_what_is_not_wanted(kernels):
-    _, runs = token_runs(np.zeros((1, 3), int))
-    kernels.embedding_backward(ndarray(np.ones((1, 3, 8), "f4")), runs, 0, None, None)
+    kernels.embedding_backward(ndarray(np.ones((1, 3, 8), "f4")), np.zeros((1, 3), int), 0, None, None)
 
 
 # The language-model head ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ TWO = [(0, 1), (1, 2)]
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """A hang ends the test with the stacks of all threads, not the whole run without a word."""
+    """A hang ends the test with the stacks of all threads, instead of a silent hang of the whole run."""
     faulthandler.dump_traceback_later(120, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -126,15 +126,15 @@ def test_the_number_of_parts_may_change_all_the_time():
 
 
 @pytest.mark.parametrize("wait", [0, 0.5, 1, 3])
-def test_threads_that_went_to_sleep_are_woken(wait):
+def test_sleeping_workers_are_woken(wait):
     assert usable()
     for _ in range(20):
-        time.sleep(wait * pool.PATIENCE)
+        time.sleep(wait * pool.SPIN_SECONDS)
         assert counted(3).tolist() == [1] * 3
-        time.sleep(wait * pool.PATIENCE)
+        time.sleep(wait * pool.SPIN_SECONDS)
         assert usable()
-    time.sleep(50 * pool.PATIENCE)
-    assert all(worker.box[pool.ASLEEP] for worker in pool._workers)
+    time.sleep(50 * pool.SPIN_SECONDS)
+    assert all(worker.slot[pool.ASLEEP] for worker in pool._workers)
 
 
 def test_several_threads_may_ask_at_once():
@@ -159,11 +159,11 @@ def test_several_threads_may_ask_at_once():
 
 
 def test_parts_of_any_duration_with_any_pause():
-    """Around PATIENCE, where threads go to sleep just as work comes."""
+    """Around SPIN_SECONDS, where threads go to sleep just as work comes."""
     R = random.Random(0)
     stop = time.perf_counter() + 1.5
     while time.perf_counter() < stop:
-        count, naps = R.randrange(1, 5), [R.choice((0, 0, 1, 1.1)) * pool.PATIENCE * R.random() for _ in range(5)]
+        count, naps = R.randrange(1, 5), [R.choice((0, 0, 1, 1.1)) * pool.SPIN_SECONDS * R.random() for _ in range(5)]
         done = []
 
         def task(start, stop, naps=naps, done=done):
@@ -207,9 +207,9 @@ def test_blas_computes_on_one_thread_inside_and_as_before_outside():
 def test_a_part_that_outlives_its_caller_does_not_cost_the_next_one_its_own():
     release, made = threading.Event(), []
     assert usable()
-    worker = pool._staff(1)[0]
-    worker.task, worker.box[pool.FUNCTION] = release.wait, pool.PYTHON  # as if the caller had been interrupted here
-    pool._begin(pool._boxes.ctypes.data, 1)
+    worker = pool._get_workers(1)[0]
+    worker.task, worker.slot[pool.FUNCTION] = release.wait, pool.PYTHON  # as if the caller had been interrupted here
+    pool._post(pool._slots.ctypes.data, 1)
     worker.wake_up()
     later = threading.Timer(0.05, release.set)
     later.start()
@@ -251,7 +251,7 @@ def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
                 caught += 1
             # Python may raise between entering `finally` and its first step: a part then outlives its caller a little.
             deadline = time.perf_counter() + 10
-            while any(worker.box[pool.DONE] != worker.box[pool.TICKET] for worker in pool._workers):
+            while any(worker.slot[pool.DONE] != worker.slot[pool.TICKET] for worker in pool._workers):
                 assert time.perf_counter() < deadline
                 time.sleep(1e-4)
             assert result.tolist() in ([0] * 3, [1] * 3)
@@ -268,7 +268,7 @@ def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeyp
     wait, pending = pool._wait, [KeyboardInterrupt, KeyboardInterrupt]
 
     def interrupted(*arguments):
-        if pending and pool._boxes[0, pool.DONE] != pool._boxes[0, pool.TICKET]:  # not before there is work
+        if pending and pool._slots[0, pool.DONE] != pool._slots[0, pool.TICKET]:  # not before there is work
             raise pending.pop()
         return wait(*arguments)
 
@@ -287,7 +287,7 @@ def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeyp
 
 
 def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(monkeypatch):
-    pool._dismiss()
+    pool._stop_workers()
     start, started = threading.Thread.start, []
 
     def failing(thread):
@@ -316,7 +316,7 @@ def _in_a_fork(results):
 @pytest.mark.parametrize("pause", [0, 0.02])
 def test_a_forked_process_has_threads_of_its_own(pause):
     assert usable()
-    time.sleep(pause)  # the threads look for work, or sleep
+    time.sleep(pause)  # the threads spin, or sleep
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     child = context.Process(target=_in_a_fork, args=(results,))
@@ -328,10 +328,10 @@ def test_a_forked_process_has_threads_of_its_own(pause):
 
 
 EXITS = {
-    "as they look": "",
-    "as they sleep": "time.sleep(0.03)",
+    "while workers spin": "",
+    "while workers sleep": "time.sleep(0.03)",
     "with an error": "raise ZeroDivisionError",
-    "as a daemon thread computes": (
+    "while a daemon thread computes": (
         "def work():\n"
         "    while True: pool.each(lambda a, b: time.sleep(0), RANGES)\n"
         "threading.Thread(target=work, daemon=True).start(); time.sleep(0.05)"
@@ -352,7 +352,7 @@ pool.each(lambda a, b: None, RANGES)
 
 @pytest.mark.parametrize("case", EXITS)
 def test_the_interpreter_exits_cleanly(case):
-    """Six processes a case, two at a time: an exit function that computes finds the threads gone, and does it alone."""
+    """Six processes a case, two at a time. An exit function that runs after the pool has stopped computes by itself."""
     script = SCRIPT + EXITS[case]
     for _ in range(3):
         processes = [

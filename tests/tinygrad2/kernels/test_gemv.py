@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/skinny.py: products of few rows against float64, for every edge, layout and kind of weights."""
+"""tinygrad2/kernels/gemv.py: products of a few rows against float64, for every edge, layout and kind of weights."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from ml_dtypes import bfloat16
 
 from tinygrad2 import threads
 
-skinny = pytest.importorskip("tinygrad2.kernels.skinny")
+gemv = pytest.importorskip("tinygrad2.kernels.gemv")
 cpu = pytest.importorskip("tinygrad2.kernels.cpu")
 from numba import cfunc  # noqa: E402
 
@@ -27,10 +27,10 @@ SHAPES = [(1, 1), (1, 300), (300, 1), (3, 5), (4, 16), (5, 17), (31, 33), (64, 6
 def lanes(request, monkeypatch):
     """Both widths of vectors; the second is compiled here, and not kept on disk."""
     if "without" in request.param:
-        monkeypatch.setattr(skinny, "LANES", 8)
-        monkeypatch.setattr(skinny, "ROWS", 2)
+        monkeypatch.setattr(gemv, "LANES", 8)
+        monkeypatch.setattr(gemv, "ROWS", 2)
         monkeypatch.setattr(pool, "cfunc", lambda signature, cache: cfunc(signature))
-        monkeypatch.setattr(skinny, "_tasks", NARROW)
+        monkeypatch.setattr(gemv, "_tasks", NARROW)
 
 
 NARROW: dict = {}
@@ -45,7 +45,7 @@ def matrices(M, K, N, dtype, layout, seed=0):
 def check(x, w, y):
     wide = [a.astype(np.float64) for a in (x, w, y)]
     before = x.copy(), w.copy()
-    skinny.product(x, w, y)
+    gemv.add_product(x, w, y)
     expected = wide[2] + wide[0] @ wide[1]
     scale = np.abs(wide[2]) + np.abs(wide[0]) @ np.abs(wide[1])  # of the sums, without their signs
     assert (np.abs(y - expected) <= 2e-7 * (4 + x.shape[1] / 8) * scale).all()
@@ -74,26 +74,26 @@ def test_any_number_of_rows(dtype, layout):
 def test_nothing_to_add_changes_nothing(shape, dtype, layout):
     x, w, y = matrices(3, *shape, dtype, layout)
     before = y.copy()
-    skinny.product(x, w, y)
+    gemv.add_product(x, w, y)
     np.testing.assert_array_equal(y, before)
 
 
 @DTYPES
 @LAYOUTS
 def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, monkeypatch):
-    monkeypatch.setattr(skinny, "GRAIN", 1)  # many parts even of a small matrix
+    monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even of a small matrix
     for K, N in ((131, 1013), (16, 4001)):
         x, w, y = matrices(7, K, N, dtype, layout)
         results = []
         for count in (1, 2, 3, 5):
             monkeypatch.setattr(threads, "_count", count)
-            assert len(threads.parts(-(-N // skinny.LANES), 64 // skinny.LANES)) == count
+            assert len(threads.parts(-(-N // gemv.LANES), 64 // gemv.LANES)) == count
             result = y.copy()
-            skinny.product(x, w, result)
+            gemv.add_product(x, w, result)
             results.append(result)
         alone = y.copy()
         for row in range(len(x)):
-            skinny.product(x[row : row + 1], w, alone[row : row + 1])
+            gemv.add_product(x[row : row + 1], w, alone[row : row + 1])
         for result in (*results[1:], alone):
             np.testing.assert_array_equal(result, results[0])
 
@@ -106,12 +106,12 @@ def test_what_is_no_number_shows(dtype, layout, bad):
     for k, j in ((0, 0), (36, 3), (5, 84), (36, 84), (17, 40)):
         x, w, y = matrices(7, K, N, dtype, layout)
         w[k, j] = bad
-        skinny.product(x, w, y)
+        gemv.add_product(x, w, y)
         assert not np.isfinite(y[:, j]).any()
         assert np.isfinite(np.delete(y, j, axis=1)).all()
         x, w, y = matrices(7, K, N, dtype, layout)
         x[2, k] = bad
-        skinny.product(x, w, y)
+        gemv.add_product(x, w, y)
         assert not np.isfinite(y[2]).any()
         assert np.isfinite(np.delete(y, 2, axis=0)).all()
 
@@ -124,7 +124,7 @@ def test_every_bfloat16_is_read_as_what_it_is(layout):
     x, y = np.ones((1, 1), np.float32), np.zeros((1, 1 << 16), np.float32)
     if layout == "F":
         x = np.array([[1, 0]], np.float32)
-    skinny.product(x, w, y)
+    gemv.add_product(x, w, y)
     expected = every.astype(np.float32)
     if layout == "F":  # infinity times 0
         expected = np.where(np.isinf(expected), np.nan, expected)
@@ -134,20 +134,20 @@ def test_every_bfloat16_is_read_as_what_it_is(layout):
 def test_which_weights_fit():
     x = np.ones((2, 6), np.float32)
     w = np.ones((6, 8), np.float32)
-    assert skinny.fits(x, w)
-    assert skinny.fits(x, w.astype(bfloat16))
-    assert skinny.fits(x, np.ones((8, 6), bfloat16).T)
-    assert not skinny.fits(x, w[:, ::2])
-    assert not skinny.fits(x, w[:, :5])
-    assert not skinny.fits(x, np.ones((12, 8), bfloat16)[::2])
-    assert not skinny.fits(x, w.astype(np.float64))
-    assert not skinny.fits(x, w.astype(np.float16))
-    assert not skinny.fits(x, w.astype(">f4"))
-    assert not skinny.fits(x.astype(np.float64), w)
+    assert gemv.supports(x, w)
+    assert gemv.supports(x, w.astype(bfloat16))
+    assert gemv.supports(x, np.ones((8, 6), bfloat16).T)
+    assert not gemv.supports(x, w[:, ::2])
+    assert not gemv.supports(x, w[:, :5])
+    assert not gemv.supports(x, np.ones((12, 8), bfloat16)[::2])
+    assert not gemv.supports(x, w.astype(np.float64))
+    assert not gemv.supports(x, w.astype(np.float16))
+    assert not gemv.supports(x, w.astype(">f4"))
+    assert not gemv.supports(x.astype(np.float64), w)
 
 
 @DTYPES
-@pytest.mark.parametrize("rows", [1, 7, cpu.SKINNY, cpu.SKINNY + 1, 100])
+@pytest.mark.parametrize("rows", [1, 7, cpu.GEMV_ROWS, cpu.GEMV_ROWS + 1, 100])
 @pytest.mark.parametrize(
     "cut", [(slice(None), slice(None)), (slice(None), slice(None, None, 2)), (slice(0, 32), slice(0, 40))]
 )
@@ -168,10 +168,10 @@ def test_linear_takes_any_weights_and_rows(dtype, rows, cut):
 def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):
     script = (
         "import numpy as np\n"
-        "from tinygrad2.kernels import skinny\n"
+        "from tinygrad2.kernels import gemv\n"
         "for order in 'CF':\n"
-        "    skinny.product(np.ones((1, 8), 'f'), np.ones((8, 8), 'f', order=order), np.zeros((1, 8), 'f'))\n"
-        "print([task.cache_hits for task in skinny._tasks.values()])\n"
+        "    gemv.add_product(np.ones((1, 8), 'f'), np.ones((8, 8), 'f', order=order), np.zeros((1, 8), 'f'))\n"
+        "print([task.cache_hits for task in gemv._tasks.values()])\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     said = [

@@ -1,0 +1,214 @@
+"""Model files of every layout that is read, under the names and in the layout of gpt2.model.GPT2.
+
+Read are folders of Hugging Face (config.json with model.safetensors or pytorch_model.bin, whole or in shards), files of
+PyTorch (checkpoints of nanoGPT and build-nanogpt, plain state dicts), and files of llm.c. Every shape is checked before
+a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, PRESETS, GPT2Config, is_matrix
+from gpt2.formats import hub, huggingface, llmc, torch_file
+from gpt2.formats.huggingface import CONFIG_FILE, WEIGHTS_FILE
+from gpt2.formats.stored import Stored, naming_file
+from gpt2.formats.torch_file import LM_HEAD
+from gpt2.language_model import LanguageModel
+from tinygrad2 import checkpoint
+
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry; they are no parameters
+PREFIXES = (
+    "_orig_mod.",
+    "module.",
+    "transformer.",
+)  # of torch.compile, of DistributedDataParallel, of the model's body
+
+
+@dataclass
+class ModelFile:
+    """A model as a file or folder holds it: nothing but sizes has been read yet.
+
+    file    the file with the parameters, or the list of its shards.
+    config  sizes and rates.
+    arrays  every parameter of gpt2.model.GPT2, by its name there and in the shape there.
+    """
+
+    file: Path
+    config: GPT2Config
+    arrays: dict[str, Stored]
+
+    def read(self, name: str) -> np.ndarray:
+        """A parameter's values, in the file's type. Raises ValueError naming the file."""
+        with naming_file(self.file):
+            return self.arrays[name].read()
+
+
+def find_model(path: Path, say: Callable[[str], None]) -> Path:
+    """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
+    else the newest .pt file; for one of the names in gpt2.formats.hub the folder that OpenAI's model was downloaded to.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if path.is_file() or (path / CONFIG_FILE).exists():
+        return path
+    if str(path) in hub.REVISIONS:
+        return hub.download(str(path))
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: there is no such folder or file; expected a model's, the out-dir of a run, or one of "
+            f"{', '.join(hub.REVISIONS)}"
+        )
+    folder, damaged = checkpoint.newest(path)
+    for line in damaged:
+        say(f"damaged checkpoint, not used: {line}")
+    if folder is None:
+        folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
+    return folder
+
+
+def open_model(path: str | Path) -> ModelFile:
+    """The model in the file or folder `path`.
+
+    Accepts any of PREFIXES before the names, an output layer if it equals the token embedding, the causal masks of old
+    files, matrices as (in, out) or (out, in), models without biases (whose biases are then zeros), and float64,
+    float32, float16 and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates.
+    """
+    path = Path(path)
+    config = None if path.is_file() else huggingface.read_config(path)
+    file = (
+        path
+        if config is None
+        else next((path / name for name in huggingface.WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILE)
+    )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
+    with naming_file(file):
+        own, stored = _read(file)
+        stored = _plain_names(stored)
+    config = config or own
+    if config is None and (file.parent / CONFIG_FILE).is_file():
+        config = huggingface.read_config(file.parent)
+    with naming_file(file):
+        config = config or _published(stored)
+        return ModelFile(file, config, _arranged(config, stored))
+
+
+def load_config(path: str | Path) -> GPT2Config:
+    """The configuration of the model in the file or folder `path`, which fits the parameters there. Raises as
+    open_model does."""
+    return open_model(path).config
+
+
+def load_into(model: LanguageModel, path: str | Path) -> None:
+    """Fill the model's parameters from the file or folder `path`. Raises as open_model does."""
+    source = open_model(path)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        stored = source.arrays.get(name)
+        if stored is None or stored.shape != parameter.shape:
+            raise ValueError(
+                f"{source.file}: tensor {name} {f'has shape {stored.shape}' if stored else 'is missing'}; "
+                f"expected {parameter.shape}"
+            )
+    if len(source.arrays) != len(parameters):
+        raise ValueError(f"{source.file}: it has {len(source.arrays)} tensors; expected {len(parameters)}")
+    for name, parameter in parameters.items():
+        parameter.data = model.backend.asarray(source.read(name), dtype=parameter.dtype)
+
+
+def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
+    """The arrays of a file of any kind, as they are in it, and its config where it holds one."""
+    if file.name.endswith(huggingface.INDEX):
+        places = huggingface.read_index(file)
+        shards = {name: _read_shard(file.with_name(name)) for name in dict.fromkeys(places.values())}
+        for name, place in places.items():
+            if name not in shards[place]:
+                raise ValueError(f"tensor {name} is not in {place}")
+        return None, {name: shards[place][name] for name, place in places.items()}
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    if start == llmc.MAGIC.to_bytes(4, "little"):
+        return llmc.read(file)
+    if start in (torch_file.ZIP, torch_file.LEGACY):
+        return torch_file.read(file)
+    return None, huggingface.read_safetensors(file)
+
+
+def _read_shard(file: Path) -> dict[str, Stored]:
+    with naming_file(file):
+        return _read(file)[1]
+
+
+def _plain_names(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Without prefixes and masks."""
+    plain: dict[str, Stored] = {}
+    for name, values in stored.items():
+        short = name
+        while (prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None)) is not None:
+            short = short.removeprefix(prefix)
+        if short in plain:
+            raise ValueError(f"tensor {short} is there twice, with and without the prefix of {name}")
+        if not short.endswith(BUFFERS):
+            plain[short] = values
+    return plain
+
+
+def _published(stored: dict[str, Stored]) -> GPT2Config:
+    """The config of arrays without one, if they are those of a published size in the published layout: from shapes
+    alone nobody can tell the number of heads nor the form of GELU."""
+    layers = sum(name.endswith("ln_1.weight") for name in stored)
+    queries = stored.get("h.0.attn.c_attn.weight")
+    for preset in PRESETS.values():
+        shape = (preset.n_embd, 3 * preset.n_embd)
+        if preset.vocab_size == GPT2_VOCAB_SIZE and preset.n_layer == layers and queries and queries.shape == shape:
+            return preset
+    raise ValueError(
+        f"it does not say how many heads the model has nor which GELU it computes; put its {CONFIG_FILE} beside it"
+    )
+
+
+def _arranged(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The config's parameters among those stored, in this model's layout. Raises ValueError naming the tensor that is
+    missing, surplus, or of another shape or type."""
+    stored = dict(stored)
+    for name in ("wte.weight", LM_HEAD):
+        if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
+            stored[name] = stored[name].rows(GPT2_VOCAB_SIZE)
+    head = stored.pop(LM_HEAD, None)
+    turned = "h.0.attn.c_attn.weight" in stored and (
+        stored["h.0.attn.c_attn.weight"].shape == (3 * config.n_embd, config.n_embd)
+    )
+    without_biases = not any(name.endswith(".bias") for name in stored)
+    arrays: dict[str, Stored] = {}
+    for name, shape in config.shapes():
+        if name not in stored and not (without_biases and name.endswith(".bias")):
+            raise ValueError(f"tensor {name} is missing")
+        values = stored.pop(name, None) or _zeros(shape)
+        expected = shape[::-1] if turned and is_matrix(name) else shape
+        if values.dtype not in huggingface.NUMPY_DTYPES.values():
+            known = ", ".join(huggingface.NUMPY_DTYPES.values())
+            raise ValueError(f"tensor {name} is of type {values.dtype}; expected one of {known}")
+        if values.shape != expected:
+            raise ValueError(f"tensor {name} has shape {values.shape}; expected {expected}")
+        arrays[name] = values.transposed() if turned and is_matrix(name) else values
+    if stored:
+        raise ValueError(f"tensor {next(iter(stored))} is not one of this model's")
+    if head is not None and not _equal(head, arrays["wte.weight"]):
+        raise ValueError(f"{LM_HEAD} differs from wte.weight; this model ties the output layer to the token embedding")
+    return arrays
+
+
+def _zeros(shape: tuple[int, ...]) -> Stored:
+    return Stored(shape, "float32", lambda: np.zeros(shape, "float32"))
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    """Bit by bit: what is no number equals itself here."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.read().tobytes() == b.read().tobytes()

@@ -1,0 +1,57 @@
+"""An array in a model file, read when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+from safetensors import SafetensorError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file: its shape and NumPy's name of its type are known, its values are read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    def rows(self, count: int) -> Stored:
+        """The first `count` rows."""
+        return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])
+
+    def transposed(self) -> Stored:
+        """With its axes in the reverse order, contiguous again."""
+        return Stored(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self.read().T))
+
+    def cast(self, dtype: str) -> Stored:
+        """With its values rounded to `dtype`."""
+        return Stored(self.shape, dtype, lambda: self.read().astype(dtype, copy=False))
+
+
+def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The array that begins `offset` bytes into a file."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.fromfile(path, np.uint8, count, offset=offset)
+    if len(memory) != count:
+        raise ValueError(f"it ends {count - len(memory):,} bytes too early")
+    return memory.view(dtype).reshape(shape)
+
+
+@contextmanager
+def naming_file(file: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with it, in one line: text from the file may be part of that."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+            text = f"it holds no JSON ({error})"
+        text = "".join(c if c.isprintable() else " " for c in text)
+        raise ValueError(f"{file}: {text if len(text) < 500 else text[:500] + ' ...'}") from None

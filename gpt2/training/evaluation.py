@@ -1,0 +1,113 @@
+"""A model's loss on token data sets, and its figures on tasks; the ranks of a job share the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import TokenDataset
+from gpt2.training.tasks import Item, Task, perplexity, score
+from tinygrad2 import no_grad
+from tinygrad2.distributed import Comm, SoloComm, share
+
+ALONE = SoloComm()
+
+
+def summed_loss(
+    model: LanguageModel, data: TokenDataset, windows: range, batch_size: int, block_size: int, progress: bool = False
+) -> float:
+    """The loss in nats, summed over every target of these windows: the sums of several ranges add up."""
+    total = 0.0
+    firsts = range(0, len(windows), batch_size)
+    with no_grad():
+        for first in tqdm(firsts, data.split, unit=" batches", leave=False, disable=None if progress else True):
+            indices = windows[first : first + batch_size]
+            total += model.loss(*data.batch(indices, block_size)).item() * len(indices) * block_size
+    return total
+
+
+def mean_loss(
+    model: LanguageModel, data: TokenDataset, batch_size: int, block_size: int, batches: int, comm: Comm = ALONE
+) -> float:
+    """The mean loss in nats per token over the first `batches` batches of windows, always the same ones.
+
+    Fewer where the data set ends before; every window counts alike, in a last batch that is not full too. The ranks of
+    `comm` share the windows.
+    """
+    windows = range(min(data.windows(block_size), batches * batch_size))
+    own = windows[slice(*share(len(windows), comm.rank, comm.size))]
+    total = comm.all_gather(np.array(summed_loss(model, data, own, batch_size, block_size))).sum()
+    return float(total) / (len(windows) * block_size)
+
+
+def evaluate_data(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    data: TokenDataset,
+    batch_size: int,
+    block_size: int,
+    batches: int | None = None,
+) -> dict[str, Any]:
+    """Figures on the first `batches` batches of windows of a data set, by default on all of them.
+
+    loss           nats per token;  perplexity  its exponential.
+    bits_per_byte  the bits that coding the targets with the model takes, for each byte of their text: comparable
+                   between tokenizers. The mark between documents costs bits and has no bytes.
+    tokens, bytes  of the targets.
+
+    Raises ValueError where the data set was not made with this tokenizer.
+    """
+    made_with = data.tokenizer()
+    if made_with.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{data.path}: it was made with another tokenizer ({made_with.name}) than the model's "
+            f"({tokenizer.name}); prepare the data with the model's"
+        )
+    count = data.windows(block_size)
+    windows = range(count if batches is None else min(count, batches * batch_size))
+    length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    length_of[tokenizer.end_of_text] = 0
+    tokens, chunk = len(windows) * block_size, 1 << 20
+    pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
+    text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
+    nats = summed_loss(model, data, windows, batch_size, block_size, progress=True)
+    if not math.isfinite(nats):
+        raise ValueError(f"{data.path}: the model's loss is {nats}; its weights are damaged")
+    return {
+        "loss": nats / tokens,
+        "perplexity": perplexity(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+        "tokens": tokens,
+        "bytes": text_bytes,
+        "block_size": block_size,
+    }
+
+
+def evaluate_task(
+    task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int, comm: Comm = ALONE
+) -> dict[str, Any]:
+    """The task's figures on these items, how many there are, and how many were too long for the model's context.
+
+    The ranks of `comm` share the items.
+    """
+    own = score(task, model, tokenizer, items[comm.rank :: comm.size], batch_size)
+    totals = comm.all_gather(np.array(list(own.values()))).sum(axis=0)
+    sums = dict(zip(own, totals.tolist(), strict=True))
+    return {**task.metrics(sums), "items": int(sums["items"]), "cut": int(sums["cut"])}
+
+
+def describe_task(task: Task, figures: dict[str, Any]) -> str:
+    """One line: the figures, accuracies with their standard error."""
+    n, parts = figures["items"], []
+    for name in figures.keys() - {"items", "cut"}:
+        value = figures[name]
+        error = f" ± {math.sqrt(value * (1 - value) / n):.4f}" if name.startswith("acc") else ""
+        parts.append(f"{name} {value:.4f}{error}")
+    cut = f"; {figures['cut']:,} are longer than the model's context, their ends were read" if figures["cut"] else ""
+    return f"{task.name}: {', '.join(sorted(parts))} ({n:,} items{cut})"

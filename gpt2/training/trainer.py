@@ -1,0 +1,176 @@
+"""One training step, evaluation, and saving, for any LanguageModel. train.py is the loop around them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import SampleOrder, TokenDataset
+from gpt2.training.evaluation import evaluate_task, mean_loss
+from gpt2.training.options import Options
+from gpt2.training.run import Progress, Remembered, RunFolder
+from gpt2.training.tasks import Questions
+from tinygrad2 import Key, optim
+from tinygrad2.backend import Fetch
+from tinygrad2.profiler import Profiler
+
+COMPARE_INTERVAL = 100  # steps between two checks that all ranks hold the same parameters
+
+
+class Trainer:
+    """A model in training.
+
+    model      any LanguageModel;  optimizer  updates it;  options  of train.py.
+    train, validation, tokenizer  the data.
+    folder     where checkpoints go;  its `comm` are the ranks that train together.
+    progress   where the run stands; it advances with every step.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: optim.AdamW,
+        options: Options,
+        data: tuple[TokenDataset, TokenDataset, Tokenizer],
+        folder: RunFolder,
+        progress: Progress,
+    ):
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.train, self.validation, self.tokenizer = data
+        self.folder, self.comm, self.progress = folder, folder.comm, progress
+        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
+        self.first_step = progress.step + 1  # of this start
+        self.profiler = Profiler(model.backend) if options.profile else None
+        self.stopping = False  # a rank was told to stop: no step follows
+        self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not come back from the device yet
+        self._peak = model.backend.peak(options.dtype)  # TFLOP/s, where known
+        self._started = time.perf_counter()
+        self._mark, self._waited = self._started, self.comm.waited
+
+    def step(self, stop_requested: bool = False) -> None:
+        """Launch one step. Its loss comes back with `finished_steps`: on a GPU the host does not wait for it.
+
+        stop_requested  this rank was told to stop; one is enough to set `stopping` on all of them.
+        """
+        # The first step compiles and allocates: a profile of it would not be like the others.
+        with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
+            # 1. Forward and backward: gradients of the mean loss add up over the micro-steps, and over the ranks.
+            loss, step_tokens, stopping = self.accumulate_gradients(stop_requested)
+            # 2. The learning rate of this step.
+            self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
+            # 3. Clip by the global norm, and update.
+            norm = self.optimizer.step(max_norm=self.options.grad_clip or None)
+            self.optimizer.zero_grad()
+            pending = self.model.backend.fetch(loss, norm)
+        self.stopping = bool(stopping)
+        self.progress.step += 1
+        self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
+        self.progress.tokens += int(step_tokens)
+        lr, tokens = self.optimizer.lr, self.progress.tokens
+        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending))
+        if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
+            self.model.arena().check_equal(self.comm)
+
+    def accumulate_gradients(self, stop_requested: bool) -> list[Any]:
+        """Add the gradients of the step's mean loss to the parameters'. Returns, over all ranks, the mean loss, the
+        number of tokens, and how many ranks were told to stop."""
+        options, rank, size = self.options, self.comm.rank, self.comm.size
+        micro_steps = options.micro_steps(size)
+        loss: Any = 0.0
+        for micro in range(micro_steps):
+            # Where this batch stands in the step's global batch decides which samples it has, and their dropout masks.
+            first_sample = (micro * size + rank) * options.batch_size
+            indices = self.order.indices(self.progress.samples + first_sample, options.batch_size)
+            tokens, targets = self.train.batch(indices, options.block_size)
+            key = Key(options.seed, self.progress.step, first_sample)
+            part = self.model.loss(tokens, targets, key) * (1 / (micro_steps * size))
+            if micro == micro_steps - 1:
+                self.gradient_sum.start()  # gradients that are final are summed over the ranks as backward goes on
+            part.backward()
+            loss = loss + part.data
+        return self.gradient_sum.finish(loss, micro_steps * options.batch_size * options.block_size, stop_requested)
+
+    def finished_steps(self, wait: bool) -> Iterator[dict[str, Any]]:
+        """A row for the log of every step whose loss has come back. On a GPU that is one step late, unless `wait`.
+
+        Raises ValueError where the loss or the gradient's norm is not finite: the optimizer has skipped such a step.
+        """
+        while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
+            now_waited = self.comm.waited
+            launched = self._launched.popleft()
+            loss, norm = launched.result.get()
+            if not math.isfinite(norm) or not math.isfinite(loss):
+                raise ValueError(
+                    f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was "
+                    f"skipped, the weights are unchanged. {self.folder.last_checkpoint()} Try a lower "
+                    f"--learning-rate (it was {launched.lr:.2e})"
+                )
+            seconds = time.perf_counter() - self._mark
+            row = launched.row(loss, norm, seconds, now_waited - self._waited)
+            if self._peak is not None:
+                flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
+                row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has a GPU of its own
+            self.restart_clock()
+            self.progress.seconds += row["seconds"]
+            yield row
+
+    def elapsed(self) -> float:
+        """Seconds since training started, this time."""
+        return time.perf_counter() - self._started
+
+    def restart_clock(self) -> None:
+        """The time of the next step counts from here: without what was evaluated or saved between two steps."""
+        self._mark, self._waited = time.perf_counter(), self.comm.waited
+        if self.progress.step < self.first_step:
+            self._started = self._mark
+
+    def evaluate(self, questions: Questions) -> dict[str, Any]:
+        """The validation loss `val_loss`, in nats a token, and the tasks' figures; updates `progress.best`."""
+        options = self.options
+        sizes = options.batch_size, options.block_size, options.eval_iters
+        found: dict[str, Any] = {"val_loss": mean_loss(self.model, self.validation, *sizes, self.comm)}
+        for task, items in questions:
+            figures = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
+            found |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
+        best = self.progress.best
+        if best is None or found["val_loss"] < best["val_loss"]:
+            self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
+        return found
+
+    def save(self, remembered: Remembered) -> Path:
+        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run takes over."""
+        state = self.model, self.optimizer, self.tokenizer, self.progress
+        return self.folder.save(*state, remembered, self.train.fingerprint)
+
+
+@dataclass
+class LaunchedStep:
+    """A step that the device was told to make: its loss and its gradient's norm are on their way back."""
+
+    step: int
+    lr: float
+    step_tokens: int
+    tokens: int
+    result: Fetch
+
+    def row(self, loss: float, norm: float, seconds: float, waited: float) -> dict[str, Any]:
+        """What log.jsonl keeps of it."""
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "seconds": round(seconds, 6),
+            "comm_seconds": round(waited, 6),
+            "tokens_per_s": round(self.step_tokens / seconds, 1),
+            "tokens": self.tokens,
+        }

@@ -1,0 +1,162 @@
+"""The machine: cores, memory, what control groups (containers, batch systems) leave of them, the GPU driver.
+
+Standard library only, and readable by old Pythons: gpt2/doctor.py uses it where everything else is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores(process: int = 0) -> set[int]:
+    """The numbers of the cores that a process may use; process 0 is this one."""
+    return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def usable_threads() -> int:
+    """How many threads should compute: one a core, or fewer where control groups allow less time.
+
+    A quota of 1.5 cores counts as 2: two threads use all of it, each paused for a quarter of every period, while one
+    thread would leave a third unused.
+    """
+    return max(1, math.ceil(min(len(cores()), cpu_quota() or math.inf)))
+
+
+def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """The cores' worth of time that the control groups allow, or None if they set no limit."""
+    allowed = []
+    for file in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us", root, own):
+        try:
+            quota, *period = file.read_text(encoding="ascii").split()
+            if quota not in ("max", "-1"):
+                each = period[0] if period else file.with_name("cpu.cfs_period_us").read_text(encoding="ascii")
+                allowed.append(int(quota) / int(each))
+        except (OSError, ValueError):
+            continue  # not readable: as if there were no limit
+    return min(allowed, default=None)
+
+
+def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
+    """The bytes that the control groups allow, or None if they set no limit."""
+    allowed = []
+    for file in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes", root, own):
+        try:
+            allowed.append(int(file.read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue  # "max", or not readable
+    return min((limit for limit in allowed if limit < 1 << 60), default=None)
+
+
+def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Path) -> Iterator[Path]:
+    """The files that limit this process, in its own control group and in those above it, of version 2 or 1."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / controller if controllers else root
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            file = place / (name_v1 if controllers else name)
+            if file.is_file():
+                yield file
+            if place == top:
+                break
+
+
+def memory() -> tuple[float, float] | None:
+    """(free, total) bytes of main memory, at most the control groups' limit, or None if the system does not say."""
+    file = Path("/proc/meminfo")
+    if file.is_file():
+        found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(encoding="utf-8"), re.MULTILINE))
+        free, total = 1024.0 * int(found["MemAvailable"]), 1024.0 * int(found["MemTotal"])
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    else:
+        return None
+    limit = memory_limit()
+    return (free, total) if limit is None else (min(free, limit), min(total, limit))
+
+
+def processor() -> str:
+    """The processor's name."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, str]:
+    """The machine in a few words, for the report of a run."""
+    available = memory()
+    return {
+        "processor": processor(),
+        "cores": str(len(cores())),
+        "memory": f"{available[1] / 1e9:,.1f} GB" if available else "unknown",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": metadata.version("numpy"),
+    }
+
+
+def nvidia_driver() -> dict[str, int]:
+    """NVIDIA's driver: the CUDA version that it supports (13000 is 13.0), its status (0: it works), and its GPUs.
+
+    Raises OSError if there is none. It may crash or hang: call it in a process of its own.
+    """
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    version, gpus = ctypes.c_int(), ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    status = driver.cuInit(0)
+    driver.cuDeviceGetCount(ctypes.byref(gpus))
+    return {"version": version.value, "status": status, "gpus": gpus.value}
+
+
+def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[str, str]:
+    """Run another program: (its output, "") if it succeeds, else ("", the reason in one line).
+
+    After `seconds` it is killed together with its child processes.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        output, errors = process.communicate(timeout=seconds)
+    except OSError as error:
+        return "", f"{command[0]}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        return "", f"no answer within {seconds:g} s"
+    if process.returncode == 0:
+        return output, ""
+    if process.returncode < 0:
+        return "", f"it was ended by signal {-process.returncode}"
+    lines = (errors.strip() or output.strip()).splitlines()
+    return "", lines[-1].strip() if lines else f"it ended with status {process.returncode}"
