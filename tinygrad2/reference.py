@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from tinygrad2.array import Array
 from tinygrad2.random import draw
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim, strict_cupy
-from tests.tinygrad2.test_optim import Model
+from tests.tinygrad2.optim.test_optimizer import Model
 from tinygrad2 import optim, reference
 from tinygrad2.backend import get_backend
 from tinygrad2.kernels import cuda
