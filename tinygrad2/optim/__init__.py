@@ -2,6 +2,6 @@
 
 from tinygrad2.optim.adamw import AdamW
 from tinygrad2.optim.optimizer import Optimizer
-from tinygrad2.optim.schedules import constant, cosine, linear
+from tinygrad2.optim.schedules import constant, cosine, linear, wsd
 
-__all__ = ["AdamW", "Optimizer", "constant", "cosine", "linear"]
+__all__ = ["AdamW", "Optimizer", "constant", "cosine", "linear", "wsd"]
