@@ -661,39 +661,48 @@ def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dwei
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def squared_norm(x):
+def squared_norm(x: Array) -> Array:
     """The sum of x_i^2 over a flat array, 0-d, in x's dtype."""
     return np.dot(x, x)
 
 
-def _debias(beta, step):
-    """1 - beta^step, without the cancellation: beta near 1 would leave few digits of it in float32."""
+def adamw_step(
+    value: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    scale: Array,
+    lr: Array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Array,
+) -> None:
+    """One step of AdamW on flat arrays; value, m and v are changed in place.
+
+    g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
+    value = value - lr (m^ / (sqrt(v^) + eps) + weight_decay value);  step counts from 1.
+    scale, lr and step, which differ from step to step, are 0-d arrays of value's dtype. scale is the clipping factor;
+    where it is NaN, nothing is changed (see `_assign`).
+    Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
+    """
+    g = scale * grad
+    new_m = beta1 * m + (1 - beta1) * g
+    new_v = beta2 * v + (1 - beta2) * g * g
+    m_hat = new_m / _bias_correction(beta1, step)
+    v_hat = new_v / _bias_correction(beta2, step)
+    new_value = value - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * value)
+    _assign(scale, (value, new_value), (m, new_m), (v, new_v))
+
+
+def _bias_correction(beta: float, step: Array) -> Array:
+    """1 - beta^step, as -expm1(step log(beta)): in float32 the difference itself would keep few digits."""
     return -np.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
-def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    """One step of AdamW on flat arrays; value, m, v and copy are changed in place.
-
-    g = grad * grad_scale (clipping);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-    value -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * value); step counts from 1.
-    copy  a flat bfloat16 array that follows value, rounded to nearest even, or None.
-    go    1, or 0 to leave everything as it is, whatever the gradient holds.
-    go, grad_scale, lr and step are 0-d arrays of value's dtype: what differs from step to step is on the device, which
-    decides by itself, and the very same launches make every step.
-    Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
-    """
-    g = np.where(go > 0, grad * grad_scale, 0)  # NaN times 0 would be NaN
-    m *= 1 - go * (1 - beta1)
-    m += go * (1 - beta1) * g
-    g *= g
-    g *= go * (1 - beta2)
-    v *= 1 - go * (1 - beta2)
-    v += g
-    value *= 1 - go * (lr * weight_decay)
-    np.sqrt(v * (1 / _debias(beta2, step)), out=g)
-    g += eps
-    np.divide(m, g, out=g)
-    g *= go * (lr / _debias(beta1, step))
-    value -= g
-    if copy is not None:
-        copy[...] = value.astype(copy.dtype)
+def _assign(scale: Array, *pairs: tuple[Array, Array]) -> None:
+    """Store each new array in the old one, or nothing where scale is NaN: the optimizer skips a step that way whose
+    gradients are not finite, without waiting for the device."""
+    for old, new in pairs:
+        old[...] = np.where(np.isnan(scale), old, new)

@@ -36,7 +36,7 @@ def describe_start(trainer: Trainer) -> None:
         f", {options.dtype} on {model.backend.device} ({ranks}{count} thread{'s' * (count > 1)})"
     )
     if comm.size > 1 and model.backend.cuda:
-        direct = comm.gpu_sums(model.backend)
+        direct = comm.nccl(model.backend)
         say(f"all-reduce: {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         hint = "mpirun --bind-to none frees them"

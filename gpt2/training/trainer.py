@@ -20,6 +20,7 @@ from gpt2.training.run import Progress, Remembered, RunFolder
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
 from tinygrad2.backend import PendingScalars
+from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between two checks that all ranks hold the same parameters
@@ -37,7 +38,7 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: optim.AdamW,
+        optimizer: optim.Optimizer,
         options: Options,
         data: tuple[TokenDataset, TokenDataset, Tokenizer],
         folder: RunFolder,
@@ -46,7 +47,7 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
         self.first_step = progress.step + 1  # of this start
         self.profiler = Profiler(model.backend) if options.profile else None

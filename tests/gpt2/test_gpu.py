@@ -11,7 +11,7 @@ from gpt2 import GPT2, GPT2Config, verify
 from gpt2.generate import KVCache, next_logits
 from tinygrad2 import Key, no_grad, optim, reference
 from tinygrad2.backend import get_backend
-from tinygrad2.distributed import GpuSums
+from tinygrad2.distributed import NcclComm
 from tinygrad2.gradcheck import CASES
 
 pytestmark = pytest.mark.gpu
@@ -179,8 +179,8 @@ def attended(draw, key):
 
 def adamw(draw):
     value, grad, m, v = draw.wide(5001), draw.wide(5001), draw.wide(5001), draw.wide(5001) ** 2
-    one, half, lr, step = (np.array(x, dtype=np.float32) for x in (1, 0.5, 1e-2, 3))
-    return value, grad, m, v, np.zeros(5001, bfloat16), one, half, lr, 0.9, 0.95, 1e-8, 0.1, step
+    half, lr, step = (np.array(x, dtype=np.float32) for x in (0.5, 1e-2, 3))
+    return value, grad, m, v, half, lr, 0.9, 0.95, 1e-8, 0.1, step
 
 
 def head(draw):
@@ -223,7 +223,7 @@ KERNELS = {  # name: the arguments, and which of them the kernel changes
     "dropout_forward": (lambda d: (d.real(*X), 0.1, KEY), ()),
     "dropout_backward": (lambda d: (d.real(*X), 0.1, KEY), ()),
     "squared_norm": (lambda d: (d.wide(100_003),), ()),
-    "adamw_step": (adamw, (0, 2, 3, 4)),
+    "adamw_step": (adamw, (0, 2, 3)),
 }
 
 
@@ -239,7 +239,7 @@ def test_every_kernel_is_the_cpus(cuda, case, precision, bound):
             there.append(x)
         elif isinstance(x, np.ndarray):
             wide = x.dtype.kind != "i"
-            narrow = x.dtype == bfloat16 and precision == "float32" and name != "adamw_step"
+            narrow = x.dtype == bfloat16 and precision == "float32"
             here.append(cuda.asarray(x.astype(np.float32) if narrow else x))
             there.append(x.astype(np.float64) if wide else x.copy())
         else:
@@ -288,7 +288,7 @@ def test_nccl_takes_the_calls(cuda, dtype):
     """One rank alone, whose sums change nothing; what it computes before and after is ordered all the same."""
     if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
-    sums = GpuSums(cuda, nccl, 0, 1, nccl.get_unique_id())
+    sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
     values = cuda.zeros((1 << 20,), dtype)
     for _ in range(20):
         values += 1

@@ -218,7 +218,7 @@ def test_a_model_moves_and_its_optimizer_follows(device):
         models[1].to(place)
         assert {p.backend.device for p in models[1].parameters()} == {place}
         assert train_step(models[0], optimizers[0], step).get() == train_step(models[1], optimizers[1], step).get()
-    assert type(optimizers[1].moments[0][0]) is strict_cupy.ndarray
+    assert type(optimizers[1].parts[0].state[0]) is strict_cupy.ndarray
     assert_same(optimizers[0].state(), optimizers[1].state())
     assert_same(arrays(models[0]), arrays(models[1].to("cpu")))
 

@@ -1,4 +1,4 @@
-"""tinygrad2/distributed.py and the sums over ranks in optim.py; ranks are threads here (mpirun: test_mpirun.py)."""
+"""tinygrad2/distributed.py and gradient_sum.py; ranks are threads here (mpirun: test_mpirun.py)."""
 
 import inspect
 import os
@@ -18,7 +18,8 @@ from gpt2 import GPT2, GPT2Config
 from tests.stand_ins import nccl as fake_nccl
 from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
-from tinygrad2.distributed import Comm, GpuSums, MPIComm, SoloComm, fair_threads, share
+from tinygrad2.distributed import Comm, MPIComm, NcclComm, SoloComm, fair_threads, share
+from tinygrad2.gradient_sum import GradientSum
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2)
@@ -26,7 +27,7 @@ CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2
 
 @pytest.fixture(autouse=True)
 def many_buckets(monkeypatch):
-    monkeypatch.setattr(params, "BUCKET", 1000)
+    monkeypatch.setattr(params, "BUCKET_SIZE", 1000)
 
 
 class ThreadComm:
@@ -44,7 +45,7 @@ class ThreadComm:
         self._barrier.wait()
         return values
 
-    def gpu_sums(self, on):
+    def nccl(self, device):
         return None
 
     def from_root(self, function):
@@ -80,7 +81,7 @@ class ThreadComm:
     def waiting(self):
         return nullcontext()
 
-    def root_speaks(self):
+    def silence_other_ranks(self):
         pass
 
     def abort(self, code):
@@ -244,7 +245,7 @@ def trained(comm, steps=3, micro_steps=1, **options):
     """The model after some steps of 12 samples, on any number of ranks, and the numbers summed on the way."""
     model = GPT2(CONFIG, dtype="float64")
     optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1, **options)
-    sums = optim.GradientSum(model, comm, share_only=optimizer.shared_by is not None)
+    sums = GradientSum(model, comm, share_only=optimizer.shared_by is not None)
     rows = 12 // comm.size // micro_steps
     totals = []
     for step in range(steps):
@@ -271,7 +272,7 @@ def test_ranks_compute_what_one_process_computes(size, micro_steps, shared):
 
     def rank(comm):
         model, own, sums, own_norm = trained(comm, micro_steps=micro_steps, shared_by=comm if shared else None)
-        kept = sum(m.size for m, _ in own.moments)
+        kept = sum(part.state[0].size for part in own.parts)
         return {name: p.data for name, p in model.named_parameters()}, own.state(), sums, own_norm, kept
 
     results = on_ranks(size, rank)
@@ -340,7 +341,7 @@ class Echo(ThreadComm):
 
 def test_buckets_leave_while_the_backward_pass_still_runs():
     comm, model = Echo(), GPT2(CONFIG)
-    sums, left = optim.GradientSum(model, comm), {}
+    sums, left = GradientSum(model, comm), {}
     arena = model.arena()
     loss = model.loss(*text(0, 2))
     sums.start()
@@ -365,7 +366,7 @@ def test_a_parameter_that_is_not_used_is_summed_all_the_same():
 
     model, comm = Model(), Echo()
     arena = model.arena()
-    sums = optim.GradientSum(model, comm)
+    sums = GradientSum(model, comm)
     arena.parameters["unused.weight"].grad = np.ones((3, 2))
     sums.start()
     model.used(Tensor(np.ones((1, 2), "float32"))).sum().backward()
@@ -377,7 +378,7 @@ def test_a_parameter_that_is_not_used_is_summed_all_the_same():
 
 
 def test_a_parameter_that_changes_after_it_left_is_an_error(monkeypatch):
-    monkeypatch.setattr(params, "BUCKET", 2)
+    monkeypatch.setattr(params, "BUCKET_SIZE", 2)
 
     class Model(nn.Module):
         def __init__(self):
@@ -387,12 +388,12 @@ def test_a_parameter_that_changes_after_it_left_is_an_error(monkeypatch):
             return recompute(self.last, self.last(self.first(x))).sum()
 
     model = Model()
-    sums = optim.GradientSum(model, Echo())
+    sums = GradientSum(model, Echo())
     x = Tensor(np.ones((1, 2), "float32"))
     sums.start()
-    with pytest.raises(RuntimeError, match=r"^GradientSum: last\.\w+ got a gradient after its sum had begun"):
+    with pytest.raises(RuntimeError, match=r"^GradientSum: last\.\w+ got a gradient after its sum had started"):
         model(x).backward()
-    other = optim.GradientSum(Model(), Echo())
+    other = GradientSum(Model(), Echo())
     other.model(x).backward()
     own = [p.grad.copy() for p in other.model.parameters()]
     other.finish()
@@ -405,7 +406,7 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 
     def steps(device):
         model = GPT2(CONFIG, device=device)
-        optimizer, sums = optim.AdamW(model, lr=1e-2), optim.GradientSum(model, Echo())
+        optimizer, sums = optim.AdamW(model, lr=1e-2), GradientSum(model, Echo())
         found = []
         for step in range(3):
             loss = model.loss(*text(2 * step, 2), Key(0, step)) * 0.5
@@ -432,13 +433,14 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 class DirectEcho(Echo):
     """Two ranks, each with a GPU of its own; the other one always has the same values."""
 
-    def __init__(self, sums=GpuSums):
+    def __init__(self, sums=NcclComm):
         super().__init__()
         self._sums, self._made = sums, []
 
-    def gpu_sums(self, on):
+    def nccl(self, device):
         if not self._made:
-            self._made.append(self._sums(on, on.cuda.nccl(), 0, 2, on.cuda.nccl().get_unique_id()))
+            nccl = device.cuda.nccl()
+            self._made.append(self._sums(device, nccl, 0, 2, nccl.get_unique_id()))
         return self._made[0]
 
     def start_sum(self, flat, share_only, after):
@@ -458,7 +460,7 @@ def steps_on_the_stand_in(comm, shared):
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
         optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm if shared else None)
-        sums = optim.GradientSum(model, comm, share_only=shared)
+        sums = GradientSum(model, comm, share_only=shared)
         fetched = []
         for step in range(3):
             loss = model.loss(*text(2 * step, 2), Key(0, step)) * 0.5
@@ -488,7 +490,7 @@ def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared):
 def test_from_gpu_to_gpu_buckets_leave_while_the_backward_pass_still_runs():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model, comm = GPT2(CONFIG, device="cuda"), DirectEcho()
-        sums, left = optim.GradientSum(model, comm), {}
+        sums, left = GradientSum(model, comm), {}
         arena = model.arena()
         loss = model.loss(*text(0, 2))
         sums.start()
@@ -513,7 +515,7 @@ class Other:
 
 
 def assert_sums_are_made(sums_of):
-    """Every method of a GpuSums on arrays that were just computed, and one that nobody keeps."""
+    """Every method of a NcclComm on arrays that were just computed, and one that nobody keeps."""
     with strict_cupy.registered(), fake_nccl.installed(Other()) as nccl:
         on = backend.get_backend("cuda")
         sums = sums_of(on, nccl, 1, 3, nccl.get_unique_id())
@@ -534,15 +536,15 @@ def assert_sums_are_made(sums_of):
 
 
 def test_sums_are_made():
-    assert_sums_are_made(GpuSums)
+    assert_sums_are_made(NcclComm)
 
 
-FAULTS = [  # in GpuSums: a pattern, and what stands there instead
+FAULTS = [  # in NcclComm: a pattern, and what stands there instead
     (r"self\._stream\.wait_event\(.*\)", "pass"),
     (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._stream.record())"),
     (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
     (r"wait_event\(self\._stream\.record\(\)\)", "wait_event(self._cuda.get_current_stream().record())"),
-    (r"self\._travelling\.append\(flat\)", "pass"),
+    (r"self\._in_flight\.append\(flat\)", "pass"),
     (r"self\._nccl\.groupStart\(\)", "pass"),
     (r"self\._nccl\.groupEnd\(\)", "pass"),
     (r"pointer \+ start", "pointer"),
@@ -557,12 +559,12 @@ FAULTS = [  # in GpuSums: a pattern, and what stands there instead
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
 def test_a_fault_in_the_order_of_things_is_noticed(fault):
-    source, places = re.subn(*fault, inspect.getsource(GpuSums))
+    source, places = re.subn(*fault, inspect.getsource(NcclComm))
     assert places
     names = dict(vars(distributed))
     exec("from __future__ import annotations\n" + source, names)
     with pytest.raises((strict_cupy.RaceError, fake_nccl.NcclError, AssertionError)):
-        assert_sums_are_made(names["GpuSums"])
+        assert_sums_are_made(names["NcclComm"])
 
 
 @pytest.mark.parametrize("place", ["_begin", "join"])
@@ -586,7 +588,7 @@ def test_a_training_run_without_one_of_the_waits_is_noticed(monkeypatch, place, 
 def test_memory_that_a_sum_uses_is_not_written_to():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         on = backend.get_backend("cuda")
-        sums = GpuSums(on, nccl, 0, 2, nccl.get_unique_id())
+        sums = NcclComm(on, nccl, 0, 2, nccl.get_unique_id())
         values = on.zeros((4,), "float32")
         sums.start_sum(values)
         values += np.float32(1)
@@ -598,7 +600,7 @@ def test_memory_that_a_sum_uses_is_not_written_to():
 def test_one_rank_alone_sums_too():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo(1)) as nccl:
         on = backend.get_backend("cuda")
-        sums = GpuSums(on, nccl, 0, 1, nccl.get_unique_id())
+        sums = NcclComm(on, nccl, 0, 1, nccl.get_unique_id())
         arrays = [on.asarray(np.arange(7), "float32") for _ in range(3)]
         sums.start_sum(arrays[0])
         sums.start_sum(arrays[1], share_only=True)
@@ -613,14 +615,14 @@ def test_nccl_is_told_to_add_up_in_one_order_unless_somebody_chose(monkeypatch):
         monkeypatch.setenv("NCCL_ALGO", chosen or "")
         if chosen is None:
             monkeypatch.delenv("NCCL_ALGO")
-        assert_sums_are_made(GpuSums)
+        assert_sums_are_made(NcclComm)
         assert os.environ["NCCL_ALGO"] == then
 
 
 def mpi_rank(others):
-    """A rank 0 that asks for GpuSums among others; with the number of times that it asked them."""
+    """A rank 0 that asks for a NcclComm among others; with the number of times that it asked them."""
     comm, asked = MPIComm.__new__(MPIComm), []
-    comm.rank, comm.size, comm._gpu_sums = 0, 1 + len(others), []
+    comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(
         allgather=lambda place: asked.append(place) or [place, *(other(place) for other in others)],
         bcast=lambda identity: identity,
@@ -643,13 +645,13 @@ def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct
         on = backend.get_backend("cuda")
         with fake_nccl.installed(fake_nccl.Echo()):
             comm, asked = mpi_rank(others)
-            assert isinstance(comm.gpu_sums(on), GpuSums) == direct
-            assert comm.gpu_sums(on) is comm.gpu_sums(on)
+            assert isinstance(comm.nccl(on), NcclComm) == direct
+            assert comm.nccl(on) is comm.nccl(on)
             assert len(asked) == 1
             assert asked[0].endswith(" 0000:00:00.0")
-            assert comm.gpu_sums(backend.get_backend("cpu")) is None
+            assert comm.nccl(backend.get_backend("cpu")) is None
         comm, asked = mpi_rank(others)
-        assert comm.gpu_sums(on) is None  # NCCL is missing here
+        assert comm.nccl(on) is None  # NCCL is missing here
         assert asked == [None]
 
 
@@ -681,9 +683,7 @@ def test_the_first_parameter_that_differs_is_named():
         if comm.rank == 2:
             model.h[1].attn.c_attn.bias.data[5] = 1e-30
             model.h[1].mlp.c_fc.weight.data[0, 0] += 1
-        with pytest.raises(
-            ValueError, match=r"drifted apart: h\.1\.attn\.c_attn\.bias is not the same on rank 2 as on"
-        ):
+        with pytest.raises(ValueError, match=r"have diverged: h\.1\.attn\.c_attn\.bias on rank 2 differs from rank 0"):
             arena.check_equal(comm)
 
     on_ranks(3, drifted)

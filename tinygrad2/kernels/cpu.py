@@ -892,7 +892,7 @@ def _square_chunks(x, sums, start, stop):
         sums[chunk] = total  # in float64 from here on
 
 
-def squared_norm(x):
+def squared_norm(x: np.ndarray) -> np.floating:
     sums = np.zeros(-(-len(x) // FLAT))
     pool.each(lambda a, b: _square_chunks(x, sums, a, b), threads.parts(len(sums), 1))
     return x.dtype.type(sums.sum())
@@ -910,13 +910,24 @@ def _adamw(value, grad, m, v, scale, lr, keep1, keep2, eps, shrink, root2):
         value[i] = value[i] * shrink - lr * first / (np.sqrt(second) * root2 + eps)
 
 
-def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    if not go:
+def adamw_step(
+    value: np.ndarray,
+    grad: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    scale: np.ndarray,
+    lr: np.ndarray,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: np.ndarray,
+) -> None:
+    if np.isnan(scale):
         return
-    grad_scale, lr, step = float(grad_scale), float(lr), float(step)
+    factor, rate, count = float(scale), float(lr), float(step)
     # The bias corrections go into the step size and the root, out of the loop.
-    numbers = (grad_scale, lr / (1 - beta1**step), beta1, beta2, eps, 1 - lr * weight_decay, (1 - beta2**step) ** -0.5)
+    correction, root = 1 - beta1**count, (1 - beta2**count) ** -0.5
+    numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
     pool.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))
-    if copy is not None:
-        copy[...] = value.astype(copy.dtype)

@@ -539,7 +539,7 @@ class CudaKernels:
 
     # Optimizer --------------------------------------------------------------------------------------------------------
 
-    def squared_norm(self, x):
+    def squared_norm(self, x: Array) -> Array:
         if x.dtype != numpy.float32:
             return self._reference.squared_norm(x)
         x = self._np.ascontiguousarray(x)
@@ -549,12 +549,24 @@ class CudaKernels:
         self.function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
         return total
 
-    def adamw_step(self, value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+    def adamw_step(
+        self,
+        value: Array,
+        grad: Array,
+        m: Array,
+        v: Array,
+        scale: Array,
+        lr: Array,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: Array,
+    ) -> None:
         if value.dtype != numpy.float32:
-            other = self._reference.adamw_step
-            other(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+            self._reference.adamw_step(value, grad, m, v, scale, lr, beta1, beta2, eps, weight_decay, step)
         elif value.size:
-            arrays = (value, grad, m, v, copy, go, grad_scale, lr, step)
+            arrays = (value, grad, m, v, scale, lr, step)
             logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
             numbers = map(numpy.float32, (1 - beta1, 1 - beta2, *logs, eps, weight_decay))
             kernel = self.function("optimizer", "adamw")

@@ -1,0 +1,7 @@
+"""Optimizers and learning-rate schedules: `optim.AdamW(model)`, `optim.cosine(step, ...)`."""
+
+from tinygrad2.optim.adamw import AdamW
+from tinygrad2.optim.optimizer import Optimizer
+from tinygrad2.optim.schedules import constant, cosine, linear, wsd
+
+__all__ = ["AdamW", "Optimizer", "constant", "cosine", "linear", "wsd"]
