@@ -539,9 +539,8 @@ class CudaKernels:
 
     # Optimizer --------------------------------------------------------------------------------------------------------
 
+    @only_if(lambda x: x.dtype == numpy.float32)
     def squared_norm(self, x: Array) -> Array:
-        if x.dtype != numpy.float32:
-            return self._reference.squared_norm(x)
         x = self._np.ascontiguousarray(x)
         blocks = max(1, min(-(-x.size // 4096), 1024))
         partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((blocks,), ()))
@@ -549,6 +548,7 @@ class CudaKernels:
         self.function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
         return total
 
+    @only_if(lambda value, *_: value.dtype == numpy.float32)
     def adamw_step(
         self,
         value: Array,
@@ -563,9 +563,7 @@ class CudaKernels:
         weight_decay: float,
         step: Array,
     ) -> None:
-        if value.dtype != numpy.float32:
-            self._reference.adamw_step(value, grad, m, v, scale, lr, beta1, beta2, eps, weight_decay, step)
-        elif value.size:
+        if value.size:
             arrays = (value, grad, m, v, scale, lr, step)
             logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
             numbers = map(numpy.float32, (1 - beta1, 1 - beta2, *logs, eps, weight_decay))
