@@ -696,6 +696,32 @@ def adamw_step(
     _assign(scale, (value, new_value), (m, new_m), (v, new_v))
 
 
+def sgd_step(
+    value: Array,
+    grad: Array,
+    buffer: Array | None,
+    scale: Array,
+    lr: Array,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    """One step of stochastic gradient descent on flat arrays; value and buffer are changed in place.
+
+    g = scale grad + weight_decay value;  buffer = momentum buffer + g
+    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g where buffer is None.
+    scale and lr as for adamw_step.
+    Source: Sutskever et al. 2013, in the form that PyTorch has.
+    """
+    g = scale * grad + weight_decay * value
+    if buffer is None:
+        _assign(scale, (value, value - lr * g))
+        return
+    new_buffer = momentum * buffer + g
+    direction = g + momentum * new_buffer if nesterov else new_buffer
+    _assign(scale, (value, value - lr * direction), (buffer, new_buffer))
+
+
 def _bias_correction(beta: float, step: Array) -> Array:
     """1 - beta^step, as -expm1(step log(beta)): in float32 the difference itself would keep few digits."""
     return -np.expm1(step * (math.log(beta) if beta else -math.inf))

@@ -241,10 +241,10 @@ def text(first, rows):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def trained(comm, steps=3, micro_steps=1, **options):
+def trained(comm, steps=3, micro_steps=1, make=optim.AdamW, **options):
     """The model after some steps of 12 samples, on any number of ranks, and the numbers summed on the way."""
     model = GPT2(CONFIG, dtype="float64")
-    optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1, **options)
+    optimizer = make(model, lr=1e-2, weight_decay=0.1, **options)
     sums = GradientSum(model, comm, share_only=optimizer.shared_by is not None)
     rows = 12 // comm.size // micro_steps
     totals = []
@@ -264,14 +264,16 @@ def trained(comm, steps=3, micro_steps=1, **options):
     return model, optimizer, totals, norm
 
 
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("size", "micro_steps"), [(2, 1), (2, 3), (3, 2)])
-def test_ranks_compute_what_one_process_computes(size, micro_steps, shared):
-    alone, optimizer, totals, norm = trained(SoloComm(), micro_steps=4)
+def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make):
+    alone, optimizer, totals, norm = trained(SoloComm(), micro_steps=4, make=make)
     moments = {name: array.copy() for name, array in optimizer.state().items()}
 
     def rank(comm):
-        model, own, sums, own_norm = trained(comm, micro_steps=micro_steps, shared_by=comm if shared else None)
+        shared_by = comm if shared else None
+        model, own, sums, own_norm = trained(comm, micro_steps=micro_steps, make=make, shared_by=shared_by)
         kept = sum(part.state[0].size for part in own.parts)
         return {name: p.data for name, p in model.named_parameters()}, own.state(), sums, own_norm, kept
 
@@ -309,12 +311,13 @@ def test_copies_in_bfloat16_follow_what_other_ranks_updated():
             assert (region.copies != old).mean() > 0.5
 
 
-def test_moments_that_are_shared_out_can_be_loaded_on_any_number_of_ranks():
-    _, optimizer, *_ = trained(SoloComm())
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD])
+def test_sharded_state_can_be_loaded_on_any_number_of_ranks(make):
+    _, optimizer, *_ = trained(SoloComm(), make=make)
     state = optimizer.state()
 
     def reloaded(comm):
-        other = optim.AdamW(GPT2(CONFIG, dtype="float64"), shared_by=comm)
+        other = make(GPT2(CONFIG, dtype="float64"), shared_by=comm)
         other.load_state(state, 3)
         return other.state()
 

@@ -931,3 +931,31 @@ def adamw_step(
     numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
     pool.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))
+
+
+def _by_chunks(function: Callable[..., None], *arrays: np.ndarray | None) -> None:
+    """Call an elementwise function on runs of FLAT elements of flat arrays: its temporary arrays stay in cache."""
+
+    def part(start: int, stop: int) -> None:
+        for first in range(start, stop, FLAT):
+            run = slice(first, min(first + FLAT, stop))
+            function(*(None if array is None else array[run] for array in arrays))
+
+    assert arrays[0] is not None
+    pool.each(part, threads.parts(len(arrays[0]), FLAT))
+
+
+def sgd_step(
+    value: np.ndarray,
+    grad: np.ndarray,
+    buffer: np.ndarray | None,
+    scale: np.ndarray,
+    lr: np.ndarray,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    def step(value: np.ndarray, grad: np.ndarray, buffer: np.ndarray | None) -> None:
+        reference.sgd_step(value, grad, buffer, scale, lr, momentum, nesterov, weight_decay)
+
+    _by_chunks(step, value, grad, buffer)

@@ -3,5 +3,6 @@
 from tinygrad2.optim.adamw import AdamW
 from tinygrad2.optim.optimizer import Optimizer
 from tinygrad2.optim.schedules import constant, cosine, linear, wsd
+from tinygrad2.optim.sgd import SGD
 
-__all__ = ["AdamW", "Optimizer", "constant", "cosine", "linear", "wsd"]
+__all__ = ["SGD", "AdamW", "Optimizer", "constant", "cosine", "linear", "wsd"]

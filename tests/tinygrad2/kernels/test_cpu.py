@@ -70,6 +70,11 @@ def arguments(name, shape, seed=0):
         "lm_head_forward": [[x, weight, tokens]],
         "lm_head_backward": [[np.float64(0.5), dlogits, x, weight, array(V, C)]],
         "squared_norm": [[flat[0]]],
+        "sgd_step": [
+            [*flat[:3], np.float64(scale), lr, 0.9, nesterov, 0.1]
+            for scale, nesterov in ((0.7, False), (0.7, True), (np.nan, True))
+        ]
+        + [[*flat[:2], None, np.float64(0.7), lr, 0.0, False, 0.1]],
         "adamw_step": [[*flat, np.float64(scale), *adam] for scale in (0.7, np.nan)],
     }[name]
 
@@ -83,6 +88,7 @@ CHANGED = {  # positions of the arguments that a kernel may change
     "gelu_backward": {3},
     "lm_head_backward": {4},
     "adamw_step": {0, 2, 3},
+    "sgd_step": {0, 2},
 }
 
 
