@@ -354,10 +354,10 @@ def test_buckets_leave_while_the_backward_pass_still_runs():
     loss.backward()
     sizes = [bucket.stop - bucket.start for bucket in arena.buckets]
     assert comm.log == sizes
-    assert all(size <= 1000 for size in sizes)
+    assert all(size <= 1000 or len(bucket.names) == 1 for size, bucket in zip(sizes, arena.buckets, strict=True))
     assert sum(sizes) == model.n_parameters()
     assert 0 < len(left["then"]) < len(sizes)  # all but the embedding's were on their way
-    assert len(sizes) - len(left["then"]) <= CONFIG.vocab_size * 16 // 1000 + 2
+    assert len(sizes) - len(left["then"]) <= 2
     sums.finish()
     assert all(p.leaf.on_final is None for p in model.parameters())
 
