@@ -5,18 +5,17 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import types
-from concurrent.futures import Future
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
+from gpt2.config import is_matrix
 from tests.stand_ins import nccl as fake_nccl
 from tests.stand_ins import strict_cupy
+from tests.stand_ins.thread_comm import ThreadComm, on_ranks
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
 from tinygrad2.distributed import Comm, MPIComm, NcclComm, SoloComm, fair_threads, share
 from tinygrad2.gradient_sum import GradientSum
@@ -28,87 +27,6 @@ CONFIG = GPT2Config(vocab_size=61, n_positions=8, n_embd=16, n_layer=2, n_head=2
 @pytest.fixture(autouse=True)
 def many_buckets(monkeypatch):
     monkeypatch.setattr(params, "BUCKET_SIZE", 1000)
-
-
-class ThreadComm:
-    """A rank that is a thread of this process."""
-
-    def __init__(self, rank, size, board, barrier):
-        self.rank, self.size, self.waited, self.idle_cores = rank, size, 0.0, 0
-        self._board, self._barrier = board, barrier
-        self.log = []
-
-    def _exchange(self, value):
-        self._board[self.rank] = value
-        self._barrier.wait()
-        values = list(self._board)
-        self._barrier.wait()
-        return values
-
-    def nccl(self, device):
-        return None
-
-    def from_root(self, function):
-        return self._exchange(function() if self.rank == 0 else None)[0]
-
-    def all_gather(self, array):
-        return np.stack(self._exchange(array.copy()))
-
-    def gather_shares(self, own, whole):
-        shares = self._exchange(own.copy())
-        assert (whole is None) == (self.rank != 0)
-        if whole is not None:
-            whole[...] = np.concatenate(shares)
-
-    def start_sum(self, flat, share_only, after):
-        after()
-        self.log.append(len(flat))
-        total = self.all_gather(flat).sum(axis=0)
-        own = slice(*share(len(flat), self.rank, self.size)) if share_only else slice(None)
-        flat[own] = total[own]
-        return self._done()
-
-    def start_all_gather(self, flat, after):
-        after()
-        flat[:] = np.concatenate(self._exchange(flat[slice(*share(len(flat), self.rank, self.size))].copy()))
-        return self._done()
-
-    def _done(self):
-        done = Future()
-        done.set_result(None)
-        return done
-
-    def waiting(self):
-        return nullcontext()
-
-    def silence_other_ranks(self):
-        pass
-
-    def abort(self, code):
-        self._barrier.abort()
-
-
-def on_ranks(size, function):
-    """[function(comm) for each rank], at the same time."""
-    board, barrier = [None] * size, threading.Barrier(size, timeout=20)
-    results, errors = [None] * size, []
-
-    def work(rank):
-        try:
-            results[rank] = function(ThreadComm(rank, size, board, barrier))
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
-    return results
 
 
 # Shares and threads ---------------------------------------------------------------------------------------------------
@@ -264,7 +182,15 @@ def trained(comm, steps=3, micro_steps=1, make=optim.AdamW, **options):
     return model, optimizer, totals, norm
 
 
-@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD])
+def muon(model, **options):
+    matrices = {name: 3 if "c_attn" in name else 1 for name, _ in model.named_parameters() if is_matrix(name)}
+    return optim.Muon(model, matrices, **options)
+
+
+every_optimizer = pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, muon])
+
+
+@every_optimizer
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("size", "micro_steps"), [(2, 1), (2, 3), (3, 2)])
 def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make):
@@ -311,7 +237,7 @@ def test_copies_in_bfloat16_follow_what_other_ranks_updated():
             assert (region.copies != old).mean() > 0.5
 
 
-@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD])
+@every_optimizer
 def test_sharded_state_can_be_loaded_on_any_number_of_ranks(make):
     _, optimizer, *_ = trained(SoloComm(), make=make)
     state = optimizer.state()
@@ -457,11 +383,12 @@ class StagedEcho(Echo):
         return self._done()
 
 
-def steps_on_the_stand_in(comm, shared):
+def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
     """Losses, norms and parameters of three steps, and how often the host waited."""
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
-        optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm if shared else None)
+        options = {"ranks": comm} if make is muon else {}
+        optimizer = make(model, lr=1e-2, shared_by=comm if shared else None, **options)
         sums = GradientSum(model, comm, share_only=shared)
         fetched = []
         for step in range(3):
@@ -477,15 +404,17 @@ def steps_on_the_stand_in(comm, shared):
         return numbers, {name: p.numpy().copy() for name, p in model.named_parameters()}, syncs, nccl
 
 
+@every_optimizer
 @pytest.mark.parametrize("shared", [False, True])
-def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared):
-    expected, on_host, *_ = steps_on_the_stand_in(StagedEcho(), shared)
-    found, parameters, syncs, nccl = steps_on_the_stand_in(DirectEcho(), shared)
+def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared, make):
+    expected, on_host, *_ = steps_on_the_stand_in(StagedEcho(), shared, make)
+    found, parameters, syncs, nccl = steps_on_the_stand_in(DirectEcho(), shared, make)
     assert syncs == 0
     np.testing.assert_array_equal(found, expected)
     for name, values in parameters.items():
         np.testing.assert_array_equal(values, on_host[name], err_msg=name)
-    assert set(nccl.calls) == ({"allReduce", "reduce", "bcast"} if shared else {"allReduce"})
+    calls = {"allReduce", "reduce", "bcast"} if shared else {"allReduce", "bcast"} if make is muon else {"allReduce"}
+    assert set(nccl.calls) == calls
     assert nccl.group is None
 
 

@@ -501,19 +501,9 @@ class CudaKernels:
         return total
 
     def adamw_step(
-        self,
-        value: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        scale: Array,
-        lr: Array,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: Array,
-    ) -> None:
+        self, value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
+        beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
+    ) -> None:  # fmt: skip
         if value.dtype != numpy.float32:
             self._reference.adamw_step(value, grad, m, v, scale, lr, beta1, beta2, eps, weight_decay, step)
         elif value.size:

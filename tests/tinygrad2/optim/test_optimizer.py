@@ -26,6 +26,10 @@ OPTIMIZERS = {
     "SGD": (optim.SGD, {f"momentum_buffer.{name}" for name in "abc"}),
     "SGD, Nesterov": (partial(optim.SGD, nesterov=True), {f"momentum_buffer.{name}" for name in "abc"}),
     "SGD, no momentum": (partial(optim.SGD, momentum=0.0), set()),
+    "Muon": (
+        partial(optim.Muon, matrices={"a": 2}),
+        {"momentum_buffer.a", *(f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in "bc")},
+    ),
 }
 every_optimizer = pytest.mark.parametrize(("make", "names"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 
