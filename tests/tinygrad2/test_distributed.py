@@ -55,7 +55,7 @@ def test_each_rank_computes_on_its_share_of_its_own_cores(masks, threads):
     assert [fair_threads(masks, rank) for rank in range(len(masks))] == threads
 
 
-# Who one is -----------------------------------------------------------------------------------------------------------
+# Launchers ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_process_alone_never_imports_mpi4py():
 
 
 @pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
-def test_without_mpi4py_it_is_said_what_to_install(launched_by, monkeypatch, size, rank):
+def test_without_mpi4py_the_error_names_what_to_install(launched_by, monkeypatch, size, rank):
     launched_by(**{size: "4", rank: "2"})
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r'^rank 2 of 4: mpi4py does not work .*; pip install -e "\.\[mpi\]"$'):
@@ -268,7 +268,7 @@ class Echo(ThreadComm):
         raise AssertionError
 
 
-def test_buckets_leave_while_the_backward_pass_still_runs():
+def test_buckets_are_transferred_while_the_backward_pass_runs():
     comm, model = Echo(), GPT2(CONFIG)
     sums, left = GradientSum(model, comm), {}
     arena = model.arena()
@@ -306,7 +306,7 @@ def test_a_parameter_that_is_not_used_is_summed_all_the_same():
     assert sum(comm.log) == model.n_parameters()
 
 
-def test_a_parameter_that_changes_after_it_left_is_an_error(monkeypatch):
+def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
     monkeypatch.setattr(params, "BUCKET_SIZE", 2)
 
     class Model(nn.Module):
@@ -406,7 +406,7 @@ def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
 
 @every_optimizer
 @pytest.mark.parametrize("shared", [False, True])
-def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared, make):
+def test_sums_by_nccl_equal_sums_through_host_memory(shared, make):
     expected, on_host, *_ = steps_on_the_stand_in(StagedEcho(), shared, make)
     found, parameters, syncs, nccl = steps_on_the_stand_in(DirectEcho(), shared, make)
     assert syncs == 0
@@ -418,7 +418,7 @@ def test_from_gpu_to_gpu_the_sums_are_those_through_host_memory(shared, make):
     assert nccl.group is None
 
 
-def test_from_gpu_to_gpu_buckets_leave_while_the_backward_pass_still_runs():
+def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model, comm = GPT2(CONFIG, device="cuda"), DirectEcho()
         sums, left = GradientSum(model, comm), {}
@@ -489,7 +489,7 @@ FAULTS = [  # in NcclComm: a pattern, and what stands there instead
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
-def test_a_fault_in_the_order_of_things_is_noticed(fault):
+def test_a_fault_in_the_order_of_streams_is_detected(fault):
     source, places = re.subn(*fault, inspect.getsource(NcclComm))
     assert places
     names = dict(vars(distributed))
@@ -500,7 +500,7 @@ def test_a_fault_in_the_order_of_things_is_noticed(fault):
 
 @pytest.mark.parametrize("place", ["_begin", "join"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_training_run_without_one_of_the_waits_is_noticed(monkeypatch, place, shared):
+def test_a_training_run_without_one_of_the_waits_is_detected(monkeypatch, place, shared):
     wait = strict_cupy.Stream.wait_event
 
     def sometimes(self, event):
@@ -603,7 +603,7 @@ def test_the_stand_in_for_nccl_has_its_names():
         assert list(inspect.signature(getattr(fake_nccl.NcclCommunicator, name)).parameters) == theirs
 
 
-# Ranks that drift apart -----------------------------------------------------------------------------------------------
+# Ranks that diverge ----------------------------------------------------------------------------------------------------
 
 
 def test_the_first_parameter_that_differs_is_named():

@@ -48,12 +48,12 @@ def test_parameters_are_views_of_the_flat_buffers():
 
 
 @pytest.mark.parametrize("key", [None, Key(0)])
-def test_the_regions_stand_in_the_order_in_which_backward_finishes(key):
+def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
     model = GPT2(CONFIG)
     arena, fired = model.arena(), []
     for name, p in model.named_parameters():
         p.leaf.on_final = lambda name=name: fired.append(name)
-    for _ in range(2):  # every time anew
+    for _ in range(2):  # the same every time
         fired.clear()
         model.loss(TOKENS, TOKENS, key).backward()
         assert len(fired) == len(arena.parameters)
