@@ -1,14 +1,18 @@
 """Continue a prompt with a trained model.
 
 Uses the model in checkpoint/, else the newest one of a training run in out/, else an untrained one.
-Text goes on beyond the model's context: the first half of what the model sees is dropped, and the rest read again.
+Text may be longer than the model's context: then the older half of what the model sees is dropped, and the rest read
+again.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
 # isort: split
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +35,18 @@ MODELS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("-p", "--prompt", default="", help="text to continue; without one the model begins a text of its own")
+    add("-p", "--prompt", default="", help="text to continue; without one the model begins a new text")
     add("-m", "--max-tokens", "--max_tokens", type=int, default=200, help="tokens to add at most [%(default)s]")
     add("-n", "--samples", type=int, default=1, help="how many continuations [%(default)s]")
-    add("-t", "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time [%(default)s]")
-    add("-k", "--top-k", "--top_k", type=int, help="choose among the k likeliest tokens only")
-    add("--top-p", "--top_p", type=float, help="choose among the likeliest tokens that hold probability p together")
+    add(
+        "-t",
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 always takes the most likely token [%(default)s]",
+    )
+    add("-k", "--top-k", "--top_k", type=int, help="choose among the k most likely tokens only")
+    add("--top-p", "--top_p", type=float, help="choose among the most likely tokens that hold probability p together")
     add("--seed", type=int, default=0, help="the same seed gives the same text [%(default)s]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
     add("--checkpoint", metavar="MODEL", help=MODELS)
@@ -73,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def sample(options) -> int:
+def sample(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
     folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model()
     own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
@@ -85,7 +95,7 @@ def sample(options) -> int:
         )
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
-        model = model.narrow() if weights and model.backend.device == "cpu" else model
+        model = model.narrow() if weights and model.backend.narrow_weights else model
     else:
         print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
@@ -106,7 +116,7 @@ def sample(options) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    # The first sample is shown as it comes, the others, which are made in the same batch, after it.
+    # The first sample is printed as it is generated; the others, of the same batch, after it.
     texts = [options.prompt] * options.samples
     heading = "--- sample {} of " + str(options.samples) + " ---"
     if options.samples > 1:
@@ -123,8 +133,8 @@ def sample(options) -> int:
 
 
 def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
-    """Raise MemoryError where so many samples need more memory than is free, before any is taken."""
-    itemsize = 2 if model.activations == "bfloat16" else 4
+    """Raise MemoryError if so many samples need more memory than is free, before any is allocated."""
+    itemsize = np.dtype(model.activations).itemsize
     need = model.config.memory_to_generate(samples, prompt, more, itemsize)
     there = model.backend.memory() or machine.memory()
     if there is None or sum(need.values()) <= there[0]:

@@ -34,7 +34,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain, islice
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -56,10 +56,11 @@ from gpt2 import console
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
-from tinygrad2.checkpoint import write_json
+from tinygrad2.checkpoint import JsonObject, write_json
 from tinygrad2.files import Lock, atomic_write, free_name
 from tinygrad2.machine import usable_threads
 
+T = TypeVar("T")
 PART_BYTES = 16 << 10
 BATCH_PARTS = 32  # parts per task of a thread
 BATCHES_AHEAD = 16  # besides two a thread: work for the threads while a source is waited for
@@ -199,7 +200,7 @@ def _cut_point(text: str) -> int:
 @dataclass
 class State:
     """How far the work is: all that the journal holds besides the job. Shards are cut at shard_tokens, so the counts of
-    tokens say exactly which bytes of which shards belong to it; what else stands there came later and is dropped."""
+    tokens determine which bytes of which shards belong to it; bytes after them were written later and are dropped."""
 
     cursor: list[int] = field(default_factory=lambda: [0, 0, 0])
     side: str | None = None  # of the last part, within a document
@@ -280,7 +281,7 @@ class Shards:
         )
 
     def close(self) -> None:
-        """All that was appended is on the disk."""
+        """Flush all that was appended to the disk."""
         while self._open:
             _sync(self._open.popitem()[1])
 
@@ -302,8 +303,8 @@ def prepare(
 ) -> Path:
     """Make the data set `out` (by default data/NAME of the first source) from `sources`; returns its folder.
 
-    The work is done in OUT.partial, which is renamed when all is written. After an interruption the same call goes on
-    where the journal there stands. An existing `out` is refused, or renamed away first if `fresh`.
+    The work is done in OUT.partial, which is renamed when all is written. After an interruption the same call
+    resumes where the journal there stands. An existing `out` is refused, or renamed away first if `fresh`.
 
     Raises ValueError or OSError with one line for a mistake in the arguments, in a source, or for a disk that is full.
     """
@@ -419,7 +420,7 @@ def _estimate(
         raise ValueError(f"{shards.folder}: there is too little space; free some, or name another disk with --out")
 
 
-def _load_journal(shards: Shards, job: dict[str, Any], say: Callable[[str], None]) -> State:
+def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -> State:
     """Where an earlier run of the same job stopped, else the beginning."""
     partial = shards.folder
     try:
@@ -427,20 +428,20 @@ def _load_journal(shards: Shards, job: dict[str, Any], say: Callable[[str], None
     except FileNotFoundError:
         return State()
     if ["-"] in job["sources"]:
-        say(f"{partial}: stdin cannot be read again; starting anew")
+        say(f"{partial}: stdin cannot be read again; starting over")
         return State()
     if journal["job"] != job:
-        say(f"{partial}: the sources or options have changed since the interruption; starting anew")
+        say(f"{partial}: the sources or options have changed since the interruption; starting over")
         return State()
     state = State(**journal["state"])
     if not shards.hold(state):
-        say(f"{partial}: shards are missing or truncated; starting anew")
+        say(f"{partial}: shards are missing or truncated; starting over")
         return State()
-    say(f"{partial}: going on after {state.documents:,} documents and {sum(state.tokens.values()):,} tokens")
+    say(f"{partial}: resuming after {state.documents:,} documents and {sum(state.tokens.values()):,} tokens")
     return state
 
 
-def _save_journal(job: dict[str, Any], state: State, shards: Shards) -> None:
+def _save_journal(job: JsonObject, state: State, shards: Shards) -> None:
     shards.close()
     state.tokens = dict(shards.tokens)
     with atomic_write(shards.folder / JOURNAL) as partial:
@@ -454,7 +455,7 @@ def _write_tokens(
     val_fraction: float,
     filters: Filters,
     threads: int,
-    job: dict[str, Any],
+    job: JsonObject,
     state: State,
     shards: Shards,
 ) -> None:
@@ -501,10 +502,10 @@ def side_of(data: bytes, val_fraction: float) -> str:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[list[Part]], Any], parts: Iterator[Part], ahead: int
-) -> Iterator[tuple[list[Part], Any]]:
+    pool: ThreadPoolExecutor, function: Callable[[list[Part]], T], parts: Iterator[Part], ahead: int
+) -> Iterator[tuple[list[Part], T]]:
     """(batch, function(batch)) for batches of `parts`, in order, with at most `ahead` in memory."""
-    waiting: deque[tuple[list[Part], Future[Any]]] = deque()
+    waiting: deque[tuple[list[Part], Future[T]]] = deque()
     batch = list(islice(parts, BATCH_PARTS))
     while batch or waiting:
         if batch:
@@ -515,7 +516,7 @@ def _in_order(
             yield done, future.result()
 
 
-def _fill_validation(val_fraction: float, job: dict[str, Any], state: State, shards: Shards) -> None:
+def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards: Shards) -> None:
     """Where no part was drawn for one of the splits, move its share of the tokens there, the last of the other split.
 
     The journal is written between the copy and the cut, so that an interruption loses nothing.
@@ -579,7 +580,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="data/prepare.py",
         description="Turn text into a token data set that train.py reads.",
-        epilog="An interrupted preparation goes on where it stopped when the same command is given again.",
+        epilog="An interrupted preparation resumes when the same command is given again.",
     )
     parser.add_argument(
         "sources",

@@ -2,7 +2,7 @@
 
 File formats go by the name: .jsonl and .ndjson (one JSON object a line), .csv (with a header), .parquet, and any other
 as one document of plain text; each but .parquet also compressed as .gz or .zst. Only `pydoc`, text and .gz need nothing
-but Python: .zst and .parquet are read by pyarrow, and the sets on the hub by huggingface_hub (the extra "data").
+but Python: .zst and .parquet are read by pyarrow, and the data sets on the hub by huggingface_hub (the extra "data").
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
 from gpt2.console import first_line
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 BOM = b"\xef\xbb\xbf"
 LINE_BYTES = 256 << 20  # a line of JSON or CSV is read whole, so it has a limit
@@ -39,6 +43,9 @@ HUB_BLOCK_BYTES = 16 << 20  # the least that is asked of the hub at once
 JSON_LINES, CSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".parquet", (".gz", ".zst")
 NOT_TEXT = (".json", ".tiktoken")  # nor is a file with a zero byte near its beginning
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
+
+
+Identity = list[str | int]  # what tells a source from another, and from itself after a change
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class TextFile:
             stream = _decompressed(raw, self.path)
             return len(stream.read(SAMPLE_BYTES)) * size // max(1, raw.tell())
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -96,7 +103,7 @@ class JsonLines(TextFile):
 
     key: str
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [*super().identity(), self.key]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -131,7 +138,7 @@ class Csv(TextFile):
 
     column: str
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [*super().identity(), self.column]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -166,7 +173,7 @@ class Csv(TextFile):
 
     def _no_csv(self, offset: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self.path}: line {_line_number(self.path, offset - 1)}: it is no CSV ({reason}); expected fields "
+            f"{self.path}: line {_line_number(self.path, offset - 1)}: not valid CSV ({reason}); expected fields "
             f"between commas, as many as in the header, in quotes where they have commas, quotes or line ends"
         )
 
@@ -177,7 +184,7 @@ class Parquet(TextFile):
 
     column: str
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [*super().identity(), self.column]
 
     def text_size(self) -> int | None:
@@ -202,10 +209,10 @@ class Parquet(TextFile):
                         if row > start and text is not None:
                             yield Document(row, f"{self}: row {row}", partial(io.BytesIO, text), str(url))
 
-    def _file(self) -> Any:
+    def _file(self) -> Path | BinaryIO:
         return self.path
 
-    def _open(self) -> Any:
+    def _open(self) -> pyarrow.parquet.ParquetFile:
         """The file, its column checked. It reads a column in pieces, however long a row group is."""
         arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
         with explained(self, arrow.ArrowException, UnicodeDecodeError):
@@ -237,7 +244,7 @@ class HubParquet(Parquet):
     def text_size(self) -> int:
         return self.about
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [str(self), self.column]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -247,10 +254,10 @@ class HubParquet(Parquet):
         except (errors.HTTPError, OSError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
             raise ValueError(
-                f"{self}: it cannot be read from the hub ({reason}); the same command goes on when it can"
+                f"{self}: it cannot be read from the hub ({reason}); the same command resumes when it can"
             ) from None
 
-    def _file(self) -> Any:
+    def _file(self) -> BinaryIO:
         hub = require("huggingface_hub", self).HfFileSystem()
         return hub.open(f"datasets/{self}", "rb", block_size=HUB_BLOCK_BYTES)
 
@@ -260,7 +267,7 @@ class HubParquet(Parquet):
 
 @dataclass(frozen=True)
 class Stdin:
-    """All of stdin, one document. It cannot be read again, so there is no going on after an interruption."""
+    """All of stdin, one document. It cannot be read again, so an interrupted job starts over."""
 
     def __str__(self) -> str:
         return "-"
@@ -271,7 +278,7 @@ class Stdin:
     def text_size(self) -> None:
         """Unknown."""
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return ["-"]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -301,7 +308,7 @@ class Texts:
 
     text_size = size
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> Identity:
         return [self.name, hashlib.sha256(b"\0".join(self.texts)).hexdigest()]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -353,7 +360,7 @@ def _docstrings(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = (ast.get_docstring(node) or "").strip()
             if text:
-                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
+                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is not UTF-8
         todo += [child for child in reversed(list(ast.iter_child_nodes(node))) if isinstance(child, ast.stmt)]
 
 
@@ -448,18 +455,16 @@ def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]
                 raise ValueError(f"source {path}: the folder has no text, Markdown, .jsonl, .csv or .parquet file")
             if skipped:
                 some = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-                say(f"{path}: skipped {len(skipped)} files that are no text: {some}")
+                say(f"{path}: skipped {len(skipped)} files that are not text: {some}")
             sources += [_file_source(file, text_key) for file in found]
         elif not path.exists():
             raise FileNotFoundError(
                 f"source {name}: there is no such file or folder (nor is it '-' or one of {', '.join(NAMES)})"
             )
         elif not path.is_file():
-            raise ValueError(f"source {name}: it is no regular file; pipe it into stdin and name '-'")
+            raise ValueError(f"source {name}: not a regular file; pipe it into stdin and name '-'")
         elif not _is_readable(path):
-            raise ValueError(
-                f"source {name}: it is no text; expected text in UTF-8, JSON lines (.jsonl), .csv or .parquet"
-            )
+            raise ValueError(f"source {name}: not text; expected text in UTF-8, JSON lines (.jsonl), .csv or .parquet")
         else:
             sources.append(_file_source(path, text_key))
     return sources
@@ -513,7 +518,7 @@ def _decompressed(file: Path | BinaryIO, path: Path) -> BinaryIO:
 
 
 def skip(stream: BinaryIO, count: int) -> None:
-    """Go on by so many bytes, also where the stream cannot seek."""
+    """Skip so many bytes, also in a stream that cannot seek."""
     if count > 0 and stream.seekable():
         stream.seek(count, os.SEEK_CUR)
         return
@@ -523,16 +528,18 @@ def skip(stream: BinaryIO, count: int) -> None:
 
 @contextmanager
 def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Says whose bytes are not what its name promises, where unpacking, or what raises `kinds`, finds that out."""
+    """Errors of decompression, and of these `kinds`, become a ValueError that names the source."""
     try:
         yield
     except (EOFError, zlib.error) + kinds as error:  # noqa: RUF005 (mypy)
         if isinstance(error, OSError) and error.strerror:
             raise  # the operating system's: it names the file
-        raise ValueError(f"{source}: the file is damaged or truncated ({first_line(error)}); get it anew") from None
+        raise ValueError(
+            f"{source}: the file is damaged or truncated ({first_line(error)}); download or copy it again"
+        ) from None
 
 
-def require(module: str, source: object) -> Any:
+def require(module: str, source: object) -> ModuleType:
     """An optional library. Raises ValueError that says how to install it."""
     try:
         return importlib.import_module(module)
@@ -560,7 +567,7 @@ def decoded(data: bytes, offset: int, name: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}: byte {offset + error.start} is no UTF-8 (0x{data[error.start]:02x}); expected text in UTF-8, "
+            f"{name}: byte {offset + error.start} is not UTF-8 (0x{data[error.start]:02x}); expected text in UTF-8, "
             f"convert it, for example with iconv"
         ) from None
 

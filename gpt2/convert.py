@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from gpt2 import console
@@ -25,17 +25,17 @@ FORMATS = {
     "pt": "a file of PyTorch, as nanoGPT writes it: a dictionary with model and model_args",
     "llmc": "a .bin file of llm.c, float32 or bfloat16",
 }
-DTYPES = ("float32", "float16", "bfloat16")
+WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def convert(source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = "") -> None:
-    """Write the model in `source`, in any format that is read, to `target`, which must not exist yet.
+    """Write the model in `source`, in any format that can be read, to `target`, which must not exist yet.
 
     form        one of FORMATS.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
-    activation  the form of GELU, where the file is wrong about it: nanoGPT's do not say which version trained them.
+    activation  the form of GELU, if the file's is wrong: nanoGPT's files do not say which version trained them.
 
-    What is interrupted leaves nothing at `target`. Raises ValueError or OSError.
+    If it is interrupted or fails, there is nothing at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -44,7 +44,7 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
     config = replace(model.config, activation_function=activation) if activation else model.config
     progress = tqdm(total=len(model.arrays), unit=" tensors", disable=None, leave=False)
 
-    def counted(name: str) -> Any:
+    def counted(name: str) -> np.ndarray:
         progress.update()
         return model.read(name)
 
@@ -67,7 +67,7 @@ def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], s
     try:
         tokenizer = Tokenizer.for_model(source, config.vocab_size)
         tokenizer.save_hugging_face(folder, config.n_positions)
-        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it cuts text in a way of its own
+        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in a way of its own
             tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
         write_json(folder / "generation_config.json", ids)
@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="SRC", help="the model to read")
     parser.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the values written [%(default)s]")
+    parser.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="of the values [%(default)s]")
     parser.add_argument(
-        "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, where the file is wrong about it"
+        "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, if the file's is wrong"
     )
     options = parser.parse_args(arguments)
     with console.on_interrupt(f"{options.target} was not written"):

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,15 @@ SLOW_BLAS = 5e9  # float32 operations a second; any core of the last ten years m
 OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not installed; wrong: fails, or works badly
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
+
+# What processes of their own run, for `ask`.
+BLAS = "from tinygrad2 import diagnose; said = diagnose.blas()"
+KERNELS = "from tinygrad2 import diagnose; said = diagnose.compiled_kernels()"
+DRIVER = "from tinygrad2 import machine; said = machine.nvidia_driver()"
+CUPY = "from tinygrad2 import diagnose; said = diagnose.gpu()"
+TOKENIZER = "from gpt2.tokenizer import Tokenizer; said = {'tokens': Tokenizer.load('gpt2').vocab_size}"
+LIBRARY = "from mpi4py import MPI; said = {'library': MPI.Get_library_version().splitlines()[0].strip('\\0 ')}"
+RANKS = "from mpi4py import MPI; print(MPI.COMM_WORLD.Get_size(), flush=True)"
 
 
 class Finding(NamedTuple):
@@ -64,19 +72,6 @@ def probe_python() -> Finding:
     return first((tuple(sys.version_info[:2]) < OLDEST_PYTHON, WRONG, text, newer, True), (True, OK, text))
 
 
-def requirements() -> list[tuple[str, ...]]:
-    """(name, oldest version, first version too new) of every package that the project needs."""
-    import tomllib
-
-    file = ROOT / "pyproject.toml"
-    if file.is_file():
-        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
-    else:
-        lines = [line for line in metadata.requires("tinygrad2") or [] if "extra ==" not in line]
-    found = (re.match(r"([\w.-]+)(?=.*>=([\d.]+))(?=.*<([\d.]+))", line) for line in lines)
-    return [match.groups() for match in found if match]
-
-
 def probe_packages() -> Finding:
     """What pyproject.toml demands (Numba has a probe of its own): installed in the right version, importable."""
 
@@ -84,7 +79,7 @@ def probe_packages() -> Finding:
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
     installed, bad = {}, []
-    for name, oldest, too_new in requirements():
+    for name, oldest, too_new in machine.requirements(ROOT):
         if name != "numba":
             try:
                 version = installed[name] = metadata.version(name)
@@ -99,23 +94,11 @@ def probe_packages() -> Finding:
     return first((bad, WRONG, "; ".join(bad), install, True), (True, OK, listed))
 
 
-BLAS = """
-import importlib.metadata, numpy, threadpoolctl, timeit
-found = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-from tinygrad2 import backend, blas
-compiled = backend.get_backend("cpu").kernels.linear_forward.__module__ == "tinygrad2.kernels.cpu"
-mkl = importlib.metadata.version("mkl") if blas.USES_MKL and compiled else None
-x, y, multiply = *numpy.ones((2, 1024, 1024), dtype="float32"), blas.gemm if mkl else numpy.matmul
-seconds = min(timeit.repeat(lambda: multiply(x, x, y), number=1, repeat=4))
-said = {"speed": 2 * 1024**3 / seconds, "found": found, "mkl": mkl}
-"""
-
-
 def probe_blas() -> Finding:
     """The library that multiplies matrices, MKL or NumPy's: which, with how many threads, how fast."""
-    said = {"speed": 0, "found": [], "mkl": None, **ask(BLAS)}
+    said = {"speed": 0, "libraries": [], "mkl": None, **ask(BLAS)}
     slow, speed = said["speed"] < SLOW_BLAS, f"{said['speed'] / 1e9:,.0f} GFLOP/s in float32"
-    library = said["found"][0] if said["found"] else {}
+    library = said["libraries"][0] if said["libraries"] else {}
     threads = library.get("num_threads")
     text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}"
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
@@ -132,25 +115,14 @@ def probe_blas() -> Finding:
     )
 
 
-NUMBA = """
-import numba, os, sys
-from tinygrad2.backend import get_backend
-compiled = sum(f.__module__ == "tinygrad2.kernels.cpu" for f in vars(get_backend("cpu").kernels).values())
-kernels = vars(sys.modules["tinygrad2.kernels.cpu"]).values() if compiled else ()
-cache = next(filter(None, (f.stats.cache_path for f in kernels if hasattr(f, "stats"))), None)
-kept = sum(name.endswith(".nbc") for name in os.listdir(cache)) if cache and os.path.isdir(cache) else 0
-said = {"version": numba.__version__, "cache": cache, "kept": kept, "compiled": compiled}
-"""
-
-
 def probe_numba() -> Finding:
     """Whether the CPU computes with the compiled kernels, and where Numba keeps them."""
     if os.environ.get("TINYGRAD2_KERNELS") == "reference":
         return Finding(MISSING, "TINYGRAD2_KERNELS=reference asks for the plain NumPy path", "unset TINYGRAD2_KERNELS")
-    said, install = ask(NUMBA), f'{PIP} --upgrade "numba>=0.60,<1"'
+    said, install = ask(KERNELS), f'{PIP} --upgrade "numba>=0.60,<1"'
     if "error" in said:
         return Finding(MISSING, f"{said['error']}; plain NumPy computes, several times slower", install)
-    numba, cache, kept = f"Numba {said['version']}", said["cache"], said["kept"]
+    numba, cache, kept = f"Numba {said['version']}", said["folder"], said["kept"]
     state = f"{kept} kept in" if kept else "they will be compiled at the first use, in some 10 s, into"
     no_cache, move = "finds no folder for compiled kernels", "set NUMBA_CACHE_DIR to a folder that can be written"
     return first(
@@ -189,20 +161,10 @@ def probe_disk() -> Finding:
     return first((free < DISK_NEEDED, WRONG, text, remedy, True), (True, OK, text))
 
 
-def caches() -> dict[str, Path]:
-    """The folders that libraries write to, by the environment variable that names another."""
-    temporary = Path(tempfile.gettempdir())
-    tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
-    folders = {"TIKTOKEN_CACHE_DIR": tiktoken, "CUPY_CACHE_DIR": "~/.cupy/kernel_cache"}
-    folders["HF_HOME"] = "~/.cache/huggingface"
-    chosen = {name: Path(os.environ.get(name) or default).expanduser() for name, default in folders.items()}
-    return {"TMPDIR": temporary, **chosen}
-
-
 def probe_folders() -> Finding:
     """Whether the folders can be written that a run, a download or a compiler writes to."""
-    here, listed = write_error(Path.cwd()), ", ".join(map(str, caches().values()))
-    bad = {name: why for name, folder in caches().items() if (why := write_error(folder))}
+    here, listed = write_error(Path.cwd()), ", ".join(map(str, machine.cache_folders().values()))
+    bad = {name: why for name, folder in machine.cache_folders().items() if (why := write_error(folder))}
     return first(
         (here, WRONG, here, "go to a folder of yours; data/ and out/ are made there", True),
         (bad, WRONG, "; ".join(bad.values()), f"set {' and '.join(bad)} to folders that can be written"),
@@ -212,24 +174,13 @@ def probe_folders() -> Finding:
 
 def probe_tokenizer() -> Finding:
     """GPT-2's vocabulary, which tiktoken downloads once (1.5 MB); bytes, the default, need none."""
-    said = ask("from gpt2.tokenizer import Tokenizer; said = {'tokens': Tokenizer.load('gpt2').vocab_size}", seconds=40)
-    folder, reason = caches()["TIKTOKEN_CACHE_DIR"], said.get("error", "").split(";")[0]
+    said = ask(TOKENIZER, seconds=40)
+    folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], said.get("error", "").split(";")[0]
     connect = f"only for --tokenizer gpt2: connect once, or put tiktoken's two files into {folder}"
     return first(
         (reason, MISSING, re.sub(r"^\w*Error: ", "", reason), connect),
         (True, OK, f"GPT-2's vocabulary, {said.get('tokens', 0):,} tokens, in {folder}"),
     )
-
-
-DRIVER = "from tinygrad2 import machine; said = machine.nvidia_driver()"
-CUPY = """
-from tinygrad2.backend import get_backend
-cupy = get_backend("cuda").np
-x = cupy.ones((64, 64), dtype="float32")
-free, total = cupy.cuda.runtime.memGetInfo()
-said = {"version": cupy.__version__, "right": float((x @ x + 1).sum()) == 64 * 64 * 65, "free": free, "total": total}
-said["name"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-"""
 
 
 def probe_gpu() -> Finding:
@@ -262,18 +213,6 @@ def probe_gpu() -> Finding:
     )
 
 
-LIBRARY = "from mpi4py import MPI; said = {'library': MPI.Get_library_version().splitlines()[0].strip('\\0 ')}"
-RANKS = "from mpi4py import MPI; print(MPI.COMM_WORLD.Get_size(), flush=True)"
-
-
-def mpirun_line(launcher: str, ranks: int) -> list[str]:
-    """The beginning of the command that starts so many ranks on this machine."""
-    version, _ = machine.call([launcher, "--version"], 20)
-    open_mpi, root = "Open MPI" in version or "OpenRTE" in version, hasattr(os, "geteuid") and os.geteuid() == 0
-    flags = ["--oversubscribe"] * (ranks > len(machine.cores())) + ["--allow-run-as-root"] * root
-    return [launcher, "-n", str(ranks), *(flags if open_mpi else ())]
-
-
 def probe_mpi() -> Finding:
     """mpi4py, the MPI library that it finds, and the mpirun that belongs to that library: two ranks see each other."""
     install = f'only for several processes: {PIP} -e "{ROOT}[mpi]"'
@@ -287,17 +226,16 @@ def probe_mpi() -> Finding:
     library, tried = said["library"].split(",")[0], []
     beside, on_path = Path(sys.executable).with_name("mpirun"), shutil.which("mpirun")
     for launcher in dict.fromkeys(filter(None, (str(beside) if beside.is_file() else None, on_path))):
-        output, error = machine.call([*mpirun_line(launcher, 2), sys.executable, "-c", RANKS], 30)
+        output, error = machine.call([*machine.mpirun_command(launcher, 2), sys.executable, "-c", RANKS], 30)
         if output.split() == ["2", "2"]:
             name = "mpirun" if on_path and Path(on_path).samefile(launcher) else launcher
             other = f" (the mpirun on the PATH, {on_path}, is another)" if on_path and name != "mpirun" else ""
-            text = f"{version}, {library}, {launcher}: two ranks see each other{other}"
-            return Finding(OK, text, facts={"mpirun": name})
+            found = f"{version}, {library}, {launcher}: two ranks see each other{other}"
+            return Finding(OK, found, facts={"mpirun": name})
         tried.append(f"{launcher}: {error or 'the ranks do not see each other, it belongs to another MPI'}")
-    text, remedy = "; ".join((f"{version}, {library}", *tried)), f"the mpirun of {library}"
-    return first(
-        (tried, WRONG, text, f"use {remedy}"), (True, WRONG, f"{text}, but no mpirun", f"put {remedy} on the PATH")
-    )
+    text, mpirun = f"{version}, {library}", f"the mpirun of {library}"
+    missing = (not tried, WRONG, f"{text}, but no mpirun", f"put {mpirun} on the PATH")
+    return first(missing, (True, WRONG, "; ".join((text, *tried)), f"use {mpirun}"))
 
 
 ORDER = (probe_python, probe_blas, probe_packages, probe_numba, probe_cores, probe_memory, probe_gpu, probe_mpi)
@@ -331,13 +269,13 @@ def training_command(findings: dict[str, Finding]) -> str:
     script = "train.py" if Path("train.py").is_file() else shlex.quote(str(ROOT / "train.py"))
     line = f"{PYTHON} {script}" + (f" --threads {facts['threads']}" if "threads" in facts else "")
     ranks = facts.get("gpus", 1) if "mpirun" in facts else 1
-    return f"{shlex.join(mpirun_line(facts['mpirun'], ranks))} {line}" if ranks > 1 else line
+    return f"{shlex.join(machine.mpirun_command(facts['mpirun'], ranks))} {line}" if ranks > 1 else line
 
 
 @console.command("gpt2.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status: 1 where something that training needs is wrong, else 0."""
-    parser = console.Parser(prog="python -m gpt2.doctor", description="Look at this machine; say what to do.")
+    parser = console.Parser(prog="python -m gpt2.doctor", description="Check this machine; say what to do.")
     parser.parse_args(arguments)
     findings: dict[str, Finding] = {}
     # With an old Python nothing else is checked; and nothing else computes while the speed of BLAS is measured.

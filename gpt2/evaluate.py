@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gpt2 import console
 from gpt2.config import WEIGHT_DTYPES
@@ -19,7 +18,7 @@ from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
 from gpt2.training.tasks import TASKS, load_items
 from tinygrad2 import threads
 from tinygrad2.backend import DEVICES
-from tinygrad2.checkpoint import write_json
+from tinygrad2.checkpoint import JsonObject, write_json
 
 
 @console.command("gpt2.evaluate")
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype",
         default="float32",
         choices=WEIGHT_DTYPES,
-        help="bfloat16 measures twice, the second time with such weights, and says what they cost",
+        help="bfloat16 measures twice, the second time with such weights, and shows the difference",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(arguments)
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
-    # What can be missing is opened before anything is computed.
+    # Files that may be missing are opened before anything is computed.
     questions = {
         name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()
@@ -76,11 +75,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    if options.dtype == "bfloat16" and model.backend.device != "cpu" and (lacks := model.backend.lacks("bfloat16")):
-        raise ValueError(f"--dtype {lacks}")
+    if not model.backend.narrow_weights and (reason := model.backend.unsupported_reason(options.dtype)):
+        raise ValueError(f"--dtype {reason}")
 
-    def measure() -> dict[str, Any]:
-        results: dict[str, Any] = {}
+    def measure() -> JsonObject:
+        results: JsonObject = {}
         if data is not None:
             figures = evaluate_data(model, tokenizer, data, options.batch_size, block_size, options.batches)
             print(

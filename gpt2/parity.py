@@ -7,7 +7,7 @@ A result is an array by name, in the order of computation:
                        its parts were added; last `ln_f`, the stream normalised
     logits, loss       (B, T, V), and the mean cross-entropy
     gradient.NAME      of each parameter, in the order in which the backward pass finishes them
-    text               ids that are written after half a row of tokens, the likeliest one each time
+    text               the greedy continuation of half a row of tokens, as ids
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +26,11 @@ from gpt2.console import first_line
 from gpt2.model import GPT2
 from tinygrad2 import no_grad, ops
 
-BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens each, tokens written; fewer where the context is shorter
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens each, tokens generated; fewer where the context is shorter
 
 # The largest error that rounding explains, by dtype. Activations, logits and the loss: relative to the largest value.
 # Gradients: |a - b| / |b| over the whole tensor. Element by element the figure would be meaningless where the true
@@ -48,7 +52,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.relative <= self.bound  # what is not a number is not
+        return self.relative <= self.bound  # NaN compares false, so it is never ok
 
 
 def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str = "float32") -> GPT2:
@@ -78,7 +82,7 @@ def random_tokens(config: GPT2Config, seed: int) -> np.ndarray:
 
 
 def _prompt(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, int]:
-    """The ids to go on from, and how many to write: the last one written need not be read."""
+    """The prompt's ids, and how many to generate: the last one need not be read."""
     prompt = tokens[0, : max(1, (tokens.shape[1] - 1) // 2)]
     return prompt, min(NEW, n_positions - len(prompt) + 1)
 
@@ -92,7 +96,7 @@ def fingerprint(model: GPT2) -> str:
 
 
 def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What this engine computes inside: the model's own blocks, one after the other as `features` calls them."""
+    """The activations inside this engine's model: its blocks, called one after the other as `features` does."""
     with no_grad():
         x = ops.embedding(tokens, model.wte.weight, model.wpe.weight)
         found, delta = {"embedding": x.numpy()}, None
@@ -142,8 +146,8 @@ def _largest(values: np.ndarray) -> float:
     return float(np.abs(values).max())
 
 
-def torch_model(source: str | Path) -> Any:
-    """transformers' model from a folder or by its name. Raises ValueError where that cannot be, in one line."""
+def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
+    """transformers' model from a folder or by its name. Raises ValueError in one line if it cannot be loaded."""
     try:
         import torch  # noqa: F401  (transformers can be imported without it)
         import transformers
@@ -168,17 +172,17 @@ def torch_versions() -> str:
     return f"transformers {transformers.__version__} on torch {torch.__version__}"
 
 
-def torch_results(model: Any, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+def torch_results(model: transformers.GPT2LMHeadModel, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The reference: what a model of transformers computes in `dtype`, on the CPU."""
     import torch
 
     model = model.to(getattr(torch, dtype))
     found: dict[str, np.ndarray] = {"tokens": tokens}
 
-    def keep(name: str, tensor: Any) -> None:
+    def keep(name: str, tensor: torch.Tensor) -> None:
         found[f"activation.{name}"] = tensor.detach().numpy().copy()
 
-    def keep_input(layernorm: Any, name: str) -> Any:
+    def keep_input(layernorm: torch.nn.Module, name: str) -> torch.utils.hooks.RemovableHandle:
         return layernorm.register_forward_pre_hook(lambda _, inputs: keep(name, inputs[0]))
 
     body = model.transformer  # the residual stream is what its LayerNorms read

@@ -1,7 +1,7 @@
 """A run that one can look at: out/report.html, one file without a service, a network or a library.
 
 `python -m gpt2.report OUT` writes the page of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A curve
-is drawn from at most BUCKETS points, each the mean of what lies in its part of the axis; the table below a chart holds
+is drawn from at most BINS points, each the mean of what lies in its part of the axis; the table below a chart holds
 the same values, and is what the pointer reads. Every text is escaped, and a Content-Security-Policy with the hashes of
 this file's own style and script forbids everything else: whatever a sample holds, it is shown and never executed.
 """
@@ -18,16 +18,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from gpt2 import console
 from gpt2.console import Parser, clock
 from gpt2.training.options import flag
 from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-BUCKETS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
+BINS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
 SAMPLES_SHOWN = 20
 COLOURS = 8  # those of the style sheet; further curves repeat them dashed
 SHARE = 0.01  # of a run's time that writing its report may take
@@ -45,12 +46,12 @@ NOT_DRAWN = ("step", "seconds", "tokens")  # what else stands in every row of th
 
 @dataclass
 class Run:
-    """What a run left in its folder: the rows of its log, its samples, and how it was started, each time."""
+    """What a run wrote to its folder: the rows of its log, its samples, and how it was started, each time."""
 
     name: str
-    rows: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    rows: list[JsonObject]
+    samples: list[JsonObject]
+    starts: list[JsonObject]
 
     @staticmethod
     def load(out: Path) -> Run:
@@ -59,8 +60,8 @@ class Run:
             raise FileNotFoundError(f"{out}: it has no {LOG}; expected the out-dir of a run of train.py")
         return Run(str(out), *(read_log(out / name) for name in (LOG, SAMPLES, STARTS)))
 
-    def started(self, part: str) -> dict[str, Any]:
-        """A part of what was noted at the last start: given, options, model, data, machine."""
+    def started(self, part: str) -> JsonObject:
+        """A part of what was recorded at the last start: given, options, model, data, machine."""
         value = self.starts[-1].get(part) if self.starts else None
         return value if isinstance(value, dict) else {}
 
@@ -70,7 +71,7 @@ class Run:
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
-        """What the log has numbers of besides the losses: what every run has, then the rest by name."""
+        """The keys of the log's other numbers besides the losses: those that every run has, then the rest by name."""
         found = {key for row in self.rows for key, value in row.items() if is_number(value)}
         found -= {"loss", "val_loss", *NOT_DRAWN}
         return [*(key for key in LABELS if key in found), *sorted(found - LABELS.keys())]
@@ -85,7 +86,7 @@ class Run:
         return min(self.values("val_loss"), key=lambda point: point[1], default=None)
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a log can be drawn: finite, and not so large that an axis overflows."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100
 
@@ -155,7 +156,7 @@ class Axis:
         return Axis(low, high, log)
 
     def at(self, value: float) -> float:
-        """Where a value lies, the lowest at 0 and the highest at 1."""
+        """A value's position on the axis: the lowest is at 0, the highest at 1."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -168,7 +169,7 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points, its colour, and whether the spread of a bucket is shown behind its mean."""
+    """A named curve: its points, its colour, and whether the spread of a bin is shown behind its mean."""
 
     name: str
     points: list[tuple[float, float]]
@@ -177,8 +178,8 @@ class Curve:
 
 
 @dataclass
-class Bucket:
-    """Points of a curve that fall into the same part of the axis."""
+class Bin:
+    """Points of a curve in the same part of the axis."""
 
     xs: list[float]
     ys: list[float]
@@ -192,14 +193,14 @@ class Bucket:
         return sum(self.ys) / len(self.ys)
 
 
-def bucketed(points: list[tuple[float, float]], axis: Axis) -> dict[int, Bucket]:
+def binned(points: list[tuple[float, float]], axis: Axis) -> dict[int, Bin]:
     """The points by the part of the axis that they fall into, from left to right."""
-    buckets: dict[int, Bucket] = {}
+    bins: dict[int, Bin] = {}
     for x, y in sorted(points):
-        bucket = buckets.setdefault(min(int(axis.at(x) * BUCKETS), BUCKETS - 1), Bucket([], []))
-        bucket.xs.append(x)
-        bucket.ys.append(y)
-    return buckets
+        group = bins.setdefault(min(int(axis.at(x) * BINS), BINS - 1), Bin([], []))
+        group.xs.append(x)
+        group.ys.append(y)
+    return bins
 
 
 def chart(
@@ -221,20 +222,20 @@ def chart(
     if not curves:
         return ""
     x_axis = Axis.over([x for curve in curves for x, _ in curve.points], log_x)
-    drawn = [bucketed(curve.points, x_axis) for curve in curves]
-    pairs = [(curve, bucket) for curve, buckets in zip(curves, drawn, strict=True) for bucket in buckets.values()]
-    heights = [y for curve, bucket in pairs for y in (bucket.ys if curve.spread else [bucket.y])]
+    drawn = [binned(curve.points, x_axis) for curve in curves]
+    pairs = [(curve, group) for curve, bins in zip(curves, drawn, strict=True) for group in bins.values()]
+    heights = [y for curve, group in pairs for y in (group.ys if curve.spread else [group.y])]
     y_axis = Axis.over(heights, log_y, from_zero, margin=0.04)
 
     def point(x: float, y: float) -> str:
         return f"{1000 * x_axis.at(x):.1f} {1000 - 1000 * y_axis.at(y):.1f}"
 
     paths = []
-    for curve, buckets in zip(curves, drawn, strict=True):
-        line = [point(b.x, b.y) for b in buckets.values()]
+    for curve, bins in zip(curves, drawn, strict=True):
+        line = [point(b.x, b.y) for b in bins.values()]
         if curve.spread:
-            above = [point(b.x, max(b.ys)) for b in buckets.values()]
-            below = [point(b.x, min(b.ys)) for b in buckets.values()]
+            above = [point(b.x, max(b.ys)) for b in bins.values()]
+            below = [point(b.x, min(b.ys)) for b in bins.values()]
             paths.append(f'<path class="spread {colour(curve.colour)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
         paths.append(f'<path class="line {colour(curve.colour)}" d="M{" ".join(line)}"/>')
         if len(line) <= DOTS:
@@ -249,11 +250,11 @@ def chart(
         grid.append(f'<text class="x" x="{100 * x_axis.at(value):.2f}%" y="100%" dy="1.6em">{short(value)}</text>')
 
     rows = []
-    for index in sorted({index for buckets in drawn for index in buckets}):
-        here = [buckets.get(index) for buckets in drawn]
-        xs = [x for bucket in here if bucket for x in bucket.xs]
+    for index in sorted({index for bins in drawn for index in bins}):
+        here = [bins.get(index) for bins in drawn]
+        xs = [x for group in here if group for x in group.xs]
         where = number(min(xs)) + (f" to {number(max(xs))}" if max(xs) > min(xs) else "")
-        cells = [number(bucket.y) if bucket else "" for bucket in here]
+        cells = [number(group.y) if group else "" for group in here]
         rows.append((f'data-x="{x_axis.at(sum(xs) / len(xs)):.4f}"', [where, *cells]))
 
     names = [escape(curve.name) for curve in curves]
@@ -314,7 +315,7 @@ def report_page(run: Run) -> str:
         f'<dl class="tiles">{"".join(map(tile, figures(run)))}</dl>',
         section("Curves", f"<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
         section("Samples", samples(run)),
-        section("How it was made", circumstances(run)),
+        section("How it was made", configuration(run)),
     )
     return page(f"{run.name}: training run", "".join(body))
 
@@ -400,15 +401,15 @@ def differences(runs: Sequence[Run]) -> str:
     """The table of what the runs' options, models, data and machines differ in."""
     rows = []
     for part in ("options", "model", "data", "machine"):
-        told = [run.started(part) for run in runs]
-        for name in dict.fromkeys(name for one in told for name in one):
-            values = [shown(one.get(name)) for one in told]
+        recorded = [run.started(part) for run in runs]
+        for name in dict.fromkeys(name for one in recorded for name in one):
+            values = [shown(one.get(name)) for one in recorded]
             if len(set(values)) > 1 and name != "out_dir":
                 rows.append(
                     ("", [escape(flag(name) if part == "options" else f"{part}: {name}"), *map(escape, values)])
                 )
     if not rows:
-        return "<p>In nothing that was noted when they were started.</p>"
+        return "<p>In nothing that was recorded when they were started.</p>"
     return table(["option", *(escape(run.name) for run in runs)], rows)
 
 
@@ -426,17 +427,17 @@ def samples(run: Run) -> str:
     return note + boxes("samples", cards)
 
 
-def sample(title: str, row: dict[str, Any]) -> str:
+def sample(title: str, row: JsonObject) -> str:
     text = printable(str(row.get("text", ""))).strip()
     return f'<article><h3>{escape(title)}</h3><pre dir="auto">{escape(text)}</pre></article>'
 
 
 def printable(text: str) -> str:
-    """The text with a mark in place of what shows nothing: control signs could steer a screen or a page."""
+    """The text without control characters, which could change a terminal or a page: U+FFFD stands for each."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def circumstances(run: Run) -> str:
+def configuration(run: Run) -> str:
     """How and where the run was started, each time."""
     if not run.starts:
         return ""
@@ -454,14 +455,14 @@ def circumstances(run: Run) -> str:
     return f'<pre class="command">{command}</pre><ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
 
 
-def word(name: str, value: Any) -> str:
+def word(name: str, value: object) -> str:
     """An option as it is given on the command line."""
     if isinstance(value, bool):
         return flag(name if value else f"no-{name}")
     return f"{flag(name)}={value}"
 
 
-def start(row: dict[str, Any]) -> str:
+def start(row: JsonObject) -> str:
     """When, from where on and where a run was started."""
     moment, machine = row.get("time"), row.get("machine")
     when = (
@@ -474,7 +475,7 @@ def start(row: dict[str, Any]) -> str:
     return f"{when}from step {row['step']:,} on" + (f" ({where} threads)" if where else "")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of the configuration as text."""
     if value is None:
         return "-"
@@ -577,7 +578,7 @@ footer { margin-top: 4rem }
 @media print { .switch, summary, .readout { display: none } section { break-inside: avoid } }
 """
 
-# The values under the pointer: the row of the figure's table that lies nearest.
+# The values under the pointer: the nearest row of the figure's table.
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure")) {
   const plot = figure.querySelector(".plot"), cross = plot.querySelector(".cross");
@@ -626,7 +627,7 @@ def write(text: str, file: Path) -> None:
 class Writer:
     """Keeps out/report.html up to date during training, in at most a hundredth of the time.
 
-    say  is told in one line where the page cannot be written; training goes on.
+    say  prints one line if the page cannot be written; training continues.
     """
 
     def __init__(self, out: Path, say: Callable[[str], None]):

@@ -6,7 +6,7 @@
     --gradients         every gradient of a small GPT-2 with dropout, in float64, against finite differences
 
 What is compared: the residual stream after each part of each layer, the logits, the loss, the gradient of each
-parameter, and the text that is written by taking the likeliest token each time (see gpt2/parity.py).
+parameter, and the text that greedy decoding gives (see gpt2/parity.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 from safetensors import SafetensorError, safe_open
@@ -32,14 +31,16 @@ from gpt2.formats import huggingface
 from gpt2.formats.model_file import find_model
 from gpt2.model import GPT2
 from tinygrad2 import Key, Tensor, record
-from tinygrad2.backend import DEVICES, DTYPES, get_backend
-from tinygrad2.checkpoint import save_arrays, write_json
+from tinygrad2.array import Array
+from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
+from tinygrad2.precision import PARAMETER_DTYPES
 
 BOUND = 1e-6
-SCALE = 0.2  # of check's step: this model bends more sharply than the step that check takes for values around 1 allows
+SCALE = 0.2  # of check's step: this model has larger derivatives than check's step, made for values around 1, allows
 FORMS = {"gelu_new": "tanh form", "gelu": "exact form"}
-BATCH, LENGTH = 3, 9  # shorter than the context: the last positions take no part and get no gradient
+BATCH, LENGTH = 3, 9  # shorter than the context: the last positions are not used and get no gradient
 
 
 def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
@@ -81,7 +82,7 @@ def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
     text = numpy.random.default_rng(seed).integers(model.config.vocab_size, size=(BATCH, LENGTH + 1))
     key = Key(seed, step=1, first_sample=BATCH)
 
-    def loss(*values: Tensor) -> Any:
+    def loss(*values: Tensor) -> Tensor:
         """model.loss at parameters SCALE * values; the gradients are those that its own backward pass leaves there."""
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = SCALE * value.data
@@ -95,7 +96,7 @@ def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
     return dict(zip(names, errors, strict=True))
 
 
-def _scaled(saved, dy, into):
+def _scaled(saved: tuple[Array | None, ...], dy: Array, into: object) -> tuple[Array | None, ...]:
     return tuple(None if gradient is None else dy * SCALE * gradient for gradient in saved)
 
 
@@ -115,13 +116,13 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
-CASES = "cases"  # the key of a reference file's metadata: a JSON list of cases, whose arrays are called NUMBER/NAME
+COMPARISONS = "cases"  # the key of a reference file's metadata: a JSON list; the arrays of each are NUMBER/NAME
 Expected = Callable[[str], numpy.ndarray]  # the reference's result of a name
 
 
 @dataclass
-class Case:
-    """One comparison: which weights, and who computed the reference.
+class Comparison:
+    """With which weights to compare, and what computed the reference.
 
     model        a folder or a name; None stands for the random weights of preset, activation and seed.
     fingerprint  of the weights.
@@ -145,15 +146,15 @@ class Case:
         return parity.random_model(config, self.seed, device, self.dtype)
 
 
-def asked(options: argparse.Namespace) -> list[Case]:
+def requested(options: argparse.Namespace) -> list[Comparison]:
     """The cases that --against MODEL or --preset asks for."""
     if options.against is not None:
-        return [Case(options.against, None, None, options.seed, options.dtype)]
+        return [Comparison(options.against, None, None, options.seed, options.dtype)]
     forms = [options.activation] if options.activation else FORMS
-    return [Case(None, options.preset, form, options.seed, options.dtype) for form in forms]
+    return [Comparison(None, options.preset, form, options.seed, options.dtype) for form in forms]
 
 
-def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
+def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
     """This engine's model, and what transformers computes with the same weights."""
     with tempfile.TemporaryDirectory() as copy:
         source: str | Path = copy
@@ -171,12 +172,12 @@ def live(case: Case, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
         return model, parity.torch_results(theirs, parity.random_tokens(model.config, case.seed), case.dtype)
 
 
-def write_reference(path: Path, cases: Sequence[Case], device: str) -> None:
+def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> None:
     """Write what transformers computes for these cases."""
     arrays: dict[str, numpy.ndarray] = {}
     for number, case in enumerate(cases):
         arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
-    save_arrays(path, arrays, {CASES: json.dumps([asdict(case) for case in cases])})
+    save_arrays(path, arrays, {COMPARISONS: json.dumps([asdict(case) for case in cases])})
     print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB; without PyTorch: python -m gpt2.verify --against {path}")
 
 
@@ -184,22 +185,22 @@ def is_reference(path: Path) -> bool:
     """Whether a file is one that `write_reference` wrote (a model's file is not)."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return CASES in (file.metadata() or {})
+            return COMPARISONS in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
 
 
-def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Case, GPT2, Expected]]:
+def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Comparison, GPT2, Expected]]:
     """The cases in a reference file, each with this engine's model of the same weights.
 
-    folder  where the model lies, if not where it lay when it was recorded.
+    folder  the model's folder, if it has moved since it was recorded.
     Raises ValueError where the file is damaged and where the weights are not those that were recorded.
     """
     with safe_open(path, framework="numpy") as file:
         try:
-            cases = [Case(**case) for case in json.loads(file.metadata()[CASES])]
+            cases = [Comparison(**case) for case in json.loads(file.metadata()[COMPARISONS])]
         except (ValueError, TypeError):
-            raise ValueError(f"{path}: its list of cases is damaged; record it anew") from None
+            raise ValueError(f"{path}: its list of cases is damaged; record it again") from None
         for number, case in enumerate(cases):
             if case.model is None:
                 model = case.random_model(device)
@@ -207,28 +208,28 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Case, 
                 case.model = folder or case.model
                 model = GPT2.from_pretrained(find_model(Path(case.model), print_error), device, case.dtype)
             if parity.fingerprint(model) != case.fingerprint:
-                raise ValueError(f"{path}: it was recorded with other weights than those of {case}; record it anew")
+                raise ValueError(f"{path}: it was recorded with other weights than those of {case}; record it again")
 
             def expected(name: str, number: int = number) -> numpy.ndarray:
                 try:
                     return file.get_tensor(f"{number}/{name}")
                 except SafetensorError as error:
-                    raise ValueError(f"{path}: {error}; record it anew") from None
+                    raise ValueError(f"{path}: {error}; record it again") from None
 
             yield case, model, expected
 
 
-def comparisons(options: argparse.Namespace) -> Iterator[tuple[Case, GPT2, Expected]]:
+def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2, Expected]]:
     """What is to be compared, one after the other."""
     if options.against is not None and is_reference(Path(options.against)):
         yield from stored(Path(options.against), options.device, options.model)
     else:
-        for case in asked(options):
+        for case in requested(options):
             model, results = live(case, options.device)
             yield case, model, results.__getitem__
 
 
-def verify_parity(options: argparse.Namespace) -> dict[str, Any]:
+def verify_parity(options: argparse.Namespace) -> JsonObject:
     """Compare, print a table for each case, and return what --json writes; its "ok" is the verdict."""
     reports = []
     for case, model, expected in comparisons(options):
@@ -247,8 +248,8 @@ def verify_parity(options: argparse.Namespace) -> dict[str, Any]:
     return {"ok": all(report["ok"] for report in reports), "cases": reports}
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """None for numbers that JSON does not have."""
+def _finite(values: JsonObject) -> JsonObject:
+    """NaN and infinities, which JSON does not have, as None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -266,9 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--preset", choices=PRESETS, help="compare random weights of these sizes")
     add("--activation", choices=FORMS, help="with --preset: this form of GELU only [both]")
     add("--record", type=Path, metavar="FILE", help="write the reference to a file, for machines without PyTorch")
-    add("--model", metavar="FOLDER", help="with --against FILE: where the model lies now")
+    add("--model", metavar="FOLDER", help="with --against FILE: the model's folder, if it has moved")
     add("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
-    add("--dtype", choices=DTYPES, default="float32", help="what both compute in [%(default)s]")
+    add("--dtype", choices=PARAMETER_DTYPES, default="float32", help="what both compute in [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, tokens and directions [%(default)s]")
     add("--device", choices=DEVICES, default="cpu", help="where to compute [%(default)s]")
     add("--json", type=Path, metavar="FILE", help="write the comparison there too")
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not comparing and not options.gradients:
         parser.error("nothing to verify: give --against, --preset or --gradients")
     if options.against is not None and options.preset is not None:
-        parser.error("--against names the weights, --preset makes some up; give one of them")
+        parser.error("--against names the weights, --preset makes random ones; give one of them")
     for file in (options.record, options.json):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{file}: there is no folder {file.parent}/")
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         if not comparing or is_reference(Path(options.against or "")):
             raise ValueError("--record needs --preset, or --against with a model")
-        write_reference(options.record, asked(options), options.device)
+        write_reference(options.record, requested(options), options.device)
         comparing = False
     report = verify_parity(options) if comparing else {"ok": True}
     if options.json:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "machine"),
+    ("array", "files", "gpus", "machine", "precision"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -21,7 +21,7 @@ ENGINE = (
     ("tensor", "distributed", "profiler"),
     ("ops", "params"),
     ("nn",),
-    ("optim", "gradient_sum", "gradcheck"),
+    ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
 )
 MODEL = (
@@ -59,6 +59,7 @@ PUBLIC_MODULES = {
     "nn",
     "ops",
     "optim",
+    "precision",
     "profiler",
     "random",
     "threads",

@@ -1,8 +1,8 @@
-"""Folders that are written whole or not at all, and that can tell whether they are still what was written.
+"""Checkpoints: folders that are written completely or not at all, with a checksum of every file.
 
-A checkpoint is a folder. It is filled under a temporary name, every file is flushed to the disk and listed with its
-SHA-256 in `manifest.json`, and only then does it get its name, which is one atomic step of the file system. Whatever
-interrupts the writing, the name holds either nothing, the folder before, or the new one.
+A checkpoint is filled under a temporary name, every file is listed with its SHA-256 in `manifest.json` and flushed to
+the disk, and only then is it renamed (see files.atomic_write). Whatever interrupts the writing, its name refers to
+nothing, to the folder before, or to the new one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from tinygrad2.files import atomic_write
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"ckpt-(\d+)")
+JsonObject = dict[str, Any]  # as json.loads gives it
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what was written; the message says where and how."""
+    """A checkpoint is damaged; the message says where and how."""
 
 
 @contextmanager
@@ -52,13 +53,13 @@ def verify(folder: Path) -> None:
     for name, expected in listed.items():
         path = folder / name
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
-            raise CheckpointError(f"{folder / MANIFEST}: it does not say what {name} should be")
+            raise CheckpointError(f"{folder / MANIFEST}: its entry for {name} is not valid; expected bytes and sha256")
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']}")
         if _describe(path) != expected:
-            raise CheckpointError(f"{path}: its checksum is not that of what was written")
+            raise CheckpointError(f"{path}: its checksum differs from the manifest's")
 
 
 def name(step: int) -> str:
@@ -75,7 +76,7 @@ def find(out: Path) -> list[Path]:
 
 
 def newest(out: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `out` that verifies, or None, and a line about each newer one that does not."""
+    """The newest checkpoint in `out` that verifies, or None, and a line about each newer one that is damaged."""
     damaged: list[str] = []
     for folder in find(out):
         try:
@@ -97,17 +98,17 @@ def step_of(folder: Path) -> int:
     """The step after which a checkpoint of this name was written."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
-        raise ValueError(f"{folder}: it is not the name of a checkpoint")
+        raise ValueError(f"{folder}: not the name of a checkpoint; expected ckpt-NUMBER")
     return int(match[1])
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write named arrays as one safetensors file. Raises OSError where it cannot be written."""
+    """Write named arrays as one safetensors file. Raises OSError if it cannot be written."""
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path, metadata)
-    except SafetensorError as error:  # how the library reports a full disk
+    except SafetensorError as error:  # the library's error for a full disk
         raise OSError(f"{path}: it cannot be written ({error})") from None
     path.chmod(mode)  # the library makes files that nobody else can read
 
@@ -120,24 +121,24 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: it cannot be read as safetensors ({str(error)[:200]})") from None
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: object) -> None:
     """Write `values` as readable JSON. NaN and infinities, which JSON does not have, are an error."""
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Read a JSON object. Raises CheckpointError naming the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: it holds no JSON ({error})") from None
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: it holds no JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object")
     return values
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -134,7 +134,7 @@ class HostTransfer:
     def finish(self) -> None:
         """Wait for the other ranks, and start to copy the result back."""
         self._future.result()
-        self._device.put_back(self._host, self._array)
+        self._device.copy_back(self._host, self._array)
 
 
 def all_gather(comm: Comm, device: Backend, arrays: Sequence[tuple[Array, Staging]]) -> None:
@@ -342,8 +342,10 @@ class MPIComm:
             time.sleep(pause or (POLL if self._caller_waits else POLL_WHILE_COMPUTING))
 
     def nccl(self, device: Backend) -> NcclComm | None:
+        if device.cuda is None:
+            return None
         if device not in self._nccl_comms:
-            nccl, address = device.nccl(), f"{socket.gethostname()} {device.address()}"
+            nccl, address = device.cuda.nccl(), f"{socket.gethostname()} {device.cuda.address()}"
             addresses = self._calls.allgather(address if nccl else None)
             if None not in addresses and len(set(addresses)) == self.size:
                 identity = self._calls.bcast(nccl.get_unique_id() if self.rank == 0 else None)
@@ -452,7 +454,7 @@ def _join(size: int, rank: int) -> MPIComm:
     threads.set_count(comm.threads)
     backend.choose_gpu(comm.local_rank)
     if comm.rank:
-        backend.hide_notices()
+        backend.silence_compile_notice()
 
     def report(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         lines = "".join(traceback.format_exception(kind, error, trace))

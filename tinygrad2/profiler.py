@@ -18,25 +18,25 @@ class Profiler:
         self.backend = backend
         self.steps = 0
         self._kernels = dict(vars(backend.kernels))
-        self._spans: list[tuple[str, Any, Any]] = []  # kernel (or "" for the whole step), and its first and last moment
+        self._spans: list[tuple[str, Any, Any]] = []  # kernel (or "" for the whole step), and two timestamps
 
     def __enter__(self) -> Profiler:
         for name, function in self._kernels.items():
             if callable(function) and not isinstance(function, type):
                 setattr(self.backend.kernels, name, self._timed(name, function))
-        self._started = self.backend.moment()
+        self._started = self.backend.timestamp()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spans.append(("", self._started, self.backend.moment()))
+        self._spans.append(("", self._started, self.backend.timestamp()))
         vars(self.backend.kernels).update(self._kernels)
         self.steps += 1
 
     def _timed(self, name: str, function: Callable) -> Callable:
         def call(*arguments: Any) -> Any:
-            start = self.backend.moment()
+            start = self.backend.timestamp()
             result = function(*arguments)
-            self._spans.append((name, start, self.backend.moment()))
+            self._spans.append((name, start, self.backend.timestamp()))
             return result
 
         return call

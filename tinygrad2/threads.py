@@ -1,21 +1,29 @@
-"""How many threads compute on the CPU, and how work is cut for them. The threads themselves: kernels/pool.py."""
+"""How many threads compute on the CPU, and how work is divided among them. The thread pool is kernels/pool.py."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from functools import cache
-from typing import Any
+from typing import Protocol
 
 from threadpoolctl import ThreadpoolController
 
 from tinygrad2 import machine
 
+
+class BlasLibrary(Protocol):
+    """A BLAS library that is loaded, as threadpoolctl controls it."""
+
+    def get_num_threads(self) -> int: ...
+    def set_num_threads(self, num_threads: int) -> None: ...
+
+
 _count = machine.usable_threads()
 _lock = threading.Lock()
-# An interrupt may come at any step: what BLAS was told is noted before it is told, and who asked is forgotten with it.
-_before: list[tuple[Any, int]] = []  # the BLAS libraries and how many threads each had, while somebody asks for one
-_asking: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
+# An interrupt may come at any step: BLAS's old setting is recorded before it changes, and dropped with its last user.
+_before: list[tuple[BlasLibrary, int]] = []  # the libraries and their thread counts, while any user asks for one thread
+_users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
@@ -29,8 +37,8 @@ def set_count(n: int) -> None:
     if n < 1:
         raise ValueError(f"threads: {n} asked for; expected at least 1")
     with _lock:
-        if not _asking:
-            _put_back()
+        if not _users:
+            _restore()
         _count = n
         for library in _blas():
             library.set_num_threads(n)
@@ -43,27 +51,27 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 
 
 class blas_on_one_thread:  # noqa: N801 - used as a function
-    """BLAS computes each call on the thread that makes it. Of several that ask for it, the last puts back what was."""
+    """BLAS computes each call on the thread that makes it. The last of several users restores the setting before."""
 
     def __enter__(self) -> None:
         global _before
         with _lock:
-            if not _asking:
-                _put_back()
+            if not _users:
+                _restore()
                 _before = [(library, library.get_num_threads()) for library in _blas()]
                 for library, _ in _before:
                     library.set_num_threads(1)
-            _asking.add(self)
+            _users.add(self)
 
     def __exit__(self, *_: object) -> None:
         with _lock:
-            _asking.discard(self)
-            if not _asking:
-                _put_back()
+            _users.discard(self)
+            if not _users:
+                _restore()
 
 
-def _put_back() -> None:
-    """BLAS as it was before somebody asked for one thread."""
+def _restore() -> None:
+    """Give BLAS the thread count that it had before anyone asked for one thread."""
     global _before
     for library, count in _before:
         library.set_num_threads(count)
@@ -71,6 +79,6 @@ def _put_back() -> None:
 
 
 @cache
-def _blas() -> list[Any]:
+def _blas() -> list[BlasLibrary]:
     """The BLAS libraries that are loaded."""
     return ThreadpoolController().select(user_api="blas").lib_controllers

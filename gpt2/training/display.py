@@ -35,7 +35,7 @@ def describe_start(trainer: Trainer) -> None:
         f"model     {options.init or options.preset}: {model.n_parameters():,} parameters ({model.config.summary()})"
         f", {options.dtype} on {model.backend.device} ({ranks}{count} thread{'s' * (count > 1)})"
     )
-    if comm.size > 1 and model.backend.device != "cpu":
+    if comm.size > 1 and model.backend.cuda:
         direct = comm.nccl(model.backend)
         say(f"all-reduce: {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:

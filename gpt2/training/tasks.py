@@ -1,10 +1,10 @@
 """Zero-shot tasks: HellaSwag and LAMBADA. Both ask how likely the model finds an ending after a context.
 
-HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings goes on a text. Completion style, as in Karpathy's
+HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings continues a text. Completion style, as in Karpathy's
            build-nanogpt and llm.c: each ending is read after the context, and the one of lowest loss is the answer, by
            the sum over its tokens (acc) or by their mean (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
 LAMBADA    Paperno et al., arXiv:1606.06031, in the form that OpenAI published with GPT-2: the last word of a passage.
-           acc counts the words whose every token is the likeliest one, perplexity is exp(mean nats a word).
+           acc counts the words whose every token is the most likely one, perplexity is exp(mean nats a word).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import no_grad
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 
 TIMEOUT = 30  # seconds without an answer from a server
@@ -45,15 +46,15 @@ class Task:
     """A published set of questions.
 
     url, sha256  where its file is, and the checksum that it has.
-    item         makes an Item of a line's JSON, and raises anything but OSError where it cannot.
-    expected     what a line is, for the message then.
+    item         makes an Item of a line's JSON object; raises anything but OSError if it cannot.
+    expected     the form of a line, for the error message.
     metrics      the figures from the sums of `score`.
     """
 
     name: str
     url: str
     sha256: str
-    item: Callable[[Any], Item]
+    item: Callable[[JsonObject], Item]
     expected: str
     metrics: Callable[[dict[str, float]], dict[str, float]]
 
@@ -61,14 +62,14 @@ class Task:
 Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with their items
 
 
-def _hellaswag_item(line: Any) -> Item:
+def _hellaswag_item(line: JsonObject) -> Item:
     context, endings, label = line["ctx"], line["endings"], int(line["label"])  # some copies have the label as text
     if not isinstance(context, str) or not isinstance(endings, list) or not 0 <= label < len(endings):
         raise ValueError
     return Item(context, tuple(" " + ending for ending in endings), label)
 
 
-def _lambada_item(line: Any) -> Item:
+def _lambada_item(line: JsonObject) -> Item:
     context, word = line["text"].rstrip().rsplit(" ", 1)
     return Item(context, (" " + word,), 0)
 
@@ -111,7 +112,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
 
     limit  at most so many, spread evenly over the file (which may be sorted).
 
-    Raises OSError where the file cannot be had, and ValueError that names the line where it is none of this task's.
+    Raises OSError if the file cannot be read or downloaded, and ValueError that names a line that is not this task's.
     """
     path = Path(file) if file else _download(task)
     items, number = [], 0
@@ -121,9 +122,9 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
                 if line.strip():
                     items.append(task.item(json.loads(line)))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: line {number} is no question of {task.name}; expected {task.expected}") from None
+        raise ValueError(f"{path}: line {number} is not a question of {task.name}; expected {task.expected}") from None
     if not items:
-        raise ValueError(f"{path}: it holds no question; expected lines of {task.expected}")
+        raise ValueError(f"{path}: it has no questions; expected lines of {task.expected}")
     count = min(limit or len(items), len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -195,10 +196,10 @@ def score(
     rows = [_rows(item, tokenizer, model.config.n_positions) for item in items]
     flat = [row for group in rows for row in group]
     order = sorted(range(len(flat)), key=lambda i: -len(flat[i].ids))
-    nats, likeliest = np.empty(len(flat)), np.empty(len(flat))
+    nats, greedy = np.empty(len(flat)), np.empty(len(flat))
     for first in tqdm(range(0, len(flat), batch_size), task.name, unit=" batches", leave=False, disable=None):
         chosen = order[first : first + batch_size]
-        nats[chosen], likeliest[chosen] = _score_rows(model, [flat[i] for i in chosen])
+        nats[chosen], greedy[chosen] = _score_rows(model, [flat[i] for i in chosen])
     if not np.isfinite(nats).all():
         raise ValueError(f"{task.name}: the model's losses are not finite numbers; its weights are damaged")
     sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0.0)
@@ -209,14 +210,14 @@ def score(
         sums["right_by_sum"] += int(np.argmin(losses)) == item.label
         sums["right_by_mean"] += int(np.argmin(losses / lengths)) == item.label
         sums["nats"] += float(losses[item.label])
-        sums["greedy"] += bool(likeliest[first + item.label] == lengths[item.label])
+        sums["greedy"] += bool(greedy[first + item.label] == lengths[item.label])
         sums["cut"] += any(row.cut for row in group)
         first += len(group)
     return sums
 
 
 def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
-    """For each row its ending's loss in nats, and how many of the ending's tokens are the likeliest ones, both (B,).
+    """For each row its ending's loss in nats, and how many of the ending's tokens are the most likely ones, both (B,).
 
     The output layer, by far the widest, is computed at the endings' positions only.
     """
@@ -236,5 +237,5 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray,
         lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)
     starts = np.cumsum(lengths) - lengths
     losses = (lse - asked).numpy().astype(np.float64)
-    likeliest = asked.numpy() == top.numpy().reshape(-1)
-    return np.add.reduceat(losses, starts), np.add.reduceat(likeliest.astype(np.float64), starts)
+    greedy = asked.numpy() == top.numpy().reshape(-1)
+    return np.add.reduceat(losses, starts), np.add.reduceat(greedy.astype(np.float64), starts)

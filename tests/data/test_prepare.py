@@ -120,7 +120,7 @@ def test_hidden_files_are_left_out_and_others_named(tmp_path):
     said = []
     prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
     assert texts_of(stream_of(tmp_path / "out")) == ["text"]
-    assert said[0] == f"{tmp_path / 'in'}: skipped 2 files that are no text: b.png, c.json"
+    assert said[0] == f"{tmp_path / 'in'}: skipped 2 files that are not text: b.png, c.json"
 
 
 def test_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path):
@@ -411,7 +411,7 @@ def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, 
             make([tmp_path / "a.txt"], tmp_path / "out", **options)
     said = []
     prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, **options)
-    assert "going on after 1 documents" in said[0]
+    assert "resuming after 1 documents" in said[0]
     assert contents(tmp_path / "out") == expected
 
 
@@ -431,7 +431,7 @@ def test_changed_source_starts_anew(tmp_path, monkeypatch):
     (tmp_path / "in" / "b.md").write_text("changed")
     said = []
     prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
-    assert said[0].endswith("the sources or options have changed since the interruption; starting anew")
+    assert said[0].endswith("the sources or options have changed since the interruption; starting over")
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
@@ -448,7 +448,7 @@ def test_truncated_work_starts_anew(tmp_path, monkeypatch):
     os.truncate(tmp_path / "out.partial" / "train-00000.bin", 100)
     said = []
     prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
-    assert "shards are missing or truncated; starting anew" in said[0]
+    assert "shards are missing or truncated; starting over" in said[0]
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
@@ -479,7 +479,7 @@ def test_control_c(tmp_path):
     assert not (tmp_path / "out").exists()
     said = []
     prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append)
-    assert "going on after 0 documents and" in said[0]
+    assert "resuming after 0 documents and" in said[0]
     assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
@@ -568,7 +568,7 @@ def test_stdin_starts_anew_after_an_interruption(tmp_path, monkeypatch):
     give(b"after")
     said = []
     prepare(["-"], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
-    assert said[0].endswith("stdin cannot be read again; starting anew")
+    assert said[0].endswith("stdin cannot be read again; starting over")
     assert texts_of(stream_of(tmp_path / "out")) == ["after"]
 
 
@@ -626,11 +626,11 @@ BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: there is no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: they have no text"),
     ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown, .jsonl, .csv or .parquet file"),
-    ({"a.json": b"{}"}, ["a.json"], "source a.json: it is no text; expected text in UTF-8, JSON lines"),
-    ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is no UTF-8 (0xe9)"),
-    ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is no UTF-8 (0xf0)"),
-    ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is no UTF-8 (0xbf)"),
-    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "source a.txt: it is no text"),
+    ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
+    ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
+    ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
+    ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is not UTF-8 (0xbf)"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "source a.txt: not text"),
     ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
     ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
     ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),

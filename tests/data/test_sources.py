@@ -163,7 +163,7 @@ def test_a_folder_of_all_formats(tmp_path):
     options = {"val_fraction": ALL_TRAIN, "say": said.append}
     out = prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", **options)
     assert texts_of(out) == [f"{name} {k}" for name in FORMATS for k in range(3)]
-    assert said[0].endswith("skipped 1 files that are no text: z.npy")
+    assert said[0].endswith("skipped 1 files that are not text: z.npy")
 
 
 def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
@@ -270,16 +270,16 @@ DAMAGE = [
     (flipped("a.csv.gz"), "a.csv.gz: the file is damaged or truncated ("),
     (damaged("b.gz", b"\x1f\x8b\0"), "b.gz: the file is damaged or truncated ("),
     (damaged("b.txt.zst", b"text"), "b.txt.zst: the file is damaged or truncated ("),
-    (damaged("b.bin.gz", gzip.compress(b"\0\1")), "b.bin.gz: it is no text; expected text in UTF-8, JSON lines"),
+    (damaged("b.bin.gz", gzip.compress(b"\0\1")), "b.bin.gz: not text; expected text in UTF-8, JSON lines"),
     (truncated("a.parquet", keep=0), "a.parquet: the file is damaged or truncated ("),
     (wrong_column_type, "a.parquet: the column 'text' has the type int64; expected string (--text-column)"),
     (other_column, "a.parquet: there is no column 'text' (--text-column); it has 'id', 'body'"),
-    (no_utf8_row, "a.parquet: row 2: byte 0 is no UTF-8 (0xff)"),
+    (no_utf8_row, "a.parquet: row 2: byte 0 is not UTF-8 (0xff)"),
     (damaged("a.csv", b"id,body\n1,x\n"), "a.csv: there is no column 'text' (--text-column); it has 'id', 'body'"),
-    (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: it is no CSV (3 fields, where the header has 2)"),
-    (damaged("a.csv", b'text\nx\n"y\nz\n'), "a.csv: line 4: it is no CSV (unexpected end of data)"),
-    (damaged("a.csv", b'text\n"x"y\n'), "a.csv: line 2: it is no CSV ("),
-    (damaged("a.csv", b"text\nok\nx\xff\n"), "a.csv: byte 9 is no UTF-8 (0xff)"),
+    (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: not valid CSV (3 fields, where the header has 2)"),
+    (damaged("a.csv", b'text\nx\n"y\nz\n'), "a.csv: line 4: not valid CSV (unexpected end of data)"),
+    (damaged("a.csv", b'text\n"x"y\n'), "a.csv: line 2: not valid CSV ("),
+    (damaged("a.csv", b"text\nok\nx\xff\n"), "a.csv: byte 9 is not UTF-8 (0xff)"),
     (damaged("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{}\n')), "a.jsonl.gz: line 2: expected a JSON object"),
 ]
 
@@ -458,12 +458,12 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
     assert line.startswith(
         f"data/prepare.py: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: it cannot be read"
     )
-    assert line.endswith("; the same command goes on when it can")
+    assert line.endswith("; the same command resumes when it can")
     before = len(hub.asked)
     hub.trouble = lambda n: None
     second = prepare_in_process(hub.url, tmp_path, *options, code=small)
     assert second.returncode == 0, second.stderr
-    assert "going on after 1" in second.stdout
+    assert "resuming after 1" in second.stdout
     again = hub.asked[before:]
     assert {name[12:15] for name, *_ in again} == {"007", "008", "009", "010", "011", "012", "013"}
     file_7 = "sample/10BT/007_00000.parquet"

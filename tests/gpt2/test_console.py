@@ -1,9 +1,10 @@
-"""gpt2/console.py: Ctrl-C in the first moments of every command, and screens without all characters."""
+"""gpt2/console.py, gpt2/interrupts.py: errors, Ctrl-C from the first import on, closed pipes, limited terminals."""
 
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,61 @@ def test_a_reader_that_has_enough_is_no_mistake(handler, capfd):
     os.dup2(screen, 1)
     for file in (screen, writing):
         os.close(file)
+
+
+# Errors and exit statuses --------------------------------------------------------------------------------------------
+
+
+def raising(error, **options):
+    @console.command("gpt2.test", **options)
+    def main(arguments=None):
+        if isinstance(error, KeyboardInterrupt):
+            with console.on_interrupt(*error.args) if error.args else nullcontext():
+                raise KeyboardInterrupt
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "status", "line"),
+    [
+        (ValueError("x is 3; expected 4"), {}, 1, "x is 3; expected 4"),
+        (ValueError("x"), {"failed": 2}, 2, "x"),
+        (MemoryError(), {}, 1, "MemoryError"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), {}, 1, "a/b: No such file or directory"),
+        (FileExistsError("c: it exists already"), {"kept": "d is intact"}, 1, "c: it exists already"),
+        (OSError(28, "No space left on device"), {"kept": "d is intact"}, 1, "No space left on device; d is intact"),
+        (KeyboardInterrupt(), {}, 130, "interrupted"),
+        (KeyboardInterrupt(), {"kept": "d is intact"}, 130, "interrupted; d is intact"),
+        (KeyboardInterrupt("e was not written"), {"kept": "d is intact"}, 130, "interrupted; e was not written"),
+        (BrokenPipeError(32, "Broken pipe"), {"closed_pipe": None}, 1, "Broken pipe"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(capsys, error, options, status, line):
+    assert raising(error, **options)([]) == status
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"gpt2.test: {line}\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(TypeError, match="ours"):
+        raising(TypeError("ours"))([])
+
+
+def test_ranks_report_errors_in_their_own_way():
+    said = []
+
+    def fail(line, status):
+        said.append((line, status))
+        return 7
+
+    assert raising(ValueError("x"), fail=fail)([]) == 7
+    assert said == [("gpt2.test: x", 1)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (4e6, "1,111:06:40")]
+)
+def test_clock(seconds, text):
+    assert console.clock(seconds) == text

@@ -166,7 +166,7 @@ def test_the_command_is_the_one_for_this_machine(monkeypatch, tmp_path):
 
 
 def test_the_requirements_are_those_of_the_project():
-    found = {name: (oldest, too_new) for name, oldest, too_new in doctor.requirements()}
+    found = {name: (oldest, too_new) for name, oldest, too_new in machine.requirements(doctor.ROOT)}
     assert found["numpy"] == ("2.1", "3")
     assert {"numba", "threadpoolctl", "ml_dtypes", "safetensors", "tiktoken", "tqdm"} < found.keys()
 
@@ -207,10 +207,14 @@ def test_blas_held_to_one_thread_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("said", "verdict", "text"),
     [
-        ({"speed": 1e9, "found": []}, WRONG, "NumPy multiplies without an optimised library: 1 GFLOP/s"),
-        ({"speed": 9e11, "found": []}, OK, "a library that threadpoolctl does not know"),
-        ({"speed": 9e11, "found": [], "mkl": "2026.2.0"}, OK, "MKL 2026.2.0, 900 GFLOP/s in float32 on each thread"),
-        ({"speed": 1e9, "found": [{"internal_api": "openblas", "num_threads": 2}]}, WRONG, "slow"),
+        ({"speed": 1e9, "libraries": []}, WRONG, "NumPy multiplies without an optimised library: 1 GFLOP/s"),
+        ({"speed": 9e11, "libraries": []}, OK, "a library that threadpoolctl does not know"),
+        (
+            {"speed": 9e11, "libraries": [], "mkl": "2026.2.0"},
+            OK,
+            "MKL 2026.2.0, 900 GFLOP/s in float32 on each thread",
+        ),
+        ({"speed": 1e9, "libraries": [{"internal_api": "openblas", "num_threads": 2}]}, WRONG, "slow"),
         ({"error": "it was ended by signal 4"}, WRONG, "it was ended by signal 4"),
     ],
 )
@@ -253,10 +257,10 @@ def test_the_folder_of_compiled_kernels_is_looked_at(monkeypatch, tmp_path, answ
     finding = doctor.probe_numba()
     assert finding.verdict == OK
     assert f"compiled at the first use, in some 10 s, into {tmp_path}" in finding.text
-    answers(NUMBA={"version": "0.68.1", "cache": None, "kept": 0, "compiled": 17})
+    answers(KERNELS={"version": "0.68.1", "folder": None, "kept": 0, "compiled": 17})
     finding = doctor.probe_numba()
     assert (finding.verdict, finding.remedy) == (WRONG, "set NUMBA_CACHE_DIR to a folder that can be written")
-    answers(NUMBA={"version": "0.68.1", "cache": "/x", "kept": 0, "compiled": 0})
+    answers(KERNELS={"version": "0.68.1", "folder": "/x", "kept": 0, "compiled": 0})
     assert "none of the kernels is in use" in doctor.probe_numba().text
 
 

@@ -251,7 +251,7 @@ def test_too_large_a_batch_is_said(user, monkeypatch, capsys):
         (["model", "--data", "none"], 1, "data 'none': no such data set (data/ holds pairs, text)"),
         (["model", "--data", "pairs"], 1, "another tokenizer"),
         (["model", "--data", "text", "--block-size", "17"], 1, "longer than the model's context of 16 tokens"),
-        (["model", "--hellaswag", "l.jsonl"], 1, "l.jsonl: line 1 is no question of hellaswag"),
+        (["model", "--hellaswag", "l.jsonl"], 1, "l.jsonl: line 1 is not a question of hellaswag"),
         (["model", "--lambada", "none.jsonl"], 1, "none.jsonl"),
     ],
 )

@@ -56,8 +56,8 @@ def distance(a, b):
 
 def needs(backend, precision):
     """Skip the test where the GPU does not compute so."""
-    if lacks := backend.lacks(precision):
-        pytest.skip(lacks)
+    if reason := backend.unsupported_reason(precision):
+        pytest.skip(reason)
 
 
 def train(place, steps, precision="float32"):
@@ -286,7 +286,7 @@ def test_uploads_arrive_whole(cuda):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nccl_takes_the_calls(cuda, dtype):
     """One rank alone, whose sums change nothing; what it computes before and after is ordered all the same."""
-    if (nccl := cuda.nccl()) is None:
+    if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
     sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
     values = cuda.zeros((1 << 20,), dtype)

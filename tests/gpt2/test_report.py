@@ -147,7 +147,7 @@ def test_a_long_run_is_drawn_from_few_points_that_keep_its_extremes(tmp_path):
     figure = report.chart("Loss", [report.Curve("loss", points, spread=True)], "step")
     assert len(figure) < 60_000
     line = re.search(r'class="line c0" d="M([^"]+)"', figure)[1].split()
-    assert len(line) == 2 * report.BUCKETS
+    assert len(line) == 2 * report.BINS
     axis = report.Axis.over([5.0, 9.0], margin=0.04)
     heights = [axis.low + (1 - float(y) / 1000) * (axis.high - axis.low) for y in line[1::2]]
     assert heights[0] == pytest.approx(5.5, abs=0.01)
@@ -155,7 +155,7 @@ def test_a_long_run_is_drawn_from_few_points_that_keep_its_extremes(tmp_path):
     spread = re.search(r'class="spread c0" d="M([^"]+)Z"', figure)[1].split()
     top = min(float(y) for y in spread[1::2])
     assert axis.low + (1 - top / 1000) * (axis.high - axis.low) == pytest.approx(9, abs=0.01)
-    assert figure.count("<tr ") == report.BUCKETS
+    assert figure.count("<tr ") == report.BINS
 
 
 def test_the_table_holds_what_is_drawn():

@@ -228,7 +228,7 @@ def rewritten(file, cases=None, **arrays):
         metadata = stored.metadata()
     held |= {name.replace("__", "/").replace("_", "."): array for name, array in arrays.items()}
     save_file({name: array for name, array in held.items() if array is not None}, file,
-              {**metadata, verify.CASES: metadata[verify.CASES] if cases is None else cases})  # fmt: skip
+              {**metadata, verify.COMPARISONS: metadata[verify.COMPARISONS] if cases is None else cases})  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""tinygrad2/checkpoint.py: folders that are written whole or not at all."""
+"""tinygrad2/checkpoint.py: folders that are written completely or not at all."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def flip_a_bit(path):
         (lambda folder: (folder / "model.bin").write_text("w"), "model.bin: 1 bytes; expected 7"),
         (lambda folder: (folder / "sub" / "more.bin").unlink(), "more.bin: the file is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: it holds no JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: it holds no JSON object"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: expected a JSON object"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json: it lists no files"),
     ],
 )

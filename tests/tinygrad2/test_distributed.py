@@ -368,7 +368,8 @@ class DirectEcho(Echo):
 
     def nccl(self, device):
         if not self._made:
-            self._made.append(self._sums(device, device.nccl(), 0, 2, device.nccl().get_unique_id()))
+            nccl = device.cuda.nccl()
+            self._made.append(self._sums(device, nccl, 0, 2, nccl.get_unique_id()))
         return self._made[0]
 
     def start_sum(self, flat, share_only, after):

@@ -8,7 +8,7 @@
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void wait_a_little() {}  // others need no time of ours
+__device__ __forceinline__ void backoff() {}  // a spinning thread takes no time from others
 #if __CUDA_ARCH__ >= 900
 // The same place in the shared memory of another block of a thread block cluster of SIZE. (Were it not volatile, the
 // compiler would ask in all lanes where only some do, for blocks that there are not.)

@@ -1,5 +1,5 @@
 #include "common.cuh"
-// The embedding of tokens and positions. Compile with -DC, -DCHUNK (below), -DPOSITIONS (0 leaves wpe out), and -DWIDTH, the
+// The embedding of tokens and positions. Compile with -DC, -DROWS_PER_BLOCK (below), -DPOSITIONS (0 leaves wpe out), and -DWIDTH, the
 // elements of one access: those of 16 bytes, or 1 where C or an address is no multiple of that.
 
 template <class T>
@@ -41,7 +41,7 @@ embedding_forward(REAL* __restrict__ y, const REAL* __restrict__ wte, const REAL
   *(Part<REAL>*)(y + (size_t)row * C + c) = part;
 }
 
-// The gradient of wte: the rows of dy, sorted by token, are cut into chunks of CHUNK however long the runs of equal tokens
+// The gradient of wte: the rows of dy, sorted by token, are cut into chunks of ROWS_PER_BLOCK however long the runs of equal tokens
 // are, so that every block has as much to do. A run inside one chunk is added to dwte there; the pieces of a run that
 // crosses a border go to partial (chunks, 2, C): [0] what began in an earlier chunk, [1] what goes on in a later one.
 // Every sum is made in the order of the rows.
@@ -54,7 +54,7 @@ embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const 
                    const long long* __restrict__ order, const long long* __restrict__ tokens, int rows) {
   int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH;
   if (c >= C) return;
-  int start = blockIdx.x * CHUNK, stop = min(start + CHUNK, rows);
+  int start = blockIdx.x * ROWS_PER_BLOCK, stop = min(start + ROWS_PER_BLOCK, rows);
   bool began_earlier = start > 0 && tokens[start - 1] == tokens[start], goes_on = false;
   float* pieces = partial + (size_t)blockIdx.x * 2 * C + c;
   Sum sum;
@@ -86,19 +86,19 @@ embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const 
 extern "C" __global__ void __launch_bounds__(256)
 embedding_backward_long(float* __restrict__ dwte, const float* __restrict__ partial,
                         const long long* __restrict__ tokens, int rows) {
-  int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH, start = blockIdx.x * CHUNK, next = start + CHUNK;
+  int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH, start = blockIdx.x * ROWS_PER_BLOCK, next = start + ROWS_PER_BLOCK;
   long long token = tokens[next - 1];
   if (c >= C || tokens[next] != token || start > 0 && tokens[start - 1] == token) return;
   Sum sum;
   sum.add(*(const Part<float>*)(partial + ((size_t)blockIdx.x * 2 + 1) * C + c));
-  for (bool more = true; more; next += AHEAD * CHUNK) {
+  for (bool more = true; more; next += AHEAD * ROWS_PER_BLOCK) {
     Part<float> ahead[AHEAD];
     bool there[AHEAD];
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) there[k] = next + k * CHUNK < rows && tokens[next + k * CHUNK] == token;
+    for (int k = 0; k < AHEAD; k++) there[k] = next + k * ROWS_PER_BLOCK < rows && tokens[next + k * ROWS_PER_BLOCK] == token;
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
-      if (there[k]) ahead[k] = *(const Part<float>*)(partial + (size_t)(next / CHUNK + k) * 2 * C + c);
+      if (there[k]) ahead[k] = *(const Part<float>*)(partial + (size_t)(next / ROWS_PER_BLOCK + k) * 2 * C + c);
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
       if (there[k]) sum.add(ahead[k]);

@@ -116,7 +116,7 @@ __device__ __forceinline__ void store_partial(float* partial, float* row, const 
   int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int group = 0; group < ROWS; group++) {
-    __syncthreads();  // what the row held before has been read; then, the group before has added
+    __syncthreads();  // the row is free; then, the previous group has added
     if (threadIdx.x / LANES != group) continue;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {

@@ -273,7 +273,7 @@ def test_load(tmp_path):
 def test_lines_that_are_none_of_the_task(task, line, tmp_path):
     good = {"ctx": "a", "endings": ["b", "c"], "label": 0} if task is HELLASWAG else {"text": "two words"}
     file = write(tmp_path / "f.jsonl", [good, line])
-    with pytest.raises(ValueError, match=rf"f.jsonl: line 2 is no question of {task.name}; expected {{"):
+    with pytest.raises(ValueError, match=rf"f.jsonl: line 2 is not a question of {task.name}; expected {{"):
         load_items(task, file)
 
 
@@ -288,7 +288,7 @@ def test_files_that_are_no_json_lines(content, line, tmp_path):
 
 def test_an_empty_and_a_missing_file(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(ValueError, match="it holds no question"):
+    with pytest.raises(ValueError, match="it has no questions"):
         load_items(LAMBADA, tmp_path / "f.jsonl")
     with pytest.raises(FileNotFoundError):
         load_items(LAMBADA, tmp_path / "none.jsonl")
