@@ -33,7 +33,7 @@ import train
 from gpt2.training import trainer
 from gpt2.training.dataset import SampleOrder
 from tinygrad2 import checkpoint, distributed, optim, params
-params.BUCKET_SIZE = 50_000  # many buckets in a small model
+params.BUCKET_SIZE, distributed.RECEIVE_BUFFER = 50_000, 30_000  # many buckets, and many parts of a sum
 comm = distributed.world()
 {}
 sys.exit(train.main(sys.argv[1:]))

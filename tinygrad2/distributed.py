@@ -43,6 +43,7 @@ HEARTBEAT = 1.0  # seconds between two heartbeats
 TIMEOUT = 20.0  # seconds without a heartbeat after which a rank counts as dead
 POLL = 5e-5  # seconds between two tests of a transfer: MPI makes progress only when it is called
 POLL_WHILE_COMPUTING = 2e-4  # the same while the caller computes
+RECEIVE_BUFFER = 16 << 20  # bytes that a sum receives at a time
 ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits by itself
 
 # Environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
@@ -307,17 +308,25 @@ class MPIComm:
 
     def _sum(self, flat: numpy.ndarray, share_only: bool, after: Callable[[], None]) -> None:
         after()
-        start, stop = share(len(flat), self.rank, self.size)
-        n = stop - start
+        counts, starts = self._layout(len(flat))
+        most = max(1, RECEIVE_BUFFER // (self.size * flat.itemsize))  # elements of a share at a time
+        for first in range(0, max(counts), most):
+            lengths = [min(most, max(0, count - first)) for count in counts]
+            begin = [start + min(first, count) for start, count in zip(starts, counts, strict=True)]
+            self._sum_shares(flat, lengths, begin)
+        if not share_only:
+            self._all_gather(flat, lambda: None)
+
+    def _sum_shares(self, flat: numpy.ndarray, counts: list[int], starts: list[int]) -> None:
+        """Sum over the ranks, on each one, the elements of `flat` that begin at its entry of `starts`."""
+        n, start = counts[self.rank], starts[self.rank]
         nbytes = self.size * n * flat.itemsize
         if self._received.nbytes < nbytes:
             self._received = numpy.empty(nbytes, dtype=numpy.uint8)
         received = self._received[:nbytes].view(flat.dtype)
         layout = ([n] * self.size, [n * rank for rank in range(self.size)])
-        self._await(self._bulk.Ialltoallv([flat, self._layout(len(flat))], [received, layout]))
-        numpy.add.reduce(received.reshape(self.size, n), axis=0, out=flat[start:stop])
-        if not share_only:
-            self._all_gather(flat, lambda: None)
+        self._await(self._bulk.Ialltoallv([flat, (counts, starts)], [received, layout]))
+        numpy.add.reduce(received.reshape(self.size, n), axis=0, out=flat[start : start + n])
 
     def _all_gather(self, flat: numpy.ndarray, after: Callable[[], None]) -> None:
         after()

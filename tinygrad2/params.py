@@ -17,7 +17,7 @@ from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
 from tinygrad2.tensor import Tensor
 
-BUCKET_SIZE = 1 << 22  # elements that are transferred between ranks at a time
+BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
 
 class Parameter(Tensor):
@@ -203,13 +203,17 @@ class ParameterArena:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The regions in pieces of BUCKET_SIZE elements, in the order in which the backward pass finishes them."""
-        buckets = []
+        """The regions in runs of whole parameters, in the order in which the backward pass finishes them. A run has up
+        to BUCKET_SIZE elements; a larger parameter is a bucket of its own."""
+        buckets: list[Bucket] = []
         for region in self.regions:
-            for first in range(0, len(region.values), BUCKET_SIZE):
-                last = min(first + BUCKET_SIZE, len(region.values))
-                names = [name for name, (start, stop) in region.where.items() if start < last and first < stop]
-                buckets.append(Bucket(region, first, last, names))
+            for name, (start, stop) in region.where.items():
+                last = buckets[-1] if buckets else None
+                if last and last.region is region and stop - last.start <= BUCKET_SIZE:
+                    last.stop = stop
+                    last.names.append(name)
+                else:
+                    buckets.append(Bucket(region, start, stop, [name]))
         order = {name: i for i, name in enumerate(self.parameters)}
         return sorted(buckets, key=lambda bucket: order[bucket.names[-1]])
 

@@ -667,18 +667,9 @@ def squared_norm(x: Array) -> Array:
 
 
 def adamw_step(
-    value: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    scale: Array,
-    lr: Array,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: Array,
-) -> None:
+    value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
+) -> None:  # fmt: skip
     """One step of AdamW on flat arrays; value, m and v are changed in place.
 
     g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
@@ -694,6 +685,66 @@ def adamw_step(
     v_hat = new_v / _bias_correction(beta2, step)
     new_value = value - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * value)
     _assign(scale, (value, new_value), (m, new_m), (v, new_v))
+
+
+def sgd_step(
+    value: Array, grad: Array, buffer: Array | None, scale: Array, lr: Array,
+    momentum: float, nesterov: bool, weight_decay: float,
+) -> None:  # fmt: skip
+    """One step of stochastic gradient descent on flat arrays; value and buffer are changed in place.
+
+    g = scale grad + weight_decay value;  buffer = momentum buffer + g
+    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g where buffer is None.
+    scale and lr as for adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
+    """
+    g = scale * grad + weight_decay * value
+    if buffer is None:
+        _assign(scale, (value, value - lr * g))
+        return
+    new_buffer = momentum * buffer + g
+    direction = g + momentum * new_buffer if nesterov else new_buffer
+    _assign(scale, (value, value - lr * direction), (buffer, new_buffer))
+
+
+def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> Array:
+    """The direction that Muon orthogonalizes, of flat arrays; buffer is changed in place.
+
+    g = scale grad;  buffer = momentum buffer + (1 - momentum) g;  direction = momentum buffer + (1 - momentum) g
+    In direction, buffer is the new one (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
+    """
+    g = (1 - momentum) * scale * grad
+    new_buffer = momentum * buffer + g
+    _assign(scale, (buffer, new_buffer))
+    return momentum * new_buffer + g
+
+
+def orthogonalize(*matrices: Array) -> None:
+    """Replace each matrix X = U S V^T (its singular value decomposition) by about U V^T, in place.
+
+    X = X / ||X||, so that no singular value is above 1. Then five times (Newton-Schulz), with A = X X^T:
+        X <- a X + (b A + c A^2) X,  which is  U (a S + b S^3 + c S^5) V^T:
+    the vectors stay, and each singular value s becomes a s + b s^3 + c s^5. The coefficients drive all but tiny ones to
+    between 0.7 and 1.2, fast rather than exactly.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for matrix in matrices:
+        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # A is the smaller of X X^T and X^T X
+        x = x / np.maximum(np.sqrt(np.sum(x * x)), 1e-7)
+        for _ in range(5):
+            A = np.matmul(x, x.T)
+            x = a * x + np.matmul(b * A + c * np.matmul(A, A), x)
+        matrix[...] = x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
+    """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value), of a matrix, in place.
+
+    The factor gives an orthogonal direction the root mean square of AdamW's updates, 0.2 (arXiv:2502.16982, eq. 4).
+    scale as for adamw_step.
+    """
+    factor = 0.2 * math.sqrt(max(value.shape))
+    _assign(scale, (value, value - lr * (factor * direction + weight_decay * value)))
 
 
 def _bias_correction(beta: float, step: Array) -> Array:

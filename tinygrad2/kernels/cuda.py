@@ -550,19 +550,9 @@ class CudaKernels:
 
     @only_if(lambda value, *_: value.dtype == numpy.float32)
     def adamw_step(
-        self,
-        value: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        scale: Array,
-        lr: Array,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: Array,
-    ) -> None:
+        self, value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
+        beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
+    ) -> None:  # fmt: skip
         if value.size:
             arrays = (value, grad, m, v, scale, lr, step)
             logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))

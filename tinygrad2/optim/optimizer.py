@@ -15,7 +15,7 @@ import numpy
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, all_gather, share
 from tinygrad2.nn import Module
-from tinygrad2.params import ParameterArena, Region
+from tinygrad2.params import Bucket, ParameterArena, Region
 
 
 @dataclass
@@ -155,10 +155,13 @@ class Optimizer:
         """Update every part, and gather the values that other ranks have updated."""
         for part in self.parts:
             self.update(part, scale, lr, step)
+        self.gather_values(self._arena.buckets)
+
+    def gather_values(self, buckets: list[Bucket]) -> None:
+        """Where the state is sharded, take over the values in these buckets that other ranks have updated."""
         if self.shared_by is not None:
-            arena = self._arena
-            values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in arena.buckets]
-            all_gather(self.shared_by, arena.backend, values)
+            values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in buckets]
+            all_gather(self.shared_by, self._arena.backend, values)
 
     def state(self) -> dict[str, numpy.ndarray]:
         """The state by parameter name, such as `exp_avg.NAME`, on the host; `steps` is kept beside it.

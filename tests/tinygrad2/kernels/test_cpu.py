@@ -70,6 +70,14 @@ def arguments(name, shape, seed=0):
         "lm_head_forward": [[x, weight, tokens]],
         "lm_head_backward": [[np.float64(0.5), dlogits, x, weight, array(V, C)]],
         "squared_norm": [[flat[0]]],
+        "muon_momentum": [[*flat[:2], np.float64(0.7), 0.95]],
+        "orthogonalize": [[array(7, 5), array(C, 7), array(2, 9)]],
+        "muon_step": [[array(C, 7), array(C, 7), np.float64(scale), lr, 0.1] for scale in (0.7, np.nan)],
+        "sgd_step": [
+            [*flat[:3], np.float64(scale), lr, 0.9, nesterov, 0.1]
+            for scale, nesterov in ((0.7, False), (0.7, True), (np.nan, True))
+        ]
+        + [[*flat[:2], None, np.float64(0.7), lr, 0.0, False, 0.1]],
         "adamw_step": [[*flat, np.float64(scale), *adam] for scale in (0.7, np.nan)],
     }[name]
 
@@ -83,6 +91,10 @@ CHANGED = {  # positions of the arguments that a kernel may change
     "gelu_backward": {3},
     "lm_head_backward": {4},
     "adamw_step": {0, 2, 3},
+    "sgd_step": {0, 2},
+    "muon_momentum": {1},
+    "orthogonalize": {0, 1, 2},
+    "muon_step": {0},
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.stand_ins import strict_cupy
-from tests.tinygrad2.optim.test_optimizer import Model, gradients
+from tests.tinygrad2.optim.test_optimizer import Model, distance, gradients
 from tinygrad2 import optim
 
 
@@ -18,7 +18,7 @@ def test_adamw_follows_the_textbook(max_norm, betas, eps, weight_decay):
     optimizer = optim.AdamW(model, lr=0.01, betas=betas, eps=eps, weight_decay=weight_decay)
     theta = [p.data.copy() for p in model.parameters()]
     m, v = [np.zeros_like(t) for t in theta], [np.zeros_like(t) for t in theta]
-    for step in range(1, 12):
+    for step in range(1, 21):
         optimizer.lr = lr = 0.01 * step
         grads = gradients(model)
         norm = math.sqrt(sum(np.sum(g**2) for g in grads))
@@ -32,8 +32,9 @@ def test_adamw_follows_the_textbook(max_norm, betas, eps, weight_decay):
         assert optimizer.step(max_norm) == pytest.approx(norm, rel=1e-13)
         for p, t, g in zip(model.parameters(), theta, grads, strict=True):
             np.testing.assert_allclose(p.data, t, rtol=1e-11)
+            assert distance(p.data, t) < 1e-12
             np.testing.assert_array_equal(p.grad, g)  # clipping leaves the gradients as they are
-    assert optimizer.steps == 11
+    assert optimizer.steps == 20
 
 
 def test_the_bias_correction_has_its_digits_in_float32():
@@ -56,3 +57,24 @@ def test_the_bias_correction_has_its_digits_in_float32():
 def test_options_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^AdamW: {name} is .* out of range$"):
         optim.AdamW(Model(), **{name: value})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_pytorchs(weight_decay):
+    torch = pytest.importorskip("torch")
+    model = Model()
+    theirs = [torch.from_numpy(p.data.copy()).requires_grad_() for p in model.parameters()]
+    groups = [
+        {"params": [p for p in theirs if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizers = optim.AdamW(model, weight_decay=weight_decay, **options), torch.optim.AdamW(groups, **options)
+    for _ in range(20):
+        for p, g in zip(theirs, gradients(model), strict=True):
+            p.grad = torch.from_numpy(g)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(model.parameters(), theirs, strict=True):
+            assert distance(p.data, q.detach().numpy()) < 1e-12
