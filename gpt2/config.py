@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tinygrad2.backend import PRECISIONS
+from tinygrad2.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ class GPT2Config:
         for each layer, and 16 for one at a time. Temporary arrays come on top.
         """
         n, rows = self.n_parameters, batch_size * block_size
-        itemsize = 8 if PRECISIONS[precision] == "float64" else 4
-        computed, copies = (2, 2) if precision == "bfloat16" else (itemsize, 0)  # bytes of an activation, of a copy
+        types = PRECISIONS[precision]
+        itemsize, computed = types.parameter_bytes, types.activation_bytes
+        copies = computed if types.copies else 0  # bytes of the copy of a parameter
         kept = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
         return {
             "weights": n * (itemsize + copies),

@@ -31,10 +31,10 @@ class KVCache:
 
     def likeliest(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
         """The tokens that follow `tokens` (B,), each the likeliest of the first `choices`, up to `most` of them and as
-        long as there is room; where there is a decoder (see Decoder.likeliest)."""
+        long as there is room; where there is a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
-        for found in self.decoder.likeliest(tokens, first, count, choices):
+        for found in self.decoder.greedy(tokens, first, count, choices):
             self.length += 1
             yield found
 

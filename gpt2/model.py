@@ -14,7 +14,8 @@ from gpt2.formats import huggingface, model_file
 from gpt2.generate import complete
 from gpt2.language_model import Cache
 from tinygrad2 import Key, Tensor, nn, ops, recompute
-from tinygrad2.backend import PRECISIONS, Backend, get_backend
+from tinygrad2.backend import Backend, get_backend
+from tinygrad2.precision import PRECISIONS
 from tinygrad2.random import INIT_STEP
 
 SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
@@ -121,13 +122,10 @@ class GPT2(nn.Module):
         self.config = config
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(PRECISIONS)}")
-        if lacks := get_backend(device).lacks(dtype):
-            raise ValueError(f"GPT2: {lacks}")
-        if dtype == "bfloat16" and (config.head_size % 16 or config.head_size > 128):
-            raise ValueError(
-                f"GPT2: heads of {config.head_size} numbers do not train in bfloat16, only multiples of 16 up to 128"
-            )
-        self.precision, self.dtype = dtype, PRECISIONS[dtype]
+        backend, precision = get_backend(device), PRECISIONS[dtype]
+        if reason := backend.unsupported_reason(dtype, config.head_size):
+            raise ValueError(f"GPT2: {reason}")
+        self.precision, self.dtype = dtype, precision.parameters
         place: dict[str, Any] = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
         # Registered in the reverse of the order in which the backward pass finishes (see ParameterArena): wte serves at
@@ -136,8 +134,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.normal(std), **place)
         self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
-        get_backend(device).use_tf32(dtype == "tf32")
-        if dtype == "bfloat16":
+        if backend.cuda:
+            backend.cuda.use_tf32(precision.tf32)
+        if precision.copies:
             for parameter in self.parameters():
                 parameter.hold_copy()
 
@@ -215,7 +214,7 @@ class GPT2(nn.Module):
         Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
         FileNotFoundError where a file is not there.
         """
-        narrow = dtype == "bfloat16" and get_backend(device).device == "cpu"
+        narrow = dtype in PRECISIONS and PRECISIONS[dtype].copies and get_backend(device).narrow_weights
         config = model_file.load_config(path)
         model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
         model_file.load_into(model, path)

@@ -130,7 +130,7 @@ class RunFolder:
     def save(
         self,
         model: LanguageModel,
-        optimizer: optim.AdamW,
+        optimizer: optim.Optimizer,
         tokenizer: Tokenizer,
         progress: Progress,
         remembered: Remembered,
@@ -163,7 +163,7 @@ class RunFolder:
             with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
 
-    def load_optimizer(self, saved: Saved, optimizer: optim.AdamW) -> None:
+    def load_optimizer(self, saved: Saved, optimizer: optim.Optimizer) -> None:
         """Take over the optimizer's state from a checkpoint."""
         file = saved.folder / OPTIMIZER
         arrays = checkpoint.load_arrays(file)

@@ -19,7 +19,8 @@ from gpt2.training.options import Options
 from gpt2.training.run import Progress, Remembered, RunFolder
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
-from tinygrad2.backend import Fetch
+from tinygrad2.backend import PendingScalars
+from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between two checks that all ranks hold the same parameters
@@ -37,7 +38,7 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: optim.AdamW,
+        optimizer: optim.Optimizer,
         options: Options,
         data: tuple[TokenDataset, TokenDataset, Tokenizer],
         folder: RunFolder,
@@ -46,13 +47,14 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
         self.first_step = progress.step + 1  # of this start
         self.profiler = Profiler(model.backend) if options.profile else None
         self.stopping = False  # a rank was told to stop: no step follows
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not come back from the device yet
-        self._peak = model.backend.peak(options.dtype)  # TFLOP/s, where known
+        cuda = model.backend.cuda
+        self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, where known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
@@ -160,7 +162,7 @@ class LaunchedStep:
     lr: float
     step_tokens: int
     tokens: int
-    result: Fetch
+    result: PendingScalars
 
     def row(self, loss: float, norm: float, seconds: float, waited: float) -> dict[str, Any]:
         """What log.jsonl keeps of it."""
