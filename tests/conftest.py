@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from tests.stand_ins import cudasim
-from tinygrad2 import autograd
+from tinygrad2 import autograd, threads
 from tinygrad2.kernels import gemm
 
 
@@ -70,6 +70,14 @@ def saved_is_read_only(monkeypatch):
         return node(parents, lambda s, dy, into: backward(s, _read_only(dy), into), _read_only(saved), zeros)
 
     monkeypatch.setattr(autograd, "Node", guarded)
+
+
+@pytest.fixture
+def set_threads():
+    """Sets how many threads compute; restored afterwards."""
+    before = threads.count()
+    yield threads.set_count
+    threads.set_count(before)
 
 
 @pytest.fixture(scope="session")

@@ -80,13 +80,13 @@ def test_nothing_to_add_changes_nothing(shape, dtype, layout):
 
 @DTYPES
 @LAYOUTS
-def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, monkeypatch):
+def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, set_threads, monkeypatch):
     monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even of a small matrix
     for K, N in ((131, 1013), (16, 4001)):
         x, w, y = matrices(7, K, N, dtype, layout)
         results = []
         for count in (1, 2, 3, 5):
-            monkeypatch.setattr(threads, "_count", count)
+            set_threads(count)
             assert len(threads.parts(-(-N // gemv.LANES), 64 // gemv.LANES)) == count
             result = y.copy()
             gemv.add_product(x, w, result)

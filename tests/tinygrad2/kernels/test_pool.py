@@ -367,9 +367,9 @@ def test_the_interpreter_exits_cleanly(case, repeats):
             assert (b"ZeroDivisionError" in err) if "error" in case else err == b""
 
 
-def test_set_count_decides_how_many_threads_work(monkeypatch):
+def test_set_count_decides_how_many_threads_work(set_threads):
     for count in (1, 4, 2):
-        monkeypatch.setattr(threads, "_count", count)
+        set_threads(count)
         seen = []
         pool.each(lambda a, b, seen=seen: seen.append(threading.get_ident()), threads.parts(100, 1))
         assert len(set(seen)) == count
