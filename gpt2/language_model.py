@@ -81,6 +81,10 @@ class LanguageModel(Protocol):
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shape of each of a cache's arrays, for `batch` texts of up to `capacity` tokens."""
 
+    def hidden_matrices(self) -> dict[str, int]:
+        """The names of the hidden layers' matrices (in, out), and into how many blocks of columns each divides: 3 for
+        queries, keys and values in one. Muon orthogonalizes these blocks."""
+
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def parameters(self) -> Iterator[Parameter]: ...
     def n_parameters(self) -> int: ...

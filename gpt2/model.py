@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import RECOMPUTE, GPT2Config
+from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import complete
 from gpt2.language_model import Cache
@@ -199,6 +199,10 @@ class GPT2(nn.Module):
         """The shape of each layer's keys and values, (2, B, H, capacity, D)."""
         c = self.config
         return [(2, batch, c.n_head, capacity, c.head_size)] * c.n_layer
+
+    def hidden_matrices(self) -> dict[str, int]:
+        """The names of the matrices of the blocks; queries, keys and values are three matrices in one."""
+        return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
         self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any

@@ -1,5 +1,6 @@
 """train.py, as a user runs it: resuming, stopping, what it says, what it refuses. The data set is a small text."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -711,3 +712,37 @@ def test_it_trains_outside_the_main_thread(user):
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_other_optimizers_resume_to_the_same_bits(user, capsys, optimizer):
+    given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
+    run("--out-dir", "whole", "--max-iters", "6", *given)
+    run("--out-dir", "cut", "--max-iters", "3", *given)
+    assert train.main(["--out-dir", "cut", "--max-iters", "6", "--profile"]) == 0
+    assert re.search(rf" ms \| {optimizer} [\d,]+ ms \| ", capsys.readouterr().out)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, cut = (Path(out, "ckpt-000006", name).read_bytes() for out in ("whole", "cut"))
+        assert whole == cut, name
+    assert read_log(Path("whole/log.jsonl"))[-1]["loss"] < read_log(Path("whole/log.jsonl"))[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is for --optimizer adamw and muon only; this run has sgd"),
+        (["--momentum", "0.8"], "--momentum is for --optimizer muon and sgd only; this run has adamw"),
+        (["--optimizer", "muon", "--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
+        (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
+    ],
+)
+def test_options_of_another_optimizer_are_refused(user, capsys, options, message):
+    with contextlib.suppress(SystemExit):
+        train.main(["--data", "text", *QUICK, "--max-iters", "2", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_the_optimizer_of_a_run_stays(user, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
+    assert "--optimizer adamw; it cannot be resumed with sgd" in capsys.readouterr().err

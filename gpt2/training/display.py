@@ -88,10 +88,11 @@ def say_step(row: dict[str, Any], trainer: Trainer) -> None:
     steps, done = trainer.options.max_iters, row["step"] - trainer.first_step
     left = f" | eta {clock(trainer.elapsed() / (done + 1) * (steps - row['step']))}" if done else ""
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
+    update = f" | {trainer.options.optimizer} {1000 * row['optimizer_seconds']:,.0f} ms" if trainer.profiler else ""
     mfu = f" | {100 * row['mfu']:.0f} % MFU" if "mfu" in row else ""
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-        f"{1000 * row['seconds']:,.0f} ms{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
+        f"{1000 * row['seconds']:,.0f} ms{update}{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
     )
 
 

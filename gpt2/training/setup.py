@@ -11,12 +11,20 @@ from typing import Any
 
 from gpt2.config import BYTE_PRESETS, GPT2Config
 from gpt2.formats import model_file
-from gpt2.language_model import ModelConfig
+from gpt2.language_model import LanguageModel, ModelConfig
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, find_dataset
 from gpt2.training.display import say
-from gpt2.training.options import FIXED_OPTIONS, Options, UsageError, default_options, flag, resolve_options
+from gpt2.training.options import (
+    FIXED_OPTIONS,
+    Options,
+    UsageError,
+    check_optimizer,
+    default_options,
+    flag,
+    resolve_options,
+)
 from gpt2.training.run import Progress, Remembered, RunFolder, Saved
 from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
@@ -38,6 +46,7 @@ def new_run(given: dict[str, Any]) -> tuple[Options, GPT2Config, Remembered]:
         config = GPT2Config.preset(given.get("preset", Options.preset))
     defaults = default_options(given, config)
     options = resolve_options(given, config, defaults)
+    check_optimizer(given, options.optimizer)
     if options.block_size > config.n_positions:
         raise UsageError(
             f"--block-size {options.block_size} is longer than the model's context of {config.n_positions} tokens"
@@ -53,6 +62,7 @@ def resumed_run(given: dict[str, Any], saved: Saved) -> tuple[Options, GPT2Confi
     # A recipe given now sets what the run was not told before; else the defaults are those that it started with.
     defaults = default_options(told, config) if "recipe" in given else first
     before, options = resolve_options(saved.options, config, first), resolve_options(told, config, defaults)
+    check_optimizer(given, options.optimizer)
     for name in FIXED_OPTIONS:
         was, asked = getattr(before, name), getattr(options, name)
         if was != asked and not (name == "dtype" and PRECISIONS[was].parameters == PRECISIONS[asked].parameters):
@@ -132,15 +142,24 @@ def build_trainer(
         )
         if source:
             model_file.load_into(model, source)
-        optimizer = optim.AdamW(
-            model,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            shared_by=folder.comm if options.zero else None,
-        )
+        optimizer = build_optimizer(model, options, folder.comm)
         if saved:
             folder.load_optimizer(saved, optimizer)
         return Trainer(model, optimizer, options, data, folder, saved.progress if saved else Progress())
+
+
+def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
+    """The optimizer that --optimizer names, on the model's parameters."""
+    shared_by = comm if options.zero else None
+    decay, betas = options.weight_decay, (options.beta1, options.beta2)
+    if options.optimizer == "sgd":
+        momentum = 0.9 if options.momentum is None else options.momentum
+        return optim.SGD(model, momentum=momentum, nesterov=options.nesterov, weight_decay=decay, shared_by=shared_by)
+    if options.optimizer == "muon":
+        momentum, matrices = 0.95 if options.momentum is None else options.momentum, model.hidden_matrices()
+        places: dict[str, Any] = {"shared_by": shared_by, "ranks": comm}
+        return optim.Muon(model, matrices, momentum=momentum, betas=betas, weight_decay=decay, **places)
+    return optim.AdamW(model, betas=betas, weight_decay=decay, shared_by=shared_by)
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:

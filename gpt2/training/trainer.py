@@ -19,7 +19,7 @@ from gpt2.training.options import Options
 from gpt2.training.run import Progress, Remembered, RunFolder
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
-from tinygrad2.backend import PendingScalars
+from tinygrad2.backend import PendingScalars, Timestamp
 from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
@@ -47,7 +47,7 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
         self.first_step = progress.step + 1  # of this start
         self.profiler = Profiler(model.backend) if options.profile else None
@@ -70,7 +70,9 @@ class Trainer:
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
             # 3. Clip by the global norm, and update.
+            before = self.model.backend.timestamp() if self.profiler else None
             norm = self.optimizer.step(max_norm=self.options.grad_clip or None)
+            after = self.model.backend.timestamp() if self.profiler else None
             self.optimizer.zero_grad()
             pending = self.model.backend.fetch(loss, norm)
         self.stopping = bool(stopping)
@@ -78,7 +80,7 @@ class Trainer:
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
         lr, tokens = self.optimizer.lr, self.progress.tokens
-        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending))
+        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending, (before, after)))
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
 
@@ -121,6 +123,8 @@ class Trainer:
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
                 row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has a GPU of its own
+            if self.profiler:
+                row["optimizer_seconds"] = round(self.model.backend.seconds(*launched.update), 6)
             self.restart_clock()
             self.progress.seconds += row["seconds"]
             yield row
@@ -163,6 +167,7 @@ class LaunchedStep:
     step_tokens: int
     tokens: int
     result: PendingScalars
+    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
 
     def row(self, loss: float, norm: float, seconds: float, waited: float) -> dict[str, Any]:
         """What log.jsonl keeps of it."""
