@@ -604,7 +604,7 @@ def test_the_stand_in_for_nccl_has_its_names():
         assert list(inspect.signature(getattr(fake_nccl.NcclCommunicator, name)).parameters) == theirs
 
 
-# Ranks that diverge ----------------------------------------------------------------------------------------------------
+# Ranks that diverge ---------------------------------------------------------------------------------------------------
 
 
 def test_the_first_parameter_that_differs_is_named():
