@@ -61,7 +61,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         for real, resident in (("bf16", 1), ("bf16", 0), ("float", 0))
     ],
     "embedding": [
-        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "ROWS_PER_BLOCK": 64}
+        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "BLOCK_ROWS": 64}
         for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
     ],
     "decode": [  # of 132 processors, 15 clusters of 8 run at once

@@ -15,22 +15,29 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from tinygrad2 import gpus, reference
 from tinygrad2.array import Array
-from tinygrad2.kernels.cuda import CudaKernels, cpp_type, tensor_cores_take
+from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, tensor_cores_take
 from tinygrad2.precision import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 
-Library = (
-    Any  # the module numpy or cupy, or a stand-in; a protocol of all that reference.py calls would be another NumPy
-)
+Library = Any  # the module numpy or cupy, or a stand-in
+Scalar = Array | float
 Timestamp = Any  # seconds, or an event in a CUDA stream
+
+
+class Event(Protocol):
+    """An event in a CUDA stream."""
+
+    @property
+    def done(self) -> bool: ...
+    def synchronize(self) -> None: ...
 
 
 class Backend:
@@ -52,7 +59,7 @@ class Backend:
         self.kernels = kernels
         self.cuda = cuda
 
-    def asarray(self, values: Any, dtype: DTypeLike | None = None) -> Array:
+    def asarray(self, values: ArrayLike | Array, dtype: DTypeLike | None = None) -> Array:
         """`values` (numbers, or an array on the host or the device) as an array of this backend."""
         return self.np.asarray(values, dtype=dtype)
 
@@ -67,7 +74,7 @@ class Backend:
         """The array as a NumPy array, after waiting for the device; shares memory where it is on the host already."""
         return numpy.asarray(array)
 
-    def fetch(self, *scalars: Any) -> PendingScalars:
+    def fetch(self, *scalars: Scalar) -> PendingScalars:
         """Start to copy 0-d arrays to the host, without waiting for the device."""
         return PendingScalars([float(scalar) for scalar in scalars])
 
@@ -145,7 +152,7 @@ class Cuda:
         self._np = np
         self.launchers = launchers
 
-    def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Callable[..., None]:
+    def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """The kernel `name` in a file of CUDA C++, compiled with these constants when first used.
 
         shared  bytes of dynamic shared memory that it will be launched with.
@@ -160,7 +167,7 @@ class Cuda:
         device = runtime.getDevice()
         return Limits(*(runtime.deviceGetAttribute(attribute, device) for attribute in (16, 97, 75)))  # cudaDeviceAttr
 
-    def clusters_at_once(self, kernel: Any, blocks: int, threads: int, shared: int) -> int:
+    def clusters_at_once(self, kernel: Kernel, blocks: int, threads: int, shared: int) -> int:
         """How many of a kernel's thread block clusters run at the same time, in a grid of `blocks` blocks of `threads`
         threads and `shared` bytes of shared memory."""
         return self._needed().clusters_at_once(kernel, blocks, threads, shared)
@@ -243,8 +250,8 @@ class CudaBackend(Backend):
         base = instantiate_reference(cupy)
         overrides = None if plain else CudaKernels(cupy, base)
         super().__init__("cuda", cupy, kernel_table(base, overrides), Cuda(cupy, overrides))
-        self._pinned: deque[tuple[numpy.ndarray, Any]] = deque()  # (buffer, event of its last copy), the oldest first
-        self._fetched: deque[tuple[numpy.ndarray, Any]] = deque()  # the same for fetches, whose results may be dropped
+        self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, its last copy), the oldest first
+        self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # of fetches, whose results may be dropped
 
     def upload(self, values: numpy.ndarray) -> Array:
         values = numpy.asarray(values, order="C")  # (ascontiguousarray would give a 0-d array an axis)
@@ -269,7 +276,7 @@ class CudaBackend(Backend):
     def to_host(self, array: Array) -> numpy.ndarray:
         return self.np.asnumpy(array)
 
-    def fetch(self, *scalars: Any) -> PendingScalars:
+    def fetch(self, *scalars: Scalar) -> PendingScalars:
         stacked = self.np.stack([self.np.asarray(scalar) for scalar in scalars])
         memory = self.np.cuda.alloc_pinned_memory(stacked.nbytes)
         host = numpy.frombuffer(memory, dtype=stacked.dtype, count=len(scalars))
@@ -315,7 +322,7 @@ class CudaBackend(Backend):
 class CudaPendingScalars(PendingScalars):
     """Numbers in a copy that a CUDA event follows; the device array is kept until the copy is done."""
 
-    def __init__(self, event: Any, host: numpy.ndarray, source: Array):
+    def __init__(self, event: Event, host: numpy.ndarray, source: Array):
         self._event, self._host, self._source = event, host, source
 
     def ready(self) -> bool:

@@ -318,7 +318,7 @@ def test_memory_is_counted(cuda):
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("texts", [1, 5])
 def test_a_token_in_one_launch_is_the_cpus(cuda, precision, bound, texts):
-    """The whole of a context, with the letters of thousands of halves of layers."""
+    """A whole context, with the messages of thousands of halves of layers."""
     needs(cuda, precision)
     config = replace(WIDE, n_positions=256)
     tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)

@@ -56,7 +56,7 @@ def test_a_fault_without_a_place_says_what_to_do():
     ("family", "table"),
     [
         *((family, "FAULTS") for family in ("attention_backward", "attention_cached", "attention_forward", "columns")),
-        *((family, "FAULTS") for family in ("cross_entropy", "dropout", "embedding", "gelu", "layernorm")),
+        *((family, "FAULTS") for family in ("cross_entropy", "dropout", "embedding", "gelu", "layernorm", "optimizer")),
         ("attention_forward", "DROPOUT_FAULTS"),
     ],
 )

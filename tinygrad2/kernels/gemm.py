@@ -11,6 +11,7 @@ its rows are our columns.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class MatmulPlan(NamedTuple):
     a: c_void_p
     b: c_void_p
     out: c_void_p
-    algorithm: Any
+    algorithm: ctypes.Array[c_uint64]
 
 
 class Matrix(NamedTuple):
@@ -92,7 +93,7 @@ class Gemm:
         self._path = library
         self._library: ctypes.CDLL | None = None
         self._handle = c_void_p()
-        self._plans: dict[tuple[Any, ...], MatmulPlan] = {}
+        self._plans: dict[tuple[Hashable, ...], MatmulPlan] = {}
         self._workspaces: dict[int, Array] = {}
         self._device_scalars: Array | None = None
         self._zero, self._one = c_float(0), c_float(1)
@@ -237,7 +238,7 @@ class Gemm:
             raise RuntimeError(f"cuBLASLt has no algorithm for ({m}, {k}) by ({k}, {n})")
         return MatmulPlan(operation, a_layout, b_layout, out_layout, found.algorithm)
 
-    def _set(self, operation: c_void_p, attribute: int, value: Any) -> None:
+    def _set(self, operation: c_void_p, attribute: int, value: ctypes._SimpleCData[Any] | c_void_p) -> None:
         self._call("MatmulDescSetAttribute", operation, attribute, byref(value), ctypes.sizeof(value))
 
     def _new(self, name: str, *args: int) -> c_void_p:

@@ -20,7 +20,7 @@ class Simulated(type(library)):
 
 
 def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=False, scale=None):
-    """CudaKernels._gemm, by NumPy."""
+    """CudaKernels.gemm, by NumPy."""
     a, b = (x._a.astype("f4").T if turned else x._a.astype("f4") for x, turned in ((a, transpose_a), (b, transpose_b)))
     with np.errstate(invalid="ignore"):
         product = a @ b * (1 if scale is None else scale._a)
@@ -31,7 +31,7 @@ def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=Fal
 def made():
     """The launchers, with products by NumPy."""
     table = cuda.CudaKernels(Simulated(), reference)
-    table._gemm = gemm
+    table.gemm = gemm
     return table
 
 

@@ -41,7 +41,7 @@ def head(dtype, shape, C, V):
     ],
 )
 def test_lm_head(kernels, dtype, resident, shape, C, V):
-    kernels._shared_memory = (228 << 10) * resident
+    kernels.shared_memory = (228 << 10) * resident
     x, weight, targets = head(dtype, shape, C, V)
     x[..., 0] += 3
     logits = (x.reshape(-1, C).astype("f4") @ weight.astype("f4").T).astype(dtype).astype("d")
@@ -76,7 +76,7 @@ def test_lm_head(kernels, dtype, resident, shape, C, V):
 
 
 def test_the_weights_gradient_is_made_of_columns_that_hopper_takes(kernels, monkeypatch):
-    gemm, products = kernels._gemm, []
+    gemm, products = kernels.gemm, []
 
     def spy(a, b, out, **options):
         products.append((out.shape, bool(options.get("accumulate"))))
@@ -84,7 +84,7 @@ def test_the_weights_gradient_is_made_of_columns_that_hopper_takes(kernels, monk
 
     x, weight, targets = on_device(*head(bfloat16, (4,), 16, 1001))
     _, dlogits = kernels.lm_head_forward(x, weight, targets)
-    monkeypatch.setattr(kernels, "_gemm", spy)
+    monkeypatch.setattr(kernels, "gemm", spy)
     kernels.lm_head_backward(ndarray(np.ones((), "f4")), dlogits, x, weight, ndarray(np.zeros((1001, 16), "f4")))
     assert products == [((1000, 16), True), ((1, 16), True), ((4, 16), False)]
 
@@ -113,7 +113,7 @@ def test_logits_far_apart(kernels):
 )
 def test_a_row_is_resident_where_two_of_them_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, resident):
     monkeypatch.setattr(cudasim, "shared_memory", kilobytes - 1 << 10)
-    kernels._shared_memory = kilobytes << 10
+    kernels.shared_memory = kilobytes << 10
     x, weight, targets = head(bfloat16, (1,), 1, 50257)
     loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
     assert error(loss, reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)[0]) < 1e-3
@@ -121,7 +121,7 @@ def test_a_row_is_resident_where_two_of_them_fit_a_multiprocessor(kernels, monke
 
 
 def test_the_device_says_how_much_shared_memory_it_has(kernels):
-    assert kernels._shared_memory == 228 << 10
+    assert kernels.shared_memory == 228 << 10
 
 
 def test_the_mean_of_many_rows(kernels):

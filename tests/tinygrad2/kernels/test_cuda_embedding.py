@@ -122,7 +122,7 @@ FAULTS = [
     ("embedding_backward", "if (began_earlier) sum.store(pieces); else", ""),
     ("embedding_backward", "began_earlier ? pieces : pieces + C", "pieces"),
     ("embedding_backward_long", "|| start > 0 && tokens[start - 1] == token", ""),
-    ("embedding_backward_long", "&& tokens[next + k * ROWS_PER_BLOCK] == token", ""),
+    ("embedding_backward_long", "&& tokens[next + k * BLOCK_ROWS] == token", ""),
     ("embedding_backward_long", "more = there[AHEAD - 1]", "more = false"),
     ("embedding_backward_positions", "(size_t)b * T + t", "(size_t)t * B + b"),
 ]

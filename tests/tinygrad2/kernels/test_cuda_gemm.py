@@ -172,7 +172,7 @@ def test_a_handle_that_was_not_to_be_had_is_asked_for_again(gemm, monkeypatch):
 @pytest.fixture
 def kernels(fake_cublaslt):
     kernels = CudaKernels(Poisoned(), reference)
-    kernels._gemm = Gemm(Poisoned(), fake_cublaslt)
+    kernels.gemm = Gemm(Poisoned(), fake_cublaslt)
     return kernels
 
 
