@@ -51,7 +51,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
     said = run(capsys, "-m", "2").err
-    assert "damaged checkpoint, not used: out/ckpt-000002/config.json" in said
+    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in said
     assert "model: out/ckpt-000001" in said
 
 

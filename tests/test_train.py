@@ -473,7 +473,7 @@ BAD = {
         ["--preset", "gpt2"],
         r"tokenizer bytes \(257 tokens\), which is not that of the preset gpt2 \(50,257 tokens\)",
     ),
-    "no such model": (None, ["--init", "nowhere"], "nowhere: there is no such folder or file; expected a model's"),
+    "no such model": (None, ["--init", "nowhere"], "nowhere: no such file or folder; expected a model's"),
     "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
     "an out-dir that is a file": (
         lambda user: (user / "taken").write_text("x"),
@@ -524,7 +524,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(user, capsys):
     capsys.readouterr()
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
-    assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
+    assert "skipping a damaged checkpoint: out/ckpt-000006/model.safetensors" in said
     assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
     assert_same_run("whole", "out")
 

@@ -210,7 +210,7 @@ def make_originals(folder: Path) -> None:
     convert(folder / "safetensors", folder / "llmc bfloat16" / "model.bin", "llmc", "bfloat16")
     sizes = {"block_size": 8, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 4}
     gpt_config = b"c__main__\nGPTConfig\n)\x81" + pickle.dumps(sizes, 2)[2:-1] + b"b"
-    torch_file.save_pickled(folder / "build-nanogpt" / "model.pt", {"model": stored, "config": "HERE", "step": 3})
+    torch_file.write_pickle(folder / "build-nanogpt" / "model.pt", {"model": stored, "config": "HERE", "step": 3})
     rewrite_zip(folder / "build-nanogpt" / "model.pt", lambda p: p.replace(b"X\x04\x00\x00\x00HERE", gpt_config))
 
     old = folder / "torch 1.5"
