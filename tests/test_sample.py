@@ -172,7 +172,7 @@ def broken(name, content):
 
 
 BAD = {
-    "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
+    "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
     "a folder with no model": (lambda user: (user / "x").mkdir(), ["--checkpoint", "x"], "x: it holds no model and no"),
     "damaged weights": (broken("model.safetensors", "x"), [], "model.safetensors: "),
     "a damaged config": (broken("config.json", "{"), [], "config.json: "),

@@ -48,7 +48,7 @@ from gpt2.convert import convert  # noqa: E402
 from gpt2.formats import torch_file  # noqa: E402
 from gpt2.formats.stored import Stored  # noqa: E402
 from gpt2.training.dataset import SPLITS, TokenDataset  # noqa: E402
-from gpt2.training.run import Progress, Remembered, RunFolder, read_log  # noqa: E402
+from gpt2.training.run import Progress, RunOptions, RunFolder, read_log  # noqa: E402
 from tinygrad2 import optim  # noqa: E402
 from tinygrad2.checkpoint import save_arrays  # noqa: E402
 
@@ -240,8 +240,8 @@ def make_originals(folder: Path) -> None:
     row = {"step": 3, "loss": 4.5, "lr": 0.001}
     (folder / "checkpoint" / "log.jsonl").write_text("".join(json.dumps({**row, "step": i}) + "\n" for i in range(4)))
     progress = Progress(3, 24, 192, 1.5, {"step": 3, "val_loss": 4.25})
-    remembered = Remembered({"seed": 1}, {})
-    RunFolder(folder / "checkpoint").save(model, optimizer, Tokenizer.load("bytes"), progress, remembered, "data")
+    run_options = RunOptions({"seed": 1}, {})
+    RunFolder(folder / "checkpoint").save(model, optimizer, Tokenizer.load("bytes"), progress, run_options, "data")
 
 
 def to_legacy(new: Path, old: Path) -> None:
