@@ -99,8 +99,8 @@ def say_tasks(row: JsonObject, questions: Questions) -> None:
     """Print a line with each task's results in a row of the log."""
     for task, _ in questions:
         prefix = f"{task.name}_"
-        figures = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
-        say(f"  {describe_task(task, figures)}")
+        results = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+        say(f"  {describe_task(task, results)}")
 
 
 def say_sample(val_loss: float, is_best: bool, text: str) -> None:

@@ -100,12 +100,12 @@ def evaluate_task(
     return {**task.metrics(sums), "items": int(sums["items"]), "cut": int(sums["cut"])}
 
 
-def describe_task(task: Task, figures: dict[str, float]) -> str:
+def describe_task(task: Task, results: dict[str, float]) -> str:
     """One line with the metrics, accuracies with their standard error."""
-    n, parts = figures["items"], []
-    for name in figures.keys() - {"items", "cut"}:
-        value = figures[name]
+    n, parts = results["items"], []
+    for name in results.keys() - {"items", "cut"}:
+        value = results[name]
         error = f" ± {math.sqrt(value * (1 - value) / n):.4f}" if name.startswith("acc") else ""
         parts.append(f"{name} {value:.4f}{error}")
-    cut = f"; {figures['cut']:,} exceed the model's context, their beginnings were cut" if figures["cut"] else ""
+    cut = f"; {results['cut']:,} exceed the model's context, their beginnings were cut" if results["cut"] else ""
     return f"{task.name}: {', '.join(sorted(parts))} ({n:,} items{cut})"

@@ -142,8 +142,8 @@ class Trainer:
         sizes = options.batch_size, options.block_size, options.eval_iters
         found = {"val_loss": mean_loss(self.model, self.validation, *sizes, self.comm)}
         for task, items in questions:
-            figures = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
-            found |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
+            results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
+            found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
         if best is None or found["val_loss"] < best["val_loss"]:
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
