@@ -7,6 +7,8 @@ again.
 
 from __future__ import annotations
 
+import numpy as np
+
 from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
 # isort: split
@@ -93,7 +95,7 @@ def sample(options: argparse.Namespace) -> int:
         )
         tokenizer = Tokenizer.load("bytes")
         model = GPT2(GPT2Config.preset("nano"), device=options.device)
-        model = model.narrow() if weights and model.backend.device == "cpu" else model
+        model = model.narrow() if weights and model.backend.narrow_weights else model
     else:
         print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
@@ -132,7 +134,7 @@ def sample(options: argparse.Namespace) -> int:
 
 def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
     """Raise MemoryError if so many samples need more memory than is free, before any is allocated."""
-    itemsize = 2 if model.activations == "bfloat16" else 4
+    itemsize = np.dtype(model.activations).itemsize
     need = model.config.memory_to_generate(samples, prompt, more, itemsize)
     there = model.backend.memory() or machine.memory()
     if there is None or sum(need.values()) <= there[0]:

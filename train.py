@@ -49,7 +49,7 @@ from tinygrad2.distributed import Comm
 @console.command("train.py", closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail)
 def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
-    comm.root_speaks()
+    comm.silence_other_ranks()
     return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
 
 

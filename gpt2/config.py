@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
-from tinygrad2.backend import PRECISIONS
 from tinygrad2.checkpoint import JsonObject
+from tinygrad2.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class GPT2Config:
         and 16 for the block that is being recomputed. Temporary arrays are not counted.
         """
         n, rows = self.n_parameters, batch_size * block_size
-        itemsize = 8 if PRECISIONS[precision] == "float64" else 4
-        computed, copies = (2, 2) if precision == "bfloat16" else (itemsize, 0)  # bytes of an activation, of a copy
+        types = PRECISIONS[precision]
+        itemsize, computed = types.parameter_bytes, types.activation_bytes
+        copies = computed if types.copies else 0  # bytes of the copy of a parameter
         saved = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
         return {
             "weights": n * (itemsize + copies),

@@ -1,51 +1,64 @@
 #include "common.cuh"
 #include "gelu.cuh"
-// One token of GPT-2 for each of B texts, from the token's number to the logits, in one launch.
+// One token of GPT-2 for each of B texts, from the token's id to the logits, in one launch.
 //
-// A token reads every weight once and computes two operations on it, so the memory's rate is the limit: 124M in bf16 is
-// 248 MB, 58 us at 4.3 TB/s. As one launch an operation it would take several times that, since each of 100 kernels
-// starts with empty hands. Here the blocks live through the whole model, and the time goes into telling each other what
-// they found: all of them twice a layer, those of a team up to four times in between.
+// A token reads every weight once and computes two operations on it, so memory bandwidth is the limit: 124M in bf16 is
+// 248 MB, 58 us at 4.3 TB/s. With a launch for each operation it would take several times that, since each of 100
+// kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and what limits them is how
+// fast they exchange results: among all of them twice a layer, within a cluster up to four times in between.
 //
-// A team is RANKS blocks: where there are thread block clusters (compute capability 9), one of these, whose blocks write
-// to each other's shared memory. The block of some rank in each team keeps C / RANKS columns of the residual stream x, its
-// own; so all blocks of a rank hold the same numbers. A team has HEADS heads and HIDDEN columns of the MLP. Half a layer,
-// attention or MLP, is:
+// Glossary
+//   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
+//             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without,
+//             they write to each other's part of global memory.
+//   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
+//             rank hold the same numbers in every cluster.
+//   message   8 bytes: a float32 and a 32-bit tag, written in one access. Tags count up with every half of a layer: a
+//             reader that sees the tag it expects has the number. No barrier of all blocks and no fence is needed.
+//   mailbox   the messages that a block receives from its cluster; an entry for each.
+//   results   the messages that every cluster sends to all blocks of a rank: its contribution to x.
+//   half      half a layer: attention or the MLP.
 //
-//   x += what all teams found in the half before, for the own columns
-//   LayerNorm of the own columns, with mean and squares of the team
-//   own columns x the team's columns of the first matrix, added up in the team
-//   attention of the team's heads, each block with some of the keys; or GELU (a form of gelu.cuh)
-//   this x the own columns of the second matrix: what the team found
+// Half a layer, as one cluster computes it (the arrows are messages):
 //
-// Numbers travel in letters of 8 bytes: a float32 and a mark that no earlier letter to the same place had. Who sees the
-// mark has the number: there is no barrier of all blocks, no fence. Before a place is written again, its readers have
-// sent another letter, after reading, that the writer waited for. (Teams without heads send none in attention: what goes
-// to all teams has places for four halves, two of each kind, which take turns.)
+//   results of the previous half, of all clusters
+//        |  sum; own columns of x
+//   LayerNorm of the own columns  <---- mean and squares ---->  other ranks
+//        |
+//   own columns x the cluster's columns of the first matrix  -- partial sums -->  other ranks, which return totals
+//        |
+//   attention of the cluster's heads, each rank for some of the keys  <-- partial results -->  other ranks;  or GELU
+//        |
+//   this x own columns of the second matrix
+//        |
+//        +----> results, for all clusters
 //
-// Weights do not wait. Each block knows which parts of all matrices are its own, and copies them to shared memory AHEAD
-// accesses before it needs them (Stream): who waits for a letter finds the next matrix there.
+// An entry is reused only when its readers have sent another message, after reading, that the writer waited for.
+// (Clusters without heads send none in attention: results have room for four halves, two of each kind, in rotation.)
 //
-// Sums are f32, in an order that never changes, and nothing is rounded in between but keys and values, as the cache holds
-// them. All blocks have to run at the same time, so there may be no more than the GPU has room for.
-constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = TEAMS * RANKS, D = C / H, OWN = C / RANKS;
-constexpr int WIDTH = HEADS * D;                        // columns of a team's heads
-constexpr int ATTENDING = (H + HEADS - 1) / HEADS;      // teams that have heads
+// Weights are prefetched. Each block knows its parts of all matrices, and copies them to shared memory PREFETCH
+// accesses before it needs them (Stream): after waiting for a message, it finds the next matrix there.
+//
+// Sums are f32, in a fixed order, and nothing is rounded in between but keys and values, as the cache holds them. All
+// blocks have to run at the same time, so there may be at most as many as the GPU has room for.
+constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = CLUSTERS * RANKS, D = C / H, OWN = C / RANKS;
+constexpr int WIDTH = HEADS * D;                        // columns of a cluster's heads
+constexpr int ATTENTION_CLUSTERS = (H + HEADS - 1) / HEADS;      // clusters that have heads
 constexpr int VEC = Pack<REAL>::N;
 using Access = Pack<REAL, VEC>;
-constexpr int TURNS = B <= 2 ? 2 : 1;  // accesses that a thread has in registers
-constexpr int EARLY = 3;               // halves of layers before the end, in which the first rows of wte come to L2
+constexpr int UNROLL = B <= 2 ? 2 : 1;  // unrolled steps of a product: accesses in registers
+constexpr int WTE_HALVES = 3;               // the last halves, during which the first rows of wte are prefetched to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
-#if !IN_CLUSTERS  // inlined, it would have registers spill on sm_80
-#define ATTEND __noinline__
+#if !HARDWARE_CLUSTERS  // inlined, it would spill registers on sm_80
+#define ATTEND_INLINE __noinline__
 #else
-#define ATTEND __forceinline__
+#define ATTEND_INLINE __forceinline__
 #endif
-#if IN_CLUSTERS
-#define TEAM __cluster_dims__(RANKS, 1, 1)
+#if HARDWARE_CLUSTERS
+#define CLUSTER_DIMS __cluster_dims__(RANKS, 1, 1)
 #else
-#define TEAM
+#define CLUSTER_DIMS
 #endif
 
 struct Layer {
@@ -59,11 +72,11 @@ struct Tokens {
 };
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // where each thread takes one at a time
+constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, a number a thread
 constexpr __host__ __device__ bool first_of_half(int matrix) { return matrix == QKV || matrix == MLP_IN; }
 constexpr __host__ __device__ int inputs(int matrix) { return matrix == MLP_OUT ? 4 * C : C; }
 constexpr __host__ __device__ int outputs(int matrix) { return matrix == QKV ? 3 * C : matrix == MLP_IN ? 4 * C : C; }
-// A block's part of a matrix, and how its threads go through it: `at_once` rows at a time, so many times.
+// A block's part of a matrix, which its threads read `at_once` rows at a time, in `steps` steps.
 constexpr __host__ __device__ int rows(int matrix) {
   return first_of_half(matrix) ? OWN : matrix == PROJECTION ? WIDTH : HIDDEN;
 }
@@ -71,78 +84,78 @@ constexpr __host__ __device__ int columns(int matrix) {
   return matrix == QKV ? 3 * WIDTH : matrix == MLP_IN ? HIDDEN : OWN;
 }
 constexpr __host__ __device__ int at_once(int matrix) { return THREADS / (columns(matrix) / VEC); }
-constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // that a block adds up
-constexpr __host__ __device__ int turns(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
+constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // of a block
+constexpr __host__ __device__ int steps(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
 
-// Places of letters that a block receives from its team.
-constexpr int SQUARES = 0, SUMS = SQUARES + B * RANKS * 2;
-constexpr int WHOLE = SUMS + RANKS * B * slots(larger(3 * WIDTH, HIDDEN));
-constexpr int FOUND = WHOLE + B * larger(larger(3 * WIDTH, HIDDEN), C);
-constexpr int PLACES = FOUND + RANKS * B * HEADS * (D + 2);
+// The entries of a mailbox: where the messages of each kind begin.
+constexpr int STATISTICS = 0, PARTIAL_SUMS = STATISTICS + B * RANKS * 2;
+constexpr int TOTALS = PARTIAL_SUMS + RANKS * B * slots(larger(3 * WIDTH, HIDDEN));
+constexpr int HEAD_PARTS = TOTALS + B * larger(larger(3 * WIDTH, HIDDEN), C);
+constexpr int MAILBOX = HEAD_PARTS + RANKS * B * HEADS * (D + 2);
 
 __device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
-__device__ __forceinline__ int team() { return blockIdx.x / RANKS; }
+__device__ __forceinline__ int cluster() { return blockIdx.x / RANKS; }
 
-// A number and a mark, in one access of 8 bytes, which goes past L1.
-typedef unsigned long long Letter;
-__device__ __forceinline__ void send(Letter* place, float number, unsigned mark) {
-  *(volatile Letter*)place = (Letter)mark << 32 | __float_as_uint(number);
+// A number and a tag, in one access of 8 bytes that bypasses L1.
+typedef unsigned long long Message;
+__device__ __forceinline__ void send(Message* entry, float number, unsigned tag) {
+  *(volatile Message*)entry = (Message)tag << 32 | __float_as_uint(number);
 }
-// Whether a letter with this mark has arrived, and its number.
-__device__ __forceinline__ bool arrived(const Letter* place, unsigned mark, float& number) {
-  Letter letter = *(const volatile Letter*)place;
-  number = __uint_as_float((unsigned)letter);
-  return (unsigned)(letter >> 32) == mark;
+// Whether a message with this tag has arrived, and its number.
+__device__ __forceinline__ bool received(const Message* entry, unsigned tag, float& number) {
+  Message message = *(const volatile Message*)entry;
+  number = __uint_as_float((unsigned)message);
+  return (unsigned)(message >> 32) == tag;
 }
 
-// A place among the letters of another block of the team.
-__device__ __forceinline__ Letter* letters_of(Letter* place, int to) {
-#if IN_CLUSTERS
-  return in_block<RANKS>(place, to);
+// The same entry in the mailbox of another block of the cluster.
+__device__ __forceinline__ Message* mailbox_of(Message* entry, int to) {
+#if HARDWARE_CLUSTERS
+  return in_block<RANKS>(entry, to);
 #else
-  return place + (to - rank()) * PLACES;
+  return entry + (to - rank()) * MAILBOX;
 #endif
 }
-__device__ __forceinline__ void tell_team(Letter* place, float number, unsigned mark) {
+__device__ __forceinline__ void send_to_cluster(Message* entry, float number, unsigned tag) {
 #pragma unroll
-  for (int to = 0; to < RANKS; to++) send(letters_of(place, to), number, mark);
+  for (int to = 0; to < RANKS; to++) send(mailbox_of(entry, to), number, tag);
 }
-// The numbers of N letters, `stride` places from each other.
+// The numbers of N messages, `stride` entries apart, after waiting for all of them.
 template <int N>
-__device__ __forceinline__ void receive(float (&number)[N], const Letter* place, int stride, unsigned mark) {
-  for (unsigned looks = 0;; looks++) {
+__device__ __forceinline__ void receive(float (&number)[N], const Message* entry, int stride, unsigned tag) {
+  for (unsigned polls = 0;; polls++) {
     bool all = true;
 #pragma unroll
-    for (int i = 0; i < N; i++) all &= arrived(place + i * stride, mark, number[i]);
+    for (int i = 0; i < N; i++) all &= received(entry + i * stride, tag, number[i]);
     if (all) return;
-    wait_a_little();
-    if (looks >> 26) __trap();  // after seconds: a GPU that hangs is worse than an error
+    backoff();
+    if (polls >> 26) __trap();  // after seconds: an error is better than a GPU that hangs
   }
 }
 template <int N>
-__device__ __forceinline__ float receive_sum(const Letter* place, int stride, unsigned mark) {
+__device__ __forceinline__ float receive_sum(const Message* entry, int stride, unsigned tag) {
   float number[N], sum = 0.f;
-  receive(number, place, stride, mark);
+  receive(number, entry, stride, tag);
 #pragma unroll
   for (int i = 0; i < N; i++) sum += number[i];
   return sum;
 }
 
-// What one thread has of a block's part of a matrix: rows first, first + at_once, ..., in VEC columns.
+// What one thread reads of a block's part of a matrix: rows first, first + at_once, ..., in VEC columns.
 struct Share {
-  int first, last, column;  // of the whole matrix; there are rows where first < last
+  int first, last, column;  // in the whole matrix; without rows, first >= last
   __device__ __forceinline__ explicit Share(int matrix) {
     int lane = threadIdx.x % (columns(matrix) / VEC) * VEC, row = threadIdx.x / (columns(matrix) / VEC), end;
     bool idle = row >= at_once(matrix);
     if (first_of_half(matrix)) {
       first = rank() * OWN;
       last = first + OWN;
-      column = matrix == QKV ? team() * WIDTH + lane % WIDTH : team() * HIDDEN + lane;
-      end = matrix == QKV ? C : 4 * C;  // of the last team
+      column = matrix == QKV ? cluster() * WIDTH + lane % WIDTH : cluster() * HIDDEN + lane;
+      end = matrix == QKV ? C : 4 * C;  // the last cluster may have fewer
       idle |= column >= end;
       if (matrix == QKV) column += lane / WIDTH * C;
     } else {
-      first = team() * rows(matrix);
+      first = cluster() * rows(matrix);
       last = min(first + rows(matrix), inputs(matrix));
       column = rank() * OWN + lane;
     }
@@ -151,73 +164,73 @@ struct Share {
   }
 };
 
-// How a thread goes through a block's part of a matrix; divisions, which take longer than some accesses.
-struct Way {
-  int first, stride;  // where it begins, and goes on in the next turn
-  int turns, rows;    // of the block, and those in which this thread has a row
-  __device__ __forceinline__ explicit Way(int matrix)
-      : stride(at_once(matrix) * outputs(matrix)), turns(::turns(matrix)) {
+// A thread's Share as an offset and a stride, computed once: the divisions take longer than some accesses.
+struct Traversal {
+  int first, stride;  // the offset of its first access, and from one to the next
+  int steps, rows;    // of the block; and those in which this thread has a row
+  __device__ __forceinline__ explicit Traversal(int matrix)
+      : stride(at_once(matrix) * outputs(matrix)), steps(::steps(matrix)) {
     Share share(matrix);
     first = share.first * outputs(matrix) + share.column;
     rows = max(share.last - share.first + at_once(matrix) - 1, 0) / at_once(matrix);
   }
 };
 
-// The block's parts of all matrices, one after the other, on their way to shared memory. A thread copies what it will
-// use itself, so it needs to wait for no other one.
+// The prefetch of the block's parts of all matrices, one after the other, into a ring in shared memory. A thread copies
+// what it will use itself, so that it waits for no other thread.
 struct Stream {
   const Layer* layers;
-  Access* ring;  // AHEAD accesses of each thread
-  const Way qkv, projection, mlp_in, mlp_out;
-  const REAL *weight, *next;  // of the next access, and the matrix that follows
+  Access* ring;  // PREFETCH accesses of each thread
+  const Traversal qkv, projection, mlp_in, mlp_out;
+  const REAL *weight, *next;  // of the next access; and the matrix after this one
   int stage, slot, left, rows, stride;
   __device__ Stream(const Layer* layers, void* memory)
       : layers(layers), ring((Access*)memory + threadIdx.x), qkv(QKV), projection(PROJECTION), mlp_in(MLP_IN),
-        mlp_out(MLP_OUT), stage(team() < ATTENDING ? QKV : MLP_IN), slot(0), left(0) {
+        mlp_out(MLP_OUT), stage(cluster() < ATTENTION_CLUSTERS ? QKV : MLP_IN), slot(0), left(0) {
     next = layers->matrix[stage];
-    fetch(AHEAD);
+    fetch(PREFETCH);
   }
   __device__ __forceinline__ void fetch(int count) {
 #pragma unroll 1
     for (; count; count--) {
       if (!left && stage < L * MATRICES) {
         int matrix = stage % MATRICES;
-        Way way = matrix == QKV ? qkv : matrix == PROJECTION ? projection : matrix == MLP_IN ? mlp_in : mlp_out;
-        weight = next + way.first;
-        stride = way.stride;
-        left = way.turns;
-        rows = way.rows;
-        if (++stage % MATRICES == QKV && team() >= ATTENDING) stage += 2;
-        if (stage < L * MATRICES) next = layers[stage / MATRICES].matrix[stage % MATRICES];  // asked for early
+        Traversal part = matrix == QKV ? qkv : matrix == PROJECTION ? projection : matrix == MLP_IN ? mlp_in : mlp_out;
+        weight = next + part.first;
+        stride = part.stride;
+        left = part.steps;
+        rows = part.rows;
+        if (++stage % MATRICES == QKV && cluster() >= ATTENTION_CLUSTERS) stage += 2;
+        if (stage < L * MATRICES) next = layers[stage / MATRICES].matrix[stage % MATRICES];  // loaded early
       }
       if (left) {
         cp_async16(ring + slot, weight, rows-- > 0 ? 16 : 0);
         weight += stride;
         left--;
       }
-      cp_async_commit();  // empty ones too: which copy is awaited is told by counting
-      slot = slot + THREADS == AHEAD * THREADS ? 0 : slot + THREADS;
+      cp_async_commit();  // empty groups too: waiting counts groups
+      slot = slot + THREADS == PREFETCH * THREADS ? 0 : slot + THREADS;
     }
   }
 };
 
-// found(b, column, sum): the block's part of y = x W, a column after the other. x (B, rows) in shared memory.
+// emit(b, column, sum) is called for each column of the block's part of y = x W. x (B, rows) in shared memory.
 template <int MATRIX, class Use>
-__device__ __forceinline__ void product(Stream& stream, const float* x, float* memory, Use found) {
-  constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), ALL = turns(MATRIX);
-  constexpr int PART = ALL < AHEAD / 2 ? ALL : AHEAD / 2;  // turns whose weights are awaited together
-  constexpr int LANES = COLUMNS / VEC, PLANE = THREADS * 4 + 16;  // of 4 columns each: no two meet in a bank
+__device__ __forceinline__ void product(Stream& stream, const float* x, float* memory, Use emit) {
+  constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), ALL = steps(MATRIX);
+  constexpr int PART = ALL < PREFETCH / 2 ? ALL : PREFETCH / 2;  // steps whose weights are waited for together
+  constexpr int LANES = COLUMNS / VEC, PLANE = THREADS * 4 + 16;  // of 4 columns each: no bank conflicts
   Share share(MATRIX);
-  x -= (first_of_half(MATRIX) ? rank() : team()) * ROWS;
+  x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;
   float y[B][VEC] = {};
 #pragma unroll 1
-  for (int turn = 0; turn < ALL; turn += PART) {
-    if (turn) stream.fetch(PART);
-    cp_async_wait<AHEAD - PART>();
+  for (int step = 0; step < ALL; step += PART) {
+    if (step) stream.fetch(PART);
+    cp_async_wait<PREFETCH - PART>();
     int slot = stream.slot;
-#pragma unroll TURNS
-    for (int i = turn; i < min(turn + PART, ALL); i++) {
-      Access w = stream.ring[slot];  // zeros where there is no row
+#pragma unroll UNROLL
+    for (int i = step; i < min(step + PART, ALL); i++) {
+      Access w = stream.ring[slot];  // zero without a row
 #pragma unroll
       for (int b = 0; b < B; b++) {
         float factor = share.first < share.last ? x[b * ROWS + share.first] : 0.f;
@@ -225,7 +238,7 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
         for (int e = 0; e < VEC; e++) y[b][e] += factor * w[e];
       }
       share.first += STEP;
-      slot = slot + THREADS == AHEAD * THREADS ? 0 : slot + THREADS;
+      slot = slot + THREADS == PREFETCH * THREADS ? 0 : slot + THREADS;
     }
   }
 #pragma unroll
@@ -239,20 +252,20 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
       float even = 0.f, odd = 0.f;
 #pragma unroll 16
       for (int row = 0; row < STEP; row++) (row % 2 ? odd : even) += at[row * LANES * 4];
-      found(b, c, even + odd);
+      emit(b, c, even + odd);
     }
-    if (b + 1 < B) __syncthreads();  // after the last one, the caller's
+    if (b + 1 < B) __syncthreads();  // after the last text, the caller's barrier
   }
-  stream.fetch(ALL - (ALL - 1) / PART * PART);  // others wait for the sums, not for this
+  stream.fetch(ALL - (ALL - 1) / PART * PART);  // last, since other blocks wait for the sums
 }
 
-// LayerNorm of the own columns (B, OWN) in shared memory, each thread those that it put there.
-__device__ __forceinline__ void normalise(float* here, const float (&weight)[repeats(B * OWN)],
-                                          const float (&bias)[repeats(B * OWN)], float eps, Letter* letters,
-                                          unsigned mark) {
+// LayerNorm of the own columns (B, OWN) in shared memory, each thread those that it wrote there.
+__device__ __forceinline__ void layernorm(float* here, const float (&weight)[repeats(B * OWN)],
+                                          const float (&bias)[repeats(B * OWN)], float eps, Message* mailbox,
+                                          unsigned tag) {
   int lane = threadIdx.x % 32, text = threadIdx.x / 32;
   __syncthreads();
-  if (text < B) {  // its mean and squares in the block; the differences from one of the numbers lose no digits
+  if (text < B) {  // mean and squares in this block, of differences from one of the numbers, which lose no digits
     float origin = here[text * OWN], sum = 0.f, squares = 0.f;
     for (int c = lane; c < OWN; c += 32) {
       float x = here[text * OWN + c] - origin;
@@ -262,17 +275,17 @@ __device__ __forceinline__ void normalise(float* here, const float (&weight)[rep
     sum = warp_sum(sum);
     squares = warp_sum(squares);
     if (lane < RANKS) {
-      Letter* place = letters_of(letters + SQUARES + (text * RANKS + rank()) * 2, lane);
-      send(place, origin + sum * (1.f / OWN), mark);
-      send(place + 1, squares - sum * sum * (1.f / OWN), mark);
+      Message* entry = mailbox_of(mailbox + STATISTICS + (text * RANKS + rank()) * 2, lane);
+      send(entry, origin + sum * (1.f / OWN), tag);
+      send(entry + 1, squares - sum * sum * (1.f / OWN), tag);
     }
   }
 #pragma unroll
   for (int k = 0; k < repeats(B * OWN); k++) {
     int i = threadIdx.x + k * THREADS;
     if (i >= B * OWN) break;
-    float of[RANKS * 2], mean = 0.f, squares = 0.f;  // of the blocks
-    receive(of, letters + SQUARES + i / OWN * RANKS * 2, 1, mark);
+    float of[RANKS * 2], mean = 0.f, squares = 0.f;  // of: mean and squares of each rank
+    receive(of, mailbox + STATISTICS + i / OWN * RANKS * 2, 1, tag);
 #pragma unroll
     for (int r = 0; r < RANKS; r++) mean += of[2 * r] * (1.f / RANKS);
 #pragma unroll
@@ -282,15 +295,16 @@ __device__ __forceinline__ void normalise(float* here, const float (&weight)[rep
   __syncthreads();
 }
 
-// Attention of the tokens at `position`, a block the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH) are queries,
-// keys and values. Each head's result of the block goes to the team: D values, the largest score, and the sum.
-__device__ ATTEND void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
-                                       Letter* letters, unsigned mark) {
+// Attention of the tokens at `position`, in each block over the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH)
+// holds queries, keys and values. The block's part of each head goes to its cluster: D values, the largest score, and
+// the sum.
+__device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
+                                       Message* mailbox, unsigned tag) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;
   constexpr int GROUPS = THREADS / GROUP;
   int group = threadIdx.x / GROUP, member = threadIdx.x % GROUP, count = (position - rank() + RANKS) / RANKS;
   for (int unit = 0; unit < B * HEADS; unit++) {
-    int b = unit / HEADS, head = team() * HEADS + unit % HEADS;
+    int b = unit / HEADS, head = cluster() * HEADS + unit % HEADS;
     if (head >= H) continue;
     if (unit) __syncthreads();
     const float *query = first + b * 3 * WIDTH + unit % HEADS * D, *key = query + WIDTH, *value = key + WIDTH;
@@ -303,7 +317,7 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
         int at = (p * GROUP + member) * VEC + e;
         q[p][e] = at < D ? query[at] : 0.f;
       }
-    for (int start = 0; start < count; start += GROUPS) {  // the same for all threads, which meet in the shuffles
+    for (int start = 0; start < count; start += GROUPS) {  // as often in all threads: shuffles need whole warps
       int i = rank() + (start + group) * RANKS;
       Access k[EACH], v[EACH];
 #pragma unroll
@@ -339,7 +353,7 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
 #pragma unroll
         for (int e = 0; e < VEC; e++) sum[p][e] = sum[p][e] * shrink + p_i * v[p][e];
     }
-    // The groups of a warp, then the warps.
+    // Combine the groups of a warp, then the warps.
 #pragma unroll
     for (int o = GROUP; o < 32; o *= 2) {
       float common = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
@@ -374,25 +388,25 @@ __device__ ATTEND void attend(const float* first, REAL* cache, float* memory, in
         float of_warp = memory[w * (D + 2) + D];
         y += of_warp == NEG_INF ? 0.f : exp2f(of_warp - common) * memory[w * (D + 2) + d];
       }
-      tell_team(letters + FOUND + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, mark);
+      send_to_cluster(mailbox + HEAD_PARTS + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, tag);
     }
-    if (rank() == position % RANKS)  // for the tokens to come
+    if (rank() == position % RANKS)  // for later tokens
       for (int i = threadIdx.x; i < 2 * D; i += THREADS)
         (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
   }
 }
 
-// heads (B, WIDTH): attention's results, from what the blocks of the team found.
-__device__ __forceinline__ void join(float* heads, const Letter* letters, unsigned mark) {
+// heads (B, WIDTH): the result of attention, combined from the parts of the cluster's blocks.
+__device__ __forceinline__ void combine_heads(float* heads, const Message* mailbox, unsigned tag) {
   constexpr int STRIDE = B * HEADS * (D + 2);
   for (int i = threadIdx.x; i < B * WIDTH; i += THREADS) {
     int unit = i / D;
-    if (team() * HEADS + unit % HEADS >= H) continue;
-    const Letter* place = letters + FOUND + unit * (D + 2);
+    if (cluster() * HEADS + unit % HEADS >= H) continue;
+    const Message* entry = mailbox + HEAD_PARTS + unit * (D + 2);
     float value[RANKS], largest[RANKS], total[RANKS], common = NEG_INF, below = 0.f, y = 0.f;
-    receive(value, place + i % D, STRIDE, mark);
-    receive(largest, place + D, STRIDE, mark);
-    receive(total, place + D + 1, STRIDE, mark);
+    receive(value, entry + i % D, STRIDE, tag);
+    receive(largest, entry + D, STRIDE, tag);
+    receive(total, entry + D + 1, STRIDE, tag);
 #pragma unroll
     for (int r = 0; r < RANKS; r++) common = fmaxf(common, largest[r]);
 #pragma unroll
@@ -406,20 +420,20 @@ __device__ __forceinline__ void join(float* heads, const Letter* letters, unsign
   __syncthreads();
 }
 
-// The largest of some logits and its token, of equal ones the first. A logit that is no finite number is larger than all,
-// and its token -1.
+// The largest of some logits and its token, the first of equal ones. A logit that is not finite counts as the largest,
+// with token -1.
 struct Choice {
   float logit, token;
   __device__ __forceinline__ void none() { logit = NEG_INF, token = 1e9f; }
-  __device__ __forceinline__ void meet(float other, float its_token) {
+  __device__ __forceinline__ void update(float other, float its_token) {
     if (other > logit || (other == logit && its_token < token)) logit = other, token = its_token;
   }
 };
 
-// logits (B, V) = x wte^T, some rows of wte a warp, where they are wanted; best (B, WARPS): of the warps' shares of the
-// first `choices` tokens.
-__device__ __forceinline__ void vocabulary(float* logits, Choice* best, int choices, const float* x, const REAL* wte) {
-  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // what the registers hold
+// logits (B, V) = x wte^T, each warp for some rows of wte; not stored where `logits` is null. best (B, WARPS): each
+// warp's choice among its rows below `choices`.
+__device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices, const float* x, const REAL* wte) {
+  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // rows, as the registers allow
   int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
   best += threadIdx.x / 32;
   if (lane < B) best[lane * WARPS].none();
@@ -448,44 +462,45 @@ __device__ __forceinline__ void vocabulary(float* logits, Choice* best, int choi
         if (lane != 0) continue;
         if (logits && v + r < V) logits[(size_t)b * V + v + r] = sum;
         bool finite = fabsf(sum) < -NEG_INF;
-        if (v + r < choices) best[b * WARPS].meet(finite ? sum : -NEG_INF, finite ? v + r : -1);
+        if (v + r < choices) best[b * WARPS].update(finite ? sum : -NEG_INF, finite ? v + r : -1);
       }
   }
 }
 
-// The likeliest token of each text: a warp a text, first of the block, then, having been told by all, of the GPU.
-__device__ __forceinline__ void choose(int* likeliest, const Choice* best, Letter* letters, unsigned mark) {
+// The token of each text with the largest logit, a warp for each text: first of this block; then block 0 receives the
+// choices of all blocks.
+__device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Message* mailbox, unsigned tag) {
   __syncthreads();
   int b = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (b >= B) return;
   auto of_warp = [](Choice choice) {
 #pragma unroll
     for (int o = 16; o; o >>= 1)
-      choice.meet(__shfl_xor_sync(0xffffffffu, choice.logit, o), __shfl_xor_sync(0xffffffffu, choice.token, o));
+      choice.update(__shfl_xor_sync(0xffffffffu, choice.logit, o), __shfl_xor_sync(0xffffffffu, choice.token, o));
     return choice;
   };
   Choice choice = of_warp(best[b * WARPS + lane % WARPS]);
-  letters += b * BLOCKS * 2;
+  mailbox += b * BLOCKS * 2;
   if (lane == 0) {
-    send(letters + blockIdx.x * 2, choice.logit, mark);
-    send(letters + blockIdx.x * 2 + 1, choice.token, mark);
+    send(mailbox + blockIdx.x * 2, choice.logit, tag);
+    send(mailbox + blockIdx.x * 2 + 1, choice.token, tag);
   }
   if (blockIdx.x) return;
   choice.none();
   for (int i = lane; i < BLOCKS; i += 32) {
     float other[2];
-    receive(other, letters + i * 2, 1, mark);
-    choice.meet(other[0], other[1]);
+    receive(other, mailbox + i * 2, 1, tag);
+    choice.update(other[0], other[1]);
   }
   choice = of_warp(choice);
-  if (lane == 0) likeliest[b] = choice.token;
+  if (lane == 0) chosen[b] = choice.token;
 }
 
-// Bring to L2 what will be wanted at once: by all blocks, a vector of a layer to come (each block some lines of it);
-// by this one, its keys and values.
-__device__ __forceinline__ void warm(const Layer& layer) {
+// Prefetch to L2: the vectors of the next layer, which all blocks need (each block fetches some lines); and this
+// block's keys and values.
+__device__ __forceinline__ void prefetch_vectors(const Layer& layer) {
   constexpr int LINE = 32;  // numbers
-  int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps have letters to wait for
+  int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps wait for messages meanwhile
 #pragma unroll
   for (int i = 0; i < MATRICES + 4; i++) {
     int size = i < MATRICES ? outputs(i) : C;
@@ -493,87 +508,89 @@ __device__ __forceinline__ void warm(const Layer& layer) {
     at -= (size + LINE - 1) / LINE * LINE;
   }
 }
-__device__ __forceinline__ void warm_vocabulary(const REAL* wte, int step) {
+__device__ __forceinline__ void prefetch_wte(const REAL* wte, int step) {
   constexpr int LINE = 128 / sizeof(REAL);
   size_t at = ((size_t)(step * BLOCKS + blockIdx.x) * THREADS + threadIdx.x) * LINE;
   if (at < (size_t)V * C) prefetch_l2(wte + at);
 }
-__device__ __forceinline__ void warm_keys(const REAL* cache, int position, int capacity) {
+__device__ __forceinline__ void prefetch_keys(const REAL* cache, int position, int capacity) {
   for (int i = rank() + (THREADS - 1 - threadIdx.x) / 2 * RANKS; i < position; i += THREADS / 2 * RANKS)
     for (int unit = 0; unit < B * HEADS; unit++) {
-      int head = team() * HEADS + unit % HEADS;
+      int head = cluster() * HEADS + unit % HEADS;
       if (head >= H) continue;
       size_t text = (size_t)(threadIdx.x % 2 * B + unit / HEADS) * H;  // keys, then values
       prefetch_l2(cache + ((text + head) * capacity + i) * D);
     }
 }
 
-// Half a layer for what a team has of it: FIRST and SECOND are its matrices, here (B, OWN) is what LayerNorm gave.
+// A cluster's part of half a layer, with matrices FIRST and SECOND; here (B, OWN) is the output of LayerNorm.
 template <int FIRST, int SECOND>
 __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, const float* here, float* first,
-                                           float* heads, float* work, Letter* found, Letter* letters, int position,
-                                           int capacity, unsigned mark) {
+                                           float* heads, float* work, Message* results, Message* mailbox, int position,
+                                           int capacity, unsigned tag) {
   constexpr int COLUMNS = columns(FIRST), SLOTS = slots(COLUMNS);
-  float bias[repeats(B * SLOTS)];  // asked for before it is needed
+  float bias[repeats(B * SLOTS)];  // loaded before it is needed
 #pragma unroll
   for (int k = 0; k < repeats(B * SLOTS); k++) {
     int c = rank() * SLOTS + (threadIdx.x + k * THREADS) % SLOTS, within = FIRST == QKV ? c % WIDTH : c;
-    int column = team() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
+    int column = cluster() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
     bias[k] = c < COLUMNS && column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
   }
-  // Each block adds up some of the columns and tells the team: two ways, but an eighth of the letters.
-  Letter *sums = letters + SUMS, *whole = letters + WHOLE;
+  // Each block adds up some of the columns and sends the totals to the cluster: two exchanges, with an eighth of the
+  // messages of one.
+  Message *sums = mailbox + PARTIAL_SUMS, *totals = mailbox + TOTALS;
   product<FIRST>(stream, here, work, [&](int b, int c, float sum) {
-    send(letters_of(sums + (rank() * B + b) * SLOTS + c % SLOTS, c / SLOTS), sum, mark);
+    send(mailbox_of(sums + (rank() * B + b) * SLOTS + c % SLOTS, c / SLOTS), sum, tag);
   });
 #pragma unroll
   for (int k = 0; k < repeats(B * SLOTS); k++) {
     int i = threadIdx.x + k * THREADS, c = rank() * SLOTS + i % SLOTS;
     if (i >= B * SLOTS || c >= COLUMNS) continue;
-    float y = receive_sum<RANKS>(sums + i, B * SLOTS, mark) + bias[k];
-    tell_team(whole + i / SLOTS * COLUMNS + c, FIRST == QKV ? y : GELU::value(y), mark);
+    float y = receive_sum<RANKS>(sums + i, B * SLOTS, tag) + bias[k];
+    send_to_cluster(totals + i / SLOTS * COLUMNS + c, FIRST == QKV ? y : GELU::value(y), tag);
   }
-  for (int i = threadIdx.x; i < B * COLUMNS; i += THREADS) first[i] = receive_sum<1>(whole + i, 1, mark);
+  for (int i = threadIdx.x; i < B * COLUMNS; i += THREADS) first[i] = receive_sum<1>(totals + i, 1, tag);
   __syncthreads();
   if (FIRST == QKV) {
-    attend(first, layer.cache, work, position, capacity, letters, mark);
-    join(heads, letters, mark);
+    attend(first, layer.cache, work, position, capacity, mailbox, tag);
+    combine_heads(heads, mailbox, tag);
   }
   product<SECOND>(stream, FIRST == QKV ? heads : first, work, [&](int b, int c, float sum) {
-    send(found + ((size_t)team() * B + b) * C + rank() * OWN + c, sum, mark);
+    send(results + ((size_t)cluster() * B + b) * C + rank() * OWN + c, sum, tag);
   });
 }
 
-// The tokens are `previous` (B), what an earlier launch chose, or where that is null `tokens`; they stand at `position` in
-// their texts. Either logits (B, V) or likeliest (B), among the first `choices` tokens, may be null.
-// found (4, TEAMS, B, C): letters to all blocks of a rank, and then (B, BLOCKS, 2) to the first block. letters (BLOCKS,
-// PLACES): those of teams that are no clusters. mark: of the launch's first letters; the 2 L after it are its too.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) TEAM
-decode(float* logits, int* likeliest, const int* previous, const Layer* layers, const REAL* wte, const REAL* wpe,
-       const float* ln_f_weight, const float* ln_f_bias, Letter* found, Letter* letters,
-       const __grid_constant__ Tokens tokens, int choices, int position, int capacity, float eps, unsigned mark) {
+// The tokens are `previous` (B), chosen by an earlier launch, or where that is null `tokens`; they are at `position` in
+// their texts. Either logits (B, V) or chosen (B), chosen among the first `choices` tokens, may be null.
+// results (4, CLUSTERS, B, C): messages to all blocks of a rank; behind them (B, BLOCKS, 2) to block 0.
+// mailbox (BLOCKS, MAILBOX): used without hardware clusters.
+// tag: of the first messages of this launch, which uses the 2 L tags after it too.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_DIMS
+decode(float* logits, int* chosen, const int* previous, const Layer* layers, const REAL* wte, const REAL* wpe,
+       const float* ln_f_weight, const float* ln_f_bias, Message* results, Message* mailbox,
+       const __grid_constant__ Tokens tokens, int choices, int position, int capacity, float eps, unsigned tag) {
   DYN_SMEM(unsigned char, memory);
-  float* work = (float*)(memory + AHEAD * THREADS * 16);  // of products and attention; last, x of all ranks
+  float* work = (float*)(memory + PREFETCH * THREADS * 16);  // of products and attention; at the end, x of all ranks
   float* first = work + larger(THREADS * VEC + 16, larger(WARPS * (D + 2), B * C));
   float *heads = first + B * larger(3 * WIDTH, HIDDEN), *here = heads + B * WIDTH, *x = here + B * OWN;
   Stream stream(layers, memory);
-#if IN_CLUSTERS
-  letters = (Letter*)(x + B * OWN);
-  for (int i = threadIdx.x; i < PLACES; i += THREADS) letters[i] = (Letter)(mark - 1) << 32;  // no mark of this launch
+#if HARDWARE_CLUSTERS
+  mailbox = (Message*)(x + B * OWN);
+  for (int i = threadIdx.x; i < MAILBOX; i += THREADS) mailbox[i] = (Message)(tag - 1) << 32;  // no tag of this launch
   cluster_barrier<RANKS>();
 #else
-  letters += (size_t)blockIdx.x * PLACES;
+  mailbox += (size_t)blockIdx.x * MAILBOX;
 #endif
-  for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // whose x no other thread asks for
+  for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // x: read by the thread that writes it
     int c = rank() * OWN + i % OWN, token = previous ? max(previous[i / OWN], 0) : tokens.id[i / OWN];
     x[i] = f32(wte[(size_t)token * C + c]) + f32(wpe[(size_t)position * C + c]);
   }
   constexpr int EACH = repeats(B * OWN);
 #pragma unroll 1
-  for (int half = 0;; half++, mark++) {
+  for (int half = 0;; half++, tag++) {
     bool mlp = half % 2, end = half == 2 * L;
     const Layer &layer = layers[min(half / 2, L - 1)], &before = layers[max(half - 1, 0) / 2];
-    float last_bias[EACH], weight[EACH], bias[EACH];  // asked for before it is needed
+    float last_bias[EACH], weight[EACH], bias[EACH];  // loaded before it is needed
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       int c = rank() * OWN + (threadIdx.x + k * THREADS) % OWN;
@@ -581,34 +598,34 @@ decode(float* logits, int* likeliest, const int* previous, const Layer* layers, 
       weight[k] = (end ? ln_f_weight : layer.norm[mlp ? 2 : 0])[c];
       bias[k] = (end ? ln_f_bias : layer.norm[mlp ? 3 : 1])[c];
     }
-    if (mlp && half / 2 + 1 < L) warm(layers[half / 2 + 1]);
-    if (half >= 2 * L - EARLY && !end) warm_vocabulary(wte, half - (2 * L - EARLY));
-    if (!mlp && !end) warm_keys(layer.cache, position, capacity);
+    if (mlp && half / 2 + 1 < L) prefetch_vectors(layers[half / 2 + 1]);
+    if (half >= 2 * L - WTE_HALVES && !end) prefetch_wte(wte, half - (2 * L - WTE_HALVES));
+    if (!mlp && !end) prefetch_keys(layer.cache, position, capacity);
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       int i = threadIdx.x + k * THREADS;
       if (i >= B * OWN) break;
-      const Letter* place = found + ((size_t)(half + 3) % 4 * TEAMS * B + i / OWN) * C + rank() * OWN + i % OWN;
+      const Message* entry = results + ((size_t)(half + 3) % 4 * CLUSTERS * B + i / OWN) * C + rank() * OWN + i % OWN;
       if (half)
-        x[i] += last_bias[k] + (mlp ? receive_sum<ATTENDING>(place, B * C, mark - 1)
-                                    : receive_sum<TEAMS>(place, B * C, mark - 1));
+        x[i] += last_bias[k] + (mlp ? receive_sum<ATTENTION_CLUSTERS>(entry, B * C, tag - 1)
+                                    : receive_sum<CLUSTERS>(entry, B * C, tag - 1));
       here[i] = x[i];
     }
-    if (!mlp && !end && team() >= ATTENDING) continue;
-    normalise(here, weight, bias, eps, letters, mark);
+    if (!mlp && !end && cluster() >= ATTENTION_CLUSTERS) continue;
+    layernorm(here, weight, bias, eps, mailbox, tag);
     if (end) break;
-    Letter* to = found + (size_t)half % 4 * TEAMS * B * C;
+    Message* to = results + (size_t)half % 4 * CLUSTERS * B * C;
     if (mlp)
-      half_layer<MLP_IN, MLP_OUT>(stream, layer, here, first, heads, work, to, letters, position, capacity, mark);
+      half_layer<MLP_IN, MLP_OUT>(stream, layer, here, first, heads, work, to, mailbox, position, capacity, tag);
     else
-      half_layer<QKV, PROJECTION>(stream, layer, here, first, heads, work, to, letters, position, capacity, mark);
+      half_layer<QKV, PROJECTION>(stream, layer, here, first, heads, work, to, mailbox, position, capacity, tag);
   }
   for (int i = threadIdx.x; i < B * OWN; i += THREADS)
-    tell_team(letters + WHOLE + i / OWN * C + rank() * OWN + i % OWN, here[i], mark);
-  for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(letters + WHOLE + i, 1, mark);
+    send_to_cluster(mailbox + TOTALS + i / OWN * C + rank() * OWN + i % OWN, here[i], tag);
+  for (int i = threadIdx.x; i < B * C; i += THREADS) work[i] = receive_sum<1>(mailbox + TOTALS + i, 1, tag);
   __syncthreads();
-  cp_async_wait<0>();  // of nothing: the last matrix has been used
+  cp_async_wait<0>();  // nothing is pending: the last matrix has been used
   Choice* best = (Choice*)memory;
-  vocabulary(logits, best, likeliest ? choices : 0, work, wte);
-  if (likeliest) choose(likeliest, best, found + (size_t)4 * TEAMS * B * C, mark);
+  lm_head(logits, best, chosen ? choices : 0, work, wte);
+  if (chosen) choose_token(chosen, best, results + (size_t)4 * CLUSTERS * B * C, tag);
 }

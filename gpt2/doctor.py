@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,19 +72,6 @@ def probe_python() -> Finding:
     return first((tuple(sys.version_info[:2]) < OLDEST_PYTHON, WRONG, text, newer, True), (True, OK, text))
 
 
-def requirements() -> list[tuple[str, ...]]:
-    """(name, oldest version, first version too new) of every package that the project needs."""
-    import tomllib
-
-    file = ROOT / "pyproject.toml"
-    if file.is_file():
-        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
-    else:
-        lines = [line for line in metadata.requires("tinygrad2") or [] if "extra ==" not in line]
-    found = (re.match(r"([\w.-]+)(?=.*>=([\d.]+))(?=.*<([\d.]+))", line) for line in lines)
-    return [match.groups() for match in found if match]
-
-
 def probe_packages() -> Finding:
     """What pyproject.toml demands (Numba has a probe of its own): installed in the right version, importable."""
 
@@ -93,7 +79,7 @@ def probe_packages() -> Finding:
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
     installed, bad = {}, []
-    for name, oldest, too_new in requirements():
+    for name, oldest, too_new in machine.requirements(ROOT):
         if name != "numba":
             try:
                 version = installed[name] = metadata.version(name)
@@ -175,19 +161,10 @@ def probe_disk() -> Finding:
     return first((free < DISK_NEEDED, WRONG, text, remedy, True), (True, OK, text))
 
 
-def caches() -> dict[str, Path]:
-    """The folders that libraries write to, by the environment variable that names another."""
-    temporary = Path(tempfile.gettempdir())
-    tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
-    libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
-    folders = ("TMPDIR", temporary), *libraries, ("HF_HOME", "~/.cache/huggingface")
-    return {name: Path(os.environ.get(name) or default).expanduser() for name, default in folders}
-
-
 def probe_folders() -> Finding:
     """Whether the folders can be written that a run, a download or a compiler writes to."""
-    here, listed = write_error(Path.cwd()), ", ".join(map(str, caches().values()))
-    bad = {name: why for name, folder in caches().items() if (why := write_error(folder))}
+    here, listed = write_error(Path.cwd()), ", ".join(map(str, machine.cache_folders().values()))
+    bad = {name: why for name, folder in machine.cache_folders().items() if (why := write_error(folder))}
     return first(
         (here, WRONG, here, "go to a folder of yours; data/ and out/ are made there", True),
         (bad, WRONG, "; ".join(bad.values()), f"set {' and '.join(bad)} to folders that can be written"),
@@ -198,7 +175,7 @@ def probe_folders() -> Finding:
 def probe_tokenizer() -> Finding:
     """GPT-2's vocabulary, which tiktoken downloads once (1.5 MB); bytes, the default, need none."""
     said = ask(TOKENIZER, seconds=40)
-    folder, reason = caches()["TIKTOKEN_CACHE_DIR"], said.get("error", "").split(";")[0]
+    folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], said.get("error", "").split(";")[0]
     connect = f"only for --tokenizer gpt2: connect once, or put tiktoken's two files into {folder}"
     return first(
         (reason, MISSING, re.sub(r"^\w*Error: ", "", reason), connect),

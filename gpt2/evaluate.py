@@ -75,8 +75,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    if options.dtype == "bfloat16" and model.backend.device != "cpu" and (lacks := model.backend.lacks("bfloat16")):
-        raise ValueError(f"--dtype {lacks}")
+    if not model.backend.narrow_weights and (reason := model.backend.unsupported_reason(options.dtype)):
+        raise ValueError(f"--dtype {reason}")
 
     def measure() -> JsonObject:
         results: JsonObject = {}

@@ -30,11 +30,11 @@ class KVCache:
         self.decoder = Decoder.fitting(model, self)
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
-        """Greedy continuation of `tokens` (B,), among the first `choices` ids: up to `most` tokens of each text, and as
-        long as there is room; where there is a decoder (see Decoder.likeliest)."""
+        """Greedy continuation of `tokens` (B,), among the first `choices` ids: yields up to `most` tokens of each text,
+        fewer if the cache is full. Only with a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
-        for found in self.decoder.likeliest(tokens, first, count, choices):
+        for found in self.decoder.greedy(tokens, first, count, choices):
             self.length += 1
             yield found
 

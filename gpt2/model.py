@@ -17,7 +17,8 @@ from gpt2.generate import Sampling, complete
 from gpt2.language_model import Cache
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
-from tinygrad2.backend import PRECISIONS, Backend, get_backend
+from tinygrad2.backend import Backend, get_backend
+from tinygrad2.precision import PRECISIONS
 from tinygrad2.random import INIT_STEP
 
 SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its result, and on the MLP's
@@ -134,13 +135,10 @@ class GPT2(nn.Module):
         self.config = config
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(PRECISIONS)}")
-        if lacks := get_backend(device).lacks(dtype):
-            raise ValueError(f"GPT2: {lacks}")
-        if dtype == "bfloat16" and (config.head_size % 16 or config.head_size > 128):
-            raise ValueError(
-                f"GPT2: heads of {config.head_size} numbers do not train in bfloat16, only multiples of 16 up to 128"
-            )
-        self.precision, self.dtype = dtype, PRECISIONS[dtype]
+        backend, precision = get_backend(device), PRECISIONS[dtype]
+        if reason := backend.unsupported_reason(dtype, config.head_size):
+            raise ValueError(f"GPT2: {reason}")
+        self.precision, self.dtype = dtype, precision.parameters
         placement: _Placement = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
         # In the reverse of the order in which the backward pass finishes the gradients (see ParameterArena). That of
@@ -149,8 +147,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.weight(std), **placement)
         self.h = [Block(config, init, **placement) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
-        get_backend(device).use_tf32(dtype == "tf32")
-        if dtype == "bfloat16":
+        if backend.cuda:
+            backend.cuda.use_tf32(precision.tf32)
+        if precision.copies:
             for parameter in self.parameters():
                 parameter.hold_copy()
 
@@ -228,7 +227,7 @@ class GPT2(nn.Module):
         Raises ValueError if a tensor is missing, unexpected, or of another shape, and FileNotFoundError if a file is
         missing. The message names it.
         """
-        narrow = dtype == "bfloat16" and get_backend(device).device == "cpu"
+        narrow = dtype in PRECISIONS and PRECISIONS[dtype].copies and get_backend(device).narrow_weights
         config = model_file.load_config(path)
         model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
         model_file.load_into(model, path)

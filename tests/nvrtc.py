@@ -20,12 +20,13 @@ from typing import Any
 
 import gpt2
 from gpt2.config import GPT2Config
-from gpt2.decode import MOST_TEXTS, Plan
+from gpt2.decode import MAX_TEXTS, LaunchPlan
+from tinygrad2.backend import Limits
 from tinygrad2.kernels import cuda
 
 ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
 TYPES = ("bf16", "float")
-H200 = {"processors": 132, "shared_memory": 227 << 10, "capability": 9}  # as Backend.limits
+H200 = Limits(processors=132, shared_memory=227 << 10, capability=9)
 
 
 def _each(**choices: Sequence[Any]) -> list[dict[str, Any]]:
@@ -60,15 +61,15 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         for real, resident in (("bf16", 1), ("bf16", 0), ("float", 0))
     ],
     "embedding": [
-        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "CHUNK": 64}
+        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "BLOCK_ROWS": 64}
         for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
     ],
     "decode": [  # of 132 processors, 15 clusters of 8 run at once
         {"REAL": REAL, **plan.constants(config)}
         for REAL, itemsize in zip(TYPES, (2, 4), strict=True)
-        for texts in (1, 4, MOST_TEXTS)
+        for texts in (1, 4, MAX_TEXTS)
         for config in map(GPT2Config.preset, ("gpt2", "gpt2-xl"))
-        if (plan := Plan.of(config, texts, itemsize, H200, teams=15))
+        if (plan := LaunchPlan.of(config, texts, itemsize, H200, max_clusters=15))
     ],
     "dropout": _each(REAL=TYPES),
     "optimizer": [{}],
@@ -128,8 +129,8 @@ def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[
     from cupy_backends.cuda.libs import nvrtc
 
     defines = {name: value for name, value in defines.items() if name != "kernels"}
-    if int(target.split("_")[1]) < 90 and "IN_CLUSTERS" in defines:
-        defines["IN_CLUSTERS"] = 0
+    if int(target.split("_")[1]) < 90 and "HARDWARE_CLUSTERS" in defines:
+        defines["HARDWARE_CLUSTERS"] = 0
     own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
     added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")

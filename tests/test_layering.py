@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "machine"),
+    ("array", "files", "gpus", "machine", "precision"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -21,7 +21,7 @@ ENGINE = (
     ("tensor", "distributed", "profiler"),
     ("ops", "params"),
     ("nn",),
-    ("optim", "gradcheck", "diagnose"),
+    ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
 )
 MODEL = (
@@ -43,7 +43,7 @@ RANK = {
     for rank, row in enumerate(rows)
     for name in row
 }
-ROOMS = ("tinygrad2.kernels", "gpt2.formats", "gpt2.training")  # folders
+ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
 # Packages from the bottom up: the engine does not know the model, the model does not know the scripts.
 PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "tests": 4}
 # What gpt2 and the scripts may import of the engine, besides the names that the package itself exports.
@@ -54,10 +54,12 @@ PUBLIC_MODULES = {
     "distributed",
     "files",
     "gradcheck",
+    "gradient_sum",
     "machine",
     "nn",
     "ops",
     "optim",
+    "precision",
     "profiler",
     "random",
     "threads",
@@ -89,7 +91,7 @@ def imports(source):
 
 def target_of(module, name, modules):
     """The module that an import reaches: `from package import module` reaches the module, not the package."""
-    for candidate in (f"{module}.{name}", module):
+    for candidate in (f"{module}.{name}", f"{module}.{name}.__init__", module):
         if candidate in modules:
             return candidate
     return f"{module}.__init__" if f"{module}.__init__" in modules else module

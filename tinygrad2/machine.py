@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -170,3 +171,25 @@ def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[st
         return "", f"it was ended by signal {-process.returncode}"
     lines = (errors.strip() or output.strip()).splitlines()
     return "", lines[-1].strip() if lines else f"it ended with status {process.returncode}"
+
+
+def requirements(root: Path) -> list[tuple[str, ...]]:
+    """(name, oldest version, first version too new) of every package that the project in the folder `root` needs."""
+    import tomllib
+
+    file = root / "pyproject.toml"
+    if file.is_file():
+        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = [line for line in metadata.requires("tinygrad2") or [] if "extra ==" not in line]
+    found = (re.match(r"([\w.-]+)(?=.*>=([\d.]+))(?=.*<([\d.]+))", line) for line in lines)
+    return [match.groups() for match in found if match]
+
+
+def cache_folders() -> dict[str, Path]:
+    """The folders that libraries write to, by the environment variable that names another."""
+    temporary = Path(tempfile.gettempdir())
+    tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
+    libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
+    folders = ("TMPDIR", temporary), *libraries, ("HF_HOME", "~/.cache/huggingface")
+    return {name: Path(os.environ.get(name) or default).expanduser() for name, default in folders}

@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy
 
 from tinygrad2 import ops, random
-from tinygrad2.backend import check_dtype, get_backend
+from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena
+from tinygrad2.precision import check_parameter_dtype
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
@@ -66,7 +67,7 @@ class Module:
         no gradients: compute inside no_grad(). On the CPU only; raises ValueError elsewhere.
         """
         for parameter in list(self.parameters()):
-            if parameter.backend.device != "cpu":
+            if not parameter.backend.narrow_weights:
                 raise ValueError(
                     f"bfloat16: weights held in bfloat16 alone are supported on the CPU only; the model is on "
                     f'{parameter.backend.device}; move it with to("cpu") or --device cpu'
@@ -107,7 +108,7 @@ def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Paramete
 
 
 def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:
-    return Parameter(get_backend(device).asarray(values, dtype=check_dtype(dtype)))
+    return Parameter(get_backend(device).asarray(values, dtype=check_parameter_dtype(dtype)))
 
 
 class Linear(Module):

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import numpy
 from ml_dtypes import bfloat16
 
+from tinygrad2.array import Array
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import Backend, backend_of
-from tinygrad2.distributed import Comm
+from tinygrad2.distributed import Comm, Staging
 from tinygrad2.tensor import Tensor
 
-BUCKET = 1 << 22  # numbers that are reduced over ranks at a time
+BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
 
 class Parameter(Tensor):
-    """A tensor that an optimizer changes: always a leaf.
+    """A tensor that an optimizer updates: always a leaf.
 
     Assigning to `.data` and `.grad` copies into the parameter's memory (and assigning None to `.grad` clears it), so
     that a parameter never leaves the arena it was placed in.
 
-    copy  hold a copy in bfloat16 beside the data, and in step with them: what operations read (see `compute`), while
-          the optimizer adds its small steps to the data, in float32.
+    copy  hold a bfloat16 copy of the data, kept equal to it: operations read the copy (see `compute`), while the
+          optimizer adds its small updates to the data, in float32.
     """
 
     __slots__ = ("_data", "_copy", "_placed")
-    _data: Any
+    _data: Array
 
-    def __init__(self, data: Any, copy: bool = False):
-        self._copy: Any = None
+    def __init__(self, data: Array, copy: bool = False):
+        self._copy: Array | None = None
         self._placed = False
         super().__init__(data, requires_grad=True)
         if copy:
@@ -45,29 +46,29 @@ class Parameter(Tensor):
         return self.leaf
 
     @property
-    def data(self) -> Any:
+    def data(self) -> Array:
         return self._data
 
     @data.setter
     def data(self, values: Any) -> None:
         if hasattr(self, "_data"):
-            self._data[...] = self._fitting("data", values)
+            self._data[...] = self._checked("data", values)
             if self._copy is not None:
                 self._copy[...] = self._data.astype(bfloat16)
         else:
             self._data = values
 
     @property
-    def compute(self) -> Any:
+    def compute(self) -> Array:
         return self._data if self._copy is None else self._copy
 
     @property
     def has_copy(self) -> bool:
-        """Whether a copy in bfloat16 is held."""
+        """Whether a bfloat16 copy is held."""
         return self._copy is not None
 
     def hold_copy(self) -> None:
-        """Hold a copy in bfloat16 from now on; the parameter then stands for itself, outside any arena."""
+        """Hold a bfloat16 copy from now on. The parameter leaves its arena."""
         self._copy, self._placed = self._data.astype(bfloat16), False
 
     @property
@@ -77,22 +78,22 @@ class Parameter(Tensor):
     @grad.setter
     def grad(self, values: Any) -> None:
         if values is not None:
-            values = self._fitting("grad", values)
+            values = self._checked("grad", values)
         if self._placed:
             self._leaf.buffer()[...] = 0 if values is None else values
         else:
             self._leaf.grad = values
 
-    def _fitting(self, name: str, values: Any) -> Any:
+    def _checked(self, name: str, values: Any) -> Array:
         values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
         if values.shape != self._data.shape:
             raise ValueError(f"parameter: {name} of shape {values.shape} assigned; expected {self._data.shape}")
         return values
 
     def move(self, backend: Backend) -> None:
-        """Move to another backend, the gradient too; the parameter then stands for itself, outside any arena.
+        """Move to another backend, with the gradient. The parameter leaves its arena.
 
-        A copy in bfloat16 stays behind: the device moved to may want none.
+        A bfloat16 copy is dropped: the new device may not need one.
         """
         old, grad = backend_of(self._data), self._leaf.grad
         self._data, self._copy = backend.asarray(old.to_host(self._data)), None
@@ -101,14 +102,14 @@ class Parameter(Tensor):
         self._placed = False
 
     def narrow(self) -> None:
-        """Hold the values in bfloat16, half the memory; the parameter then serves to generate, and has no gradient."""
+        """Hold the values in bfloat16, in half the memory. The parameter can then only be read, and has no gradient."""
         host = backend_of(self._data).to_host(self._data)
         self._data, self._copy, self._leaf.grad, self._placed = host.astype(bfloat16), None, None, False
 
-    def place(self, data: Any, grad: Any, copy: Any = None) -> None:
-        """Move to the memory `data`, `grad` and `copy` (views of the parameter's shape), taking the values along.
+    def place(self, data: Array, grad: Array, copy: Array | None = None) -> None:
+        """Move the values to the memory `data`, `grad` and `copy` (views of the parameter's shape).
 
-        copy  for a parameter that holds a copy, and for no other.
+        copy  given exactly where the parameter holds a copy.
         """
         data[...] = self._data
         if self._leaf.grad is not None:
@@ -120,39 +121,39 @@ class Parameter(Tensor):
 
 @dataclass
 class Region:
-    """One flat run of parameters that the optimizer treats alike.
+    """A flat buffer of the parameters with weight decay, or of those without.
 
     values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
-    copies  the values in bfloat16, which the optimizer keeps in step, or None.
+    copies  the values in bfloat16, kept equal to them, or None.
     """
 
     name: str
-    values: Any
-    grads: Any
+    values: Array
+    grads: Array
     where: dict[str, tuple[int, int]]
-    copies: Any = None
+    copies: Array | None = None
 
 
 @dataclass
 class Bucket:
-    """The numbers start ... stop - 1 of a region, and the names of the parameters that have some of them.
+    """The elements start ... stop - 1 of a region, which ranks transfer at a time, and the names of its parameters.
 
-    host  memory of the host that they pass through on their way to other ranks.
+    staging  host memory for the transfer.
     """
 
     region: Region
     start: int
     stop: int
     names: list[str]
-    host: numpy.ndarray | None = None
+    staging: Staging = field(default_factory=Staging)
 
 
 class ParameterArena:
     """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
 
-    Clearing the gradients is one memset a region, the optimizer one kernel a region, and any run of gradients that is
-    final can be reduced over ranks as one slice. For that, parameters stand in the order in which the backward pass
-    finishes their gradients: last registered, first final. An embedding that is tied to the output layer is registered
+    Clearing the gradients is one memset per region, the optimizer one kernel per region, and ranks sum any run of
+    final gradients as one slice. For that, parameters stand in the order in which the backward pass finishes their
+    gradients: the last registered is the first to be final. An embedding that is tied to the output layer is registered
     first and final last.
     """
 
@@ -169,7 +170,7 @@ class ParameterArena:
                 raise TypeError(f"ParameterArena: {name} is {parameter.dtype}, others are {self.dtype}; use one dtype")
             if parameter.has_copy != self.has_copies:
                 raise TypeError(
-                    f"ParameterArena: some parameters hold a copy, others not; {name} is the first to differ"
+                    f"ParameterArena: some parameters hold a bfloat16 copy and some not; {name} differs from the first"
                 )
         self.regions = [
             self._place("decay", [(name, p) for name, p in backward_order if p.ndim >= 2]),
@@ -184,10 +185,9 @@ class ParameterArena:
         values, grads = self.backend.zeros((stop,), self.dtype), self.backend.zeros((stop,), self.dtype)
         copies = self.backend.zeros((stop,), bfloat16) if self.has_copies else None
         for name, parameter in members:
-            views = (
-                None if a is None else a[slice(*where[name])].reshape(parameter.shape) for a in (values, grads, copies)
-            )
-            parameter.place(*views)
+            place, shape = slice(*where[name]), parameter.shape
+            copy = None if copies is None else copies[place].reshape(shape)
+            parameter.place(values[place].reshape(shape), grads[place].reshape(shape), copy)
         return Region(region, values, grads, where, copies)
 
     def zero_grad(self) -> None:
@@ -196,34 +196,38 @@ class ParameterArena:
             region.grads[...] = 0
 
     def refresh_copies(self) -> None:
-        """Bring the copies in step with values that were changed in the flat buffers."""
+        """Round the values to the bfloat16 copies again, after they were changed in the flat buffers."""
         for region in self.regions:
             if region.copies is not None:
                 region.copies[...] = region.values.astype(bfloat16)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The regions in pieces of BUCKET numbers, in the order in which the backward pass finishes them."""
-        buckets = []
+        """The regions in runs of whole parameters, in the order in which the backward pass finishes them. A run has up
+        to BUCKET_SIZE elements; a larger parameter is a bucket of its own."""
+        buckets: list[Bucket] = []
         for region in self.regions:
-            for first in range(0, len(region.values), BUCKET):
-                last = min(first + BUCKET, len(region.values))
-                names = [name for name, (start, stop) in region.where.items() if start < last and first < stop]
-                buckets.append(Bucket(region, first, last, names))
-        turn = {name: i for i, name in enumerate(self.parameters)}
-        return sorted(buckets, key=lambda bucket: turn[bucket.names[-1]])
+            for name, (start, stop) in region.where.items():
+                last = buckets[-1] if buckets else None
+                if last and last.region is region and stop - last.start <= BUCKET_SIZE:
+                    last.stop = stop
+                    last.names.append(name)
+                else:
+                    buckets.append(Bucket(region, start, stop, [name]))
+        order = {name: i for i, name in enumerate(self.parameters)}
+        return sorted(buckets, key=lambda bucket: order[bucket.names[-1]])
 
     def check_equal(self, comm: Comm) -> None:
-        """Raise ValueError naming the first parameter that is not the same on every rank, bit for bit."""
+        """Raise ValueError naming the first parameter that is not bitwise equal on all ranks."""
         if comm.size == 1:
             return
         names = list(self.parameters)[::-1]  # as they were registered
         host = (self.backend.to_host(self.parameters[name].data) for name in names)
-        sums = comm.all_gather(numpy.array([zlib.crc32(numpy.asarray(values, order="C").data) for values in host]))
-        differs = sums != sums[0]
+        checksums = comm.all_gather(numpy.array([zlib.crc32(numpy.asarray(values, order="C").data) for values in host]))
+        differs = checksums != checksums[0]
         if differs.any():
             first = int(differs.any(axis=0).argmax())
             raise ValueError(
-                f"the ranks have drifted apart: {names[first]} is not the same on rank {differs[:, first].argmax()} as "
-                f"on rank 0, by its checksum. The machines may differ, or one may be faulty; go on from a checkpoint"
+                f"the ranks have diverged: {names[first]} on rank {differs[:, first].argmax()} differs from rank 0, by "
+                f"its checksum. The machines may differ, or one may be faulty; resume from a checkpoint"
             )

@@ -1,49 +1,49 @@
-"""Where the time of training steps goes, by operation, forward and backward."""
+"""How long each operation of a training step takes, forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from tinygrad2.backend import Backend
+from tinygrad2.backend import Backend, Timestamp
 
 
 class Profiler:
-    """Times every kernel of a backend that is called inside the context, which is entered once a step.
+    """Times every kernel of a backend that is called inside the context, which is entered once for each step.
 
-    On a GPU the times are the device's, between events on its stream; reading them out waits for it.
+    On a GPU the times are between events in the device's stream; `table` waits for them.
     """
 
     def __init__(self, backend: Backend):
         self.backend = backend
         self.steps = 0
         self._kernels = dict(vars(backend.kernels))
-        self._spans: list[tuple[str, Any, Any]] = []  # kernel (or "" for the whole step), and its first and last moment
+        self._spans: list[tuple[str, Timestamp, Timestamp]] = []  # kernel ("" for the whole step), start, stop
 
     def __enter__(self) -> Profiler:
         for name, function in self._kernels.items():
             if callable(function) and not isinstance(function, type):
                 setattr(self.backend.kernels, name, self._timed(name, function))
-        self._started = self.backend.moment()
+        self._started = self.backend.timestamp()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._spans.append(("", self._started, self.backend.moment()))
+        self._spans.append(("", self._started, self.backend.timestamp()))
         vars(self.backend.kernels).update(self._kernels)
         self.steps += 1
 
-    def _timed(self, name: str, function: Callable) -> Callable:
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            start = self.backend.moment()
+            start = self.backend.timestamp()
             result = function(*arguments)
-            self._spans.append((name, start, self.backend.moment()))
+            self._spans.append((name, start, self.backend.timestamp()))
             return result
 
         return call
 
     def table(self) -> list[str]:
-        """A line for each operation, the longest first: calls and milliseconds a step, and the share of the step."""
-        seconds: dict[str, list[float]] = {}  # forward, backward, calls, all told
+        """A line for each operation, the slowest first: calls and milliseconds of a step, and the share of the step."""
+        seconds: dict[str, list[float]] = {}  # totals: forward, backward, calls
         whole = 0.0
         for name, start, stop in self._spans:
             spent = self.backend.seconds(start, stop)

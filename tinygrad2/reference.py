@@ -661,39 +661,99 @@ def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dwei
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def squared_norm(x):
+def squared_norm(x: Array) -> Array:
     """The sum of x_i^2 over a flat array, 0-d, in x's dtype."""
     return np.dot(x, x)
 
 
-def _debias(beta, step):
-    """1 - beta^step, without the cancellation: beta near 1 would leave few digits of it in float32."""
+def adamw_step(
+    value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
+) -> None:  # fmt: skip
+    """One step of AdamW on flat arrays; value, m and v are changed in place.
+
+    g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
+    value = value - lr (m^ / (sqrt(v^) + eps) + weight_decay value);  step counts from 1.
+    scale, lr and step, which differ from step to step, are 0-d arrays of value's dtype. scale is the clipping factor;
+    where it is NaN, nothing is changed (see `_assign`).
+    Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
+    """
+    g = scale * grad
+    new_m = beta1 * m + (1 - beta1) * g
+    new_v = beta2 * v + (1 - beta2) * g * g
+    m_hat = new_m / _bias_correction(beta1, step)
+    v_hat = new_v / _bias_correction(beta2, step)
+    new_value = value - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * value)
+    _assign(scale, (value, new_value), (m, new_m), (v, new_v))
+
+
+def sgd_step(
+    value: Array, grad: Array, buffer: Array | None, scale: Array, lr: Array,
+    momentum: float, nesterov: bool, weight_decay: float,
+) -> None:  # fmt: skip
+    """One step of stochastic gradient descent on flat arrays; value and buffer are changed in place.
+
+    g = scale grad + weight_decay value;  buffer = momentum buffer + g
+    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g where buffer is None.
+    scale and lr as for adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
+    """
+    g = scale * grad + weight_decay * value
+    if buffer is None:
+        _assign(scale, (value, value - lr * g))
+        return
+    new_buffer = momentum * buffer + g
+    direction = g + momentum * new_buffer if nesterov else new_buffer
+    _assign(scale, (value, value - lr * direction), (buffer, new_buffer))
+
+
+def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> Array:
+    """The direction that Muon orthogonalizes, of flat arrays; buffer is changed in place.
+
+    g = scale grad;  buffer = momentum buffer + (1 - momentum) g;  direction = momentum buffer + (1 - momentum) g
+    In direction, buffer is the new one (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
+    """
+    g = (1 - momentum) * scale * grad
+    new_buffer = momentum * buffer + g
+    _assign(scale, (buffer, new_buffer))
+    return momentum * new_buffer + g
+
+
+def orthogonalize(*matrices: Array) -> None:
+    """Replace each matrix X = U S V^T (its singular value decomposition) by about U V^T, in place.
+
+    X = X / ||X||, so that no singular value is above 1. Then five times (Newton-Schulz), with A = X X^T:
+        X <- a X + (b A + c A^2) X,  which is  U (a S + b S^3 + c S^5) V^T:
+    the vectors stay, and each singular value s becomes a s + b s^3 + c s^5. The coefficients drive all but tiny ones to
+    between 0.7 and 1.2, fast rather than exactly.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for matrix in matrices:
+        x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # A is the smaller of X X^T and X^T X
+        x = x / np.maximum(np.sqrt(np.sum(x * x)), 1e-7)
+        for _ in range(5):
+            A = np.matmul(x, x.T)
+            x = a * x + np.matmul(b * A + c * np.matmul(A, A), x)
+        matrix[...] = x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
+    """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value), of a matrix, in place.
+
+    The factor gives an orthogonal direction the root mean square of AdamW's updates, 0.2 (arXiv:2502.16982, eq. 4).
+    scale as for adamw_step.
+    """
+    factor = 0.2 * math.sqrt(max(value.shape))
+    _assign(scale, (value, value - lr * (factor * direction + weight_decay * value)))
+
+
+def _bias_correction(beta: float, step: Array) -> Array:
+    """1 - beta^step, as -expm1(step log(beta)): in float32 the difference itself would keep few digits."""
     return -np.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
-def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    """One step of AdamW on flat arrays; value, m, v and copy are changed in place.
-
-    g = grad * grad_scale (clipping);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-    value -= lr (m / (1 - b1^step) / (sqrt(v / (1 - b2^step)) + eps) + weight_decay * value); step counts from 1.
-    copy  a flat bfloat16 array that follows value, rounded to nearest even, or None.
-    go    1, or 0 to leave everything as it is, whatever the gradient holds.
-    go, grad_scale, lr and step are 0-d arrays of value's dtype: what differs from step to step is on the device, which
-    decides by itself, and the very same launches make every step.
-    Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
-    """
-    g = np.where(go > 0, grad * grad_scale, 0)  # NaN times 0 would be NaN
-    m *= 1 - go * (1 - beta1)
-    m += go * (1 - beta1) * g
-    g *= g
-    g *= go * (1 - beta2)
-    v *= 1 - go * (1 - beta2)
-    v += g
-    value *= 1 - go * (lr * weight_decay)
-    np.sqrt(v * (1 / _debias(beta2, step)), out=g)
-    g += eps
-    np.divide(m, g, out=g)
-    g *= go * (lr / _debias(beta1, step))
-    value -= g
-    if copy is not None:
-        copy[...] = value.astype(copy.dtype)
+def _assign(scale: Array, *pairs: tuple[Array, Array]) -> None:
+    """Store each new array in the old one, or nothing where scale is NaN: the optimizer skips a step that way whose
+    gradients are not finite, without waiting for the device."""
+    for old, new in pairs:
+        old[...] = np.where(np.isnan(scale), old, new)

@@ -35,8 +35,8 @@ def describe_start(trainer: Trainer) -> None:
         f"model     {options.init or options.preset}: {model.n_parameters():,} parameters ({model.config.summary()})"
         f", {options.dtype} on {model.backend.device} ({ranks}{count} thread{'s' * (count > 1)})"
     )
-    if comm.size > 1 and model.backend.device != "cpu":
-        direct = comm.gpu_sums(model.backend)
+    if comm.size > 1 and model.backend.cuda:
+        direct = comm.nccl(model.backend)
         say(f"all-reduce: {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         hint = "mpirun --bind-to none uses them"

@@ -13,7 +13,8 @@ from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
 from tinygrad2 import optim
-from tinygrad2.backend import DEVICES, PRECISIONS
+from tinygrad2.backend import DEVICES
+from tinygrad2.precision import PRECISIONS
 
 OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
 

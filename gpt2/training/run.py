@@ -152,7 +152,7 @@ class RunFolder:
     def save(
         self,
         model: LanguageModel,
-        optimizer: optim.AdamW,
+        optimizer: optim.Optimizer,
         tokenizer: Tokenizer,
         progress: Progress,
         run_options: RunOptions,
@@ -185,7 +185,7 @@ class RunFolder:
             with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
 
-    def load_optimizer(self, state: RunState, optimizer: optim.AdamW) -> None:
+    def load_optimizer(self, state: RunState, optimizer: optim.Optimizer) -> None:
         """Load the optimizer's state from a checkpoint."""
         file = state.folder / OPTIMIZER
         arrays = checkpoint.load_arrays(file)

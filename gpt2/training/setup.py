@@ -28,8 +28,9 @@ from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
 from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
 from tinygrad2 import optim, threads
-from tinygrad2.backend import PRECISIONS, get_backend
+from tinygrad2.backend import get_backend
 from tinygrad2.distributed import Comm
+from tinygrad2.precision import PRECISIONS
 
 Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 
@@ -62,7 +63,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     options = resolve_options(merged, config, defaults)
     for name in FIXED_OPTIONS:
         was, asked = getattr(before, name), getattr(options, name)
-        if was != asked and not (name == "dtype" and PRECISIONS[was] == PRECISIONS[asked]):
+        if was != asked and not (name == "dtype" and PRECISIONS[was].parameters == PRECISIONS[asked].parameters):
             raise UsageError(
                 f"{saved.folder.parent}/ has a run with {flag(name)} {was}; it cannot be resumed with {asked}. "
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
@@ -88,8 +89,8 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
     run_options.options["total_batch_size"] = options.total_batch_size  # also when resumed on other numbers of ranks
-    if unsupported := get_backend(options.device).lacks(options.dtype):
-        say(f"--dtype {unsupported}; computing in float32")
+    if reason := get_backend(options.device).unsupported_reason(options.dtype):
+        say(f"--dtype {reason}; computing in float32")
         options.dtype = "float32"
     if options.threads:
         threads.set_count(options.threads)

@@ -19,8 +19,9 @@ from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
 from tinygrad2.array import Array
-from tinygrad2.backend import Fetch
+from tinygrad2.backend import PendingScalars
 from tinygrad2.checkpoint import JsonObject
+from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
@@ -38,7 +39,7 @@ class Trainer:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: optim.AdamW,
+        optimizer: optim.Optimizer,
         options: Options,
         data: tuple[TokenDataset, TokenDataset, Tokenizer],
         folder: RunFolder,
@@ -47,13 +48,14 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = optim.GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
         self.first_step = progress.step + 1  # since this start
         self.profiler = Profiler(model.backend) if options.profile else None
         self.stopping = False  # a rank was requested to stop
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
-        self._peak = model.backend.peak(options.dtype)  # TFLOP/s, where known
+        cuda = model.backend.cuda
+        self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, where known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
@@ -163,7 +165,7 @@ class LaunchedStep:
     lr: float
     step_tokens: int
     tokens: int
-    result: Fetch
+    result: PendingScalars
 
     def row(self, loss: float, norm: float, seconds: float, waited: float) -> JsonObject:
         """Its row in log.jsonl."""

@@ -48,7 +48,7 @@ from gpt2.convert import convert  # noqa: E402
 from gpt2.formats import torch_file  # noqa: E402
 from gpt2.formats.stored import Stored  # noqa: E402
 from gpt2.training.dataset import SPLITS, TokenDataset  # noqa: E402
-from gpt2.training.run import Progress, RunOptions, RunFolder, read_log  # noqa: E402
+from gpt2.training.run import Progress, RunFolder, RunOptions, read_log  # noqa: E402
 from tinygrad2 import optim  # noqa: E402
 from tinygrad2.checkpoint import save_arrays  # noqa: E402
 

@@ -41,11 +41,12 @@ from gpt2 import GPT2, GPT2Config  # noqa: E402
 from gpt2.generate import KVCache, generate, next_logits  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
 from tinygrad2 import no_grad, optim  # noqa: E402
-from tinygrad2.backend import get_backend, listed  # noqa: E402
+from tinygrad2.backend import get_backend  # noqa: E402
+from tinygrad2.gpus import find_gpu  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# GB/s of the memory of the GPUs in backend.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
+# GB/s of the memory of the GPUs in gpus.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
 BANDWIDTH = {
     "B200": 8000.0,
     "H200": 4800.0,
@@ -124,7 +125,7 @@ class Bench:
         self.end, self.keep = time.monotonic() + seconds, keep
         self.backend = get_backend("cuda")
         self.np = self.backend.np
-        bandwidth = listed(self.backend.name(), BANDWIDTH)
+        bandwidth = find_gpu(self.backend.name(), BANDWIDTH)
         self.bandwidth = None if bandwidth is None else BANDWIDTH[bandwidth]
         self.dtype = ml_dtypes.bfloat16 if sizes.precisions[0] == "bfloat16" else numpy.float32
         self.results: dict[str, Any] = {}
@@ -166,7 +167,7 @@ class Bench:
 
     def floor(self, nbytes: float, flops: float) -> float | None:
         """The least seconds for so many bytes of the device's memory and so many FLOPs, where its peaks are known."""
-        peak = self.backend.peak(self.sizes.precisions[0])
+        peak = self.backend.cuda.peak(self.sizes.precisions[0])
         if peak is None or self.bandwidth is None:
             return None
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
@@ -229,13 +230,13 @@ class Bench:
         figures = self.results["product"] = {}
         try:
             for precision in self.sizes.precisions:
-                self.backend.use_tf32(precision == "tf32")
+                self.backend.cuda.use_tf32(precision == "tf32")
                 dtype = ml_dtypes.bfloat16 if precision == "bfloat16" else numpy.float32
                 a, b = (self.backend.asarray(values.astype(dtype)) for _ in range(2))
                 seconds = self.timed(lambda a=a, b=b: self.np.matmul(a, b), self.sizes.repeats)[1]
                 figures[f"{precision}_tflop_per_s"] = 2 * n**3 / seconds / 1e12
         finally:
-            self.backend.use_tf32(False)
+            self.backend.cuda.use_tf32(False)
         return figures
 
     def gemm(self) -> dict[str, Any]:
@@ -265,9 +266,9 @@ class Bench:
                 seconds = self.timed(lambda a=arrays, o=options: gemm(*a, **o), self.sizes.repeats)[1]
                 nbytes = sum(array.nbytes for array in arrays) + (gradient.nbytes if kind == "wgrad" else 0)
                 figures[f"{name} {kind}"] = self.against_floor(seconds, nbytes, 2 * rows * k * n)
-            if not head and (sums := getattr(self.backend._overrides, "_column_sums", None)):
+            if not head and (launchers := self.backend.cuda.launchers):
                 into = self.backend.zeros((n,), numpy.float32)
-                seconds = self.timed(lambda dy=dy, into=into, sums=sums: sums(dy, into), self.sizes.repeats)[1]
+                seconds = self.timed(lambda dy=dy, into=into: launchers.column_sums(dy, into), self.sizes.repeats)[1]
                 figures[f"{name} dbias"] = self.against_floor(seconds, dy.nbytes, 0)
         return figures
 
@@ -318,7 +319,7 @@ class Bench:
                 self.add_row(rows, precision, batch_size)
                 if rows[-1].get("error") != "out of memory":
                     break
-        self.backend.use_tf32(False)
+        self.backend.cuda.use_tf32(False)
         return rows
 
     def add_row(self, rows: list[dict[str, Any]], precision: str, batch_size: int) -> None:
@@ -359,7 +360,7 @@ class Bench:
 
     def add_figures(self, row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
         """The figures of a step from the times that there are so far."""
-        peak = self.backend.peak(row["precision"])
+        peak = self.backend.cuda.peak(row["precision"])
         for kind, values in seconds.items():
             if values:
                 median = statistics.median(values)

@@ -44,12 +44,13 @@ def measure(preset: str, T: int, micro_steps: int, zero: bool, steps: int, cores
 
     from gpt2 import GPT2, GPT2Config
     from tinygrad2 import Key, distributed, optim, threads
+    from tinygrad2.gradient_sum import GradientSum
 
     comm = distributed.world()
     assert threads.count() == (1 if size > 1 else len(cores)), threads.count()
     model = GPT2(GPT2Config.preset(preset), seed=0)
     optimizer = optim.AdamW(model, weight_decay=0.1, shared_by=comm if zero else None)
-    sums = optim.GradientSum(model, comm, share_only=zero)
+    sums = GradientSum(model, comm, share_only=zero)
     tokens = np.random.default_rng(rank).integers(model.config.vocab_size, size=(micro_steps, 1, T + 1))
     seconds, waits = [], []
     for step in range(steps + 1):

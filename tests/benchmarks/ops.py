@@ -79,7 +79,7 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
 
     def adamw() -> None:
         flat = (array.reshape(-1) for array in (wte, a["dwte"], m, v))
-        k.adamw_step(*flat, None, one, one, lr, 0.9, 0.95, 1e-8, 0.1, one)
+        k.adamw_step(*flat, one, lr, 0.9, 0.95, 1e-8, 0.1, one)
 
     return ready(
         {

@@ -13,7 +13,8 @@ import pytest
 from gpt2 import GPT2, GPT2Config
 from tests.benchmarks import gpu
 from tests.stand_ins import strict_cupy
-from tinygrad2.backend import PEAK_TFLOPS, CudaBackend, listed
+from tinygrad2.backend import Cuda, CudaBackend
+from tinygrad2.gpus import PEAK_TFLOPS, find_gpu
 
 TINY = gpu.Sizes(
     GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=2, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0),
@@ -50,7 +51,7 @@ class Gemm:
 @pytest.fixture
 def device(monkeypatch):
     """The stand-in for CuPy. TF32 and products by cublasLt are not to be had there."""
-    monkeypatch.setattr(CudaBackend, "lacks", lambda self, precision: None)
+    monkeypatch.setattr(CudaBackend, "unsupported_reason", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
         yield counters
@@ -71,7 +72,7 @@ def test_step_figures():
 
 
 def test_floors_are_those_of_an_h200(device, monkeypatch):
-    monkeypatch.setattr(CudaBackend, "name", lambda self: "cuda: NVIDIA H200")
+    monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     bench = gpu.Bench(replace(TINY, precisions=("bfloat16",)))
     assert bench.floor(4.3e12, 0) == pytest.approx(1, rel=0.01)
     assert bench.floor(4.3e12, 2 * 790e12) == pytest.approx(2, rel=0.01)
@@ -82,8 +83,8 @@ def test_floors_are_those_of_an_h200(device, monkeypatch):
 
 def test_every_gpu_with_a_peak_has_a_bandwidth():
     assert PEAK_TFLOPS.keys() <= gpu.BANDWIDTH.keys()
-    assert gpu.BANDWIDTH[listed("NVIDIA A100-SXM4-40GB", gpu.BANDWIDTH)] == 1555
-    assert gpu.BANDWIDTH[listed("NVIDIA A100-SXM4-80GB", gpu.BANDWIDTH)] == 2039
+    assert gpu.BANDWIDTH[find_gpu("NVIDIA A100-SXM4-40GB", gpu.BANDWIDTH)] == 1555
+    assert gpu.BANDWIDTH[find_gpu("NVIDIA A100-SXM4-80GB", gpu.BANDWIDTH)] == 2039
 
 
 def test_what_a_kernel_moves_and_computes():
@@ -147,7 +148,7 @@ def test_the_whole_benchmark(device, tmp_path, capsys):
 
 
 def test_shares_are_said_where_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(CudaBackend, "name", lambda self: "cuda: NVIDIA H200")
+    monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     monkeypatch.setattr(gpu, "import_torch", broken)
     assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]

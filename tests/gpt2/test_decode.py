@@ -1,9 +1,8 @@
 """gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
 
-The kernel runs in the simulator, where its blocks wait for each other's letters as on a GPU, in several schedules.
+The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +10,16 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
-from gpt2.decode import MOST_TEXTS, Decoder
+from gpt2.decode import MAX_TEXTS, Decoder
 from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
+from tests.stand_ins.faults import plant_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
 # 3 C is no multiple of a tile's columns, V no multiple of anything; heads of 32.
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
+SOURCE = Path(decode.__file__).with_suffix(".cu")
 BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
 
 
@@ -87,14 +88,14 @@ def test_other_sizes(device, config):
     assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
 
 
-def limited(monkeypatch, model, **limits):
+def limited(monkeypatch, model, **changes):
     """The model's GPU has these limits."""
-    limits = {**model.backend.limits(), **limits}
-    monkeypatch.setattr(model.backend, "limits", lambda: limits)
+    limits = model.backend.cuda.limits()._replace(**changes)
+    monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
 
 
 @pytest.mark.parametrize("capability", [8, 9])  # without and with thread block clusters
-@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five teams, of which two have no head
+@pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five clusters, of which two have no head
 def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=processors, capability=capability)
@@ -103,7 +104,7 @@ def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors
 
 
 @pytest.mark.parametrize("clusters", [3, 1])
-def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypatch, clusters):
+def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=40)
@@ -111,12 +112,12 @@ def test_where_fewer_clusters_run_at_once_there_are_fewer_teams(device, monkeypa
     with no_grad():
         next_logits(model, tokens[:, :5], cache)
         found = [next_logits(model, tokens[:, i : i + 1], cache).numpy() for i in (5, 6)]
-    assert cache.decoder._plan.teams == clusters
+    assert cache.decoder._plan.clusters == clusters
     expected, _ = logits_of(model_of(device="cpu"), tokens, 5)
     assert distance(np.stack(found, axis=1), expected[:, :2]) < BOUNDS["float32"]
 
 
-def test_where_no_cluster_runs_a_team_is_none(device):
+def test_hardware_clusters_are_not_used_where_none_runs(device):
     device.clusters = 0
     tokens = tokens_of(CONFIG, 1, 4)
     logits, _ = logits_of(model_of(), tokens, 1)
@@ -124,10 +125,10 @@ def test_where_no_cluster_runs_a_team_is_none(device):
 
 
 @pytest.mark.parametrize("capability", [8, 9])
-def test_marks_go_on_from_zero_where_their_32_bits_end(device, monkeypatch, capability):
+def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 12)
     limited(monkeypatch, model, processors=24, capability=capability)
-    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)
     logits, _ = logits_of(model, tokens, 5)
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 5)[0]) < BOUNDS["float32"]
 
@@ -152,7 +153,7 @@ def test_generating_with_it_gives_the_same_texts(device):
 
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capability):
+def test_greedy_tokens_are_the_cpus(device, monkeypatch, samples, capability):
     """Chosen on the device, beyond the context too (32 tokens), and among the first ones where a model is padded."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
@@ -164,7 +165,7 @@ def test_the_likeliest_tokens_are_the_cpus(device, monkeypatch, samples, capabil
         options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
         texts = [[*generate(of, [5, 9, 2], 35, **options)] for of in (model, there)]
         np.testing.assert_array_equal(*texts)
-        assert len(np.unique(texts[0])) > 10, "they are alike"
+        assert len(np.unique(texts[0])) > 10, "the tokens hardly vary"
         assert texts[0][0].dtype == np.int64
         assert vocab_size is None or np.max(texts) < vocab_size
 
@@ -201,13 +202,13 @@ def test_logits_that_are_no_numbers_end_the_text(device):
 
 def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
     model = model_of()
-    assert KVCache(model, MOST_TEXTS, 8).decoder is not None
-    assert KVCache(model, MOST_TEXTS + 1, 8).decoder is None
+    assert KVCache(model, MAX_TEXTS, 8).decoder is not None
+    assert KVCache(model, MAX_TEXTS + 1, 8).decoder is None
     assert KVCache(GPT2(GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9), device="cuda"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG, device="cuda", dtype="float64"), 1, 8).decoder is None
     assert KVCache(GPT2(CONFIG), 1, 8).decoder is None
     limited(monkeypatch, model, shared_memory=32 << 10)
-    assert KVCache(model, MOST_TEXTS, 8).decoder is None
+    assert KVCache(model, MAX_TEXTS, 8).decoder is None
 
 
 def test_a_token_or_position_out_of_range_is_refused(device):
@@ -215,60 +216,76 @@ def test_a_token_or_position_out_of_range_is_refused(device):
     with no_grad():
         next_logits(model, np.array([[1, 2, 3]]), cache)
         for token in (-1, CONFIG.vocab_size):
-            with pytest.raises(ValueError, match=r"tokens hold .* expected 0 to 100"):
+            with pytest.raises(ValueError, match=r"token ids are .* expected 0 to 100"):
                 next_logits(model, np.array([[token]]), cache)
         assert cache.length == 3
         next_logits(model, np.array([[0]]), cache)
-        with pytest.raises(ValueError, match="position 4; the cache holds 4"):
+        with pytest.raises(ValueError, match="position 4 is out of range; the cache has 4"):
             next_logits(model, np.array([[0]]), cache)
-        with pytest.raises(ValueError, match="position 5; the cache holds 4"):
-            next(cache.decoder.likeliest(np.array([0]), 2, 4, 101))
+        with pytest.raises(ValueError, match="position 5 is out of range; the cache has 4"):
+            next(cache.decoder.greedy(np.array([0]), 2, 4, 101))
 
 
 FAULTS = {
-    "a token does not see itself": (r"if \(i > position\) continue;", "if (i >= position) continue;"),
-    "all blocks have the keys of the first": (r"int i = rank\(\) \+ \(start", "int i = (start"),
-    "a key stands before its place": (r"\(size_t\)position \* D \+ i % D", "(size_t)(position / 2) * D + i % D"),
-    "weights that nobody waits for": (r"cp_async_wait<AHEAD - PART>", "cp_async_wait<AHEAD - PART + 1>"),
-    "inputs begin elsewhere": (r"x -= .*;", ""),
-    "rows as far apart as in a part": (r"stride\(at_once\(matrix\) \* outputs", "stride(at_once(matrix) * columns"),
-    "a team that has no heads is heard": (r"receive_sum<ATTENDING>", "receive_sum<TEAMS>"),
-    "the squares are those of one block": (r"of\[2 \* r \+ 1\]", "of[1]"),
-    "blocks that may not have begun": (r"cluster_barrier<RANKS>\(\);", ""),
-    "the last half's letters": (r"place, B \* C, mark - 1\)\);", "place, B * C, mark - 2));"),
-    "what was in shared memory is a letter": (r"\(Letter\)\(mark - 1\) << 32;", "letters[i];"),
-    "halves do not take turns": (r"half % 4 \* TEAMS|\(half \+ 3\) % 4 \* TEAMS", "half % 4 * 0"),
+    "a token does not see itself": ("attend", "if (i > position) continue;", "if (i >= position) continue;"),
+    "all blocks have the keys of the first": ("attend", "int i = rank() + (start", "int i = (start"),
+    "a key is stored at another position": (
+        "attend", "(size_t)position * D + i % D", "(size_t)(position / 2) * D + i % D"
+    ),
+    "weights are not waited for": ("product", "cp_async_wait<PREFETCH - PART>", "cp_async_wait<PREFETCH - PART + 1>"),
+    "inputs begin elsewhere": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
+    "rows have the stride of a part": (
+        "Traversal", "stride(at_once(matrix) * outputs", "stride(at_once(matrix) * columns"
+    ),
+    "a cluster without heads is waited for": ("decode", "receive_sum<ATTENTION_CLUSTERS>", "receive_sum<CLUSTERS>"),
+    "the squares are those of one block": ("layernorm", "of[2 * r + 1]", "of[1]"),
+    "blocks that may not have begun": ("decode", "cluster_barrier<RANKS>();", ""),
+    "the messages of the half before the last": ("decode", "entry, B * C, tag - 1));", "entry, B * C, tag - 2));"),
+    "shared memory holds a message at first": ("decode", "(Message)(tag - 1) << 32;", "mailbox[i];"),
+    "halves share their results": ("decode", "half % 4 * CLUSTERS", "half % 4 * 0"),
 }  # fmt: skip
+BARRIERS = {
+    "product": 2,
+    "layernorm": 2,
+    "attend": 2,
+    "combine_heads": 1,
+    "choose_token": 1,
+    "half_layer": 1,
+    "decode": 1,
+}
+
+
+def test_every_barrier_is_among_the_faults():
+    text = cuda.source(SOURCE)
+    own = text[text.index("struct Layer {") :]  # not those of the headers
+    assert own.count("__syncthreads();") == sum(BARRIERS.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [None, *FAULTS, *range(10)])
+@pytest.mark.parametrize(
+    "fault", [None, *FAULTS, *((name, i) for name, n in BARRIERS.items() for i in range(n))], ids=str
+)
 def test_planted_faults_are_caught(device, monkeypatch, fault):
-    """A number plants the removal of that __syncthreads."""
+    """A pair plants the removal of that __syncthreads of a function."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
-    whole, pasted = cuda.source, cuda.source(Path(decode.__file__).with_suffix(".cu"))
-    common, title, text = pasted.partition("// One token of GPT-2")
-    if isinstance(fault, int):
-        start, stop = [m.span() for m in re.finditer(r"__syncthreads\(\);", text)][fault]
-        broken = text[:start] + ";" + text[stop:]
-    else:
-        broken, count = re.subn(*FAULTS[fault], text) if fault else (text, 1)
-        assert count, "the fault has no place"
-    monkeypatch.setattr(
-        cuda, "source", lambda family: common + title + broken if isinstance(family, Path) else whole(family)
-    )
+    if isinstance(fault, tuple):
+        replace_source(monkeypatch, SOURCE, without(cuda.source(SOURCE), fault[0], "__syncthreads()", fault[1]))
+    elif fault == "halves share their results":
+        plant_in(monkeypatch, SOURCE, FAULTS[fault], ("decode", "(half + 3) % 4 * CLUSTERS", "half % 4 * 0"))
+    elif fault:
+        plant_in(monkeypatch, SOURCE, FAULTS[fault])
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
-    monkeypatch.setattr(Decoder, "first_mark", 2**32 - 12)  # what shared memory holds at first has the mark 2^32 - 1
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # at first shared memory holds the tag 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
     text = [*generate(there, [5], 3, samples=2, temperature=0)]
-    # Two heads a team; or a team with none; or two blocks with all, which takes several turns.
-    runs = [(processors, order) for processors in ((8,) if isinstance(fault, int) else (24, 2)) for order in range(6)]
+    # Two heads a cluster; or a cluster with none; or two blocks with all, which takes several steps.
+    runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:
         limited(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
             found = logits_of(model, tokens, 3)[0]
-            likeliest = [*KVCache(model, 2, 8).decoder.likeliest(np.array([5, 5]), 0, 3, 70)]
+            likeliest = [*KVCache(model, 2, 8).decoder.greedy(np.array([5, 5]), 0, 3, 70)]
         except RuntimeError:
             caught = True
         else:

@@ -166,7 +166,7 @@ def test_the_command_is_the_one_for_this_machine(monkeypatch, tmp_path):
 
 
 def test_the_requirements_are_those_of_the_project():
-    found = {name: (oldest, too_new) for name, oldest, too_new in doctor.requirements()}
+    found = {name: (oldest, too_new) for name, oldest, too_new in machine.requirements(doctor.ROOT)}
     assert found["numpy"] == ("2.1", "3")
     assert {"numba", "threadpoolctl", "ml_dtypes", "safetensors", "tiktoken", "tqdm"} < found.keys()
 

@@ -24,8 +24,7 @@ int fail(const char* what, int status = INVALID) {
 struct Operation {
   uint64_t tag = OPERATION;
   int compute, scale, mode = 0, ta = 0, tb = 0, epilogue = 1, bias_type = -1;
-  const void *bias = nullptr, *aux = nullptr;
-  int64_t aux_ld = 0;
+  const void* bias = nullptr;
 };
 struct Layout {
   uint64_t tag = LAYOUT;
@@ -43,7 +42,7 @@ struct Handle {
 };
 struct Algorithm {  // 64 bytes
   uint64_t magic, product, workspace;
-  int alignment[4], bias_alignment, aux_alignment, unused[4];
+  int alignment[4], bias_alignment, unused[5];
 };
 static_assert(sizeof(Algorithm) == 64);
 struct Result {
@@ -67,7 +66,7 @@ uint64_t product_of(const Operation& o, const Layout& a, const Layout& b, const 
     for (uint64_t x : {(uint64_t)l->type, l->rows, l->cols, (uint64_t)l->ld}) h = mix(h, x);
   }
   for (int x : {o.compute, o.mode, o.ta, o.tb, o.epilogue, o.bias_type}) h = mix(h, x);
-  return mix(h, o.aux_ld);
+  return h;
 }
 float load(const void* p, int type, size_t i) {
   if (type == R32F) return ((const float*)p)[i];
@@ -95,14 +94,7 @@ void store(void* p, int type, size_t i, float f) {
   memcpy(&u, &f, 4);
   ((uint16_t*)p)[i] = u >> 16;
 }
-const float S = 0.7978845608f, K = 0.044715f;
-float gelu(float x) { return 0.5f * x * (1 + std::tanh(S * (x + K * x * x * x))); }
-float dgelu(float x) {
-  float t = std::tanh(S * (x + K * x * x * x));
-  return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * S * (1 + 3 * K * x * x);
-}
-bool uses_bias(int e) { return e == 4 || e == 164 || e == 256; }
-bool uses_aux(int e) { return e == 164 || e == 192; }
+enum { PLAIN = 1, WITH_BIAS = 4 };  // epilogues
 
 int check(const Operation& o, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
   CHECK(o.tag == OPERATION && a.tag == LAYOUT && b.tag == LAYOUT && c.tag == LAYOUT && d.tag == LAYOUT);
@@ -114,14 +106,10 @@ int check(const Operation& o, const Layout& a, const Layout& b, const Layout& c,
   CHECK(o.mode == 0 || o.mode == 1);
   if (a.type != b.type || (d.type != R32F && d.type != a.type) || (o.compute == 77 && a.type != R32F))
     return fail("types", UNSUPPORTED);
-  CHECK(o.epilogue == 1 || uses_bias(o.epilogue) || uses_aux(o.epilogue));
-  if (uses_bias(o.epilogue)) {
+  CHECK(o.epilogue == PLAIN || o.epilogue == WITH_BIAS);
+  if (o.epilogue == WITH_BIAS) {
     CHECK(o.bias);
     CHECK(o.bias_type == d.type);
-  }
-  if (uses_aux(o.epilogue)) {
-    CHECK(o.aux);
-    CHECK(o.aux_ld >= (int64_t)d.rows && o.aux_ld % 8 == 0);
   }
   return OK;
 }
@@ -151,8 +139,6 @@ int cublasLtMatmulDescSetAttribute(Operation* o, int attribute, const void* valu
     case 4: return put(o->tb, value, size);
     case 7: return put(o->epilogue, value, size);
     case 8: return put(o->bias, value, size);
-    case 11: return put(o->aux, value, size);
-    case 12: return put(o->aux_ld, value, size);
     case 26: return put(o->bias_type, value, size);
   }
   return fail("unknown attribute of an operation");
@@ -187,7 +173,7 @@ int cublasLtMatmulAlgoGetHeuristic(Handle* h, Operation* o, Layout* a, Layout* b
   Algorithm& g = result->algorithm;
   g.magic = 0xA190, g.product = product_of(*o, *a, *b, *d), g.workspace = result->workspace = 4096;
   memcpy(g.alignment, p->alignment, sizeof g.alignment);
-  g.bias_alignment = alignment_of(o->bias), g.aux_alignment = alignment_of(o->aux);
+  g.bias_alignment = alignment_of(o->bias);
   return *found = 1, OK;
 }
 int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, Layout* a, const void* B, Layout* b,
@@ -200,8 +186,7 @@ int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, L
   const void* pointers[] = {A, B, C, D};
   for (int i = 0; i < 4; i++) CHECK(pointers[i] && alignment_of(pointers[i]) >= g->alignment[i]);
   CHECK(C == D);
-  if (uses_bias(o->epilogue)) CHECK(alignment_of(o->bias) >= g->bias_alignment);
-  if (uses_aux(o->epilogue)) CHECK(alignment_of(o->aux) >= g->aux_alignment);
+  if (o->epilogue == WITH_BIAS) CHECK(alignment_of(o->bias) >= g->bias_alignment);
   CHECK(workspace && alignment_of(workspace) >= 16 && workspace_size >= g->workspace);
   memset(workspace, 0xFF, g->workspace);
 
@@ -211,11 +196,6 @@ int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, L
     for (uint64_t l = 0; l < k; l++) left[i * k + l] = load(A, a->type, o->ta ? l + i * a->ld : i + l * a->ld);
   for (uint64_t j = 0; j < n; j++)
     for (uint64_t l = 0; l < k; l++) right[j * k + l] = load(B, b->type, o->tb ? j + l * b->ld : l + j * b->ld);
-  for (uint64_t i = 0; i < m && o->epilogue == 256; i++) {
-    float sum = 0;
-    for (uint64_t l = 0; l < k; l++) sum += left[i * k + l];
-    store((void*)o->bias, o->bias_type, i, sum);
-  }
   if (o->compute == 77) {
     for (float& x : left) x = round_to(x, 13);
     for (float& x : right) x = round_to(x, 13);
@@ -225,12 +205,7 @@ int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, L
       float sum = 0;
       for (uint64_t l = 0; l < k; l++) sum += left[i * k + l] * right[j * k + l];
       float y = *alpha * sum + (*beta ? *beta * load(C, d->type, i + j * d->ld) : 0);
-      if (o->epilogue == 4 || o->epilogue == 164) y += load(o->bias, o->bias_type, i);
-      if (o->epilogue == 164) {
-        store((void*)o->aux, d->type, i + j * o->aux_ld, y);
-        y = gelu(y);
-      }
-      if (o->epilogue == 192) y *= dgelu(load(o->aux, d->type, i + j * o->aux_ld));
+      if (o->epilogue == WITH_BIAS) y += load(o->bias, o->bias_type, i);
       store(D, d->type, i + j * d->ld, y);
     }
   return OK;

@@ -346,9 +346,7 @@ class _Function:
             values = "".join(f"n[{i}] = {self._value(each, type_)}; " for i, each in enumerate(members))
             return f"{pointer}{values}memcpy(place, n, sizeof n);"
         read = "".join(self._loaded(each, f"n[{i}]", type_) for i, each in enumerate(members))
-        wait = (
-            " if (++polls % 64 == 0) wait_a_little();" if "volatile" in op or "relaxed" in op else ""
-        )  # it may be polling
+        wait = " if (++polls % 64 == 0) backoff();" if "volatile" in op or "relaxed" in op else ""  # it may be polling
         return f"{pointer}memcpy(n, place, sizeof n); {read}{wait}"
 
     def _loaded(self, target: str, value: str, type_: str) -> str:

@@ -55,7 +55,7 @@ extern "C" __global__ void scalars(float* y, int n, long long m, float a, unsign
 extern "C" __global__ void around(float* y, const float* x, int* turn) {  // each block waits for the one before
   DYN_SMEM(float, kept);
   if (threadIdx.x == 0) {
-    while (*(volatile int*)turn != blockIdx.x) wait_a_little();
+    while (*(volatile int*)turn != blockIdx.x) backoff();
     kept[0] = x[blockIdx.x] + (blockIdx.x ? y[blockIdx.x - 1] : 0.0f);
   }
   __syncthreads();

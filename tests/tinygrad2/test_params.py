@@ -1,10 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config
 from tests.stand_ins import strict_cupy
-from tinygrad2 import Key, Tensor, nn, ops
+from tinygrad2 import Key, Tensor, nn, ops, params
 from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena
 
@@ -46,12 +48,12 @@ def test_parameters_are_views_of_the_flat_buffers():
 
 
 @pytest.mark.parametrize("key", [None, Key(0)])
-def test_the_regions_stand_in_the_order_in_which_backward_finishes(key):
+def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
     model = GPT2(CONFIG)
     arena, fired = model.arena(), []
     for name, p in model.named_parameters():
         p.leaf.on_final = lambda name=name: fired.append(name)
-    for _ in range(2):  # every time anew
+    for _ in range(2):  # the same every time
         fired.clear()
         model.loss(TOKENS, TOKENS, key).backward()
         assert len(fired) == len(arena.parameters)
@@ -69,6 +71,24 @@ def test_what_a_hook_sees_is_final():
     for name, p in model.named_parameters():
         np.testing.assert_array_equal(seen[name], p.grad)
         assert p.grad.any()
+
+
+@pytest.mark.parametrize("size", [1, 150, 500, 10**6])
+def test_buckets_are_runs_of_whole_parameters(monkeypatch, size):
+    monkeypatch.setattr(params, "BUCKET_SIZE", size)
+    arena = GPT2(CONFIG).arena()
+    for region in arena.regions:
+        buckets = sorted((b for b in arena.buckets if b.region is region), key=lambda bucket: bucket.start)
+        assert [name for bucket in buckets for name in bucket.names] == list(region.where)
+        assert [bucket.start for bucket in buckets] == [0, *(bucket.stop for bucket in buckets[:-1])]
+        for bucket in buckets:
+            assert (bucket.start, bucket.stop) == (region.where[bucket.names[0]][0], region.where[bucket.names[-1]][1])
+            assert bucket.stop - bucket.start <= size or len(bucket.names) == 1
+        for bucket, following in itertools.pairwise(buckets):
+            assert region.where[following.names[0]][1] - bucket.start > size
+    order = list(arena.parameters)
+    last = [order.index(bucket.names[-1]) for bucket in arena.buckets]
+    assert last == sorted(last)
 
 
 def test_placing_takes_values_and_gradients_along():
@@ -214,7 +234,7 @@ def test_without_copies_the_regions_have_none():
 
 def test_copies_of_some_parameters_only_are_refused():
     a, b = Parameter(np.ones(2), copy=True), Parameter(np.ones(2))
-    with pytest.raises(TypeError, match=r"^ParameterArena: some parameters hold a copy, others not; a is the first"):
+    with pytest.raises(TypeError, match=r"^ParameterArena: some parameters hold a bfloat16 copy .*; a differs"):
         ParameterArena([("a", a), ("b", b)])
 
 

@@ -14,7 +14,7 @@ def test_a_step_is_divided_into_its_operations(monkeypatch):
     backend = get_backend("cpu")
     before = dict(vars(backend.kernels))
     clock = iter(range(1000))
-    monkeypatch.setattr(type(backend), "moment", lambda self: next(clock) / 1000)
+    monkeypatch.setattr(type(backend), "timestamp", lambda self: next(clock) / 1000)
     profiler = Profiler(backend)
     for _ in range(2):
         with profiler:

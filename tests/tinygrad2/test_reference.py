@@ -338,10 +338,10 @@ def test_adamw_step_changes_nothing_but_what_it_says():
     grad.flags.writeable = False
     before = value.copy(), m.copy(), v.copy()
     scale, lr, step = np.array(0.5), np.array(0.1), np.array(3.0)
-    k.adamw_step(value, grad, m, v, None, np.array(0.0), scale, lr, 0.9, 0.99, 1e-8, 0.01, step)
+    k.adamw_step(value, grad, m, v, np.array(np.nan), lr, 0.9, 0.99, 1e-8, 0.01, step)
     for array, old in zip((value, m, v), before, strict=True):
         np.testing.assert_array_equal(array, old)
-    k.adamw_step(value, grad, m, v, None, np.array(1.0), scale, lr, 0.9, 0.99, 1e-8, 0.01, step)
+    k.adamw_step(value, grad, m, v, scale, lr, 0.9, 0.99, 1e-8, 0.01, step)
     g = 0.5 * grad
     np.testing.assert_allclose(m, 0.9 * before[1] + 0.1 * g, rtol=1e-14)
     np.testing.assert_allclose(v, 0.99 * before[2] + 0.01 * g * g, rtol=1e-14)

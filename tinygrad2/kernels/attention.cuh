@@ -1,14 +1,13 @@
-// What the attention kernels on tensor cores share. D is the head size, a multiple of 16 up to 128. A tile is some rows of
-// queries, keys, values or their gradients in shared memory, LD numbers from row to row. Included after
-// common.cuh.
+// Shared by the attention kernels on tensor cores; included after common.cuh. D is the head size, a multiple of 16 up
+// to 128. A tile is a number of rows of queries, keys, values or their gradients in shared memory, with a stride of LD.
 constexpr int LD = D + 8;  // 16 bytes more than D: the 8 rows of a matrix that ldmatrix reads fall in distinct banks
-static_assert(D % 16 == 0 && D <= 128, "a head size that the tensor cores' tiles divide");
+static_assert(D % 16 == 0 && D <= 128, "the head size must be a multiple of 16 up to 128");
 
-// The warp's number, in a form that shows the compiler that it is the same for all lanes.
+// The index of the warp, computed so that the compiler knows that it is the same in all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
 
-// Which tile of which head this block has, of a grid of all tiles of all heads. Blocks start in the order of their index:
-// first the tiles 0, which have the longest way, of as many heads as leave two (T, D) matrices each in the L2 cache.
+// The head and the tile of this block, in a grid of all tiles of all heads. Blocks start in the order of their index:
+// first tile 0, which has the most work, of as many heads as fit the L2 cache with two (T, D) matrices each.
 __device__ __forceinline__ void place(int tiles, int T, int& head, int& tile) {
   int heads = gridDim.x / tiles, together = max(1, (16 << 20) / (4 * D) / T);  // in 16 of the H200's 50 MB
   int first = (int)blockIdx.x / tiles / together * together, among = min(together, heads - first);
@@ -18,7 +17,7 @@ __device__ __forceinline__ void place(int tiles, int T, int& head, int& tile) {
 }
 
 // Start copying rows first ... first + ROWS - 1 of a (T, D) matrix, `stride` apart, to a tile; rows from T on are zeros.
-// All THREADS threads of the block take part; cp_async_commit, cp_async_wait and __syncthreads are the caller's.
+// All THREADS threads of the block call it; cp_async_commit, cp_async_wait and __syncthreads are left to the caller.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* tile, const bf16* matrix, int first, int T, int stride) {
   constexpr int CHUNKS = D / 8;  // of 16 bytes, a row
@@ -43,14 +42,14 @@ __device__ __forceinline__ void right_factor_of_transposed(unsigned (&b)[4], con
   int lane = threadIdx.x % 32;
   ldmatrix_x4(b, tile + (row + lane % 8 + lane / 16 * 8) * LD + col + lane / 8 % 2 * 8);
 }
-// The same for a product with the tile as it stands: k are its rows, n its columns.
+// The same for a product with the tile itself: k are its rows, n its columns.
 __device__ __forceinline__ void right_factor(unsigned (&b)[4], const bf16* tile, int row, int col) {
   int lane = threadIdx.x % 32;
   ldmatrix_x4_trans(b, tile + (row + lane % 16) * LD + col + lane / 16 * 8);
 }
 
 // The results of a warp, rows row ... row + 16 M - 1 of its tile, times a factor, to rows first + row ... of a (T, D)
-// matrix `stride` apart: through the tile, to write 16 bytes a lane.
+// matrix `stride` apart; via the tile, so that a lane writes 16 bytes.
 template <int M>
 __device__ __forceinline__ void store_rows(bf16* matrix, bf16* tile, const float (&sum)[M][D / 8][4], float factor,
                                            int row, int first, int T, int stride) {
@@ -87,8 +86,8 @@ __device__ __forceinline__ void hide_later_keys(float (&s)[M][N][4], int first_q
       }
 }
 
-// Dropout on the (B, H, T, T) attention weights, the CPU's bits: element e takes word e % 4 of group e / 4, and is kept
-// if that is at least `threshold`, the rate times 2^32.
+// Dropout on the (B, H, T, T) attention weights, the same bits as on the CPU: element e takes word e % 4 of group e /
+// 4, and is kept if that is at least `threshold`, the rate times 2^32.
 __device__ __forceinline__ bool dropout_keeps(const PhiloxKey& key, unsigned threshold, unsigned long long element) {
   uint4 words = philox(key, element / 4);
   unsigned word = element % 4;

@@ -5,30 +5,30 @@
 //
 //   dV = (P M)^T dO;   dP = (dO V^T) M;   dS = P (dP - delta);   dQ = scale dS K;   dK = scale dS^T Q.
 //
-// qkv and dqkv are (B, T, 3, H, D) as the matrix products leave and take them, out and dout (B, T, H, D), lse and delta
+// qkv and dqkv are (B, T, 3, H, D), as matrix products write and read them, out and dout (B, T, H, D), lse and delta
 // (B, H, T) f32. dQ sums over keys, dK and dV over queries: a kernel for each, so that every sum stays in the registers
-// of one warp and its order is fixed. That costs S and dP twice, 7 products for 5, and spares the atomics.
+// of one warp and its order is fixed. S and dP are computed twice, 7 products instead of 5, and no atomics are needed.
 //
-// A block of 4 warps owns OWNED queries (or keys), 16 to a row of tiles, and walks through the other side in tiles of
-// STREAM rows: the next is copied while this one is used. A warp takes CHUNK of those rows at a time, and leaves out
-// chunks that lie wholly above the diagonal.
+// A block of 4 warps owns OWNED queries (or keys) and iterates over the keys (or queries) in tiles of STREAM rows: the
+// next tile is copied while this one is used. A warp processes CHUNK of those rows at a time, and skips chunks that are
+// entirely above the diagonal.
 //
 // The backward pass of 124M, B = 64, T = 1024, a layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200, at 4.3 TB/s
 // and 790 TFLOP/s (mma.sync comes to some 600, one of 16 x 8 x 16 in 6 to 7 cycles of a tensor core):
 //   attention_delta        2 X read, 0.2 GB                                                            0.05 ms
 //   attention_backward_kv  4 products, 0.21 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.26 ms
 //   attention_backward_q   3 products, 0.15 TFLOP; 4 X read, X written, 0.5 GB                         0.20 ms
-// What bounds attention_backward_kv first is shared memory: a warp that owns 16 keys reads 16 numbers of the stream for
-// every 2 mmas, so that reading takes a third longer than multiplying.
+// attention_backward_kv is limited by shared memory: a warp that owns 16 keys reads 16 numbers of the stream for every
+// 2 mmas, so that reading takes a third longer than multiplying.
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int M = OWNED / (16 * WARPS);  // tiles of 16 rows that a warp owns: what is read of the stream serves all
+constexpr int M = OWNED / (16 * WARPS);  // tiles of 16 rows that a warp owns; all use what is read of the stream
 constexpr float LOG2E = 1.44269504089f;
 static_assert(OWNED % (16 * WARPS) == 0 && STREAM % CHUNK == 0 && CHUNK % 16 == 0 && STREAM <= 64, "tiles");
 
-// The rows of one warp as left factors: held in registers where these suffice, else read from their tile each time.
+// The rows of one warp as left factors: kept in registers where these suffice, else read from their tile each time.
 template <bool HELD>
 struct Own {
   const bf16* tile;
@@ -127,9 +127,9 @@ attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const 
   }
 }
 
-// dK and dV of OWNED keys. The score matrix is computed with keys as its rows: then P^T and dS^T lie in the registers as
-// mma wants its left factor.
-constexpr int BLOCKS_AT_ONCE = D <= 64 && M == 1 && !DROPOUT ? 3 : 2;  // on a multiprocessor: as the registers allow
+// dK and dV of OWNED keys. The score matrix is computed with keys as its rows: then P^T and dS^T are in registers in
+// the layout of a left factor of mma.
+constexpr int BLOCKS_AT_ONCE = D <= 64 && M == 1 && !DROPOUT ? 3 : 2;  // on a multiprocessor, as the registers allow
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
                       const float* __restrict__ lse, const float* __restrict__ delta, int T, int H, float scale,
@@ -144,7 +144,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
   size_t base = (size_t)(head / H) * T * stride + head % H * D, first_row = (size_t)head * T;
   const bf16 *q = qkv + base, *k = q + H * D, *v = k + H * D;
   const bf16* d_out = dout + (size_t)(head / H) * T * out_stride + head % H * D;
-  const float* mine = (threadIdx.x < STREAM ? lse : delta) + first_row;  // of which a thread fetches one a tile
+  const float* mine = (threadIdx.x < STREAM ? lse : delta) + first_row;  // each thread loads one number for each tile
   auto statistic = [&](int tile) {
     int row = tile * STREAM + threadIdx.x % STREAM;
     return row < T ? mine[row] * (threadIdx.x < STREAM ? LOG2E : 1.f) : 0.f;
@@ -159,7 +159,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
   if (threadIdx.x < 2 * STREAM) statistics[threadIdx.x] = statistic(begin);
 
   constexpr bool HELD = 2 * M * D / 4 <= 48;
-  constexpr int CHUNKS_AT_ONCE = DROPOUT ? 1 : STREAM / CHUNK;  // unrolled: some registers fewer; dropout's code is long
+  constexpr int CHUNKS_AT_ONCE = DROPOUT ? 1 : STREAM / CHUNK;  // unrolled, it uses fewer registers
   Own<HELD> own_k(tile_k, own_row), own_v(tile_v, own_row);
   int warp_key = first_key + own_row;
   float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
@@ -167,7 +167,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
     int stage = (j - begin) % 2;
     float next = 0.f;
     cp_async_wait<0>();
-    __syncthreads();  // this tile is there for all, and none is still at the one before, which the next overwrites
+    __syncthreads();  // this tile has arrived for all threads, and all have finished the one that the next overwrites
     if (j + 1 < end) {
       load_tile<STREAM, THREADS>(tiles_q + (stage ^ 1) * STREAM * LD, q, (j + 1) * STREAM, T, stride);
       load_tile<STREAM, THREADS>(tiles_do + (stage ^ 1) * STREAM * LD, d_out, (j + 1) * STREAM, T, out_stride);
@@ -210,7 +210,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
       } else {
         add_product(dv, p, tile_do, chunk);
       }
-      own_v.times_transposed(ds, tile_do, chunk);  // dP, so far
+      own_v.times_transposed(ds, tile_do, chunk);  // dP, before dropout
 #pragma unroll
       for (int n = 0; n < CHUNK / 8; n++) {
         float2 d = *(const float2*)(statistics + (stage * 2 + 1) * STREAM + chunk + n * 8 + lane % 4 * 2);
@@ -287,7 +287,7 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
       if (first_key >= min(warp_query + 16 * M, T)) break;
       float s[M][CHUNK / 8][4], ds[M][CHUNK / 8][4];
       own_q.times_transposed(s, tile_k, chunk);
-      own_do.times_transposed(ds, tile_v, chunk);  // dP, so far
+      own_do.times_transposed(ds, tile_v, chunk);  // dP, before dropout
       if (first_key + CHUNK - 1 > warp_query) hide_later_keys(s, warp_query, first_key);
 #pragma unroll
       for (int m = 0; m < M; m++)

@@ -3,10 +3,10 @@
 // Causal flash attention, forward:  out = softmax(q k^T / sqrt(D)) v  and  lse, the natural log of each row's sum of
 // exponentials, with dropout (DROPOUT=1) on the weights but not on their sum.
 //
-// qkv (B, T, 3, H, D) as the matrix product leaves it, out (B, T, H, D), lse (B, H, T) f32. A block of 4 warps has
-// ROWS queries of one head, 16 M a warp, and walks over the keys before them, KEYS at a time, the next tile on its way
-// while this one is used; the scores never leave the registers. Running maximum and sum: arXiv:2205.14135. The scores
-// are taken times log2(e) / sqrt(D), so that one exp2 of one fused multiply-add gives a weight.
+// qkv (B, T, 3, H, D), as the matrix product writes it, out (B, T, H, D), lse (B, H, T) f32. A block of 4 warps has
+// ROWS queries of one head, 16 M a warp, and iterates over the keys before them, KEYS at a time; the next tile is
+// copied while this one is used, and the scores stay in registers. Running maximum and sum: arXiv:2205.14135. The
+// scores are scaled by log2(e) / sqrt(D), so that one exp2 of one fused multiply-add gives a weight.
 //
 // 124M (H=12, D=64), B=64, T=1024, one layer: 302 MB read (keys and values again from L2), 101 MB and 3 MB written:
 // 94 us; 103 GFLOP under the diagonal, 130 us at 790 TFLOP/s, which mma.sync does not reach: 450 us at FlashAttention-2's
@@ -14,7 +14,7 @@
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
-constexpr int M = D <= 64 ? 2 : 1;  // fragments of 16 queries a warp: two use each fragment of keys twice
+constexpr int M = D <= 64 ? 2 : 1;  // fragments of 16 queries a warp; two of them share each fragment of keys
 constexpr int WARPS = 4, ROWS = 16 * M * WARPS, KEYS = 64;
 
 // The maximum, or the sum, over the four lanes that hold a row of a fragment.
@@ -35,9 +35,9 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
   int blocks = (T + ROWS - 1) / ROWS, head, block;
   place(blocks, T, head, block);
   int lane = threadIdx.x % 32, b = head / H, h = head % H;
-  int top = (blocks - 1 - block) * ROWS;               // the last queries see the most keys
+  int top = (blocks - 1 - block) * ROWS;               // the last queries attend to the most keys
   int warp_top = top + warp_index() * 16 * M;          // the first query of this warp
-  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;  // of keys that some query here sees
+  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;  // of keys that some query of this block attends to
   int stride = 3 * H * D;
   const bf16 *Q = qkv + (size_t)b * T * stride + h * D, *K = Q + H * D, *V = K + H * D;
 
@@ -54,7 +54,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
   for (int j = 0; j < tiles; j++) {
     const bf16 *tile_k = keys + j % 2 * KEYS * LD, *tile_v = values + j % 2 * KEYS * LD;
     cp_async_wait<0>();
-    __syncthreads();  // this tile is there for all, and none is still at the one before, which the next overwrites
+    __syncthreads();  // this tile has arrived for all threads, and all have finished the one that the next overwrites
     if (j + 1 < tiles) {
       load_tile<KEYS, 32 * WARPS>(keys + (j + 1) % 2 * KEYS * LD, K, (j + 1) * KEYS, T, stride);
       load_tile<KEYS, 32 * WARPS>(values + (j + 1) % 2 * KEYS * LD, V, (j + 1) * KEYS, T, stride);
@@ -66,7 +66,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
 #pragma unroll
         for (int k = 0; k < D / 16; k++) left_factor(q[m][k], queries, warp_top - top + 16 * m, 16 * k);
 
-    if (j * KEYS < warp_top + 16 * M) {  // this warp sees some of these keys
+    if (j * KEYS < warp_top + 16 * M) {  // this warp attends to some of these keys
       float s[M][KEYS / 8][4] = {};
 #pragma unroll
       for (int k = 0; k < D / 16; k++)
@@ -80,7 +80,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
             mma_bf16_16816(s[m][2 * n + 1], q[m][k], f[2], f[3]);
           }
         }
-      if ((j + 1) * KEYS > warp_top + 1) hide_later_keys(s, warp_top, j * KEYS);  // the diagonal runs through
+      if ((j + 1) * KEYS > warp_top + 1) hide_later_keys(s, warp_top, j * KEYS);  // the diagonal crosses it
 #pragma unroll
       for (int m = 0; m < M; m++)
 #pragma unroll
@@ -120,7 +120,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
 #endif
 #pragma unroll
       for (int k = 0; k < KEYS / 16; k++) {
-        unsigned p[M][4];  // the result of two mmas is laid out as the left factor of the next
+        unsigned p[M][4];  // the results of two mmas have the layout of a left factor
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll

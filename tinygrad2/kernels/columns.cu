@@ -1,6 +1,6 @@
 #include "common.cuh"
 #include "columns.cuh"
-// Sums of columns, in two stages of fixed order: blocks leave partial sums, and add_partials adds them to their target.
+// Sums of columns, in two stages of fixed order: blocks write partial sums, and add_partials adds them to their target.
 
 // partial[p] = the sum of block p's rows of x (N, C). Reads x: 2 bytes and 1 FLOP an element in bf16. At N = 65536 and
 // C = 768: 0.1 GB, floor 0.023 ms.
@@ -25,8 +25,8 @@ column_sums(float* __restrict__ partial, const REAL* __restrict__ x, int rows) {
 }
 
 // first += the sum of partial[0] over its rows, second += that of partial[1], for partial (gridDim.y, parts, C). A block
-// has 32 columns, each of its 32 warps takes every 32nd row. 1.6 MB from the L2 cache for a LayerNorm of C = 768, less
-// than the time of a launch.
+// has 32 columns, each of its 32 warps takes every 32nd row. 1.6 MB from the L2 cache for a LayerNorm of C = 768: less
+// time than a launch.
 extern "C" __global__ void __launch_bounds__(1024)
 add_partials(float* __restrict__ first, float* __restrict__ second, const float* __restrict__ partial, int parts) {
   __shared__ float sums[32][32];
@@ -34,7 +34,7 @@ add_partials(float* __restrict__ first, float* __restrict__ second, const float*
   partial += (size_t)blockIdx.y * parts * C;
   float sum = 0.f;
   for (int part = warp; part < parts && c < C; part += 8 * 32) {
-    float in[8];  // all asked for before the first is needed
+    float in[8];  // all loads are issued before the first is used
 #pragma unroll
     for (int i = 0; i < 8; i++) in[i] = part + i * 32 < parts ? partial[(size_t)(part + i * 32) * C + c] : 0.f;
 #pragma unroll

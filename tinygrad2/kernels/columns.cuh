@@ -1,10 +1,10 @@
-// A matrix (N, C) walked down its columns: each lane keeps VEC neighbouring columns, the eight warps of a block take
-// every eighth row of theirs, and gridDim.y blocks share the rows. Where C is no multiple of what 16 bytes hold, a lane
-// has one column. C is a constant (-DC).
+// A matrix (N, C) read by columns: each lane has VEC neighbouring columns, the eight warps of a block read every eighth
+// row of them, and gridDim.y blocks share the rows. Where rows are not a multiple of 16 bytes, a lane has one column. C
+// is a constant (-DC).
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N, WARPS = 8, WIDTH = 32 * VEC;
 
-constexpr int AHEAD = 4;   // accesses that a lane asks for before it needs the first
-constexpr int BLOCKS = 4;  // that share a multiprocessor, of which the launcher makes as many as all hold at once
+constexpr int AHEAD = 4;   // loads that a lane issues before it uses the first
+constexpr int BLOCKS = 4;  // on a multiprocessor; the launcher makes as many as run at once
 
 template <class T>
 using Vec = Pack<T, VEC>;

@@ -1,5 +1,5 @@
-// What all kernels share; kernels/cuda.py pastes it in front of each source. REAL is the type of the activations: bf16 or
-// float. On the device the few functions below hold PTX; tests/stand_ins/cudasim/cudasim.h has their twins in C++, with which the
+// Shared by all kernels; kernels/cuda.py pastes it in front of each source. REAL is the type of the activations: bf16
+// or float. The first functions are PTX; tests/stand_ins/cudasim/cudasim.h has their C++ equivalents, with which the
 // same sources run on a CPU.
 #ifndef CUDASIM
 #include <cuda_bf16.h>
@@ -8,10 +8,10 @@
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void wait_a_little() {}  // others need no time of ours
+__device__ __forceinline__ void backoff() {}  // a spinning thread takes no time from others
 #if __CUDA_ARCH__ >= 900
-// The same place in the shared memory of another block of a thread block cluster of SIZE. (Were it not volatile, the
-// compiler would ask in all lanes where only some do, for blocks that there are not.)
+// The same address in the shared memory of another block of a thread block cluster of SIZE. (Without volatile the
+// compiler may execute it in all lanes where only some need it, with ranks out of range.)
 template <int SIZE, class T>
 __device__ __forceinline__ T* in_block(T* place, unsigned rank) {
   T* there;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void mma_bf16_16816(float (&d)[4], const unsigned (&a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// 16 bytes from global to shared memory, without waiting: `read` from s, or none, and zeros for the rest.
+// Start copying 16 bytes from global to shared memory: the first `read` bytes (16 or 0) from s, zeros for the rest.
 __device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(d)), "l"(s), "r"(read) : "memory");
 }
@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned bf16_pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   return pair;
 }
-#else  // for what is computed in float32 on older GPUs, which have none of these
+#else  // older GPUs have none of these; they compute in float32
 __device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
   *(uint4*)d = read ? *(const uint4*)s : make_uint4(0, 0, 0, 0);
 }
@@ -91,8 +91,8 @@ __device__ __forceinline__ float from_f32<float>(float x) {
   return x;
 }
 
-// COUNT numbers, read and written as a whole: in one access of up to 16 bytes, or in several of 16. In bfloat16 they stay
-// two in a register until one is asked for; the compiler would give each 16-bit member a register of its own.
+// COUNT numbers that are read and written in one access of up to 16 bytes, or in several of 16. bfloat16 numbers stay
+// packed, two to a register, until one is used; for 16-bit members the compiler would use a register each.
 template <class T, int COUNT = 16 / sizeof(T), bool PAIRS = sizeof(T) == 2 && COUNT % 2 == 0>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
   static constexpr int N = COUNT;
@@ -132,7 +132,7 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The sum over a block of WARPS warps, in its first warp; once in a kernel.
+// The sum over a block of WARPS warps, in its first warp; to be called once in a kernel.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float sums[WARPS];
@@ -142,7 +142,7 @@ __device__ __forceinline__ float block_sum(float v) {
   return threadIdx.x < 32 ? warp_sum(threadIdx.x < WARPS ? sums[threadIdx.x] : 0.f) : 0.f;
 }
 
-// Philox4x32-10, the CPU's bits (tinygrad2/random.py): the four words of elements 4 group ... 4 group + 3.
+// Philox4x32-10, with the bits of tinygrad2/random.py: the four words of elements 4 group ... 4 group + 3.
 struct PhiloxKey {
   unsigned seed_low, seed_high, site, step;
 };

@@ -892,7 +892,7 @@ def _square_chunks(x, sums, start, stop):
         sums[chunk] = total  # in float64 from here on
 
 
-def squared_norm(x):
+def squared_norm(x: np.ndarray) -> np.floating:
     sums = np.zeros(-(-len(x) // FLAT))
     pool.each(lambda a, b: _square_chunks(x, sums, a, b), threads.parts(len(sums), 1))
     return x.dtype.type(sums.sum())
@@ -910,13 +910,70 @@ def _adamw(value, grad, m, v, scale, lr, keep1, keep2, eps, shrink, root2):
         value[i] = value[i] * shrink - lr * first / (np.sqrt(second) * root2 + eps)
 
 
-def adamw_step(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-    if not go:
+def adamw_step(
+    value: np.ndarray, grad: np.ndarray, m: np.ndarray, v: np.ndarray, scale: np.ndarray, lr: np.ndarray,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: np.ndarray,
+) -> None:  # fmt: skip
+    if np.isnan(scale):
         return
-    grad_scale, lr, step = float(grad_scale), float(lr), float(step)
+    factor, rate, count = float(scale), float(lr), float(step)
     # The bias corrections go into the step size and the root, out of the loop.
-    numbers = (grad_scale, lr / (1 - beta1**step), beta1, beta2, eps, 1 - lr * weight_decay, (1 - beta2**step) ** -0.5)
+    correction, root = 1 - beta1**count, (1 - beta2**count) ** -0.5
+    numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
     pool.each(lambda a, b: _adamw(value[a:b], grad[a:b], m[a:b], v[a:b], *scalars), threads.parts(len(value), FLAT))
-    if copy is not None:
-        copy[...] = value.astype(copy.dtype)
+
+
+def _by_chunks(function: Callable[..., None], *arrays: np.ndarray | None) -> None:
+    """Call an elementwise function on runs of FLAT elements of flat arrays: its temporary arrays stay in cache."""
+
+    def part(start: int, stop: int) -> None:
+        for first in range(start, stop, FLAT):
+            run = slice(first, min(first + FLAT, stop))
+            function(*(None if array is None else array[run] for array in arrays))
+
+    assert arrays[0] is not None
+    pool.each(part, threads.parts(len(arrays[0]), FLAT))
+
+
+def sgd_step(
+    value: np.ndarray, grad: np.ndarray, buffer: np.ndarray | None, scale: np.ndarray, lr: np.ndarray,
+    momentum: float, nesterov: bool, weight_decay: float,
+) -> None:  # fmt: skip
+    def step(value: np.ndarray, grad: np.ndarray, buffer: np.ndarray | None) -> None:
+        reference.sgd_step(value, grad, buffer, scale, lr, momentum, nesterov, weight_decay)
+
+    _by_chunks(step, value, grad, buffer)
+
+
+def muon_momentum(grad: np.ndarray, buffer: np.ndarray, scale: np.ndarray, momentum: float) -> np.ndarray:
+    direction = memory.empty(grad.shape, grad.dtype)
+
+    def step(grad: np.ndarray, buffer: np.ndarray, direction: np.ndarray) -> None:
+        direction[...] = reference.muon_momentum(grad, buffer, scale, momentum)
+
+    _by_chunks(step, grad, buffer, direction)
+    return direction
+
+
+def orthogonalize(*matrices: np.ndarray) -> None:
+    """Each matrix on one thread, so that its bits depend neither on the number of threads nor on the other matrices."""
+    n = max(1, min(threads.count(), len(matrices)))
+    with threads.blas_on_one_thread():
+        pool.each(lambda i, _: reference.orthogonalize(*matrices[i::n]), [(i, i + 1) for i in range(n)])
+
+
+@_compiled
+def _muon(value, direction, rate, shrink):
+    for i in range(value.shape[0]):
+        for j in range(value.shape[1]):
+            value[i, j] = value[i, j] * shrink - rate * direction[i, j]
+
+
+def muon_step(value: np.ndarray, direction: np.ndarray, scale: np.ndarray, lr: np.ndarray, weight_decay: float) -> None:
+    if np.isnan(scale):
+        return
+    factors = float(lr) * 0.2 * math.sqrt(max(value.shape)), 1 - float(lr) * weight_decay
+    rate, shrink = (value.dtype.type(factor) for factor in factors)
+    ranges = threads.parts(len(value), -(-FLAT // value.shape[1]))
+    pool.each(lambda a, b: _muon(value[a:b], direction[a:b], rate, shrink), ranges)

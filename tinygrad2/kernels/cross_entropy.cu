@@ -1,14 +1,14 @@
 #include "common.cuh"
-// The loss of a language model's head, and its gradient in place of the logits.
+// The loss of the LM head, and its gradient in place of the logits.
 //
-// Compile with -DVOCAB (the columns that count), -DCOLUMNS (those there are: a multiple of 64, so that every row begins
-// at 16 bytes), -DTHREADS, and -DRESIDENT=1 where a row fits shared memory.
+// Compiled with -DVOCAB (columns of the vocabulary), -DCOLUMNS (with padding: a multiple of 64, so that every row is
+// aligned to 16 bytes), -DTHREADS, and -DRESIDENT=1 where a row fits shared memory.
 
 using Vec = Pack<REAL>;
-constexpr int FULL = VOCAB / Vec::N;  // accesses; where VOCAB is no multiple, the next one ends in padding
+constexpr int FULL = VOCAB / Vec::N;  // accesses; where VOCAB is not a multiple, the next one has padding
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
-constexpr float LOWEST = -3e38f;  // in place of -infinity, whose difference from itself is NaN
+constexpr float LOWEST = -3e38f;  // instead of -infinity, whose difference from itself is NaN
 
 struct Logits {
   float v[Vec::N];
@@ -43,11 +43,10 @@ struct Softmax {
 
 // losses[n] = ln(sum_v exp(x_v)) - x_target;  x_v = scale (softmax(x)_v - [v = target]), the padding becomes 0.
 //
-// One block a row. Resident: the row is read once, by asynchronous copies, which leave all of it in flight without a
-// register; each thread reads nothing but what it copied. Two blocks fit a multiprocessor, so that one reads while the
-// other computes. Otherwise the row is read again, from the L2 cache at best.
-// N = 65536, V = 50304, bf16: 6.6 GB read, 6.6 GB written, 3.1 ms; 2 exponentials an element, 1.9 ms of the special
-// function units, beside it.
+// One block for each row. Resident: the row is read once, by asynchronous copies, all in flight without using
+// registers; each thread reads only what it copied. Two blocks fit a multiprocessor, so that one reads while the other
+// computes. Otherwise the row is read again, from the L2 cache at best. N = 65536, V = 50304, bf16: 6.6 GB read, 6.6 GB
+// written, 3.1 ms; 2 exponentials an element, 1.9 ms of the special function units, beside it.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long long* __restrict__ targets,
               float scale) {
@@ -58,7 +57,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
   Softmax s;
 #if RESIDENT
   DYN_SMEM(Vec, kept);
-  constexpr int HALF = FULL / 2, PACKS = FULL + (VOCAB % Vec::N > 0);  // the first is added while the other is coming
+  constexpr int HALF = FULL / 2, PACKS = FULL + (VOCAB % Vec::N > 0);  // the second half arrives meanwhile
   int i = threadIdx.x;
   for (; i < HALF; i += THREADS) cp_async16(kept + i, row + i);
   cp_async_commit();
@@ -67,7 +66,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
 #else
   Vec* kept = row;
 #endif
-  int target = (int)targets[blockIdx.x];  // behind the copies, since who uses it waits for it
+  int target = (int)targets[blockIdx.x];  // after the copies, since its use waits for the load
   if (threadIdx.x == THREADS - 1) picked = f32(x[target]);
 #if RESIDENT
   cp_async_wait<1>();
@@ -87,7 +86,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
   __syncthreads();
   s.largest = lane < WARPS ? warp_largest[lane] : LOWEST;
   s.total = lane < WARPS ? warp_total[lane] : 0.f;
-  s.add_lanes();  // every warp for itself: the same bits in all
+  s.add_lanes();  // in every warp, with the same bits
   if (threadIdx.x == 0) losses[blockIdx.x] = (log2f(s.total) + s.largest) * LN2 - picked;
 
   float factor = scale / s.total;
@@ -101,7 +100,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
 #pragma unroll 1
   for (; i < COLUMNS / Vec::N; i += THREADS)
     row[i] = VOCAB % Vec::N && i == FULL ? gradients(Logits(kept[i], true)) : Vec{};
-  if (target / Vec::N % THREADS == threadIdx.x) x[target] = from_f32<REAL>(gradient(picked) - scale);  // over its own
+  if (target / Vec::N % THREADS == threadIdx.x) x[target] = from_f32<REAL>(gradient(picked) - scale);  // overwrites it
 }
 
 // loss = the mean of the rows' losses, added in a fixed order by one block of 1024 threads: 0.3 MB, a few microseconds.

@@ -1,11 +1,12 @@
 """Kernels for NVIDIA GPUs: one CUDA C++ source per family of operations beside this file, launched from here.
 
 Same names and signatures as reference.py. Activations and weights are float32 or bfloat16; statistics, sums and the
-gradients of parameters are float32. What is float64, and what a kernel has no form for, goes to the reference on CuPy.
-No kernel adds with atomics: two runs give the same bits.
+gradients of parameters are float32. The decorator `only_if` above a kernel says which arguments it can compute; all
+others, such as float64, go to the function of the same name in reference.py, on CuPy. No kernel adds with atomics: two
+runs give the same bits.
 
-Sources are compiled by CuPy when first used (NVRTC, kept on disk) for the shapes at hand: numbers
-such as C or the head size are constants in the code (-DC=768).
+CuPy compiles the sources when they are first used (NVRTC, cached on disk) for the shapes at hand: numbers such as C or
+the head size are constants in the code (-DC=768).
 """
 
 from __future__ import annotations
@@ -15,27 +16,35 @@ import functools
 import math
 import re
 import sys
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy
 from ml_dtypes import bfloat16
+from numpy.typing import DTypeLike
 
+from tinygrad2.array import Array
 from tinygrad2.kernels.gemm import Gemm
 from tinygrad2.kernels.token_runs import sort_tokens
+from tinygrad2.random import Key
 
-# The types that the kernels know, and their names in CUDA C++. (dtype.name is code in Python, and takes microseconds.)
-REAL = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
-PHILOX_KEY = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # as in common.cuh
+# The types that the kernels compute in, and their names in CUDA C++. (Keys are dtypes: dtype.name takes microseconds.)
+CPP_TYPES = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
+KEY_STRUCT = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # PhiloxKey
 FOLDER = Path(__file__).parent
-CHUNK = 64  # sorted rows that one block of the embedding's backward pass adds up
-ALIGNMENT = 64  # the columns of the logits, and the rows of the embeddings they come from, are a multiple of this
-BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides what is asked for: CUDA's own 1 KB, static arrays
+Kernel = Callable[..., None]  # called with a grid, a block, arguments, and shared_mem=bytes
+Defines = dict[str, Any]  # constants of a kernel
+Arrays = tuple[Array, ...]
+DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
+BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward adds up
+VOCABULARY_MULTIPLE = 64  # logits have a multiple of this many columns; the embeddings are padded with rows of 0
+BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block beyond the dynamic: 1 KB of CUDA, static arrays
 
 
 def source(family: str | Path) -> str:
-    """The CUDA C++ of a family of kernels, or of a file elsewhere, with what it includes from here pasted in: CuPy's
-    cache does not see headers."""
+    """The CUDA C++ of a family of kernels (its file in this folder), or of another file, with its includes from this
+    folder pasted in: CuPy's cache does not depend on headers."""
     file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
@@ -58,93 +67,133 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A launcher that is called only with arguments for which `supported` (with the same parameters) holds; with any
+    others the reference function of the same name is called."""
+
+    def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        name = launcher.__name__
+
+        @functools.wraps(launcher)
+        def call(self: CudaKernels, *arguments: Any) -> Any:
+            if supported(*arguments):
+                return launcher(self, *arguments)
+            return getattr(self._reference, name)(*arguments)
+
+        return call
+
+    return decorate
+
+
+def cpp_type(dtype: DTypeLike) -> str | None:
+    """The name in CUDA C++ of a type that the kernels compute in, or None."""
+    return CPP_TYPES.get(numpy.dtype(dtype))
+
+
+def tensor_cores_take(head_size: int) -> bool:
+    """Whether attention has a form on tensor cores for this head size."""
+    return head_size % 16 == 0 and head_size <= 128
+
+
+def _known(*arrays: Array) -> bool:
+    """Whether the kernels compute in the type of each of these arrays."""
+    return all(x.dtype in CPP_TYPES for x in arrays)
+
+
+def _one_known(*arrays: Array) -> bool:
+    """Whether these arrays are all of one type that the kernels compute in."""
+    return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
+
+
+def _on_tensor_cores(qkv: Array, n_head: int) -> bool:
+    return qkv.dtype == bfloat16 and tensor_cores_take(qkv.shape[-1] // (3 * n_head))
+
+
 class CudaKernels:
     """The overrides for one array library (CuPy, or a stand-in in the tests).
 
     np         the array library.
-    reference  reference.py on that library, for what has no kernel here.
+    reference  reference.py on that library, for arguments that no kernel here computes.
     """
 
     def __init__(self, np: Any, reference: Any):
         self._np = np
         self._reference = reference
-        self._functions: dict[tuple, Any] = {}
-        self._gemm = Gemm(np)
+        self._functions: dict[tuple[Hashable, ...], Kernel] = {}
+        self.gemm = Gemm(np)
 
-    def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Any:
+    def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """A kernel, compiled with these constants when first used.
 
-        shared  bytes of shared memory that it will be launched with, where these constants say how many.
+        shared  bytes of dynamic shared memory that it will be launched with, where the constants determine them.
         """
         key = (family, name, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
             function = self._np.RawModule(code=source(family), options=options).get_function(name)
-            if shared > 40 << 10:  # beyond 48 KB, what the kernel has of its own among them, it has to be asked for
+            if shared > 40 << 10:  # more than 48 KB, static shared memory included, must be requested
                 function.max_dynamic_shared_size_bytes = shared
-                function.preferred_shared_memory_carveout = 100  # percent; what is left of it is L1 cache
+                function.preferred_shared_memory_carveout = 100  # percent; the rest is L1 cache
             self._functions[key] = function
         return self._functions[key]
 
     def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
-        """How many clusters of a kernel that is compiled for clusters run at the same time; `blocks` is a grid of whole
-        clusters, since the driver refuses any other one here too. CuPy has no name for it."""
+        """How many thread block clusters of a kernel run at the same time. `blocks` is a grid of whole clusters; the
+        driver refuses any other. CuPy has no binding for it."""
         count, config = ctypes.c_int(), LaunchConfig(blocks, 1, 1, threads, 1, 1, shared)
         status = driver().cuOccupancyMaxActiveClusters(
             ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
         )
         if status:
-            raise RuntimeError(f"cuOccupancyMaxActiveClusters: the driver's error {status}")
+            raise RuntimeError(f"cuOccupancyMaxActiveClusters: driver error {status}")
         return count.value
 
     @functools.cached_property
-    def _shared_memory(self) -> int:
+    def shared_memory(self) -> int:
         """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can have all of it but 1 KB."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
-    def _packed(self, x: Any) -> Any:
-        """x where it lies by rows and begins at 16 bytes, as kernels read it, or a copy that does."""
+    def _packed(self, x: Array) -> Array:
+        """x where it is contiguous and aligned to 16 bytes, as kernels read it, or a copy that is."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
     # Matrix products --------------------------------------------------------------------------------------------------
 
-    def linear_forward(self, x: Any, weight: Any, bias: Any | None) -> Any:
-        if x.dtype not in REAL or weight.dtype not in REAL or not x.size:
-            return self._reference.linear_forward(x, weight, bias)
+    @only_if(lambda x, weight, bias: _known(x, weight) and x.size)
+    def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> Array:
         weight = weight.astype(x.dtype, copy=False)
         bias = None if bias is None else bias.astype(x.dtype, copy=False)
-        return self._gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
+        return self.gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
 
-    def linear_backward(self, dy: Any, x: Any, weight: Any, dweight: Any | None, dbias: Any | None) -> Any:
-        if any(array.dtype not in REAL for array in (dy, x, weight)) or not dy.size:
-            return self._reference.linear_backward(dy, x, weight, dweight, dbias)
+    @only_if(lambda dy, x, weight, dweight, dbias: _known(dy, x, weight) and dy.size)
+    def linear_backward(self, dy: Array, x: Array, weight: Array, dweight: Array | None, dbias: Array | None) -> Array:
         dy2 = dy.reshape(-1, dy.shape[-1])
         if dweight is not None:
             x2 = x.reshape(-1, x.shape[-1]).astype(dy.dtype, copy=False)
-            self._gemm(x2, dy2, dweight, transpose_a=True, accumulate=True)
+            self.gemm(x2, dy2, dweight, transpose_a=True, accumulate=True)
         if dbias is not None:
-            self._column_sums(dy2, dbias)
-        return self._gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
+            self.column_sums(dy2, dbias)
+        return self.gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
 
     def use_tf32(self, on: bool) -> None:
-        """Whether products of float32 matrices may round what they read to TF32."""
-        self._gemm.tf32 = on
+        """Whether products of float32 matrices may round their operands to TF32."""
+        self.gemm.tf32 = on
 
     # Sums of columns --------------------------------------------------------------------------------------------------
 
-    def _column_sums(self, rows: Any, into: Any) -> None:
+    def column_sums(self, rows: Array, into: Array) -> None:
         """into (C,) float32 += the sum over the rows of a matrix (N, C), in a fixed order."""
         np = self._np
         rows = self._packed(rows)
         grid, count = _column_grid(rows)
         partials = np.empty((1, grid[1], rows.shape[-1]), dtype=np.float32)
-        function = self.function("columns", "column_sums", REAL=REAL[rows.dtype], C=rows.shape[-1])
+        function = self.function("columns", "column_sums", REAL=CPP_TYPES[rows.dtype], C=rows.shape[-1])
         function(grid, (THREADS,), (partials, rows, count))
-        self._add_partials(partials, into)
+        self.add_partials(partials, into)
 
-    def _add_partials(self, partials: Any, *targets: Any | None) -> None:
+    def add_partials(self, partials: Array, *targets: Array | None) -> None:
         """Each target (C,) += the sum of its partials over their rows; partials (targets, parts, C)."""
         wanted = [i for i, target in enumerate(targets) if target is not None]
         if not wanted:
@@ -157,45 +206,44 @@ class CudaKernels:
 
     # Embedding --------------------------------------------------------------------------------------------------------
 
-    def _access(self, C: int, *arrays: Any) -> int:
-        """How many of the first array's numbers a thread takes at once: 16 bytes where rows of C allow it, or 1.
+    def _access(self, C: int, *arrays: Array) -> int:
+        """How many numbers of the first array a thread reads in one access: 16 bytes where rows of C allow it, or 1.
 
-        A parameter may begin anywhere in the arena that holds all of them.
+        A parameter may begin anywhere in the arena.
         """
         count = 16 // arrays[0].dtype.itemsize
         return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
 
-    def embedding_forward(self, tokens, wte, wpe, first_position):
-        if wte.dtype not in REAL:
-            return self._reference.embedding_forward(tokens, wte, wpe, first_position)
+    @only_if(lambda tokens, wte, wpe, first_position: _known(wte))
+    def embedding_forward(self, tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
         np, C, T = self._np, wte.shape[1], tokens.shape[-1] if tokens.ndim else 1
         y = np.empty((*tokens.shape, C), dtype=wte.dtype)
         tokens, wte = np.ascontiguousarray(tokens), np.ascontiguousarray(wte)
         positions = wte if wpe is None else np.ascontiguousarray(wpe.astype(wte.dtype, copy=False))
         width = self._access(C, wte, positions)
-        defines = {"REAL": REAL[wte.dtype], "C": C, "WIDTH": width, "CHUNK": CHUNK}
+        defines: Defines = {"REAL": CPP_TYPES[wte.dtype], "C": C, "WIDTH": width, "BLOCK_ROWS": BLOCK_ROWS}
         kernel = self.function("embedding", "embedding_forward", **defines, POSITIONS=int(wpe is not None))
         numbers = numpy.int32(tokens.size), numpy.int32(T), numpy.int32(first_position)
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
 
+    @only_if(lambda dy, tokens, first_position, dwte, dwpe: _known(dy))
     def embedding_backward(
-        self, dy: Any, tokens: numpy.ndarray, first_position: int, dwte: Any | None, dwpe: Any | None
+        self, dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
     ) -> None:
-        if dy.dtype not in REAL:
-            return self._reference.embedding_backward(dy, tokens, first_position, dwte, dwpe)
         C, rows = dy.shape[-1], dy.size // dy.shape[-1]
         dy = self._np.ascontiguousarray(dy)
         width = self._access(C, dy, *(array for array in (dwte, dwpe) if array is not None))
-        defines = {"REAL": REAL[dy.dtype], "C": C, "WIDTH": width, "CHUNK": CHUNK, "POSITIONS": 0}
+        defines: Defines = {"REAL": CPP_TYPES[dy.dtype], "C": C, "WIDTH": width, "POSITIONS": 0}
         threads = min(256, -(-C // width // 32) * 32)
         columns = -(-C // width // threads)
 
-        def launch(name, blocks, *arguments):
-            self.function("embedding", name, **defines)((blocks, columns), (threads,), arguments)
+        def launch(name: str, blocks: int, *arguments: Any) -> None:
+            kernel = self.function("embedding", name, **defines, BLOCK_ROWS=BLOCK_ROWS)
+            kernel((blocks, columns), (threads,), arguments)
 
         if dwte is not None:
-            chunks = -(-rows // CHUNK)
+            chunks = -(-rows // BLOCK_ROWS)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
             order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # copied without waiting for the device
             where = ordered, numpy.int32(rows)
@@ -206,13 +254,12 @@ class CudaKernels:
             T = dy.shape[-2]
             numbers = numpy.int32(rows // T), numpy.int32(T), numpy.int32(first_position)
             launch("embedding_backward_positions", T, dwpe, dy, *numbers)
-        return None
+        return
 
     # Dropout ----------------------------------------------------------------------------------------------------------
 
-    def dropout_forward(self, x, rate, key):
-        if x.dtype not in REAL:
-            return self._reference.dropout_forward(x, rate, key)
+    @only_if(lambda x, rate, key: _known(x))
+    def dropout_forward(self, x: Array, rate: float, key: Key) -> Array:
         x = self._np.ascontiguousarray(x)
         y = self._np.empty(x.shape, dtype=x.dtype)
         first = numpy.uint64(key.first_sample * (x.size // x.shape[0]))
@@ -222,55 +269,66 @@ class CudaKernels:
             numpy.uint64(round(rate * 2**32)),
             numpy.float32(1 / (1 - rate)),
         )
-        kernel = self.function("dropout", "dropout", REAL=REAL[x.dtype])
+        kernel = self.function("dropout", "dropout", REAL=CPP_TYPES[x.dtype])
         kernel((-(-x.size // 2048),), (256,), (x, y, first, *numbers))
         return y
 
-    def dropout_backward(self, dy, rate, key):
+    def dropout_backward(self, dy: Array, rate: float, key: Key) -> Array:
         return self.dropout_forward(dy, rate, key)
 
     # LayerNorm --------------------------------------------------------------------------------------------------------
 
-    def layernorm_forward(self, x: Any, weight: Any, bias: Any, eps: float) -> tuple:
-        if not _all_real(x):
-            return self._reference.layernorm_forward(x, weight, bias, eps)
+    @only_if(lambda x, weight, bias, eps: _known(x))
+    def layernorm_forward(self, x: Array, weight: Array, bias: Array, eps: float) -> Arrays:
         return self._layernorm_forward("layernorm_forward", (x,), weight, bias, eps)
 
-    def add_layernorm_forward(self, x: Any, delta: Any, weight: Any, bias: Any, eps: float) -> tuple:
-        if not _all_real(x, delta):
-            return self._reference.add_layernorm_forward(x, delta, weight, bias, eps)
+    @only_if(lambda x, delta, weight, bias, eps: _one_known(x, delta))
+    def add_layernorm_forward(self, x: Array, delta: Array, weight: Array, bias: Array, eps: float) -> Arrays:
         return self._layernorm_forward("add_layernorm_forward", (x, delta), weight, bias, eps)
 
+    @only_if(lambda dy, x, *_: _one_known(dy, x))
     def layernorm_backward(
-        self, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
-    ) -> Any:
-        if not _all_real(dy, x):
-            return self._reference.layernorm_backward(dy, x, weight, mean, rstd, dweight, dbias)
+        self, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
+    ) -> Array:
         return self._layernorm_backward("layernorm_backward", (dy, x), weight, mean, rstd, dweight, dbias)
 
+    @only_if(lambda ds, dy, s, *_: _one_known(ds, dy, s))
     def add_layernorm_backward(
-        self, ds: Any, dy: Any, s: Any, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
-    ) -> Any:
-        if not _all_real(ds, dy, s):
-            return self._reference.add_layernorm_backward(ds, dy, s, weight, mean, rstd, dweight, dbias)
+        self,
+        ds: Array,
+        dy: Array,
+        s: Array,
+        weight: Array,
+        mean: Array,
+        rstd: Array,
+        dweight: Array | None,
+        dbias: Array | None,
+    ) -> Array:
         return self._layernorm_backward("add_layernorm_backward", (ds, dy, s), weight, mean, rstd, dweight, dbias)
 
-    def _layernorm_forward(self, name: str, inputs: tuple, weight: Any, bias: Any, eps: float) -> tuple:
+    def _layernorm_forward(self, name: str, inputs: Arrays, weight: Array, bias: Array, eps: float) -> Arrays:
         np, x = self._np, inputs[0]
         C = x.shape[-1]
         rows = x.size // C
         results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
         arrays = [*map(self._packed, inputs), self._float32(weight), self._float32(bias)]
-        function = self.function("layernorm", name, shared=8 * C, REAL=REAL[x.dtype], C=C)
+        function = self.function("layernorm", name, shared=8 * C, REAL=CPP_TYPES[x.dtype], C=C)
         blocks = _blocks(rows, _rows_of_a_block(C), 4 if x.dtype.itemsize == 2 else 3)
         arguments = (*results, mean, rstd, *arrays, numpy.int32(rows), numpy.float32(eps))
         function((blocks,), (THREADS,), arguments, shared_mem=8 * C)
         return *results, mean, rstd
 
     def _layernorm_backward(
-        self, name: str, inputs: tuple, weight: Any, mean: Any, rstd: Any, dweight: Any | None, dbias: Any | None
-    ) -> Any:
+        self,
+        name: str,
+        inputs: Arrays,
+        weight: Array,
+        mean: Array,
+        rstd: Array,
+        dweight: Array | None,
+        dbias: Array | None,
+    ) -> Array:
         np, x = self._np, inputs[-1]
         C = x.shape[-1]
         rows = x.size // C
@@ -278,30 +336,29 @@ class CudaKernels:
         dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
         arrays = [*map(self._packed, inputs), *map(self._float32, (weight, mean, rstd))]
         lanes, pack = THREADS // _rows_of_a_block(C), 16 // x.dtype.itemsize
-        shared = 4 * C  # the gains
+        shared = 4 * C  # the weight
         if len(inputs) > 2 and C % pack == 0:
             shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
-        function = self.function("layernorm", name, shared=shared, REAL=REAL[x.dtype], C=C)
+        function = self.function("layernorm", name, shared=shared, REAL=CPP_TYPES[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
-        self._add_partials(partials, dweight, dbias)
+        self.add_partials(partials, dweight, dbias)
         return dx
 
-    def _float32(self, x: Any) -> Any:
+    def _float32(self, x: Array) -> Array:
         return self._np.ascontiguousarray(x.astype(numpy.float32, copy=False))
 
     # Attention --------------------------------------------------------------------------------------------------------
 
-    def attention_forward(self, qkv: Any, n_head: int, rate: float, key: Any) -> tuple[Any, Any]:
+    @only_if(lambda qkv, n_head, rate, key: _on_tensor_cores(qkv, n_head))
+    def attention_forward(self, qkv: Array, n_head: int, rate: float, key: Key | None) -> tuple[Array, Array]:
         """On tensor cores, for bfloat16; lse is float32."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
-        if qkv.dtype != bfloat16 or not self._tiles_fit(D):
-            return self._reference.attention_forward(qkv, n_head, rate, key)
         out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
         lse = self._np.empty((B, n_head, T), dtype=numpy.float32)
         rows, keys = 128 if D <= 64 else 64, 64
         shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
-        defines = {"D": D, "DROPOUT": int(key is not None)}
+        defines: Defines = {"D": D, "DROPOUT": int(key is not None)}
         kernel = self.function("attention_forward", "attention_forward", shared=shared, **defines)
         arrays = out, lse, self._np.ascontiguousarray(qkv)
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
@@ -314,16 +371,15 @@ class CudaKernels:
         )
         return out, lse
 
-    def attention_cached(self, qkv: Any, cache: Any, length: int, n_head: int) -> Any:
-        """One token at a time at the speed at which the cache is read; a prompt in bfloat16 as attention_forward."""
+    @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
+    def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
+        """One token at a time, limited by reading the cache; a prompt in bfloat16 is left to attention_forward."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
-        if qkv.dtype not in REAL or cache.dtype != qkv.dtype or not cache.flags.c_contiguous:
-            return self._reference.attention_cached(qkv, cache, length, n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
-        defines = {"D": D, "REAL": REAL[qkv.dtype]}
+        defines: Defines = {"D": D, "REAL": CPP_TYPES[qkv.dtype]}
         sizes = [numpy.int32(n) for n in (T, n_head, length, capacity)]
-        if length == 0 and T > 1 and qkv.dtype == bfloat16 and self._tiles_fit(D):
+        if length == 0 and T > 1 and _on_tensor_cores(qkv, n_head):
             fill = self.function("attention_cached", "fill_cache", **defines)
             fill((B * T,), (256,), (cache, qkv, numpy.int32(B), *sizes))
             return self.attention_forward(qkv, n_head, 0.0, None)[0]
@@ -334,37 +390,33 @@ class CudaKernels:
         return out
 
     @staticmethod
-    def _tiles_fit(D: int) -> bool:
-        """Whether attention has a form on tensor cores for this head size."""
-        return D % 16 == 0 and D <= 128
-
-    @staticmethod
-    def _attention_dropout(rate: float, key: Any) -> tuple:
-        """The arguments of a kernel that draws dropout's bits: the key, the first sample, the threshold, the scale."""
+    def _attention_dropout(rate: float, key: Key | None) -> DropoutArguments:
+        """The arguments for dropout in a kernel: the key, the first sample, the threshold, the scale."""
         if key is None:
-            return numpy.zeros((), dtype=PHILOX_KEY)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
+            return numpy.zeros((), dtype=KEY_STRUCT)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
         threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
         return _philox_key(key), numpy.uint64(key.first_sample), threshold, scale
 
-    def attention_backward(self, dout: Any, qkv: Any, out: Any, lse: Any, n_head: int, rate: float, key: Any) -> Any:
-        """On tensor cores, for bfloat16: dqkv, which the kernels fill without atomics, queries apart from keys."""
+    @only_if(lambda dout, qkv, out, lse, n_head, rate, key: _on_tensor_cores(qkv, n_head))
+    def attention_backward(
+        self, dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
+    ) -> Array:
+        """dqkv, on tensor cores, for bfloat16: a kernel for queries, and one for keys and values, without atomics."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
-        if qkv.dtype != bfloat16 or not self._tiles_fit(D):
-            return self._reference.attention_backward(dout, qkv, out, lse, n_head, rate, key)
         dout, qkv, out, lse = (self._np.ascontiguousarray(x) for x in (dout, qkv, out, lse))
         delta = self._np.empty((B, n_head, T), dtype=numpy.float32)
         dqkv = self._np.empty(qkv.shape, dtype=qkv.dtype)
-        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # what shared memory and the registers hold
-        defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
+        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # as shared memory and registers allow
+        defines: Defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
         sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
         row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
-        # Two 16-row tiles a warp halve what is read from shared memory; beyond D = 64 they would not fit the registers.
+        # Two 16-row tiles a warp halve the reads of shared memory; beyond D = 64 they would not fit the registers.
         q = (128, 16) if D == 64 else (64, chunk)
         for name, owned, size in ("attention_backward_kv", 64, chunk), ("attention_backward_q", *q):
-            # Two tiles of its own and twice two of the stream; with them go two statistics of each row.
+            # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
             shared = (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
             kernel = self.function("attention_backward", name, shared=shared, OWNED=owned, CHUNK=size, **defines)
             kernel(
@@ -377,66 +429,66 @@ class CudaKernels:
 
     # GELU -------------------------------------------------------------------------------------------------------------
 
-    def gelu_forward(self, x: Any, bias: Any | None) -> Any:
+    @only_if(lambda x, bias: _known(x))
+    def gelu_forward(self, x: Array, bias: Array | None) -> Array:
         return self._gelu_forward("gelu_forward", x, bias)
 
-    def gelu_backward(self, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+    @only_if(lambda dy, x, bias, dbias: _one_known(dy, x))
+    def gelu_backward(self, dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
         return self._gelu_backward("gelu_backward", dy, x, bias, dbias)
 
-    def gelu_exact_forward(self, x: Any, bias: Any | None) -> Any:
+    @only_if(lambda x, bias: _known(x))
+    def gelu_exact_forward(self, x: Array, bias: Array | None) -> Array:
         return self._gelu_forward("gelu_exact_forward", x, bias)
 
-    def gelu_exact_backward(self, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+    @only_if(lambda dy, x, bias, dbias: _one_known(dy, x))
+    def gelu_exact_backward(self, dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
         return self._gelu_backward("gelu_exact_backward", dy, x, bias, dbias)
 
-    def _gelu_forward(self, name: str, x: Any, bias: Any | None) -> Any:
+    def _gelu_forward(self, name: str, x: Array, bias: Array | None) -> Array:
         np = self._np
-        if not _all_real(x):
-            return getattr(self._reference, name)(x, bias)
         y, x = np.empty(x.shape, dtype=x.dtype), self._packed(x)
         grid, rows = _column_grid(x)
         self._gelu(name, x, bias)(grid, (THREADS,), (y, x, self._gelu_bias(x, bias), rows))
         return y
 
-    def _gelu_backward(self, name: str, dy: Any, x: Any, bias: Any | None, dbias: Any | None) -> Any:
+    def _gelu_backward(self, name: str, dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
         np = self._np
-        if not _all_real(dy, x):
-            return getattr(self._reference, name)(dy, x, bias, dbias)
         dx, dy, x = np.empty(x.shape, dtype=x.dtype), self._packed(dy), self._packed(x)
         grid, rows = _column_grid(x)
         partials = np.empty((1, grid[1], x.shape[-1]), dtype=np.float32)
         arguments = (dx, partials, dy, x, self._gelu_bias(x, bias), rows)
         self._gelu(name, x, bias)(grid, (THREADS,), arguments)
-        self._add_partials(partials, dbias)
+        self.add_partials(partials, dbias)
         return dx
 
-    def _gelu(self, name: str, x: Any, bias: Any | None) -> Any:
-        types: dict[str, Any] = {} if bias is None else {"BIAS": REAL[bias.dtype]}
-        return self.function("gelu", name, REAL=REAL[x.dtype], C=x.shape[-1], **types)
+    def _gelu(self, name: str, x: Array, bias: Array | None) -> Kernel:
+        types: Defines = {} if bias is None else {"BIAS": CPP_TYPES[bias.dtype]}
+        return self.function("gelu", name, REAL=CPP_TYPES[x.dtype], C=x.shape[-1], **types)
 
-    def _gelu_bias(self, x: Any, bias: Any | None) -> Any:
+    def _gelu_bias(self, x: Array, bias: Array | None) -> Array:
         return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
 
     # Cross-entropy, and the language-model head -----------------------------------------------------------------------
 
-    def cross_entropy_forward(self, logits, targets):
+    def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         return self._reference.cross_entropy_forward(self._widened(logits), targets)
 
-    def cross_entropy_backward(self, dloss, logits, targets, lse):
+    def cross_entropy_backward(self, dloss: Array, logits: Array, targets: Array, lse: Array) -> Array:
         dlogits = self._reference.cross_entropy_backward(dloss, self._widened(logits), targets, lse)
         return dlogits.astype(logits.dtype, copy=False)
 
-    def _widened(self, x: Any) -> Any:
+    def _widened(self, x: Array) -> Array:
         return x.astype(numpy.float32) if x.dtype == bfloat16 else x
 
-    def _aligned_vocabulary(self, weight: Any, dtype: Any) -> Any:
-        """The embeddings (V, C), with rows of 0 up to a multiple of ALIGNMENT.
+    def _aligned_vocabulary(self, weight: Array, dtype: DTypeLike) -> Array:
+        """The embeddings (V, C), with rows of 0 up to a multiple of VOCABULARY_MULTIPLE.
 
-        GPT-2's V is 50257. With that many columns in a matrix no row but the first would begin at 16 bytes, and tensor
-        cores would be fed by the slowest of cuBLAS's kernels. A copy costs 0.04 ms, the products 25 ms.
+        GPT-2's V is 50257. In a matrix with that many columns only the first row would be aligned to 16 bytes, and
+        cuBLAS would use its slowest kernels. A copy costs 0.04 ms, the products 25 ms.
         """
         V, C = weight.shape
-        width = -(-V // ALIGNMENT) * ALIGNMENT
+        width = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         if width == V:
             return self._np.ascontiguousarray(weight.astype(dtype, copy=False))
         aligned = self._np.empty((width, C), dtype=dtype)
@@ -444,19 +496,18 @@ class CudaKernels:
         aligned[V:] = 0
         return aligned
 
-    def lm_head_forward(self, x, weight, targets):
-        if x.dtype not in REAL:
-            return self._reference.lm_head_forward(x, weight, targets)
+    @only_if(lambda x, weight, targets: _known(x))
+    def lm_head_forward(self, x: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
         np, (V, C) = self._np, weight.shape
         rows = np.ascontiguousarray(x.reshape(-1, C))
         aligned = self._aligned_vocabulary(weight, x.dtype)
         logits = np.empty((len(rows), len(aligned)), dtype=x.dtype)
-        self._gemm(rows, aligned, logits, transpose_b=True)
+        self.gemm(rows, aligned, logits, transpose_b=True)
 
         size, packs = len(aligned) * x.dtype.itemsize, -(-V * x.dtype.itemsize // 16)
-        resident = 2 * (size + BLOCK_OVERHEAD) <= self._shared_memory
+        resident = 2 * (size + BLOCK_OVERHEAD) <= self.shared_memory
         shared, threads = size * resident, min(1024, -(-packs // 32) * 32)
-        defines = {"REAL": REAL[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
+        defines: Defines = {"REAL": CPP_TYPES[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
         kernel = self.function("cross_entropy", "cross_entropy", shared=shared, **defines, RESIDENT=int(resident))
         loss, losses = (np.empty(shape, dtype=numpy.float32) for shape in ((), rows.shape[:1]))
         arguments = logits, losses, np.ascontiguousarray(targets), numpy.float32(1 / len(rows))
@@ -465,33 +516,31 @@ class CudaKernels:
         mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
         return loss, logits[:, :V]
 
-    def lm_head_backward(self, dloss, dlogits, x, weight, dweight):
-        if x.dtype not in REAL:
-            return self._reference.lm_head_backward(dloss, dlogits, x, weight, dweight)
+    @only_if(lambda dloss, dlogits, x, weight, dweight: _known(x))
+    def lm_head_backward(self, dloss: Array, dlogits: Array, x: Array, weight: Array, dweight: Array | None) -> Array:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            # 5 TFLOP of a step: of 8 n columns Hopper's tensor cores make them, of any other number Ampere's kernels.
+            # 5 TFLOP of a step. cuBLAS uses Hopper's tensor cores only for a multiple of 8 columns, else older kernels.
             whole = V - V % 8
             for part in (slice(whole), slice(whole, V)):
                 if len(dweight[part]):
-                    self._gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
+                    self.gemm(dlogits[:, part], rows, dweight[part], transpose_a=True, accumulate=True, scale=dloss)
         base = dlogits.base
         if (
             base is not None
             and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
             and base.data.ptr == dlogits.data.ptr
         ):
-            dlogits = base  # as lm_head_forward made it: what lies in the padding meets rows of 0
+            dlogits = base  # as lm_head_forward made it: the padding is multiplied by rows of 0
         else:
             aligned = aligned[:V]
-        return self._gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
+        return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
 
     # Optimizer --------------------------------------------------------------------------------------------------------
 
-    def squared_norm(self, x):
-        if x.dtype != numpy.float32:
-            return self._reference.squared_norm(x)
+    @only_if(lambda x: x.dtype == numpy.float32)
+    def squared_norm(self, x: Array) -> Array:
         x = self._np.ascontiguousarray(x)
         blocks = max(1, min(-(-x.size // 4096), 1024))
         partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((blocks,), ()))
@@ -499,25 +548,21 @@ class CudaKernels:
         self.function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
         return total
 
-    def adamw_step(self, value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
-        if value.dtype != numpy.float32:
-            other = self._reference.adamw_step
-            other(value, grad, m, v, copy, go, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
-        elif value.size:
-            arrays = (value, grad, m, v, copy, go, grad_scale, lr, step)
+    @only_if(lambda value, *_: value.dtype == numpy.float32)
+    def adamw_step(
+        self, value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
+        beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
+    ) -> None:  # fmt: skip
+        if value.size:
+            arrays = (value, grad, m, v, scale, lr, step)
             logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
             numbers = map(numpy.float32, (1 - beta1, 1 - beta2, *logs, eps, weight_decay))
             kernel = self.function("optimizer", "adamw")
             kernel((-(-value.size // 1024),), (256,), (*arrays, *numbers, numpy.int64(value.size)))
 
 
-THREADS = 256  # of a block, where no more is said
-PROCESSORS = 132  # of an H200. Constant, so that sums have the same order, and the same bits, on every GPU
-
-
-def _all_real(*arrays: Any) -> bool:
-    """Whether these arrays are of one type that the kernels know."""
-    return arrays[0].dtype in REAL and all(x.dtype == arrays[0].dtype for x in arrays)
+THREADS = 256  # of a block, by default
+PROCESSORS = 132  # of an H200; a constant, so that sums have the same order and the same bits on every GPU
 
 
 def _rows_of_a_block(C: int) -> int:
@@ -529,14 +574,14 @@ def _blocks(rows: int, rows_of_a_block: int, blocks_of_a_processor: int) -> int:
     return max(1, min(-(-rows // rows_of_a_block), blocks_of_a_processor * PROCESSORS))
 
 
-def _column_grid(x: Any) -> tuple[tuple[int, int], Any]:
-    """The grid of a kernel that walks the columns of x (see columns.cuh), and the number of rows."""
+def _column_grid(x: Array) -> tuple[tuple[int, int], numpy.int32]:
+    """The grid of a kernel that reads x by columns (see columns.cuh), and the number of rows."""
     C = x.shape[-1]
     pack = 16 // x.dtype.itemsize
     across, rows = -(-C // (32 * (1 if C % pack else pack))), x.size // C
     return (across, max(1, min(-(-rows // 8), 4 * PROCESSORS // across))), numpy.int32(rows)
 
 
-def _philox_key(key: Any) -> Any:
-    """A random.Key as kernels take it; its first_sample goes beside it, since it counts other things in each."""
-    return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=PHILOX_KEY)[()]
+def _philox_key(key: Key) -> Any:
+    """A random.Key as kernels take it. first_sample is passed apart, since kernels count it in different units."""
+    return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=KEY_STRUCT)[()]

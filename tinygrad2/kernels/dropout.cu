@@ -2,7 +2,7 @@
 
 // y = x times 0 or `scale`, eight numbers a thread. Element e = first + i of the global batch takes word e % 4 of
 // philox(e / 4) and is kept if that is at least `threshold` = rate 2^32, which may be 2^32. Where the batch at hand
-// begins within a group of four words, eight elements lie in three groups; `offset` is first % 4.
+// begins within a group of four words, eight elements span three groups; `offset` is first % 4.
 // Forward and backward are the same kernel. Reads and writes x once: 64 x 1024 x 768 in bfloat16 are 0.2 GB, 12.6M calls
 // of philox of about 60 instructions; floor 0.047 ms.
 extern "C" __global__ void __launch_bounds__(256)
@@ -12,7 +12,7 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
   if (i >= n) return;
   constexpr int N = Pack<REAL>::N;
   const bool whole = i + 8 <= n && (unsigned long long)x % 16 == 0;
-  Pack<REAL> in[8 / N];  // on its way while the bits are drawn
+  Pack<REAL> in[8 / N];  // in flight while the bits are drawn
   if (whole)
 #pragma unroll
     for (int k = 0; k < 8 / N; k++) in[k] = *(const Pack<REAL>*)(x + i + k * N);
@@ -23,7 +23,7 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
   if (offset) {
     const uint4 c = philox(key, group + 2);
     word[8] = c.x, word[9] = c.y, word[10] = c.z, word[11] = c.w;
-    for (unsigned k = 0; k < offset; k++)  // (an index that varies would put the words into local memory)
+    for (unsigned k = 0; k < offset; k++)  // (a variable index would put the words into local memory)
 #pragma unroll
       for (int j = 0; j < 11; j++) word[j] = word[j + 1];
   }

@@ -1,6 +1,6 @@
 #include "common.cuh"
-// The embedding of tokens and positions. Compile with -DC, -DCHUNK (below), -DPOSITIONS (0 leaves wpe out), and -DWIDTH, the
-// elements of one access: those of 16 bytes, or 1 where C or an address is no multiple of that.
+// The embedding of tokens and positions. Compiled with -DC, -DBLOCK_ROWS (below), -DPOSITIONS (0: without wpe), and
+// -DWIDTH, the elements of one access: 16 bytes, or 1 element where C or an address is not a multiple of that.
 
 template <class T>
 using Part = Pack<T, WIDTH>;
@@ -41,11 +41,11 @@ embedding_forward(REAL* __restrict__ y, const REAL* __restrict__ wte, const REAL
   *(Part<REAL>*)(y + (size_t)row * C + c) = part;
 }
 
-// The gradient of wte: the rows of dy, sorted by token, are cut into chunks of CHUNK however long the runs of equal tokens
-// are, so that every block has as much to do. A run inside one chunk is added to dwte there; the pieces of a run that
-// crosses a border go to partial (chunks, 2, C): [0] what began in an earlier chunk, [1] what goes on in a later one.
-// Every sum is made in the order of the rows.
-constexpr int AHEAD = 8;  // rows asked for before the first is added
+// The gradient of wte: the rows of dy, sorted by token, are split into chunks of BLOCK_ROWS, regardless of the runs of
+// equal tokens, so that every block has the same work. A run inside one chunk is added to dwte there; the pieces of a
+// run that crosses a boundary go to partial (chunks, 2, C): [0] a run from an earlier chunk, [1] one that continues in
+// a later chunk. Every sum is in the order of the rows.
+constexpr int AHEAD = 8;  // rows that are loaded before the first is added
 
 // dwte[t] += the sum of dy[order[i]] over the run of rows i with tokens[i] = t, for the runs inside a chunk.
 // N = 65536, C = 768, bf16: 0.1 GB read and, with 15,000 different tokens, 46 MB read and written: 0.05 ms.
@@ -54,7 +54,7 @@ embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const 
                    const long long* __restrict__ order, const long long* __restrict__ tokens, int rows) {
   int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH;
   if (c >= C) return;
-  int start = blockIdx.x * CHUNK, stop = min(start + CHUNK, rows);
+  int start = blockIdx.x * BLOCK_ROWS, stop = min(start + BLOCK_ROWS, rows);
   bool began_earlier = start > 0 && tokens[start - 1] == tokens[start], goes_on = false;
   float* pieces = partial + (size_t)blockIdx.x * 2 * C + c;
   Sum sum;
@@ -81,24 +81,24 @@ embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const 
   if (goes_on) sum.store(began_earlier ? pieces : pieces + C);
 }
 
-// dwte[t] += the pieces of a run, for the run, if any, that begins in this block's chunk and goes on in the next.
+// dwte[t] += the pieces of a run, for the run, if any, that begins in this block's chunk and continues in the next.
 // A token that fills all of 65536 rows has 1024 pieces: 3 MB, read by as many threads as there are channels.
 extern "C" __global__ void __launch_bounds__(256)
 embedding_backward_long(float* __restrict__ dwte, const float* __restrict__ partial,
                         const long long* __restrict__ tokens, int rows) {
-  int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH, start = blockIdx.x * CHUNK, next = start + CHUNK;
+  int c = (blockIdx.y * blockDim.x + threadIdx.x) * WIDTH, start = blockIdx.x * BLOCK_ROWS, next = start + BLOCK_ROWS;
   long long token = tokens[next - 1];
   if (c >= C || tokens[next] != token || start > 0 && tokens[start - 1] == token) return;
   Sum sum;
   sum.add(*(const Part<float>*)(partial + ((size_t)blockIdx.x * 2 + 1) * C + c));
-  for (bool more = true; more; next += AHEAD * CHUNK) {
+  for (bool more = true; more; next += AHEAD * BLOCK_ROWS) {
     Part<float> ahead[AHEAD];
     bool there[AHEAD];
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) there[k] = next + k * CHUNK < rows && tokens[next + k * CHUNK] == token;
+    for (int k = 0; k < AHEAD; k++) there[k] = next + k * BLOCK_ROWS < rows && tokens[next + k * BLOCK_ROWS] == token;
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
-      if (there[k]) ahead[k] = *(const Part<float>*)(partial + (size_t)(next / CHUNK + k) * 2 * C + c);
+      if (there[k]) ahead[k] = *(const Part<float>*)(partial + (size_t)(next / BLOCK_ROWS + k) * 2 * C + c);
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
       if (there[k]) sum.add(ahead[k]);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   if (c < C) {
 #pragma unroll
     for (int k = 0; k < VEC; k++) b[k] = bias_of(bias, c + k);
-    constexpr int ROWS = AHEAD / 2;  // of two arrays
+    constexpr int ROWS = AHEAD / 2;  // since there are two arrays
     for (int row = first_row(), step = row_step(); row < rows; row += ROWS * step) {
       Vec<REAL> d[ROWS], in[ROWS];
 #pragma unroll

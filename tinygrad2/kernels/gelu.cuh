@@ -1,8 +1,8 @@
-// GELU and its slope: of the tanh form and of the exact one.
+// GELU and its derivative, in the tanh form and the exact form.
 //
-// The tanh form without tanh: (1 + tanh v) / 2 is the logistic function of 2 v, 1 / (1 + e), e = exp(-2 v). That loses no
-// digits where tanh is near -1, as 1 + tanh does, and takes one exponential and one division of the special function
-// units. Both overflow towards the right limits: e = infinity gives 0.
+// The tanh form without tanh: (1 + tanh v) / 2 is the logistic function of 2 v, 1 / (1 + e), e = exp(-2 v). Unlike
+// 1 + tanh it loses no digits where tanh is near -1, and it takes one exponential and one division of the special
+// function units. Overflow gives the correct limit: e = infinity gives 0.
 constexpr float SCALE = 0.7978845608028654f, CUBIC = 0.044715f;  // sqrt(2 / pi), and the factor of u^3
 
 struct Tanh {
@@ -16,7 +16,7 @@ struct Tanh {
   }
 };
 
-struct Exact {  // u Phi(u), Phi the normal distribution; the slope is Phi + u phi
+struct Exact {  // u Phi(u), Phi the normal distribution; the derivative is Phi + u phi
   static __device__ __forceinline__ float phi_integral(float u) { return 0.5f + 0.5f * erff(0.70710678118654752f * u); }
   static __device__ __forceinline__ float value(float u) { return u * phi_integral(u); }
   static __device__ __forceinline__ float slope(float u) {

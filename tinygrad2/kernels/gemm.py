@@ -1,33 +1,36 @@
-"""Products of matrices on NVIDIA GPUs, by cuBLASLt, through its C interface.
+"""Matrix products on NVIDIA GPUs, by cuBLASLt, through its C interface.
 
-CuPy wraps cuBLAS, whose products it refuses to capture into a graph, and not cuBLASLt, which besides adds biases,
-applies GELU, and adds bfloat16 products into a float32 gradient while the sums are still in registers.
+CuPy wraps cuBLAS, whose products it refuses to capture into a graph, but not cuBLASLt, which also adds biases, and adds
+bfloat16 products to a float32 gradient while the sums are still in registers.
 
-cuBLASLt stores matrices by columns. A matrix by rows is its own transpose by columns, so y = a b, by rows, is asked for
-as y^T = b^T a^T: a and b change places, and nothing is moved. What cuBLASLt calls A is our b, and its rows our columns.
+cuBLASLt stores matrices by columns. A row-major matrix is its own transpose in column-major order, so the row-major
+y = a b is computed as y^T = b^T a^T: a and b are exchanged, and nothing is copied. What cuBLASLt calls A is our b, and
+its rows are our columns.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any, NamedTuple
 
 import numpy
 from ml_dtypes import bfloat16
 
+from tinygrad2.array import Array
+
 LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so")
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper and later
 
 # The constants of cublasLt.h and library_types.h, the same in CUDA 11.8 to 13.
 FLOAT32 = numpy.dtype(numpy.float32)
-TYPES = {FLOAT32: 0, numpy.dtype(bfloat16): 14}  # CUDA_R_32F, CUDA_R_16BF
+DATA_TYPES = {FLOAT32: 0, numpy.dtype(bfloat16): 14}  # CUDA_R_32F, CUDA_R_16BF
 COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
-POINTER_MODE, TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 2, 3, 4, 7, 8, 11, 12
-BIAS_TYPE = 26
+POINTER_MODE, TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, BIAS_TYPE = 2, 3, 4, 7, 8, 26
 PREF_WORKSPACE, PREF_REDUCTION_SCHEME, PREF_ALIGNMENT_A = 1, 3, 5  # B, C and D follow A
-REDUCTION_COMPUTE_TYPE = 2  # where the inner dimension is split, the parts are added in float32, in a fixed order
-EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "dgelu": 192, "column_sums": 256}
+REDUCTION_COMPUTE_TYPE = 2  # with split-k, the parts are added in float32, in a fixed order
+EPILOGUE_NONE, EPILOGUE_BIAS = 1, 4
 STATUS = {
     1: "not initialised", 3: "no memory", 7: "invalid value", 8: "this GPU lacks a feature", 11: "no access to memory",
     13: "the kernel failed", 14: "internal error", 15: "not supported", 16: "licence error",
@@ -47,7 +50,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 class Heuristic(ctypes.Structure):
-    """cublasLtMatmulHeuristicResult_t: an algorithm, and what it needs."""
+    """cublasLtMatmulHeuristicResult_t: an algorithm, and the workspace that it needs."""
 
     _fields_ = [
         ("algorithm", c_uint64 * 8), ("workspace", c_size_t), ("status", c_int), ("waves", c_float),
@@ -55,18 +58,18 @@ class Heuristic(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Plan(NamedTuple):
-    """What cuBLASLt is told about a product: all but the addresses."""
+class MatmulPlan(NamedTuple):
+    """A product as it is passed to cuBLASLt, without the addresses."""
 
     operation: c_void_p
     a: c_void_p
     b: c_void_p
     out: c_void_p
-    algorithm: Any
+    algorithm: ctypes.Array[c_uint64]
 
 
 class Matrix(NamedTuple):
-    """Where a matrix lies, by rows: its address, the type of its elements, and how many lie between two rows."""
+    """A row-major matrix in memory: its address, the type of its elements, and the elements from row to row."""
 
     address: int
     type: int
@@ -74,59 +77,52 @@ class Matrix(NamedTuple):
 
 
 class Gemm:
-    """Products of matrices on one device. Plans are kept: asking again for the same shapes costs a look-up.
+    """Matrix products on one device. Plans are cached: the same shapes again cost a look-up.
 
-    One thread at a time; the work goes to the current stream, and each stream has a workspace of its own, without which
-    two runs need not give the same bits.
+    For one thread at a time. Work goes to the current stream; each stream has its own workspace, without which two runs
+    could give different bits.
 
     np       CuPy, or a stand-in.
-    library  the path of cuBLASLt; None looks for it when first used.
-    tf32     float32 operands are rounded to 10 bits of mantissa, for tensor cores to multiply.
+    library  the path of cuBLASLt; None searches for it when first used.
+    tf32     float32 operands are rounded to 10 bits of mantissa and multiplied on tensor cores.
     """
 
     def __init__(self, np: Any, library: str | None = None):
         self.tf32 = False
         self._np = np
         self._path = library
-        self._library: Any = None
+        self._library: ctypes.CDLL | None = None
         self._handle = c_void_p()
-        self._plans: dict[tuple, Plan] = {}
-        self._workspaces: dict[int, Any] = {}
-        self._device_scalars: Any = None
+        self._plans: dict[tuple[Hashable, ...], MatmulPlan] = {}
+        self._workspaces: dict[int, Array] = {}
+        self._device_scalars: Array | None = None
         self._zero, self._one = c_float(0), c_float(1)
 
     def __call__(
         self,
-        a: Any,
-        b: Any,
-        out: Any = None,
+        a: Array,
+        b: Array,
+        out: Array | None = None,
         *,
         transpose_a: bool = False,
         transpose_b: bool = False,
-        bias: Any = None,
-        aux: Any = None,
-        epilogue: str = "",
+        bias: Array | None = None,
         accumulate: bool = False,
-        scale: Any = None,
-    ) -> Any:
-        """out = scale a b, with a and b transposed where asked for; summed in float32. Returns out.
+        scale: Array | None = None,
+    ) -> Array:
+        """out = scale a b + bias, with a and b transposed where asked for; summed in float32. Returns out.
 
-        a, b        2-D, both float32 or both bfloat16. Rows may lie apart (a part of wider rows), and a transposed view
-                    is read in place; anything else is copied first.
-        out         2-D, by rows, float32 or the operands' type; None makes one of the operands' type.
-        accumulate  out += scale a b.
+        a, b        2-D, both float32 or both bfloat16. Rows may be strided (columns of a wider matrix), and a
+                    transposed view is read in place; anything else is copied first.
+        out         2-D, row-major, float32 or the operands' type; None makes one of the operands' type.
+        bias        one number for each column, of out's type.
+        accumulate  out += scale a b + bias.
         scale       one float32 on the device; the host does not wait for it.
-        epilogue    ""             nothing besides, or with a bias, out = scale a b + bias, one number for each column;
-                    "gelu"         aux = a b + bias; out = GELU(aux), the tanh form;
-                    "dgelu"        out = (a b) GELU'(aux);
-                    "column_sums"  bias = the sum of b over its rows (of b as it is multiplied), besides out = a b:
-                                   the gradient of a bias, where b is dy. It is written, not added to.
-        bias, aux   of out's type; aux as large as out, the distance between its rows divisible by 8.
 
-        Raises ValueError for what does not fit, and where cuBLASLt is not installed; RuntimeError where it fails.
+        Raises ValueError for arguments that do not fit and where cuBLASLt is missing, RuntimeError where it fails.
         """
-        a, transpose_a = self._by_rows(a, transpose_a)
-        b, transpose_b = self._by_rows(b, transpose_b)
+        a, transpose_a = self._row_major(a, transpose_a)
+        b, transpose_b = self._row_major(b, transpose_b)
         m, k = a.shape[::-1] if transpose_a else a.shape
         inner, n = b.shape[::-1] if transpose_b else b.shape
         if out is None:
@@ -136,46 +132,38 @@ class Gemm:
         if not (m and n and k):
             raise ValueError(f"a product of ({m}, {k}) and ({k}, {n}) is empty")
         types = tuple(x.dtype for x in (a, b, out))
-        if types[0] != types[1] or types[0] not in TYPES or types[2] not in (FLOAT32, types[0]):
+        if types[0] != types[1] or types[0] not in DATA_TYPES or types[2] not in (FLOAT32, types[0]):
             raise ValueError(f"no product of {types[0]} and {types[1]} into {types[2]}")
-        if epilogue == "" and bias is not None:
-            epilogue = "bias"
-        self._check_epilogue(epilogue, bias, aux, out)
+        _check_bias(bias, out)
         if scale is not None and (scale.dtype != FLOAT32 or scale.size != 1):
             raise ValueError(f"scale must be one float32, got {scale.shape} of {scale.dtype}")
 
-        places = [self._matrix(x) for x in (b, a, out)]
+        matrices = [self._matrix(x) for x in (b, a, out)]
         bias_address = 0 if bias is None else bias.data.ptr
-        aux_place = None if aux is None else self._matrix(aux)
-        # Which algorithms may be taken depends on how addresses are aligned: they are part of the plan's name.
-        alignments = [_alignment(place.address) for place in places]
+        # Which algorithms cuBLASLt may choose depends on the alignment of addresses, so the key has it.
+        alignments = [_alignment(matrix.address) for matrix in matrices]
         key = (
-            m, n, k, transpose_a, transpose_b, self.tf32, epilogue, scale is None,
-            *(place[1:] for place in places), *alignments, _alignment(bias_address),
-            aux_place and (aux_place.stride, _alignment(aux_place.address)),
+            m, n, k, transpose_a, transpose_b, self.tf32, scale is None,
+            *(matrix[1:] for matrix in matrices), *alignments, bias is None, _alignment(bias_address),
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(
-                (m, n, k), (transpose_b, transpose_a), places, alignments, epilogue, bias_address, aux_place,
-                scale is not None,
-            )  # fmt: skip
+            transposes = transpose_b, transpose_a
+            plan = self._plan((m, n, k), transposes, matrices, alignments, bias_address, scale is not None)
             self._plans[key] = plan
         if bias_address:
             self._set(plan.operation, BIAS_POINTER, c_void_p(bias_address))
-        if aux_place:
-            self._set(plan.operation, AUX_POINTER, c_void_p(aux_place.address))
 
         if scale is None:
             alpha, beta = ctypes.addressof(self._one), ctypes.addressof(self._one if accumulate else self._zero)
-        else:  # both factors are then read on the device
+        else:  # the device reads both factors
             if self._device_scalars is None:
                 self._device_scalars = self._np.arange(2, dtype=numpy.float32)
             alpha, beta = scale.data.ptr, self._device_scalars.data.ptr + 4 * accumulate
         stream = self._np.cuda.get_current_stream().ptr
         if stream not in self._workspaces:
             self._workspaces[stream] = self._np.empty((WORKSPACE,), dtype=numpy.uint8)
-        address_b, address_a, address_out = (place.address for place in places)
+        address_b, address_a, address_out = (matrix.address for matrix in matrices)
         self._call(
             "Matmul", self._handle, plan.operation, alpha, address_b, plan.b, address_a, plan.a, beta,
             address_out, plan.out, address_out, plan.out, plan.algorithm,
@@ -185,8 +173,8 @@ class Gemm:
 
     # Operands
 
-    def _by_rows(self, x: Any, transposed: bool) -> tuple[Any, bool]:
-        """The same matrix as one by rows, and whether it is transposed then."""
+    def _row_major(self, x: Array, transposed: bool) -> tuple[Array, bool]:
+        """The same matrix row-major, and whether it then is to be transposed."""
         if x.ndim != 2:
             raise ValueError(f"a matrix has 2 axes, got shape {x.shape}")
         if _row_stride(x):
@@ -195,26 +183,9 @@ class Gemm:
             return x.T, not transposed
         return self._np.ascontiguousarray(x), transposed
 
-    def _matrix(self, x: Any) -> Matrix:
-        return Matrix(x.data.ptr, TYPES[x.dtype], _row_stride(x))
-
-    def _check_epilogue(self, epilogue: str, bias: Any, aux: Any, out: Any) -> None:
-        if epilogue not in EPILOGUES:
-            raise ValueError(f"epilogue {epilogue!r}; expected one of {', '.join(map(repr, EPILOGUES))}")
-        for name, x, wanted in (
-            ("bias", bias, epilogue in ("bias", "gelu", "column_sums")),
-            ("aux", aux, epilogue in ("gelu", "dgelu")),
-        ):
-            if wanted != (x is not None):
-                raise ValueError(f"epilogue {epilogue!r} {'needs' if wanted else 'takes no'} {name}")
-            if wanted and (x.dtype != out.dtype or x.shape != out.shape[-x.ndim :] or x.ndim != 1 + (name == "aux")):
-                raise ValueError(f"{name}: {x.shape} of {x.dtype}, out: {out.shape} of {out.dtype}")
-        if not _row_stride(out):
-            raise ValueError("out must lie by rows")
-        if bias is not None and bias.strides[0] != bias.itemsize and bias.size > 1:
-            raise ValueError("bias must be contiguous")
-        if aux is not None and (not _row_stride(aux) or _row_stride(aux) % 8):
-            raise ValueError("aux must lie by rows, with a distance between them that is divisible by 8")
+    @staticmethod
+    def _matrix(x: Array) -> Matrix:
+        return Matrix(x.data.ptr, DATA_TYPES[x.dtype], _row_stride(x))
 
     # cuBLASLt
 
@@ -222,43 +193,38 @@ class Gemm:
         self,
         shape: tuple[int, int, int],
         transposes: tuple[bool, bool],
-        places: list[Matrix],
+        matrices: list[Matrix],
         alignments: list[int],
-        epilogue: str,
         bias: int,
-        aux: Matrix | None,
         device_scalars: bool,
-    ) -> Plan:
-        """The product as cuBLASLt sees it, and the algorithm that it takes for it: by a model, not by timing."""
+    ) -> MatmulPlan:
+        """The product as cuBLASLt sees it, and the algorithm that it chooses: by a model, not by timing."""
         if not self._handle:
             self._library = _load(self._path)
             self._call("Create", byref(self._handle))
         m, n, k = shape
-        (transpose_b, transpose_a), (b, a, out) = transposes, places
-        compute = COMPUTE_32F_FAST_TF32 if self.tf32 and a.type == TYPES[FLOAT32] else COMPUTE_32F
-        operation = self._new("MatmulDescCreate", compute, TYPES[FLOAT32])
+        (transpose_b, transpose_a), (b, a, out) = transposes, matrices
+        compute = COMPUTE_32F_FAST_TF32 if self.tf32 and a.type == DATA_TYPES[FLOAT32] else COMPUTE_32F
+        operation = self._new("MatmulDescCreate", compute, DATA_TYPES[FLOAT32])
         self._set(operation, TRANSA, c_int(transpose_b))
         self._set(operation, TRANSB, c_int(transpose_a))
         self._set(operation, POINTER_MODE, c_int(device_scalars))
-        self._set(operation, EPILOGUE, c_int(EPILOGUES[epilogue]))
+        self._set(operation, EPILOGUE, c_int(EPILOGUE_BIAS if bias else EPILOGUE_NONE))
         if bias:
             self._set(operation, BIAS_POINTER, c_void_p(bias))
             self._set(operation, BIAS_TYPE, c_int(out.type))
-        if aux:
-            self._set(operation, AUX_POINTER, c_void_p(aux.address))
-            self._set(operation, AUX_LD, c_int64(aux.stride))
         layouts = [
-            self._new("MatrixLayoutCreate", place.type, columns, rows, place.stride)
-            for place, rows, columns in (
+            self._new("MatrixLayoutCreate", matrix.type, columns, rows, matrix.stride)
+            for matrix, rows, columns in (
                 (b, *((n, k) if transpose_b else (k, n))), (a, *((k, m) if transpose_a else (m, k))), (out, m, n)
             )
         ]  # fmt: skip
 
         preference = self._new("MatmulPreferenceCreate")
         try:
-            wishes = [(PREF_WORKSPACE, c_uint64(WORKSPACE)), (PREF_REDUCTION_SCHEME, c_int(REDUCTION_COMPUTE_TYPE))]
-            wishes += [(PREF_ALIGNMENT_A + i, c_int(n)) for i, n in enumerate((*alignments, alignments[-1]))]
-            for attribute, value in wishes:
+            limits = [(PREF_WORKSPACE, c_uint64(WORKSPACE)), (PREF_REDUCTION_SCHEME, c_int(REDUCTION_COMPUTE_TYPE))]
+            limits += [(PREF_ALIGNMENT_A + i, c_int(n)) for i, n in enumerate((*alignments, alignments[-1]))]
+            for attribute, value in limits:
                 self._call("MatmulPreferenceSetAttribute", preference, attribute, byref(value), ctypes.sizeof(value))
             found, count = Heuristic(), c_int()
             b_layout, a_layout, out_layout = layouts
@@ -269,10 +235,10 @@ class Gemm:
         finally:
             self._call("MatmulPreferenceDestroy", preference)
         if not count.value or found.status:
-            raise RuntimeError(f"cuBLASLt has no algorithm for ({m}, {k}) by ({k}, {n}) with epilogue {epilogue!r}")
-        return Plan(operation, a_layout, b_layout, out_layout, found.algorithm)
+            raise RuntimeError(f"cuBLASLt has no algorithm for ({m}, {k}) by ({k}, {n})")
+        return MatmulPlan(operation, a_layout, b_layout, out_layout, found.algorithm)
 
-    def _set(self, operation: c_void_p, attribute: int, value: Any) -> None:
+    def _set(self, operation: c_void_p, attribute: int, value: ctypes._SimpleCData[Any] | c_void_p) -> None:
         self._call("MatmulDescSetAttribute", operation, attribute, byref(value), ctypes.sizeof(value))
 
     def _new(self, name: str, *args: int) -> c_void_p:
@@ -286,8 +252,19 @@ class Gemm:
             raise RuntimeError(f"cublasLt{name} failed: {STATUS.get(status, 'unknown')} (status {status})")
 
 
-def _row_stride(x: Any) -> int:
-    """How many elements lie between two rows of a matrix that lies by rows; 0 if it does not."""
+def _check_bias(bias: Array | None, out: Array) -> None:
+    if not _row_stride(out):
+        raise ValueError("out must be row-major")
+    if bias is None:
+        return
+    if bias.dtype != out.dtype or bias.shape != out.shape[1:]:
+        raise ValueError(f"bias: {bias.shape} of {bias.dtype}, out: {out.shape} of {out.dtype}")
+    if bias.strides[0] != bias.itemsize and bias.size > 1:
+        raise ValueError("bias must be contiguous")
+
+
+def _row_stride(x: Array) -> int:
+    """Elements from one row of a matrix to the next; 0 if it is not row-major."""
     rows, columns = x.shape
     if columns > 1 and x.strides[1] != x.itemsize:
         return 0
@@ -298,12 +275,12 @@ def _row_stride(x: Any) -> int:
 
 
 def _alignment(address: int) -> int:
-    """The power of two, up to 256, that an address is divisible by; 256 for none."""
+    """The largest power of two, up to 256, that divides an address; 256 for no address."""
     return address & -address & 255 or 256
 
 
-def _load(path: str | None) -> Any:
-    """cuBLASLt: of the wheels that CuPy asks for, or of the system."""
+def _load(path: str | None) -> ctypes.CDLL:
+    """cuBLASLt, from the wheels that CuPy depends on or from the system."""
     for candidate in (path,) if path else (_in_wheels(), *LIBRARIES):
         if candidate is None:
             continue

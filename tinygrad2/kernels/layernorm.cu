@@ -1,10 +1,10 @@
 #include "common.cuh"
 // LayerNorm, and the residual addition in front of it. C is the number of channels (-DC).
 //
-// A row is held in the registers of ROW_WARPS warps, at most 24 channels a lane up to C = 6144, so that no array is read
-// twice; a block of WARPS warps holds ROWS rows at a time, and a fixed number of blocks walks all of them. The gains and
-// biases wait in shared memory, which also frees them of any rule of alignment. Where C is no multiple of what 16 bytes
-// hold, the same code reads channel by channel.
+// A row is kept in the registers of ROW_WARPS warps, at most 24 channels a lane up to C = 6144, so that no array is
+// read twice; a block of WARPS warps has ROWS rows at a time, and a fixed number of blocks iterates over all rows.
+// Weight and bias are kept in shared memory, so that they need no alignment. Where rows are not a multiple of 16 bytes,
+// the same code reads channel by channel.
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N;
 constexpr int WARPS = 8, ROW_WARPS = C <= 768 ? 1 : C <= 1536 ? 2 : C <= 3072 ? 4 : 8;
 constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
@@ -13,8 +13,8 @@ constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
 template <class T>
 using Vec = Pack<T, VEC>;
 
-// Each of N numbers summed over the lanes of a row, the same bits in every lane. Two calls one after the other need
-// different `slots`: the barrier of the second call is what frees the first one's.
+// Each of N numbers summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
+// different `slots`: only the barrier of the second call shows that those of the first have been read.
 template <int N>
 __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]) {
   int warp = threadIdx.x / 32, first = warp / ROW_WARPS * ROW_WARPS;
@@ -42,10 +42,10 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   __syncthreads();
   int lane = threadIdx.x % LANES;
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
-    int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads come to the barriers
+    int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
     float total[1] = {}, squares[1] = {};
-    Vec<REAL> in[PER_LANE], more[PER_LANE];  // all asked for before the first is needed
+    Vec<REAL> in[PER_LANE], more[PER_LANE];  // all loads are issued before the first is used
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   }
 }
 
-// Blocks that share a multiprocessor, of which the launcher makes as many as all hold at once.
+// Blocks on a multiprocessor; the launcher makes as many as run at once.
 constexpr int FORWARD_BLOCKS = C > 6144 ? 1 : sizeof(REAL) == 2 ? 4 : 3;
 constexpr int BACKWARD_BLOCKS = C > 6144 || sizeof(REAL) > 2 ? 1 : 2;
 
@@ -111,12 +111,12 @@ add_layernorm_forward(REAL* __restrict__ s, REAL* __restrict__ y, float* __restr
   forward<true>(s, y, mean, rstd, x, delta, weight, bias, rows, eps);
 }
 
-// The sums of a lane's channels over the rows of the block, group after group of warps, to a row of `partial`.
+// The sums of a lane's channels over the rows of the block, one group of warps after another, to a row of `partial`.
 __device__ __forceinline__ void store_partial(float* partial, float* row, const float (&sum)[PER_LANE][VEC]) {
   int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int group = 0; group < ROWS; group++) {
-    __syncthreads();  // what the row held before has been read; then, the group before has added
+    __syncthreads();  // the row is free; then, the previous group has added
     if (threadIdx.x / LANES != group) continue;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -134,14 +134,14 @@ template <bool ADD>
 __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* ds, const REAL* dy, const REAL* x,
                                          const float* weight, const float* mean, const float* rstd, int rows) {
   DYN_SMEM(float, gains);  // weight: C numbers; later a row of sums
-  Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, on its way while the rest is computed: the registers are full
+  Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, in flight while the rest is computed; no registers are left
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
   __syncthreads();
   int lane = threadIdx.x % LANES, turn = 0;
   float dweight[PER_LANE][VEC] = {}, dbias[PER_LANE][VEC] = {};
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, turn ^= 1) {
-    int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads come to the barriers
+    int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
     float m = end ? mean[row] : 0.f, r = end ? rstd[row] : 0.f, sums[2] = {};  // sums of g and of g xhat
     Vec<REAL> in[PER_LANE], at[PER_LANE];  // dy and x: packed, which halves the registers

@@ -18,8 +18,8 @@ import pytest
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
-KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^()]*\)(?: [A-Z]+)?)?\s+(\w+)\(')
-BOUNDS = re.compile(r"__launch_bounds__\(([^()]*)\)(?: [A-Z]+)?\s+(\w+)\(")
+KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^()]*\)(?: [A-Z_]+)?)?\s+(\w+)\(')
+BOUNDS = re.compile(r"__launch_bounds__\(([^()]*)\)(?: [A-Z_]+)?\s+(\w+)\(")
 SHARED = re.compile(r"__shared__\s+([^;()]+);")
 
 # Without gnu-unique: libraries of one source compiled with other constants would share what is static in its functions.

@@ -642,7 +642,7 @@ inline void cp_async16(void* d, const void* s, unsigned read = 16) {
 
 // Other blocks ----------------------------------------------------------------------------------------------------------
 
-inline void wait_a_little() { cudasim::wait(); }
+inline void backoff() { cudasim::wait(); }
 template <int SIZE>
 inline void cluster_barrier() {
   cudasim::cluster_barrier(SIZE);

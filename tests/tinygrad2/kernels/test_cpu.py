@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from ml_dtypes import bfloat16
 
 from tinygrad2 import Key, reference, threads
 from tinygrad2.backend import kernel_table
@@ -39,8 +38,8 @@ def arguments(name, shape, seed=0):
     weight = array(V, C)
     _, dlogits = reference.lm_head_forward(x, weight, tokens)
     flat = [array(B * T * C) for _ in range(3)] + [array(B * T * C) ** 2]
-    scale, lr, step = np.float64(0.7), np.float64(1e-2), np.float64(3)
-    adam = [scale, lr, 0.9, 0.95, 1e-8, 0.1, step]
+    lr, step = np.float64(1e-2), np.float64(3)
+    adam = [lr, 0.9, 0.95, 1e-8, 0.1, step]
     return {
         "linear_forward": [[x, array(C, 7), array(7)], [x, array(C, 7), None]],
         "linear_backward": [
@@ -71,7 +70,15 @@ def arguments(name, shape, seed=0):
         "lm_head_forward": [[x, weight, tokens]],
         "lm_head_backward": [[np.float64(0.5), dlogits, x, weight, array(V, C)]],
         "squared_norm": [[flat[0]]],
-        "adamw_step": [[*flat, None, np.float64(go), *adam] for go in (1, 0)],
+        "muon_momentum": [[*flat[:2], np.float64(0.7), 0.95]],
+        "orthogonalize": [[array(7, 5), array(C, 7), array(2, 9)]],
+        "muon_step": [[array(C, 7), array(C, 7), np.float64(scale), lr, 0.1] for scale in (0.7, np.nan)],
+        "sgd_step": [
+            [*flat[:3], np.float64(scale), lr, 0.9, nesterov, 0.1]
+            for scale, nesterov in ((0.7, False), (0.7, True), (np.nan, True))
+        ]
+        + [[*flat[:2], None, np.float64(0.7), lr, 0.0, False, 0.1]],
+        "adamw_step": [[*flat, np.float64(scale), *adam] for scale in (0.7, np.nan)],
     }[name]
 
 
@@ -84,6 +91,10 @@ CHANGED = {  # positions of the arguments that a kernel may change
     "gelu_backward": {3},
     "lm_head_backward": {4},
     "adamw_step": {0, 2, 3},
+    "sgd_step": {0, 2},
+    "muon_momentum": {1},
+    "orthogonalize": {0, 1, 2},
+    "muon_step": {0},
 }
 
 
@@ -184,15 +195,6 @@ def test_the_number_of_threads_changes_no_bit_of_a_sum(name, monkeypatch):
     for outcome in outcomes[1:]:
         for result, right in zip(outcome, outcomes[0], strict=True):
             np.testing.assert_array_equal(result, right)
-
-
-@pytest.mark.parametrize("table", [cpu, reference])
-def test_adamw_keeps_a_copy_in_bfloat16(table):
-    value, grad, m, v = (convert(array, np.float32) for array in arguments("adamw_step", (2, 67, 12))[0][:4])
-    copy = np.zeros(value.shape, bfloat16)
-    numbers = [np.float32(number) for number in (1, 0.7, 1e-2)]
-    table.adamw_step(value, grad, m, v, copy, *numbers, 0.9, 0.95, 1e-8, 0.1, np.float32(1))
-    np.testing.assert_array_equal(copy, value.astype(bfloat16))
 
 
 def test_gelu_far_out():

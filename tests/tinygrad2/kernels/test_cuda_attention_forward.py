@@ -1,66 +1,22 @@
-"""kernels/attention_forward.cu and attention_cached.cu, run on a CPU, against reference.py in float64."""
+"""kernels/attention_forward.cu on the simulator, against reference.py in float64."""
 
-import math
-import re
 import types
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests.stand_ins import cudasim
+from tests.stand_ins.faults import plant_in
+from tests.tinygrad2.kernels.attention import BOUND, activations, error, in_every_schedule, kernels
 from tinygrad2 import Key, reference
-from tinygrad2.kernels import cuda
 
 pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
 KEY = Key(2**40 + 11, step=3, first_sample=2**40 + 5, site=2)
-BOUND = {"bfloat16": 4e-3, "float32": 1e-6}
-rng = np.random.default_rng(0)
-
-
-def poisoned(shape, dtype):
-    return np.full(shape, np.nan, dtype=dtype)
-
-
-def no_reference(*arguments):
-    raise AssertionError("this has a kernel")
-
-
-def kernels(reference=None):
-    """The launchers on NumPy arrays and simulated kernels; new arrays hold NaN."""
-    library = types.SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
-    return cuda.CudaKernels(library, reference or types.SimpleNamespace(attention_forward=no_reference))
 
 
 @pytest.fixture(scope="module")
 def compiled():
     return kernels()
-
-
-def activations(*shape, dtype=bfloat16, scale=1.5):
-    """Random numbers, with NaN behind them in memory: to read on shows."""
-    count = math.prod(shape)
-    memory = poisoned(count + 256, dtype)
-    memory[:count] = scale * rng.standard_normal(count)
-    return memory[:count].reshape(shape)
-
-
-def error(result, expected):
-    assert np.isfinite(result.astype("d")).all()
-    return np.linalg.norm(result.astype("d") - expected) / np.linalg.norm(expected)
-
-
-def in_every_schedule(call, monkeypatch):
-    """The results of a call, which must be the same bits in whatever order the threads run."""
-    results = []
-    for schedule in range(4):
-        monkeypatch.setattr(cudasim, "schedule", schedule)
-        results.append(call())
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert one.tobytes() == two.tobytes(), "depends on the schedule"
-    return results[0]
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
@@ -89,8 +45,7 @@ def test_forward_has_the_same_bits_in_every_schedule(key, compiled, monkeypatch)
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 8])
 def test_the_order_of_the_blocks_leaves_none_out(together, monkeypatch):
     """Five heads of two tiles, whose blocks start in groups of as many heads as are said to fit the L2 cache."""
-    small = cuda.source("attention_forward").replace("16 << 20", f"{together * 4 * 16 * 140}")
-    monkeypatch.setattr(cuda, "source", lambda family: small)
+    plant_in(monkeypatch, "attention_forward", ("place", "16 << 20", f"{together * 4 * 16 * 140}"))
     qkv = activations(1, 140, 3 * 5 * 16)
     out, lse = kernels().attention_forward(qkv, 5, 0.0, None)
     expected, expected_lse = reference.attention_forward(qkv.astype("d"), 5, 0.0, None)
@@ -133,90 +88,39 @@ def test_what_has_no_kernel_goes_to_the_reference(dtype, D):
     assert kernels(asked).attention_forward(*arguments) == arguments
 
 
-@pytest.mark.parametrize(("T", "length", "capacity"), [(1, 0, 4), (1, 300, 301), (1, 37, 64), (3, 0, 5), (5, 30, 40)])
-@pytest.mark.parametrize(
-    ("dtype", "D"), [(bfloat16, 64), (np.float32, 64), (bfloat16, 20), (np.float32, 7), (bfloat16, 80)]
-)
-def test_cached(T, length, capacity, dtype, D, compiled):
-    B, H = 2, 2
-    qkv, cache = activations(B, T, 3 * H * D, dtype=dtype), poisoned((2, B, H, capacity, D), dtype)
-    cache[:, :, :, :length] = activations(2, B, H, length, D, dtype=dtype)
-    before, expected_cache = qkv.tobytes(), cache.astype("d")
-    out = compiled.attention_cached(qkv, cache, length, H)
-    expected = reference.attention_cached(qkv.astype("d"), expected_cache, length, H)
-    assert out.dtype == dtype
-    assert out.shape == expected.shape
-    assert error(out, expected) < BOUND[np.dtype(dtype).name]
-    np.testing.assert_array_equal(cache.astype("d"), expected_cache)  # the new rows, and NaN beyond them
-    assert qkv.tobytes() == before
-
-
-def test_cached_has_the_same_bits_in_every_schedule(compiled, monkeypatch):
-    qkv, cache = activations(1, 2, 3 * 64), activations(2, 1, 1, 150, 64)
-    in_every_schedule(lambda: (compiled.attention_cached(qkv, cache, 140, 1), cache), monkeypatch)
-
-
-def test_a_cache_of_another_kind_goes_to_the_reference():
-    asked = kernels(types.SimpleNamespace(attention_cached=lambda qkv, cache, *rest: "reference"))
-    cache = activations(2, 1, 1, 8, 16)
-    for qkv, other in [
-        (activations(1, 1, 48, dtype=np.float32), cache),
-        (activations(1, 1, 48), cache[:, :, :, ::2]),
-        (activations(1, 1, 48, dtype=np.float64), cache.astype("d")),
-    ]:
-        assert asked.attention_cached(qkv, other, 0, 1) == "reference"
-
-
-# Faults: each must show, or the tests above would not see it either ---------------------------------------------------
-
-FORWARD_FAULTS = [
-    (r"cp_async_wait<0>", "cp_async_wait<1>"),  # reads what has not arrived
-    (r"cp_async_wait<0>\(\);\n    __syncthreads\(\);", "cp_async_wait<0>();"),
-    (r"cp_async_wait<0>\(\);\n    __syncthreads\(\);", "__syncthreads(); cp_async_wait<0>();"),  # of the others' copies
-    (r"__syncwarp\(\);", ""),
-    (r"> first_query \+", ">= first_query +"),
-    (r"> first_query \+", "> 1 + first_query +"),
-    (r"\(j \+ 1\) \* KEYS > warp_top \+ 1", "(j + 1) * KEYS > warp_top + 65"),
-    (r"j \* KEYS < warp_top \+ 16 \* M\)", "j * KEYS < warp_top)"),
-    (r"total\[m\]\[half\] \*= shrink;", ""),
-    (r"o\[m\]\[n\]\[2 \* half \+ 1\] \*= shrink;", ""),
-    (r"found = row_max\(found\);", ""),
-    (r"xffffffffu, x, 2\);\n}\n\nextern", "xffffffffu, x, 1);\n}\n\nextern"),
-    (r"largest\[m\]\[half\] \* scale \* 0\.69314718056f", "largest[m][half] * scale"),
-    (r"if \(row < T && lane", "if (row < T - 1 && lane"),
-    (r"if \(first \+ r < T\)", "if (first + r < T - 1)"),
-    (r"first \+ row < T \?", "first + row <= T ?"),
-    (r"\? 16 : 0", "? 16 : 8"),
-    (r"lane / 8 % 2 \* 8", "0"),
-    (r"lane / 16 \* 8\);\n\}\n\n// The results", "0);\n}\n\n// The results"),
-    (r"matrix \+= \(size_t\)first \* stride", "matrix += first"),
-    (r"s\[m\]\[2 \* k \+ i / 2\]\[i % 2 \* 2\],", "s[m][2 * k + i % 2][i / 2 * 2],"),
-]  # fmt: skip
+FAULTS = [
+    ("attention_forward", "cp_async_wait<0>", "cp_async_wait<1>"),  # reads what has not arrived
+    ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "cp_async_wait<0>();"),
+    ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "__syncthreads(); cp_async_wait<0>();"),
+    ("store_rows", "__syncwarp();", ""),
+    ("hide_later_keys", "> first_query +", ">= first_query +"),
+    ("hide_later_keys", "> first_query +", "> 1 + first_query +"),
+    ("attention_forward", "(j + 1) * KEYS > warp_top + 1", "(j + 1) * KEYS > warp_top + 65"),
+    ("attention_forward", "j * KEYS < warp_top + 16 * M)", "j * KEYS < warp_top)"),
+    ("attention_forward", "total[m][half] *= shrink;", ""),
+    ("attention_forward", "o[m][n][2 * half + 1] *= shrink;", ""),
+    ("attention_forward", "found = row_max(found);", ""),
+    ("row_sum", "x, 2)", "x, 1)"),
+    ("attention_forward", "largest[m][half] * scale * 0.69314718056f", "largest[m][half] * scale"),
+    ("attention_forward", "if (row < T && lane", "if (row < T - 1 && lane"),
+    ("store_rows", "if (first + r < T)", "if (first + r < T - 1)"),
+    ("load_tile", "first + row < T ?", "first + row <= T ?"),
+    ("load_tile", "? 16 : 0", "? 16 : 8"),
+    ("right_factor_of_transposed", "lane / 8 % 2 * 8", "0"),
+    ("right_factor", "lane / 16 * 8", "0"),
+    ("load_tile", "matrix += (size_t)first * stride", "matrix += first"),
+    ("attention_forward", "s[m][2 * k + i / 2][i % 2 * 2],", "s[m][2 * k + i % 2][i / 2 * 2],"),
+]
 DROPOUT_FAULTS = [
-    (r"factor \*= keep_scale;", ""),
-    (r"\(first_sample \+ b\) \* H", "(unsigned)(first_sample + b) * H"),
-    (r"\* T \+ j \* KEYS \+ 8 \* n, T", "* T + j * KEYS + 8 * m, T"),
-    (r"lane % 4 / 2 \* 4\) / 4", "lane % 4 * 4) / 4"),
-    (r"\(mine & 3\) \| \(other & 3\) << 2", "(other & 3) | (mine & 3) << 2"),
-    (r"\(mine & 12\) \| other >> 2", "mine"),
-    (r"i / 2 \* 8;\n      kept", "i % 2 * 8;\n      kept"),
-    (r"words\.y >= threshold", "words.y > 2 * threshold"),
-]  # fmt: skip
-CACHED_FAULTS = [
-    (r"__syncthreads\(\);", ""),
-    (r"seen = length \+ t \+ 1", "seen = length + t"),
-    (r"3 \* width \* \(i - length\)", "width * (i - length)"),
-    (r"total \*= shrink;", ""),
-    (r"o = GROUP / 2; o;", "o = GROUP / 4; o;"),
-    (r"int o = GROUP; o < 32", "int o = GROUP; o < 16"),
-    (r"total \*= factor;", ""),
-    (r"float x = sum\.v\[i\]\[e\] \* factor", "float x = sum.v[i][e]"),
-    (r"total \+= warp_total\[w\] \* weight", "total += warp_total[w]"),
-    (r"(found|base) == NEG_INF \? 0\.f : found", "found"),
-    (r"\(seen - 1\) \* D \+ d\] = new_v", "seen * D + d] = new_v"),
-    (r"start \+= WARPS", "start += 2 * WARPS"),
-    (r"old_v = old_k \+ in_cache", "old_v = old_k"),
-]  # fmt: skip
+    ("attention_forward", "factor *= keep_scale;", ""),
+    ("attention_forward", "(first_sample + b) * H", "(unsigned)(first_sample + b) * H"),
+    ("attention_forward", "* T + j * KEYS + 8 * n, T", "* T + j * KEYS + 8 * m, T"),
+    ("dropout_keeps_fragment", "lane % 4 / 2 * 4) / 4", "lane % 4 * 4) / 4"),
+    ("dropout_keeps_fragment", "(mine & 3) | (other & 3) << 2", "(other & 3) | (mine & 3) << 2"),
+    ("dropout_keeps_fragment", "(mine & 12) | other >> 2", "mine"),
+    ("dropout_keeps_fragment", "i / 2 * 8; kept", "i % 2 * 8; kept"),
+    ("dropout_keeps_fragment", "words.y >= threshold", "words.y > 2 * threshold"),
+]
 
 
 def check_forward(table, key, monkeypatch):
@@ -228,32 +132,15 @@ def check_forward(table, key, monkeypatch):
         assert np.abs(lse - expected_lse).max() < 1e-5
 
 
-def check_cached(table, key, monkeypatch):
-    for length in (1, 270):  # fewer keys than a warp takes at a time; more than the block does
-        qkv, cache = activations(1, 2, 3 * 64), activations(2, 1, 1, 300, 64)
-        expected_cache = cache.astype("d")
-        expected = reference.attention_cached(qkv.astype("d"), expected_cache, length, 1)
-        (out,) = in_every_schedule(lambda: (table.attention_cached(qkv, cache, length, 1),), monkeypatch)  # noqa: B023
-        assert error(out, expected) < BOUND["bfloat16"]
-        assert (cache == expected_cache).all()
+@pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
+def test_without_a_fault_all_is_right(key, monkeypatch):
+    check_forward(kernels(), key, monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("check", "key", "fault"),
-    [(check_forward, None, fault) for fault in [None, *FORWARD_FAULTS]]
-    + [(check_forward, KEY, fault) for fault in [None, *DROPOUT_FAULTS]]
-    + [(check_cached, None, fault) for fault in [None, *CACHED_FAULTS]],
+    ("key", "fault"), [(None, fault) for fault in FAULTS] + [(KEY, fault) for fault in DROPOUT_FAULTS]
 )
-def test_a_fault_shows(check, key, fault, monkeypatch):
-    if fault:
-        whole = cuda.source
-
-        def spoiled(family):
-            text, count = re.subn(*fault, whole(family))
-            assert count, "the fault has no place"
-            return text
-
-        monkeypatch.setattr(cuda, "source", spoiled)
-    with pytest.raises((AssertionError, RuntimeError)) if fault else nullcontext():
-        check(kernels(), key, monkeypatch)
+def test_planted_faults_are_caught(key, fault, monkeypatch):
+    plant_in(monkeypatch, "attention_forward", fault)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_forward(kernels(), key, monkeypatch)

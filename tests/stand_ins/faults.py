@@ -1,0 +1,111 @@
+"""Faults to plant in a source: each names the function it is in, and a short piece of code there.
+
+A test that plants a fault shows that the tests beside it would find it. How the source is laid out does not matter; a
+piece that is no longer there is reported with what to do about it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinygrad2.kernels import cuda
+
+Fault = tuple[str, str, str]  # the arguments of `plant` after the source
+
+
+def plant(source: str, function: str, old: str, new: str) -> str:
+    """`source` with `old` replaced by `new` everywhere in `function`: the name of a function, struct, class or
+    constant, or several with commas between them.
+
+    Any white space in `old` matches any other. Raises AssertionError where there is nothing to replace.
+    """
+    names = function.split(", ")
+    if len(names) > 1:
+        for name in names:
+            source = plant(source, name, old, new)
+        return source
+    bodies = list(_bodies(source, function))
+    assert bodies, f"no function {function!r} in the source: name the one that the fault {old!r} belongs to now"
+    pattern = r"\s+".join(map(re.escape, old.split()))
+    count = 0
+    for start, stop in reversed(bodies):
+        body, found = re.subn(pattern, lambda _: new, source[start:stop])
+        source = source[:start] + body + source[stop:]
+        count += found
+    assert count, f"{function!r} no longer contains {old!r}: write the fault as the function is now, or drop it"
+    return source
+
+
+def plant_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
+    """From now on the CUDA C++ of a family of kernels has these faults."""
+    source = cuda.source(family)
+    for fault in faults:
+        source = plant(source, *fault)
+    replace_source(monkeypatch, family, source)
+
+
+def replace_source(monkeypatch: pytest.MonkeyPatch, family: str | Path, source: str) -> None:
+    """From now on this is the CUDA C++ of a family of kernels."""
+    whole = cuda.source
+    monkeypatch.setattr(cuda, "source", lambda name: source if name == family else whole(name))
+
+
+def without(source: str, function: str, old: str, number: int) -> str:
+    """`source` without occurrence `number` of `old` in the function of that name. Raises AssertionError without it."""
+    places = [
+        start + match.start()
+        for start, stop in _bodies(source, function)
+        for match in re.finditer(re.escape(old), source[start:stop])
+    ]
+    assert number < len(places), f"{function!r} contains {old!r} {len(places)} times, not {number + 1}"
+    return source[: places[number]] + source[places[number] + len(old) :]
+
+
+def _bodies(source: str, name: str) -> Iterator[tuple[int, int]]:
+    """Where the definitions of a function, struct or class begin and end."""
+    if re.search(r"^(?:class|def) \w+.*:$", source, re.M):
+        yield from _python_bodies(source, name)
+        return
+    for match in re.finditer(rf"\b{name} = [^;]*;", source):  # a constant
+        yield match.span()
+    for match in re.finditer(rf"(?:\bstruct {name}\b|\b{name}\s*(?=\())", source):
+        brace = _opening_brace(source, match.end())
+        if brace is not None:
+            yield match.start(), _closing(source, brace) + 1
+
+
+def _python_bodies(source: str, name: str) -> Iterator[tuple[int, int]]:
+    lines = [0]
+    for line in source.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            assert node.end_lineno is not None
+            yield lines[node.lineno - 1], lines[node.end_lineno]
+
+
+def _opening_brace(source: str, at: int) -> int | None:
+    """The brace that opens a definition whose name ends at `at`; None where this is a call or a declaration."""
+    if source[at : at + 1] == "(":
+        at = _closing(source, at) + 1
+        if not re.match(r"\s*(?:const\s*)?[{:]", source[at:]):
+            return None
+    while source[at] not in "{;":
+        at = _closing(source, at) + 1 if source[at] == "(" else at + 1
+    return at if source[at] == "{" else None
+
+
+def _closing(source: str, at: int) -> int:
+    """Where the bracket that opens at `at` is closed."""
+    opening, depth = source[at], 0
+    closing = {"(": ")", "{": "}"}[opening]
+    while True:
+        depth += (source[at] == opening) - (source[at] == closing)
+        if not depth:
+            return at
+        at += 1

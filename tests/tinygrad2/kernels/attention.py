@@ -1,0 +1,52 @@
+"""What tests of the attention kernels share: launchers on NumPy arrays and the simulator, random activations."""
+
+import math
+import types
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from tests.stand_ins import cudasim
+from tinygrad2.kernels import cuda
+
+BOUND = {"bfloat16": 4e-3, "float32": 1e-6}
+rng = np.random.default_rng(0)
+
+
+def poisoned(shape, dtype):
+    return np.full(shape, np.nan, dtype=dtype)
+
+
+def no_reference(*arguments):
+    raise AssertionError("this has a kernel")
+
+
+def kernels(reference=None):
+    """The launchers on NumPy arrays and simulated kernels; new arrays hold NaN."""
+    library = types.SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
+    return cuda.CudaKernels(library, reference or types.SimpleNamespace(attention_forward=no_reference))
+
+
+def activations(*shape, dtype=bfloat16, scale=1.5):
+    """Random numbers, with NaN behind them in memory: to read on shows."""
+    count = math.prod(shape)
+    memory = poisoned(count + 256, dtype)
+    memory[:count] = scale * rng.standard_normal(count)
+    return memory[:count].reshape(shape)
+
+
+def error(result, expected):
+    assert np.isfinite(result.astype("d")).all()
+    return np.linalg.norm(result.astype("d") - expected) / np.linalg.norm(expected)
+
+
+def in_every_schedule(call, monkeypatch):
+    """The results of a call, which must be the same bits in whatever order the threads run."""
+    results = []
+    for schedule in range(4):
+        monkeypatch.setattr(cudasim, "schedule", schedule)
+        results.append(call())
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert one.tobytes() == two.tobytes(), "depends on the schedule"
+    return results[0]

@@ -1,0 +1,197 @@
+"""kernels/cross_entropy.cu, which lm_head launches, on the simulator, against reference.py in float64."""
+
+import types
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from tests.stand_ins import cudasim
+from tests.stand_ins.faults import plant_in
+from tests.stand_ins.strict_cupy import device, library, ndarray
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules, wide
+from tinygrad2 import reference
+from tinygrad2.kernels import cuda
+
+pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+
+
+@pytest.fixture
+def kernels():
+    device.reset()
+    yield made()
+    assert device.syncs == 0
+
+
+def head(dtype, shape, C, V):
+    R = np.random.default_rng(3)
+    x, weight = R.normal(size=(*shape, C)).astype(dtype), R.normal(size=(V, C)).astype(dtype)
+    return x, weight, R.integers(0, V, shape)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "resident", "shape", "C", "V"),
+    [
+        (bfloat16, True, (2, 3), 8, 64),
+        (bfloat16, True, (2,), 16, 17001),  # 2126 accesses: up to three for a thread
+        (bfloat16, False, (3,), 8, 1003),
+        ("float32", True, (5,), 8, 1003),
+        ("float32", False, (2, 2), 8, 4099),
+        ("float32", True, (3,), 4, 9),
+    ],
+)
+def test_lm_head(kernels, dtype, resident, shape, C, V):
+    kernels.shared_memory = (228 << 10) * resident
+    x, weight, targets = head(dtype, shape, C, V)
+    x[..., 0] += 3
+    logits = (x.reshape(-1, C).astype("f4") @ weight.astype("f4").T).astype(dtype).astype("d")
+    largest = logits.max(axis=1, keepdims=True)
+    lse = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
+    row, target = np.arange(len(logits)), targets.reshape(-1)
+    right = np.exp(logits - lse)
+    right[row, target] -= 1
+    right /= len(logits)
+
+    arguments = on_device(x, weight, targets)
+    loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
+    assert (loss.shape, loss.dtype, dlogits.shape, dlogits.dtype) == ((), "float32", (len(logits), V), dtype)
+    assert error(loss, np.mean(lse[:, 0] - logits[row, target])) < 1e-6
+    assert error(dlogits, right) < TOLERANCE[dlogits.dtype.name]
+    padding = dlogits._a.base[:, V:]
+    assert padding.shape[1] == -V % 64
+    assert not padding.any()
+
+    tight = ndarray(dlogits._a.copy())
+    scale, dweight = np.float32(0.7), np.random.default_rng(4).normal(size=(V, C)).astype("f4")
+    d, rows = dlogits._a.astype("d"), x.reshape(-1, C).astype("d")
+    for given in (dlogits, tight):
+        into = ndarray(dweight.copy())
+        dx = kernels.lm_head_backward(ndarray(np.asarray(scale)), given, arguments[0], arguments[1], into)
+        assert (dx.shape, dx.dtype) == (x.shape, dtype)
+        assert error(dx, scale * (d @ weight.astype("d")).reshape(x.shape)) < TOLERANCE[dx.dtype.name]
+        assert error(into, dweight + scale * d.T @ rows) < 1e-6
+        kernels.lm_head_backward(ndarray(np.asarray(scale)), given, arguments[0], arguments[1], None)
+    for before, after in zip((x, weight, targets), arguments, strict=True):
+        assert before.tobytes() == after._a.tobytes()
+
+
+def test_the_weights_gradient_is_made_of_columns_that_hopper_takes(kernels, monkeypatch):
+    gemm, products = kernels.gemm, []
+
+    def spy(a, b, out, **options):
+        products.append((out.shape, bool(options.get("accumulate"))))
+        return gemm(a, b, out, **options)
+
+    x, weight, targets = on_device(*head(bfloat16, (4,), 16, 1001))
+    _, dlogits = kernels.lm_head_forward(x, weight, targets)
+    monkeypatch.setattr(kernels, "gemm", spy)
+    kernels.lm_head_backward(ndarray(np.ones((), "f4")), dlogits, x, weight, ndarray(np.zeros((1001, 16), "f4")))
+    assert products == [((1000, 16), True), ((1, 16), True), ((4, 16), False)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_shows_in_the_loss(kernels, bad):
+    x, weight, targets = head("float32", (3,), 8, 70)
+    x[1, 0] = bad
+    loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
+    assert np.isnan(loss._a)
+
+
+def test_logits_far_apart(kernels):
+    x, weight = np.array([[1.0]], bfloat16), np.zeros((70, 1), bfloat16)
+    weight[3], weight[5], weight[7] = 3e4, -np.inf, 3e4
+    loss, dlogits = kernels.lm_head_forward(*on_device(x, weight, np.array([3])))
+    assert abs(float(loss._a) - np.log(2)) < 1e-2  # 2^-24 of 3e4
+    right = np.zeros((1, 70))
+    right[0, 3], right[0, 7] = -0.5, 0.5
+    np.testing.assert_array_equal(wide(dlogits), right)
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "resident"),
+    [(228, True), (164, False), (100, False)],  # of a multiprocessor of an H100, an A100, an L4 or a GeForce
+)
+def test_a_row_is_resident_where_two_of_them_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, resident):
+    monkeypatch.setattr(cudasim, "shared_memory", kilobytes - 1 << 10)
+    kernels.shared_memory = kilobytes << 10
+    x, weight, targets = head(bfloat16, (1,), 1, 50257)
+    loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
+    assert error(loss, reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)[0]) < 1e-3
+    assert {dict(key[3:])["RESIDENT"] for key in kernels._functions} == {resident}
+
+
+def test_the_device_says_how_much_shared_memory_it_has(kernels):
+    assert kernels.shared_memory == 228 << 10
+
+
+def test_the_mean_of_many_rows(kernels):
+    x, weight, targets = head("float32", (2500,), 2, 9)
+    loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
+    assert error(loss, reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)[0]) < 1e-6
+
+
+def test_float64_goes_to_the_reference():
+    calls = []
+    asked = types.SimpleNamespace(
+        **{name: lambda *_, name=name: calls.append(name) for name in ("lm_head_forward", "lm_head_backward")}
+    )
+    table = cuda.CudaKernels(library, asked)
+    x, weight, targets = on_device(np.ones((3, 8)), np.ones((9, 8)), np.zeros(3, int))
+    table.lm_head_forward(x, weight, targets)
+    table.lm_head_backward(None, x, x, weight, None)
+    assert len(set(calls)) == 2
+
+
+def test_cross_entropy_of_bfloat16_is_computed_in_float32():
+    table = cuda.CudaKernels(None, reference)
+    R = np.random.default_rng(5)
+    logits, targets = R.normal(size=(4, 9)).astype(bfloat16), R.integers(0, 9, 4)
+    loss, lse = table.cross_entropy_forward(logits, targets)
+    right, right_lse = reference.cross_entropy_forward(logits.astype("d"), targets)
+    assert lse.dtype == "float32"
+    np.testing.assert_allclose(loss, right, rtol=1e-6)
+    dlogits = table.cross_entropy_backward(np.float32(2), logits, targets, lse)
+    assert dlogits.dtype == bfloat16
+    right = reference.cross_entropy_backward(2, logits.astype("d"), targets, right_lse)
+    np.testing.assert_allclose(dlogits.astype("d"), right, atol=2e-3)
+
+
+FAULTS = [
+    ("cross_entropy", "__syncthreads(); s.largest", "s.largest"),
+    ("cross_entropy", "cp_async_wait<1>", "cp_async_wait<2>"),
+    ("cross_entropy", "cp_async_wait<0>", "cp_async_wait<1>"),
+    ("Logits", "padded &&", "false &&"),
+    ("Softmax", "total *= exp2f(before - largest);", ""),
+    ("Softmax", "total * exp2f(before - largest)", "total"),
+    ("cross_entropy", "i == FULL ?", "false ?"),
+    ("cross_entropy", "target / Vec::N % THREADS == threadIdx.x", "threadIdx.x == 0"),
+    ("block_sum", "__syncthreads(); return threadIdx.x < 32", "return threadIdx.x < 32"),
+]
+
+
+CASES = [(bfloat16, (2,), 8, 17001), ("float32", (40,), 2, 9)]  # for the gradient, and for the mean of the losses
+
+
+def is_right(kernels, dtype, shape, C, V):
+    x, weight, targets = head(dtype, shape, C, V)
+    weight[-1] = x[0]  # the last token, beside the padding, is a likely one
+    arguments = on_device(x, weight, targets)
+    loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
+    right_loss, right = reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)
+    return error(loss, right_loss) < 2e-3 and error(dlogits, right) < 1e-2 and not dlogits._a.base[:, V:].any()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(kernels, monkeypatch, fault):
+    plant_in(monkeypatch, "cross_entropy", fault)
+    try:
+        right = all(is_right(kernels, *case) for case in CASES)
+    except (RuntimeError, AssertionError):
+        right = False
+    device.reset()  # pytest's report of a failed assertion shows arrays
+    assert not right
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_a_fault_all_is_right(kernels, case):
+    assert is_right(kernels, *case)

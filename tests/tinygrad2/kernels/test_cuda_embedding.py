@@ -1,0 +1,157 @@
+"""kernels/embedding.cu on the simulator, against reference.py in float64 on the same numbers."""
+
+import types
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from tests.stand_ins.faults import plant_in
+from tests.stand_ins.strict_cupy import device, library, ndarray
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules
+from tinygrad2 import reference
+from tinygrad2.kernels import cuda
+
+pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+
+
+@pytest.fixture
+def kernels():
+    device.reset()
+    yield made()
+    assert device.syncs == 0
+
+
+def batch(B, T, V, seed=0):
+    """Tokens of which one fills a third: a run of many chunks, where there are as many rows."""
+    R = np.random.default_rng(seed)
+    tokens = R.integers(0, V, (B, T))
+    return np.where(R.random((B, T)) < 0.3, V // 2, tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", bfloat16])
+@pytest.mark.parametrize(("B", "T", "C", "positions"), [(2, 5, 24, True), (3, 7, 13, True), (2, 9, 16, False)])
+def test_embedding_forward(kernels, dtype, B, T, C, positions):
+    R = np.random.default_rng(1)
+    tokens, wte, wpe = batch(B, T, 11), R.normal(size=(11, C)).astype(dtype), R.normal(size=(T + 4, C)).astype(dtype)
+    arguments = on_device(tokens, wte, wpe)
+    if not positions:
+        wpe = arguments[2] = None
+    right = reference.embedding_forward(tokens, wte.astype("d"), wpe if wpe is None else wpe.astype("d"), 3)
+    (y,) = schedules(lambda: [kernels.embedding_forward(*arguments, 3)])
+    assert y.dtype == dtype
+    assert error(y, right) < TOLERANCE[y.dtype.name]
+    for before, after in zip((tokens, wte, wpe), arguments, strict=True):
+        assert before is None or before.tobytes() == after._a.tobytes()
+
+
+def test_embedding_forward_takes_one_token(kernels):
+    wte = np.arange(24, dtype="f4").reshape(3, 8)
+    y = kernels.embedding_forward(*on_device(np.int64(2), wte), None, 0)
+    np.testing.assert_array_equal(y._a, wte[2])
+
+
+def embedding_gradients(kernels, tokens, dtype, C, offset=0):
+    """The results and what they should be; the gradients begin `offset` numbers into their memory."""
+    R = np.random.default_rng(2)
+    (B, T), V, first = tokens.shape, 50, 2
+    dy = R.normal(size=(B, T, C)).astype(dtype)
+    grads = [R.normal(size=(rows, C)).astype("f4") for rows in (V, T + 3)]
+    right = [grad.astype("d") for grad in grads]
+    reference.embedding_backward(dy.astype("d"), tokens, first, *right)
+
+    def compute():
+        given = ndarray(dy.copy())
+        places = [np.zeros(grad.size + offset, "f4")[offset:].reshape(grad.shape) for grad in grads]
+        for place, grad in zip(places, grads, strict=True):
+            place[...] = grad
+        results = [ndarray(place) for place in places]
+        kernels.embedding_backward(given, tokens, first, *results)
+        assert given._a.tobytes() == dy.tobytes()
+        return results
+
+    return compute, right
+
+
+@pytest.mark.parametrize("dtype", ["float32", bfloat16])
+@pytest.mark.parametrize(("B", "T", "C", "offset"), [(1, 1, 8, 0), (4, 32, 24, 0), (5, 111, 16, 1), (3, 67, 13, 0)])
+def test_embedding_backward(kernels, dtype, B, T, C, offset):
+    compute, right = embedding_gradients(kernels, batch(B, T, 50), dtype, C, offset)
+    for result, expected in zip(schedules(compute), right, strict=True):
+        assert error(result, expected) < 1e-6  # float32, whatever dy is
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.full((3, 128), 7),  # one run, to the end of a chunk
+        np.full((5, 129), 7),  # of more chunks than are read at once
+        np.repeat([4, 7, 9], 64)[None],  # runs that are chunks
+        np.repeat([4, 7, 9, 11], [63, 66, 127, 1])[None],  # runs that end on either side of a border
+        np.arange(50)[None],
+        np.repeat([4, 7, 9], [10, 200, 3])[None],
+    ],
+)
+def test_runs_and_the_borders_of_chunks(kernels, tokens):
+    compute, right = embedding_gradients(kernels, tokens, bfloat16, 8)
+    for result, expected in zip(compute(), right, strict=True):
+        assert error(result, expected) < 1e-6
+
+
+def test_embedding_backward_leaves_out_what_is_not_wanted(kernels):
+    kernels.embedding_backward(ndarray(np.ones((1, 3, 8), "f4")), np.zeros((1, 3), int), 0, None, None)
+
+
+def test_float64_goes_to_the_reference():
+    calls = []
+    asked = types.SimpleNamespace(
+        **{name: lambda *_, name=name: calls.append(name) for name in ("embedding_forward", "embedding_backward")}
+    )
+    table = cuda.CudaKernels(library, asked)
+    tokens, rows = on_device(np.zeros(3, int), np.ones((9, 8)))
+    table.embedding_forward(tokens, rows, None, 0)
+    table.embedding_backward(rows, None, 0, None, None)
+    assert len(set(calls)) == 2
+
+
+FAULTS = [
+    ("embedding_forward", "row % T", "row"),
+    ("embedding_forward", "(first_position + row", "(row"),
+    ("embedding_backward", "start > 0 && tokens[start - 1] == tokens[start]", "false"),
+    ("embedding_backward", "i + k < rows ? tokens", "i + k < stop ? tokens"),
+    ("embedding_backward", "if (began_earlier) sum.store(pieces); else", ""),
+    ("embedding_backward", "began_earlier ? pieces : pieces + C", "pieces"),
+    ("embedding_backward_long", "|| start > 0 && tokens[start - 1] == token", ""),
+    ("embedding_backward_long", "&& tokens[next + k * BLOCK_ROWS] == token", ""),
+    ("embedding_backward_long", "more = there[AHEAD - 1]", "more = false"),
+    ("embedding_backward_positions", "(size_t)b * T + t", "(size_t)t * B + b"),
+]
+
+
+def forward_is_right(kernels):
+    R = np.random.default_rng(6)
+    tokens, wte, wpe = batch(2, 5, 11), R.normal(size=(11, 8)).astype("f4"), R.normal(size=(9, 8)).astype("f4")
+    y = kernels.embedding_forward(*on_device(tokens, wte, wpe), 3)
+    return error(y, reference.embedding_forward(tokens, wte.astype("d"), wpe.astype("d"), 3)) < 1e-6
+
+
+def backward_is_right(kernels):
+    tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)  # chunks end inside, at and after runs
+    compute, right = embedding_gradients(kernels, tokens, bfloat16, 16)
+    return all(error(*pair) < 1e-6 for pair in zip(schedules(compute), right, strict=True))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(kernels, monkeypatch, fault):
+    plant_in(monkeypatch, "embedding", fault)
+    try:
+        right = forward_is_right(kernels) and backward_is_right(kernels)
+    except (RuntimeError, AssertionError):
+        right = False
+    device.reset()  # pytest's report of a failed assertion shows arrays
+    assert not right
+
+
+def test_without_a_fault_all_is_right(kernels):
+    assert forward_is_right(kernels)
+    assert backward_is_right(kernels)

@@ -1,0 +1,9 @@
+"""Optimizers and learning-rate schedules: `optim.AdamW(model)`, `optim.cosine(step, ...)`."""
+
+from tinygrad2.optim.adamw import AdamW
+from tinygrad2.optim.muon import Muon
+from tinygrad2.optim.optimizer import Optimizer
+from tinygrad2.optim.schedules import constant, cosine, linear, wsd
+from tinygrad2.optim.sgd import SGD
+
+__all__ = ["SGD", "AdamW", "Muon", "Optimizer", "constant", "cosine", "linear", "wsd"]

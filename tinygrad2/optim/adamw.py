@@ -1,0 +1,37 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+from tinygrad2.array import Array
+from tinygrad2.distributed import Comm
+from tinygrad2.nn import Module
+from tinygrad2.optim.optimizer import Optimizer, Part
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2). The math: `adamw_step` in reference.py.
+
+    betas  decay rates of the running means of the gradient and of its square;  eps  added to the root of the latter.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        shared_by: Comm | None = None,
+    ):
+        self._require("betas", betas, all(0 <= beta < 1 for beta in betas))
+        self._require("eps", eps, eps > 0)
+        self.betas, self.eps = betas, eps
+        super().__init__(model, lr, weight_decay, shared_by)
+
+    def state_names(self, parameter: str) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
+        m, v = part.state
+        numbers = (*self.betas, self.eps, self.decay_of(part))
+        self.kernels.adamw_step(part.values, part.grads, m, v, scale, lr, *numbers, step)

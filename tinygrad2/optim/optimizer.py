@@ -1,0 +1,220 @@
+"""What every optimizer does around its rule: clipping, skipping a step, state and its sharding over ranks."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from itertools import groupby
+from typing import Any
+
+import numpy
+
+from tinygrad2.array import Array
+from tinygrad2.distributed import Comm, all_gather, share
+from tinygrad2.nn import Module
+from tinygrad2.params import Bucket, ParameterArena, Region
+
+
+@dataclass
+class Part:
+    """The elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
+
+    region: Region
+    start: int
+    stop: int
+    state_names: tuple[str, ...]
+    state: tuple[Array, ...]
+
+    @property
+    def values(self) -> Array:
+        return self.region.values[self.start : self.stop]
+
+    @property
+    def grads(self) -> Array:
+        return self.region.grads[self.start : self.stop]
+
+
+class Optimizer:
+    """Updates every parameter of a model by its gradient. A subclass is the rule: `state_names` and `update`.
+
+    lr            learning rate; it may be changed from step to step.
+    weight_decay  of matrices (parameters of two or more axes); biases and gains have none.
+    shared_by     ranks that shard the state: each keeps the state of its share of every bucket and updates that, and
+                  the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). `step`, `state` and
+                  `load_state` are then called by all of them.
+
+    The state is flat arrays in the order of the model's arena.
+    """
+
+    def __init__(self, model: Module, lr: float, weight_decay: float, shared_by: Comm | None = None):
+        self._require("lr", lr, lr >= 0)
+        self._require("weight_decay", weight_decay, weight_decay >= 0)
+        self.model, self.lr, self.weight_decay, self.shared_by = model, lr, weight_decay, shared_by
+        self.steps = 0  # so far, including skipped ones
+        self._arena = model.arena()
+        self.parts = [
+            Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
+            for region, start, stop, names in self._runs()
+        ]
+
+    def state_names(self, parameter: str) -> tuple[str, ...]:
+        """The names of the state arrays of the parameter of this name."""
+        raise NotImplementedError
+
+    def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
+        """Update the values and the state of a part in place, by its gradients times `scale`.
+
+        scale, lr and step (from 1) are 0-d arrays on the device. Where scale is NaN, the step is skipped: no value and
+        no state may change.
+        """
+        raise NotImplementedError
+
+    def _require(self, name: str, value: Any, valid: bool) -> None:
+        if not valid:
+            raise ValueError(f"{type(self).__name__}: {name} is {value}, out of range")
+
+    @property
+    def arena(self) -> ParameterArena:
+        """The model's flat buffers. Where the model has moved to another device, the state follows it."""
+        arena = self.model.arena()
+        if arena is not self._arena:
+            old, self._arena = self._arena.backend, arena
+            for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
+                part.region = region
+                part.state = tuple(arena.backend.asarray(old.to_host(array)) for array in part.state)
+        return arena
+
+    @property
+    def kernels(self) -> Any:
+        return self._arena.backend.kernels
+
+    def _zeros(self, n: int) -> Array:
+        return self._arena.backend.zeros((n,), self._arena.dtype)
+
+    def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
+        """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, divided
+        where the names of the state change from one parameter to the next."""
+        regions = [(region, 0, len(region.values)) for region in self._arena.regions]
+        for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
+            for names, members in groupby(region.where.items(), key=lambda item: self.state_names(item[0])):
+                bounds = [bound for _, bounds in members for bound in bounds]
+                start, stop = max(first, bounds[0]), min(last, bounds[-1])
+                if start < stop:
+                    yield region, start, stop, names
+
+    def _shares(self, comm: Comm) -> Iterator[tuple[Region, int, int]]:
+        for bucket in self._arena.buckets:
+            start, stop = share(bucket.stop - bucket.start, comm.rank, comm.size)
+            yield bucket.region, bucket.start + start, bucket.start + stop
+
+    def decay_of(self, part: Part) -> float:
+        return self.weight_decay if part.region.name == "decay" else 0.0
+
+    def zero_grad(self) -> None:
+        """Clear every gradient."""
+        self.arena.zero_grad()
+
+    def grad_norm(self) -> Array:
+        """The Euclidean norm of all gradients together, as a 0-d array."""
+        backend = self.arena.backend
+        squares = [backend.kernels.squared_norm(part.grads) for part in self.parts]
+        square = reduce(operator.add, squares or [backend.zeros((), self._arena.dtype)])
+        if self.shared_by is not None:
+            if nccl := self.shared_by.nccl(backend):
+                nccl.start_sum(square.reshape(1))
+                nccl.join()
+            else:
+                gathered = self.shared_by.all_gather(backend.to_host(square))
+                square = backend.asarray(gathered.sum(), dtype=self._arena.dtype)
+        return backend.np.sqrt(square)
+
+    def step(self, max_norm: float | None = None) -> Array:
+        """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
+
+        max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063). The scaling is
+                  part of the update; the gradients themselves are unchanged.
+        Where the norm is not finite, the step is skipped: no parameter and no state changes. The device decides that,
+        and the host does not wait for the norm; `steps` counts the step all the same.
+        """
+        arena = self.arena
+        np = arena.backend.np
+        norm = self.grad_norm()
+        one, nan = (np.full((), value, dtype=arena.dtype) for value in (1, math.nan))
+        scale = one if max_norm is None else np.minimum(max_norm / (norm + 1e-6), one)
+        scale = np.where(np.isfinite(norm), scale, nan)
+        self.steps += 1
+        numbers = arena.backend.upload(numpy.array([self.lr, self.steps], arena.dtype))
+        self.update_all(scale, numbers[0], numbers[1])
+        arena.refresh_copies()
+        return norm
+
+    def update_all(self, scale: Array, lr: Array, step: Array) -> None:
+        """Update every part, and gather the values that other ranks have updated."""
+        for part in self.parts:
+            self.update(part, scale, lr, step)
+        self.gather_values(self._arena.buckets)
+
+    def gather_values(self, buckets: list[Bucket]) -> None:
+        """Where the state is sharded, take over the values in these buckets that other ranks have updated."""
+        if self.shared_by is not None:
+            values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in buckets]
+            all_gather(self.shared_by, self._arena.backend, values)
+
+    def state(self) -> dict[str, numpy.ndarray]:
+        """The state by parameter name, such as `exp_avg.NAME`, on the host; `steps` is kept beside it.
+
+        Where it is sharded, rank 0 gets all of it, and the other ranks an empty dictionary.
+        """
+        arena, arrays = self.arena, {}
+        for kind in dict.fromkeys(name for parameter in arena.parameters for name in self.state_names(parameter)):
+            for region in arena.regions:
+                for start, flat in self._gathered(region, kind):
+                    for name, (first, last) in region.where.items():
+                        if kind in self.state_names(name) and start <= first and last <= start + len(flat):
+                            values = flat[first - start : last - start]
+                            arrays[f"{kind}.{name}"] = values.reshape(arena.parameters[name].shape)
+        return arrays
+
+    def _gathered(self, region: Region, kind: str) -> Iterator[tuple[int, numpy.ndarray]]:
+        """(start, flat host array) of the state of this name, of whole parameters; nothing on ranks other than 0."""
+        to_host = self._arena.backend.to_host
+        parts = [part for part in self.parts if part.region is region and kind in part.state_names]
+        states = [(part, part.state[part.state_names.index(kind)]) for part in parts]
+        if self.shared_by is None:
+            yield from ((part.start, to_host(state)) for part, state in states)
+            return
+        comm, dtype = self.shared_by, self._arena.dtype
+        whole = numpy.zeros(len(region.values), dtype) if comm.rank == 0 else None
+        for bucket in self._arena.buckets:
+            if bucket.region is region:
+                first, last = (
+                    bucket.start + bound for bound in share(bucket.stop - bucket.start, comm.rank, comm.size)
+                )
+                own = numpy.zeros(last - first, dtype)
+                for part, state in states:
+                    if first <= part.start and part.stop <= last:
+                        own[part.start - first : part.stop - first] = to_host(state)
+                comm.gather_shares(own, None if whole is None else whole[bucket.start : bucket.stop])
+        if whole is not None:
+            yield 0, whole
+
+    def load_state(self, arrays: dict[str, numpy.ndarray], steps: int) -> None:
+        """Load what `state()` returned. Raises ValueError naming a missing, unexpected or wrongly shaped array."""
+        arena = self.arena
+        shapes = {f"{kind}.{name}": p.shape for name, p in arena.parameters.items() for kind in self.state_names(name)}
+        for name in sorted(shapes.keys() ^ arrays.keys()):
+            raise ValueError(f"optimizer state: {name} is {'missing' if name in shapes else 'not one of the model'}")
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"optimizer state: {name} has shape {arrays[name].shape}; expected {shape}")
+        for part in self.parts:
+            for name, (start, stop) in part.region.where.items():
+                first, last = max(part.start, start), min(part.stop, stop)  # of this parameter, in this part
+                for kind, state in zip(part.state_names, part.state, strict=True):
+                    if first < last:
+                        values = arrays[f"{kind}.{name}"].reshape(-1)[first - start : last - start]
+                        state[first - part.start : last - part.start] = arena.backend.asarray(values, dtype=arena.dtype)
+        self.steps = steps

@@ -1,0 +1,40 @@
+"""Stochastic gradient descent, with momentum or without."""
+
+from __future__ import annotations
+
+from tinygrad2.array import Array
+from tinygrad2.distributed import Comm
+from tinygrad2.nn import Module
+from tinygrad2.optim.optimizer import Optimizer, Part
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent. The math: `sgd_step` in reference.py.
+
+    momentum  how much of the previous update is kept; 0 keeps no state.
+    nesterov  look ahead by one momentum step.
+    Weight decay is added to the gradient, as in PyTorch.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        shared_by: Comm | None = None,
+    ):
+        self._require("momentum", momentum, 0 <= momentum < 1)
+        if nesterov and not momentum:
+            raise ValueError("SGD: nesterov needs a momentum above 0")
+        self.momentum, self.nesterov = momentum, nesterov
+        super().__init__(model, lr, weight_decay, shared_by)
+
+    def state_names(self, parameter: str) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.momentum else ()
+
+    def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
+        buffer = part.state[0] if self.momentum else None
+        decay = self.decay_of(part)
+        self.kernels.sgd_step(part.values, part.grads, buffer, scale, lr, self.momentum, self.nesterov, decay)
