@@ -272,7 +272,7 @@ def test_a_finished_run_says_so_and_can_be_trained_on(user, capsys):
     assert train.main([]) == 0
     said = capsys.readouterr().out
     assert "the run in out/ is already finished (2 steps)" in said
-    assert "--max-iters 4 trains on, --fresh starts a new run" in said
+    assert "--max-iters 4 continues it, --fresh starts a new run" in said
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 
@@ -308,7 +308,7 @@ def test_the_data_of_a_run_may_get_another_name_and_nothing_else(user, capsys):
     prepare([str(user / "other.txt")], "bytes", user / "data" / "other")
     capsys.readouterr()
     assert train.main(["--max-iters", "6", "--data", "other"]) == 1
-    assert "data/other is not the data that out/ was trained on so far: it is another set, or was" in one_line(capsys)
+    assert "data/other is not the data that out/ was trained on so far: it is another data set, or" in one_line(capsys)
 
 
 def test_fine_tuning_starts_from_the_weights(user, capsys):
@@ -432,7 +432,7 @@ def make_small(user):
 
 
 BAD = {
-    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ holds text\)"),
+    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ has text\)"),
     "an empty folder": (lambda user: (user / "empty").mkdir(), ["--data", "empty"], "data 'empty': no such data set"),
     "a truncated shard": (
         lambda user: damage_shard(user, lambda data: data[:-10]),
@@ -452,7 +452,7 @@ BAD = {
     "a manifest of something else": (
         lambda user: (user / "data" / "text" / "manifest.json").write_text("[1]"),
         [],
-        r"manifest\.json: it is no manifest",
+        r"manifest\.json: not a valid manifest",
     ),
     "a context longer than the model's": (
         None,
@@ -467,14 +467,14 @@ BAD = {
     "a batch that does not divide": (
         None,
         ["--total-batch-size", "100"],
-        r"100 is no multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest that is: 96 or 128",
+        r"100 is not a multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest multiple is 96 or 128",
     ),
     "another vocabulary": (
         None,
         ["--preset", "gpt2"],
-        r"tokenizer bytes \(257 tokens\), which is not that of the preset gpt2 \(50,257 tokens\)",
+        r"tokenizer bytes \(257 tokens\); expected that of the preset gpt2 \(50,257 tokens\)",
     ),
-    "no such model": (None, ["--init", "nowhere"], "nowhere: there is no such folder or file; expected a model's"),
+    "no such model": (None, ["--init", "nowhere"], "nowhere: no such file or folder; expected a model's"),
     "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
     "an out-dir that is a file": (
         lambda user: (user / "taken").write_text("x"),
@@ -525,7 +525,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(user, capsys):
     capsys.readouterr()
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
-    assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
+    assert "skipping a damaged checkpoint: out/ckpt-000006/model.safetensors" in said
     assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
     assert_same_run("whole", "out")
 
@@ -636,7 +636,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_overwritten(user, capsys):
     (Path("out/ckpt-000001/trainer.json")).write_text("{}")
     log = Path("out/log.jsonl").read_text()
     run("--max-iters", "2", code=1)
-    assert "no checkpoint is whole; --fresh starts a new run" in one_line(capsys)
+    assert "no checkpoint is intact; --fresh starts a new run" in one_line(capsys)
     assert Path("out/log.jsonl").read_text() == log
 
 
@@ -687,7 +687,7 @@ def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(user, monkeyp
     assert values.pop("defaults")["beta2"] == 0.95
     state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
     sign_again(state.parent)
-    monkeypatch.setattr(options, "IMPLIED", {"small": {**options.IMPLIED["small"], "learning_rate": 1e-5}})
+    monkeypatch.setattr(options, "SIZE_DEFAULTS", {"small": {**options.SIZE_DEFAULTS["small"], "learning_rate": 1e-5}})
     monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
     for folder in ("newer", "older"):
         assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0

@@ -148,10 +148,10 @@ def other_vocabulary(arrays):
     ("change", "message"),
     [
         (missing, "tensor h.1.ln_2.bias is missing"),
-        (surplus, "tensor h.2.ln_1.weight is not one of this model's"),
+        (surplus, "tensor h.2.ln_1.weight is not a parameter of this model"),
         (misshapen, "tensor wpe.weight has shape (7, 8); expected (6, 8)"),
         (transposed, "tensor h.1.attn.c_attn.weight has shape (24, 8); expected (8, 24)"),
-        (integers, "tensor ln_f.bias is of type I32; expected one of float64, float32, float16, bfloat16"),
+        (integers, "tensor ln_f.bias has dtype I32; expected one of float64, float32, float16, bfloat16"),
         (untied, "lm_head.weight differs from wte.weight"),
         (other_vocabulary, "lm_head.weight differs from wte.weight"),
     ],
@@ -173,7 +173,7 @@ def expect_one_line(folder, file, message, kind=ValueError):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False, which this model does not compute"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False, which is not supported"),
         ({"activation_function": "silu"}, "activation_function is 'silu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_inner": 16}, "n_inner is 16"),
@@ -192,7 +192,7 @@ def test_configurations_that_are_not_computed_are_refused(changes, message, fold
     [
         (b"", "Expecting value"),
         (b'{"n_layer": 2,', "Expecting property name"),
-        (b"[1, 2]", "it holds no JSON object"),
+        (b"[1, 2]", "it is not a JSON object"),
         (b"\xff\xfe{", "codec can't decode"),
     ],
 )
@@ -216,8 +216,8 @@ def test_foreign_file(folder):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(name, folder):
     (folder / name).unlink()
-    expect_one_line(folder, name, "there is no such file; a model folder has config.json and", FileNotFoundError)
+    expect_one_line(folder, name, "no such file; a model folder has config.json and", FileNotFoundError)
 
 
 def test_missing_folder(tmp_path):
-    expect_one_line(tmp_path / "nowhere", "config.json", "there is no such file", FileNotFoundError)
+    expect_one_line(tmp_path / "nowhere", "config.json", "no such file", FileNotFoundError)
