@@ -1,6 +1,6 @@
 """Train GPT-2. Without options: the nano model on the documentation that ships inside Python, in about two minutes.
 
-Resumes from the newest checkpoint in the out-dir where there is one. Ctrl-C finishes the step and saves.
+Resumes from the newest checkpoint in the out-dir, if there is one. Ctrl-C finishes the step and saves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ from gpt2.training.display import (
     say_tasks,
     start_record,
 )  # fmt: skip
-from gpt2.training.options import Options, parse_options
-from gpt2.training.run import Progress, Remembered, RunFolder, tensorboard_writer
+from gpt2.training.options import Options, OptionValues, parse_options
+from gpt2.training.run import Progress, RunFolder, RunOptions, tensorboard_writer
 from gpt2.training.setup import (
     build_trainer,
     explain_memory,
@@ -55,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer reports a loss that is not finite
-def train(given: dict[str, Any], comm: Comm) -> int:
-    """Set up a run from the options that were given, new or resumed, and train."""
+def train(given: OptionValues, comm: Comm) -> int:
+    """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
     folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
     saved = None if fresh else folder.resume(say)
-    options, config, remembered = resumed_run(given, saved) if saved else new_run(given)
+    options, config, run_options = resumed_run(given, saved) if saved else new_run(given)
     progress = saved.progress if saved else Progress()
     if progress.step >= options.max_iters:
         say_finished(folder.path, progress.step)
         return 0
-    settle_options(options, remembered, comm.size)
+    settle_options(options, run_options, comm.size)
     board = tensorboard_writer() if options.tensorboard else None
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
@@ -75,24 +74,24 @@ def train(given: dict[str, Any], comm: Comm) -> int:
         say(f"{folder.path}/ is now {aside}/")
 
     with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
-        folder.log_start(progress.step, given=remembered.options, **start_record(trainer, machine.describe()))
+        folder.log_start(progress.step, given=run_options.options, **start_record(trainer, machine.describe()))
         comm.from_root(partial(describe_start, trainer))
-        written = training_loop(trainer, questions, remembered, stop, report.Writer(folder.path, say))
+        written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, say))
     say_end(trainer, written, folder.path / report.REPORT)
     return 0
 
 
 def training_loop(
-    trainer: Trainer, questions: Questions, remembered: Remembered, stop: StopRequest, page: report.Writer
+    trainer: Trainer, questions: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer
 ) -> Path | None:
-    """Train to the last step, or until a rank is told to stop. Returns the last checkpoint."""
+    """Train to the last step, or until a rank is requested to stop. Returns the last checkpoint."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
     written = None
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
         with explain_memory(trainer.model.config, options):
-            # Forward, loss and backward of each micro-step; gradients summed over the ranks; the learning rate of this
-            # step; clipping; the optimizer's update; gradients zeroed.
+            # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
+            # step; clipping; the optimizer's update; zero_grad.
             trainer.step(stop.requested)
         step = progress.step
         last = step == options.max_iters
@@ -108,7 +107,7 @@ def training_loop(
             folder.log(**row)
         is_best = evaluating and progress.best is not None and progress.best["step"] == step
         if saving or is_best:
-            written = trainer.save(remembered)
+            written = trainer.save(run_options)
         if evaluating:
             text = comm.from_root(partial(sample_text, trainer.model, trainer.tokenizer, options.seed + step))
             say_sample(row["val_loss"], is_best, report.printable(text))
@@ -121,11 +120,12 @@ def training_loop(
 
 
 def every(interval: int, step: int) -> bool:
+    """Whether something that happens every `interval` steps (0 for never) happens after this step."""
     return interval > 0 and step % interval == 0
 
 
 def prepare_pydoc() -> None:
-    """Make the data set of the nano model, where it does not exist yet."""
+    """Make the data set of the nano model, if it does not exist yet."""
     folder = Path("data/pydoc")
     if not folder.exists():
         say(f"no data yet: preparing the documentation inside this Python as {folder}")

@@ -1,11 +1,11 @@
-"""The shape of a GPT-2, under the names that Hugging Face's config.json uses."""
+"""The sizes and rates of a GPT-2, under the names that Hugging Face's config.json uses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.precision import PRECISIONS
 
 
@@ -14,7 +14,7 @@ class GPT2Config:
     """Sizes and rates of a GPT-2. The defaults are those of the published 124M model."""
 
     vocab_size: int = 50257
-    n_positions: int = 1024  # the context: how many tokens the model can look at
+    n_positions: int = 1024  # the context: the most tokens that the model reads at a time
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
@@ -39,10 +39,10 @@ class GPT2Config:
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive number")
         if self.n_embd % self.n_head:
-            raise ValueError(f"config: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
+            raise ValueError(f"config: n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
-                f"config: activation_function is {self.activation_function!r}; this model computes "
+                f"config: activation_function is {self.activation_function!r}; supported are "
                 + " and ".join(repr(name) for name in ACTIVATIONS)
             )
 
@@ -54,44 +54,46 @@ class GPT2Config:
         return PRESETS[name]
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> GPT2Config:
-        """The config of a Hugging Face config.json. What this model does not compute is refused, never ignored."""
-        for name, computed in FIXED.items():
-            if values.get(name, computed[0]) not in computed:
+    def from_dict(values: JsonObject) -> GPT2Config:
+        """The config of a Hugging Face config.json. Raises ValueError for an unsupported setting."""
+        for name, supported in SUPPORTED_VALUES.items():
+            if values.get(name, supported[0]) not in supported:
                 raise ValueError(
-                    f"config: {name} is {values[name]!r}, which this model does not compute; expected {computed[0]!r}"
+                    f"config: {name} is {values[name]!r}, which is not supported; expected {supported[0]!r}"
                 )
         inner = values.get("n_inner")
         if inner is not None and inner != 4 * values.get("n_embd", GPT2Config.n_embd):
-            raise ValueError(f"config: n_inner is {inner}; this model computes 4 * n_embd")
+            raise ValueError(f"config: n_inner is {inner}, which is not supported; expected 4 * n_embd")
         return GPT2Config(**{f.name: values[f.name] for f in fields(GPT2Config) if f.name in values})
 
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: these fields, and what Hugging Face's loader needs to know beside them."""
-        fixed = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
+    def to_dict(self) -> JsonObject:
+        """The contents of config.json: these fields, and the others that Hugging Face's loader needs."""
+        constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
         end_of_text = self.vocab_size - 1  # the last id, in GPT-2's vocabulary and in ours
         ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        return {**fixed, **ids, "n_ctx": self.n_positions, **asdict(self)}
+        return {**constant, **ids, "n_ctx": self.n_positions, **asdict(self)}
 
     @property
     def head_size(self) -> int:
-        """D, the numbers in a head's queries, keys and values."""
+        """D, the size of a head's query, key or value vector."""
         return self.n_embd // self.n_head
 
     def summary(self) -> str:
-        """The sizes in words."""
+        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
         return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads"
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers the parameters hold; the output layer shares the token embedding."""
+        """The number of elements of all parameters; the output layer shares the token embedding."""
         C = self.n_embd
         block = 2 * 2 * C + (C * 3 * C + 3 * C) + (C * C + C) + (C * 4 * C + 4 * C) + (4 * C * C + C)
         return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and shape of every parameter, in the model's order. An iterator: sizes that a file claims may be
-        beyond all memory."""
+        """The name and shape of every parameter, in the model's order.
+
+        An iterator, because a damaged file may claim more layers than a list of their names could hold in memory.
+        """
         C = self.n_embd
         yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
         for layer in range(self.n_layer):
@@ -111,65 +113,72 @@ class GPT2Config:
         recompute: str = "none",
         head_rows: int | None = None,
     ) -> dict[str, int]:
-        """Bytes that a training step keeps: batch_size sequences of block_size tokens, computed in one of PRECISIONS.
+        """Bytes of memory that a training step on batch_size sequences of block_size tokens needs, by their use.
 
-        Activations are what the backward pass is given: for each layer 16 arrays of (B, T, C) (two sums and their
-        normalised forms, q k v, attention's result, and 4 + 4 in the MLP). Where blocks are computed again, it is 2
-        for each layer, and 16 for one at a time. Temporary arrays come on top.
+        Activations are saved for the backward pass: 16 arrays of (B, T, C) per layer (two sums and their normalized
+        forms, q k v, the result of attention, and 4 + 4 in the MLP). With recompute="block" it is 2 arrays per layer,
+        and 16 for the block that is being recomputed. Temporary arrays are not counted.
         """
         n, rows = self.n_parameters, batch_size * block_size
         types = PRECISIONS[precision]
         itemsize, computed = types.parameter_bytes, types.activation_bytes
         copies = computed if types.copies else 0  # bytes of the copy of a parameter
-        kept = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
+        saved = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
         return {
             "weights": n * (itemsize + copies),
             "gradients": n * itemsize,
             "moments": 2 * n * itemsize,
-            "activations": (kept + 3) * rows * self.n_embd * computed,
+            "activations": (saved + 3) * rows * self.n_embd * computed,
             "logits": min(rows, head_rows or rows) * self.vocab_size * computed,
         }
 
     def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
-        """Bytes that `samples` continuations of a prompt by up to `more` tokens take beside the weights, computed in
-        numbers of `itemsize` bytes. What is read at once is the prompt, or half a context where the text outgrows it,
-        with the arrays of `memory` for one layer at a time. Temporary arrays come on top."""
+        """Bytes of memory, besides the weights, to continue a prompt by up to `more` tokens in `samples` samples.
+
+        itemsize  of the activations. At most the prompt, or half a context where the text becomes longer than the
+                  context, is processed at once, with the arrays of `memory` for one layer at a time. Temporary arrays
+                  are not counted.
+        """
         context = self.n_positions
-        read = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
+        at_once = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
         return {
             "keys and values": 2 * self.n_layer * samples * min(prompt + more, context) * self.n_embd * itemsize,
-            "activations": (16 + 3) * samples * read * self.n_embd * itemsize,
-            "logits": samples * self.vocab_size * (itemsize + 4 + 1),  # in float32 too, and whether each is finite
+            "activations": (16 + 3) * samples * at_once * self.n_embd * itemsize,
+            "logits": samples * self.vocab_size * (itemsize + 4 + 1),  # also in float32, and the mask of isfinite
         }
 
     def flops_per_token(self, block_size: int) -> int:
-        """Floating-point operations of training on one token: 6 a weight, and causal attention's.
+        """Floating-point operations per token in training: 6 per weight, and those of causal attention.
 
-        Forward takes 2 a weight and 2 T C a layer in attention (q k^T and P V, half of T keys on average), backward
-        twice as much. The position embedding multiplies nothing; the token embedding does, as the output layer.
+        The forward pass takes 2 per weight and 2 T C per layer in attention (q k^T and P V, on average half of T keys),
+        the backward pass twice as many. The position embedding is only looked up; the token embedding is counted,
+        since it is the output layer's matrix.
         """
         weights = self.n_parameters - self.n_positions * self.n_embd
         return 6 * weights + 6 * self.n_layer * self.n_embd * block_size
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter is the matrix of a linear layer: (in, out) here, as OpenAI ships it, and (out, in) in
-    PyTorch's nn.Linear and so in the files of nanoGPT, build-nanogpt and llm.c."""
+    """Whether a parameter is the weight matrix of a linear layer.
+
+    It is (in, out) here and in OpenAI's files, and (out, in) in PyTorch's nn.Linear, and therefore in the files of
+    nanoGPT, build-nanogpt and llm.c.
+    """
     return ".c_" in name and name.endswith(".weight")
 
 
 GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
-PADDED_VOCAB_SIZE = 50304  # the same, as nanoGPT and build-nanogpt pad it; no text has the last ids
+PADDED_VOCAB_SIZE = 50304  # the same, padded by nanoGPT and build-nanogpt; the added ids never occur in text
 
-WEIGHT_DTYPES = ("float32", "bfloat16")  # what generation can read: see nn.Module.narrow
-RECOMPUTE = ("none", "block")  # what a training step computes again in its backward pass, to save memory
+WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation: see nn.Module.narrow
+RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
 
-BYTE_PRESETS = ("nano", "micro")  # which take over the vocabulary of the data
+BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes takes the vocabulary of its data
 
-# Switches of Hugging Face's GPT2Config that change the function, with the values that this model computes.
-FIXED: dict[str, tuple[Any, ...]] = {
+# Settings of Hugging Face's GPT2Config that change the function, with the values that this model supports.
+SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -178,8 +187,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
-# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. Two are ours, for bytes: what
-# two processor cores train in two minutes, and in about half an hour (the model in checkpoint/).
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are ours, for
+# bytes: two CPU cores train nano in two minutes, and micro (the model in checkpoint/) in about half an hour.
 PRESETS = {
     "nano": GPT2Config(
         vocab_size=257, n_positions=64, n_embd=128, n_layer=4, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0

@@ -1,10 +1,10 @@
-"""Generation: the key-value cache, choosing the next token, and text that streams as it is made."""
+"""Generation: the key-value cache, sampling of the next token, and streamed text."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from tinygrad2.array import Array
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that each new token is read once.
+    """Keys and values of the tokens processed so far, so that each token is processed once.
 
-    layers   one array (2, B, H, capacity, D) a layer: keys, then values.
-    length   how many positions are filled.
-    decoder  what reads one more token of each text in one launch, or None where operations do it.
+    layers   one array (2, B, H, capacity, D) per layer: keys, then values.
+    length   the number of positions filled.
+    decoder  processes one more token of each text in one kernel launch; None where it is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
@@ -29,9 +29,9 @@ class KVCache:
         self.length, self.capacity = 0, capacity
         self.decoder = Decoder.fitting(model, self)
 
-    def likeliest(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
-        """The tokens that follow `tokens` (B,), each the likeliest of the first `choices`, up to `most` of them and as
-        long as there is room; where there is a decoder (see Decoder.greedy)."""
+    def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
+        """Greedy continuation of `tokens` (B,), among the first `choices` ids: yields up to `most` tokens of each text,
+        fewer if the cache is full. Only with a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
         for found in self.decoder.greedy(tokens, first, count, choices):
@@ -40,8 +40,10 @@ class KVCache:
 
 
 def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
-    """The logits of the token after the last one: tokens (B, T) -> (B, V). With a cache, `tokens` are those that it
-    does not hold yet, and are added to it."""
+    """The logits of the token after the last one: tokens (B, T) -> (B, V).
+
+    cache  keys and values of the preceding tokens; those of `tokens` are appended.
+    """
     if cache is not None and cache.decoder and tokens.shape[1:] == (1,):
         logits = cache.decoder(tokens[:, 0], cache.length)
         cache.length += 1
@@ -52,10 +54,21 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
 NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
 
 
+class Sampling(TypedDict, total=False):
+    """The keyword arguments of `generate` that choose samples."""
+
+    samples: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    cache: bool
+
+
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for a sampling parameter out of range."""
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected 0 (always the likeliest token) or more")
+        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top-k is {top_k}; expected 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
@@ -71,9 +84,10 @@ def choose(
 ) -> np.ndarray:
     """The next token of each row: logits (B, V), draws (B,) uniform in [0, 1) -> (B,) int64.
 
-    temperature  divides the logits; 0 takes the likeliest token.
-    top_k        only the k likeliest tokens (all that tie with the k-th) can be chosen.
-    top_p        of those, only the likeliest whose probabilities first add up to p (arXiv:1904.09751, section 3.1).
+    temperature  divides the logits; 0 is greedy: the most probable token.
+    top_k        sample from the k most probable tokens only (and all that tie with the k-th).
+    top_p        of those, sample from the smallest set of most probable tokens whose probabilities add up to p or more
+                 (nucleus sampling, arXiv:1904.09751, section 3.1).
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -84,9 +98,9 @@ def choose(
 def _choose(
     logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int | np.integer:
-    """The first token at which the probabilities, the largest first, add up to more than `draw`."""
-    # The maximum is taken off first: dividing by a tiny temperature must not overflow. exp is three times as fast in
-    # the logits' float32 as in float64.
+    """The first token at which the probabilities, added up in descending order, exceed `draw`."""
+    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is three times as
+    # fast in the logits' float32 as in float64.
     with np.errstate(over="ignore"):
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     weights = np.exp(scaled)
@@ -94,7 +108,7 @@ def _choose(
         best = _sorted(logits, np.partition(logits, -top_k)[-top_k])
         total, candidates = weights[best].sum(dtype=np.float64), iter([best])
     else:
-        total, candidates = weights.sum(dtype=np.float64), _likeliest(scaled)
+        total, candidates = weights.sum(dtype=np.float64), _growing_candidates(scaled)
     for tokens in candidates:
         sums = np.cumsum(weights[tokens].astype(np.float64) / total)
         if sums[-1] > (draw if top_p is None else top_p):
@@ -106,15 +120,18 @@ def _choose(
     return tokens[rank]
 
 
-def _likeliest(scaled: np.ndarray) -> Iterator[np.ndarray]:
-    """Tokens by falling logit, of equal ones the first: those a little below the largest, 0, then more, then all.
-    Sorting all of a vocabulary takes longer than a small model does."""
-    for least in (-4.0, -6.0, -8.0, -10.0, -np.inf):
-        yield _sorted(scaled, least)
+def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
+    """Tokens in descending order of their logit: first those near the largest (which is 0), then more, at last all.
+
+    Sorting the whole vocabulary takes longer than the forward pass of a small model.
+    """
+    for lowest in (-4.0, -6.0, -8.0, -10.0, -np.inf):
+        yield _sorted(scaled, lowest)
 
 
-def _sorted(values: np.ndarray, least: float) -> np.ndarray:
-    tokens = np.flatnonzero(values >= least)
+def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
+    """The indices of the values from `lowest` on, in descending order of the values; ties in order of the index."""
+    tokens = np.flatnonzero(values >= lowest)
     return tokens[np.argsort(-values[tokens], kind="stable")]
 
 
@@ -133,17 +150,17 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
 
-    Beyond the model's context the first half of what it sees is dropped and the rest is read again.
+    When the text outgrows the model's context, its first half is dropped and the rest is processed again.
     The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
     whatever the number of samples.
-    vocab_size  choose among the first so many tokens only: a padded model has more than its tokenizer.
-    cache       False reads everything again for every token: slow, and what the cache is tested against.
+    vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
+    cache       False processes the whole text for every token: slow; the tests compare the cache with it.
 
-    Raises ValueError for an empty prompt, and where the model's logits are not numbers.
+    Raises ValueError for an empty prompt, and if the model's logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
-        raise ValueError("generate: the prompt holds no tokens; begin with the end-of-text token instead")
+        raise ValueError("generate: the prompt has no tokens; start with the end-of-text token instead")
     if samples < 1 or max_tokens < 0:
         raise ValueError(f"generate: {samples} samples of {max_tokens} tokens; expected at least 1 and 0")
     context = model.config.n_positions
@@ -164,7 +181,7 @@ def generate(
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
         if temperature == 0 and state is not None and state.decoder is not None:
             choices = vocab_size or model.config.vocab_size
-            for following in state.likeliest(token, max_tokens - step, choices):
+            for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
                     raise ValueError(NOT_FINITE)
                 yield following
@@ -172,7 +189,7 @@ def generate(
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
             if state is not None:
-                del state  # before there is another one
+                del state  # its memory is free before the next cache is allocated
                 state = _new_cache(model, seen, max_tokens - step)
 
 
@@ -182,11 +199,11 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 
 
 def complete(
-    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any
+    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
-    """Continue `tokens` (ids): for each sample the new ids, up to the `stop` id (such as end-of-text) if it is chosen.
+    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), excluded.
 
-    sampling  samples, temperature, top_k, top_p, seed, cache: see `generate`, which yields tokens as they are chosen.
+    sampling  see `generate`, which yields tokens as they are sampled.
     """
     rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
     ended = [False] * len(rows)
@@ -207,12 +224,12 @@ def stream_text(
     max_tokens: int,
     *,
     stop: Sequence[str] = (),
-    **sampling: Any,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is certain.
+    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final.
 
-    A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`. Bytes of an unfinished
-    character, and text that may be the beginning of a stop string, wait for what follows.
+    A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`. Bytes of an incomplete
+    character, and text that may be the start of a stop string, are held back until more tokens decide.
     """
     samples = sampling.get("samples", 1)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
@@ -239,13 +256,13 @@ def stream_text(
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
-    """A short text of the model's own, as training shows it."""
+    """A short text without a prompt, as training shows it."""
     pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:
-    """(what can be shown, what may be the beginning of a stop string)."""
+    """(text that is final, end of the text that may be the start of a stop string)."""
     for length in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
         if any(s.startswith(text[-length:]) for s in stop):
             return text[:-length], text[-length:]

@@ -7,28 +7,38 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
-from gpt2.config import RECOMPUTE, GPT2Config
+from numpy.typing import ArrayLike
+
+from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
-from gpt2.generate import complete
+from gpt2.generate import Sampling, complete
 from gpt2.language_model import Cache
 from tinygrad2 import Key, Tensor, nn, ops, recompute
+from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
 from tinygrad2.precision import PRECISIONS
 from tinygrad2.random import INIT_STEP
 
-SITES_PER_BLOCK = 3  # where a block drops out: attention weights, attention's result, the MLP's result
+SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its result, and on the MLP's
+
+
+class _Placement(TypedDict):
+    """Where a layer's parameters are allocated, and in which dtype."""
+
+    device: str
+    dtype: str
 
 
 class _Init:
-    """Builds the layers' initial values: normal(0, std) drawn from the seed, or zeros where weights will be loaded."""
+    """Makes initializers: normal(0, std) drawn from the seed, or zeros (seed None) where weights will be loaded."""
 
     def __init__(self, seed: int | None):
         self.seed = seed
         self.sites = itertools.count()
 
-    def normal(self, std: float) -> nn.Initializer:
+    def weight(self, std: float) -> nn.Initializer:
         return (
             nn.zeros_init
             if self.seed is None
@@ -37,15 +47,18 @@ class _Init:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: one linear layer makes queries, keys and values, another mixes the heads."""
+    """Causal multi-head self-attention: one linear layer computes queries, keys and values, another mixes the heads.
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
+    past  the layer's part of a key-value cache, (2, B, H, capacity, D), and the number of positions filled.
+    """
+
+    def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
         self.config = config
         C = config.n_embd
-        self.c_attn = nn.Linear(C, 3 * C, init=init.normal(config.initializer_range), **place)
-        self.c_proj = nn.Linear(C, C, init=init.normal(_residual_std(config)), **place)
+        self.c_attn = nn.Linear(C, 3 * C, init=init.weight(config.initializer_range), **placement)
+        self.c_proj = nn.Linear(C, C, init=init.weight(_residual_std(config)), **placement)
 
-    def __call__(self, x: Tensor, key: Key | None, site: int, past: tuple[Any, int] | None) -> Tensor:
+    def __call__(self, x: Tensor, key: Key | None, site: int, past: tuple[Array, int] | None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3 C)
         if past is None:
             out = ops.attention(qkv, self.config.n_head, self.config.attn_pdrop, key and key.at(site))  # (B, T, C)
@@ -55,13 +68,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between them. The first one's bias is added by GELU's kernel."""
+    """Two linear layers with GELU between them. GELU's kernel adds the bias of the first."""
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
+    def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
         self.config = config
         C = config.n_embd
-        self.c_fc = nn.Linear(C, 4 * C, init=init.normal(config.initializer_range), **place)
-        self.c_proj = nn.Linear(4 * C, C, init=init.normal(_residual_std(config)), **place)
+        self.c_fc = nn.Linear(C, 4 * C, init=init.weight(config.initializer_range), **placement)
+        self.c_proj = nn.Linear(4 * C, C, init=init.weight(_residual_std(config)), **placement)
 
     def __call__(self, x: Tensor, key: Key | None, site: int) -> Tensor:
         hidden = ops.linear(x, self.c_fc.weight)  # (B, T, 4 C)
@@ -70,24 +83,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The residual stream comes as x and the part `delta` not yet added to it, and leaves likewise:
-    each addition is fused with the LayerNorm that reads the sum."""
+    """One layer. The residual stream is x + delta, on input and on output: each addition is fused with the LayerNorm
+    that reads the sum."""
 
-    def __init__(self, config: GPT2Config, init: _Init, **place: Any):
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
-        self.attn = Attention(config, init, **place)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
-        self.mlp = MLP(config, init, **place)
+    def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
+        self.attn = Attention(config, init, **placement)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
+        self.mlp = MLP(config, init, **placement)
 
     def __call__(
-        self, x: Tensor, delta: Tensor | None, key: Key | None, site: int, past: tuple[Any, int] | None
+        self, x: Tensor, delta: Tensor | None, key: Key | None, site: int, past: tuple[Array, int] | None
     ) -> tuple[Tensor, Tensor]:
         x, h = (x, self.ln_1(x)) if delta is None else self.ln_1.add_and_normalize(x, delta)
         x, h = self.ln_2.add_and_normalize(x, self.attn(h, key, site, past))
         return x, self.mlp(h, key, site + 2)
 
-    def again(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, without a cache, as a function of tensors: what is to be computed again stands last."""
+    def recomputable(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """__call__ without a cache, with the tensors as the last arguments, as `recompute` passes them."""
         return self(x, delta, key, site, None)
 
 
@@ -96,15 +109,15 @@ class GPT2(nn.Module):
     token embedding.
 
     config  sizes and dropout rates.
-    seed    of the initial weights: normal(0, 0.02), the two projections of each block onto the residual stream scaled
-            by 1 / sqrt(2 n_layer); None leaves them zero, for loading.
-    device  where the parameters live: "cpu", "cuda", or "auto" for a GPU where there is one.
-    dtype   what is computed in: "float32" to train, "float64" to check, and on a GPU also "tf32" (float32, products
-            faster and less exact) and "bfloat16" (activations, and copies of the weights; the parameters themselves,
-            their gradients and all sums stay float32).
+    seed    of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual stream
+            scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
+    device  of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
+    dtype   of the computation: "float32" for training, "float64" for checks, and on a GPU also "tf32" (float32, with
+            faster and less precise matrix products) and "bfloat16" (activations, and copies of the weights; the
+            parameters themselves, their gradients and all sums stay float32).
 
-    Two ways to train in less memory, for more time: recompute="block" keeps only what goes into each block and computes
-    the block again in the backward pass; head_rows takes so many rows of the output layer's logits at a time.
+    Two options save memory in training, at the cost of time: recompute="block" saves only the inputs of each block and
+    recomputes the block in the backward pass; head_rows computes that many rows of the logits at a time.
     """
 
     def __init__(
@@ -126,14 +139,14 @@ class GPT2(nn.Module):
         if reason := backend.unsupported_reason(dtype, config.head_size):
             raise ValueError(f"GPT2: {reason}")
         self.precision, self.dtype = dtype, precision.parameters
-        place: dict[str, Any] = {"device": device, "dtype": self.dtype}
+        placement: _Placement = {"device": device, "dtype": self.dtype}
         init, std = _Init(seed), config.initializer_range
-        # Registered in the reverse of the order in which the backward pass finishes (see ParameterArena): wte serves at
-        # both ends, so its gradient is the last to be final.
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd, init=init.normal(std), **place)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.normal(std), **place)
-        self.h = [Block(config, init, **place) for _ in range(config.n_layer)]
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **place)
+        # In the reverse of the order in which the backward pass finishes the gradients (see ParameterArena). That of
+        # wte, which both the first and the last layer use, is final last.
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, init=init.weight(std), **placement)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.weight(std), **placement)
+        self.h = [Block(config, init, **placement) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
         if backend.cuda:
             backend.cuda.use_tf32(precision.tf32)
         if precision.copies:
@@ -142,19 +155,19 @@ class GPT2(nn.Module):
 
     @property
     def activations(self) -> str:
-        """The type of what the layers compute: bfloat16 where the parameters hold such copies, else their own."""
+        """The dtype of the activations: bfloat16 if the parameters hold bfloat16 copies, else the parameters' own."""
         return "bfloat16" if self.wte.weight.has_copy else self.dtype
 
     @property
     def backend(self) -> Backend:
-        """Where the model computes: the backend of its parameters."""
+        """The backend of the parameters, which computes the model."""
         return self.wte.weight.backend
 
-    def features(self, tokens: Any, key: Key | None = None, cache: Cache | None = None) -> Tensor:
-        """The last layer's normalised activations: tokens (B, T) -> (B, T, C).
+    def features(self, tokens: ArrayLike, key: Key | None = None, cache: Cache | None = None) -> Tensor:
+        """The activations after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
-        key    names the dropout masks; None is no dropout.
-        cache  what came before these tokens; they are added to it.
+        key    of the dropout masks; None for no dropout.
+        cache  keys and values of the preceding tokens; those of `tokens` are appended.
         """
         shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
         if len(shape) != 2:
@@ -172,7 +185,7 @@ class GPT2(nn.Module):
             if cache is not None:
                 x, delta = block(x, delta, key, site, (cache.layers[layer], before))
             elif self.recompute == "block":
-                x, delta = recompute(partial(block.again, key, site), *([x] if delta is None else [x, delta]))
+                x, delta = recompute(partial(block.recomputable, key, site), *([x] if delta is None else [x, delta]))
             else:
                 x, delta = block(x, delta, key, site, None)
         if cache is not None:
@@ -184,14 +197,14 @@ class GPT2(nn.Module):
         """The output layer, tied to the token embedding: features (..., C) -> logits (..., V)."""
         return ops.linear(features, self.wte.weight.transpose())
 
-    def __call__(self, tokens: Any) -> Tensor:
+    def __call__(self, tokens: ArrayLike) -> Tensor:
         """Logits: tokens (B, T) of integers -> (B, T, V)."""
         return self.head(self.features(tokens))
 
-    def loss(self, tokens: Any, targets: Any, key: Key | None = None) -> Tensor:
+    def loss(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None) -> Tensor:
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar.
 
-        key  names the dropout masks of this batch; without one there is no dropout, so evaluating needs no mode.
+        key  of the dropout masks of this batch; None for no dropout, as in evaluation.
         """
         return ops.lm_head(self.features(tokens, key), self.wte.weight, targets, self.head_rows)
 
@@ -200,19 +213,23 @@ class GPT2(nn.Module):
         c = self.config
         return [(2, batch, c.n_head, capacity, c.head_size)] * c.n_layer
 
+    def hidden_matrices(self) -> dict[str, int]:
+        """The names of the matrices of the blocks; queries, keys and values are three matrices in one."""
+        return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
+
     def generate(
-        self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Any
+        self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
     ) -> list[list[int]]:
-        """Continue `tokens` (ids): for each sample the new ids. See gpt2.generate.complete."""
+        """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
         """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
-        folder that gpt2.formats reads. In bfloat16 on the CPU it serves to generate: see `narrow`.
+        folder that gpt2.formats reads. With bfloat16 on the CPU, it can generate but not train: see `narrow`.
 
-        Raises ValueError for what does not fit (a tensor that is missing, surplus or of another shape is named), and
-        FileNotFoundError where a file is not there.
+        Raises ValueError if a tensor is missing, unexpected, or of another shape, and FileNotFoundError if a file is
+        missing. The message names it.
         """
         narrow = dtype in PRECISIONS and PRECISIONS[dtype].copies and get_backend(device).narrow_weights
         config = model_file.load_config(path)

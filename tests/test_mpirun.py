@@ -205,12 +205,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic(user):
     run(2, "--batch-size", "2", "--max-iters", "2")
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
-        "train.py: --total-batch-size 64 is no multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 tokens; the "
-        "nearest that is: 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
+        "train.py: --total-batch-size 64 is not a multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 tokens; "
+        "the nearest multiple is 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
     ) in err
     assert err.count("train.py:") == 1
     _, err = run(4, "--max-iters", "4", status=1)
-    assert "the nearest that is: 128, or --batch-size 1\n" in err
+    assert "the nearest multiple is 128, or --batch-size 1\n" in err
     run(4, "--max-iters", "4", "--batch-size", "1")
     assert len(losses("out")) == 4
 

@@ -53,7 +53,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
     said = run(capsys, "-m", "2").err
-    assert "damaged checkpoint, not used: out/ckpt-000002/config.json" in said
+    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in said
     assert "model: out/ckpt-000001" in said
 
 
@@ -174,7 +174,7 @@ def broken(name, content):
 
 
 BAD = {
-    "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: there is no such folder"),
+    "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
     "a folder with no model": (lambda user: (user / "x").mkdir(), ["--checkpoint", "x"], "x: it holds no model and no"),
     "damaged weights": (broken("model.safetensors", "x"), [], "model.safetensors: "),
     "a damaged config": (broken("config.json", "{"), [], "config.json: "),

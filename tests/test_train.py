@@ -1,5 +1,6 @@
 """train.py, as a user runs it: from start to end, resumed after a crash, and its report."""
 
+import re
 import subprocess
 import sys
 import time
@@ -51,6 +52,19 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(workspace, monkeypatch, cap
     assert_same_run("whole", "cut")
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_other_optimizers_resume_to_the_same_bits(workspace, capsys, optimizer):
+    given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
+    run("--out-dir", "whole", "--max-iters", "6", *given)
+    run("--out-dir", "cut", "--max-iters", "3", *given)
+    assert train.main(["--out-dir", "cut", "--max-iters", "6", "--profile"]) == 0
+    assert re.search(rf" ms \| {optimizer} [\d,]+ ms \| ", capsys.readouterr().out)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        whole, cut = (Path(out, "ckpt-000006", name).read_bytes() for out in ("whole", "cut"))
+        assert whole == cut, name
+    assert read_log(Path("whole/log.jsonl"))[-1]["loss"] < read_log(Path("whole/log.jsonl"))[0]["loss"]
+
+
 @pytest.mark.slow
 def test_shards_of_another_program_are_trained_on_as_they_are(workspace, gpt2_files, capsys):
     (workspace / "data" / "theirs").mkdir()
@@ -69,7 +83,7 @@ def test_a_finished_run_says_so_and_can_be_trained_on(workspace, capsys):
     assert train.main([]) == 0
     said = capsys.readouterr().out
     assert "the run in out/ is already finished (2 steps)" in said
-    assert "--max-iters 4 trains on, --fresh starts a new run" in said
+    assert "--max-iters 4 continues it, --fresh starts a new run" in said
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 

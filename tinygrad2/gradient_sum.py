@@ -9,7 +9,7 @@ import numpy
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, HostTransfer, NcclComm
-from tinygrad2.nn import Module
+from tinygrad2.params import HasParameters
 
 
 class GradientSum:
@@ -25,7 +25,7 @@ class GradientSum:
     used both inside and outside of a function that `recompute` runs again. Leave `start` out for such a model.
     """
 
-    def __init__(self, model: Module, comm: Comm, share_only: bool = False):
+    def __init__(self, model: HasParameters, comm: Comm, share_only: bool = False):
         self.model, self.comm, self.share_only = model, comm, share_only
         self._missing: list[set[str]] = []  # of each bucket, the parameters that are not final yet
         self._started = 0  # buckets

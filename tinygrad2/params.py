@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 from ml_dtypes import bfloat16
@@ -146,6 +146,13 @@ class Bucket:
     stop: int
     names: list[str]
     staging: Staging = field(default_factory=Staging)
+
+
+class HasParameters(Protocol):
+    """What an optimizer asks of a model; a nn.Module has it."""
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
+    def arena(self) -> ParameterArena: ...
 
 
 class ParameterArena:

@@ -674,15 +674,13 @@ def adamw_step(
 
     g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
     value = value - lr (m^ / (sqrt(v^) + eps) + weight_decay value);  step counts from 1.
-    scale, lr and step, which differ from step to step, are 0-d arrays of value's dtype. scale is the clipping factor;
-    where it is NaN, nothing is changed (see `_assign`).
+    scale, lr and step are 0-d arrays of value's dtype. scale is the clipping factor; where it is NaN, nothing changes.
     Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
     """
     g = scale * grad
     new_m = beta1 * m + (1 - beta1) * g
     new_v = beta2 * v + (1 - beta2) * g * g
-    m_hat = new_m / _bias_correction(beta1, step)
-    v_hat = new_v / _bias_correction(beta2, step)
+    m_hat, v_hat = new_m / _bias_correction(beta1, step), new_v / _bias_correction(beta2, step)
     new_value = value - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * value)
     _assign(scale, (value, new_value), (m, new_m), (v, new_v))
 
@@ -698,12 +696,9 @@ def sgd_step(
     scale and lr as for adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
     """
     g = scale * grad + weight_decay * value
-    if buffer is None:
-        _assign(scale, (value, value - lr * g))
-        return
-    new_buffer = momentum * buffer + g
+    new_buffer = g if buffer is None else momentum * buffer + g
     direction = g + momentum * new_buffer if nesterov else new_buffer
-    _assign(scale, (value, value - lr * direction), (buffer, new_buffer))
+    _assign(scale, (value, value - lr * direction), *([] if buffer is None else [(buffer, new_buffer)]))
 
 
 def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> Array:
@@ -713,19 +708,16 @@ def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> 
     In direction, buffer is the new one (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
     """
     g = (1 - momentum) * scale * grad
-    new_buffer = momentum * buffer + g
-    _assign(scale, (buffer, new_buffer))
-    return momentum * new_buffer + g
+    _assign(scale, (buffer, momentum * buffer + g))
+    return momentum * buffer + g
 
 
 def orthogonalize(*matrices: Array) -> None:
     """Replace each matrix X = U S V^T (its singular value decomposition) by about U V^T, in place.
 
     X = X / ||X||, so that no singular value is above 1. Then five times (Newton-Schulz), with A = X X^T:
-        X <- a X + (b A + c A^2) X,  which is  U (a S + b S^3 + c S^5) V^T:
-    the vectors stay, and each singular value s becomes a s + b s^3 + c s^5. The coefficients drive all but tiny ones to
-    between 0.7 and 1.2, fast rather than exactly.
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    X <- a X + (b A + c A^2) X = U (a S + b S^3 + c S^5) V^T. The singular vectors stay; a, b and c drive all but tiny
+    singular values to between 0.7 and 1.2. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     for matrix in matrices:
@@ -740,11 +732,9 @@ def orthogonalize(*matrices: Array) -> None:
 def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
     """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value), of a matrix, in place.
 
-    The factor gives an orthogonal direction the root mean square of AdamW's updates, 0.2 (arXiv:2502.16982, eq. 4).
-    scale as for adamw_step.
+    The factor gives updates AdamW's root mean square, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
     """
-    factor = 0.2 * math.sqrt(max(value.shape))
-    _assign(scale, (value, value - lr * (factor * direction + weight_decay * value)))
+    _assign(scale, (value, value - lr * (0.2 * math.sqrt(max(value.shape)) * direction + weight_decay * value)))
 
 
 def _bias_correction(beta: float, step: Array) -> Array:

@@ -1,4 +1,4 @@
-"""OpenAI's weights, downloaded once from the Hugging Face hub into its cache (HF_HOME says where)."""
+"""OpenAI's weights, downloaded once from the Hugging Face hub into its cache (in HF_HOME)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def download(name: str) -> Path:
-    """The folder with the published model `name`, one of REVISIONS; shows progress while it is fetched.
+    """The folder with the published model `name`, one of REVISIONS, downloaded with a progress bar if not in the cache.
 
-    Raises FileNotFoundError where it is not on this machine and cannot be fetched.
+    Raises FileNotFoundError if it is not in the cache and cannot be downloaded.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -24,7 +24,7 @@ def download(name: str) -> Path:
         raise FileNotFoundError(f'{name}: to download it, install huggingface_hub: pip install -e ".[hub]"') from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", revision=REVISIONS[name], allow_patterns=FILES))
-    except Exception as error:  # its kinds differ from version to version of the library and of what it is built on
+    except Exception as error:  # their types differ between versions of huggingface_hub and of its dependencies
         raise FileNotFoundError(
             f"{name}: it could not be downloaded from the Hugging Face hub ({type(error).__name__}); connect once, or "
             f"name a folder that has {', '.join(FILES)}"

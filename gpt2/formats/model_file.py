@@ -1,8 +1,8 @@
-"""Model files of every layout that is read, under the names and in the layout of gpt2.model.GPT2.
+"""Model files of every supported format, under the names and in the layout of gpt2.model.GPT2.
 
-Read are folders of Hugging Face (config.json with model.safetensors or pytorch_model.bin, whole or in shards), files of
-PyTorch (checkpoints of nanoGPT and build-nanogpt, plain state dicts), and files of llm.c. Every shape is checked before
-a model is built.
+Supported are folders of Hugging Face (config.json with model.safetensors or pytorch_model.bin, possibly in shards),
+files of PyTorch (checkpoints of nanoGPT and build-nanogpt, plain state dicts), and files of llm.c. Every shape is
+checked before a model is built.
 """
 
 from __future__ import annotations
@@ -21,21 +21,17 @@ from gpt2.formats.torch_file import LM_HEAD
 from gpt2.language_model import LanguageModel
 from tinygrad2 import checkpoint
 
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry; they are no parameters
-PREFIXES = (
-    "_orig_mod.",
-    "module.",
-    "transformer.",
-)  # of torch.compile, of DistributedDataParallel, of the model's body
+MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
+PREFIXES = ("_orig_mod.", "module.", "transformer.")  # of torch.compile, DistributedDataParallel, and transformers
 
 
 @dataclass
 class ModelFile:
-    """A model as a file or folder holds it: nothing but sizes has been read yet.
+    """A model in a file or folder, of which only the sizes have been read.
 
-    file    the file with the parameters, or the list of its shards.
+    file    the file with the parameters, or the index of its shards.
     config  sizes and rates.
-    arrays  every parameter of gpt2.model.GPT2, by its name there and in the shape there.
+    arrays  every parameter of gpt2.model.GPT2, under its name and in its shape there.
     """
 
     file: Path
@@ -43,16 +39,16 @@ class ModelFile:
     arrays: dict[str, Stored]
 
     def read(self, name: str) -> np.ndarray:
-        """A parameter's values, in the file's type. Raises ValueError naming the file."""
+        """The values of a parameter, in the file's dtype. Raises ValueError naming the file."""
         with naming_file(self.file):
             return self.arrays[name].read()
 
 
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model file or folder that `path` means: itself; in a run's folder the newest checkpoint that is whole, or
-    else the newest .pt file; for one of the names in gpt2.formats.hub the folder that OpenAI's model was downloaded to.
+    """The model file or folder that `path` refers to: itself if it is a model; in the folder of a run the newest intact
+    checkpoint, or else the newest .pt file; for a name in gpt2.formats.hub the folder of OpenAI's downloaded model.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     if path.is_file() or (path / CONFIG_FILE).exists():
         return path
@@ -60,25 +56,25 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
         return hub.download(str(path))
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path}: there is no such folder or file; expected a model's, the out-dir of a run, or one of "
+            f"{path}: no such file or folder; expected a model, the out-dir of a run, or one of "
             f"{', '.join(hub.REVISIONS)}"
         )
     folder, damaged = checkpoint.newest(path)
     for line in damaged:
-        say(f"damaged checkpoint, not used: {line}")
+        say(f"skipping a damaged checkpoint: {line}")
     if folder is None:
         folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
     if folder is None:
-        raise FileNotFoundError(f"{path}: it holds no {'whole ' if damaged else ''}model and no checkpoint")
+        raise FileNotFoundError(f"{path}: no {'intact ' if damaged else ''}model or checkpoint in this folder")
     return folder
 
 
 def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 
-    Accepts any of PREFIXES before the names, an output layer if it equals the token embedding, the causal masks of old
-    files, matrices as (in, out) or (out, in), models without biases (whose biases are then zeros), and float64,
-    float32, float16 and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates.
+    Accepts names with any of PREFIXES, an output layer if it equals the token embedding, the causal masks of old files,
+    matrices as (in, out) or (out, in), models without biases (which are then zeros), and float64, float32, float16 and
+    bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for arrays.
     """
     path = Path(path)
     config = None if path.is_file() else huggingface.read_config(path)
@@ -88,26 +84,26 @@ def open_model(path: str | Path) -> ModelFile:
         else next((path / name for name in huggingface.WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILE)
     )
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise FileNotFoundError(f"{file}: no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
     with naming_file(file):
-        own, stored = _read(file)
+        embedded, stored = _read(file)
         stored = _plain_names(stored)
-    config = config or own
+    config = config or embedded
     if config is None and (file.parent / CONFIG_FILE).is_file():
         config = huggingface.read_config(file.parent)
     with naming_file(file):
         config = config or _published(stored)
-        return ModelFile(file, config, _arranged(config, stored))
+        return ModelFile(file, config, _parameters(config, stored))
 
 
 def load_config(path: str | Path) -> GPT2Config:
-    """The configuration of the model in the file or folder `path`, which fits the parameters there. Raises as
+    """The config of the model in the file or folder `path`, whose parameters are checked against it. Raises as
     open_model does."""
     return open_model(path).config
 
 
 def load_into(model: LanguageModel, path: str | Path) -> None:
-    """Fill the model's parameters from the file or folder `path`. Raises as open_model does."""
+    """Load the parameters of the model from the file or folder `path`. Raises as open_model does."""
     source = open_model(path)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -124,8 +120,8 @@ def load_into(model: LanguageModel, path: str | Path) -> None:
 
 
 def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
-    """The arrays of a file of any kind, as they are in it, and its config where it holds one."""
-    if file.name.endswith(huggingface.INDEX):
+    """The config of a file of any format, or None if it has none, and its arrays, with the names and layouts there."""
+    if file.name.endswith(huggingface.INDEX_SUFFIX):
         places = huggingface.read_index(file)
         shards = {name: _read_shard(file.with_name(name)) for name in dict.fromkeys(places.values())}
         for name, place in places.items():
@@ -134,9 +130,9 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
         return None, {name: shards[place][name] for name, place in places.items()}
     with file.open("rb") as opened:
         start = opened.read(4)
-    if start == llmc.MAGIC.to_bytes(4, "little"):
+    if start == llmc.MODEL_MAGIC.to_bytes(4, "little"):
         return llmc.read(file)
-    if start in (torch_file.ZIP, torch_file.LEGACY):
+    if start in (torch_file.ZIP_START, torch_file.LEGACY_START):
         return torch_file.read(file)
     return None, huggingface.read_safetensors(file)
 
@@ -147,22 +143,22 @@ def _read_shard(file: Path) -> dict[str, Stored]:
 
 
 def _plain_names(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Without prefixes and masks."""
+    """The arrays without the prefixes of their names, and without masks."""
     plain: dict[str, Stored] = {}
     for name, values in stored.items():
         short = name
         while (prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None)) is not None:
             short = short.removeprefix(prefix)
         if short in plain:
-            raise ValueError(f"tensor {short} is there twice, with and without the prefix of {name}")
-        if not short.endswith(BUFFERS):
+            raise ValueError(f"tensor {short} occurs twice, with and without the prefix of {name}")
+        if not short.endswith(MASK_SUFFIXES):
             plain[short] = values
     return plain
 
 
 def _published(stored: dict[str, Stored]) -> GPT2Config:
-    """The config of arrays without one, if they are those of a published size in the published layout: from shapes
-    alone nobody can tell the number of heads nor the form of GELU."""
+    """The config of arrays without one, if they have a published size and the published layout. Shapes alone determine
+    neither the number of heads nor the form of GELU."""
     layers = sum(name.endswith("ln_1.weight") for name in stored)
     queries = stored.get("h.0.attn.c_attn.weight")
     for preset in PRESETS.values():
@@ -170,19 +166,20 @@ def _published(stored: dict[str, Stored]) -> GPT2Config:
         if preset.vocab_size == GPT2_VOCAB_SIZE and preset.n_layer == layers and queries and queries.shape == shape:
             return preset
     raise ValueError(
-        f"it does not say how many heads the model has nor which GELU it computes; put its {CONFIG_FILE} beside it"
+        f"it has no config, and shapes do not determine the number of heads and the form of GELU; put its "
+        f"{CONFIG_FILE} beside it"
     )
 
 
-def _arranged(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stored]:
+def _parameters(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stored]:
     """The config's parameters among those stored, in this model's layout. Raises ValueError naming the tensor that is
-    missing, surplus, or of another shape or type."""
+    missing, unexpected, or of another shape or dtype."""
     stored = dict(stored)
     for name in ("wte.weight", LM_HEAD):
         if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
             stored[name] = stored[name].rows(GPT2_VOCAB_SIZE)
     head = stored.pop(LM_HEAD, None)
-    turned = "h.0.attn.c_attn.weight" in stored and (
+    is_transposed = "h.0.attn.c_attn.weight" in stored and (
         stored["h.0.attn.c_attn.weight"].shape == (3 * config.n_embd, config.n_embd)
     )
     without_biases = not any(name.endswith(".bias") for name in stored)
@@ -191,15 +188,15 @@ def _arranged(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stored
         if name not in stored and not (without_biases and name.endswith(".bias")):
             raise ValueError(f"tensor {name} is missing")
         values = stored.pop(name, None) or _zeros(shape)
-        expected = shape[::-1] if turned and is_matrix(name) else shape
+        expected = shape[::-1] if is_transposed and is_matrix(name) else shape
         if values.dtype not in huggingface.NUMPY_DTYPES.values():
-            known = ", ".join(huggingface.NUMPY_DTYPES.values())
-            raise ValueError(f"tensor {name} is of type {values.dtype}; expected one of {known}")
+            supported = ", ".join(huggingface.NUMPY_DTYPES.values())
+            raise ValueError(f"tensor {name} has dtype {values.dtype}; expected one of {supported}")
         if values.shape != expected:
             raise ValueError(f"tensor {name} has shape {values.shape}; expected {expected}")
-        arrays[name] = values.transposed() if turned and is_matrix(name) else values
+        arrays[name] = values.transposed() if is_transposed and is_matrix(name) else values
     if stored:
-        raise ValueError(f"tensor {next(iter(stored))} is not one of this model's")
+        raise ValueError(f"tensor {next(iter(stored))} is not a parameter of this model")
     if head is not None and not _equal(head, arrays["wte.weight"]):
         raise ValueError(f"{LM_HEAD} differs from wte.weight; this model ties the output layer to the token embedding")
     return arrays
@@ -210,5 +207,5 @@ def _zeros(shape: tuple[int, ...]) -> Stored:
 
 
 def _equal(a: Stored, b: Stored) -> bool:
-    """Bit by bit: what is no number equals itself here."""
+    """Whether the bits are equal, so that NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and a.read().tobytes() == b.read().tobytes()

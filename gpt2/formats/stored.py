@@ -1,4 +1,4 @@
-"""An array in a model file, read when it is asked for."""
+"""An array in a model file, read on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file: its shape and NumPy's name of its type are known, its values are read when asked for."""
+    """An array in a file: its shape and the NumPy name of its dtype are known, its values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -27,31 +27,31 @@ class Stored:
         return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])
 
     def transposed(self) -> Stored:
-        """With its axes in the reverse order, contiguous again."""
+        """The transpose, contiguous."""
         return Stored(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self.read().T))
 
     def cast(self, dtype: str) -> Stored:
-        """With its values rounded to `dtype`."""
+        """The array converted to `dtype`."""
         return Stored(self.shape, dtype, lambda: self.read().astype(dtype, copy=False))
 
 
 def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that begins `offset` bytes into a file."""
+    """The array that starts at byte `offset` of a file."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.fromfile(path, np.uint8, count, offset=offset)
     if len(memory) != count:
-        raise ValueError(f"it ends {count - len(memory):,} bytes too early")
+        raise ValueError(f"it is truncated: {count - len(memory):,} bytes are missing")
     return memory.view(dtype).reshape(shape)
 
 
 @contextmanager
 def naming_file(file: Path) -> Iterator[None]:
-    """Put the file's name before what is wrong with it, in one line: text from the file may be part of that."""
+    """Add the file's name to errors that are about its contents, as one line (they may quote text from the file)."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
-            text = f"it holds no JSON ({error})"
+            text = f"it is not valid JSON ({error})"
         text = "".join(c if c.isprintable() else " " for c in text)
         raise ValueError(f"{file}: {text if len(text) < 500 else text[:500] + ' ...'}") from None

@@ -1,9 +1,9 @@
-"""Files of PyTorch (`torch.save`), read and written without PyTorch. Nothing that a file holds is ever executed.
+"""Files of PyTorch (`torch.save`), read and written without PyTorch. Nothing in a file is ever executed.
 
 Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
-data/1 and so on. Before PyTorch 1.6 it was a chain of pickles with the tensors' memory after them. A pickle is a
-program whose author chooses which functions Python's unpickler calls, so it is not given to that: `_interpret` knows
-the opcodes that make plain data, and the few names that tensors are made with. Any other name is an error.
+data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. A pickle is a
+program that can make Python's unpickler call any function, so it is not unpickled: `_interpret` implements the opcodes
+for plain data, and accepts only the few names that tensors are built with. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
 from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPT2Config, is_matrix
 from gpt2.formats.stored import Stored, read_at
+from tinygrad2.checkpoint import JsonObject
 
 LM_HEAD = "lm_head.weight"  # the output layer, tied to the token embedding
-STATE_DICTS = ("model", "state_dict", "model_state_dict")  # where a checkpoint keeps its parameters
-PICKLE_LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL and its optimizer has less than 1 MB
-ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files begin; the second is a pickle of a number of 10 bytes
+STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of the parameters in a checkpoint
+PICKLE_LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL with its optimizer has less than 1 MB
+ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # first bytes; the second is a pickle of a 10-byte integer
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
     "torch.FloatStorage": "float32",
@@ -41,31 +42,28 @@ STORAGES = {
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
 }
-DICT, TENSOR, PARAMETER = (
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-)
-NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
-CONFIGS = ("Config", "Namespace")  # how the names of classes end whose attributes are read, as a Record
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+NUMBER_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+TEXT_OPCODES = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
+CONFIG_SUFFIXES = ("Config", "Namespace")  # of the names of classes whose attributes are read, as a Record
 
 
-# What zipfile, struct and seeking raise for nonsense.
-DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
+# Raised by zipfile, struct and seek for a damaged file.
+READ_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
 
 
 @dataclass
 class Record:
-    """What an object of a config class was pickled with: the values of its attributes."""
+    """A pickled object of a config class: the class's name and the values of the attributes."""
 
     name: str
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that a pickle refers to. It stands for nothing: what may be done with it is written in `_call`."""
+    """A name that a pickle refers to. It is never looked up: `_call` defines its effect."""
 
     text: str
 
@@ -83,21 +81,21 @@ class _Storage:
         return self.count * np.dtype(self.dtype).itemsize
 
 
-def load_pickled(path: Path) -> Any:
-    """What `torch.save` wrote into the file: dicts, lists, tuples, text and numbers, with a Stored for each tensor and
-    a Record for each config object. Raises ValueError for anything else, before it allocates what the file asks for."""
+def read_pickle(path: Path) -> object:
+    """The object that `torch.save` wrote: dicts, lists, tuples, text and numbers, with a Stored for each tensor and a
+    Record for each config object. Raises ValueError for anything else, before it allocates memory for tensors."""
     with path.open("rb") as file:
         try:
-            return _load_zip(path, file) if file.read(len(ZIP)) == ZIP else _load_legacy(path, file)
-        except DAMAGED as error:
-            raise ValueError(f"it is no file of torch.save, or it is damaged ({error})") from None
+            return _read_zip(path, file) if file.read(len(ZIP_START)) == ZIP_START else _read_legacy(path, file)
+        except READ_ERRORS as error:
+            raise ValueError(f"it is not a file of torch.save, or it is damaged ({error})") from None
 
 
-def _load_zip(path: Path, file: BinaryIO) -> Any:
+def _read_zip(path: Path, file: BinaryIO) -> object:
     with zipfile.ZipFile(file) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
-            name = info.filename.partition("/")[2]  # every entry lies in one folder
+            name = info.filename.partition("/")[2]  # all entries are in one folder
             if name in entries:
                 raise ValueError(f"its archive has the entry {name} twice")
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
@@ -107,7 +105,7 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
             raise ValueError("its archive has no entry data.pkl; expected a file of torch.save")
         if entries["data.pkl"].file_size > PICKLE_LIMIT:
             raise ValueError(
-                f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; at most {PICKLE_LIMIT:,} are read"
+                f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; expected at most {PICKLE_LIMIT:,}"
             )
         if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
             raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
@@ -121,18 +119,18 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
         if entry.file_size != storage.nbytes:
             raise ValueError(f"its entry data/{storage.key} has {entry.file_size:,} bytes; expected {storage.nbytes:,}")
         file.seek(entry.header_offset)
-        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # of the header before the content
+        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # of the local header before the content
         places[storage.key] = file.tell() + name_length + extra_length
-    _check_ends(file, places, storages)
+    _refuse_truncated(file, places, storages)
     return tree
 
 
-def _load_legacy(path: Path, file: BinaryIO) -> Any:
+def _read_legacy(path: Path, file: BinaryIO) -> object:
     places: dict[str, int] = {}
     file.seek(0)
     magic, protocol, machine = (_interpret_next(file, path, places)[0] for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(machine, dict):
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("it is not a file of torch.save")
     if machine.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
     tree, storages = _interpret_next(file, path, places)
@@ -146,12 +144,12 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
             raise ValueError(f"its storage {key} has {count:,} elements; expected {by_key[key].count:,}")
         places[key] = file.tell()
         file.seek(by_key[key].nbytes, io.SEEK_CUR)
-    _check_ends(file, places, storages)
+    _refuse_truncated(file, places, storages)
     return tree
 
 
-def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple[Any, list[_Storage]]:
-    """The next pickle of a chain; the file then stands behind it."""
+def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple[object, list[_Storage]]:
+    """The next of a sequence of pickles. Moves the file's position past it."""
     start = file.tell()
     program = io.BytesIO(file.read(PICKLE_LIMIT))
     found = _interpret(program, path, places)
@@ -159,7 +157,7 @@ def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple
     return found
 
 
-def _check_ends(file: BinaryIO, places: dict[str, int], storages: list[_Storage]) -> None:
+def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_Storage]) -> None:
     size = file.seek(0, io.SEEK_END)
     for storage in storages:
         end = places[storage.key] + storage.nbytes
@@ -167,14 +165,17 @@ def _check_ends(file: BinaryIO, places: dict[str, int], storages: list[_Storage]
             raise ValueError(f"it has {size:,} bytes; its storage {storage.key} would end at {end:,}: it is truncated")
 
 
-def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple[Any, list[_Storage]]:
-    """What a pickle describes, and the storages that it names. `places` is to say where in `path` each one begins."""
-    stack: list[Any] = []
+def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple[object, list[_Storage]]:
+    """The object that a pickle describes, and the storages that it names.
+
+    places  will map the key of each storage to its offset in `path`: arrays look it up when they are read.
+    """
+    stack: list[object] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     storages: dict[_Storage, None] = {}
 
-    def since_mark() -> list[Any]:
+    def since_mark() -> list[object]:
         mark = marks.pop()
         items = stack[mark:]
         del stack[mark:]
@@ -191,7 +192,7 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                     stack.append(None)
                 case "NEWTRUE" | "NEWFALSE":
                     stack.append(opcode == "NEWTRUE")
-                case name if name in NUMBERS or name in TEXTS:
+                case name if name in NUMBER_OPCODES or name in TEXT_OPCODES:
                     stack.append(arg)
                 case "EMPTY_DICT":
                     stack.append({})
@@ -208,9 +209,10 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                     stack[-count:] = [tuple(stack[-count:])]
                 case "APPEND" | "APPENDS":
                     items = [stack.pop()] if opcode == "APPEND" else since_mark()
-                    if type(stack[-1]) is not list:
-                        raise ValueError("its pickle is damaged: it appends to what is no list")
-                    stack[-1].extend(items)
+                    target = stack[-1]
+                    if type(target) is not list:
+                        raise ValueError("its pickle is damaged: it appends to an object that is not a list")
+                    target.extend(items)
                 case "SETITEM" | "SETITEMS":
                     items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
                     _set_items(stack[-1], items)
@@ -223,8 +225,8 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                 case "GLOBAL":
                     stack.append(_name(*arg.split(" ")))
                 case "STACK_GLOBAL":
-                    name = stack.pop()
-                    stack.append(_name(stack.pop(), name))
+                    attribute = stack.pop()
+                    stack.append(_name(stack.pop(), attribute))
                 case "BINPERSID":
                     storage = _storage(stack.pop())
                     storages[storage] = None
@@ -237,34 +239,36 @@ def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple
                     _build(stack[-1], state)
                 case _:
                     raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
-    except (IndexError, KeyError, TypeError, AttributeError):  # an empty stack, an unknown memo
+    except (IndexError, KeyError, TypeError, AttributeError):  # such as an empty stack, or an unknown memo
         pass
     raise ValueError("its pickle is damaged")
 
 
 def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    """The name and the argument of each opcode (a number, text or bytes, which depends on the opcode)."""
     try:
         yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
     except ValueError as error:
         raise ValueError(f"its pickle is damaged ({error})") from None
 
 
-def _name(module: Any, name: Any) -> _Name:
-    text = f"{module}.{name}"
-    if text in STORAGES or text in (DICT, TENSOR, PARAMETER) or text.endswith(CONFIGS):
+def _name(module: object, attribute: object) -> _Name:
+    text = f"{module}.{attribute}"
+    known = text in STORAGES or text in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)
+    if known or text.endswith(CONFIG_SUFFIXES):
         return _Name(text)
-    raise ValueError(f"its pickle refers to {text}, which is nothing that a model consists of; the file is refused")
+    raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is refused")
 
 
-def _set_items(target: Any, items: list[Any]) -> None:
+def _set_items(target: object, items: list[object]) -> None:
     keys, values = items[::2], items[1::2]
     if type(target) is not dict or len(keys) != len(values) or any(type(key) not in (str, int) for key in keys):
         raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or integers")
     target.update(zip(keys, values, strict=True))
 
 
-def _storage(identity: Any) -> _Storage:
-    """The storage that a persistent id names: ("storage", its class, its key, the device, the number of elements)."""
+def _storage(identity: object) -> _Storage:
+    """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
     if type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage" and identity[5:] in ((), (None,)):
         _, kind, key, _, count = identity[:5]
         if type(kind) is _Name and kind.text in STORAGES and type(key) is str and _is_count(count):
@@ -272,45 +276,49 @@ def _storage(identity: Any) -> _Storage:
     raise ValueError("its pickle describes a tensor's memory in a way that torch.save does not")
 
 
-def _call(name: Any, arguments: Any, path: Path, places: dict[str, int]) -> Any:
-    """What the call that a pickle asks for would make, without it."""
+def _call(name: object, arguments: object, path: Path, places: dict[str, int]) -> object:
+    """The result of a call that a pickle requests. Nothing is called: this returns an equivalent object."""
     if type(name) is _Name and type(arguments) is tuple:
-        if name.text == DICT and arguments == ():
+        if name.text == ORDERED_DICT and arguments == ():
             return {}
-        if name.text == TENSOR and len(arguments) >= 4:
+        if name.text == REBUILD_TENSOR and len(arguments) >= 4:
             return _tensor(arguments, path, places)
-        if name.text == PARAMETER and arguments and type(arguments[0]) is Stored:
+        if name.text == REBUILD_PARAMETER and arguments and type(arguments[0]) is Stored:
             return arguments[0]
-        if name.text.endswith(CONFIGS) and arguments == ():
+        if name.text.endswith(CONFIG_SUFFIXES) and arguments == ():
             return Record(name.text)
     raise ValueError("its pickle makes a call that torch.save does not write")
 
 
-def _build(target: Any, state: Any) -> None:
-    """Set an object's attributes. Those of dictionaries (`_metadata` of a module's state) are of no use here."""
+def _build(target: object, state: object) -> None:
+    """Set an object's attributes. Those of dictionaries (`_metadata` of a state dict) are ignored."""
     if type(target) is Record and type(state) is dict:
         target.values.update(state)
     elif type(target) is not dict:
-        raise ValueError("its pickle sets the attributes of what is no config")
+        raise ValueError("its pickle sets the attributes of an object that is not a config")
 
 
-def _tensor(arguments: tuple[Any, ...], path: Path, places: dict[str, int]) -> Stored:
-    """A tensor: `shape` elements of a storage from `offset` on, `strides` elements apart. Elements must not overlap, so
+def _tensor(arguments: tuple[object, ...], path: Path, places: dict[str, int]) -> Stored:
+    """A tensor: the elements of a storage from `offset` on, in the given shape and strides. They must not overlap, so
     that no tensor is larger than its file."""
     storage, offset, shape, strides = arguments[:4]
-    numbers = (offset, *shape, *strides) if type(shape) is type(strides) is tuple else ()
-    if type(storage) is not _Storage or len(numbers) != 1 + 2 * len(shape) or len(shape) > 8:
+    if (
+        type(storage) is not _Storage
+        or type(shape) is not tuple
+        or type(strides) is not tuple
+        or not len(shape) == len(strides) <= 8
+    ):
         raise ValueError("its pickle describes a tensor in a way that torch.save does not")
-    if not all(map(_is_count, numbers)):
-        raise ValueError("it has a tensor whose offset, shape or strides are no natural numbers")
-    reach = 0  # of the elements along the axes seen so far
+    if not _is_count(offset) or not all(map(_is_count, (*shape, *strides))):
+        raise ValueError("it has a tensor whose offset, shape or strides are not non-negative integers")
+    reach = 0  # the largest offset along the axes so far
     for stride, length in sorted(zip(strides, shape, strict=True)) if math.prod(shape) else ():
         if length > 1 and stride <= reach:
             raise ValueError("it has a tensor whose elements overlap")
         reach += stride * (length - 1)
     count = reach + 1 if math.prod(shape) else 0
     if offset + count > storage.count:
-        raise ValueError(f"it has a tensor that reaches {offset + count:,} elements into {storage.count:,}")
+        raise ValueError(f"it has a tensor that needs {offset + count:,} elements of a storage of {storage.count:,}")
     size = np.dtype(storage.dtype).itemsize
 
     def read() -> np.ndarray:
@@ -320,13 +328,13 @@ def _tensor(arguments: tuple[Any, ...], path: Path, places: dict[str, int]) -> S
     return Stored(shape, storage.dtype, read)
 
 
-def _is_count(number: Any) -> bool:
+def _is_count(number: object) -> TypeGuard[int]:
     return type(number) is int and 0 <= number < 1 << 63
 
 
-def save_pickled(path: Path, tree: dict[str, Any]) -> None:
-    """Write what `torch.load` reads, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
-    tensors. One that stands in several places is one tensor there too. Holds one array at a time."""
+def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
+    """Write a file for `torch.load`, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
+    tensors. An array that occurs several times is stored once. Holds one array in memory at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -337,10 +345,10 @@ def save_pickled(path: Path, tree: dict[str, Any]) -> None:
                 entry.write(np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data)
 
 
-def _pickled(value: Any, storages: dict[int, tuple[str, Stored]]) -> bytes:
-    """The opcodes (of protocol 2) that make a value. `storages` collects the arrays."""
+def _pickled(value: object, storages: dict[int, tuple[str, Stored]]) -> bytes:
+    """The opcodes (of protocol 2) that build a value. Adds its arrays to `storages`."""
 
-    def each(values: Any) -> bytes:
+    def each(values: Iterable[object]) -> bytes:
         return b"".join(_pickled(item, storages) for item in values)
 
     match value:
@@ -370,25 +378,27 @@ def _pickled(value: Any, storages: dict[int, tuple[str, Stored]]) -> bytes:
             kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
             memory = each([("storage", _Name(kind), key, "cpu", math.prod(value.shape))]) + b"Q"
             strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(len(value.shape)))
-            hooks = each([_Name(DICT), ()]) + b"R"
-            return each([_Name(TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
+            hooks = each([_Name(ORDERED_DICT), ()]) + b"R"
+            return (
+                each([_Name(REBUILD_TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
+            )
         case _:
-            raise TypeError(f"a file of PyTorch: {type(value).__name__} is not written")
+            raise TypeError(f"a file of PyTorch: values of type {type(value).__name__} are not supported")
 
 
 def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
-    """The config, where the file has one, and the parameters. The config tells which program wrote the file:
+    """The config, if the file has one, and the parameters. The form of the config depends on the program that wrote it:
 
     a config.json (model_type)     gpt2.convert
     model_args                     nanoGPT, which computes GELU's exact form
     config, a pickled GPTConfig    build-nanogpt, GELU's tanh form and no dropout; nanoGPT's class has a dropout
     """
-    tree = load_pickled(file)
+    tree = read_pickle(file)
     if not isinstance(tree, dict):
-        raise ValueError(f"it holds a {type(tree).__name__}; expected a dictionary with a model's parameters")
+        raise ValueError(f"it is a pickled {type(tree).__name__}; expected a dictionary with the parameters of a model")
     stored = next((tree[key] for key in STATE_DICTS if isinstance(tree.get(key), dict)), tree)
     if not stored or not all(isinstance(name, str) and isinstance(value, Stored) for name, value in stored.items()):
-        raise ValueError("it holds no state dict; expected the tensors themselves, or a dictionary `model` of them")
+        raise ValueError("it has no state dict; expected a dictionary of tensors, or one under the key `model`")
     config = _scalars(tree.get("config"))
     if "model_type" in config:
         return GPT2Config.from_dict(config), stored
@@ -409,15 +419,15 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
     ), stored
 
 
-def _scalars(config: Any) -> dict[str, Any]:
-    """A config's numbers and texts; of anything else the type's name, which no check of a config lets pass."""
+def _scalars(config: object) -> JsonObject:
+    """The numbers and texts of a config. Other values become the name of their type, which GPT2Config refuses."""
     values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
     kinds = (str, int, float, type(None))
     return {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
 
 
 def write(path: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
-    """Write what nanoGPT saves and loads, with matrices as nn.Linear has them, and our own config, which says more."""
+    """Write a checkpoint that nanoGPT loads, with matrices as in nn.Linear, and our config, which has more settings."""
     named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
     sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
     rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
@@ -426,4 +436,4 @@ def write(path: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
         "model_args": {**sizes, **rates},
         "config": config.to_dict(),
     }
-    save_pickled(path, checkpoint)
+    write_pickle(path, checkpoint)

@@ -1,10 +1,10 @@
-"""Token data sets on disk, the order in which training sees them, and the losses that any model must beat.
+"""Token data sets on disk, the order of samples in training, and baseline losses.
 
-A data set is a folder: manifest.json, vocabulary.json (the tokenizer's), and the shards train-00000.bin, ...,
-val-00000.bin, ...: raw little-endian uint16 ids, or uint32 where the vocabulary has more than 65536. `data/prepare.py`
+A data set is a folder: manifest.json, vocabulary.json (the tokenizer), and the shards train-00000.bin, ...,
+val-00000.bin, ...: raw little-endian ids, uint16, or uint32 if the vocabulary has more than 65536. `data/prepare.py`
 writes it.
 
-A folder without a manifest may hold what other GPT-2 programs write, all of it uint16 ids of GPT-2's vocabulary:
+A folder without a manifest may contain shards of other GPT-2 programs, uint16 ids of GPT-2's vocabulary:
 
 nanoGPT        train.bin, val.bin: raw ids
 build-nanogpt  NAME_train_000001.npy, ..., NAME_val_000000.npy: one-dimensional arrays
@@ -19,41 +19,41 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gpt2.tokenizer import Tokenizer
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.random import DATA_SITE, Key, permutation
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # the manifest's version
+FORMAT = 1  # version of the manifest
 SPLITS = ("train", "val")
-CHECKED_BYTES = 256 << 20  # a split up to this size has its checksums verified whenever it is opened
+CHECKED_BYTES = 256 << 20  # the checksums of splits up to this size are verified whenever they are opened
 PREPARE = "python data/prepare.py SOURCE..."
 FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
 FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
-LLMC_HEADER_BYTES, LLMC_MAGIC, LLMC_LLAMA_MAGIC = 1024, 20240520, 20240801
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # of a foreign shard: what its fingerprint reads
+LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 20240801
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks of a foreign shard that its fingerprint covers
 BASELINE_TOKENS = 10_000_000
-BIGRAM_VOCAB = 4096  # beyond this the table of pairs would be larger than it is worth
+MAX_BIGRAM_VOCAB = 4096  # larger vocabularies have no bigram baseline: its table has vocab_size^2 entries
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """How ids below `vocab_size` are stored."""
+    """The dtype of stored ids below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def find_dataset(data: str | Path) -> Path:
-    """The folder that `--data NAME|PATH` means: data/NAME under the current directory, else the path itself.
+    """The folder of `--data NAME|PATH`: data/NAME under the current directory, else the path itself.
 
-    Raises FileNotFoundError that lists what data/ holds.
+    Raises FileNotFoundError with a list of the data sets in data/.
     """
     for folder in (Path("data") / data, Path(data)):
         if _is_dataset(folder):
             return folder
     held = ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
-    raise FileNotFoundError(f"data {str(data)!r}: no such data set (data/ holds {held}); make one with {PREPARE}")
+    raise FileNotFoundError(f"data {str(data)!r}: no such data set (data/ has {held}); make one with {PREPARE}")
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -61,23 +61,23 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _foreign_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split that other programs wrote, in the order of their names."""
+    """The shards of a split that another program wrote, in order of their names."""
     named = ((FOREIGN.fullmatch(file.name), file) for file in sorted(folder.glob("*")))
     return [file for match, file in named if match and match[1] == split]
 
 
 class TokenDataset:
-    """One split of a data set, memory-mapped: a line of `tokens` ids, cut into windows of block_size + 1.
+    """One split of a data set, memory-mapped: a sequence of `tokens` ids, cut into windows of block_size + 1.
 
     path        the folder.
     manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents, bytes,
-                tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources. Of a folder from
-                another program only: tokenizer {name, vocab_size}, and the split's shards, where sha256 covers the
-                size and some blocks.
-    vocab_size  every id is below it; `read` checks.
+                tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources. For shards of
+                another program: tokenizer {name, vocab_size}, and the split's shards, where sha256 covers the size and
+                some blocks.
+    vocab_size  the number of ids; `read` raises for ids outside.
     """
 
-    def __init__(self, path: Path, split: str, manifest: dict[str, Any], files: list[Path], shards: list[np.ndarray]):
+    def __init__(self, path: Path, split: str, manifest: JsonObject, files: list[Path], shards: list[np.ndarray]):
         self.path, self.split, self.manifest = path, split, manifest
         self.tokens = sum(len(shard) for shard in shards)
         self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
@@ -99,35 +99,36 @@ class TokenDataset:
         manifest = _read_manifest(path)
         dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        check = sum(entry["tokens"] for entry in entries) * dtype.itemsize <= CHECKED_BYTES
+        verify = sum(entry["tokens"] for entry in entries) * dtype.itemsize <= CHECKED_BYTES
         if not entries:
-            raise ValueError(f"{path}: the split {split} is empty; make the data set anew with more text: {PREPARE}")
+            raise ValueError(f"{path}: the split {split} is empty; recreate the data set with more text: {PREPARE}")
         files = [path / entry["file"] for entry in entries]
-        shards = [_open_shard(file, entry, dtype, check) for file, entry in zip(files, entries, strict=True)]
+        shards = [_open_shard(file, entry, dtype, verify) for file, entry in zip(files, entries, strict=True)]
         return TokenDataset(path, split, manifest, files, shards)
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the split's tokens: SHA-256 (hex) over the checksums of its shards."""
+        """The identity of the split's tokens: SHA-256 (hex) of the checksums of its shards."""
         sums = "".join(entry["sha256"] for entry in self.manifest["shards"] if entry["split"] == self.split)
         return hashlib.sha256(sums.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the ids: the one saved in the folder, or GPT-2's for another program's shards.
+        """The tokenizer of the ids: the one saved in the folder, or GPT-2's for shards of another program.
 
-        Raises ValueError where the saved one is not the one that the manifest names.
+        Raises ValueError if the saved one is not the one in the manifest.
         """
         if self.manifest["tokenizer"] is FOREIGN_VOCABULARY:
             return Tokenizer.load("gpt2")
         tokenizer = Tokenizer.load(self.path)
         if self.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
             raise ValueError(
-                f"{self.path}: manifest.json and vocabulary.json name different tokenizers; prepare the data anew"
+                f"{self.path}: manifest.json and vocabulary.json name different tokenizers; prepare the data again: "
+                f"{PREPARE} --fresh"
             )
         return tokenizer
 
     def windows(self, block_size: int) -> int:
-        """How many windows there are: (tokens - 1) // block_size. Raises ValueError where there is not one."""
+        """The number of windows, (tokens - 1) // block_size. Raises ValueError if it is 0."""
         if self.tokens < block_size + 1:
             raise ValueError(
                 f"{self.path}: the split {self.split} has {self.tokens} tokens; a block size of {block_size} needs "
@@ -136,7 +137,7 @@ class TokenDataset:
         return (self.tokens - 1) // block_size
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids start ... start + count - 1 in the stored dtype. Raises ValueError naming the shard of a foreign id."""
+        """Ids start ... start + count - 1 in the stored dtype. Raises ValueError naming the shard of an invalid id."""
         if not 0 <= start <= start + count <= self.tokens:
             raise ValueError(f"{self.path}: read({start}, {count}) is outside the {self.tokens} tokens of {self.split}")
         pieces = []
@@ -146,8 +147,8 @@ class TokenDataset:
             if piece.max() >= self.vocab_size:
                 raise ValueError(
                     f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size} "
-                    f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, make the "
-                    f"data set anew: {PREPARE} --fresh"
+                    f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, recreate "
+                    f"the data set: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
@@ -156,8 +157,8 @@ class TokenDataset:
     def batch(self, indices: Sequence[int] | np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows -> (tokens, targets), int64 of shape (len(indices), block_size); targets are one position ahead.
 
-        Window i covers the ids i * block_size ... i * block_size + block_size, so that every id but the split's first
-        is a target once (those after the last whole window never).
+        Window i covers the ids i * block_size ... i * block_size + block_size, so that every id is a target once,
+        except the first of the split and those after the last complete window.
         """
         windows = self.windows(block_size)
         rows = np.empty((len(indices), block_size + 1), dtype=np.int64)
@@ -168,51 +169,51 @@ class TokenDataset:
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> JsonObject:
     file = path / MANIFEST
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such data set; make one with python data/prepare.py SOURCE...")
+        raise FileNotFoundError(f"{path}: no such data set; make one with {PREPARE}")
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; make the data set with {PREPARE}")
+        raise FileNotFoundError(f"{file}: no such file; make the data set with {PREPARE}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version, dtype = manifest["format"], manifest["dtype"]
         if not isinstance(manifest["tokenizer"]["vocab_size"], int):
-            raise TypeError("the vocabulary's size is no integer")
+            raise TypeError("the size of the vocabulary is not an integer")
         if not isinstance(manifest["tokenizer"]["name"], str):
-            raise TypeError("the tokenizer's name is no text")
+            raise TypeError("the name of the tokenizer is not a string")
         expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
         for entry in manifest["shards"]:
             for key, kind in (("file", str), ("split", str), ("tokens", int), ("sha256", str)):
                 if not isinstance(entry[key], kind):
                     raise TypeError(f"a shard's {key} is {entry[key]!r}")
             if Path(entry["file"]).name != entry["file"] or len(entry["file"]) > 255:
-                raise ValueError(f"a shard's file is {entry['file'][:80]!r}, which is none of this folder")
+                raise ValueError(f"a shard's file is {entry['file'][:80]!r}, which is not a file name in this folder")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{file}: it is no manifest of a data set ({type(error).__name__}: {str(error)[:200]}); make it anew: "
+            f"{file}: not a valid manifest of a data set ({type(error).__name__}: {str(error)[:200]}); recreate it: "
             f"{PREPARE} --fresh"
         ) from None
     if version != FORMAT or dtype != expected:
         raise ValueError(
-            f"{file}: format {str(version)[:40]}, dtype {str(dtype)[:40]}; expected format {FORMAT}, dtype {expected}: "
-            f"{PREPARE} --fresh"
+            f"{file}: format {str(version)[:40]}, dtype {str(dtype)[:40]}; expected format {FORMAT}, dtype {expected}; "
+            f"recreate the data set: {PREPARE} --fresh"
         )
     return manifest
 
 
-def _open_shard(file: Path, entry: dict[str, Any], dtype: np.dtype, check: bool) -> np.ndarray:
+def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) -> np.ndarray:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: the shard is missing; make the data set anew: {PREPARE} --fresh")
+        raise FileNotFoundError(f"{file}: the shard is missing; recreate the data set: {PREPARE} --fresh")
     got, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
     if got != expected or not expected:
         raise ValueError(
             f"{file}: the shard has {got} bytes, expected {expected} ({entry['tokens']} tokens of "
-            f"{dtype.itemsize} bytes); it is truncated or foreign, make the data set anew: {PREPARE} --fresh"
+            f"{dtype.itemsize} bytes); it is truncated or of another data set, recreate the data set: {PREPARE} --fresh"
         )
-    if check and file_sha256(file) != entry["sha256"]:
+    if verify and file_sha256(file) != entry["sha256"]:
         raise ValueError(
-            f"{file}: the shard's checksum differs from {MANIFEST}'s; make the data set anew: {PREPARE} --fresh"
+            f"{file}: the shard's checksum differs from the one in {MANIFEST}; recreate the data set: {PREPARE} --fresh"
         )
     return np.memmap(file, dtype=dtype, mode="r")
 
@@ -227,8 +228,8 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
         raise ValueError(f"{path}: the split {split} has .npy and .bin files; keep one kind in the folder")
     if (path / "meta.pkl").exists():
         raise ValueError(
-            f"{path / 'meta.pkl'}: the ids are of a vocabulary of their own; expected GPT-2's, so prepare the text "
-            f"itself: {PREPARE}"
+            f"{path / 'meta.pkl'}: the ids are of another vocabulary than GPT-2's; prepare the text itself instead: "
+            f"{PREPARE}"
         )
     shards = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
     entries = [
@@ -239,28 +240,28 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
 
 
 def _open_array(file: Path) -> np.ndarray:
-    """A shard of build-nanogpt. Raises ValueError for anything but a line of uint16."""
+    """A shard of build-nanogpt. Raises ValueError for anything but a one-dimensional array of uint16."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # NumPy's parser of headers lets errors of many kinds through
-        raise ValueError(f"{file}: it is no .npy file, or not all of one ({type(error).__name__})") from None
+    except Exception as error:  # NumPy's header parser raises errors of many types
+        raise ValueError(f"{file}: not a valid .npy file, or truncated ({type(error).__name__})") from None
     if not isinstance(array, np.ndarray) or array.dtype != "<u2" or array.ndim != 1 or not array.size:
-        got = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        got = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
         raise ValueError(f"{file}: {got}; expected a one-dimensional array of uint16, as build-nanogpt writes")
     return array
 
 
 def _open_bin(file: Path) -> np.ndarray:
-    """A shard of llm.c where it begins with llm.c's number, which as two ids is outside of GPT-2's vocabulary; else
-    nanoGPT's raw ids. Raises ValueError where the size is not what the kind implies."""
+    """A shard of llm.c if it starts with its magic number, which is not a pair of GPT-2 ids, else raw ids of nanoGPT.
+    Raises ValueError if the size of the file is wrong."""
     size = file.stat().st_size
     header = np.fromfile(file, "<i4", 256)
     magic = int(header[0]) if len(header) else 0
-    if magic == LLMC_LLAMA_MAGIC:
-        raise ValueError(f"{file}: these are llm.c's ids for Llama 3; expected GPT-2's (header {LLMC_MAGIC})")
-    if magic != LLMC_MAGIC:
+    if magic == LLMC_LLAMA_TOKENS_MAGIC:
+        raise ValueError(f"{file}: these are llm.c's ids for Llama 3; expected GPT-2's (header {LLMC_TOKENS_MAGIC})")
+    if magic != LLMC_TOKENS_MAGIC:
         if size % 2 or not size:
             raise ValueError(f"{file}: {size} bytes; expected raw uint16 ids, two bytes each")
         return np.memmap(file, dtype="<u2", mode="r")
@@ -268,13 +269,13 @@ def _open_bin(file: Path) -> np.ndarray:
     if version != 1 or tokens < 1 or size != LLMC_HEADER_BYTES + 2 * tokens:
         raise ValueError(
             f"{file}: llm.c's header says version {version} and {tokens} ids, in {size} bytes; expected version 1 and "
-            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged, copy it anew"
+            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged, copy it again"
         )
     return np.memmap(file, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
 
 
 def _sampled_sha256(shard: np.ndarray) -> str:
-    """SHA-256 (hex) over the number of ids and 16 blocks of 4 KiB, evenly spaced from the first to the last."""
+    """SHA-256 (hex) of the number of ids and 16 blocks of 4 KiB, evenly spaced from the first to the last."""
     sha = hashlib.sha256(len(shard).to_bytes(8, "little"))
     block = FINGERPRINT_BLOCK_BYTES // shard.itemsize
     for start in np.linspace(0, max(0, len(shard) - block), FINGERPRINT_BLOCKS).astype(int):
@@ -289,11 +290,11 @@ def file_sha256(file: Path) -> str:
 
 
 class SampleOrder:
-    """The order in which training sees `n` samples: an endless line of epochs, each a permutation of 0 ... n-1.
+    """The order of `n` samples in training: an endless sequence of epochs, each a permutation of 0 ... n-1.
 
     Position p is sample i = p % n of epoch e = p // n, that is permutation(Key(seed, step=e, site=DATA_SITE), n)[i]: a
-    fixed function of (seed, e, i). However a run is split over micro-steps, ranks and restarts, who reads the positions
-    first ... first + count - 1 gets the same samples, and each sample comes once per epoch.
+    fixed function of (seed, e, i). The samples at a position therefore do not depend on how a run is split into
+    micro-steps, ranks and restarts, and each sample occurs once per epoch.
     """
 
     def __init__(self, n: int, seed: int):
@@ -321,15 +322,16 @@ class SampleOrder:
 
 
 def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
-    """Cross-entropies in nats per token, on `val`, of models that only count on `train`.
+    """Cross-entropies in nats per token, on `val`, of n-gram models of `train`.
 
-    unigram  p(b) = (n(b) + 1) / (N + V), n(b) times that b was a target, N targets in all, V ids in the vocabulary
-    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), n(a, b) times that b followed a; only for V <= 4096
+    unigram  p(b) = (n(b) + 1) / (N + V), with n(b) targets b among N targets, and V ids in the vocabulary
+    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), with n(a, b) targets b that follow a; only for V <= 4096
 
-    Add-one smoothing (Laplace). Both predict every id of a split but its first; at most the first 10 million are used.
+    With add-one (Laplace) smoothing. Every id of a split except its first is a target; at most the first 10 million ids
+    are used.
     """
     V = train.vocab_size
-    order = 2 if V <= BIGRAM_VOCAB else 1
+    order = 2 if V <= MAX_BIGRAM_VOCAB else 1
     seen, asked = _counts(train, order), _counts(val, order)
 
     def cross_entropy(seen: np.ndarray, asked: np.ndarray) -> float:
@@ -345,14 +347,14 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
 
 
 def _counts(data: TokenDataset, order: int) -> np.ndarray:
-    """How often each target stands in `data`, shape (V,), or each pair of an id and its target, shape (V, V)."""
+    """How often each target occurs in `data`, shape (V,), or each pair of an id and its target, shape (V, V)."""
     if data.tokens < 2:
         raise ValueError(f"{data.path}: the split {data.split} has {data.tokens} token; expected at least 2")
     V, total = data.vocab_size, min(data.tokens, BASELINE_TOKENS)
     counts = np.zeros(V**order, dtype=np.int64)
-    chunk = 1 << 21
-    for start in range(0, total - 1, chunk):
-        ids = data.read(start, min(chunk + 1, total - start)).astype(np.int64)
+    at_once = 1 << 21
+    for start in range(0, total - 1, at_once):
+        ids = data.read(start, min(at_once + 1, total - start)).astype(np.int64)
         keys = ids[1:] if order == 1 else ids[:-1] * V + ids[1:]
         counts += np.bincount(keys, minlength=len(counts))
     return counts.reshape((V,) * order)

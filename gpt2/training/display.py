@@ -1,11 +1,10 @@
-"""What train.py prints, and what it records about each start for the report."""
+"""The lines that train.py prints, and the record of each start for the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
 
 from gpt2.console import clock
 from gpt2.training.dataset import baselines
@@ -14,11 +13,12 @@ from gpt2.training.options import Options
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
 from tinygrad2 import threads
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import discard_stdout
 
 
 def say(line: str) -> None:
-    """Print a line. A terminal that is gone (a closed pipe, a full disk behind it) must not end a run."""
+    """Print a line. Output that fails (a closed pipe, a full disk) must not end a run."""
     try:
         print(line, flush=True)
     except OSError:
@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 def describe_start(trainer: Trainer) -> None:
-    """Say what is about to happen, before it happens."""
+    """Print the model, the data and the schedule before training starts."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     micro_steps, per_step = options.micro_steps(comm.size), options.total_batch_size or 0
     ranks = f"{comm.size} ranks x " if comm.size > 1 else ""
@@ -39,7 +39,7 @@ def describe_start(trainer: Trainer) -> None:
         direct = comm.nccl(model.backend)
         say(f"all-reduce: {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
-        hint = "mpirun --bind-to none frees them"
+        hint = "mpirun --bind-to none uses them"
         say(f"cores     {comm.idle_cores} of this machine stay idle, since the ranks are bound to others; {hint}")
     tokens, name = trainer.validation.tokens, trainer.tokenizer.name
     say(f"data      {train.tokens:,} tokens to train on, {tokens:,} to validate ({name})")
@@ -61,8 +61,8 @@ def describe_start(trainer: Trainer) -> None:
         say(f"baselines {losses} nats a token (validation)")
 
 
-def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """How and where this start trains, for the report."""
+def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObject]:
+    """The options, model, data and machine of this start, for the report."""
     model, train = trainer.model, trainer.train
     return {
         "options": dataclasses.asdict(trainer.options),
@@ -83,40 +83,41 @@ def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, dict[st
     }
 
 
-def say_step(row: dict[str, Any], trainer: Trainer) -> None:
-    """The line of a step, with the time that is left where it can be estimated."""
+def say_step(row: JsonObject, trainer: Trainer) -> None:
+    """Print the line of a step, with the estimated time left from the second step on."""
     steps, done = trainer.options.max_iters, row["step"] - trainer.first_step
     left = f" | eta {clock(trainer.elapsed() / (done + 1) * (steps - row['step']))}" if done else ""
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
+    update = f" | {trainer.options.optimizer} {1000 * row['optimizer_seconds']:,.0f} ms" if trainer.profiler else ""
     mfu = f" | {100 * row['mfu']:.0f} % MFU" if "mfu" in row else ""
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
-        f"{1000 * row['seconds']:,.0f} ms{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
+        f"{1000 * row['seconds']:,.0f} ms{update}{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
     )
 
 
-def say_tasks(row: dict[str, Any], questions: Questions) -> None:
-    """A line for each task's figures in a row of the log."""
+def say_tasks(row: JsonObject, questions: Questions) -> None:
+    """Print a line with each task's results in a row of the log."""
     for task, _ in questions:
         prefix = f"{task.name}_"
-        figures = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
-        say(f"  {describe_task(task, figures)}")
+        results = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+        say(f"  {describe_task(task, results)}")
 
 
 def say_sample(val_loss: float, is_best: bool, text: str) -> None:
-    """What an evaluation found, and a text that the model wrote."""
+    """Print the loss of an evaluation, and a sampled text."""
     say(f"  validation loss {val_loss:.4f}{' (the best so far)' if is_best else ''}. A sample:")
     say("".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
 
 
 def say_finished(out: Path, steps: int) -> None:
-    """There is nothing left to train."""
+    """Print that the run is complete, and what to do next."""
     say(f"the run in {out}/ is already finished ({steps:,} steps). {sample_command(out)} samples from it;")
-    say(f"--max-iters {2 * steps} trains on, --fresh starts a new run (the folder is renamed, not deleted).")
+    say(f"--max-iters {2 * steps} continues it, --fresh starts a new run (the folder is renamed, not deleted).")
 
 
 def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
-    """How a start ended, and what to do next."""
+    """Print how training ended, and what to do next."""
     progress, out = trainer.progress, trainer.folder.path
     if trainer.profiler and trainer.profiler.steps:
         say("\n".join(trainer.profiler.table()))

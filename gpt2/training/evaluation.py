@@ -1,10 +1,9 @@
-"""A model's loss on token data sets, and its figures on tasks; the ranks of a job share the work."""
+"""A model's loss on token data sets, and its results on tasks; the ranks of a job share the work."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +21,7 @@ ALONE = SoloComm()
 def summed_loss(
     model: LanguageModel, data: TokenDataset, windows: range, batch_size: int, block_size: int, progress: bool = False
 ) -> float:
-    """The loss in nats, summed over every target of these windows: the sums of several ranges add up."""
+    """The loss in nats, summed over all targets of these windows (not averaged, so that sums of ranges add up)."""
     total = 0.0
     firsts = range(0, len(windows), batch_size)
     with no_grad():
@@ -35,10 +34,9 @@ def summed_loss(
 def mean_loss(
     model: LanguageModel, data: TokenDataset, batch_size: int, block_size: int, batches: int, comm: Comm = ALONE
 ) -> float:
-    """The mean loss in nats per token over the first `batches` batches of windows, always the same ones.
+    """The mean loss in nats per token over the first `batches` batches of windows, or all windows if there are fewer.
 
-    Fewer where the data set ends before; every window counts alike, in a last batch that is not full too. The ranks of
-    `comm` share the windows.
+    Every window has the same weight, also in an incomplete last batch. The ranks of `comm` share the windows.
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
     own = windows[slice(*share(len(windows), comm.rank, comm.size))]
@@ -53,28 +51,28 @@ def evaluate_data(
     batch_size: int,
     block_size: int,
     batches: int | None = None,
-) -> dict[str, Any]:
-    """Figures on the first `batches` batches of windows of a data set, by default on all of them.
+) -> dict[str, float]:
+    """The results on the first `batches` batches of windows of a data set, by default on all of them.
 
     loss           nats per token;  perplexity  its exponential.
-    bits_per_byte  the bits that coding the targets with the model takes, for each byte of their text: comparable
-                   between tokenizers. The mark between documents costs bits and has no bytes.
+    bits_per_byte  the bits to encode the targets with the model, per byte of their text: comparable between tokenizers.
+                   The end-of-text token between documents costs bits and has no bytes.
     tokens, bytes  of the targets.
 
-    Raises ValueError where the data set was not made with this tokenizer.
+    Raises ValueError if the data set was made with another tokenizer.
     """
     made_with = data.tokenizer()
     if made_with.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{data.path}: it was made with another tokenizer ({made_with.name}) than the model's "
-            f"({tokenizer.name}); prepare the data with the model's"
+            f"{data.path}: it was made with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
+            f"prepare the data with that one"
         )
     count = data.windows(block_size)
     windows = range(count if batches is None else min(count, batches * batch_size))
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     length_of[tokenizer.end_of_text] = 0
-    tokens, chunk = len(windows) * block_size, 1 << 20
-    pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
+    tokens, at_once = len(windows) * block_size, 1 << 20
+    pieces = (data.read(1 + first, min(at_once, tokens - first)) for first in range(0, tokens, at_once))
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
     nats = summed_loss(model, data, windows, batch_size, block_size, progress=True)
     if not math.isfinite(nats):
@@ -91,8 +89,8 @@ def evaluate_data(
 
 def evaluate_task(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int, comm: Comm = ALONE
-) -> dict[str, Any]:
-    """The task's figures on these items, how many there are, and how many were too long for the model's context.
+) -> dict[str, float]:
+    """The task's metrics on these items, the number of items, and how many of them exceed the model's context.
 
     The ranks of `comm` share the items.
     """
@@ -102,12 +100,12 @@ def evaluate_task(
     return {**task.metrics(sums), "items": int(sums["items"]), "cut": int(sums["cut"])}
 
 
-def describe_task(task: Task, figures: dict[str, Any]) -> str:
-    """One line: the figures, accuracies with their standard error."""
-    n, parts = figures["items"], []
-    for name in figures.keys() - {"items", "cut"}:
-        value = figures[name]
+def describe_task(task: Task, results: dict[str, float]) -> str:
+    """One line with the metrics, accuracies with their standard error."""
+    n, parts = results["items"], []
+    for name in results.keys() - {"items", "cut"}:
+        value = results[name]
         error = f" ± {math.sqrt(value * (1 - value) / n):.4f}" if name.startswith("acc") else ""
         parts.append(f"{name} {value:.4f}{error}")
-    cut = f"; {figures['cut']:,} are longer than the model's context, their ends were read" if figures["cut"] else ""
+    cut = f"; {results['cut']:,} exceed the model's context, their beginnings were cut" if results["cut"] else ""
     return f"{task.name}: {', '.join(sorted(parts))} ({n:,} items{cut})"

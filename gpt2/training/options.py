@@ -1,4 +1,4 @@
-"""The options of train.py: one table gives the flags, their help, the keys of a TOML file, and what is allowed."""
+"""The options of train.py: one table defines the flags, their help, the keys of a TOML file, and the allowed values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
@@ -16,91 +16,108 @@ from tinygrad2 import optim
 from tinygrad2.backend import DEVICES
 from tinygrad2.precision import PRECISIONS
 
-LIMIT = 2**31  # more steps, tokens or bytes than any of these options is about
+OPTIMIZERS = ("adamw", "muon", "sgd")
+OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
+
+Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
+TOO_LARGE = 2**31  # for any number of steps, tokens or bytes
 
 
 class UsageError(ValueError):
-    """The options do not make sense; the message says which and why."""
+    """An option is invalid, or options contradict each other; the message says which, and why."""
 
 
 def _option(
-    default: Any, kind: type, help: str, allowed: Callable[[Any], bool] | None = None, expected: str = ""
-) -> Any:
-    return field(default=default, metadata={"kind": kind, "help": help, "allowed": allowed, "expected": expected})
+    default: Value | None,
+    kind: type[Value],
+    help: str,
+    allowed: Callable[[Value], bool] | None = None,
+    expected: str = "",
+) -> Value:
+    metadata = {"kind": kind, "help": help, "allowed": allowed, "expected": expected}
+    return cast(Value, field(default=default, metadata=metadata))  # Options replaces it by the value
 
 
-def _positive(default: Any, kind: type, help: str) -> Any:
-    return _option(default, kind, help, lambda value: 0 < value < LIMIT, "more than 0 and less than 2**31")
+def _positive(default: Number | None, kind: type[Number], help: str) -> Number:
+    return _option(default, kind, help, lambda value: 0 < value < TOO_LARGE, "more than 0 and less than 2**31")
 
 
-def _at_least_0(default: Any, kind: type, help: str) -> Any:
-    return _option(default, kind, help, lambda value: 0 <= value < LIMIT, "0 or more, and less than 2**31")
+def _at_least_0(default: Number | None, kind: type[Number], help: str) -> Number:
+    return _option(default, kind, help, lambda value: 0 <= value < TOO_LARGE, "0 or more, and less than 2**31")
 
 
-def _text(default: Any, help: str) -> Any:
+def _text(default: str | None, help: str) -> str:
     return _option(default, str, help, bool, "some text")
 
 
-def _fraction(default: Any, help: str) -> Any:
+def _fraction(default: float | None, help: str) -> float:
     return _option(default, float, help, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 
-def _one_of(default: Any, help: str, choices: Sequence[str]) -> Any:
+def _one_of(default: str | None, help: str, choices: Sequence[str]) -> str:
     listed = ", ".join(choices)
     return _option(default, str, f"{help}: {listed}", lambda value: value in choices, listed)
 
 
-def _some_of(default: Any, help: str, choices: Sequence[str]) -> Any:
+def _some_of(default: str | None, help: str, choices: Sequence[str]) -> str:
     listed = f"{', '.join(choices)}, or several: {','.join(choices)}"
     return _option(default, str, f"{help}: {listed}", lambda value: set(value.split(",")) <= set(choices), listed)
 
 
 @dataclass
 class Options:
-    """Everything that train.py can be told. Where the default is None, `resolve_options` fills in what other options
-    imply; only those whose type says so may stay None."""
+    """All options of train.py. Where the default is None, `resolve_options` derives the value from other options; only
+    options whose type includes None may stay None."""
 
     preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
     recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
     init: str | None = _text(
-        None, "fine-tune: a model folder or file (as sample.py's --checkpoint), an out-dir, or a name such as gpt2"
+        None, "fine-tune: a model folder or file (as for sample.py's --checkpoint), an out-dir, or a name such as gpt2"
     )
     device: str = _one_of("auto", "where to compute", DEVICES)
     threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
-    dtype: str = _one_of("float32", "what to compute in (tf32 and bfloat16 on a GPU)", tuple(PRECISIONS))
+    dtype: str = _one_of("float32", "precision of the computation (tf32 and bfloat16 on a GPU)", tuple(PRECISIONS))
     data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano and micro]")
-    out_dir: str = _text("out", "where the log and the checkpoints go")
-    fresh: bool = _option(False, bool, "rename an existing out-dir away and start anew")
+    out_dir: str = _text("out", "folder of the log and the checkpoints")
+    fresh: bool = _option(False, bool, "rename an existing out-dir and start a new run")
     batch_size: int = _positive(None, int, "sequences per rank and micro-step")
     block_size: int = _positive(None, int, "tokens per sequence [the model's context]")
-    recompute: str = _one_of("none", "what to compute again in the backward pass, to save memory", RECOMPUTE)
+    recompute: str = _one_of("none", "what to recompute in the backward pass, to save memory", RECOMPUTE)
     head_rows: int | None = _positive(None, int, "rows of logits at a time, to save memory [all]")
-    total_batch_size: int | None = _positive(None, int, "tokens per step, from which accumulation is derived")
-    max_iters: int = _positive(None, int, "steps in all")
+    total_batch_size: int | None = _positive(None, int, "tokens per step, from which the number of micro-steps follows")
+    max_iters: int = _positive(None, int, "total number of steps")
     eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
     eval_iters: int = _positive(None, int, "batches per evaluation")
     eval: str | None = _some_of(None, "tasks to score at each evaluation", tuple(TASKS))
     eval_items: int | None = _positive(None, int, "items of each task, spread over its file [all]")
     save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
-    log_interval: int = _positive(None, int, "steps between lines on the screen")
-    keep: int = _positive(2, int, "checkpoints kept, beside the best")
-    tensorboard: bool = _option(False, bool, "log for TensorBoard too, in the out-dir")
+    log_interval: int = _positive(None, int, "steps between printed lines")
+    keep: int = _positive(2, int, "number of checkpoints to keep, besides the best")
+    tensorboard: bool = _option(False, bool, "also log for TensorBoard, in the out-dir")
     learning_rate: float = _positive(None, float, "peak learning rate [with --init a tenth]")
-    min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine [a tenth of the peak]")
+    min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine decay [a tenth of the peak]")
     warmup_iters: int = _at_least_0(None, int, "steps of linear warm-up")
-    lr_decay_iters: int = _positive(None, int, "step at which min-lr is reached [max-iters]")
-    weight_decay: float = _at_least_0(0.1, float, "AdamW's weight decay, on matrices")
-    beta1: float = _fraction(0.9, "AdamW's decay of the first moment")
-    beta2: float = _fraction(0.95, "AdamW's decay of the second moment")
-    grad_clip: float = _at_least_0(1.0, float, "largest norm of the gradient; 0: no clipping")
-    dropout: float | None = _fraction(None, "dropout rate, at all three places [the preset's]")
-    profile: bool = _option(False, bool, "at the end, show where the steps' time went, by operation")
-    zero: bool = _option(False, bool, "with several ranks, each keeps its share of the optimizer's moments only")
+    lr_decay_iters: int = _positive(None, int, "step at which the learning rate reaches min-lr [max-iters]")
+    optimizer: str = _one_of(
+        "adamw",
+        "update rule; muon orthogonalizes the momentum of hidden matrices, at 124M about 4e13 operations a step (0.4 % "
+        "of a step of 524,288 tokens)",
+        OPTIMIZERS,
+    )
+    weight_decay: float = _at_least_0(0.1, float, "weight decay, on matrices")
+    beta1: float = _fraction(0.9, "AdamW's decay of the first moment (adamw, muon)")
+    beta2: float = _fraction(0.95, "AdamW's decay of the second moment (adamw, muon)")
+    momentum: float | None = _fraction(None, "momentum of muon [0.95] and sgd [0.9]")
+    nesterov: bool = _option(False, bool, "Nesterov momentum (sgd)")
+    grad_clip: float = _at_least_0(1.0, float, "maximum norm of the gradient; 0: no clipping")
+    dropout: float | None = _fraction(None, "dropout rate of embeddings, attention and residuals [the preset's]")
+    profile: bool = _option(False, bool, "at the end, print the time of the steps by operation")
+    zero: bool = _option(False, bool, "with several ranks, shard the optimizer's moments over them (ZeRO stage 1)")
     seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
 
     def micro_steps(self, ranks: int) -> int:
-        """Micro-steps of a step on every rank, from the tokens that a step is to have. Raises UsageError where they do
-        not divide into whole micro-steps."""
+        """Micro-steps per step on every rank. Raises UsageError if the tokens per step are not a multiple of one."""
         B, T = self.batch_size, self.block_size
         micro = B * T * ranks
         total = self.total_batch_size or micro
@@ -113,14 +130,14 @@ class Options:
                 sequences = total // T
                 counts = [str(n) for n in range(1, min(sequences, 2 * ranks) + 1) if sequences % n == 0]
                 other = f". Its {sequences:,} sequences divide over {', '.join(counts)} ranks"
+            step = f"{f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x --block-size {T} = {micro:,} tokens"
             raise UsageError(
-                f"--total-batch-size {total:,} is no multiple of {f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x "
-                f"--block-size {T} = {micro:,} tokens; the nearest that is: {near}{other}"
+                f"--total-batch-size {total:,} is not a multiple of {step}; the nearest multiple is {near}{other}"
             )
         return total // micro
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then half a cosine."""
+        """The learning rate of a step, counted from 0: linear warm-up, then cosine decay."""
         return optim.cosine(
             step,
             lr=self.learning_rate,
@@ -130,11 +147,11 @@ class Options:
         )
 
 
-# What is implied where nothing else says so: for models that a small machine trains in minutes, and for the others.
+# Defaults that depend on the size of the model: small models train in minutes on a small machine.
 SMALL_MODEL = 20_000_000  # parameters
-IMPLIED: dict[str, dict[str, Any]] = {
+SIZE_DEFAULTS: dict[str, OptionValues] = {
     "small": {
-        "batch_size": 8,  # small batches: in a minute or two, many small steps learn more than a few large ones
+        "batch_size": 8,  # in a minute or two, many small steps reach a lower loss than a few large ones
         "block_size": 1024,
         "max_iters": 3000,
         "learning_rate": 3e-3,
@@ -157,7 +174,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
     },
 }
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, OptionValues] = {
     # Radford et al. (2018, 2019): the learning rate of GPT, dropout 0.1, batches of 512 sequences of 1024 tokens.
     "paper": {
         "block_size": 1024,
@@ -184,39 +201,52 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-DERIVED_OPTIONS = ("lr_decay_iters", "min_lr")  # which follow from others where they are not given
+DERIVED_OPTIONS = ("lr_decay_iters", "min_lr")  # follow from other options if they are not given
 
-# A run is resumed only with these unchanged: they decide which numbers it computes on.
-# So does the type of the parameters; in which precision they are computed with may change, as the device may. So does
-# the data, which is known by its content: its folder may have another name.
-FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed")
+# Options that only some optimizers use.
+OPTIMIZER_OPTIONS = {
+    "beta1": ("adamw", "muon"),
+    "beta2": ("adamw", "muon"),
+    "momentum": ("muon", "sgd"),
+    "nesterov": ("sgd",),
+}
+# A run can only be resumed with the same values of these. Of dtype, only the dtype of the parameters has to stay: the
+# precision of the computation may change, and so may the device. The data has to stay too; it is identified by its
+# fingerprint, so its folder may have another name.
+FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed", "optimizer")
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of an option."""
+    """The option as it is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
-def parse_options(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
-    """The options given on the command line and in the files it names, the command line winning; nothing else."""
+def parse_options(argv: Sequence[str] | None, description: str) -> OptionValues:
+    """The options given on the command line and in a file that --config names, without defaults. The command line takes
+    precedence."""
     parser = Parser(prog="train.py", description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file (the same names)")
     for f in fields(Options):
         spellings = dict.fromkeys((flag(f.name), "--" + f.name))
         text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
-        kind: dict[str, Any] = {"type": f.metadata["kind"]}
-        if kind["type"] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}  # --no-... takes back what a run remembers
-        parser.add_argument(*spellings, dest=f.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
+        kind: type = f.metadata["kind"]
+        parser.add_argument(
+            *spellings,
+            dest=f.name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            # (--no-... resets a flag that a resumed run was started with)
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}),
+        )
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
     try:
-        return check_options({**(_read_toml(Path(file)) if file else {}), **given})
+        return validate_options({**(_read_toml(Path(file)) if file else {}), **given})
     except UsageError as error:
         parser.error(str(error))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> OptionValues:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -237,8 +267,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     return given
 
 
-def check_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Raise UsageError for a value out of range; returns `given`."""
+def validate_options(given: OptionValues) -> OptionValues:
+    """Raise UsageError for a value of a wrong type or out of range; returns `given`."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
         if value is not None and type(value) is not f.metadata["kind"]:
@@ -253,28 +283,35 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def default_options(given: dict[str, Any], config: GPT2Config) -> dict[str, Any]:
-    """What holds where an option is not given: the recipe's value, else what the size of the model implies, else the
-    default. Options that follow from others (see `resolve_options`) are not among them."""
-    implied = dict(IMPLIED["small" if config.n_parameters < SMALL_MODEL else "large"])
+def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
+    """The values of options that are not given: the recipe's, else those for the size of the model, else the general
+    defaults. Without DERIVED_OPTIONS (see `resolve_options`)."""
+    by_size = dict(SIZE_DEFAULTS["small" if config.n_parameters < SMALL_MODEL else "large"])
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
-    for values in (implied, recipe):  # sequences as long as the model can read, where the user names no length
+    for values in (by_size, recipe):  # at most the model's context
         if "block_size" in values:
             values["block_size"] = min(values["block_size"], config.n_positions)
     if recipe and "block_size" not in given and recipe["block_size"] < 1024:
         recipe["total_batch_size"] = 512 * recipe["block_size"]  # as many sequences
     if "init" in given:
-        implied["learning_rate"] /= 10  # fine-tuning starts near a minimum
+        by_size["learning_rate"] /= 10  # fine-tuning starts near a minimum
     elif given.get("preset", Options.preset) in BYTE_PRESETS:
-        implied["data"] = "pydoc"
-    plain = {f.name: f.default for f in fields(Options) if f.default is not None}
-    return {**plain, **implied, **recipe}
+        by_size["data"] = "pydoc"
+    general = {f.name: f.default for f in fields(Options) if f.default is not None}
+    return {**general, **by_size, **recipe}
 
 
-def resolve_options(given: dict[str, Any], config: GPT2Config, defaults: dict[str, Any] | None = None) -> Options:
-    """All options: those given, else the defaults, else what other options imply.
+def check_optimizer(given: OptionValues, optimizer: str) -> None:
+    """Raise UsageError where an option is given that only another optimizer uses."""
+    for name, users in OPTIMIZER_OPTIONS.items():
+        if given.get(name) not in (None, False) and optimizer not in users:
+            raise UsageError(f"{flag(name)} is for --optimizer {' and '.join(users)} only; this run has {optimizer}")
 
-    defaults  of the version that started the run, where it is resumed; else those of this version.
+
+def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
+    """All options: those given, else the defaults, else derived from other options.
+
+    defaults  those with which a resumed run was started (versions may differ); None for the current ones.
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])

@@ -1,73 +1,91 @@
-"""The folder of a training run: checkpoints, a log with one line a step, samples, and how the run was started."""
+"""The folder of a training run: checkpoints, a log with one line per step, samples, and a record of each start."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TextIO, TypedDict
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.options import DERIVED_OPTIONS, Options, UsageError, check_options
+from gpt2.training.options import DERIVED_OPTIONS, Options, OptionValues, UsageError, validate_options
 from tinygrad2 import checkpoint, files, optim
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
-LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # a row a step, a sample, a start
+LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
 TRAINER, OPTIMIZER, LOCK, TENSORBOARD = "trainer.json", "optimizer.safetensors", ".lock", "tensorboard"
+
+
+class Best(TypedDict):
+    """The best evaluation of a run: its step and its validation loss."""
+
+    step: int
+    val_loss: float
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has trained.
 
-    step     steps made.
-    samples  sequences seen; the data order goes on from here, whatever the size of a batch.
-    tokens   tokens seen.
+    step     number of completed steps.
+    samples  number of sequences trained on: the position in the data order, for any batch size.
+    tokens   number of tokens trained on.
     seconds  time spent in steps.
-    best     the step and validation loss of the best evaluation so far, or None.
+    best     the best evaluation so far, or None.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best: dict[str, Any] | None = None
+    best: Best | None = None
 
 
 @dataclass
-class Remembered:
-    """What a resumed run takes over: the options that it was given, and the defaults of the others at its start."""
+class RunOptions:
+    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others."""
 
-    options: dict[str, Any]
-    defaults: dict[str, Any]
+    options: OptionValues
+    defaults: OptionValues
 
 
 @dataclass
-class Saved:
-    """What a checkpoint holds beside the weights.
+class RunState:
+    """The state of a run in a checkpoint, without the arrays.
 
-    options   that the run was given;  defaults  what held for the others when it was started, or None where that is
-              not known: later versions may have other defaults, but not for this run.
+    options   given to the run;  defaults  of the others when it was started, which later versions must not change; None
+              if not known.
     data      the fingerprint of the training data.
     """
 
     folder: Path
     progress: Progress
     optimizer_steps: int
-    options: dict[str, Any]
+    options: OptionValues
     data: str
-    defaults: dict[str, Any] | None = None
+    defaults: OptionValues | None = None
+
+
+class TensorBoardWriter(Protocol):
+    """The methods of tensorboardX.SummaryWriter that are used."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
+    def add_text(self, tag: str, text: str, step: int, /) -> object: ...
+
+
+OpenTensorBoard = Callable[..., AbstractContextManager[TensorBoardWriter]]
 
 
 class RunFolder:
-    """`out/`: what was logged, and checkpoints ckpt-000100 and so on: the newest, the best and the last few stay.
+    """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
 
-    Every rank of `comm` has one, and makes the same calls; rank 0 is the only one to write.
+    Every rank of `comm` has one, and makes the same calls; only rank 0 writes.
     """
 
     def __init__(self, path: str | Path, keep: int = 2, comm: Comm = ALONE):
@@ -76,38 +94,40 @@ class RunFolder:
             raise UsageError(f"--out-dir {self.path} is a file; name a folder")
         self.keep = keep
         self.comm = comm
-        self._log: Any = None
-        self._board: Any = None
+        self._log: TextIO | None = None
+        self._board: TensorBoardWriter | None = None
 
-    def resume(self, say: Callable[[str], None]) -> Saved | None:
-        """The newest checkpoint that is whole, or None where there is none. Damaged ones are named, and passed over."""
+    def resume(self, say: Callable[[str], None]) -> RunState | None:
+        """The state in the newest intact checkpoint, or None if there is no checkpoint. Damaged ones are reported."""
         return self.comm.from_root(lambda: self.newest(say))
 
-    def newest(self, say: Callable[[str], None]) -> Saved | None:
-        """What `resume` gives, without asking rank 0: for a rank that is about to fail alone."""
+    def newest(self, say: Callable[[str], None]) -> RunState | None:
+        """The same as `resume`, without communication: for a rank that fails while the others continue."""
         folders = checkpoint.find(self.path)
         for folder in folders:
             try:
                 checkpoint.verify(folder)
                 return _read_state(folder)
             except checkpoint.CheckpointError as error:
-                say(f"damaged checkpoint, not used: {error}")
+                say(f"skipping a damaged checkpoint: {error}")
         if folders:
-            raise checkpoint.CheckpointError(f"{self.path}: no checkpoint is whole; --fresh starts a new run beside it")
+            raise checkpoint.CheckpointError(
+                f"{self.path}: no checkpoint is intact; --fresh starts a new run (the folder is renamed, not deleted)"
+            )
         return None
 
     def last_checkpoint(self) -> str:
-        """A sentence that names the newest checkpoint, for a rank that is about to fail alone."""
+        """A sentence that names the newest checkpoint, for the message of an error."""
         saved = self.newest(lambda line: None)
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
-    def opened(self, step: int, writer: Any = None) -> Iterator[None]:
-        """Hold the folder for a run that goes on after `step`: no other process trains in it, and the log is open.
+    def opened(self, step: int, writer: OpenTensorBoard | None = None) -> Iterator[None]:
+        """Lock the folder for a run that continues after `step`, and open its log.
 
-        Rows past `step` are cut off what was logged, since those steps are made again. Checkpoints past it are damaged
-        ones, and are renamed, so that they do not count as the newest.
-        writer  tensorboard_writer(), where TensorBoard is to see the run too.
+        Rows after `step` are removed from the logs, since these steps are repeated. Checkpoints after it are damaged,
+        and are renamed, so that they do not count as the newest.
+        writer  tensorboard_writer(), to log for TensorBoard too.
         """
         if self.comm.rank:
             yield
@@ -121,9 +141,11 @@ class RunFolder:
                 kept = [row for row in read_log(log) if row["step"] <= step]
                 with files.atomic_write(log) as partial:
                     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            # Its files are named by the second: the suffix keeps two starts within one apart.
+            # Its files are named by the time in seconds: the suffix distinguishes two starts within one second.
             options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
-            board = writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
+            board: AbstractContextManager[TensorBoardWriter | None] = (
+                writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
+            )
             with (self.path / LOG).open("a", encoding="utf-8") as self._log, board as self._board:
                 yield
 
@@ -133,10 +155,10 @@ class RunFolder:
         optimizer: optim.Optimizer,
         tokenizer: Tokenizer,
         progress: Progress,
-        remembered: Remembered,
+        run_options: RunOptions,
         data: str,
     ) -> Path:
-        """Write the checkpoint of the step that `progress` names, point `best` at the best one, clear old ones away.
+        """Write the checkpoint of the current step, point the link `best` to the best one, and delete old ones.
 
         data  the fingerprint of the training data.
         """
@@ -148,7 +170,7 @@ class RunFolder:
             model.save_pretrained(partial)
             tokenizer.save(partial)
             checkpoint.save_arrays(partial / OPTIMIZER, moments)
-            state = Saved(folder, progress, optimizer.steps, remembered.options, data, remembered.defaults)
+            state = RunState(folder, progress, optimizer.steps, run_options.options, data, run_options.defaults)
             checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         checkpoint.prune(self.path, self.keep, best)
@@ -157,48 +179,49 @@ class RunFolder:
         return folder
 
     def _point(self, link: str, name: str) -> None:
-        """Make out/best a link to a checkpoint, where the file system has links."""
+        """Make out/best a symbolic link to a checkpoint, if the file system supports links."""
         if (self.path / name).is_dir():
-            # (Windows gives links only to administrators; trainer.json names the best step too)
+            # (on Windows only administrators can create links; trainer.json names the best step too)
             with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
 
-    def load_optimizer(self, saved: Saved, optimizer: optim.Optimizer) -> None:
-        """Take over the optimizer's state from a checkpoint."""
-        file = saved.folder / OPTIMIZER
+    def load_optimizer(self, state: RunState, optimizer: optim.Optimizer) -> None:
+        """Load the optimizer's state from a checkpoint."""
+        file = state.folder / OPTIMIZER
         arrays = checkpoint.load_arrays(file)
         try:
-            optimizer.load_state(arrays, saved.optimizer_steps)
+            optimizer.load_state(arrays, state.optimizer_steps)
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
-    def log(self, **row: Any) -> None:
-        """Append one step's row."""
+    def log(self, step: int, **row: object) -> None:
+        """Append the row of a step to the log."""
         if self._log is None:
             return
-        self._log.write(json.dumps(row) + "\n")
+        self._log.write(json.dumps({"step": step, **row}) + "\n")
         self._log.flush()
-        for key, value in row.items() if self._board else ():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(key, value, row["step"])
+        if self._board:
+            for key, value in row.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
 
     def log_sample(self, step: int, text: str) -> None:
-        """Append what the model wrote after `step`."""
+        """Append the text that was sampled after `step`."""
         self._append(SAMPLES, step=step, text=text)
         if self._board:
             self._board.add_text("sample", text, step)
 
-    def log_start(self, step: int, **circumstances: Any) -> None:
-        """Append how and where the run goes on after `step`, for its report."""
-        self._append(STARTS, step=step, time=round(time.time()), **circumstances)
+    def log_start(self, step: int, **details: object) -> None:
+        """Append the options, the machine and so on with which the run continues after `step`, for its report."""
+        self._append(STARTS, step=step, time=round(time.time()), **details)
 
-    def _append(self, name: str, **row: Any) -> None:
+    def _append(self, name: str, **row: object) -> None:
         if self.comm.rank == 0:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def set_aside(self) -> Path | None:
-        """Rename the folder, if it is there, so that a new run can take its name; returns the new name."""
+        """Rename the folder, if it exists, so that a new run can use its name; returns the new name."""
         return self.comm.from_root(self._set_aside)
 
     def _set_aside(self) -> Path | None:
@@ -206,33 +229,32 @@ class RunFolder:
             return None
         files.Lock(self.path / LOCK, str(self.path)).check()
         if not self.path.name:
-            raise ValueError(f"--out-dir {self.path} cannot be renamed; name a folder of its own")
+            raise ValueError(f"--out-dir {self.path} cannot be renamed; choose a folder inside it")
         dated = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         return self.path.rename(files.free_name(dated))
 
 
-def _read_state(folder: Path) -> Saved:
-    """Raises CheckpointError where trainer.json is not what RunFolder.save writes."""
-    state = checkpoint.read_json(folder / TRAINER)
+def _read_state(folder: Path) -> RunState:
+    """Raises CheckpointError if trainer.json does not have the form that RunFolder.save writes."""
+    values = checkpoint.read_json(folder / TRAINER)
     try:
-        defaults = state["defaults"] if "defaults" in state else _first_defaults(folder.parent)
-        progress = Progress(**state["progress"])
-        saved = Saved(folder, progress, state["optimizer_steps"], state["options"], state["data"], defaults)
-        counts = (saved.progress.step, saved.progress.samples, saved.progress.tokens, saved.optimizer_steps)
-        if not all(isinstance(count, int) for count in counts) or not isinstance(saved.options, dict):
+        defaults = values["defaults"] if "defaults" in values else _first_defaults(folder.parent)
+        progress = Progress(**values["progress"])
+        state = RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults)
+        counts = (progress.step, progress.samples, progress.tokens, state.optimizer_steps)
+        if not all(isinstance(count, int) for count in counts) or not isinstance(state.options, dict):
             raise TypeError
-        if saved.progress.best is not None:
-            saved.progress.best["step"] + 0, saved.progress.best["val_loss"] + 0
-        check_options(saved.options)
-        check_options(saved.defaults or {})
-        return saved
+        if progress.best is not None:
+            progress.best["step"] + 0, progress.best["val_loss"] + 0
+        validate_options(state.options)
+        validate_options(state.defaults or {})
+        return state
     except (KeyError, TypeError, ValueError):
-        raise checkpoint.CheckpointError(f"{folder / TRAINER}: it is not what train.py writes") from None
+        raise checkpoint.CheckpointError(f"{folder / TRAINER}: not a valid file of train.py") from None
 
 
-def _first_defaults(out: Path) -> dict[str, Any] | None:
-    """The options that a run had when it was started, as its folder recorded them: checkpoints of earlier versions
-    do not hold the defaults."""
+def _first_defaults(out: Path) -> OptionValues | None:
+    """The options with which a run was started, from starts.jsonl: checkpoints of earlier versions have no defaults."""
     starts = read_log(out / STARTS)
     options = starts[0].get("options") if starts else None
     if not isinstance(options, dict):
@@ -241,8 +263,8 @@ def _first_defaults(out: Path) -> dict[str, Any] | None:
     return {name: value for name, value in options.items() if name in known and value is not None}
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, samples or starts. Lines that hold none, such as one cut short by a crash, are left out."""
+def read_log(path: Path) -> list[JsonObject]:
+    """The rows of a log, samples or starts. Invalid lines, such as one truncated by a crash, are skipped."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -255,8 +277,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tensorboard_writer() -> Any:
-    """The class that writes TensorBoard's files. Raises UsageError where it is not installed."""
+def tensorboard_writer() -> OpenTensorBoard:
+    """tensorboardX.SummaryWriter. Raises UsageError if it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:

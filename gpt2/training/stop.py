@@ -1,21 +1,23 @@
-"""Stopping a run from outside: signals that ask it to finish the step and save."""
+"""Signals that request a run to finish its step, save and stop."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+
+SignalHandler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request to stop after the step; the second acts at once.
+    """Sets `requested` at the first Ctrl-C, SIGTERM or SIGUSR1; the second one has its usual effect, at once.
 
-    Only the main thread receives signals: in any other one there are no handlers, and `requested` stays False.
+    Only the main thread can install signal handlers: in other threads `requested` stays False.
 
-    verbose  say on standard error that the request has been received.
+    verbose  acknowledge the request on standard error.
     """
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -25,7 +27,7 @@ class StopRequest:
         self.requested = False
 
     def __enter__(self) -> StopRequest:
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, SignalHandler] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
@@ -38,5 +40,5 @@ class StopRequest:
         self.requested = True
         signal.signal(number, self._before[number])
         if self.verbose:
-            with suppress(OSError):  # not print: the signal may have come in the middle of one
-                os.write(2, b"finishing this step, then saving (once more to stop at once)\n")
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, b"finishing this step, then saving (repeat to stop at once)\n")

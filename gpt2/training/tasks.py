@@ -1,10 +1,10 @@
-"""Zero-shot tasks: HellaSwag and LAMBADA. Both ask how likely the model finds an ending after a context.
+"""Zero-shot tasks: HellaSwag and LAMBADA. Both score endings of a context by the model's loss on them.
 
 HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings continues a text. Completion style, as in Karpathy's
            build-nanogpt and llm.c: each ending is read after the context, and the one of lowest loss is the answer, by
            the sum over its tokens (acc) or by their mean (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
 LAMBADA    Paperno et al., arXiv:1606.06031, in the form that OpenAI published with GPT-2: the last word of a passage.
-           acc counts the words whose every token is the most likely one, perplexity is exp(mean nats a word).
+           acc counts the words whose tokens are all the greedy choice, perplexity is exp(mean nats per word).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMEOUT = 30  # seconds without an answer from a server
 
 
 class Item(NamedTuple):
-    """One question: the endings (each with its leading blank) that may follow the context, and which of them does."""
+    """One question: a context, possible endings (each with its leading space), and the index of the right one."""
 
     context: str
     endings: tuple[str, ...]
@@ -45,10 +45,10 @@ class Item(NamedTuple):
 class Task:
     """A published set of questions.
 
-    url, sha256  where its file is, and the checksum that it has.
-    item         makes an Item of a line's JSON object; raises anything but OSError if it cannot.
+    url, sha256  of its file.
+    item         makes an Item from the JSON object of a line; raises an error other than OSError if it cannot.
     expected     the form of a line, for the error message.
-    metrics      the figures from the sums of `score`.
+    metrics      computes the metrics from the sums of `score`.
     """
 
     name: str
@@ -103,14 +103,14 @@ def perplexity(nats: float) -> float:
 
 
 def cache_folder() -> Path:
-    """Where downloaded files are kept: tinygrad2/ in XDG_CACHE_HOME, by default in ~/.cache."""
+    """The folder of downloaded files: tinygrad2/ in XDG_CACHE_HOME, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygrad2"
 
 
 def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
-    """The task's items, from `file` or else from the published one, which is downloaded at the first use.
+    """The task's items, from `file`, or by default from the published one, which is downloaded at the first use.
 
-    limit  at most so many, spread evenly over the file (which may be sorted).
+    limit  the largest number of items, spread evenly over the file (which may be sorted).
 
     Raises OSError if the file cannot be read or downloaded, and ValueError that names a line that is not this task's.
     """
@@ -118,7 +118,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
     items, number = [], 0
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 (the message names it)
+            for number, line in enumerate(lines, 1):  # noqa: B007 (used in the error message)
                 if line.strip():
                     items.append(task.item(json.loads(line)))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -130,7 +130,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
 
 
 def _download(task: Task) -> Path:
-    """The published file in the cache, downloaded and checked if it is not there."""
+    """The published file in the cache, downloaded and verified if it is missing."""
     path = cache_folder() / task.url.rsplit("/", 1)[-1]
     if path.is_file():
         return path
@@ -158,7 +158,7 @@ def _download(task: Task) -> Path:
 
 
 class _Row(NamedTuple):
-    """Token ids, the last `length` of which are an ending; `cut` where the beginning did not fit into the context."""
+    """Token ids, of which the last `length` are an ending; `cut`: the beginning did not fit into the context."""
 
     ids: np.ndarray
     length: int
@@ -166,32 +166,32 @@ class _Row(NamedTuple):
 
 
 def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
-    """One row for each ending. The first token of all is only read, so that a row has one more than the context."""
+    """One row for each ending. The first token is only an input, so a row has up to one token more than the context."""
     before = tokenizer.encode(item.context)
     if len(before) == 0:
         before = np.array([tokenizer.end_of_text], dtype=before.dtype)
     rows = []
     for ending in item.endings:
         after = tokenizer.encode(ending)
-        whole = np.concatenate((before, after))
-        ids = whole[-(context_length + 1) :]
-        rows.append(_Row(ids, min(len(after), len(ids) - 1), len(ids) < len(whole)))
+        full = np.concatenate((before, after))
+        ids = full[-(context_length + 1) :]
+        rows.append(_Row(ids, min(len(after), len(ids) - 1), len(ids) < len(full)))
     return rows
 
 
 def score(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
 ) -> dict[str, float]:
-    """What these items add to the task's figures: sums, so that those of several parts of the items add up.
+    """Sums over the items, from which the task computes its metrics (sums of several parts of the items add up).
 
-    items          how many there are.
-    right_by_sum   those whose right ending has the lowest loss in all;  right_by_mean  the lowest loss a token.
-    nats           the losses of the right endings;  greedy  how many of those the model would have written itself.
-    cut            items of which the model could not see the beginning.
+    items          the number of items.
+    right_by_sum   items whose right ending has the lowest total loss;  right_by_mean  the lowest loss per token.
+    nats           the total loss of the right endings;  greedy  the number of them that greedy decoding would produce.
+    cut            items whose beginning did not fit into the model's context.
 
-    batch_size  endings read at a time, the longest first. They are filled up on the right, which a causal model's
-                earlier positions do not see.
-    Raises ValueError where a loss is not a number.
+    batch_size  endings per batch, the longest first. They are padded on the right, which does not change the results
+                of a causal model at earlier positions.
+    Raises ValueError if a loss is not finite.
     """
     rows = [_rows(item, tokenizer, model.config.n_positions) for item in items]
     flat = [row for group in rows for row in group]
@@ -201,7 +201,7 @@ def score(
         chosen = order[first : first + batch_size]
         nats[chosen], greedy[chosen] = _score_rows(model, [flat[i] for i in chosen])
     if not np.isfinite(nats).all():
-        raise ValueError(f"{task.name}: the model's losses are not finite numbers; its weights are damaged")
+        raise ValueError(f"{task.name}: the model's losses are not finite; its weights are damaged")
     sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0.0)
     first = 0
     for item, group in zip(items, rows, strict=True):
@@ -217,9 +217,9 @@ def score(
 
 
 def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
-    """For each row its ending's loss in nats, and how many of the ending's tokens are the most likely ones, both (B,).
+    """The loss of each row's ending in nats, and how many of its tokens are the greedy choice, both (B,).
 
-    The output layer, by far the widest, is computed at the endings' positions only.
+    The output layer, by far the widest, is only computed at the positions of the endings.
     """
     lengths = np.array([row.length for row in rows])
     tokens = np.zeros((len(rows), max(len(row.ids) for row in rows) - 1), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""One training step, evaluation, and saving, for any LanguageModel. train.py is the loop around them."""
+"""The training step, evaluation and checkpoints, for any LanguageModel. The loop is in train.py."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
-from gpt2.training.run import Progress, Remembered, RunFolder
+from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
-from tinygrad2.backend import PendingScalars
+from tinygrad2.array import Array
+from tinygrad2.backend import PendingScalars, Timestamp
+from tinygrad2.checkpoint import JsonObject
 from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
-COMPARE_INTERVAL = 100  # steps between two checks that all ranks hold the same parameters
+COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
 
 
 class Trainer:
     """A model in training.
 
-    model      any LanguageModel;  optimizer  updates it;  options  of train.py.
+    model, optimizer, options     any LanguageModel, its optimizer, and the options of train.py.
     train, validation, tokenizer  the data.
-    folder     where checkpoints go;  its `comm` are the ranks that train together.
-    progress   where the run stands; it advances with every step.
+    folder                        of the checkpoints;  its `comm` are the ranks that train together.
+    progress                      updated by every step.
     """
 
     def __init__(
@@ -47,30 +48,32 @@ class Trainer:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.train, self.validation, self.tokenizer = data
         self.folder, self.comm, self.progress = folder, folder.comm, progress
-        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)  # type: ignore[arg-type]
+        self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
-        self.first_step = progress.step + 1  # of this start
+        self.first_step = progress.step + 1  # since this start
         self.profiler = Profiler(model.backend) if options.profile else None
-        self.stopping = False  # a rank was told to stop: no step follows
-        self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not come back from the device yet
+        self.stopping = False  # a rank was requested to stop
+        self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         cuda = model.backend.cuda
         self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, where known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
     def step(self, stop_requested: bool = False) -> None:
-        """Launch one step. Its loss comes back with `finished_steps`: on a GPU the host does not wait for it.
+        """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  this rank was told to stop; one is enough to set `stopping` on all of them.
+        stop_requested  of this rank; one rank is enough to set `stopping` on all of them.
         """
-        # The first step compiles and allocates: a profile of it would not be like the others.
+        # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
-            # 1. Forward and backward: gradients of the mean loss add up over the micro-steps, and over the ranks.
+            # 1. Forward and backward: gradients of the mean loss are summed over the micro-steps and the ranks.
             loss, step_tokens, stopping = self.accumulate_gradients(stop_requested)
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
-            # 3. Clip by the global norm, and update.
+            # 3. Clip by the global norm, and update the parameters.
+            before = self.model.backend.timestamp() if self.profiler else None
             norm = self.optimizer.step(max_norm=self.options.grad_clip or None)
+            after = self.model.backend.timestamp() if self.profiler else None
             self.optimizer.zero_grad()
             pending = self.model.backend.fetch(loss, norm)
         self.stopping = bool(stopping)
@@ -78,33 +81,35 @@ class Trainer:
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
         lr, tokens = self.optimizer.lr, self.progress.tokens
-        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending))
+        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending, (before, after)))
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
 
-    def accumulate_gradients(self, stop_requested: bool) -> list[Any]:
+    def accumulate_gradients(self, stop_requested: bool) -> tuple[Array | float, float, float]:
         """Add the gradients of the step's mean loss to the parameters'. Returns, over all ranks, the mean loss, the
-        number of tokens, and how many ranks were told to stop."""
+        number of tokens, and the number of ranks that were requested to stop."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
-        loss: Any = 0.0
+        loss: Array | float = 0.0
         for micro in range(micro_steps):
-            # Where this batch stands in the step's global batch decides which samples it has, and their dropout masks.
+            # The position of this batch in the global batch of the step determines its samples and dropout masks.
             first_sample = (micro * size + rank) * options.batch_size
             indices = self.order.indices(self.progress.samples + first_sample, options.batch_size)
             tokens, targets = self.train.batch(indices, options.block_size)
             key = Key(options.seed, self.progress.step, first_sample)
             part = self.model.loss(tokens, targets, key) * (1 / (micro_steps * size))
             if micro == micro_steps - 1:
-                self.gradient_sum.start()  # gradients that are final are summed over the ranks as backward goes on
+                self.gradient_sum.start()  # the all-reduce of final gradients overlaps with the backward pass
             part.backward()
             loss = loss + part.data
-        return self.gradient_sum.finish(loss, micro_steps * options.batch_size * options.block_size, stop_requested)
+        own_tokens = micro_steps * options.batch_size * options.block_size
+        mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested)
+        return mean_loss, step_tokens, stopping
 
-    def finished_steps(self, wait: bool) -> Iterator[dict[str, Any]]:
-        """A row for the log of every step whose loss has come back. On a GPU that is one step late, unless `wait`.
+    def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
+        """A row for the log of every step whose loss has arrived. On a GPU that is one step late, unless `wait`.
 
-        Raises ValueError where the loss or the gradient's norm is not finite: the optimizer has skipped such a step.
+        Raises ValueError if the loss or the norm of the gradient is not finite: the optimizer has skipped such a step.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
             now_waited = self.comm.waited
@@ -121,51 +126,54 @@ class Trainer:
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
                 row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has a GPU of its own
+            if self.profiler:
+                row["optimizer_seconds"] = round(self.model.backend.seconds(*launched.update), 6)
             self.restart_clock()
             self.progress.seconds += row["seconds"]
             yield row
 
     def elapsed(self) -> float:
-        """Seconds since training started, this time."""
+        """Seconds since this start."""
         return time.perf_counter() - self._started
 
     def restart_clock(self) -> None:
-        """The time of the next step counts from here: without what was evaluated or saved between two steps."""
+        """Start timing the next step now, to exclude evaluation and checkpoints from it."""
         self._mark, self._waited = time.perf_counter(), self.comm.waited
         if self.progress.step < self.first_step:
             self._started = self._mark
 
-    def evaluate(self, questions: Questions) -> dict[str, Any]:
-        """The validation loss `val_loss`, in nats a token, and the tasks' figures; updates `progress.best`."""
+    def evaluate(self, questions: Questions) -> dict[str, float]:
+        """The validation loss `val_loss`, in nats per token, and the tasks' metrics; updates `progress.best`."""
         options = self.options
         sizes = options.batch_size, options.block_size, options.eval_iters
-        found: dict[str, Any] = {"val_loss": mean_loss(self.model, self.validation, *sizes, self.comm)}
+        found = {"val_loss": mean_loss(self.model, self.validation, *sizes, self.comm)}
         for task, items in questions:
-            figures = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
-            found |= {f"{task.name}_{key}": figure for key, figure in figures.items()}
+            results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
+            found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
         if best is None or found["val_loss"] < best["val_loss"]:
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
         return found
 
-    def save(self, remembered: Remembered) -> Path:
-        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run takes over."""
+    def save(self, run_options: RunOptions) -> Path:
+        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run keeps."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
-        return self.folder.save(*state, remembered, self.train.fingerprint)
+        return self.folder.save(*state, run_options, self.train.fingerprint)
 
 
 @dataclass
 class LaunchedStep:
-    """A step that the device was told to make: its loss and its gradient's norm are on their way back."""
+    """A step whose loss and gradient norm have not arrived from the device yet."""
 
     step: int
     lr: float
     step_tokens: int
     tokens: int
     result: PendingScalars
+    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
 
-    def row(self, loss: float, norm: float, seconds: float, waited: float) -> dict[str, Any]:
-        """What log.jsonl keeps of it."""
+    def row(self, loss: float, norm: float, seconds: float, waited: float) -> JsonObject:
+        """Its row in log.jsonl."""
         return {
             "step": self.step,
             "loss": loss,

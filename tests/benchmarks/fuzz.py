@@ -48,7 +48,7 @@ from gpt2.convert import convert  # noqa: E402
 from gpt2.formats import torch_file  # noqa: E402
 from gpt2.formats.stored import Stored  # noqa: E402
 from gpt2.training.dataset import SPLITS, TokenDataset  # noqa: E402
-from gpt2.training.run import Progress, Remembered, RunFolder, read_log  # noqa: E402
+from gpt2.training.run import Progress, RunFolder, RunOptions, read_log  # noqa: E402
 from tinygrad2 import optim  # noqa: E402
 from tinygrad2.checkpoint import save_arrays  # noqa: E402
 
@@ -210,7 +210,7 @@ def make_originals(folder: Path) -> None:
     convert(folder / "safetensors", folder / "llmc bfloat16" / "model.bin", "llmc", "bfloat16")
     sizes = {"block_size": 8, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 4}
     gpt_config = b"c__main__\nGPTConfig\n)\x81" + pickle.dumps(sizes, 2)[2:-1] + b"b"
-    torch_file.save_pickled(folder / "build-nanogpt" / "model.pt", {"model": stored, "config": "HERE", "step": 3})
+    torch_file.write_pickle(folder / "build-nanogpt" / "model.pt", {"model": stored, "config": "HERE", "step": 3})
     rewrite_zip(folder / "build-nanogpt" / "model.pt", lambda p: p.replace(b"X\x04\x00\x00\x00HERE", gpt_config))
 
     old = folder / "torch 1.5"
@@ -240,8 +240,8 @@ def make_originals(folder: Path) -> None:
     row = {"step": 3, "loss": 4.5, "lr": 0.001}
     (folder / "checkpoint" / "log.jsonl").write_text("".join(json.dumps({**row, "step": i}) + "\n" for i in range(4)))
     progress = Progress(3, 24, 192, 1.5, {"step": 3, "val_loss": 4.25})
-    remembered = Remembered({"seed": 1}, {})
-    RunFolder(folder / "checkpoint").save(model, optimizer, Tokenizer.load("bytes"), progress, remembered, "data")
+    run_options = RunOptions({"seed": 1}, {})
+    RunFolder(folder / "checkpoint").save(model, optimizer, Tokenizer.load("bytes"), progress, run_options, "data")
 
 
 def to_legacy(new: Path, old: Path) -> None:

@@ -79,10 +79,10 @@ def test_mistakes_get_one_line_and_leave_nothing(model, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
         ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: it exists already"),
-        ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is no file of torch.save"),
-        ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: there is no such folder or file"),
+        ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a file of torch.save"),
+        ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
         ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
-        ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c has no files of float16"),
+        ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c does not support float16"),
         ([tmp_path / "a", tmp_path / "no" / "y", "--to", "pt"], "No such file or directory"),
     ):
         run(*arguments, code=1)

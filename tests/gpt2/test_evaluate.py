@@ -50,7 +50,7 @@ def test_command_line(user, tmp_path, capsys):
     error = math.sqrt(accuracy * (1 - accuracy) / 7)
     assert of_hellaswag.startswith("hellaswag: acc ")
     assert f"acc_norm {accuracy:.4f} ± {error:.4f} (7 items)" in of_hellaswag
-    assert f"perplexity {lambada['perplexity']:.4f} (5 items; 5 are longer than the model's context" in of_lambada
+    assert f"perplexity {lambada['perplexity']:.4f} (5 items; 5 exceed the model's context" in of_lambada
 
 
 def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
@@ -129,9 +129,9 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         (["model", "--data", "text", "--batches", "0"], 2, "--batches is 0; expected 1 or more"),
         (["model", "--data", "text", "--json", "no/such/f.json"], 2, "there is no folder no/such/"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
-        (["nowhere", "--data", "text"], 1, "nowhere: there is no such folder"),
-        (["model", "--data", "none"], 1, "data 'none': no such data set (data/ holds pairs, text)"),
-        (["model", "--data", "pairs"], 1, "another tokenizer"),
+        (["nowhere", "--data", "text"], 1, "nowhere: no such file or folder"),
+        (["model", "--data", "none"], 1, "data 'none': no such data set (data/ has pairs, text)"),
+        (["model", "--data", "pairs"], 1, "expected the model's"),
         (["model", "--data", "text", "--block-size", "17"], 1, "longer than the model's context of 16 tokens"),
         (["model", "--hellaswag", "l.jsonl"], 1, "l.jsonl: line 1 is not a question of hellaswag"),
         (["model", "--lambada", "none.jsonl"], 1, "none.jsonl"),

@@ -9,7 +9,7 @@ import pytest
 import requests
 import tiktoken
 
-from gpt2.tokenizer import HF_MERGES, HF_VOCAB, HF_WHOLE, RANKS, VOCABULARY, Tokenizer
+from gpt2.tokenizer import HF_MERGES, HF_TOKENIZER, HF_VOCAB, RANKS_FILE, VOCABULARY_FILE, Tokenizer
 
 HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
 
@@ -114,7 +114,7 @@ def test_hugging_face_folder_is_the_same_vocabulary(gpt2, hugging_face):
 
 def test_tiktoken_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path):
     Tokenizer.load(hugging_face).save(tmp_path / "saved")
-    file = shutil.copy(tmp_path / "saved" / RANKS, tmp_path / "own.tiktoken")
+    file = shutil.copy(tmp_path / "saved" / RANKS_FILE, tmp_path / "own.tiktoken")
     loaded = Tokenizer.load(file)
     assert (loaded.name, loaded.fingerprint) == ("own", gpt2.fingerprint)
 
@@ -156,9 +156,9 @@ def test_save_and_load(request, tmp_path, which):
     tokenizer = Tokenizer.load(request.getfixturevalue("tiny")) if which == "tiny" else None
     tokenizer = tokenizer or (request.getfixturevalue("gpt2") if which == "gpt2" else Tokenizer.load("bytes"))
     tokenizer.save(tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / VOCABULARY).read_text())
+    saved = json.loads((tmp_path / "saved" / VOCABULARY_FILE).read_text())
     assert saved == {"name": which, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
-    assert (tmp_path / "saved" / RANKS).exists() == (which == "tiny")
+    assert (tmp_path / "saved" / RANKS_FILE).exists() == (which == "tiny")
     loaded = Tokenizer.load(tmp_path / "saved")
     assert (loaded.name, loaded.fingerprint) == (tokenizer.name, tokenizer.fingerprint)
     assert loaded.encode("the other").tolist() == tokenizer.encode("the other").tolist()
@@ -179,23 +179,23 @@ def test_fingerprint_is_pinned():
 
 
 def edit_saved(folder):
-    saved = json.loads((folder / VOCABULARY).read_text())
-    (folder / VOCABULARY).write_text(json.dumps(saved | {"fingerprint": "0" * 64}))
+    saved = json.loads((folder / VOCABULARY_FILE).read_text())
+    (folder / VOCABULARY_FILE).write_text(json.dumps(saved | {"fingerprint": "0" * 64}))
 
 
 def drop_ranks(folder):
-    (folder / RANKS).unlink()
+    (folder / RANKS_FILE).unlink()
 
 
 def damage_json(folder):
-    (folder / VOCABULARY).write_text("{")
+    (folder / VOCABULARY_FILE).write_text("{")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (edit_saved, "has fingerprint .* expected 000000000000"),
-        (drop_ranks, "there is no such file"),
+        (drop_ranks, "no such file"),
         (damage_json, "expected a JSON object"),
     ],
 )
@@ -212,7 +212,7 @@ def test_damaged_saved_folder(tiny, tmp_path, damage, message):
     [
         (HF_VOCAB, "[]", "expected one JSON object"),
         (HF_VOCAB, "{", "expected one JSON object"),
-        (HF_VOCAB, '{"日": 0}', "stands for no byte"),
+        (HF_VOCAB, '{"日": 0}', "represents no byte"),
         (HF_VOCAB, '{"a": 0}', "line 2 .* does not make the next token"),
         (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes make 257 tokens"),
         (HF_MERGES, "th e\nt h\n", "line 2 .* does not make the next token"),
@@ -250,14 +250,14 @@ def as_one_file(folder, target, pairs=True):
             "merges": merges if pairs else [" ".join(pair) for pair in merges],
         },
     }
-    (target / HF_WHOLE).write_text(json.dumps(whole), encoding="utf-8")
+    (target / HF_TOKENIZER).write_text(json.dumps(whole), encoding="utf-8")
     return whole
 
 
 @pytest.mark.parametrize("pairs", [True, False])
 def test_one_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path, pairs):
     as_one_file(hugging_face, tmp_path / "alone", pairs)
-    for name in (tmp_path / "alone", tmp_path / "alone" / HF_WHOLE):
+    for name in (tmp_path / "alone", tmp_path / "alone" / HF_TOKENIZER):
         loaded = Tokenizer.load(name)
         assert (loaded.name, loaded.fingerprint, loaded.end_of_text) == ("alone", gpt2.fingerprint, 50256)
     assert Tokenizer.for_model(tmp_path / "alone", 50304).name == "alone"
@@ -285,7 +285,7 @@ def test_one_file_may_say_more_or_less(tiny, tmp_path, path, value):
     whole = as_one_file(tiny, tmp_path / "alone")
     changed(whole, path, value)
     del whole["model"]["type"]
-    (tmp_path / "alone" / HF_WHOLE).write_text(json.dumps(whole))
+    (tmp_path / "alone" / HF_TOKENIZER).write_text(json.dumps(whole))
     assert Tokenizer.load(tmp_path / "alone").fingerprint == Tokenizer.load(tiny).fingerprint
 
 
@@ -315,7 +315,7 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
         ("pre_tokenizer", [1], "expected one JSON object with a model"),
         ("model", 3, "expected one JSON object with a model"),
         ("model.vocab", {"a": {}}, "expected one JSON object of tokens and ids"),
-        ("model.vocab", {"\u65e5": 0}, "stands for no byte"),
+        ("model.vocab", {"\u65e5": 0}, "represents no byte"),
         ("model.merges", {"t": "h"}, "its model is 'BPE'"),
         ("model.merges", ["th e", "t h"], "merge 2 .* does not make the next token"),
         ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not make the next token"),
@@ -325,7 +325,7 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
 def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, message):
     whole = as_one_file(tiny, tmp_path / "alone")
     changed(whole, path, value)
-    file = tmp_path / "alone" / HF_WHOLE
+    file = tmp_path / "alone" / HF_TOKENIZER
     file.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(tmp_path / "alone")
@@ -347,7 +347,7 @@ def test_what_tokenizers_trains_and_writes(tmp_path):
         show_progress=False,
     )
     theirs.train_from_iterator(TEXTS, trainer)
-    theirs.save(str(tmp_path / HF_WHOLE))
+    theirs.save(str(tmp_path / HF_TOKENIZER))
     ours = Tokenizer.load(tmp_path)
     assert (ours.vocab_size, ours.end_of_text) == (theirs.get_vocab_size(), 0)
     for text in TEXTS:
@@ -401,7 +401,7 @@ def test_mark_fills_the_one_gap(tmp_path):
 def test_unknown_names_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer 'gpt3' is unknown; choose bytes, gpt2, or the path"):
         Tokenizer.load("gpt3")
-    with pytest.raises(FileNotFoundError, match="has neither"):
+    with pytest.raises(FileNotFoundError, match="has none of"):
         Tokenizer.load(tmp_path)
 
 

@@ -203,7 +203,7 @@ def test_a_models_folder_may_have_moved(stand_in, tmp_path, capsys):
     assert verify.main(["--against", str(tmp_path / "model"), "--record", str(file), "--dtype", "float64"]) == 0
     shutil.move(tmp_path / "model", tmp_path / "moved")
     assert verify.main(["--against", str(file)]) == 2
-    assert "model: there is no such folder" in capsys.readouterr().err
+    assert "model: no such file or folder" in capsys.readouterr().err
     assert verify.main(["--against", str(file), "--model", str(tmp_path / "moved")]) == 0
     assert "moved: " in (table := capsys.readouterr().out)
     assert "float64, cpu" in table
@@ -258,7 +258,7 @@ def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, cap
         (["--preset", "nano", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--gradients", "--record", "file"], "--record needs --preset, or --against with a model"),
         (["--preset", "nano"], 'is not installed: pip install -e ".[parity]"'),
-        (["--against", "no/such/model"], "no/such/model: there is no such folder"),
+        (["--against", "no/such/model"], "no/such/model: no such file or folder"),
     ],
 )
 def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):

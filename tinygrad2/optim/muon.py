@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, SoloComm, Staging, all_gather
-from tinygrad2.nn import Module
 from tinygrad2.optim.adamw import AdamW
-from tinygrad2.params import Bucket
+from tinygrad2.params import Bucket, HasParameters
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Muon(AdamW):
 
     def __init__(
         self,
-        model: Module,
+        model: HasParameters,
         matrices: Mapping[str, int],
         lr: float = 1e-3,
         momentum: float = 0.95,
@@ -111,7 +110,7 @@ class Muon(AdamW):
             all_gather(self.shared_by, self._arena.backend, [(momentum, bucket.staging)])
         return momentum
 
-    def _divide(self, model: Module) -> list[Block]:
+    def _divide(self, model: HasParameters) -> list[Block]:
         """All blocks, distributed over the ranks: the most expensive first, one rank after the other."""
         blocks, parameters = [], dict(model.named_parameters())
         for name, n in self.matrices.items():

@@ -14,8 +14,7 @@ import numpy
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, all_gather, share
-from tinygrad2.nn import Module
-from tinygrad2.params import Bucket, ParameterArena, Region
+from tinygrad2.params import Bucket, HasParameters, ParameterArena, Region
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Optimizer:
     The state is flat arrays in the order of the model's arena.
     """
 
-    def __init__(self, model: Module, lr: float, weight_decay: float, shared_by: Comm | None = None):
+    def __init__(self, model: HasParameters, lr: float, weight_decay: float, shared_by: Comm | None = None):
         self._require("lr", lr, lr >= 0)
         self._require("weight_decay", weight_decay, weight_decay >= 0)
         self.model, self.lr, self.weight_decay, self.shared_by = model, lr, weight_decay, shared_by

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm
-from tinygrad2.nn import Module
 from tinygrad2.optim.optimizer import Optimizer, Part
+from tinygrad2.params import HasParameters
 
 
 class SGD(Optimizer):
@@ -18,7 +18,7 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        model: Module,
+        model: HasParameters,
         lr: float = 1e-3,
         momentum: float = 0.9,
         nesterov: bool = False,

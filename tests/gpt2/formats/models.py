@@ -56,5 +56,5 @@ NANOGPT = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": Tru
 def nanogpt(path, arrays, **changes):
     """Write a checkpoint of nanoGPT; `changes` are to its configuration."""
     checkpoint = {"model": stored(arrays), "optimizer": {"state": {}}, "model_args": {**NANOGPT, **changes}}
-    torch_file.save_pickled(path, {**checkpoint, "iter_num": 5, "config": {"dataset": "x", "n_layer": 2, "n_head": 2}})
+    torch_file.write_pickle(path, {**checkpoint, "iter_num": 5, "config": {"dataset": "x", "n_layer": 2, "n_head": 2}})
     return path

@@ -50,13 +50,13 @@ def test_bfloat16_files_of_llmc(model, tmp_path):
     [
         (1, 4, "version 4"),
         (1, 1, "version 1"),
-        (2, 17, "bytes; its header makes"),
+        (2, 17, "from its header"),
         (3, 400, "the padded vocabulary has 384 tokens"),
-        (4, 2**31 - 1, "bytes; its header makes"),
+        (4, 2**31 - 1, "from its header"),
         (4, -1, "n_layer is -1"),
-        (5, 3, "does not divide"),
-        (6, 2**30, "bytes; its header makes"),
-        (7, 2**31 - 1, "bytes; its header makes"),
+        (5, 3, "is not a multiple"),
+        (6, 2**30, "from its header"),
+        (7, 2**31 - 1, "from its header"),
     ],
 )
 def test_a_header_of_llmc_that_is_wrong(word, value, message, model, tmp_path):

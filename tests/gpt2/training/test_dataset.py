@@ -123,12 +123,12 @@ def flip_a_byte(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (delete_folder, "there is no such data set; make one with python data/prepare.py"),
-        (lambda f: (f / MANIFEST).unlink(), "manifest.json: there is no such file; make the data set with"),
-        (lambda f: (f / MANIFEST).write_text("{"), "it is no manifest of a data set"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "it is no manifest of a data set"),
-        (lambda f: edit_manifest(f, lambda m: m.pop("shards")), "it is no manifest of a data set"),
-        (lambda f: edit_manifest(f, lambda m: m["tokenizer"].pop("name")), "it is no manifest of a data set"),
+        (delete_folder, "no such data set; make one with python data/prepare.py"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json: no such file; make the data set with"),
+        (lambda f: (f / MANIFEST).write_text("{"), "not a valid manifest of a data set"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "not a valid manifest of a data set"),
+        (lambda f: edit_manifest(f, lambda m: m.pop("shards")), "not a valid manifest of a data set"),
+        (lambda f: edit_manifest(f, lambda m: m["tokenizer"].pop("name")), "not a valid manifest of a data set"),
         (lambda f: edit_manifest(f, lambda m: m.update(format=99)), "format 99, .* expected format 1"),
         (lambda f: edit_manifest(f, lambda m: m.update(dtype="uint32")), "dtype uint32; expected .* dtype uint16"),
         (lambda f: edit_manifest(f, lambda m: m.update(shards=[])), "the split train is empty"),
@@ -158,7 +158,7 @@ def test_unknown_split(folder):
 
 def test_find_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data 'mine': no such data set \(data/ holds no data set\)"):
+    with pytest.raises(FileNotFoundError, match=r"data 'mine': no such data set \(data/ has no data set\)"):
         find_dataset("mine")
     write_dataset(tmp_path / "data" / "mine", {"train": [1, 2]})
     write_dataset(tmp_path / "data" / "also", {"train": [1, 2]})
@@ -166,7 +166,7 @@ def test_find_dataset(tmp_path, monkeypatch):
     assert find_dataset("mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset("data/mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset(elsewhere) == elsewhere
-    with pytest.raises(FileNotFoundError, match=r"data/ holds also, mine\); make one with python data/prepare.py"):
+    with pytest.raises(FileNotFoundError, match=r"data/ has also, mine\); make one with python data/prepare.py"):
         find_dataset("nine")
 
 
@@ -212,7 +212,7 @@ def test_shards_of_other_programs(tmp_path, monkeypatch, write):
     write(folder, train, val)
     monkeypatch.chdir(tmp_path)
     assert find_dataset("theirs").resolve() == folder
-    with pytest.raises(FileNotFoundError, match=r"data/ holds theirs\)"):
+    with pytest.raises(FileNotFoundError, match=r"data/ has theirs\)"):
         find_dataset("other")
     data = TokenDataset.open(folder, "train")
     assert (data.tokens, data.vocab_size) == (5001, 50257)
@@ -279,9 +279,9 @@ THREE = np.arange(3, dtype="<u2")
             write_bytes("x_train.bin", llmc_header(3, 20240801, 7)),
             "these are llm.c's ids for Llama 3; expected GPT-2's",
         ),
-        (write_bytes("x_train_1.npy", b""), "x_train_1.npy: it is no .npy file, or not all of one"),
-        (write_bytes("x_train_1.npy", b"\x93NUMPY\x01\0\x0a\0{'descr': ["), "it is no .npy file, or not all of one"),
-        (write_bytes("x_train_1.npy", b"cos\nsystem\n(S'true'\ntR."), "it is no .npy file, or not all of one"),
+        (write_bytes("x_train_1.npy", b""), "x_train_1.npy: not a valid .npy file, or truncated"),
+        (write_bytes("x_train_1.npy", b"\x93NUMPY\x01\0\x0a\0{'descr': ["), "not a valid .npy file, or truncated"),
+        (write_bytes("x_train_1.npy", b"cos\nsystem\n(S'true'\ntR."), "not a valid .npy file, or truncated"),
         (
             save_array("x_train_1.npy", THREE.astype("<i8")),
             "int64, shape (3,); expected a one-dimensional array of uint16",
@@ -290,7 +290,7 @@ THREE = np.arange(3, dtype="<u2")
         (save_array("x_train_1.npy", THREE[:0]), ".npy"),
         (
             lambda folder: nanogpt(folder, THREE, THREE) or (folder / "meta.pkl").write_bytes(b""),
-            "a vocabulary of their own",
+            "another vocabulary than GPT-2's",
         ),
         (
             lambda folder: nanogpt(folder, THREE, THREE) or build_nanogpt(folder, THREE, THREE),

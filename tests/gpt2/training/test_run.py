@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(workspace, capsys
     capsys.readouterr()
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
-    assert "damaged checkpoint, not used: out/ckpt-000006/model.safetensors" in said
+    assert "skipping a damaged checkpoint: out/ckpt-000006/model.safetensors" in said
     assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
     assert_same_run("whole", "out")
 
@@ -168,7 +168,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_overwritten(workspace, capsys):
     (Path("out/ckpt-000001/trainer.json")).write_text("{}")
     log = Path("out/log.jsonl").read_text()
     run("--max-iters", "2", code=1)
-    assert "no checkpoint is whole; --fresh starts a new run" in one_line(capsys)
+    assert "no checkpoint is intact; --fresh starts a new run" in one_line(capsys)
     assert Path("out/log.jsonl").read_text() == log
 
 

@@ -1,5 +1,6 @@
 """gpt2/training/setup.py: what a run starts from, what a resumed one takes over, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -59,7 +60,7 @@ def test_the_data_of_a_run_may_get_another_name_and_nothing_else(workspace, caps
     prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "other")
     capsys.readouterr()
     assert train.main(["--max-iters", "6", "--data", "other"]) == 1
-    assert "data/other is not the data that out/ was trained on so far: it is another set, or was" in one_line(capsys)
+    assert "data/other is not the data that out/ was trained on so far: it is another data set, or" in one_line(capsys)
 
 
 def test_fine_tuning_starts_from_the_weights(workspace, capsys):
@@ -98,7 +99,7 @@ def make_small(workspace):
 
 
 BAD = {
-    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ holds text\)"),
+    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ has text\)"),
     "an empty folder": (
         lambda folder: (folder / "empty").mkdir(),
         ["--data", "empty"],
@@ -122,7 +123,7 @@ BAD = {
     "a manifest of something else": (
         lambda folder: (folder / "data" / "text" / "manifest.json").write_text("[1]"),
         [],
-        r"manifest\.json: it is no manifest",
+        r"manifest\.json: not a valid manifest",
     ),
     "a context longer than the model's": (
         None,
@@ -137,14 +138,14 @@ BAD = {
     "a batch that does not divide": (
         None,
         ["--total-batch-size", "100"],
-        r"100 is no multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest that is: 96 or 128",
+        r"100 is not a multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest multiple is 96 or 128",
     ),
     "another vocabulary": (
         None,
         ["--preset", "gpt2"],
-        r"tokenizer bytes \(257 tokens\), which is not that of the preset gpt2 \(50,257 tokens\)",
+        r"tokenizer bytes \(257 tokens\); expected that of the preset gpt2 \(50,257 tokens\)",
     ),
-    "no such model": (None, ["--init", "nowhere"], "nowhere: there is no such folder or file; expected a model's"),
+    "no such model": (None, ["--init", "nowhere"], "nowhere: no such file or folder; expected a model's"),
     "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
     "an out-dir that is a file": (
         lambda folder: (folder / "taken").write_text("x"),
@@ -218,10 +219,31 @@ def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, mo
     assert values.pop("defaults")["beta2"] == 0.95
     state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
     update_checksums(state.parent)
-    monkeypatch.setattr(options, "IMPLIED", {"small": {**options.IMPLIED["small"], "learning_rate": 1e-5}})
+    monkeypatch.setattr(options, "SIZE_DEFAULTS", {"small": {**options.SIZE_DEFAULTS["small"], "learning_rate": 1e-5}})
     monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
     for folder in ("newer", "older"):
         assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0
         start = json.loads(Path(folder, "starts.jsonl").read_text().splitlines()[-1])["options"]
         assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 3e-3, 3e-3 / 10)
         assert start["lr_decay_iters"] == 4  # follows --max-iters
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is for --optimizer adamw and muon only; this run has sgd"),
+        (["--momentum", "0.8"], "--momentum is for --optimizer muon and sgd only; this run has adamw"),
+        (["--optimizer", "muon", "--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
+        (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
+    ],
+)
+def test_options_of_another_optimizer_are_refused(workspace, capsys, options, message):
+    with contextlib.suppress(SystemExit):
+        train.main(["--data", "text", *QUICK, "--max-iters", "2", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_the_optimizer_of_a_run_stays(workspace, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
+    assert "--optimizer adamw; it cannot be resumed with sgd" in capsys.readouterr().err
