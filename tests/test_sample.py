@@ -175,7 +175,11 @@ def broken(name, content):
 
 BAD = {
     "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
-    "a folder with no model": (lambda user: (user / "x").mkdir(), ["--checkpoint", "x"], "x: it holds no model and no"),
+    "a folder with no model": (
+        lambda user: (user / "x").mkdir(),
+        ["--checkpoint", "x"],
+        "x: no model or checkpoint in this folder",
+    ),
     "damaged weights": (broken("model.safetensors", "x"), [], "model.safetensors: "),
     "a damaged config": (broken("config.json", "{"), [], "config.json: "),
     "a model of another kind": (broken("config.json", '{"model_type": "llama"}'), [], "model_type is 'llama'"),

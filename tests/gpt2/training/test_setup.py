@@ -145,8 +145,16 @@ BAD = {
         ["--preset", "gpt2"],
         r"tokenizer bytes \(257 tokens\); expected that of the preset gpt2 \(50,257 tokens\)",
     ),
-    "no such model": (None, ["--init", "nowhere"], "nowhere: no such file or folder; expected a model's"),
-    "init with a preset": (None, ["--init", "x", "--preset", "nano"], "leave --preset out"),
+    "no such model": (
+        None,
+        ["--init", "nowhere"],
+        "nowhere: no such file or folder; expected a model, the out-dir of a run",
+    ),
+    "init with a preset": (
+        None,
+        ["--init", "x", "--preset", "nano"],
+        "--init determines the sizes of the model; remove --preset",
+    ),
     "an out-dir that is a file": (
         lambda folder: (folder / "taken").write_text("x"),
         ["--out-dir", "taken"],

@@ -11,8 +11,9 @@ from gpt2 import GPT2, Tokenizer
 from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
 from gpt2.training.tasks import TASKS, load_items
+from tests.stand_ins import strict_cupy
 from tests.training_runs import newest_arrays, one_line, rows, run
-from tinygrad2.backend import Backend
+from tinygrad2 import gpus
 
 
 def test_the_log_has_one_object_a_step(workspace):
@@ -31,8 +32,9 @@ def test_mfu_is_shown_and_logged_where_the_peak_is_known(workspace, monkeypatch,
     assert "MFU" not in capsys.readouterr().out
     assert not any("mfu" in row for row in read_log(Path("unknown/log.jsonl")))
     asked = []
-    monkeypatch.setattr(Backend, "peak", lambda self, precision: asked.append(precision) or 1e-3)
-    run("--max-iters", "4")
+    monkeypatch.setattr(gpus, "peak_tflops", lambda name, precision: asked.append(precision) or 1e-3)
+    with strict_cupy.registered():
+        run("--max-iters", "4", "--device", "cuda")
     config = GPT2.from_pretrained("out/ckpt-000004").config
     for row in read_log(Path("out/log.jsonl")):
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * config.flops_per_token(16) / 1e9, abs=1e-4)
