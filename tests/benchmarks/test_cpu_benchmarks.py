@@ -177,6 +177,7 @@ def test_operations(small_limits, tmp_path, monkeypatch):
     assert all({"tinygrad2", "reference.py"} <= by_name.keys() for by_name in tasks.values())
 
 
+@pytest.mark.slow
 def test_what_bfloat16_costs(tmp_path):
     model = GPT2(TINY)
     model.save_pretrained(tmp_path / "model")

@@ -307,7 +307,7 @@ out.write_text(json.dumps({"results": {"step": [1]}, "errors": {}}))
         ("", None),
         ("sys.exit(3)", "its process ended with status 3"),
         ("import os; os.kill(os.getpid(), 11)", "its process ended with status -11"),
-        ("time.sleep(100)", "not finished after 11 s"),
+        pytest.param("time.sleep(100)", "not finished after 11 s", marks=pytest.mark.slow),
         ("out.unlink()", "its process left no figures"),
     ],
 )
