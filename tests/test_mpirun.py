@@ -391,7 +391,11 @@ def test_one_voice_and_one_writer(user):
 
 
 def test_one_rank_says_that_all_compile(user):
-    patch = "train.get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4)); sys.exit()"
+    patch = """
+from tinygrad2.backend import get_backend
+get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4))
+sys.exit()
+"""
     _, error = run(2, patch=patch, env={"NUMBA_CACHE_DIR": str(user / "kernels")})
     assert error.count("compiling kernels") == 1
 
