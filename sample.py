@@ -7,8 +7,6 @@ again.
 
 from __future__ import annotations
 
-import numpy as np
-
 from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
 # isort: split
@@ -16,6 +14,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES

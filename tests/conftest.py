@@ -1,7 +1,10 @@
 """Fixtures for every test."""
 
 import hashlib
+import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -10,13 +13,16 @@ import numpy
 import pytest
 
 from tests.stand_ins import cudasim
-from tinygrad2 import autograd
+from tinygrad2 import autograd, threads
 from tinygrad2.kernels import gemm
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/stand_ins/ptxsim.py)"
+    )
+    parser.addoption(
+        "--require-extras", action="store_true", help="fail, instead of skipping, where a package is not installed"
     )
 
 
@@ -25,6 +31,22 @@ def pytest_configure(config):
         from tests.stand_ins import ptxsim
 
         cudasim.RawModule = ptxsim.RawModule
+
+
+def pytest_runtest_setup(item):
+    """Skip a test that is marked `extras("package", ...)` where one of these packages is not installed."""
+    for package in (name for mark in item.iter_markers("extras") for name in mark.args):
+        if importlib.util.find_spec(package) is None:
+            (pytest.fail if item.config.getoption("--require-extras") else pytest.skip)(f"needs the package {package}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A module that skips itself while it is imported fails too with --require-extras."""
+    report = yield
+    if report.skipped and collector.config.getoption("--require-extras"):
+        report.outcome, report.longrepr = "failed", report.longrepr[2]
+    return report
 
 
 def _read_only(value):
@@ -50,6 +72,14 @@ def saved_is_read_only(monkeypatch):
     monkeypatch.setattr(autograd, "Node", guarded)
 
 
+@pytest.fixture
+def set_threads():
+    """Sets how many threads compute; restored afterwards."""
+    before = threads.count()
+    yield threads.set_count
+    threads.set_count(before)
+
+
 @pytest.fixture(scope="session")
 def gpt2_files():
     """The folder where tiktoken keeps GPT-2's two files: tests do not download."""
@@ -57,6 +87,29 @@ def gpt2_files():
     if not folder:
         pytest.skip("needs GPT-2's vocabulary: TIKTOKEN_CACHE_DIR names no folder that has it")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def prepared_text(tmp_path_factory):
+    """A data set of the text of tests/training_runs.py."""
+    from data.prepare import prepare
+    from tests.training_runs import TEXT
+
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text(TEXT)
+    prepare([str(folder / "text.txt")], "bytes", folder / "text")
+    return folder / "text"
+
+
+@pytest.fixture
+def workspace(prepared_text, tmp_path, monkeypatch):
+    """An empty current directory with a data set, data/text; signal handlers are restored afterwards."""
+    shutil.copytree(prepared_text, tmp_path / "data" / "text")
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Which module may import which: from rows above its own only, type-checking imports included."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def sources():
     return {module_of(path): path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.py"))}
 
 
+@functools.cache  # most sources are the same in every test
 def imports(source):
     """(module, name) of everything that the source imports, wherever it stands; name is None for `import module`."""
     found = []
@@ -240,3 +242,22 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
         optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tensorboardX", "torch", "transformers"}
         assert module.startswith("tinygrad2.kernels.") or not names & optional, module
+
+
+# Modules without a test file of their own name, and the file that tests them (mypy alone checks array.py's protocol).
+TESTED_BY = {
+    "gpt2.formats.stored": "gpt2/formats/test_model_file.py",
+    "tinygrad2.array": "",
+    "tinygrad2.diagnose": "gpt2/test_doctor.py",
+    "tinygrad2.gpus": "tinygrad2/test_backend.py",
+    "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
+    "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
+    "tinygrad2.precision": "tinygrad2/test_params.py",
+}
+
+
+def test_every_module_has_a_test_file_of_its_name():
+    for module in sources():
+        *folders, name = module.split(".")
+        file = "/".join((*folders, f"test_{name}.py"))
+        assert name == "__init__" or (ROOT / "tests" / TESTED_BY.get(module, file)).exists(), f"no tests/{file}"

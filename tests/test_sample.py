@@ -1,5 +1,6 @@
 """sample.py, as a user runs it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import sample
 from gpt2 import GPT2, GPT2Config, Tokenizer
+from tests.gpt2.formats.models import write_every_format
 from tests.stand_ins import strict_cupy
 from tinygrad2 import checkpoint, machine
 
@@ -91,7 +93,7 @@ def test_greedy_text_beyond_the_context(user, capsys):
     assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
-def test_a_prompt_longer_than_the_context_is_said_to_be(user, capsys):
+def test_a_prompt_longer_than_the_context_is_reported(user, capsys):
     save_model("checkpoint")
     assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
     said = run(capsys, "-p", 33 * "a", "-m", "2").err
@@ -111,7 +113,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
     assert run(capsys, "-m", "20", "-t", "0").out == bytes(expected).decode("utf-8", "replace") + "\n"
 
 
-def test_weights_in_bfloat16_are_said_and_read(user, capsys):
+def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     assert "an untrained one, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
     for p in model.parameters():  # larger, so that rounding shows
@@ -173,7 +175,11 @@ def broken(name, content):
 
 BAD = {
     "no such folder": (None, ["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
-    "a folder with no model": (lambda user: (user / "x").mkdir(), ["--checkpoint", "x"], "x: it holds no model and no"),
+    "a folder with no model": (
+        lambda user: (user / "x").mkdir(),
+        ["--checkpoint", "x"],
+        "x: no model or checkpoint in this folder",
+    ),
     "damaged weights": (broken("model.safetensors", "x"), [], "model.safetensors: "),
     "a damaged config": (broken("config.json", "{"), [], "config.json: "),
     "a model of another kind": (broken("config.json", '{"model_type": "llama"}'), [], "model_type is 'llama'"),
@@ -216,14 +222,14 @@ def test_a_padded_vocabulary_is_never_chosen(user, capsys):
     run(capsys, "-p", "x", "-m", "60", "-t", "3")
 
 
-def test_weights_that_are_no_numbers_are_said(user, capsys):
+def test_nan_weights_are_reported(user, capsys):
     model = save_model("checkpoint")
     model.ln_f.weight.data[...] = float("nan")
     model.save_pretrained("checkpoint")
     assert "the model's logits are not finite numbers" in run(capsys, "-p", "x", "-t", "0", code=1).err
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(user):
+def test_a_closed_pipe_ends_it_silently(user):
     save_model("checkpoint")
     command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
@@ -250,3 +256,32 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
     monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not say
     run(capsys, "-p", "abc", "-n", "1000")
+
+
+# Model files of other programs
+
+
+def greedy(capsys, *options):
+    return run(capsys, "-m", "8", "-t", "0", *options)
+
+
+def test_every_format_is_read(user, capsys):
+    write_every_format()
+    expected = greedy(capsys, "--checkpoint", "model").out
+    for name in ("model.pt", "model.llmc", "model/model.safetensors"):
+        found = greedy(capsys, "--checkpoint", name)
+        assert found.out == expected
+        assert found.err == f"model: {name}\n"
+
+
+def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
+    write_every_format()
+    Path("out").mkdir()
+    for age, name in ((30, "ckpt.pt"), (20, "a.pt"), (40, "b.pt")):
+        Path("out", name).write_bytes(Path("model.pt").read_bytes())
+        os.utime(Path("out", name), (10**9 - age, 10**9 - age))
+    assert greedy(capsys).err == "model: out/a.pt\n"
+    assert greedy(capsys, "--checkpoint", "out").err == "model: out/a.pt\n"
+    Path("checkpoint").mkdir()
+    Path("model.pt").rename("checkpoint/gpt2.pt")
+    assert greedy(capsys).err == "model: checkpoint/gpt2.pt\n"

@@ -339,9 +339,9 @@ def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("data.pkl", program), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
-            archive.writestr(f"archive/{name}", content)
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980: equal models, equal files
         for key, stored in storages.values():
-            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as entry:
+            with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as entry:
                 entry.write(np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data)
 
 

@@ -42,6 +42,7 @@ def dies(path):
     return {"task": lambda: os._exit(3)}
 
 
+@pytest.mark.slow
 def test_the_contenders_take_turns_and_one_that_fails_is_left_out(tmp_path):
     path = tmp_path / "turns"
     contenders = [Contender(name, leaves_its_name, (name, path), {"task": Work()}) for name in "ABC"]
@@ -109,8 +110,10 @@ def test_the_table():
     assert lines[-1] == "FAILED  fast: gone"
 
 
+@pytest.mark.extras("torch")
 def test_pytorch_makes_the_same_steps():
-    torch = pytest.importorskip("torch")
+    import torch
+
     model, theirs = GPT2(TINY), train_step.torch_model(TINY)
     with torch.no_grad():
         for (name, ours), parameter in zip(model.named_parameters(), theirs.parameters(), strict=True):
@@ -124,9 +127,9 @@ def test_pytorch_makes_the_same_steps():
     np.testing.assert_allclose(losses, [theirs() for _ in range(20)], rtol=2e-5)
 
 
+@pytest.mark.extras("transformers")
 def test_ctranslate2_gets_the_same_model(tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")
-    pytest.importorskip("transformers")
+    ctranslate2 = pytest.importorskip("ctranslate2")  # in no extra: a benchmark's contender
     model = GPT2(TINY)
     model.save_pretrained(tmp_path)
     decode.convert(str(tmp_path), str(tmp_path / "theirs"))
@@ -164,6 +167,7 @@ def test_decoding(small_limits, tmp_path):
     assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
 
 
+@pytest.mark.slow
 def test_operations(small_limits, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "LEAST", 0.0)
     out = tmp_path / "ops.json"

@@ -223,9 +223,11 @@ def test_random_arrays_repeat_a_block(device, count):
     np.testing.assert_array_equal(values, np.resize(block, count))
 
 
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_pytorch_computes_the_same_model(precision):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tokens = np.random.default_rng(0).integers(31, size=(2, 9))
     theirs = gpu.TorchStep(TINY.model, tokens[:, :-1], tokens[:, 1:], "cpu", precision, compiled=False)
     ours = GPT2(TINY.model)
@@ -397,6 +399,7 @@ def test_it(cuda, number):
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_losing.py").write_text(LOSING)

@@ -188,7 +188,7 @@ def test_equal_parts_never_stand_in_both_splits(tmp_path):
     assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
-def test_end_of_text_stands_where_a_document_goes_on_in_the_other_split(tmp_path):
+def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
     runs = []
@@ -331,7 +331,7 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     assert float(free) > 0
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text " * 20_000)
     monkeypatch.setattr(module, "ESTIMATE_BYTES", 1)
     usage = type(shutil.disk_usage("/"))(total=10**6, used=10**6 - 150_000, free=150_000)
@@ -425,7 +425,7 @@ def interrupted(tmp_path, monkeypatch, **options):
             make([tmp_path / "in"], tmp_path / "out", **options)
 
 
-def test_changed_source_starts_anew(tmp_path, monkeypatch):
+def test_changed_source_starts_over(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     (tmp_path / "in" / "b.md").write_text("changed")
@@ -435,14 +435,14 @@ def test_changed_source_starts_anew(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
-def test_changed_option_starts_anew(tmp_path, monkeypatch):
+def test_changed_option_starts_over(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch, shard_tokens=5000)
     out = make([tmp_path / "in"], tmp_path / "out")
     assert contents(out) == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
-def test_truncated_work_starts_anew(tmp_path, monkeypatch):
+def test_truncated_work_starts_over(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     os.truncate(tmp_path / "out.partial" / "train-00000.bin", 100)
@@ -465,6 +465,7 @@ def start(code, *arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_control_c(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(200_000) * 300, encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
@@ -483,7 +484,7 @@ def test_control_c(tmp_path):
     assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
-def test_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(400_000), encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
 
@@ -556,7 +557,7 @@ def test_stdin(tmp_path):
     assert "".join(texts_of(stream_of(tmp_path / "data" / "stdin"))) == text
 
 
-def test_stdin_starts_anew_after_an_interruption(tmp_path, monkeypatch):
+def test_stdin_starts_over_after_an_interruption(tmp_path, monkeypatch):
     def give(data):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 

@@ -25,6 +25,8 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
+with_pyarrow = pytest.mark.extras("pyarrow")
+with_hub = pytest.mark.extras("huggingface_hub", "pyarrow")
 ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order
 
 
@@ -64,14 +66,17 @@ def write_csv(path, texts):
 
 
 def write_parquet(path, texts, rows=7, **options):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     table = pa.table({"id": range(len(texts)), "text": texts, "url": [f"http://x/{i}" for i in range(len(texts))]})
     parquet.write_table(table, path, row_group_size=rows, **options)
 
 
 def write_zst(path, data, pieces=2):
     """Frames one after the other, as several runs of zstd leave them."""
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
+
     with path.open("wb") as stream:
         for i in range(pieces):
             packed = pa.BufferOutputStream()
@@ -104,17 +109,22 @@ def write(folder, name, texts):
 FORMATS = ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "a.csv.zst"]
 
 
+def parameters(names):
+    """Each file name as a parameter of a test; Parquet and Zstandard need pyarrow."""
+    return [pytest.param(name, marks=with_pyarrow if name.endswith((".parquet", ".zst")) else ()) for name in names]
+
+
 # Formats.
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", parameters(FORMATS))
 def test_documents_and_their_urls(tmp_path, name):
     texts = varied_documents(40)
     path = write(tmp_path, name, texts)
     assert documents_of(path) == [(text, f"http://x/{i}") for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", parameters(FORMATS))
 def test_each_cursor_leads_to_the_rest(tmp_path, name):
     texts = varied_documents(25, seed=1)
     sources = find_sources([str(write(tmp_path, name, texts))], "text", silent)
@@ -126,7 +136,7 @@ def test_each_cursor_leads_to_the_rest(tmp_path, name):
         assert list(read_parts(sources, part.cursor)) == parts[i + 1 :]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", parameters(["a.txt.gz", "a.txt.zst"]))
 def test_compressed_text(tmp_path, name):
     text = "".join(varied_documents(30, seed=2))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
@@ -139,8 +149,11 @@ def test_compressed_text(tmp_path, name):
     assert list(read_parts([source], plain[4].cursor)) == plain[5:]
 
 
+@with_pyarrow
 def test_parquet_of_other_shapes(tmp_path):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     texts = varied_documents(300, seed=3)
     write_parquet(tmp_path / "one_group.parquet", texts, rows=1000, compression="zstd")
     assert [text for text, _ in documents_of(tmp_path / "one_group.parquet")] == texts
@@ -155,6 +168,7 @@ def test_csv_with_a_byte_order_mark_and_empty_lines(tmp_path):
     assert [text for text, _ in documents_of(tmp_path / "a.csv")] == ["one", "two\r\nlines", "three"]
 
 
+@with_pyarrow
 def test_a_folder_of_all_formats(tmp_path):
     for i, name in enumerate(FORMATS):
         write(tmp_path / "in", f"{i}{name}", [f"{name} {k}" for k in range(3)])
@@ -175,7 +189,7 @@ def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
     assert texts_of(Path("data/book")) == ["one", "two"]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", parameters(FORMATS))
 def test_text_size_is_about_that_of_the_text(tmp_path, name):
     texts = varied_documents(400, seed=4)
     (source,) = find_sources([str(write(tmp_path, name, texts))], "text", silent)
@@ -183,9 +197,8 @@ def test_text_size_is_about_that_of_the_text(tmp_path, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
-@pytest.mark.parametrize(
-    "name", ["a.parquet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.jsonl.gz", "a.csv.zst"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parameters(["a.parquet", "a.jsonl.gz", "a.csv.zst"]))
 def test_memory_does_not_grow_with_the_input(tmp_path, name):
     """The peak of a process that prepares 36 MB is that of one that prepares 12 MB, within the noise of allocators."""
     code = (
@@ -243,19 +256,25 @@ def flipped(name):
 
 
 def wrong_column_type(folder):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     parquet.write_table(pa.table({"text": [1, 2]}), folder / "a.parquet")
     return folder / "a.parquet"
 
 
 def other_column(folder):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     parquet.write_table(pa.table({"id": [1], "body": ["x"]}), folder / "a.parquet")
     return folder / "a.parquet"
 
 
 def no_utf8_row(folder):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     text = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xffx")]
     )
@@ -284,10 +303,16 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), DAMAGE, ids=[message[:50] for _, message in DAMAGE])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(
+            make, message, id=message[:50], marks=with_pyarrow if re.match(r"\S+\.(parquet|zst):", message) else ()
+        )
+        for make, message in DAMAGE
+    ],
+)
 def test_damage_gets_one_line(tmp_path, capsys, make, message):
-    if ".zst" in message:
-        pytest.importorskip("pyarrow")
     path = make(tmp_path)
     assert main([str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     errors = capsys.readouterr().err
@@ -405,7 +430,6 @@ def running(server):
 @pytest.fixture
 def hub(tmp_path):
     """fineweb-edu, smaller: 14 files of 20 documents."""
-    pytest.importorskip("huggingface_hub")
     hub_set = HUB_SETS["fineweb-edu"]
     files = {}
     for i, name in enumerate(hub_set.files):
@@ -431,6 +455,7 @@ def expected_fineweb():
     return [f"file {i} document {k} " + "word " * 500 for i in range(14) for k in range(20)]
 
 
+@with_hub
 def test_from_the_hub(hub, tmp_path):
     hub.trouble = {3: "cut"}.get
     done = prepare_in_process(hub.url, tmp_path, "fineweb-edu", "--val-fraction", str(ALL_TRAIN))
@@ -447,7 +472,8 @@ def test_from_the_hub(hub, tmp_path):
     assert not list((tmp_path / "home").rglob("*.parquet"))
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
+@with_hub
+def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
     """The hub refuses within file 9, when 20 parts wait for the threads: a file and a half."""
     hub.trouble = lambda n: 403 if "009_" in hub.asked[-1][0] and hub.asked[-1][1] in range(20_000, 40_000) else None
     small = "p.JOURNAL_BYTES = 1; p.BATCH_PARTS = 1; sources.HUB_BLOCK_BYTES = 1 << 12"
@@ -474,6 +500,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes()
 
 
+@with_hub
 def test_a_hub_without_the_revision_or_out_of_reach(hub, tmp_path):
     done = prepare_in_process(hub.url, tmp_path, "openwebtext")
     assert done.returncode == 1
@@ -544,6 +571,7 @@ def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, mes
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pydoc_corpus():
     texts = pydoc_corpus()
     assert 1_000_000 < sum(map(len, texts)) < 5_000_000
@@ -552,6 +580,7 @@ def test_pydoc_corpus():
     assert texts == pydoc_corpus()
 
 
+@pytest.mark.slow
 def test_pydoc_imports_nothing():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"

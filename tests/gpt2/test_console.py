@@ -1,4 +1,4 @@
-"""gpt2/console.py, gpt2/interrupts.py: errors, Ctrl-C from the first import on, closed pipes, limited terminals."""
+"""gpt2/console.py: how a command starts and ends: Ctrl-C, closed pipes, and terminals without all characters."""
 
 import os
 import signal
@@ -12,51 +12,17 @@ import pytest
 from gpt2 import console, interrupts
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
-    ["-m", f"gpt2.{name}"] for name in ("convert", "doctor", "evaluate", "report", "verify")
-]
-CTRL_C = """
-import os, signal, sys
-os.kill(os.getpid(), signal.SIGINT)
-print("went on", file=sys.stderr)
-sys.exit(3)
-"""
 
 
 @pytest.fixture
 def handler():
-    """What SIGINT does is put back afterwards; that of a process that a test starts is the default."""
+    """What SIGINT does is restored afterwards; a process that a test starts has the default."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """Start a command that gets a Ctrl-C while it imports its first modules."""
-    for name in ("argparse", "numpy"):
-        (tmp_path / f"{name}.py").write_text(CTRL_C)
-    path = os.pathsep.join((str(tmp_path), str(ROOT)))
-
-    def begin(command):
-        env = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
-
-    return begin
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-def test_ctrl_c_among_the_imports_of_a_command_shows_nothing(begun, handler, command):
-    ended = begun(command)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
-
-
-def test_where_it_is_ignored_it_stays_so(begun, handler):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert "went on" in begun(["sample.py"]).stderr
-
-
-def test_main_gets_an_exception_as_ever(handler):
+def test_main_gets_keyboard_interrupt(handler):
     def main():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.raise_signal(signal.SIGINT)
@@ -70,7 +36,7 @@ def test_main_gets_an_exception_as_ever(handler):
     assert signal.getsignal(signal.SIGINT) is ending
 
 
-def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
+def test_a_terminal_without_all_characters_is_not_an_error(tmp_path):
     (tmp_path / "café.txt").write_text("text " * 20)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
@@ -79,7 +45,7 @@ def test_a_screen_without_all_characters_is_no_mistake(tmp_path):
     assert "train on it: python train.py --data 'caf?'" in ended.stdout
 
 
-def test_a_reader_that_has_enough_is_no_mistake(handler, capfd):
+def test_a_closed_pipe_is_not_an_error(handler, capfd):
     @console.command("test")
     def main(arguments):
         print("text")

@@ -100,7 +100,7 @@ def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
         assert lines[3].strip() == f"-> {finding.remedy}"
 
 
-def test_an_old_python_is_all_that_is_said(capsys, monkeypatch):
+def test_an_old_python_is_all_that_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     assert doctor.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -135,7 +135,7 @@ def test_it_runs_where_no_package_is_installed():
     assert "-m pip install --upgrade -e " in ended.stdout
 
 
-def test_a_reader_that_has_enough_is_no_mistake():
+def test_a_closed_pipe_is_not_an_error():
     process = subprocess.Popen(
         [sys.executable, "-m", "gpt2.doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     )
@@ -342,7 +342,7 @@ def test_the_gpu_the_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy,
     assert finding.facts == ({"gpus": 2} if verdict == OK else {})
 
 
-def test_a_hidden_gpu_is_said_to_be_hidden(answers, monkeypatch):
+def test_a_hidden_gpu_is_reported_as_hidden(answers, monkeypatch):
     answers(DRIVER={**DRIVER_13, "status": 100, "gpus": 0})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert doctor.probe_gpu().remedy == "only for a GPU: CUDA_VISIBLE_DEVICES hides it"
@@ -416,7 +416,7 @@ def test_mpi_without_library_or_launcher(answers, monkeypatch, tmp_path):
 # Vocabulary, folders, disk -------------------------------------------------------------------------------------------
 
 
-def test_a_vocabulary_that_cannot_be_had_is_missing(monkeypatch, tmp_path):
+def test_a_vocabulary_that_cannot_be_downloaded_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

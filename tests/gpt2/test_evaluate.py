@@ -1,143 +1,27 @@
-"""gpt2/evaluate.py: losses and bits per byte by hand, sums over parts, and the command."""
+"""gpt2/evaluate.py: the command."""
 
-import base64
 import json
 import math
 
-import numpy as np
 import pytest
 
-from data.prepare import prepare
-from gpt2 import GPT2, GPT2Config, Tokenizer, evaluate
+from gpt2 import GPT2, Tokenizer, evaluate
 from gpt2.training.dataset import TokenDataset
-from gpt2.training.evaluation import evaluate_data, evaluate_task, mean_loss, summed_loss
+from gpt2.training.evaluation import evaluate_data, evaluate_task
 from gpt2.training.tasks import TASKS, load_items
+from tests.gpt2.evaluation_data import make_folder
 from tests.stand_ins import strict_cupy
-from tinygrad2 import no_grad
-from tinygrad2.distributed import SoloComm
-
-TEXT = "".join(f"{i} times {j} is {i * j}; ab, abba and a cab.\n\n" for i in range(30) for j in range(12))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model, data sets of two tokenizers, and files of both tasks."""
-    folder = tmp_path_factory.mktemp("user")
-    lines = (json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n"))
-    (folder / "text.jsonl").write_text("".join(lines))
-    prepare([str(folder / "text.jsonl")], "bytes", folder / "data" / "text", val_fraction=0.3)
-    tokens = [bytes([byte]) for byte in range(256)] + [b"ab"]
-    lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
-    (folder / "ab.tiktoken").write_text("".join(lines))
-    prepare([str(folder / "text.jsonl")], str(folder / "ab.tiktoken"), folder / "data" / "pairs", val_fraction=0.3)
-    make_model(257).save_pretrained(folder / "model")
-    Tokenizer.load("bytes").save(folder / "model")
-    items = [{"ctx": f"{i} times", "endings": ["2", f"{i} is", "ab", "a"], "label": i % 4} for i in range(7)]
-    (folder / "h.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (folder / "l.jsonl").write_text("".join(json.dumps({"text": f"ab, abba and {i} cabs"}) + "\n" for i in range(5)))
-    return folder
+    return make_folder(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture
 def user(folder, monkeypatch):
     monkeypatch.chdir(folder)
     return folder
-
-
-def make_model(vocab_size, seed: int | None = 1):
-    return GPT2(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2), seed=seed)
-
-
-def test_mean_loss_counts_every_window_alike(folder):
-    model, data = make_model(257), TokenDataset.open(folder / "data" / "text", "val")
-    with no_grad():
-        losses = [model.loss(*data.batch([i], 16)).item() for i in range(7)]
-    assert max(losses) > min(losses) + 0.01
-    assert mean_loss(model, data, 2, 16, 3) == pytest.approx(np.mean(losses[:6]), rel=1e-6)
-    windows = data.windows(16)
-    assert windows % 5 != 0  # the last batch is not full
-    whole = mean_loss(model, data, 5, 16, 10**6)
-    assert whole == pytest.approx(mean_loss(model, data, 1, 16, windows), rel=1e-6)
-    parts = [summed_loss(model, data, range(windows)[part::3], 4, 16) for part in range(3)]
-    assert sum(parts) / (windows * 16) == pytest.approx(whole, rel=1e-6)
-
-
-class Both(SoloComm):
-    """Two ranks, one after the other: what the first one gathers, the second one adds its own to."""
-
-    size = 2
-
-    def __init__(self):
-        self.gathered = []
-
-    def all_gather(self, array):
-        self.gathered.append(array)
-        return np.stack(self.gathered)
-
-
-def test_ranks_share_an_evaluation(user):
-    model, tokenizer = make_model(257), Tokenizer.load("bytes")
-    data, whole, parts = TokenDataset.open(user / "data" / "text", "val"), Both(), Both()
-    for rank in range(2):
-        whole.rank = parts.rank = rank
-        loss = mean_loss(model, data, 2, 16, 5, whole)
-        task = evaluate_task(TASKS["hellaswag"], model, tokenizer, load_items(TASKS["hellaswag"], "h.jsonl"), 4, parts)
-    assert loss == pytest.approx(mean_loss(model, data, 2, 16, 5), rel=1e-6)
-    alone = evaluate_task(TASKS["hellaswag"], model, tokenizer, load_items(TASKS["hellaswag"], "h.jsonl"), 4)
-    assert task == pytest.approx(alone, rel=1e-6)
-    assert [array[0] for array in parts.gathered] == [4, 3]  # of the seven items
-
-
-@pytest.mark.parametrize("name", ["text", "pairs"])
-def test_bits_per_byte_by_hand(name, folder):
-    """Where every token is as likely, a token costs log2(V) bits; its bytes are those of the text."""
-    data = TokenDataset.open(folder / "data" / name, "val")
-    tokenizer = Tokenizer.load(folder / "data" / name)
-    V = tokenizer.vocab_size
-    ids = data.read(1, data.windows(16) * 16)
-    text = tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text])
-    assert {tokenizer.end_of_text, 256} <= set(ids.tolist())
-    figures = evaluate_data(make_model(V, seed=None), tokenizer, data, 8, 16)
-    assert figures == {
-        "loss": pytest.approx(math.log(V), rel=1e-6),
-        "perplexity": pytest.approx(V, rel=1e-5),
-        "bits_per_byte": pytest.approx(math.log2(V) * len(ids) / len(text), rel=1e-6),
-        "tokens": len(ids),
-        "bytes": len(text),
-        "block_size": 16,
-    }
-
-
-def test_the_first_batches_only(folder):
-    data, tokenizer = TokenDataset.open(folder / "data" / "text", "val"), Tokenizer.load("bytes")
-    model = make_model(257)
-    figures = evaluate_data(model, tokenizer, data, 3, 8, batches=2)
-    assert figures["tokens"] == 2 * 3 * 8
-    assert figures["loss"] == pytest.approx(mean_loss(model, data, 3, 8, 2), rel=1e-6)
-
-
-def test_data_of_another_tokenizer_is_refused(folder):
-    with pytest.raises(ValueError, match=r"pairs: it was made with the tokenizer ab; expected the model's, bytes"):
-        evaluate_data(
-            make_model(257), Tokenizer.load("bytes"), TokenDataset.open(folder / "data" / "pairs", "val"), 2, 8
-        )
-
-
-def test_shards_of_another_program_are_of_gpt2s_tokenizer(gpt2_files, tmp_path):
-    gpt2 = Tokenizer.load("gpt2")
-    gpt2.encode(TEXT).astype("<u2").tofile(tmp_path / "val.bin")
-    data = TokenDataset.open(tmp_path, "val")
-    figures = evaluate_data(make_model(50257), gpt2, data, 2, 8, batches=3)
-    assert figures["bytes"] == len(gpt2.decode_bytes(data.read(1, 48)))
-    with pytest.raises(ValueError, match=r"with the tokenizer gpt2; expected the model's, bytes"):
-        evaluate_data(make_model(257), Tokenizer.load("bytes"), data, 2, 8)
-
-
-def test_a_damaged_model_is_said(folder):
-    model = make_model(257)
-    model.wte.weight.data = np.full(model.wte.weight.shape, np.nan, dtype=np.float32)
-    with pytest.raises(ValueError, match="the model's loss is nan"):
-        evaluate_data(model, Tokenizer.load("bytes"), TokenDataset.open(folder / "data" / "text", "val"), 2, 8, 1)
 
 
 def test_command_line(user, tmp_path, capsys):
@@ -228,7 +112,7 @@ def test_limits(user, tmp_path):
     assert (figures["data"]["split"], figures["data"]["tokens"], figures["hellaswag"]["items"]) == ("train", 48, 3)
 
 
-def test_too_large_a_batch_is_said(user, monkeypatch, capsys):
+def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
     def too_much(*_):
         raise MemoryError
 

@@ -100,13 +100,12 @@ PUBLISHED = {"vocab_size": 50257, "activation_function": "gelu_new"}
 # At a rate at which the model learns the batch by heart, losses near 0 would be compared, and what differs in the last
 # digit grows from step to step. At these rates ten steps move the loss, and rounding stays rounding.
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize(
     ("sizes", "lr"),
     [pytest.param(SMALL, 3e-4, id="small"), pytest.param(PUBLISHED, 1e-5, id="124M", marks=pytest.mark.slow)],
 )
 def test_live(sizes, lr, tmp_path, capsys):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     from tests.gpt2.golden import make_golden as golden
 
     theirs = golden.random_model(0, **sizes)
@@ -127,10 +126,12 @@ def test_live(sizes, lr, tmp_path, capsys):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_transformers_reads_what_we_save(tmp_path):
     """And computes the same logits, with the file's own dtype and after a change of every weight."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    import torch
+    import transformers
+
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=4, activation_function="gelu")
     for dtype, bound in (("float32", 1e-6), ("float64", 1e-14)):
         model = GPT2(config, seed=3, dtype=dtype)
@@ -149,11 +150,13 @@ def test_transformers_reads_what_we_save(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("cache", [True, False])
 def test_greedy_text_is_theirs_token_for_token(tmp_path, cache):
     """Over a whole context, with the key-value cache and without."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = GPT2(GPT2Config(vocab_size=211, n_positions=48, n_embd=64, n_layer=3, n_head=4), seed=5)
     for parameter in model.parameters():
         if parameter.ndim == 2:

@@ -329,7 +329,8 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, message
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium: one that is installed, or Playwright's own."""
-    api = pytest.importorskip("playwright.sync_api", reason='needs Playwright: pip install -e ".[browser]"')
+    from playwright import sync_api as api
+
     names = ("chromium", "chromium-browser", "google-chrome")
     installed = next((path for name in names if (path := shutil.which(name))), None)
     with api.sync_playwright() as playwright:
@@ -364,6 +365,7 @@ def files(tmp_path):
     return a / "report.html", tmp_path / "both.html"
 
 
+@pytest.mark.extras("playwright")
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, files, width, scheme):
@@ -386,6 +388,7 @@ def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, files, 
     assert grounds == {"rgb(251, 250, 248)" if scheme == "light" else "rgb(20, 23, 28)"}
 
 
+@pytest.mark.extras("playwright")
 def test_labels_do_not_run_into_one_another(browser, files):
     page, _, _ = opened(browser, files[0])
     for axis, start, end in (("x", "left", "right"), ("y", "bottom", "top")):
@@ -400,6 +403,7 @@ def test_labels_do_not_run_into_one_another(browser, files):
             assert all(sign * a[end] < sign * b[start] for a, b in itertools.pairwise(labels))
 
 
+@pytest.mark.extras("playwright")
 def test_the_pointer_reads_the_table_and_the_box_changes_the_axes(browser, files):
     page, said, _ = opened(browser, files[0], 1000)
     figure = page.locator("figure:visible").first
@@ -417,6 +421,7 @@ def test_the_pointer_reads_the_table_and_the_box_changes_the_axes(browser, files
     assert said == []
 
 
+@pytest.mark.extras("playwright")
 def test_the_policy_stops_a_script_that_is_not_the_page_s_own(browser, files):
     text = files[0].read_text(encoding="utf-8")
     files[0].write_text(

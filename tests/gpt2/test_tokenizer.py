@@ -12,6 +12,8 @@ import tiktoken
 from gpt2.tokenizer import HF_MERGES, HF_TOKENIZER, HF_VOCAB, RANKS_FILE, VOCABULARY_FILE, Tokenizer
 
 HF_FILES = {HF_MERGES: "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", HF_VOCAB: "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+
+
 TEXTS = [
     "Hello world",
     "",
@@ -130,7 +132,7 @@ def test_last_merge_counts_without_a_final_newline_and_with_windows_line_ends(ti
         assert Tokenizer.load(tiny).fingerprint == expected
 
 
-def test_an_edited_file_is_read_anew(tiny):
+def test_an_edited_file_is_read_again(tiny):
     before = Tokenizer.load(tiny)
     vocab = json.loads((tiny / HF_VOCAB).read_text())
     vocab = {token: i for i, token in enumerate(token for token in vocab if token != "the")}
@@ -331,9 +333,11 @@ def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.extras("tokenizers")
 def test_what_tokenizers_trains_and_writes(tmp_path):
     """The mark first, as a trainer's special tokens are."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -351,9 +355,11 @@ def test_what_tokenizers_trains_and_writes(tmp_path):
             assert ours.encode(text).tolist() == theirs.encode(text).ids
 
 
+@pytest.mark.extras("transformers")
 def test_what_transformers_writes(hugging_face, tmp_path):
     """Version 5 writes tokenizer.json alone."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)
     theirs.save_pretrained(tmp_path / "saved")
     for name in (HF_VOCAB, HF_MERGES):
@@ -410,3 +416,28 @@ def test_failed_download_says_what_to_do(monkeypatch, error):
     with pytest.raises(FileNotFoundError, match="connect once, or set TIKTOKEN_CACHE_DIR") as caught:
         Tokenizer.load("gpt2")
     assert "\n" not in str(caught.value)
+
+
+# Beside a model
+
+
+def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
+    tokenizer = Tokenizer.load("gpt2")
+    tokenizer.save_hugging_face(tmp_path, 1024)
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    published = (gpt2_files / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").read_text(encoding="utf-8")  # vocab.bpe
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8") == published
+    names = json.loads((gpt2_files / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) == names
+
+
+def test_the_tokenizer_of_a_model_file(tmp_path, gpt2_files):
+    """The one beside it, but GPT-2's for GPT-2's vocabulary."""
+    Tokenizer.load("bytes").save(tmp_path)
+    (tmp_path / "model.pt").touch()
+    assert Tokenizer.for_model(tmp_path / "model.pt", 257).name == "bytes"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 300).name == "bytes"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 50257).name == "gpt2"
+    assert Tokenizer.for_model(tmp_path / "model.pt", 50304).name == "gpt2"
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens, the model only 99"):
+        Tokenizer.for_model(tmp_path / "model.pt", 99)

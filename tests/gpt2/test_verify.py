@@ -179,7 +179,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
     assert f"the first that deviates: {first}\n" in capsys.readouterr().out
 
 
-def test_a_result_that_is_no_number_deviates(recorded, monkeypatch, tmp_path):
+def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
     monkeypatch.setattr(
         get_backend().kernels, "lm_head_backward", lambda *arguments: np.full((2, 20, 24), np.nan, "f4")
     )
@@ -240,7 +240,7 @@ def rewritten(file, cases=None, **arrays):
         ({"cases": '[{"model": null}]'}, "its list of cases is damaged"),
     ],
 )
-def test_a_damaged_reference_is_said_in_one_line(change, said, recorded, capsys):
+def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, capsys):
     rewritten(recorded, **change)
     assert verify.main(["--against", str(recorded)]) == 2
     printed = capsys.readouterr().err
@@ -273,11 +273,10 @@ def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_result_is_pytorchs(dtype, small_nano, monkeypatch, tmp_path, capsys):
     """Both forms of GELU, live; then a file recorded with PyTorch, read without it."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     assert verify.main(["--preset", "nano", "--dtype", dtype]) == 0
     assert capsys.readouterr().out.count("everything agrees") == 2
     file = str(tmp_path / "reference.safetensors")
@@ -288,10 +287,9 @@ def test_every_result_is_pytorchs(dtype, small_nano, monkeypatch, tmp_path, caps
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
     """In a folder that transformers reads itself; both forms differ by less than 0.001."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
     capsys.readouterr()
@@ -302,9 +300,8 @@ def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_one_of_openais_names_is_downloaded(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     monkeypatch.setattr("gpt2.formats.hub.download", {"gpt2": tmp_path}.__getitem__)
     assert verify.main(["--against", "gpt2"]) == 0
@@ -312,18 +309,16 @@ def test_one_of_openais_names_is_downloaded(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_a_context_of_one_token(tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     parity.random_model(dataclasses.replace(SMALL, n_positions=1), 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", verify.FORMS)
 def test_the_published_model_is_pytorchs(activation, capsys):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
     assert verify.main(["--preset", "gpt2", "--activation", activation]) == 0
     assert "gpt2, random weights" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_mkl_is_taken_only_where_it_is_installed(monkeypatch):
     assert blas._mkl() is None
 
 
-def test_mkl_can_be_left_aside(monkeypatch):
+def test_mkl_can_be_disabled(monkeypatch):
     def loaded(name):
         raise AssertionError("MKL was looked for")
 

@@ -166,12 +166,12 @@ def test_a_gradient_that_never_arrives_is_an_error():
         check(lambda a, b: a * b.detach(), detached, raises=True)
 
 
-def test_an_input_that_does_not_matter_is_no_error():
+def test_an_input_that_does_not_matter_is_not_an_error():
     assert check(lambda a, b: a * 2, [np.ones(3), np.ones(3)])[1] == 0
 
 
 @pytest.mark.parametrize("n", [5, 300])
-def test_a_gradient_that_is_truly_zero_is_no_error(n):
+def test_a_gradient_that_is_truly_zero_is_not_an_error(n):
     x = np.random.default_rng(0).normal(size=(7, n))
     assert check(lambda x: ops.softmax(x).sum(-1), [x])[0] < 1e-7
 

@@ -28,7 +28,7 @@ def test_a_step_is_divided_into_its_operations(monkeypatch):
     assert rows["step"] == ["9.00", "100.0%"]
 
 
-def test_the_kernels_are_put_back_after_an_error():
+def test_the_kernels_are_restored_after_an_error():
     backend = get_backend("cpu")
     before = dict(vars(backend.kernels))
     with pytest.raises(ZeroDivisionError), Profiler(backend):

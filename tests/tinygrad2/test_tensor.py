@@ -232,7 +232,7 @@ def test_backward_checks_where_it_starts():
     np.testing.assert_array_equal(x.grad, [4, 4])
 
 
-def test_what_is_no_array_of_a_backend_is_refused():
+def test_an_object_that_is_not_an_array_is_refused():
     class Foreign:
         shape, dtype = (2,), np.dtype("float64")
 

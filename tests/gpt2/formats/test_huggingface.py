@@ -1,3 +1,5 @@
+"""gpt2/formats/huggingface.py: folders as transformers writes them, whole and in shards, and damaged ones."""
+
 import json
 import re
 
@@ -8,18 +10,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gpt2 import GPT2, GPT2Config
+from gpt2.formats import model_file, torch_file
+from tests.gpt2.formats.models import assert_equal, random_model, stored, values
 
 SIZES = {"vocab_size": 13, "n_positions": 6, "n_embd": 8, "n_layer": 2, "n_head": 2}
 
 
 @pytest.fixture
 def model():
-    """Its biases and gains are random too, so that no tensor can be taken for another one."""
-    model = GPT2(GPT2Config(**SIZES, activation_function="gelu", attn_pdrop=0.3, layer_norm_epsilon=1e-4))
-    random = np.random.default_rng(0)
-    for parameter in model.parameters():
-        parameter.data = random.standard_normal(parameter.shape)
-    return model
+    return random_model(**SIZES, activation_function="gelu", attn_pdrop=0.3, layer_norm_epsilon=1e-4)
 
 
 @pytest.fixture
@@ -33,13 +32,6 @@ def rewrite(folder, change, metadata=None):
     arrays = load_file(folder / "model.safetensors")
     arrays = change(arrays) or arrays
     save_file(arrays, folder / "model.safetensors", metadata)
-
-
-def assert_equal(a, b):
-    assert a.config == b.config
-    for (name, p), (other, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-        assert name == other
-        np.testing.assert_array_equal(p.data, q.data, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -181,7 +173,7 @@ def expect_one_line(folder, file, message, kind=ValueError):
         ({"vocab_size": "13"}, "vocab_size is '13'"),
     ],
 )
-def test_configurations_that_are_not_computed_are_refused(changes, message, folder):
+def test_unsupported_configurations_are_refused(changes, message, folder):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     expect_one_line(folder, "config.json", message)
@@ -208,7 +200,7 @@ def test_damaged_weights(keep, folder):
     expect_one_line(folder, "model.safetensors", "header")
 
 
-def test_foreign_file(folder):
+def test_a_file_of_another_format(folder):
     (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
     expect_one_line(folder, "model.safetensors", "File is not a zip file")
 
@@ -221,3 +213,65 @@ def test_missing_file(name, folder):
 
 def test_missing_folder(tmp_path):
     expect_one_line(tmp_path / "nowhere", "config.json", "no such file", FileNotFoundError)
+
+
+# Shards
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_folders_of_hugging_face(kind, shards, model, tmp_path):
+    """Whole and in shards, safetensors and PyTorch's."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    items = list(values(model).items())
+    stem, suffix = kind.split(".")
+    names = [kind] if shards == 1 else [f"{stem}-{i:05}-of-{shards:05}.{suffix}" for i in range(shards)]
+    for i, name in enumerate(names):
+        part = dict(items[i::shards])
+        if suffix == "bin":
+            torch_file.write_pickle(tmp_path / name, stored(part))
+        else:
+            save_file(part, tmp_path / name)
+    if shards > 1:
+        places = {key: names[i % shards] for i, (key, _) in enumerate(items)}
+        (tmp_path / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_equal(model, GPT2.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([], "weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "does not map each tensor to a file"),
+        ({"weight_map": {"wte.weight": 3}}, "does not map each tensor to a file"),
+        ({"weight_map": {"wte.weight": "../model.safetensors"}}, "is not the name of a file in this folder"),
+        ({"weight_map": {"wte.weight": "/etc/passwd"}}, "is not the name of a file in this folder"),
+        ({"weight_map": {"wte.weight": "model.safetensors.index.json"}}, "is not the name of a file in this folder"),
+        ({"weight_map": {"wte.weight": "other.safetensors"}}, "the shard 'other.safetensors' is missing"),
+        ({"weight_map": {"nonsense": "part.safetensors"}}, "tensor nonsense is not in part.safetensors"),
+        ({"weight_map": {"wte.weight": "config.json"}}, "config.json: "),
+    ],
+)
+def test_a_list_of_shards_that_is_wrong(places, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: ") as error:
+        model_file.open_model(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parity
+@pytest.mark.extras("transformers")
+def test_transformers_shards_are_read(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 99, "n_positions": 16, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    theirs.save_pretrained(tmp_path, max_shard_size="12KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found = values(GPT2.from_pretrained(tmp_path))
+    for name, tensor in theirs.transformer.named_parameters():
+        assert np.array_equal(found[name], tensor.detach().numpy())

@@ -1,4 +1,4 @@
-"""Files of PyTorch, written by hand here, and by PyTorch where it is installed."""
+"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch where it is installed; models in them."""
 
 import copyreg
 import os
@@ -11,8 +11,21 @@ import zipfile
 import numpy as np
 import pytest
 
+from gpt2 import GPT2, GPT2Config, convert
+from gpt2.formats import model_file, torch_file
 from gpt2.formats.stored import Stored
 from gpt2.formats.torch_file import PICKLE_LIMIT, Record, read_pickle, write_pickle
+from tests.gpt2.formats.models import (
+    NANOGPT,
+    NO_DROPOUT,
+    SIZES,
+    assert_equal,
+    linear,
+    nanogpt,
+    random_model,
+    stored,
+    values,
+)
 
 
 def plain(value):
@@ -41,6 +54,11 @@ def archive(path, program, storages=(), *, compression=zipfile.ZIP_STORED, extra
         for name, content in extra:
             file.writestr(name, content)
     return path
+
+
+@pytest.fixture
+def model():
+    return random_model()
 
 
 @pytest.fixture
@@ -134,6 +152,8 @@ class Evil:
 
 
 MARK = "executed"
+
+
 HOSTILE = {
     "os.system": (pickle.dumps(Evil(os.system, f"touch {MARK}"), 2)[2:-1], f"{os.system.__module__}.system"),
     "builtins.eval": (pickle.dumps(Evil(eval, f"open('{MARK}', 'w')"), 4)[2:-1], "builtins.eval"),
@@ -306,9 +326,10 @@ def test_a_big_claim_costs_no_memory(file):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
 def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
 
     class GPTConfig:
         def __init__(self):
@@ -342,9 +363,11 @@ def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize("mmap", [False, True])
 def test_pytorch_reads_what_is_written(mmap, file):
-    torch = pytest.importorskip("torch")
+    import torch
+
     arrays = {
         kind: np.arange(12).reshape(3, 4).astype(kind)
         for kind in ("float64", "float32", "float16", "bfloat16", "int64", "bool")
@@ -357,3 +380,86 @@ def test_pytorch_reads_what_is_written(mmap, file):
     for kind, array in arrays.items():
         assert tree[kind].dtype == getattr(torch, kind)
         np.testing.assert_array_equal(tree[kind].to(torch.float64).numpy(), array.astype("float64"))
+
+
+# Models in them
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."])
+def test_checkpoints_of_nanogpt(prefix, model, tmp_path):
+    """They compute GELU's exact form, and are compiled or not."""
+    found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", linear(model, prefix)))
+    rates = dict.fromkeys(NO_DROPOUT, 0.2)
+    assert found.config == GPT2Config(**SIZES, **rates, activation_function="gelu")
+    assert all(np.array_equal(array, values(found)[name]) for name, array in values(model).items())
+
+
+def test_a_nanogpt_without_biases(model, tmp_path):
+    arrays = {name: array for name, array in linear(model).items() if not name.endswith(".bias")}
+    found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", arrays, bias=False))
+    for name, array in values(model).items():
+        assert np.array_equal(values(found)[name], np.zeros_like(array) if name.endswith(".bias") else array)
+
+
+def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
+    """A checkpoint of build-nanogpt: torch.save pickles the config with the name of its class."""
+    import pickle
+    import zipfile
+
+    torch_file.write_pickle(path, {"model": stored(arrays), "config": "HERE", "step": 5, "val_loss": 3.5})
+    with zipfile.ZipFile(path) as file:
+        content = {info.filename: file.read(info) for info in file.infolist()}
+    state = pickle.dumps(attributes, 2)[2:-1]
+    here = b"X\x04\x00\x00\x00HERE"
+    program = content["archive/data.pkl"]
+    assert program.count(here) == 1
+    content["archive/data.pkl"] = program.replace(here, f"c{name}\n)\x81".encode("latin-1") + state + b"b")
+    with zipfile.ZipFile(path, "w") as file:
+        for entry, data in content.items():
+            file.writestr(entry, data)
+    return path
+
+
+CONFIG = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 8}
+
+
+def test_checkpoints_of_build_nanogpt(model, tmp_path):
+    """The tanh form, and no dropout."""
+    assert_equal(model, GPT2.from_pretrained(with_config_object(tmp_path / "a.pt", linear(model), CONFIG)))
+    other = with_config_object(tmp_path / "b.pt", linear(model), CONFIG, "train_gpt2\nGPTConfig")
+    assert_equal(model, GPT2.from_pretrained(other))
+
+
+def test_a_config_object_of_nanogpt_has_the_exact_form(model, tmp_path):
+    path = with_config_object(tmp_path / "a.pt", linear(model), {**CONFIG, "dropout": 0.0, "bias": True})
+    assert model_file.load_config(path).activation_function == "gelu"
+
+
+def test_a_config_without_a_value(model, tmp_path):
+    path = with_config_object(tmp_path / "a.pt", linear(model), {"n_head": 2, "vocab_size": 257})
+    with pytest.raises(ValueError, match=r"a.pt: 'block_size' is missing"):
+        model_file.load_config(path)
+
+
+@pytest.mark.parametrize("tree", [[1], {"a": 1}, {"model": {}}, {"model": {"wte.weight": 3}}])
+def test_a_file_of_pytorch_without_a_model(tree, tmp_path):
+    torch_file.write_pickle(tmp_path / "x.pt", tree)
+    with pytest.raises(ValueError, match=r"x.pt: it (is a pickled|has no state dict)"):
+        model_file.open_model(tmp_path / "x.pt")
+
+
+@pytest.mark.parity
+@pytest.mark.extras("torch")
+def test_pytorch_reads_the_exported_state_dict(model, tmp_path):
+    import torch
+
+    model.save_pretrained(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "b.pt", "pt")
+    checkpoint = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert checkpoint["model_args"] == {**NANOGPT, "dropout": 0.0}
+    expected = linear(model)
+    assert checkpoint["model"].keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(checkpoint["model"][name].numpy(), array)
+    tied = [checkpoint["model"][name] for name in ("lm_head.weight", "transformer.wte.weight")]
+    assert tied[0].data_ptr() == tied[1].data_ptr()

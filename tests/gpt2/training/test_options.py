@@ -24,7 +24,14 @@ def refused(capsys, *argv):
 
 
 def example(f):
-    texts = {"preset": "gpt2", "recipe": "paper", "dtype": "float64", "recompute": "block", "eval": "lambada"}
+    texts = {
+        "preset": "gpt2",
+        "recipe": "paper",
+        "dtype": "float64",
+        "recompute": "block",
+        "eval": "lambada",
+        "optimizer": "muon",
+    }
     return {int: "3", float: "0.25", str: texts.get(f.name, "cpu")}[f.metadata["kind"]]
 
 

@@ -175,7 +175,7 @@ def test_what_is_longer_than_the_context_loses_its_beginning():
     assert cut["nats"] == pytest.approx(same["nats"], rel=1e-6)
 
 
-def test_a_damaged_model_is_said():
+def test_a_damaged_model_is_reported():
     model = make_model()
     model.wte.weight.data = np.full(model.wte.weight.shape, np.nan, dtype=np.float32)
     with pytest.raises(ValueError, match="lambada: the model's losses are not finite"):
@@ -191,10 +191,12 @@ def test_on_a_device():
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch", "transformers")
 def test_the_figures_are_pytorchs(tmp_path):
     """As build-nanogpt computes them: all rows of an item padded with 0, the loss masked, its sum and its mean."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = make_model()
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
@@ -270,7 +272,7 @@ def test_load(tmp_path):
         (LAMBADA, None),
     ],
 )
-def test_lines_that_are_none_of_the_task(task, line, tmp_path):
+def test_lines_that_do_not_belong_to_the_task(task, line, tmp_path):
     good = {"ctx": "a", "endings": ["b", "c"], "label": 0} if task is HELLASWAG else {"text": "two words"}
     file = write(tmp_path / "f.jsonl", [good, line])
     with pytest.raises(ValueError, match=rf"f.jsonl: line 2 is not a question of {task.name}; expected {{"):
@@ -280,7 +282,7 @@ def test_lines_that_are_none_of_the_task(task, line, tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"), [(b"\xff\xfe\xfa\n", "line 1"), (b"{\n", "line 1"), (b"[" * 5000, "line 1")]
 )
-def test_files_that_are_no_json_lines(content, line, tmp_path):
+def test_files_that_are_not_json_lines(content, line, tmp_path):
     (tmp_path / "f.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=line):
         load_items(LAMBADA, tmp_path / "f.jsonl")

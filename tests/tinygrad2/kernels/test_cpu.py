@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tinygrad2 import Key, reference, threads
+from tinygrad2 import Key, reference
 from tinygrad2.backend import kernel_table
 
 cpu = pytest.importorskip("tinygrad2.kernels.cpu")
@@ -185,11 +185,11 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])
-def test_the_number_of_threads_changes_no_bit_of_a_sum(name, monkeypatch):
+def test_the_number_of_threads_changes_no_bit_of_a_sum(name, set_threads):
     """Of ours; BLAS rounds differently for a product that is cut into other parts."""
     outcomes = []
     for count in (1, 2, 3, 5):
-        monkeypatch.setattr(threads, "_count", count)
+        set_threads(count)
         given = [convert(value, np.float32) for value in arguments(name, (3, 131, 96))[0]]
         outcomes.append(results(getattr(cpu, name)(*given), given, name))
     for outcome in outcomes[1:]:

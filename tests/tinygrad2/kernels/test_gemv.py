@@ -80,13 +80,13 @@ def test_nothing_to_add_changes_nothing(shape, dtype, layout):
 
 @DTYPES
 @LAYOUTS
-def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, monkeypatch):
+def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, set_threads, monkeypatch):
     monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even of a small matrix
     for K, N in ((131, 1013), (16, 4001)):
         x, w, y = matrices(7, K, N, dtype, layout)
         results = []
         for count in (1, 2, 3, 5):
-            monkeypatch.setattr(threads, "_count", count)
+            set_threads(count)
             assert len(threads.parts(-(-N // gemv.LANES), 64 // gemv.LANES)) == count
             result = y.copy()
             gemv.add_product(x, w, result)
@@ -101,7 +101,7 @@ def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layou
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_shows(dtype, layout, bad):
+def test_nan_and_infinity_show(dtype, layout, bad):
     K, N = 37, 85
     for k, j in ((0, 0), (36, 3), (5, 84), (36, 84), (17, 40)):
         x, w, y = matrices(7, K, N, dtype, layout)
@@ -165,6 +165,7 @@ def test_linear_takes_any_weights_and_rows(dtype, rows, cut):
             np.testing.assert_allclose(y, x.astype(np.float64) @ wide + bias, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):
     script = (
         "import numpy as np\n"

@@ -350,11 +350,12 @@ pool.each(lambda a, b: None, RANGES)
 """
 
 
+@pytest.mark.parametrize("repeats", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", EXITS)
-def test_the_interpreter_exits_cleanly(case):
-    """Six processes a case, two at a time. An exit function that runs after the pool has stopped computes by itself."""
+def test_the_interpreter_exits_cleanly(case, repeats):
+    """Two processes at a time. An exit function that runs after the pool has stopped computes by itself."""
     script = SCRIPT + EXITS[case]
-    for _ in range(3):
+    for _ in range(repeats):
         processes = [
             subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for _ in range(2)
@@ -366,9 +367,9 @@ def test_the_interpreter_exits_cleanly(case):
             assert (b"ZeroDivisionError" in err) if "error" in case else err == b""
 
 
-def test_set_count_decides_how_many_threads_work(monkeypatch):
+def test_set_count_decides_how_many_threads_work(set_threads):
     for count in (1, 4, 2):
-        monkeypatch.setattr(threads, "_count", count)
+        set_threads(count)
         seen = []
         pool.each(lambda a, b, seen=seen: seen.append(threading.get_ident()), threads.parts(100, 1))
         assert len(set(seen)) == count

@@ -1,0 +1,257 @@
+"""gpt2/training/setup.py: what a run starts from, what a resumed one takes over, and what is refused."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from data.prepare import prepare
+from gpt2 import GPT2, Tokenizer
+from gpt2.training import options
+from gpt2.training.tasks import TASKS
+from tests.training_runs import QUICK, TEXT, one_line, rows, run, update_checksums
+from tinygrad2 import checkpoint
+
+
+def test_a_task_that_cannot_be_downloaded_is_reported_before_training(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    monkeypatch.setitem(TASKS, "lambada", dataclasses.replace(TASKS["lambada"], url="http://127.0.0.1:9/words.jsonl"))
+    monkeypatch.setenv("no_proxy", "*")
+    run("--eval", "lambada", "--max-iters", "2", code=1)
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: lambada: http://127.0.0.1:9/words.jsonl could not be downloaded (")
+    assert said.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--preset", "gpt2"], "--preset nano; it cannot be resumed with gpt2"),
+        (["--block-size", "8"], "--block-size 16; it cannot be resumed with 8"),
+        (["--seed", "3"], "--seed 1337; it cannot be resumed with 3"),
+        (["--dtype", "float64"], "--dtype float32; it cannot be resumed with float64"),
+    ],
+)
+def test_a_run_resumes_only_with_the_settings_it_started_with(workspace, capsys, option, message):
+    run("--max-iters", "2")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert train.main(["--max-iters", "4", *option]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--fresh to start a new run" in error
+    assert len(error.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_the_data_of_a_run_may_get_another_name_and_nothing_else(workspace, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "3", "--data", "./data/text/"]) == 0
+    (workspace / "data" / "text").rename(workspace / "data" / "mine")
+    assert train.main(["--max-iters", "4", "--data", "mine"]) == 0
+    assert train.main(["--max-iters", "5"]) == 0
+    assert [row["step"] for row in rows("out")] == [1, 2, 3, 4, 5]
+    (workspace / "other.txt").write_text(TEXT.replace("times", "plus"))
+    prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "other")
+    capsys.readouterr()
+    assert train.main(["--max-iters", "6", "--data", "other"]) == 1
+    assert "data/other is not the data that out/ was trained on so far: it is another data set, or" in one_line(capsys)
+
+
+def test_fine_tuning_starts_from_the_weights(workspace, capsys):
+    run("--max-iters", "3", "--out-dir", "base")
+    base = checkpoint.newest(Path("base"))[0]
+    run("--max-iters", "1", "--init", str(base), "--learning-rate", "1e-12", "--weight-decay", "0")
+    trained, start = GPT2.from_pretrained(checkpoint.newest(Path("out"))[0]), GPT2.from_pretrained(base)
+    for (name, a), (_, b) in zip(trained.named_parameters(), start.named_parameters(), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-9, err_msg=name)
+
+
+def damage_shard(workspace, change):
+    shard = workspace / "data" / "text" / "train-00000.bin"
+    shard.write_bytes(change(shard.read_bytes()))
+
+
+def retell(workspace, **changes):
+    """Change the manifest, checksums included, so that only the content of the shard is wrong."""
+    from gpt2.training.dataset import file_sha256
+
+    file = workspace / "data" / "text" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for shard in manifest["shards"]:
+        shard["sha256"] = file_sha256(workspace / "data" / "text" / shard["file"])
+    file.write_text(json.dumps({**manifest, **changes}))
+
+
+def foreign_ids(workspace):
+    damage_shard(workspace, lambda data: b"\xff\x7f" * (len(data) // 2))
+    retell(workspace)
+
+
+def make_small(workspace):
+    (workspace / "small.txt").write_text("too little\n" * 30)
+    prepare([str(workspace / "small.txt")], "bytes", workspace / "data" / "small")
+
+
+BAD = {
+    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ has text\)"),
+    "an empty folder": (
+        lambda folder: (folder / "empty").mkdir(),
+        ["--data", "empty"],
+        "data 'empty': no such data set",
+    ),
+    "a truncated shard": (
+        lambda folder: damage_shard(folder, lambda data: data[:-10]),
+        [],
+        r"train-00000\.bin: the shard has [\d,]+ bytes, expected",
+    ),
+    "a changed shard": (
+        lambda folder: damage_shard(folder, lambda data: data[:-1] + b"\x01"),
+        [],
+        r"train-00000\.bin: the shard's checksum differs",
+    ),
+    "ids outside the vocabulary": (
+        foreign_ids,
+        [],
+        r"train-00000\.bin: it has the id 32767, but the vocabulary has 257",
+    ),
+    "a manifest of something else": (
+        lambda folder: (folder / "data" / "text" / "manifest.json").write_text("[1]"),
+        [],
+        r"manifest\.json: not a valid manifest",
+    ),
+    "a context longer than the model's": (
+        None,
+        ["--block-size", "65"],
+        "65 is longer than the model's context of 64",
+    ),
+    "too little data": (
+        make_small,
+        ["--data", "small", "--block-size", "64"],
+        r"the split val has \d+ tokens; a block size of 64 needs 64 \+ 1 = 65",
+    ),
+    "a batch that does not divide": (
+        None,
+        ["--total-batch-size", "100"],
+        r"100 is not a multiple of --batch-size 2 x --block-size 16 = 32 tokens; the nearest multiple is 96 or 128",
+    ),
+    "another vocabulary": (
+        None,
+        ["--preset", "gpt2"],
+        r"tokenizer bytes \(257 tokens\); expected that of the preset gpt2 \(50,257 tokens\)",
+    ),
+    "no such model": (
+        None,
+        ["--init", "nowhere"],
+        "nowhere: no such file or folder; expected a model, the out-dir of a run",
+    ),
+    "init with a preset": (
+        None,
+        ["--init", "x", "--preset", "nano"],
+        "--init determines the sizes of the model; remove --preset",
+    ),
+    "an out-dir that is a file": (
+        lambda folder: (folder / "taken").write_text("x"),
+        ["--out-dir", "taken"],
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a file is not renamed for a fresh start": (
+        lambda folder: (folder / "taken").write_text("x"),
+        ["--out-dir", "taken", "--fresh"],
+        r"--out-dir taken is a file; name a folder",
+    ),
+    "a rate that ends above its peak": (
+        None,
+        ["--min-lr", "1e-2", "--learning-rate", "1e-3"],
+        "--min-lr 0.01 is more than --learning-rate 0.001",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(workspace, capsys, case):
+    prepare_case, options, message = BAD[case]
+    if prepare_case:
+        prepare_case(workspace)
+    run("--max-iters", "3", *options, code=1)
+    assert re.search(message, one_line(capsys))
+    if case != "ids outside the vocabulary":  # which shows when they are read; the others before a run begins
+        assert not list(Path().rglob("log.jsonl"))
+    assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
+
+
+def test_data_prepared_again_under_the_same_name_is_noticed(workspace, capsys):
+    run("--max-iters", "2")
+    (workspace / "other.txt").write_text(TEXT.replace("times", "plus"))
+    prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "text", fresh=True)
+    run("--max-iters", "4", code=1)
+    assert "data/text is not the data that out/ was trained on so far" in one_line(capsys)
+
+
+def test_another_vocabulary_beside_the_data_is_noticed(workspace, capsys):
+    Tokenizer.load("bytes").save(workspace / "data" / "text")
+    manifest = workspace / "data" / "text" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(Tokenizer.load("bytes").fingerprint, "0" * 64))
+    run("--max-iters", "1", code=1)
+    assert "name different tokenizers" in one_line(capsys)
+
+
+def test_a_mistake_with_fresh_renames_nothing(workspace, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--fresh", "--data", "nothing"]) == 1
+    assert train.main(["--fresh", "--data", "text", "--total-batch-size", "100"]) == 1
+    assert not list(Path().glob("out-*"))
+
+
+def test_the_default_data_may_be_named(workspace, monkeypatch):
+    (workspace / "data" / "text").rename(workspace / "data" / "pydoc")
+    assert train.main([*QUICK, "--max-iters", "2"]) == 0
+    assert train.main(["--data", "pydoc", "--max-iters", "3"]) == 0
+
+
+def test_an_out_dir_can_be_fine_tuned_from(workspace):
+    run("--max-iters", "2", "--out-dir", "base")
+    run("--max-iters", "1", "--init", "base")
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, monkeypatch):
+    run("--max-iters", "2", "--out-dir", "newer")
+    run("--max-iters", "2", "--out-dir", "older")
+    state = Path("older/ckpt-000002/trainer.json")
+    values = json.loads(state.read_text())
+    assert values.pop("defaults")["beta2"] == 0.95
+    state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
+    update_checksums(state.parent)
+    monkeypatch.setattr(options, "SIZE_DEFAULTS", {"small": {**options.SIZE_DEFAULTS["small"], "learning_rate": 1e-5}})
+    monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
+    for folder in ("newer", "older"):
+        assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0
+        start = json.loads(Path(folder, "starts.jsonl").read_text().splitlines()[-1])["options"]
+        assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 3e-3, 3e-3 / 10)
+        assert start["lr_decay_iters"] == 4  # follows --max-iters
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is for --optimizer adamw and muon only; this run has sgd"),
+        (["--momentum", "0.8"], "--momentum is for --optimizer muon and sgd only; this run has adamw"),
+        (["--optimizer", "muon", "--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
+        (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
+    ],
+)
+def test_options_of_another_optimizer_are_refused(workspace, capsys, options, message):
+    with contextlib.suppress(SystemExit):
+        train.main(["--data", "text", *QUICK, "--max-iters", "2", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_the_optimizer_of_a_run_stays(workspace, capsys):
+    run("--max-iters", "2")
+    assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
+    assert "--optimizer adamw; it cannot be resumed with sgd" in capsys.readouterr().err
