@@ -62,8 +62,14 @@ def distance(a, b):
     return np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("texts", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("texts", "dtype"),
+    [
+        (1, "float32"),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+        *(pytest.param(texts, dtype, marks=pytest.mark.slow) for texts in (2, 5) for dtype in BOUNDS),
+    ],
+)
 def test_a_token_in_one_launch_is_what_the_operations_compute(device, dtype, texts):
     tokens = tokens_of(CONFIG, texts, 12)
     logits, cache = logits_of(model_of(dtype=dtype), tokens, 5)
@@ -73,6 +79,7 @@ def test_a_token_in_one_launch_is_what_the_operations_compute(device, dtype, tex
         assert distance(layer.astype(np.float32), true) < BOUNDS[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -94,6 +101,7 @@ def limited(monkeypatch, model, **changes):
     monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])  # without and with thread block clusters
 @pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five clusters, of which two have no head
 def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors, capability):
@@ -103,6 +111,7 @@ def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [3, 1])
 def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
@@ -117,6 +126,7 @@ def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch
     assert distance(np.stack(found, axis=1), expected[:, :2]) < BOUNDS["float32"]
 
 
+@pytest.mark.slow
 def test_hardware_clusters_are_not_used_where_none_runs(device):
     device.clusters = 0
     tokens = tokens_of(CONFIG, 1, 4)
@@ -124,6 +134,7 @@ def test_hardware_clusters_are_not_used_where_none_runs(device):
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])
 def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 12)
@@ -133,6 +144,7 @@ def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 5)[0]) < BOUNDS["float32"]
 
 
+@pytest.mark.slow
 def test_every_schedule_gives_the_same_bits(device, monkeypatch):
     model, tokens = model_of(dtype="bfloat16"), tokens_of(CONFIG, 2, 40)
     results = []
@@ -145,12 +157,14 @@ def test_every_schedule_gives_the_same_bits(device, monkeypatch):
             np.testing.assert_array_equal(layer, first)
 
 
+@pytest.mark.slow
 def test_generating_with_it_gives_the_same_texts(device):
     sampling = {"samples": 3, "temperature": 0.8, "seed": 3}
     texts = model_of().generate([5, 9, 2], 15, **sampling)
     assert texts == model_of(device="cpu").generate([5, 9, 2], 15, **sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_greedy_tokens_are_the_cpus(device, monkeypatch, samples, capability):

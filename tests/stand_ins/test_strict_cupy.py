@@ -124,6 +124,7 @@ def test_pointers_streams_and_the_device():
         other.wait_event(cuda.Event())
 
 
+@pytest.mark.extras("cupy")
 def test_what_kernels_rely_on_holds_in_the_real_cupy():
     """Without a GPU: views of memory that is never touched, and the bytes of a structure passed to a kernel."""
     cupy = pytest.importorskip("cupy")

@@ -43,7 +43,7 @@ def device():
         yield counters
 
 
-@pytest.fixture(params=["rules", "rules and names"])
+@pytest.fixture(params=["rules", pytest.param("rules and names", marks=pytest.mark.extras("cupy"))])
 def checked_device(request):
     """Once without CuPy, once with every name and argument checked against the CuPy that is installed."""
     real = pytest.importorskip("cupy") if "names" in request.param else None
@@ -186,6 +186,7 @@ def test_generation_gives_numpys_tokens(checked_device, cache):
     assert len(here[0]) == count
 
 
+@pytest.mark.slow
 def test_gradcheck_on_the_device(device, capsys):
     assert gradcheck.main(["--device", "cuda"]) == 0
     table = capsys.readouterr().out
@@ -454,6 +455,7 @@ def test_train_gives_the_arithmetic_where_memory_runs_out(user, monkeypatch, cap
     )
 
 
+@pytest.mark.extras("cupy")
 def test_cupys_error_is_a_memory_error():
     assert issubclass(pytest.importorskip("cupy").cuda.memory.OutOfMemoryError, MemoryError)
 
@@ -573,6 +575,7 @@ def test_the_stand_in_refuses(device, fault, error):
         fault(strict_cupy.library, on_device(X))
 
 
+@pytest.mark.extras("cupy")
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
@@ -592,6 +595,7 @@ def test_the_stand_in_knows_cupys_names(fault, error):
         fault(strict_cupy.library, on_device(X))
 
 
+@pytest.mark.extras("cupy")
 def test_what_the_stand_in_offers_is_in_cupy():
     def missing(ours, theirs, path):
         for name, value in vars(ours).items():

@@ -587,6 +587,7 @@ def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct
         assert asked == [None]
 
 
+@pytest.mark.extras("cupy")
 def test_the_stand_in_for_nccl_has_its_names():
     nccl = pytest.importorskip("cupy.cuda.nccl")
     if not nccl.available:

@@ -47,7 +47,9 @@ def step(device, dtype, **options):
     return *fetch.get(), gradients, model, waits
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "tf32"))]
+)
 def test_a_training_step_is_the_cpus(device, dtype):
     loss, norm, gradients, model, waits = step("cuda", dtype)
     true_loss, true_norm, true_gradients, true_model, _ = step("cpu", "float32")
@@ -69,6 +71,7 @@ def test_a_training_step_is_the_cpus(device, dtype):
             np.testing.assert_array_equal(copy, p.numpy().astype(copy.dtype), err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_step_are_the_same_in_every_schedule(device, monkeypatch):
     results = []
     for order in range(3):
@@ -80,6 +83,7 @@ def test_the_gradients_of_a_step_are_the_same_in_every_schedule(device, monkeypa
             np.testing.assert_array_equal(gradient, results[0][2][name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"recompute": "block"}, {"head_rows": 64}], ids=str)
 def test_less_memory_gives_the_same(device, options):
     loss, _, gradients, *_ = step("cuda", "bfloat16")
@@ -92,6 +96,7 @@ def test_less_memory_gives_the_same(device, options):
             assert distance(others[name], gradient) < BOUND, name
 
 
+@pytest.mark.slow
 def test_logits_have_gradients_too(device):
     results = {}
     for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
@@ -105,6 +110,7 @@ def test_logits_have_gradients_too(device):
     assert distance(gradient, true_gradient) < BOUND
 
 
+@pytest.mark.slow
 def test_generation_reads_the_copies(device):
     model = GPT2(CONFIG, device="cuda", dtype="bfloat16")
     there = GPT2(CONFIG)
@@ -118,6 +124,7 @@ def test_generation_reads_the_copies(device):
     assert tokens[0] == again[0]
 
 
+@pytest.mark.slow
 def test_it_learns_as_the_cpu_does(device):
     losses = {}
     for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):

@@ -12,6 +12,8 @@ try:
 except RuntimeError:
     pytest.skip("NVRTC is not installed: pip install -e '.[cuda-check]'", allow_module_level=True)
 
+pytestmark = pytest.mark.extras("cupy")
+
 BIG_ARRAY = """
 extern "C" __global__ void sums(float* out, const int* where, int n) {
   float kept[ROOM];
