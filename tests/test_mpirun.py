@@ -391,7 +391,11 @@ def test_one_voice_and_one_writer(user):
 
 
 def test_one_rank_says_that_all_compile(user):
-    patch = "train.get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4)); sys.exit()"
+    patch = """
+from tinygrad2.backend import get_backend
+get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4))
+sys.exit()
+"""
     _, error = run(2, patch=patch, env={"NUMBA_CACHE_DIR": str(user / "kernels")})
     assert error.count("compiling kernels") == 1
 
@@ -457,12 +461,12 @@ for context in contexts:
 """
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8", "--device", "cuda"]
     for more in ([], ["--zero"]):
-        for direct, said in ((False, "through host memory"), (True, "GPU to GPU (NCCL)")):
-            out, _ = run(2, *quick, *more, "--out-dir", said[:4], patch=code.format(direct=direct))
+        for folder, said in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
+            out, _ = run(2, *quick, *more, "--out-dir", folder, patch=code.format(direct=folder == "direct"))
             assert f"all-reduce: {said}\n" in out
-        np.testing.assert_allclose(losses("from"), losses("thro"), rtol=1e-6)
-        assert distance(arrays("from"), arrays("thro")) < 1e-5
-        shutil.rmtree("from"), shutil.rmtree("thro")
+        np.testing.assert_allclose(losses("direct"), losses("host"), rtol=1e-6)
+        assert distance(arrays("direct"), arrays("host")) < 1e-5
+        shutil.rmtree("direct"), shutil.rmtree("host")
 
 
 # Several hosts --------------------------------------------------------------------------------------------------------
