@@ -52,7 +52,7 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(workspace, monkeypatch, cap
     assert_same_run("whole", "cut")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_to_the_same_bits(workspace, capsys, optimizer):
     given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
     run("--out-dir", "whole", "--max-iters", "6", *given)

@@ -16,6 +16,7 @@ if not sys.platform.startswith("linux"):
     pytest.skip("limits memory as Linux does", allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read_right():
     outcomes, wrong = fuzz.fuzz(seed=1, first=0, count=390)
     assert wrong == []

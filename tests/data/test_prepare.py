@@ -353,7 +353,7 @@ def test_threads_do_not_matter(tmp_path):
     assert contents(make([tmp_path / "in"], tmp_path / "five", threads=5)) == expected
 
 
-@pytest.mark.parametrize("calls", [1, 2, 7, 30, 44])
+@pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 30, 44))])
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
 def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
     """Interrupted again and again after so many appends, until it is done."""

@@ -39,8 +39,8 @@ def test_attention_is_far_from_uniform():
 
 @pytest.mark.parametrize(
     "kernel",
-    ["linear_backward", "attention_backward", "layernorm_backward", "add_layernorm_backward", "gelu_exact_backward",
-     "lm_head_backward", "dropout_backward"],
+    ["linear_backward", "attention_backward", *(pytest.param(kernel, marks=pytest.mark.slow) for kernel in (
+     "layernorm_backward", "add_layernorm_backward", "gelu_exact_backward", "lm_head_backward", "dropout_backward"))],
 )  # fmt: skip
 def test_an_error_of_a_thousandth_is_found(kernel, monkeypatch):
     right = getattr(reference, kernel)
