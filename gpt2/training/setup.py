@@ -152,24 +152,26 @@ def build_trainer(
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
-    """The optimizer that --optimizer names, on the model's parameters."""
+    """The optimizer that --optimizer names, for the model's parameters."""
     shared_by = comm if options.zero else None
-    decay, betas = options.weight_decay, (options.beta1, options.beta2)
-    if options.optimizer == "sgd":
-        momentum = 0.9 if options.momentum is None else options.momentum
-        return optim.SGD(model, momentum=momentum, nesterov=options.nesterov, weight_decay=decay, shared_by=shared_by)
-    if options.optimizer == "muon":
-        momentum = 0.95 if options.momentum is None else options.momentum
-        return optim.Muon(
-            model,
-            model.hidden_matrices(),
-            momentum=momentum,
-            betas=betas,
-            weight_decay=decay,
-            shared_by=shared_by,
-            ranks=comm,
-        )
-    return optim.AdamW(model, betas=betas, weight_decay=decay, shared_by=shared_by)
+    decay, betas, momentum = options.weight_decay, (options.beta1, options.beta2), options.momentum
+    match options.optimizer:
+        case "adamw":
+            return optim.AdamW(model, betas=betas, weight_decay=decay, shared_by=shared_by)
+        case "muon":
+            return optim.Muon(
+                model,
+                model.hidden_matrices(),
+                momentum=0.95 if momentum is None else momentum,
+                betas=betas,
+                weight_decay=decay,
+                shared_by=shared_by,
+                ranks=comm,
+            )
+        case "sgd":
+            momentum, nesterov = 0.9 if momentum is None else momentum, options.nesterov
+            return optim.SGD(model, momentum=momentum, nesterov=nesterov, weight_decay=decay, shared_by=shared_by)
+    raise AssertionError(f"--optimizer {options.optimizer} has no branch here")
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:

@@ -1,3 +1,5 @@
+"""The math against plain formulas and PyTorch's conventions. Its gradients: test_gradcheck.py, finite differences."""
+
 import math
 
 import numpy as np
