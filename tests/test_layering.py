@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,16 @@ def test_every_module_has_a_test_file_of_its_name():
         *folders, name = module.split(".")
         file = "/".join((*folders, f"test_{name}.py"))
         assert name == "__init__" or (ROOT / "tests" / TESTED_BY.get(module, file)).exists(), f"no tests/{file}"
+
+
+def test_what_needs_an_extra_says_so():
+    """CI runs by its mark what the quick tests skip: `extras("package")`, or `slow`."""
+    extras = ("cupy", "huggingface_hub", "playwright", "pyarrow", "tensorboardX", "tokenizers", "torch", "transformers")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module_marks = [ast.unparse(node) for node in tree.body if "pytestmark" in ast.unparse(node)[:11]]
+        for node in tree.body:
+            text = ast.unparse(node)
+            if re.search(rf"importorskip\('({'|'.join(extras)})", text):
+                marks = " ".join([*module_marks, *map(ast.unparse, getattr(node, "decorator_list", []))])
+                assert re.search("extras|slow|gpu", marks), f"{path}: {text.splitlines()[0]}"

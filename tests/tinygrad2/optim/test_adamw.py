@@ -60,6 +60,7 @@ def test_options_out_of_range(name, value):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_is_pytorchs(weight_decay):
     torch = pytest.importorskip("torch")

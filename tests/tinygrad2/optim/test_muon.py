@@ -81,6 +81,7 @@ def test_muon_follows_the_textbook(max_norm):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize(("shape", "nesterov_momentum"), [((24, 40), 0.95), ((64, 16), 0.95), ((32, 32), 0.9)])
 def test_one_step_is_pytorchs(shape, nesterov_momentum):
     """PyTorch's iterates in bfloat16."""

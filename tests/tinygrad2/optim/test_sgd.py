@@ -39,6 +39,7 @@ def test_sgd_follows_the_textbook(options, max_norm):
 
 
 @pytest.mark.parity
+@pytest.mark.extras("torch")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_sgd_is_pytorchs(options):
     torch = pytest.importorskip("torch")
