@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -36,7 +37,7 @@ class Part:
         return self.region.grads[self.start : self.stop]
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Updates every parameter of a model by its gradient. A subclass is the rule: `state_names` and `update`.
 
     lr            learning rate; it may be changed from step to step.
@@ -59,17 +60,17 @@ class Optimizer:
             for region, start, stop, names in self._runs()
         ]
 
+    @abstractmethod
     def state_names(self, parameter: str) -> tuple[str, ...]:
         """The names of the state arrays of the parameter of this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
         """Update the values and the state of a part in place, by its gradients times `scale`.
 
         scale, lr and step (from 1) are 0-d arrays on the device. Where scale is NaN, the step is skipped: no value and
         no state may change.
         """
-        raise NotImplementedError
 
     def _require(self, name: str, value: Any, valid: bool) -> None:
         if not valid:
