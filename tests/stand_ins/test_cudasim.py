@@ -186,7 +186,7 @@ def test_a_missing_cluster_barrier_shows():
 @pytest.mark.parametrize(
     ("name", "fault", "instead", "message"),
     [
-        ("around", r"blockIdx.x\) wait", "blockIdx.x + 1) wait", "deadlock: .* waiting for another block"),
+        ("around", r"blockIdx.x\) backoff", "blockIdx.x + 1) backoff", "deadlock: .* waiting for another block"),
         ("around", r"DYN_SMEM\(float, kept\)", "__shared__ float kept[1]", "static shared memory"),
         ("swap", r"cluster_barrier<2>\(\);", "", "has not begun, or has ended"),
         ("swap", r"in_block<2>\(kept", "in_block<2>(kept + 1", "a place outside shared memory"),
