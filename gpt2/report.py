@@ -619,7 +619,7 @@ def page(title: str, body: str) -> str:
 
 
 def write(text: str, file: Path) -> None:
-    """Write a page; whoever opens the file meanwhile sees the old one."""
+    """Write a page. A reader sees the old or the new content, never a part."""
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
 

@@ -101,7 +101,7 @@ class Options:
     lr_decay_iters: int = _positive(None, int, "step at which the learning rate reaches min-lr [max-iters]")
     optimizer: str = _one_of(
         "adamw",
-        "update rule; muon orthogonalizes the momentum of hidden matrices, at 124M about 4e13 operations a step (0.4 % "
+        "update rule (muon orthogonalizes the momentum of hidden matrices: 1.6e12 operations a step at 124M, 0.4 % "
         "of a step of 524,288 tokens)",
         OPTIMIZERS,
     )
