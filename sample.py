@@ -15,15 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, print_error
 from gpt2.formats.model_file import find_model
 from gpt2.generate import check_sampling, stream_text
+from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
-from tinygrad2.backend import DEVICES
+from tinygrad2.backend import DEVICES, get_backend
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
@@ -94,8 +93,8 @@ def sample(options: argparse.Namespace) -> int:
             f"no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one{weights}"
         )
         tokenizer = Tokenizer.load("bytes")
-        model = GPT2(GPT2Config.preset("nano"), device=options.device)
-        model = model.narrow() if weights and model.backend.narrow_weights else model
+        precision = to_generate(options.dtype, get_backend(options.device))
+        model = GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision)
     else:
         print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
@@ -134,7 +133,7 @@ def sample(options: argparse.Namespace) -> int:
 
 def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
     """Raise MemoryError if so many samples need more memory than is free, before any is allocated."""
-    itemsize = np.dtype(model.activations).itemsize
+    itemsize = model.precision.activation_bytes
     need = model.config.memory_to_generate(samples, prompt, more, itemsize)
     there = model.backend.memory() or machine.memory()
     if there is None or sum(need.values()) <= there[0]:

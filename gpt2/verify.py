@@ -35,7 +35,6 @@ from tinygrad2.array import Array
 from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
-from tinygrad2.precision import PARAMETER_DTYPES
 
 BOUND = 1e-6
 SCALE = 0.2  # of check's step: this model has larger derivatives than check's step, made for values around 1, allows
@@ -269,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--record", type=Path, metavar="FILE", help="write the reference to a file, for machines without PyTorch")
     add("--model", metavar="FOLDER", help="with --against FILE: the model's folder, if it has moved")
     add("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
-    add("--dtype", choices=PARAMETER_DTYPES, default="float32", help="what both compute in [%(default)s]")
+    add("--dtype", choices=tuple(parity.BOUNDS), default="float32", help="what both compute in [%(default)s]")
     add("--seed", type=int, default=0, help="of weights, tokens and directions [%(default)s]")
     add("--device", choices=DEVICES, default="cpu", help="where to compute [%(default)s]")
     add("--json", type=Path, metavar="FILE", help="write the comparison there too")

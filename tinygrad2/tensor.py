@@ -13,6 +13,7 @@ from tinygrad2 import autograd
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import Backend, backend_of, get_backend
+from tinygrad2.precision import is_float, sum_dtype
 
 
 class Tensor:
@@ -35,13 +36,17 @@ class Tensor:
         self.data: Array = data if _is_array(data) and dtype is None else get_backend().asarray(data, dtype)
         self._edge: autograd.Edge | None = None
         if requires_grad:
-            if numpy.dtype(self.data.dtype).kind != "f":
+            if not is_float(self.data.dtype):
                 raise TypeError(f"Tensor: requires_grad needs a floating-point dtype, got {self.data.dtype}")
             self._edge = (autograd.Leaf(_zeros_like(self.data)), 0)
 
-    @property
-    def compute(self) -> Array:
-        """What operations read: the data, or for a parameter that holds a copy of lower precision, that copy."""
+    def read_as(self, dtype: DTypeLike, what: str) -> Array:
+        """The values as an operation reads them whose activations have this dtype: there is no type promotion.
+
+        what  names them in the error, such as "linear: weight". Raises TypeError where they have another dtype.
+        """
+        if self.data.dtype != dtype:
+            raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, as the activations require")
         return self.data
 
     @property
@@ -215,7 +220,7 @@ class Tensor:
         order = _axes(tuple(given), self.ndim)
         if sorted(order) != list(range(self.ndim)):
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
-        return record(self.compute.transpose(order), (self,), _transpose_backward, saved=(order,))
+        return record(self.data.transpose(order), (self,), _transpose_backward, saved=(order,))
 
 
 @overload
@@ -312,7 +317,7 @@ def _is_array(data: Any) -> TypeGuard[Array]:
 
 def _zeros_like(data: Array) -> Callable[[], Array]:
     """Makes a buffer that gradients of data's shape are summed in: in float32 where data's dtype has fewer bits."""
-    return partial(backend_of(data).zeros, data.shape, numpy.float32 if data.dtype.itemsize < 4 else data.dtype)
+    return partial(backend_of(data).zeros, data.shape, sum_dtype(data.dtype))
 
 
 def _operand(value: Tensor | ArrayLike, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
 from tinygrad2 import optim
 from tinygrad2.backend import DEVICES
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import TRAINING
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
@@ -77,7 +77,7 @@ class Options:
     )
     device: str = _one_of("auto", "where to compute", DEVICES)
     threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
-    dtype: str = _one_of("float32", "precision of the computation (tf32 and bfloat16 on a GPU)", tuple(PRECISIONS))
+    dtype: str = _one_of("float32", "precision of the computation (tf32 and bfloat16 on a GPU)", TRAINING)
     data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano and micro]")
     out_dir: str = _text("out", "folder of the log and the checkpoints")
     fresh: bool = _option(False, bool, "rename an existing out-dir and start a new run")
