@@ -13,10 +13,11 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
+from tinygrad2.arguments import is_float
 from tinygrad2.array import Array
 from tinygrad2.autograd import GradientBuffers, Gradients, Saved
 from tinygrad2.backend import backend_of
-from tinygrad2.precision import is_float, sum_dtype
+from tinygrad2.precision import sum_dtype
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 

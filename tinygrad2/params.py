@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy
@@ -16,8 +16,7 @@ from tinygrad2.array import Array
 from tinygrad2.autograd import Leaf, is_recording
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
-from tinygrad2.precision import sum_dtype
-from tinygrad2.tensor import Tensor
+from tinygrad2.tensor import Tensor, form_of
 
 BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
@@ -101,7 +100,7 @@ class Parameter(Tensor):
         same, values = self._data.dtype == dtype, old.to_host(self._data)
         self._data = backend.asarray(values if same else values.astype(dtype))
         self._copy = _rounded(self._data, copy)
-        self._leaf.zeros = partial(backend.zeros, self._data.shape, sum_dtype(self._data.dtype))
+        self._leaf.forms = (form_of(self._data),)
         self._leaf.grad = backend.asarray(old.to_host(grad)) if same and grad is not None else None
         self._placed = False
 

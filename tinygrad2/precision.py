@@ -72,11 +72,6 @@ _BY_NAME = {p.name: p for p in (FLOAT32, TF32, BFLOAT16, FLOAT64, BFLOAT16_WEIGH
 TRAINING = tuple(p.name for p in _BY_NAME.values() if p.trains)  # names of the precisions that models train in
 
 
-def is_float(dtype: DTypeLike) -> bool:
-    """Whether this is a floating-point dtype. (NumPy does not count bfloat16, which ml_dtypes adds.)"""
-    return numpy.dtype(dtype).kind == "f" or numpy.dtype(dtype).name == "bfloat16"
-
-
 def sum_dtype(dtype: numpy.dtype) -> numpy.dtype:
     """The dtype of sums of such numbers, of gradients and of LayerNorm's gains: float32, or `dtype` where wider."""
     return dtype if dtype.itemsize >= 4 else numpy.dtype(numpy.float32)
