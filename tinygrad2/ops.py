@@ -7,6 +7,7 @@ backward pass: the name of a kernel or, where that adds to gradient buffers of p
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy
@@ -29,6 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, weight.shape[1:])
+    if x.size == 0 or weight.size == 0:  # kernels take no empty arrays
+        return x @ weight if bias is None else x @ weight + bias
     y = backend_of(x.data).kernels.linear_forward(x.data, weight.compute, None if bias is None else bias.compute)
     parents = (x, weight) if bias is None else (x, weight, bias)
     return record(y, parents, _linear_backward, saved=(x.data, weight.compute, bias is not None))
@@ -58,6 +61,8 @@ def embedding(tokens: Tensor | ArrayLike, wte: Tensor, wpe: Tensor | None = None
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
+    if ids.size == 0 or wte.shape[1] == 0:
+        return _empty((*ids.shape, wte.shape[1]), wte, wpe)
     y = backend.kernels.embedding_forward(ids, wte.compute, None if wpe is None else wpe.compute, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
@@ -80,8 +85,10 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     if key is None or rate == 0:
         return x
     _check_tensors("dropout", x)
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"dropout: x has shape {x.shape}; expected (samples, ...)")
+    if x.size == 0:
+        return _empty(x.shape, x)
+    if x.ndim == 0:
+        return dropout(x.reshape(1), rate, key).reshape(())
     y = backend_of(x.data).kernels.dropout_forward(x.data, rate, key)
     return record(y, (x,), "dropout_backward", saved=(rate, key))
 
@@ -92,8 +99,12 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
     _check_tensors("layernorm", x, gains=(weight, bias))
+    if x.ndim == 0:
+        raise ValueError("layernorm: x has shape (); expected (..., C)")
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return _empty(x.shape, x, weight, bias)
     y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, float(eps))
     return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, weight.data, mean, rstd))
 
@@ -108,9 +119,13 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
     _check_tensors("add_layernorm", x, delta, gains=(weight, bias))
+    if x.ndim == 0:
+        raise ValueError("add_layernorm: x has shape (); expected (..., C)")
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return x + delta, _empty(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, float(eps))
     total, normalised = record(
@@ -146,6 +161,8 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
+    if qkv.size == 0:
+        return _empty((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
     key = None if rate == 0 else key
     out, lse = backend_of(qkv.data).kernels.attention_forward(qkv.data, n_head, rate, key)
     return record(out, (qkv,), "attention_backward", saved=(qkv.data, out, lse, n_head, rate, key))
@@ -172,6 +189,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     """
     _check_tensors("gelu", x, weights=(bias,))
     _expect("gelu", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return _empty(x.shape, x, bias)
+    if x.ndim == 0:
+        return gelu((x if bias is None else x + bias).reshape(1), exact=exact).reshape(())
     k = backend_of(x.data).kernels
     b = None if bias is None else bias.compute
     y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
@@ -190,6 +211,8 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
+    if x.size == 0:
+        return _empty(x.shape, x)
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), "softmax_backward", saved=(y,))
 
@@ -206,6 +229,8 @@ def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     backend = backend_of(logits.data)
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
+    if ids.size == 0:
+        return _empty((), logits, value=math.nan)
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
 
@@ -224,6 +249,10 @@ def lm_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike, head_rows: i
     backend = backend_of(x.data)
     ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
     _expect("lm_head", "targets", ids, x.shape[:-1])
+    if ids.size == 0:
+        return _empty((), x, weight, value=math.nan)
+    if x.shape[-1] == 0:
+        return cross_entropy(x @ weight.transpose(), ids)
     if head_rows is not None and head_rows < ids.size:
         return _lm_head_in_chunks(x, weight, ids.reshape(-1), head_rows)
     loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.compute, ids)
@@ -286,6 +315,19 @@ def _check_tensors(
         raise TypeError(f"{op}: the arguments are of dtypes {', '.join(sorted(dtypes))}; expected one float type")
 
 
+def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
+    """The result of an operation on arrays without elements, which kernels do not take: it has no elements, or is the
+    mean of none, NaN. The gradients of what it was computed from are zeros."""
+    wanted = tuple(parent for parent in parents if parent is not None)
+    backend, dtype = wanted[0].backend, wanted[0].data.dtype
+    zeros = tuple(parent.data.shape for parent in wanted)
+    return record(backend.np.full(shape, value, dtype=dtype), wanted, _empty_backward, saved=zeros)
+
+
+def _empty_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return tuple(backend_of(dy).zeros(shape, dy.dtype) for shape in saved)
+
+
 def _check_rate(op: str, rate: float) -> float:
     if not 0 <= rate < 1:
         raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
@@ -310,8 +352,8 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
             raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:
-        raise ValueError(f"{op}: {name} have shape {values.shape}, which is empty")
+    if values.size == 0:  # (an empty list has no integers that would say that it is one of integers)
+        return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)
