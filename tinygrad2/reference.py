@@ -97,15 +97,15 @@ def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def power_forward(x: Array, exponent: float) -> Array:
-    """y = x^exponent, the exponent a Python number; for -0.5, 1 / sqrt(x), which at 0 has the sign of its argument."""
-    return 1 / np.sqrt(x) if exponent == -0.5 else x**exponent
+    """y = x^exponent, the exponent a Python number."""
+    return x**exponent
 
 
 def power_backward(dy: Array, x: Array, exponent: float) -> Array:
     """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
     formula gives 0 times infinity.
     """
-    return dy * (exponent * power_forward(x, exponent - 1)) if exponent else np.zeros_like(dy)
+    return dy * (exponent * x ** (exponent - 1)) if exponent else np.zeros_like(dy)
 
 
 def exp_forward(x: Array) -> Array:
