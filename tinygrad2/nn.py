@@ -11,7 +11,7 @@ import numpy
 
 from tinygrad2 import ops, random
 from tinygrad2.backend import Backend, get_backend
-from tinygrad2.params import Parameter, ParameterArena
+from tinygrad2.params import Parameter, ParameterArena, arena_of
 from tinygrad2.precision import Precision, PrecisionLike
 from tinygrad2.tensor import Tensor
 
@@ -47,9 +47,29 @@ class Module:
 
     def arena(self) -> ParameterArena:
         """The flat buffers that hold the parameters; the first call moves the parameters there."""
-        if "_arena" not in vars(self):
-            self._arena = ParameterArena(self.named_parameters())
+        if "_arena" not in vars(self) or not self._arena.valid:
+            self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Raises TypeError where an array would replace a parameter, or one that is in an arena."""
+        old = vars(self).get(name)
+        if isinstance(old, Parameter) and old is not value:
+            if value is not None and not isinstance(value, Parameter):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a parameter, and {type(value).__name__} is not; copy the values "
+                    f"into it: module.{name}.data = values"
+                )
+            if old.arena is not None:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} belongs to an optimizer, which would not see the new parameter; "
+                    f"copy the values into it, or replace it before the optimizer is made"
+                )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle contains: all but the arena; the copied parameters get one of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_arena"}
 
     def modules(self) -> Iterator[Module]:
         """This module and every module in it."""
