@@ -23,4 +23,4 @@ def test_it_is_short():
 
 
 def test_the_math_is_short():
-    assert len((ROOT / "tinygrad2" / "reference.py").read_text(encoding="utf-8").splitlines()) < 750
+    assert len((ROOT / "tinygrad2" / "reference.py").read_text(encoding="utf-8").splitlines()) < 850

@@ -132,7 +132,7 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The sum over a block of WARPS warps, in its first warp; to be called once in a kernel.
+// The sum over a block of WARPS warps, in its first warp. Before it is called again, the block must synchronize.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float sums[WARPS];

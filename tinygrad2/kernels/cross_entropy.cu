@@ -8,7 +8,7 @@ using Vec = Pack<REAL>;
 constexpr int FULL = VOCAB / Vec::N;  // accesses; where VOCAB is not a multiple, the next one has padding
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
-constexpr float LOWEST = -3e38f;  // instead of -infinity, whose difference from itself is NaN
+constexpr float LOWEST = -3.402823466e38f;  // FLT_MAX, instead of -infinity, whose difference from itself is NaN
 
 struct Logits {
   float v[Vec::N];
@@ -19,7 +19,10 @@ struct Logits {
   }
 };
 
-// The sum of 2^(log2(e) x - largest), largest the greatest log2(e) x so far.
+// exp(x - largest). The difference comes first: a product with log2(e) is rounded, at 10^10 by hundreds.
+__device__ __forceinline__ float exp_difference(float x, float largest) { return exp2f((x - largest) * LOG2E); }
+
+// The sum of exp(x - largest), largest the greatest x so far.
 struct Softmax {
   float largest = LOWEST, total = 0.f;
 
@@ -28,16 +31,16 @@ struct Softmax {
 #pragma unroll
     for (int k = 1; k < Vec::N; k++) most = fmaxf(most, x.v[k]);
     float before = largest;
-    largest = fmaxf(largest, most * LOG2E);
-    total *= exp2f(before - largest);
+    largest = fmaxf(largest, most);
+    total *= exp_difference(before, largest);
 #pragma unroll
-    for (int k = 0; k < Vec::N; k++) total += exp2f(fmaf(x.v[k], LOG2E, -largest));
+    for (int k = 0; k < Vec::N; k++) total += exp_difference(x.v[k], largest);
   }
 
   __device__ __forceinline__ void add_lanes() {
     float before = largest;
     largest = warp_max(largest);
-    total = warp_sum(total * exp2f(before - largest));
+    total = warp_sum(total * exp_difference(before, largest));
   }
 };
 
@@ -87,10 +90,10 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
   s.largest = lane < WARPS ? warp_largest[lane] : LOWEST;
   s.total = lane < WARPS ? warp_total[lane] : 0.f;
   s.add_lanes();  // in every warp, with the same bits
-  if (threadIdx.x == 0) losses[blockIdx.x] = (log2f(s.total) + s.largest) * LN2 - picked;
+  if (threadIdx.x == 0) losses[blockIdx.x] = log2f(s.total) * LN2 - (picked - s.largest);
 
   float factor = scale / s.total;
-  auto gradient = [&](float x) { return factor * exp2f(fmaf(x, LOG2E, -s.largest)); };
+  auto gradient = [&](float x) { return factor * exp_difference(x, s.largest); };
   auto gradients = [&](Logits x) {
 #pragma unroll
     for (int k = 0; k < Vec::N; k++) x.v[k] = gradient(x.v[k]);
