@@ -75,7 +75,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
       if (start + a * AT_ONCE + group >= seen) s[a] = NEG_INF;
       found = fmaxf(found, s[a]);
     }
-    float base = found == NEG_INF ? 0.f : found, shrink = exp2f((largest - base) * scale);  // a group may have had no key
+    float base = found == NEG_INF ? 0.f : found, shrink = exp2f((largest - base) * scale);  // (no key so far)
     largest = found;
     total *= shrink;
 #pragma unroll
@@ -84,7 +84,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
       for (int e = 0; e < VEC; e++) sum.v[i][e] *= shrink;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
-      float p = exp2f((s[a] - base) * scale);  // scaled last: rounding errors then are those of the difference
+      float p = exp2f((s[a] - base) * scale);  // subtracted first: only the difference is rounded
       total += p;
 #pragma unroll
       for (int i = 0; i < PART; i++)

@@ -15,7 +15,7 @@ template <class T>
 using Vec = Pack<T, VEC>;
 
 // Each of N numbers summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
-// different `slots`: only the barrier of the second call shows that those of the first have been read.
+// different `slots`: only at the barrier of the second call have all warps read those of the first.
 template <int N>
 __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]) {
   int warp = threadIdx.x / 32, first = warp / ROW_WARPS * ROW_WARPS;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_partial(float* partial, float* row, const 
   int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int group = 0; group < ROWS; group++) {
-    __syncthreads();  // the row is free; then, the previous group has added
+    __syncthreads();  // at first: the row's previous contents have been read; later: the previous group has added
     if (threadIdx.x / LANES != group) continue;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -144,9 +144,9 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
   __syncthreads();
-  int lane = threadIdx.x % LANES, turn = 0;
+  int lane = threadIdx.x % LANES, stage = 0;
   float dweight[PER_LANE][VEC] = {}, dbias[PER_LANE][VEC] = {};
-  for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, turn ^= 1) {
+  for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, stage ^= 1) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
     float m = end ? mean[row] : 0.f, r = end ? rstd[row] : 0.f, sums[2] = {};  // sums of g and of g xhat
@@ -174,7 +174,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
         sums[1] += g * xhat;
       }
     }
-    row_sums(sums, slots[turn]);
+    row_sums(sums, slots[stage]);
     if (ADD) cp_async_wait<0>();  // each lane reads what it copied
     float g_mean = sums[0] * (1.f / C), gx_mean = sums[1] * (1.f / C);
 #pragma unroll

@@ -22,8 +22,8 @@ __device__ __forceinline__ void store4(float* p, long long i, long long n, bool 
 
 __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long long)p % 16 == 0; }
 
-// partial[u][block] = the sum of (x_i UNIT[u])^2 over the block's share of x: every gridDim-th run of 4096 numbers. One of
-// the three sums neither overflows nor vanishes (see squared_norm and norm in reference.py).
+// partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th run of 4096 numbers.
+// One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
 // Each of a thread's four sums runs over every fourth number that it reads. The number of blocks is a function of n
 // alone: the same sum on every device.
 // Reads 4 B a number: 124M numbers are 0.50 GB, 1 GFLOP; floor 0.12 ms.
@@ -66,9 +66,9 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* part
 // One step of AdamW, four numbers a thread:
 //   g = grad * scale;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
 //   value = value (1 - lr decay) - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps).
-// What differs from step to step is read from device memory. 1 - b^step is computed as -expm1(step ln b), since b^step
-// close to 1 has few digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN, nothing is
-// changed: the optimizer skips a step that way whose gradients are not finite.
+// Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
+// a difference from 1 would lose digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN,
+// nothing changes: that is how the optimizer skips a step whose gradients are not finite.
 // Reads 16 B a number and writes 12: 124M numbers are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* value, const float* grad, float* m, float* v, const float* grad_scale, const float* lr, const float* step,
