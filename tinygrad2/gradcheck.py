@@ -246,6 +246,7 @@ CASES = (
     GradientCase("matmul, by a vector", lambda a, b: a @ b, ((2, 3, 4), (4,))),
     GradientCase("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
     GradientCase("linear, no bias", ops.linear, ((3, 4), (4, 5))),
+    GradientCase("logits", ops.logits, ((2, 3, 4), (5, 4))),
     GradientCase("embedding", lambda wte: ops.embedding(TOKENS, wte), ((11, 4),)),
     GradientCase("embedding, positions", lambda wte, wpe: ops.embedding(TOKENS, wte, wpe, 2), ((11, 4), (8, 4))),
     GradientCase("dropout", lambda x: ops.dropout(x, 0.3, KEY), ((2, 5, 7),)),

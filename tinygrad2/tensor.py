@@ -49,13 +49,17 @@ class Tensor(Protocols):
         self.data: Array = data
         self._edge: autograd.Edge | None = None
         if requires_grad:
-            if numpy.dtype(self.data.dtype).kind != "f":
+            if not arguments.is_float(self.data.dtype):
                 raise TypeError(f"Tensor: requires_grad needs a floating-point dtype, got {self.data.dtype}")
             self._edge = (autograd.Leaf(form_of(data)), 0)
 
-    @property
-    def compute(self) -> Array:
-        """What operations read: the data, or for a parameter that holds a copy of lower precision, that copy."""
+    def read_as(self, dtype: DTypeLike, what: str) -> Array:
+        """The values as an operation reads them whose activations have this dtype: there is no type promotion.
+
+        what  names them in the error, such as "linear: weight". Raises TypeError where they have another dtype.
+        """
+        if self.data.dtype != dtype:
+            raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, as the activations require")
         return self.data
 
     @property
@@ -387,7 +391,7 @@ class Tensor(Protocols):
         order = arguments.axes_of("transpose", given, self.ndim)[:: -1 if given is None else 1]
         if len(order) != self.ndim:
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
-        return record(self.compute.transpose(order), (self,), _transpose_backward, (order,))
+        return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
 
 @overload

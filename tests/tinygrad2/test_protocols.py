@@ -279,9 +279,9 @@ class TestCopies:
         assert twin.a is not model.a
 
     def test_a_parameter_with_a_copy_in_bfloat16(self, copied):
-        twin = copied(Parameter(A.copy(), copy=True))
+        twin = copied(Parameter(A.copy(), copy="bfloat16"))
         assert isinstance(twin, Parameter)
-        assert twin.has_copy
+        assert twin.copy_dtype == "bfloat16"
 
 
 def test_an_operation_is_named_after_its_backward_function():
