@@ -127,7 +127,7 @@ def test_every_backward_pass_is_planted_and_has_rows():
     assert backward == set(GIVES)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {
         name for module in (tensor, ops) for name in vars(module) if name.endswith("_backward")
-    }
+    } - {"_empty_backward"}  # whose gradients are zeros, see test_empty.py
     for name, (_, buffers) in GIVES.items():
         assert hasattr(reference, name.replace("_backward", "_forward"))
         last = list(inspect.signature(getattr(reference, name)).parameters)[-2:]
