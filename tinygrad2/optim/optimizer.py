@@ -87,7 +87,7 @@ class Optimizer(ABC):
         arena = self.model.arena()
         if arena is not self._arena:
             old, self._arena = self._arena.backend, arena
-            self._steps = arena.backend.asarray(old.to_host(self._steps))
+            self._steps = arena.backend.asarray(old.to_host(self._steps), arena.dtype)
             for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
                 part.region = region
                 part.state = tuple(arena.backend.asarray(old.to_host(array), arena.dtype) for array in part.state)
