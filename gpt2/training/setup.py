@@ -65,10 +65,10 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     options = resolve_options(merged, config, defaults)
     check_optimizer(given, options.optimizer)
     for name in FIXED_OPTIONS:
-        was, asked = getattr(before, name), getattr(options, name)
-        if was != asked and not (name == "dtype" and PRECISIONS[was].parameters == PRECISIONS[asked].parameters):
+        old, new = getattr(before, name), getattr(options, name)
+        if old != new and not (name == "dtype" and PRECISIONS[old].parameters == PRECISIONS[new].parameters):
             raise UsageError(
-                f"{saved.folder.parent}/ has a run with {flag(name)} {was}; it cannot be resumed with {asked}. "
+                f"{saved.folder.parent}/ contains a run with {flag(name)} {old}; it cannot be resumed with {new}. "
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
@@ -112,11 +112,11 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
     for split in (data, validation):
-        split.windows(options.block_size)  # raises now if the split is too short, not at the first evaluation
+        split.windows(options.block_size)  # if the split is too short, this raises before the first step
     if saved and saved.data != data.fingerprint:
         raise UsageError(
-            f"{data.path} is not the data that {saved.folder.parent}/ was trained on so far: it is another data set, "
-            f"or was prepared again with other results. Use another --out-dir, or --fresh to start a new run (the "
+            f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
+            f"same one prepared differently. Use another --out-dir, or --fresh to start a new run (the "
             f"folder is renamed, not deleted)"
         )
     return data, validation, data.tokenizer()
