@@ -150,14 +150,14 @@ def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
     assert checked_device.waits > 0
     # By this clock each kernel takes 1 ms, and so do each gap between two and each of two uploads' events, of tokens
     # and targets. A kernel that another one calls is not counted again.
-    calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside of kernels", "step")}
+    calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside kernels", "step")}
     assert calls["attention"] == 2 * CONFIG.n_layer
     assert calls["linear"] == 8 * CONFIG.n_layer
     assert calls["lm_head"] == 2
     assert rows["attention"][1:3] == ["2.00", "2.00"]
     assert "dropout_scale" not in calls
     assert float(rows["step"][0]) == 2 * sum(calls.values()) + 1 + 2
-    assert float(rows["outside of kernels"][0]) == sum(calls.values()) + 1 + 2
+    assert float(rows["outside kernels"][0]) == sum(calls.values()) + 1 + 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -119,7 +119,7 @@ class Muon(AdamW):
             rows, columns = parameters[name].shape
             if n < 1 or columns % n:
                 raise ValueError(
-                    f"Muon: {name} has {columns} columns; expected a multiple of {n}, its number of blocks"
+                    f"Muon: {name} is to be divided into {n} blocks; expected a divisor of its {columns} columns"
                 )
             width = columns // n
             blocks += [Block(name, first, first + width, rows) for first in range(0, columns, width)]
