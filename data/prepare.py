@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches only its own folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches its folder only
     import gpt2  # noqa: F401 - first: Ctrl-C during the other imports ends silently
 
 import hashlib
@@ -101,7 +101,7 @@ class Filters:
                 size += len(block)
                 sha.update(block)
         if not size:
-            return "", None  # an empty document is none
+            return "", None  # empty documents are ignored
         if self.drop_wikipedia and (WIKIPEDIA_URL.match(document.url) or WIKIPEDIA in head):
             return "wikipedia", None
         if size < self.min_bytes:

@@ -9,8 +9,8 @@ both directions of every link are used, and two runs on the same number of ranks
 library.
 
 A rank that fails ends the job. An uncaught exception is printed and aborts every rank. A process that was killed or
-stopped cannot report it, hence a background thread of each rank sends a heartbeat, which does not depend on how long a
-step, a checkpoint or a compilation takes.
+stopped cannot report it. Therefore a background thread of each rank sends a heartbeat, however long a step, a
+checkpoint or a compilation takes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TIMEOUT = 20.0  # seconds without a heartbeat after which a rank counts as dead
 POLL = 5e-5  # seconds between two tests of a transfer: MPI makes progress only when it is called
 POLL_WHILE_COMPUTING = 2e-4  # the same while the caller computes
 RECEIVE_BUFFER = 16 << 20  # bytes that a sum receives at a time
-ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits by itself
+ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits anyway
 
 # Environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
 # process. mpirun inside a Slurm job step takes precedence over the step.
@@ -101,7 +101,7 @@ class Comm(Protocol):
         yield
 
     def silence_other_ranks(self) -> None:
-        """From now on only rank 0 prints on standard output."""
+        """From now on, only rank 0 prints to standard output."""
 
     def abort(self, code: int) -> None:
         """End every rank at once, with this exit status. Returns only if there is a single rank."""
@@ -415,8 +415,8 @@ _world: Comm | None = None
 def world() -> Comm:
     """The ranks of this process's job, or a single one. Without a launcher, mpi4py is not imported.
 
-    With several ranks the first call sets up this rank: its share of the machine's cores, its own GPU, and that an
-    uncaught exception ends the job.
+    With several ranks the first call sets up this rank: its share of the machine's cores, its own GPU, and a hook that
+    ends the job at an uncaught exception.
 
     Raises ValueError if mpi4py is missing, or belongs to another MPI than the mpirun that started this process.
     """

@@ -30,6 +30,6 @@ def find_gpu(name: str, table: Iterable[str]) -> str | None:
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """The peak of a GPU of this name in a precision (see precision.py), or None where it is unknown."""
+    """The peak of a GPU of this name in a precision (see precision.py), or None if unknown."""
     gpu = find_gpu(name, PEAK_TFLOPS)
     return None if gpu is None else PEAK_TFLOPS[gpu].get(precision)

@@ -105,7 +105,7 @@ def processor() -> str:
 
 
 def describe() -> dict[str, str]:
-    """The machine, for the report of a run."""
+    """A description of the machine, for the report of a run."""
     available = memory()
     return {
         "processor": processor(),

@@ -29,7 +29,7 @@ _users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
-    """The number of threads."""
+    """The number of threads that compute."""
     return _count
 
 

@@ -102,7 +102,7 @@ class RunFolder:
         return self.comm.from_root(lambda: self.newest(say))
 
     def newest(self, say: Callable[[str], None]) -> RunState | None:
-        """The same as `resume`, without communication: for a rank that fails while the others continue."""
+        """The same as `resume` without communication, for a rank that fails while the others continue."""
         folders = checkpoint.find(self.path)
         for folder in folders:
             try:
@@ -117,7 +117,7 @@ class RunFolder:
         return None
 
     def last_checkpoint(self) -> str:
-        """A sentence that names the newest checkpoint, for the message of an error."""
+        """A sentence that names the newest checkpoint, for error messages."""
         saved = self.newest(lambda line: None)
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 

@@ -76,7 +76,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
-    """The config with the dropout rate of the options, if given, for embeddings, attention and residuals."""
+    """The config with the options' dropout rate, if given, for embeddings, attention and residuals."""
     if options.dropout is None:
         return config
     rate = options.dropout
@@ -91,7 +91,9 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
-    run_options.options["total_batch_size"] = options.total_batch_size  # also when resumed on other numbers of ranks
+    run_options.options["total_batch_size"] = (
+        options.total_batch_size
+    )  # also when the run is resumed on another number of ranks
     if reason := get_backend(options.device).unsupported_reason(options.dtype):
         say(f"--dtype {reason}; computing in float32")
         options.dtype = "float32"

@@ -112,7 +112,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
 
     limit  the largest number of items, spread evenly over the file (which may be sorted).
 
-    Raises OSError if the file cannot be read or downloaded, and ValueError that names a line that is not this task's.
+    Raises OSError if the file cannot be read or downloaded, and ValueError naming an invalid line.
     """
     path = Path(file) if file else _download(task)
     items, number = [], 0

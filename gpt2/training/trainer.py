@@ -32,7 +32,7 @@ class Trainer:
 
     model, optimizer, options     any LanguageModel, its optimizer, and the options of train.py.
     train, validation, tokenizer  the data.
-    folder                        of the checkpoints; its `comm` has the ranks that train together.
+    folder                        for the checkpoints; its `comm` connects the ranks that train together.
     progress                      updated by every step.
     """
 
@@ -55,7 +55,7 @@ class Trainer:
         self.stopping = False  # a rank was requested to stop
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         cuda = model.backend.cuda
-        self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, where known
+        self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
@@ -86,8 +86,8 @@ class Trainer:
             self.model.arena().check_equal(self.comm)
 
     def accumulate_gradients(self, stop_requested: bool) -> tuple[Array | float, float, float]:
-        """Add the gradients of the step's mean loss to the parameters'. Returns, over all ranks, the mean loss, the
-        number of tokens, and the number of ranks that were requested to stop."""
+        """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
+        tokens, and the number of ranks that were requested to stop."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0

@@ -78,7 +78,7 @@ class Optimizer(ABC):
 
     @property
     def arena(self) -> ParameterArena:
-        """The model's flat buffers. Where the model has moved to another device, the state follows it."""
+        """The model's flat buffers. If the model has moved to another device, the state is moved too."""
         arena = self.model.arena()
         if arena is not self._arena:
             old, self._arena = self._arena.backend, arena
@@ -134,10 +134,10 @@ class Optimizer(ABC):
     def step(self, max_norm: float | None = None) -> Array:
         """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
 
-        max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063). The scaling is
+        max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        Where the norm is not finite, the step is skipped: no parameter and no state changes. This is decided on
-        the device, without waiting for the norm on the host; `steps` includes skipped steps.
+        If the norm is not finite, the step is skipped: no parameter and no state changes. This is decided on the
+        device, without waiting for the norm on the host; `steps` includes skipped steps.
         """
         arena = self.arena
         np = arena.backend.np
