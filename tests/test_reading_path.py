@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 2600  # lines of all files on the list
+LIMIT = 3000  # lines of all files on the list
 
 
 def reading_path():
@@ -23,4 +23,4 @@ def test_it_is_short():
 
 
 def test_the_math_is_short():
-    assert len((ROOT / "tinygrad2" / "reference.py").read_text(encoding="utf-8").splitlines()) < 750
+    assert len((ROOT / "tinygrad2" / "reference.py").read_text(encoding="utf-8").splitlines()) < 850

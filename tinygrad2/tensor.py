@@ -13,9 +13,10 @@ from tinygrad2 import autograd
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import Backend, backend_of, get_backend
+from tinygrad2.methods import Methods
 
 
-class Tensor:
+class Tensor(Methods["Tensor"]):
     """An array and, where a gradient is wanted, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
@@ -123,6 +124,14 @@ class Tensor:
     def __len__(self) -> int:
         return len(self.data)
 
+    def _record(
+        self, data: Any, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
+    ) -> Tensor:
+        return record(data, parents, backward, saved)  # for methods.py, which this file imports
+
+    def _operands(self, op: str, other: Any, broadcast: bool = True) -> tuple[Tensor, Tensor]:
+        return self, _operand(other, self)
+
     # Operators ------------------------------------------------------------------------------------------------------
 
     def __add__(self, other: Tensor | ArrayLike) -> Tensor:
@@ -158,12 +167,15 @@ class Tensor:
     def __neg__(self) -> Tensor:
         return _multiply(self, -1.0)
 
-    def __pow__(self, exponent: float) -> Tensor:
+    def __pow__(self, exponent: Any) -> Tensor:
         if not isinstance(exponent, int | float):
-            raise TypeError(f"**: the exponent must be a Python number, got {type(exponent).__name__}")
+            return self.power(exponent)
         exponent = exponent if isinstance(exponent, int) else float(exponent)  # np.float64 would promote the result
         y = self.backend.kernels.power_forward(self.data, exponent)
         return record(y, (self,), "power_backward", saved=(self.data, exponent))
+
+    def __rpow__(self, base: Any) -> Tensor:
+        return self._operands("power", base)[1].power(self)
 
     def __getitem__(self, index: Index) -> Tensor:
         index = tuple(map(_plain_index, index)) if isinstance(index, tuple) else _plain_index(index)
