@@ -434,7 +434,9 @@ COMPOSITIONS = (
     GradientCase("mse_loss", f.mse_loss, ((3, 4), (3, 4))),
     GradientCase("l1_loss", lambda a, b: f.l1_loss(a, b + 9.0, "sum"), ((3, 4), (3, 4)), distinct),
     GradientCase("nll_loss", lambda x: f.nll_loss(x, TARGETS), ((2, 5, 11),)),
-    GradientCase("binary_cross_entropy", lambda p, t: f.binary_cross_entropy(p / 4.0, t), ((3, 4), (3, 4)), positive),
+    GradientCase(
+        "binary_cross_entropy", lambda p, t: f.binary_cross_entropy(p / 4.0, t / 4.0), ((3, 4), (3, 4)), positive
+    ),
     GradientCase(
         "binary_cross_entropy_with_logits",
         lambda x, t: f.binary_cross_entropy_with_logits(x, t, "none"),

@@ -225,7 +225,7 @@ class Methods(Generic[T]):
 
     def relu(self) -> T:
         """max(x, 0); the gradient at 0 is 0."""
-        return self._map("relu", lambda np, x: np.maximum(x, 0), lambda np, y: y > 0, of_result=True)
+        return self._map("relu", lambda np, x: np.maximum(x, 0), lambda np, y: y != 0, of_result=True)
 
     def relu6(self) -> T:
         """min(max(x, 0), 6)."""
@@ -308,7 +308,7 @@ class Methods(Generic[T]):
         return self._float()._map(
             "hardswish",
             lambda np, x: x * np.clip(x + 3, 0, 6) / 6,
-            lambda np, x: np.where(x < -3, _as(x, 0.0), np.where(x > 3, _as(x, 1.0), x / 3 + 0.5)),
+            lambda np, x: np.where(x <= -3, _as(x, 0.0), np.where(x < 3, x / 3 + 0.5, _as(x, 1.0))),
         )
 
     # Two operands -----------------------------------------------------------------------------------------------------

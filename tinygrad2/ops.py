@@ -221,7 +221,7 @@ def cross_entropy(
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
     shares = isinstance(targets, Tensor) and targets.dtype == logits.dtype
-    if shares or (weight, ignore_index, reduction, label_smoothing) != (None, None, "mean", 0.0):
+    if shares or weight is not None or (ignore_index, reduction, label_smoothing) != (None, "mean", 0.0):
         return _general_cross_entropy(logits, targets, weight, ignore_index, reduction, label_smoothing)
     backend = backend_of(logits.data)
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
