@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision"),
+    ("array", "files", "gpus", "machine", "precision", "protocols"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),
     ("backend",),
+    ("arguments", "distributed", "profiler"),
     ("methods",),
-    ("tensor", "distributed", "profiler"),
+    ("tensor",),
     ("ops", "params"),
     ("functional",),
     ("nn",),
@@ -256,6 +257,7 @@ TESTED_BY = {
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.protocols": "tinygrad2/test_tensor.py",
 }
 
 

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tinygrad2 import methods, random
 from tinygrad2.backend import get_backend
 from tinygrad2.methods import axis_of
-from tinygrad2.ops import (  # noqa: F401  (each is a function of this module too)
+from tinygrad2.ops import (
     attention,
     cross_entropy,
     dropout,
@@ -37,6 +37,25 @@ from tinygrad2.ops import (  # noqa: F401  (each is a function of this module to
     linear,
 )
 from tinygrad2.tensor import Tensor
+
+__all__ = [  # noqa: RUF022
+    "abs", "absolute", "add", "all", "amax", "amin", "any", "arange", "arccos", "arccosh", "arcsin", "arcsinh",
+    "arctan", "arctan2", "arctanh", "argmax", "argmin", "argsort", "attention", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "broadcast_to", "cat", "ceil", "celu", "chunk", "clamp", "clip",
+    "concatenate", "cos", "cosh", "cross_entropy", "cumprod", "cumsum", "diag", "diagonal", "divide", "dot",
+    "dropout", "einsum", "elu", "embedding", "erf", "exp", "exp2", "expand", "expand_dims", "expm1", "eye",
+    "flatten", "flip", "floor", "full", "full_like", "gather", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "hstack", "hypot", "inner", "isfinite", "isinf", "isnan", "l1_loss", "layernorm", "leaky_relu", "lerp",
+    "linear", "linspace", "log", "log10", "log1p", "log2", "log_softmax", "logaddexp", "logsigmoid",
+    "logsumexp", "masked_fill", "matmul", "max", "maximum", "mean", "meshgrid", "min", "minimum", "mish", "mod",
+    "moveaxis", "mse_loss", "multiply", "nan_to_num", "negative", "nll_loss", "norm", "one_hot", "ones",
+    "ones_like", "outer", "pad", "permute", "pow", "power", "prod", "quick_gelu", "rand", "randn", "ravel",
+    "reciprocal", "relu", "relu6", "remainder", "repeat", "reshape", "rmsnorm", "roll", "rotary_embedding",
+    "round", "rsqrt", "scaled_dot_product_attention", "selu", "sigmoid", "sign", "silu", "sin", "sinh",
+    "softmax", "softplus", "softsign", "sort", "split", "sqrt", "square", "squeeze", "stack", "std", "subtract",
+    "sum", "swapaxes", "swish", "take", "tan", "tanh", "tensordot", "tile", "topk", "trace", "transpose",
+    "tril", "triu", "trunc", "unflatten", "unsqueeze", "var", "vstack", "where", "zeros", "zeros_like",
+]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,12 +67,14 @@ def _tensor(value: Operand) -> Tensor:
 
 
 def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
-    """All as Tensors of one dtype: arrays and numbers among Tensors take that of the first Tensor."""
+    """All as Tensors of one dtype, by the rules of arguments.py."""
     if not isinstance(values, list | tuple):
         raise TypeError(f"{op}: expected a list or tuple of tensors, got {type(values).__name__}")
     if not values:
         raise ValueError(f"{op}: the list is empty; expected at least one tensor")
     like = next((value for value in values if isinstance(value, Tensor)), _tensor(values[0]))
+    for value in values:  # promotes it where a dtype is wider
+        like = like._operands(op, value, broadcast=False)[0]
     return [like._operands(op, value, broadcast=False)[1] for value in values]
 
 
@@ -77,7 +98,7 @@ def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     for i, x in enumerate(given):
         if x.shape != given[0].shape:
             raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, that of the first")
-    at = axis_of("stack", axis, (*given[0].shape, 1))
+    at = axis_of("stack", axis, given[0].ndim + 1)
     return methods.concatenate([x.unsqueeze(at) for x in given], at)
 
 

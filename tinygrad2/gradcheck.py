@@ -327,7 +327,7 @@ COMPOSITIONS = (
         )
         for name in names.split()
     ),
-    GradientCase("arccosh", lambda x: f.arccosh(x + 1.0), ((3, 4),), positive),
+    GradientCase("arccosh, from 1", lambda x: f.arccosh(x + 1.0), ((3, 4),), positive),
     GradientCase("elu, alpha", lambda x: f.elu(x, alpha=0.5), ((3, 4),), spread),
     GradientCase("celu, alpha", lambda x: f.celu(x, alpha=0.5), ((3, 4),), spread),
     GradientCase("clip", lambda x: f.clip(x, -1.0, 1.0), ((3, 4),), spread),

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy
 
+from tinygrad2.arguments import DEFAULT_FLOAT, axes_of
 from tinygrad2.array import Array
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import Backend, backend_of
@@ -93,7 +94,7 @@ class Methods(Generic[T]):
         """This tensor, with integers and booleans converted to float32."""
         if self.dtype.kind not in "iub":
             return self
-        return self._constant(self.data.astype("float32"))
+        return self._constant(self.data.astype(DEFAULT_FLOAT))
 
     def abs(self) -> T:
         """|x|; the gradient at 0 is 0."""
@@ -233,7 +234,7 @@ class Methods(Generic[T]):
 
     def leaky_relu(self, negative_slope: float = 0.01) -> T:
         """x where x > 0, else negative_slope x."""
-        return self._map(
+        return self._float()._map(
             "leaky_relu",
             lambda np, x: np.where(x > 0, x, negative_slope * x),
             lambda np, x: np.where(x > 0, _as(x, 1.0), _as(x, negative_slope)),
@@ -295,7 +296,7 @@ class Methods(Generic[T]):
     def hardtanh(self, min_val: float = -1.0, max_val: float = 1.0) -> T:
         """x limited to [min_val, max_val]; the gradient at both is 0."""
         _check(min_val <= max_val, f"hardtanh: min_val is {min_val} and max_val {max_val}; expected min_val <= max_val")
-        return self._map(
+        return self._float()._map(
             "hardtanh", lambda np, x: np.clip(x, min_val, max_val), lambda np, x: ~((x <= min_val) | (x >= max_val))
         )
 
@@ -399,14 +400,14 @@ class Methods(Generic[T]):
 
     def prod(self, axis: Axis = None, keepdims: bool = False) -> T:
         """The product over `axis` (an axis, several, or None for all). The gradient is right where elements are 0."""
-        axes = axes_of("prod", axis, self.shape)
+        axes = axes_of("prod", axis, self.ndim)
         y = self.backend.np.prod(self.data, axis=axes, keepdims=keepdims, dtype=self.data.dtype)
         return self._record(y, (self,), _prod_backward, saved=(self.data, axes))
 
     def var(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
         """The mean of (x - mean)^2 over `axis`, with n - ddof in the place of n. NumPy's default is ddof = 0,
         PyTorch's is 1, which it calls `correction`."""
-        axes, x = axes_of("var", axis, self.shape), self._float()
+        axes, x = axes_of("var", axis, self.ndim), self._float()
         centred = x - x.mean(axes, keepdims=True)
         count = math.prod(self.shape[i] for i in axes) - (ddof if correction is None else correction)
         return centred.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
@@ -417,7 +418,7 @@ class Methods(Generic[T]):
 
     def norm(self, axis: Axis = None, keepdims: bool = False) -> T:
         """sqrt(sum x^2) over `axis`; the gradient is 0 where it is 0."""
-        return self._float().square().sum(axes_of("norm", axis, self.shape), keepdims)._root()
+        return self._float().square().sum(axes_of("norm", axis, self.ndim), keepdims)._root()
 
     def _root(self) -> T:
         """The square root, with gradient 0 at 0."""
@@ -429,12 +430,12 @@ class Methods(Generic[T]):
 
     def all(self, axis: Axis = None, keepdims: bool = False) -> T:
         """Whether all elements are true, over `axis`: without a gradient."""
-        y = self.backend.np.all(self.data, axis=axes_of("all", axis, self.shape), keepdims=keepdims)
+        y = self.backend.np.all(self.data, axis=axes_of("all", axis, self.ndim), keepdims=keepdims)
         return self._constant(y)
 
     def any(self, axis: Axis = None, keepdims: bool = False) -> T:
         """Whether an element is true, over `axis`: without a gradient."""
-        y = self.backend.np.any(self.data, axis=axes_of("any", axis, self.shape), keepdims=keepdims)
+        y = self.backend.np.any(self.data, axis=axes_of("any", axis, self.ndim), keepdims=keepdims)
         return self._constant(y)
 
     def argmax(self, axis: int | None = None, keepdims: bool = False) -> T:
@@ -447,9 +448,9 @@ class Methods(Generic[T]):
 
     def _arg(self, op: str, axis: int | None, keepdims: bool) -> T:
         x = self.data.reshape(-1) if axis is None or self.ndim == 0 else self.data
-        along = 0 if x.ndim == 1 else axis_of(op, axis, self.shape)
+        along = 0 if x.ndim == 1 else axis_of(op, axis, self.ndim)
         if axis is not None:
-            axis_of(op, axis, self.shape)
+            axis_of(op, axis, self.ndim)
         _check(x.shape[along] > 0, f"{op}: the tensor has shape {self.shape}; expected an element along the axis")
         y = getattr(self.backend.np, op)(x, axis=along)
         if keepdims or (axis is not None and self.ndim == 0):
@@ -459,37 +460,33 @@ class Methods(Generic[T]):
 
     def logsumexp(self, axis: Axis = None, keepdims: bool = False) -> T:
         """log(sum e^x) over `axis`, computed with the largest element subtracted, so that it does not overflow."""
-        axes, x = axes_of("logsumexp", axis, self.shape), self._float()
-        if any(self.shape[i] == 0 for i in axes):
+        axes, x, np = axes_of("logsumexp", axis, self.ndim), self._float(), self.backend.np
+        if not all(self.shape[i] for i in axes):
             return x.sum(axes, keepdims).log()
-        largest = x._largest(axes)
+        largest = x.detach().max(axes, keepdims=True)
+        largest = largest.masked_fill(np.isinf(largest.data), 0)  # infinity less infinity would be NaN
         total = (x - largest).exp().sum(axes, keepdims).log()
         return total + largest.reshape(total.shape)
-
-    def _largest(self, axes: tuple[int, ...]) -> T:
-        """The maximum over `axes`, kept, without a gradient; 0 where it is infinite."""
-        np = self.backend.np
-        largest = np.max(self.data, axis=axes, keepdims=True)
-        return self._constant(np.where(np.isinf(largest), _as(largest, 0.0), largest))
 
     def softmax(self, axis: int = -1) -> T:
         """e^x / (the sum of e^x) along `axis`. Saves the result."""
         last, inverse = self._to_last("softmax", axis)
+        if not self.size:
+            return inverse(last)
         y = self.backend.kernels.softmax_forward(last.data)
         return inverse(self._record(y, (last,), "softmax_backward", saved=(y,)))
 
     def log_softmax(self, axis: int = -1) -> T:
         """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which keeps its digits at any offset."""
-        if self.ndim == 0 or self.size == 0:
-            axis_of("log_softmax", axis, self.shape)
-            return self - self
-        axes = (axis_of("log_softmax", axis, self.shape),)
-        shifted = self._float() - self._float()._largest(axes)
-        return shifted - shifted.exp().sum(axes, keepdims=True).log()
+        last, inverse = self._to_last("log_softmax", axis)
+        if not self.size:
+            return inverse(last)
+        shifted = last - last.detach().max(-1, keepdims=True)
+        return inverse(shifted - shifted.exp().sum(-1, keepdims=True).log())
 
     def _to_last(self, op: str, axis: int) -> tuple[T, Callable[[T], T]]:
         """The tensor with `axis` moved to the end, and the function that moves it back."""
-        x, along = self._float(), axis_of(op, axis, self.shape)
+        x, along = self._float(), axis_of(op, axis, self.ndim)
         if self.ndim == 0:
             return x.reshape(1), lambda y: y.reshape(())
         if along == self.ndim - 1:
@@ -500,7 +497,7 @@ class Methods(Generic[T]):
         """The sums of the first 1, 2, ... elements along `axis`, or of the flattened tensor."""
         if axis is None:
             return self.ravel().cumsum(0)
-        along = axis_of("cumsum", axis, self.shape)
+        along = axis_of("cumsum", axis, self.ndim)
         if self.ndim == 0:
             return self[...]
         y = self.backend.kernels.cumsum_forward(self.data, along)
@@ -510,7 +507,7 @@ class Methods(Generic[T]):
         """The products of the first 1, 2, ... elements along `axis`, or of the flattened tensor; time n^2."""
         if axis is None:
             return self.ravel().cumprod(0)
-        along = axis_of("cumprod", axis, self.shape)
+        along = axis_of("cumprod", axis, self.ndim)
         if self.ndim == 0 or self.shape[along] < 2:
             return self[...]
         before = (slice(None),) * along
@@ -519,7 +516,7 @@ class Methods(Generic[T]):
 
     def argsort(self, axis: int = -1, descending: bool = False) -> T:
         """The indices that sort along `axis`: without a gradient."""
-        along = axis_of("argsort", axis, self.shape)
+        along = axis_of("argsort", axis, self.ndim)
         if self.ndim == 0:
             return self._constant(self.backend.zeros((), "int64"))
         order = self.backend.np.argsort(self.data, axis=along)
@@ -532,24 +529,24 @@ class Methods(Generic[T]):
 
     def topk(self, k: int, axis: int = -1, largest: bool = True) -> Sorted[T]:
         """(values, indices) of the k largest elements along `axis`, the largest first (or smallest)."""
-        length = 1 if self.ndim == 0 else self.shape[axis_of("topk", axis, self.shape)]
+        length = 1 if self.ndim == 0 else self.shape[axis_of("topk", axis, self.ndim)]
         _check(0 <= k <= length, f"topk: k is {k}; expected 0 <= k <= {length}, the length of axis {axis}")
         values, order = self.sort(axis, descending=largest)
         if self.ndim == 0:
             return Sorted(values, order)
-        first = (*(slice(None),) * axis_of("topk", axis, self.shape), slice(k))
+        first = (*(slice(None),) * axis_of("topk", axis, self.ndim), slice(k))
         return Sorted(values[first], order[first])
 
     # Shapes -----------------------------------------------------------------------------------------------------------
 
     def squeeze(self, axis: Axis = None) -> T:
         """Without the axes of length 1, or without `axis` where its length is 1 (as PyTorch)."""
-        axes = axes_of("squeeze", axis, self.shape)
+        axes = axes_of("squeeze", axis, self.ndim)
         return self.reshape(tuple(n for i, n in enumerate(self.shape) if n != 1 or i not in axes))
 
     def unsqueeze(self, axis: int) -> T:
         """With a new axis of length 1 at `axis`."""
-        at = axis_of("unsqueeze", axis, (*self.shape, 1))
+        at = axis_of("unsqueeze", axis, self.ndim + 1)
         return self.reshape((*self.shape[:at], 1, *self.shape[at:]))
 
     def expand_dims(self, axis: int) -> T:
@@ -558,7 +555,7 @@ class Methods(Generic[T]):
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> T:
         """The axes start_dim ... end_dim as one."""
-        first, last = axis_of("flatten", start_dim, self.shape), axis_of("flatten", end_dim, self.shape)
+        first, last = axis_of("flatten", start_dim, self.ndim), axis_of("flatten", end_dim, self.ndim)
         _check(first <= last, f"flatten: start_dim is {start_dim} and end_dim {end_dim}; expected start_dim <= end_dim")
         return self.reshape((*self.shape[:first], math.prod(self.shape[first : last + 1]), *self.shape[last + 1 :]))
 
@@ -572,7 +569,7 @@ class Methods(Generic[T]):
 
     def unflatten(self, axis: int, shape: tuple[int, ...]) -> T:
         """The axis `axis` as several, of lengths `shape`."""
-        at = axis_of("unflatten", axis, self.shape)
+        at = axis_of("unflatten", axis, self.ndim)
         return self.reshape((*self.shape[:at], *shape, *self.shape[at + 1 :]))
 
     def permute(self, *axes: int | tuple[int, ...]) -> T:
@@ -582,21 +579,21 @@ class Methods(Generic[T]):
     def swapaxes(self, axis1: int, axis2: int) -> T:
         """Two axes exchanged."""
         order = list(range(self.ndim))
-        i, j = axis_of("swapaxes", axis1, self.shape), axis_of("swapaxes", axis2, self.shape)
+        i, j = axis_of("swapaxes", axis1, self.ndim), axis_of("swapaxes", axis2, self.ndim)
         if self.ndim:
             order[i], order[j] = j, i
         return self.transpose(tuple(order))
 
     def moveaxis(self, source: int, destination: int) -> T:
         """The axis `source` moved to `destination`, the others in their order."""
-        i, j = axis_of("moveaxis", source, self.shape), axis_of("moveaxis", destination, self.shape)
+        i, j = axis_of("moveaxis", source, self.ndim), axis_of("moveaxis", destination, self.ndim)
         order = [axis for axis in range(self.ndim) if axis != i]
         order.insert(j, i)
         return self.transpose(tuple(order[: self.ndim]))
 
     def flip(self, axis: Axis = None) -> T:
         """The elements in reverse order along `axis` (an axis, several, or None for all)."""
-        axes = axes_of("flip", axis, self.shape)
+        axes = axes_of("flip", axis, self.ndim)
         return self[tuple(slice(None, None, -1) if i in axes else slice(None) for i in range(self.ndim))]
 
     def roll(self, shift: int | tuple[int, ...], axis: Axis = None) -> T:
@@ -604,7 +601,7 @@ class Methods(Generic[T]):
         if axis is None:
             _check(isinstance(shift, int), f"roll: shift is {shift}; expected an integer where axis is None")
             return self.ravel().roll(shift, 0).reshape(self.shape) if self.size else self[...]
-        axes = axes_of("roll", axis, self.shape)
+        axes = axes_of("roll", axis, self.ndim)
         shifts = (shift,) * len(axes) if isinstance(shift, int) else tuple(shift)
         _check(len(shifts) == len(axes), f"roll: {len(shifts)} shifts for {len(axes)} axes; expected one for each")
         y = self[...]
@@ -633,7 +630,7 @@ class Methods(Generic[T]):
         if axis is None:
             return self.ravel().repeat(repeats, 0)
         x: Any = self.reshape(1) if self.ndim == 0 else self
-        along = axis_of("repeat", axis, self.shape)
+        along = axis_of("repeat", axis, self.ndim)
         n = x.shape[along]
         counts = numpy.asarray(repeats)
         fits = counts.dtype.kind in "iu" and counts.shape in ((), (1,), (n,)) and (counts >= 0).all()
@@ -652,7 +649,7 @@ class Methods(Generic[T]):
 
     def split(self, size: int | Sequence[int], axis: int = 0) -> tuple[T, ...]:
         """Parts along `axis`: of length `size` (the last may be shorter), or of the lengths listed, as PyTorch."""
-        along = axis_of("split", axis, self.shape)
+        along = axis_of("split", axis, self.ndim)
         n = self.shape[along] if self.ndim else 0
         _check(self.ndim > 0, "split: the tensor has shape (); expected an axis to split")
         if isinstance(size, int):
@@ -669,9 +666,7 @@ class Methods(Generic[T]):
     def chunk(self, chunks: int, axis: int = 0) -> tuple[T, ...]:
         """At most `chunks` parts of equal length along `axis`, the last may be shorter, as PyTorch."""
         _check(chunks > 0, f"chunk: chunks is {chunks}; expected 1 or more")
-        return self.split(
-            max(1, -(-self.shape[axis_of("chunk", axis, self.shape)] // chunks)) if self.ndim else 1, axis
-        )
+        return self.split(max(1, -(-self.shape[axis_of("chunk", axis, self.ndim)] // chunks)) if self.ndim else 1, axis)
 
     def pad(self, pad_width: Any, mode: str = "constant", constant_values: float = 0.0) -> T:
         """x with elements added before and after each axis: pad_width is a count, (before, after), or a pair per axis.
@@ -685,7 +680,7 @@ class Methods(Generic[T]):
         fits = all(n >= 0 for pair in widths for n in pair)
         _check(
             fits,
-            f"pad: pad_width is {pad_width!r}; expected counts, a pair (before, after) for each of {self.ndim} axes",
+            f"pad: pad_width is {pad_width!r}; expected a count, or (before, after) for each of {self.ndim} axes",
         )
         if mode != "constant":
             y = self[...]
@@ -704,21 +699,19 @@ class Methods(Generic[T]):
         """x[..., indices, ...], the indices (of any shape) in the place of `axis`, or into the flattened x."""
         if axis is None:
             return self.ravel().take(indices, 0)
-        along = axis_of("take", axis, self.shape)
+        along = axis_of("take", axis, self.ndim)
         _check(self.ndim > 0, "take: the tensor has shape (); expected an axis to take from")
         at = self._indices("take", indices, self.shape[along])
         return self[(*(slice(None),) * along, at)]
 
     def gather(self, axis: int, index: Any) -> T:
         """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and likewise for others; y has index's shape, as PyTorch."""
-        along = axis_of("gather", axis, self.shape)
+        along = axis_of("gather", axis, self.ndim)
         at = self._indices("gather", index, self.shape[along] if self.ndim else 1)
         fits = at.ndim == self.ndim and all(
             i == along or m <= n for i, (m, n) in enumerate(zip(at.shape, self.shape, strict=True))
         )
-        _check(
-            fits, f"gather: index has shape {at.shape}; expected {self.ndim} axes, none but {axis} over {self.shape}"
-        )
+        _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape} but for axis {axis}")
         np = self.backend.np
         places = [
             np.arange(n, dtype="int64").reshape(tuple(n if j == i else 1 for j in range(self.ndim)))
@@ -741,7 +734,7 @@ class Methods(Generic[T]):
 
     def diagonal(self, offset: int = 0, axis1: int = 0, axis2: int = 1) -> T:
         """The elements x[i, i + offset] of two axes, as the last axis of the result."""
-        i, j = axis_of("diagonal", axis1, self.shape), axis_of("diagonal", axis2, self.shape)
+        i, j = axis_of("diagonal", axis1, self.ndim), axis_of("diagonal", axis2, self.ndim)
         _check(self.ndim > 1 and i != j, f"diagonal: axes {axis1} and {axis2} of shape {self.shape}; expected two axes")
         x = self.transpose((*(axis for axis in range(self.ndim) if axis not in (i, j)), i, j))
         rows = numpy.arange(max(0, -offset), max(min(x.shape[-2], x.shape[-1] - offset), max(0, -offset)))
@@ -782,12 +775,13 @@ class Methods(Generic[T]):
         a, b = self._operands("tensordot", other, broadcast=False)
         pairs: Any = (range(a.ndim - axes, a.ndim), range(axes)) if isinstance(axes, int) else axes
         first, second = (
-            axes_of("tensordot", tuple(p) if isinstance(p, Sequence | range) else p, t.shape)
+            axes_of("tensordot", tuple(p) if isinstance(p, Sequence | range) else p, t.ndim)
             for p, t in zip(pairs, (a, b), strict=True)
         )
         lengths = [a.shape[i] for i in first], [b.shape[i] for i in second]
         _check(
-            lengths[0] == lengths[1], f"tensordot: axes of lengths {lengths[0]} and {lengths[1]}; expected equal ones"
+            lengths[0] == lengths[1],
+            f"tensordot: the axes have lengths {lengths[0]} and {lengths[1]}; expected equal ones",
         )
         free_a = [i for i in range(a.ndim) if i not in first]
         free_b = [i for i in range(b.ndim) if i not in second]
@@ -825,7 +819,7 @@ class Sorted(NamedTuple, Generic[T]):
 def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
     """Tensors of one dtype, and of equal shapes but for `axis`, joined along it."""
     first = tensors[0]
-    along = axis_of("concatenate", axis, first.shape)
+    along = axis_of("concatenate", axis, first.ndim)
     for i, x in enumerate(tensors):
         if x.ndim == 0 or x.ndim != first.ndim or _without(x.shape, along) != _without(first.shape, along):
             expected = f"{first.shape} but for axis {axis}" if first.ndim else "one axis or more"
@@ -836,23 +830,10 @@ def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
     return first._record(y, tuple(tensors), _concatenate_backward, saved=places)
 
 
-def axis_of(op: str, axis: Any, shape: tuple[int, ...]) -> int:
-    """`axis` counted from the front. A 0-d tensor counts as one of one axis, as in PyTorch."""
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"{op}: axis is {axis!r}; expected an integer")
-    ndim = max(1, len(shape))
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"{op}: axis {axis} is out of range for a tensor of shape {shape}")
-    return int(axis) % ndim
-
-
-def axes_of(op: str, axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that `axis` (one, several, or None for all) names, counted from the front."""
-    if axis is None:
-        return tuple(range(len(shape)))
-    axes = tuple(axis_of(op, i, shape) for i in (axis if isinstance(axis, tuple | list) else (axis,)))
-    _check(len(set(axes)) == len(axes), f"{op}: the axes {axis} name an axis twice")
-    return axes if shape else ()
+def axis_of(op: str, axis: Any, ndim: int) -> int:
+    """`axis` counted from the front; 0 for a tensor without axes, where 0 and -1 are allowed, as in PyTorch."""
+    axes = axes_of(op, (axis,), ndim)
+    return axes[0] if axes else 0
 
 
 def _check(fits: bool, message: str) -> None:

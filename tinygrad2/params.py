@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy
@@ -15,7 +15,7 @@ from tinygrad2.array import Array
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
-from tinygrad2.tensor import Tensor
+from tinygrad2.tensor import Tensor, form_of
 
 BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
@@ -97,7 +97,7 @@ class Parameter(Tensor):
         """
         old, grad = backend_of(self._data), self._leaf.grad
         self._data, self._copy = backend.asarray(old.to_host(self._data)), None
-        self._leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
+        self._leaf.forms = (form_of(self._data),)
         self._leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
         self._placed = False
 
