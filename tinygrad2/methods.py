@@ -525,7 +525,7 @@ class Methods(Generic[T]):
     def sort(self, axis: int = -1, descending: bool = False) -> Sorted[T]:
         """(values, indices): the elements in order along `axis`, and where each was, as PyTorch's sort."""
         order = self.argsort(axis, descending)
-        return Sorted(self[...] if self.ndim == 0 else self.gather(axis, order), order)
+        return Sorted(self._gather(axis_of("sort", axis, self.ndim), order.data), order)
 
     def topk(self, k: int, axis: int = -1, largest: bool = True) -> Sorted[T]:
         """(values, indices) of the k largest elements along `axis`, the largest first (or smallest)."""
@@ -712,12 +712,15 @@ class Methods(Generic[T]):
             i == along or m <= n for i, (m, n) in enumerate(zip(at.shape, self.shape, strict=True))
         )
         _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape} but for axis {axis}")
-        np = self.backend.np
-        places = [
-            np.arange(n, dtype="int64").reshape(tuple(n if j == i else 1 for j in range(self.ndim)))
-            for i, n in enumerate(at.shape)
-        ]
-        return self[tuple(at if i == along else place for i, place in enumerate(places))] if self.ndim else self[...]
+        return self._gather(along, at)
+
+    def _gather(self, axis: int, at: Any) -> T:
+        """gather() of indices on this device, known to be in range."""
+        if not self.ndim:
+            return self[...]
+        np, shape = self.backend.np, (1,) * self.ndim
+        places = [np.arange(n, dtype="int64").reshape((*shape[:i], n, *shape[i + 1 :])) for i, n in enumerate(at.shape)]
+        return self[(*places[:axis], at, *places[axis + 1 :])]
 
     def _indices(self, op: str, indices: Any, length: int) -> Any:
         """`indices` as an int64 array of this tensor's backend, each checked to be in [-length, length), made >= 0."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import numpy
 
-from tinygrad2 import ops, random
+from tinygrad2 import functional, ops, random
 from tinygrad2.backend import get_backend
+from tinygrad2.files import atomic_write
 from tinygrad2.params import Parameter, ParameterArena
 from tinygrad2.precision import check_parameter_dtype
 from tinygrad2.tensor import Tensor
@@ -31,12 +33,12 @@ def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
 
 
 class Module:
-    """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
+    """Holds parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
         seen: set[int] = set()
-        for name, parameter in _named(prefix, vars(self)):
+        for name, parameter in _named(prefix, self):
             if id(parameter) not in seen:  # a shared parameter counts once, under its first name
                 seen.add(id(parameter))
                 yield name, parameter
@@ -96,15 +98,83 @@ class Module:
         """The number of elements of all parameters."""
         return sum(parameter.size for parameter in self.parameters())
 
+    def state_dict(self) -> dict[str, numpy.ndarray]:
+        """A copy of every parameter's values on the host, by name."""
+        return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
 
-def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Parameter]]:
-    for name, value in members.items():
-        if isinstance(value, Parameter):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Module):
-            yield from _named(f"{prefix}{name}.", vars(value))
-        elif isinstance(value, list):
-            yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Set every parameter to the array (or Tensor) of its name; returns the module.
+
+        Raises ValueError where a name is missing or is not one of a parameter, or a shape differs; nothing is changed.
+        """
+        parameters = dict(self.named_parameters())
+        missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+        if missing or unknown:
+            found = [f"without {', '.join(sorted(missing))}"] if missing else []
+            found += [f"with {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
+            raise ValueError(f"load_state_dict: {type(self).__name__}: the state is {', and '.join(found)}")
+        for name, parameter in parameters.items():
+            if tuple(state[name].shape) != parameter.shape:
+                raise ValueError(
+                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}; expected {parameter.shape}"
+                )
+        for name, parameter in parameters.items():
+            parameter.data = state[name]
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the parameters to a file in the format safetensors, completely or not at all."""
+        from safetensors.numpy import save_file
+
+        with atomic_write(Path(path)) as partial:
+            save_file(self.state_dict(), partial)
+
+    def load(self, path: str | Path) -> Self:
+        """Read the parameters from a file in the format safetensors; returns the module. Raises as load_state_dict."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"load: {path}: it is not a valid safetensors file ({error})") from None
+        return self.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return _tree(self)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a module, list, tuple or dict consists of, by name."""
+    if isinstance(value, Module):
+        yield from vars(value).items()
+    elif isinstance(value, list | tuple):
+        yield from ((str(i), item) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((str(name), item) for name, item in value.items())
+
+
+def _named(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
+    for name, member in _members(value):
+        if isinstance(member, Parameter):
+            yield f"{prefix}{name}", member
+        else:
+            yield from _named(f"{prefix}{name}.", member)
+
+
+def _tree(value: Any) -> str:
+    """A module as text: its numbers and the shapes of its parameters, and the modules in it, indented."""
+    inside, modules = [], []
+    for name, member in _members(value):
+        if isinstance(member, Parameter):
+            inside.append(f"{name} {member.shape}")
+        elif isinstance(member, Module) or any(True for _ in _named("", member)):
+            modules.append(f"{name}: {_tree(member)}")
+        elif isinstance(member, bool | int | float | str) and not name.startswith("_"):
+            inside.append(f"{name}={member}")
+    kind = f"{type(value).__name__}({', '.join(inside)})" if isinstance(value, Module) else ", ".join(inside)
+    lines = [line for module in modules for line in module.splitlines()]
+    return kind + "".join(f"\n  {line}" for line in lines)
 
 
 def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:
@@ -158,3 +228,77 @@ class Embedding(Module):
 
     def __call__(self, tokens: Any) -> Tensor:
         return ops.embedding(tokens, self.weight)
+
+
+class RMSNorm(Module):
+    """y = weight x / sqrt(mean(x^2) + eps) over the last axis of length n; weight starts at 1 (arXiv:1910.07467)."""
+
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", dtype: str = "float32"):
+        self.weight = _parameter(numpy.ones(n), device, dtype)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rmsnorm(x, self.weight, self.eps)
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class GELU(Module):
+    """GELU in its tanh form, which GPT-2 uses, or with `exact` with the error function (arXiv:1606.08415)."""
+
+    def __init__(self, exact: bool = False):
+        self.exact = exact
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.gelu(x, exact=self.exact)
+
+
+class SiLU(Module):
+    """x sigmoid(x)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.silu()
+
+
+class Dropout(Module):
+    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without, the input itself."""
+
+    sites = 1  # how many streams of random numbers a module draws from
+
+    def __init__(self, rate: float):
+        if not 0 <= rate < 1:
+            raise ValueError(f"Dropout: the rate is {rate}; expected 0 <= rate < 1")
+        self.rate = rate
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        return ops.dropout(x, self.rate, key)
+
+
+class Sequential(Module):
+    """The layers one after the other. A key, given to train, is passed to each Dropout, at a site of its own."""
+
+    def __init__(self, *layers: Callable[..., Tensor]):
+        self.layers = list(layers)
+
+    @property
+    def sites(self) -> int:
+        """How many Dropouts there are."""
+        return sum(getattr(layer, "sites", 0) for layer in self.layers)
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        for layer in self.layers:
+            sites = getattr(layer, "sites", 0)
+            x = layer(x, key) if sites else layer(x)
+            key = key.at(key.site + sites) if key is not None else None
+        return x
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: int) -> Callable[..., Tensor]:
+        return self.layers[i]

@@ -7,8 +7,10 @@ import pytest
 
 import tinygrad2
 from tests.beside_torch import THEIRS, compare, theirs
-from tinygrad2 import Tensor, functional, gradcheck, methods, ops
+from tinygrad2 import Key, Tensor, functional, gradcheck, methods, ops
 from tinygrad2.gradcheck import COMPOSITIONS
+
+R = np.random.default_rng(0)
 
 
 @pytest.fixture
@@ -152,3 +154,101 @@ def test_errors_name_the_operation_and_what_was_expected(call, kind, message):
     with pytest.raises(kind, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+# Create ---------------------------------------------------------------------------------------------------------------
+
+
+def test_created_tensors():
+    assert functional.zeros(2, 3).numpy().tolist() == [[0] * 3] * 2
+    assert functional.ones((2,), dtype="float64").dtype == np.float64
+    assert functional.full((), 2.5).item() == 2.5
+    assert functional.eye(2, 3).numpy().tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert functional.arange(3).dtype == np.int64
+    assert functional.arange(1, 2, 0.5).numpy().tolist() == [1, 1.5]
+    assert functional.arange(1.0, 2, 0.5).dtype == np.float32
+    assert functional.linspace(0, 1, 3).numpy().tolist() == [0, 0.5, 1]
+    assert functional.zeros(2, requires_grad=True).requires_grad
+    x = Tensor(np.ones((2, 1)))
+    for name, value in (("zeros_like", 0), ("ones_like", 1)):
+        y = getattr(functional, name)(x)
+        assert (y.shape, y.dtype, y.numpy().tolist()) == (x.shape, x.dtype, [[value]] * 2)
+    assert functional.one_hot([2, 0], 3).numpy().tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_random_tensors_are_functions_of_the_key():
+    x = functional.rand(1000, key=Key(1))
+    assert x.dtype == np.float32
+    assert ((x.numpy() >= 0) & (x.numpy() < 1)).all()
+    assert x.numpy().mean() == pytest.approx(0.5, abs=0.03)
+    np.testing.assert_array_equal(x.numpy(), functional.rand(1000, key=Key(1)).numpy())
+    assert (functional.rand(1000, key=Key(1, site=1)).numpy() != x.numpy()).any()
+    y = functional.randn(20, 50, key=Key(1), dtype="float64")
+    assert y.shape == (20, 50)
+    assert y.numpy().std() == pytest.approx(1, abs=0.1)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def test_causal_attention_is_that_of_ops():
+    qkv = R.normal(size=(2, 5, 24))
+    q, k, v = (Tensor(x.reshape(2, 5, 2, 4).transpose(0, 2, 1, 3)) for x in np.split(qkv, 3, axis=-1))
+    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 2, 1, 3).reshape(2, 5, 8)
+    np.testing.assert_allclose(y.numpy(), ops.attention(Tensor(qkv), 2).numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 5), dtype=bool), np.full((3, 5), -np.inf)])
+def test_a_query_that_sees_no_key_gets_zero_and_sends_no_gradient(mask):
+    q, k, v = (Tensor(R.normal(size=shape), requires_grad=True) for shape in ((3, 4), (5, 4), (5, 2)))
+    with np.errstate(all="raise"):
+        y = functional.scaled_dot_product_attention(q, k, v, mask)
+        y.sum().backward()
+    assert not y.numpy().any()
+    assert not any(x.grad.any() for x in (q, k, v))
+
+
+def test_grouped_heads_are_repeated_keys_and_values():
+    q, k, v = (Tensor(R.normal(size=(2, heads, 3, 4))) for heads in (6, 2, 2))
+    repeated = functional.scaled_dot_product_attention(q, k.repeat(3, 1), v.repeat(3, 1))
+    np.testing.assert_allclose(functional.scaled_dot_product_attention(q, k, v).numpy(), repeated.numpy(), rtol=1e-12)
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+@pytest.mark.extras("torch")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore", [None, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_with_every_option(t, reduction, ignore, smoothing, weighted):
+    targets, weight = np.array([[0, 2, 2], [4, 1, 3]]), np.linspace(0.5, 2, 5) if weighted else None
+    theirs_weight = None if weight is None else t.as_tensor(weight)
+
+    def ours(x):
+        return ops.cross_entropy(x, targets, weight, ignore, reduction, smoothing)
+
+    def other(t, x):
+        return t.nn.functional.cross_entropy(
+            x.moveaxis(-1, 1), t.as_tensor(targets), theirs_weight,
+            ignore_index=-100 if ignore is None else ignore, reduction=reduction, label_smoothing=smoothing,
+        )  # fmt: skip
+
+    compare(t, ours, other, [R.normal(size=(2, 3, 5))])
+
+
+def test_cross_entropy_of_ignored_targets_alone_is_nan_as_in_pytorch():
+    with np.errstate(all="ignore"):
+        loss = ops.cross_entropy(Tensor(np.zeros((2, 3))), [1, 1], ignore_index=1)
+    assert np.isnan(loss.item())
+
+
+def test_star_exports_are_the_functions():
+    own = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"} - {
+        "axis_of",
+        "get_backend",
+    }
+    assert own == set(functional.__all__)
+    assert all(getattr(tinygrad2, name) is getattr(functional, name) for name in functional.__all__)
