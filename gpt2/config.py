@@ -79,8 +79,8 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
-        return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads"
+        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
+        return f"{self.n_layer} layers, {self.n_head} heads, embedding size {self.n_embd}, context {self.n_positions}"
 
     @property
     def n_parameters(self) -> int:

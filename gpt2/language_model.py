@@ -29,7 +29,7 @@ class ModelConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
+        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
 
     def memory(
         self, batch_size: int, block_size: int, precision: str, recompute: str, head_rows: int | None
