@@ -24,18 +24,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import methods, random
+from tinygrad2 import methods, ops, random
 from tinygrad2.backend import get_backend
 from tinygrad2.methods import axis_of
-from tinygrad2.ops import (
-    attention,
-    cross_entropy,
-    dropout,
-    embedding,
-    gelu,
-    layernorm,
-    linear,
-)
+from tinygrad2.ops import attention, dropout, embedding, gelu, linear
 from tinygrad2.tensor import Tensor
 
 __all__ = [  # noqa: RUF022
@@ -229,6 +221,16 @@ def matmul(a: Operand, b: Operand) -> Tensor:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
+def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias (C,) are 1 and 0 where None."""
+    x = _tensor(x)
+    if x.ndim == 0:
+        raise ValueError("layernorm: x has shape (); expected (..., C)")
+    n, np = x.shape[-1], x.backend.np
+    weight = Tensor(np.ones((n,), dtype=x.dtype)) if weight is None else weight
+    return ops.layernorm(x, weight, Tensor(np.zeros((n,), dtype=x.dtype)) if bias is None else bias, eps)
+
+
 def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) where given (arXiv:1910.07467, eq. 4)."""
     x = _tensor(x)
@@ -347,8 +349,8 @@ def _broadcasts_to(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 def one_hot(indices: Any, num_classes: int) -> Tensor:
     """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient."""
-    table = Tensor(numpy.eye(num_classes, dtype=numpy.float32))
-    return table.take(indices, 0)
+    table = eye(num_classes)
+    return table[table._indices("one_hot", indices, num_classes)]
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------
@@ -358,6 +360,10 @@ def _reduced(op: str, loss: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{op}: reduction is {reduction!r}; expected "mean", "sum" or "none"')
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _like(x: Tensor, value: Operand) -> Tensor:
+    return x._operands("cross_entropy", value, broadcast=False)[1]
 
 
 def _same_shape(op: str, x: Operand, target: Operand) -> tuple[Tensor, Tensor]:
@@ -377,6 +383,53 @@ def l1_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
     """The mean of |input - target|, or its sum, or each element of it ("none")."""
     a, b = _same_shape("l1_loss", input, target)
     return _reduced("l1_loss", (a - b).abs(), reduction)
+
+
+def cross_entropy(
+    logits: Operand,
+    targets: Any,
+    weight: Operand | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...) integers or (..., V) shares.
+
+    weight           of each class (V,): the mean is over the weights of the targets (over the rows, with shares).
+    ignore_index     a target that does not count.
+    reduction        "mean", "sum", or "none": the loss of each row (...).
+    label_smoothing  e: the target counts 1 - e more than the e / V of every class (arXiv:1512.00567, section 7).
+    Without these, and with integers, it is ops.cross_entropy, which keeps less. Raises ValueError for a target outside
+    [0, V).
+    """
+    logits = _tensor(logits)
+    if logits.ndim == 0:
+        raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}; expected a number in [0, 1]")
+    values = targets.data if isinstance(targets, Tensor) else numpy.asarray(targets)
+    shares = values.dtype.kind == "f"
+    if not shares and weight is None and (ignore_index, reduction, label_smoothing) == (None, "mean", 0.0):
+        return ops.cross_entropy(logits, targets)
+    V = logits.shape[-1]
+    weights = ones_like(logits[(0,) * (logits.ndim - 1)]) if weight is None else _like(logits, weight)
+    expected = logits.shape if shares else logits.shape[:-1]
+    for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
+        if shape != fit:
+            raise ValueError(f"cross_entropy: {name} has shape {shape}; expected {fit}")
+    terms = -logits.log_softmax() * weights
+    if shares:
+        share = _like(logits, targets) * (1 - label_smoothing) + label_smoothing / V
+        return _reduced("cross_entropy", (terms * share).sum(-1), reduction)
+    counted = values == values if ignore_index is None else values != ignore_index
+    ids = _tensor(values).where(counted, 0)
+    if ids.size and not (ids.min().item() >= 0 and ids.max().item() < V):
+        raise ValueError(f"cross_entropy: targets hold {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
+    rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
+    rows = (rows + terms.sum(-1) * (label_smoothing / V)).where(counted, 0.0)
+    if reduction == "mean":
+        return rows.sum() / weights.detach().take(ids, 0).where(counted, 0.0).sum()
+    return _reduced("cross_entropy", rows, reduction)
 
 
 def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") -> Tensor:

@@ -701,7 +701,7 @@ class Methods(Generic[T]):
             return self.ravel().take(indices, 0)
         along = axis_of("take", axis, self.ndim)
         _check(self.ndim > 0, "take: the tensor has shape (); expected an axis to take from")
-        at = self._indices("take", indices, self.shape[along])
+        at = self._indices("take", indices, self.shape[along], negative=True)
         return self[(*(slice(None),) * along, at)]
 
     def gather(self, axis: int, index: Any) -> T:
@@ -722,17 +722,19 @@ class Methods(Generic[T]):
         places = [np.arange(n, dtype="int64").reshape((*shape[:i], n, *shape[i + 1 :])) for i, n in enumerate(at.shape)]
         return self[(*places[:axis], at, *places[axis + 1 :])]
 
-    def _indices(self, op: str, indices: Any, length: int) -> Any:
-        """`indices` as an int64 array of this tensor's backend, each checked to be in [-length, length), made >= 0."""
+    def _indices(self, op: str, indices: Any, length: int, negative: bool = False) -> Any:
+        """`indices` as an int64 array of this tensor's backend, each checked to be in [0, length).
+
+        negative  -length to -1 are allowed too, and count from the end.
+        """
         values = indices.data if isinstance(indices, Methods) else numpy.asarray(indices)
-        if not values.size:
-            values = values.astype("int64")
-        if values.dtype.kind not in "iu":
+        if values.dtype.kind not in "iu" and values.size:
             raise TypeError(f"{op}: the indices are of dtype {values.dtype}; expected integers")
         host = backend_of(values).to_host(values).astype(numpy.int64)
-        if host.size and not -length <= host.min() <= host.max() < length:
-            worst = host.min() if host.min() < -length else host.max()
-            raise IndexError(f"{op}: index {worst} is out of range for an axis of length {length}")
+        lowest = -length if negative else 0
+        if host.size and not lowest <= host.min() <= host.max() < length:
+            worst = host.min() if host.min() < lowest else host.max()
+            raise IndexError(f"{op}: index {worst} is out of range; expected integers in [{lowest}, {length})")
         return self.backend.upload(numpy.where(host < 0, host + length, host))
 
     def diagonal(self, offset: int = 0, axis1: int = 0, axis2: int = 1) -> T:

@@ -86,17 +86,11 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     return record(y, (x,), "dropout_backward", saved=(rate, key))
 
 
-def layernorm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """y = weight (x - mean) / sqrt(var + eps) + bias over the last axis (arXiv:1607.06450).
 
-    x (..., C), weight and bias (C,) or None, for 1 and 0 -> (..., C). Saves x and two statistics per row.
+    x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
-    if isinstance(x, Tensor) and x.ndim and (weight is None or bias is None):
-        dtype = x.dtype if x.dtype.itemsize > 2 else "float32"
-        weight = Tensor(x.backend.np.ones(x.shape[-1:], dtype=dtype)) if weight is None else weight
-        bias = Tensor(x.backend.zeros(x.shape[-1:], dtype)) if bias is None else bias
-    if weight is None or bias is None or not x.ndim:
-        raise ValueError(f"layernorm: x is {getattr(x, 'shape', type(x).__name__)}; expected a Tensor (..., C)")
     _check_tensors("layernorm", x, gains=(weight, bias))
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
@@ -193,75 +187,27 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     return backward(dy, x, bias, into(1)), None
 
 
-def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    """exp(x_i) / sum_j exp(x_j) along `axis`. Saves the result."""
+def softmax(x: Tensor) -> Tensor:
+    """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
-    return x.softmax(axis)
+    y = backend_of(x.data).kernels.softmax_forward(x.data)
+    return record(y, (x,), "softmax_backward", saved=(y,))
 
 
-def cross_entropy(
-    logits: Tensor,
-    targets: Tensor | ArrayLike,
-    weight: Tensor | ArrayLike | None = None,
-    ignore_index: int | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     """The mean of -log softmax(logits)[target], in nats.
 
-    logits (..., V), targets (...) integers, or (..., V) shares of the classes -> a scalar. Saves the logits and one
-    statistic per row; with one of the options, a composition that saves several (..., V) arrays computes it.
-    weight           of each class (V,): the mean is over the weights of the targets (over the rows, with shares).
-    ignore_index     a target that does not count.
-    reduction        "mean", "sum", or "none": the loss of each row (...).
-    label_smoothing  e: the target counts 1 - e, and every class e / V (arXiv:1512.00567, section 7).
+    logits (..., V), targets (...) integers -> a scalar. Saves the logits and one statistic per row.
     Raises ValueError for a target outside [0, V).
     """
     _check_tensors("cross_entropy", logits)
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
-    shares = isinstance(targets, Tensor) and targets.dtype == logits.dtype
-    if shares or weight is not None or (ignore_index, reduction, label_smoothing) != (None, "mean", 0.0):
-        return _general_cross_entropy(logits, targets, weight, ignore_index, reduction, label_smoothing)
     backend = backend_of(logits.data)
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
-
-
-def _general_cross_entropy(
-    logits: Tensor, targets: Any, weight: Any, ignore_index: int | None, reduction: str, label_smoothing: float
-) -> Tensor:
-    """cross_entropy with its options: the sum over classes of -weight share log_softmax(logits)."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'cross_entropy: reduction is {reduction!r}; expected "mean", "sum" or "none"')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}; expected a number in [0, 1]")
-    V, backend = logits.shape[-1], logits.backend
-    weights = (
-        Tensor(backend.np.ones((V,), dtype=logits.dtype))
-        if weight is None
-        else logits._operands("cross_entropy", weight, False)[1]
-    )
-    _expect("cross_entropy", "weight", weights, (V,))
-    terms = -logits.log_softmax() * weights
-    if isinstance(targets, Tensor) and targets.dtype == logits.dtype:
-        _expect("cross_entropy", "targets", targets, logits.shape)
-        rows = (terms * (targets * (1 - label_smoothing) + label_smoothing / V)).sum(-1)
-        count: Any = max(1, rows.size)
-    else:
-        host = numpy.asarray(targets) if isinstance(targets, list | tuple | int) else targets
-        host = backend_of(host.data).to_host(host.data) if isinstance(host, Tensor) else backend_of(host).to_host(host)
-        _expect("cross_entropy", "targets", host, logits.shape[:-1])
-        counted = numpy.ones(host.shape, dtype=bool) if ignore_index is None else host != ignore_index
-        ids = _host_indices("cross_entropy", "targets", numpy.where(counted, host, 0), V)
-        picked = terms.gather(-1, ids[..., None]).squeeze(-1)
-        rows = picked * (1 - label_smoothing) + terms.sum(-1) * (label_smoothing / V)
-        mask = backend.upload(counted)
-        rows = rows.where(mask, 0.0)
-        count = weights.detach().take(ids, 0).where(mask, 0.0).sum()
-    return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.sum() / count
 
 
 def lm_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike, head_rows: int | None = None) -> Tensor:
