@@ -24,7 +24,7 @@ ENGINE = (
     ("methods",),
     ("tensor",),
     ("ops", "params"),
-    ("functional",),
+    ("functional", "state"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
@@ -257,6 +257,7 @@ TESTED_BY = {
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.state": "tinygrad2/test_nn.py",
     "tinygrad2.protocols": "tinygrad2/test_tensor.py",
 }
 

@@ -3,8 +3,8 @@
 Each method of Tensor (tensor.py, methods.py) has a function of its name here, which takes an array, a number or nested
 lists in the place of a Tensor too. Beside them, what joins several tensors, creates one, or is made for networks:
 
-    join        concatenate (cat) stack vstack hstack meshgrid
-    products    einsum matmul
+    join        concatenate (cat) stack vstack hstack dstack meshgrid
+    products    einsum matmul vdot kron
     networks    rmsnorm layernorm rotary_embedding scaled_dot_product_attention one_hot
     losses      cross_entropy nll_loss mse_loss l1_loss binary_cross_entropy binary_cross_entropy_with_logits
     create      zeros ones full eye arange linspace rand randn zeros_like ones_like full_like
@@ -30,23 +30,173 @@ from tinygrad2.methods import axis_of
 from tinygrad2.ops import attention, dropout, embedding, gelu, linear
 from tinygrad2.tensor import Tensor
 
-__all__ = [  # noqa: RUF022
-    "abs", "absolute", "add", "all", "amax", "amin", "any", "arange", "arccos", "arccosh", "arcsin", "arcsinh",
-    "arctan", "arctan2", "arctanh", "argmax", "argmin", "argsort", "attention", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "broadcast_to", "cat", "ceil", "celu", "chunk", "clamp", "clip",
-    "concatenate", "cos", "cosh", "cross_entropy", "cumprod", "cumsum", "diag", "diagonal", "divide", "dot",
-    "dropout", "einsum", "elu", "embedding", "erf", "exp", "exp2", "expand", "expand_dims", "expm1", "eye",
-    "flatten", "flip", "floor", "full", "full_like", "gather", "gelu", "hardsigmoid", "hardswish", "hardtanh",
-    "hstack", "hypot", "inner", "isfinite", "isinf", "isnan", "l1_loss", "layernorm", "leaky_relu", "lerp",
-    "linear", "linspace", "log", "log10", "log1p", "log2", "log_softmax", "logaddexp", "logsigmoid",
-    "logsumexp", "masked_fill", "matmul", "max", "maximum", "mean", "meshgrid", "min", "minimum", "mish", "mod",
-    "moveaxis", "mse_loss", "multiply", "nan_to_num", "negative", "nll_loss", "norm", "one_hot", "ones",
-    "ones_like", "outer", "pad", "permute", "pow", "power", "prod", "quick_gelu", "rand", "randn", "ravel",
-    "reciprocal", "relu", "relu6", "remainder", "repeat", "reshape", "rmsnorm", "roll", "rotary_embedding",
-    "round", "rsqrt", "scaled_dot_product_attention", "selu", "sigmoid", "sign", "silu", "sin", "sinh",
-    "softmax", "softplus", "softsign", "sort", "split", "sqrt", "square", "squeeze", "stack", "std", "subtract",
-    "sum", "swapaxes", "swish", "take", "tan", "tanh", "tensordot", "tile", "topk", "trace", "transpose",
-    "tril", "triu", "trunc", "unflatten", "unsqueeze", "var", "vstack", "where", "zeros", "zeros_like",
+__all__ = [
+    "abs",
+    "absolute",
+    "add",
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "arange",
+    "arccos",
+    "arccosh",
+    "arcsin",
+    "arcsinh",
+    "arctan",
+    "arctan2",
+    "arctanh",
+    "argmax",
+    "argmin",
+    "argsort",
+    "array_split",
+    "attention",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "broadcast_to",
+    "cat",
+    "ceil",
+    "celu",
+    "chunk",
+    "clamp",
+    "clip",
+    "concatenate",
+    "cos",
+    "cosh",
+    "cross_entropy",
+    "cumprod",
+    "cumsum",
+    "degrees",
+    "diag",
+    "diagonal",
+    "diff",
+    "divide",
+    "dot",
+    "dropout",
+    "dstack",
+    "einsum",
+    "elu",
+    "embedding",
+    "erf",
+    "exp",
+    "exp2",
+    "expand",
+    "expand_dims",
+    "expm1",
+    "eye",
+    "flatten",
+    "flip",
+    "floor",
+    "full",
+    "full_like",
+    "gather",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "hstack",
+    "hypot",
+    "inner",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "kron",
+    "l1_loss",
+    "layernorm",
+    "leaky_relu",
+    "lerp",
+    "linear",
+    "linspace",
+    "log",
+    "log1p",
+    "log2",
+    "log10",
+    "log_softmax",
+    "logaddexp",
+    "logsigmoid",
+    "logsumexp",
+    "masked_fill",
+    "matmul",
+    "max",
+    "maximum",
+    "mean",
+    "meshgrid",
+    "min",
+    "minimum",
+    "mish",
+    "mod",
+    "moveaxis",
+    "mse_loss",
+    "multiply",
+    "nan_to_num",
+    "negative",
+    "nll_loss",
+    "norm",
+    "one_hot",
+    "ones",
+    "ones_like",
+    "outer",
+    "pad",
+    "permute",
+    "pow",
+    "power",
+    "prod",
+    "quick_gelu",
+    "radians",
+    "rand",
+    "randn",
+    "ravel",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "remainder",
+    "repeat",
+    "reshape",
+    "rmsnorm",
+    "roll",
+    "rotary_embedding",
+    "round",
+    "rsqrt",
+    "scaled_dot_product_attention",
+    "selu",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "sinh",
+    "softmax",
+    "softplus",
+    "softsign",
+    "sort",
+    "split",
+    "sqrt",
+    "square",
+    "squeeze",
+    "stack",
+    "std",
+    "subtract",
+    "sum",
+    "swapaxes",
+    "swish",
+    "take",
+    "tan",
+    "tanh",
+    "tensordot",
+    "tile",
+    "topk",
+    "trace",
+    "transpose",
+    "tril",
+    "triu",
+    "trunc",
+    "unflatten",
+    "unsqueeze",
+    "var",
+    "vdot",
+    "vstack",
+    "where",
+    "zeros",
+    "zeros_like",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -104,6 +254,12 @@ def hstack(tensors: Sequence[Operand]) -> Tensor:
     """Tensors joined along the second axis, vectors along their only one."""
     given = [x if x.ndim else x.reshape(1) for x in _tensors("hstack", tensors)]
     return methods.concatenate(given, builtins.min(1, given[0].ndim - 1))
+
+
+def dstack(tensors: Sequence[Operand]) -> Tensor:
+    """Tensors joined along the third axis; vectors count as (1, n, 1) and matrices as (m, n, 1)."""
+    given = [x.reshape(1, x.size) if x.ndim < 2 else x for x in _tensors("dstack", tensors)]
+    return methods.concatenate([x.unsqueeze(-1) if x.ndim < 3 else x for x in given], 2)
 
 
 def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
@@ -216,6 +372,20 @@ def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str
 def matmul(a: Operand, b: Operand) -> Tensor:
     """a @ b: the product over the last two axes, the leading ones broadcast."""
     return _tensor(a) @ b if isinstance(a, Tensor) or not isinstance(b, Tensor) else b.__rmatmul__(a)
+
+
+def vdot(a: Operand, b: Operand) -> Tensor:
+    """The sum of the products of all elements of two tensors of the same size."""
+    return _tensor(a).ravel().dot(b.ravel() if isinstance(b, Tensor) else numpy.ravel(b))
+
+
+def kron(a: Operand, b: Operand) -> Tensor:
+    """The Kronecker product: each element of a times the whole of b, in blocks."""
+    x, y = (a if isinstance(a, Tensor) else _tensor(a))._operands("kron", b, broadcast=False)
+    ndim = builtins.max(x.ndim, y.ndim)
+    rows, blocks = (1,) * (ndim - x.ndim) + x.shape, (1,) * (ndim - y.ndim) + y.shape
+    product = x.reshape(tuple(m for n in rows for m in (n, 1))) * y.reshape(tuple(m for n in blocks for m in (1, n)))
+    return product.reshape(tuple(m * n for m, n in zip(rows, blocks, strict=True)))
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -626,6 +796,10 @@ softsign = _function(Tensor.softsign)
 hardtanh = _function(Tensor.hardtanh)
 hardsigmoid = _function(Tensor.hardsigmoid)
 hardswish = _function(Tensor.hardswish)
+degrees = _function(Tensor.degrees)
+radians = _function(Tensor.radians)
+diff = _function(Tensor.diff)
+array_split = _function(Tensor.array_split)
 masked_fill = _function(Tensor.masked_fill)
 clip = _function(Tensor.clip)
 lerp = _function(Tensor.lerp)

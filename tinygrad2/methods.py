@@ -1,14 +1,15 @@
 """Methods of Tensor that are compositions of others, a few lines each. functional.py has each as a function too.
 
     elementwise   abs sign sqrt rsqrt square reciprocal exp2 expm1 log1p log2 log10 erf floor ceil round trunc
-                  sin cos tan sinh cosh arcsin arccos arctan arcsinh arccosh arctanh isnan isinf isfinite nan_to_num
+                  sin cos tan sinh cosh arcsin arccos arctan arcsinh arccosh arctanh degrees radians
+                  isnan isinf isfinite nan_to_num
     activations   relu relu6 leaky_relu elu celu selu sigmoid logsigmoid silu mish softplus softsign
                   hardtanh hardsigmoid hardswish quick_gelu
     two operands  maximum minimum power remainder logaddexp arctan2 hypot lerp where masked_fill clip
-    reductions    min prod var std norm all any argmax argmin logsumexp softmax log_softmax cumsum cumprod
-                  sort argsort topk
+    reductions    min prod var std norm all any argmax argmin logsumexp softmax log_softmax
+                  cumsum cumprod diff sort argsort topk
     shapes        squeeze unsqueeze expand_dims flatten ravel view unflatten permute swapaxes moveaxis flip roll
-                  broadcast_to expand repeat tile split chunk pad
+                  broadcast_to expand repeat tile split array_split chunk pad
     elements      gather take diagonal diag trace tril triu
     products      dot inner outer tensordot
 
@@ -99,6 +100,9 @@ class Methods(Generic[T]):
     def abs(self) -> T:
         """|x|; the gradient at 0 is 0."""
         return self._map("abs", lambda np, x: np.abs(x), lambda np, x: np.sign(x))
+
+    def __abs__(self) -> T:
+        return self.abs()
 
     def sign(self) -> T:
         """-1, 0 or 1; the gradient is 0."""
@@ -199,6 +203,14 @@ class Methods(Generic[T]):
     def arctanh(self) -> T:
         """The inverse of tanh, for |x| <= 1."""
         return self._float()._map("arctanh", lambda np, x: np.arctanh(x), lambda np, x: 1 / (1 - x * x))
+
+    def degrees(self) -> T:
+        """x in radians, in degrees."""
+        return self * (180 / math.pi)
+
+    def radians(self) -> T:
+        """x in degrees, in radians."""
+        return self * (math.pi / 180)
 
     def erf(self) -> T:
         """The error function, 2 / sqrt(pi) times the integral of exp(-t^2) from 0 to x."""
@@ -503,6 +515,17 @@ class Methods(Generic[T]):
         y = self.backend.kernels.cumsum_forward(self.data, along)
         return self._record(y, (self,), "cumsum_backward", saved=(along,))
 
+    def diff(self, n: int = 1, axis: int = -1) -> T:
+        """The differences of neighbours along `axis`, n times over."""
+        along = axis_of("diff", axis, self.ndim)
+        _check(
+            self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape} and n is {n}; expected an axis, n >= 0"
+        )
+        y, before = self[...], (slice(None),) * along
+        for _ in range(n):
+            y = y[(*before, slice(1, None))] - y[(*before, slice(-1))]
+        return y
+
     def cumprod(self, axis: int | None = None) -> T:
         """The products of the first 1, 2, ... elements along `axis`, or of the flattened tensor; time n^2."""
         if axis is None:
@@ -667,6 +690,13 @@ class Methods(Generic[T]):
         """At most `chunks` parts of equal length along `axis`, the last may be shorter, as PyTorch."""
         _check(chunks > 0, f"chunk: chunks is {chunks}; expected 1 or more")
         return self.split(max(1, -(-self.shape[axis_of("chunk", axis, self.ndim)] // chunks)) if self.ndim else 1, axis)
+
+    def array_split(self, sections: int, axis: int = 0) -> tuple[T, ...]:
+        """`sections` parts along `axis` whose lengths differ by at most 1, the longer first, as NumPy."""
+        _check(sections > 0, f"array_split: sections is {sections}; expected 1 or more")
+        along = axis_of("array_split", axis, self.ndim)
+        each, longer = divmod(self.shape[along] if self.ndim else 0, sections)
+        return self.split([each + (i < longer) for i in range(sections)], along)
 
     def pad(self, pad_width: Any, mode: str = "constant", constant_values: float = 0.0) -> T:
         """x with elements added before and after each axis: pad_width is a count, (before, after), or a pair per axis.

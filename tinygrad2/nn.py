@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy
 
 from tinygrad2 import functional, ops, random
 from tinygrad2.backend import get_backend
-from tinygrad2.files import atomic_write
 from tinygrad2.params import Parameter, ParameterArena
 from tinygrad2.precision import check_parameter_dtype
+from tinygrad2.state import State, parameters_in
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
@@ -32,13 +31,13 @@ def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
     return numpy.zeros(shape, dtype=numpy.float32)
 
 
-class Module:
+class Module(State):
     """Holds parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
         seen: set[int] = set()
-        for name, parameter in _named(prefix, self):
+        for name, parameter in parameters_in(self, prefix):
             if id(parameter) not in seen:  # a shared parameter counts once, under its first name
                 seen.add(id(parameter))
                 yield name, parameter
@@ -97,84 +96,6 @@ class Module:
     def n_parameters(self) -> int:
         """The number of elements of all parameters."""
         return sum(parameter.size for parameter in self.parameters())
-
-    def state_dict(self) -> dict[str, numpy.ndarray]:
-        """A copy of every parameter's values on the host, by name."""
-        return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Set every parameter to the array (or Tensor) of its name; returns the module.
-
-        Raises ValueError where a name is missing or is not one of a parameter, or a shape differs; nothing is changed.
-        """
-        parameters = dict(self.named_parameters())
-        missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
-        if missing or unknown:
-            found = [f"without {', '.join(sorted(missing))}"] if missing else []
-            found += [f"with {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
-            raise ValueError(f"load_state_dict: {type(self).__name__}: the state is {', and '.join(found)}")
-        for name, parameter in parameters.items():
-            if tuple(state[name].shape) != parameter.shape:
-                raise ValueError(
-                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}; expected {parameter.shape}"
-                )
-        for name, parameter in parameters.items():
-            parameter.data = state[name]
-        return self
-
-    def save(self, path: str | Path) -> None:
-        """Write the parameters to a file in the format safetensors, completely or not at all."""
-        from safetensors.numpy import save_file
-
-        with atomic_write(Path(path)) as partial:
-            save_file(self.state_dict(), partial)
-
-    def load(self, path: str | Path) -> Self:
-        """Read the parameters from a file in the format safetensors; returns the module. Raises as load_state_dict."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"load: {path}: it is not a valid safetensors file ({error})") from None
-        return self.load_state_dict(state)
-
-    def __repr__(self) -> str:
-        return _tree(self)
-
-
-def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a module, list, tuple or dict consists of, by name."""
-    if isinstance(value, Module):
-        yield from vars(value).items()
-    elif isinstance(value, list | tuple):
-        yield from ((str(i), item) for i, item in enumerate(value))
-    elif isinstance(value, dict):
-        yield from ((str(name), item) for name, item in value.items())
-
-
-def _named(prefix: str, value: Any) -> Iterator[tuple[str, Parameter]]:
-    for name, member in _members(value):
-        if isinstance(member, Parameter):
-            yield f"{prefix}{name}", member
-        else:
-            yield from _named(f"{prefix}{name}.", member)
-
-
-def _tree(value: Any) -> str:
-    """A module as text: its numbers and the shapes of its parameters, and the modules in it, indented."""
-    inside, modules = [], []
-    for name, member in _members(value):
-        if isinstance(member, Parameter):
-            inside.append(f"{name} {member.shape}")
-        elif isinstance(member, Module) or any(True for _ in _named("", member)):
-            modules.append(f"{name}: {_tree(member)}")
-        elif isinstance(member, bool | int | float | str) and not name.startswith("_"):
-            inside.append(f"{name}={member}")
-    kind = f"{type(value).__name__}({', '.join(inside)})" if isinstance(value, Module) else ", ".join(inside)
-    lines = [line for module in modules for line in module.splitlines()]
-    return kind + "".join(f"\n  {line}" for line in lines)
 
 
 def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:

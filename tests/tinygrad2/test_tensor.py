@@ -6,6 +6,7 @@ import pytest
 
 from tinygrad2 import Key, Tensor, no_grad, ops, recompute
 from tinygrad2.gradcheck import check
+from tinygrad2.protocols import UFUNCS
 from tinygrad2.tensor import record
 
 R = np.random.default_rng(0)
@@ -155,10 +156,39 @@ def test_a_tensor_may_be_an_index():
     np.testing.assert_array_equal(x[Tensor(np.array([3, 3, 1]))].data, x.data[[3, 3, 1]])
 
 
-@pytest.mark.parametrize("bad", ["2", None, [1, 2], Tensor(2.0)])
-def test_only_numbers_are_exponents(bad):
-    with pytest.raises(TypeError, match="the exponent must be a Python number, got"):
+@pytest.mark.parametrize("bad", ["2", None, [1, "x"], Tensor(2.0)])
+def test_only_numbers_and_tensors_of_the_same_dtype_are_exponents(bad):
+    with pytest.raises(TypeError, match=r"power: (expected a Tensor, an array|the operands have dtypes)"):
         leaf(2) ** bad
+
+
+def test_exponents_may_be_arrays_lists_and_the_tensor():
+    x = Tensor([2.0, 3.0])
+    np.testing.assert_array_equal((x ** [1, 2]).data, [2, 9])
+    np.testing.assert_array_equal((2**x).data, [4, 8])
+    np.testing.assert_array_equal((np.array([2.0, 1.0]) ** x).data, [4, 1])
+    with pytest.raises(ValueError, match="power: the exponent has negative integers"):
+        Tensor(np.array([1, 2])) ** Tensor(np.array([1, -2]))
+
+
+@pytest.mark.parametrize("function", [np.min, np.prod, np.var, np.std, np.cumsum, np.argmax, np.any, np.ravel])
+def test_more_of_numpys_functions_give_tensors(function):
+    x = np.arange(1.0, 7.0).reshape(2, 3)
+    y = function(Tensor(x))
+    assert isinstance(y, Tensor)
+    np.testing.assert_allclose(y.data, function(x))
+
+
+@pytest.mark.parametrize("name", [name for name in UFUNCS if UFUNCS[name][0][0] != "_"], ids=lambda u: u.__name__)
+def test_numpys_universal_functions_give_tensors(name):
+    x, y = np.array([0.25, 0.5]), np.array([0.75, 0.5])
+    with np.errstate(all="ignore"):
+        if name.nin == 1:
+            np.testing.assert_allclose(name(Tensor(x)).data, name(x))
+        else:
+            np.testing.assert_allclose(name(Tensor(x), y).data, name(x, y))
+        if name.nin == 2 and UFUNCS[name][1]:
+            np.testing.assert_allclose(name(y, Tensor(x)).data, name(y, x))
 
 
 @pytest.mark.parametrize(
