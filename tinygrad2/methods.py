@@ -246,6 +246,7 @@ class Methods(Generic[T]):
 
     def leaky_relu(self, negative_slope: float = 0.01) -> T:
         """x where x > 0, else negative_slope x."""
+        negative_slope = float(negative_slope)
         return self._float()._map(
             "leaky_relu",
             lambda np, x: np.where(x > 0, x, negative_slope * x),
@@ -254,6 +255,7 @@ class Methods(Generic[T]):
 
     def elu(self, alpha: float = 1.0) -> T:
         """x where x > 0, else alpha (e^x - 1) (arXiv:1511.07289)."""
+        alpha = float(alpha)
         return self._float()._map(
             "elu",
             lambda np, x: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0))),
@@ -307,6 +309,7 @@ class Methods(Generic[T]):
 
     def hardtanh(self, min_val: float = -1.0, max_val: float = 1.0) -> T:
         """x limited to [min_val, max_val]; the gradient at both is 0."""
+        min_val, max_val = float(min_val), float(max_val)  # (a NumPy scalar would promote the result)
         _check(min_val <= max_val, f"hardtanh: min_val is {min_val} and max_val {max_val}; expected min_val <= max_val")
         return self._float()._map(
             "hardtanh", lambda np, x: np.clip(x, min_val, max_val), lambda np, x: ~((x <= min_val) | (x >= max_val))
@@ -393,9 +396,10 @@ class Methods(Generic[T]):
             if bound is not None and not isinstance(bound, int | float | numpy.number):
                 raise TypeError(f"clip: {name} is of type {type(bound).__name__}; expected a number, or use maximum()")
         low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
-        whole = self.dtype.kind in "iub" and float(min or 0).is_integer() and float(max or 0).is_integer()
-        x = self if whole else self._float()
-        return x._map("clip", lambda np, a: np.clip(a, min, max), lambda np, a: (a >= low) & (a <= high))
+        if self.dtype.kind in "iu" and all(math.isinf(bound) or bound.is_integer() for bound in (low, high)):
+            low, high = (int(bound) if math.isfinite(bound) else None for bound in (low, high))  # type: ignore[assignment]
+            return self._constant(self.data if low is high is None else self.backend.np.clip(self.data, low, high))
+        return self._float()._map("clip", lambda np, x: np.clip(x, low, high), lambda np, x: (x >= low) & (x <= high))
 
     def _mask(self, op: str, name: str, values: Any) -> Any:
         """`values` as a boolean array of this tensor's backend."""
@@ -412,9 +416,13 @@ class Methods(Generic[T]):
 
     def prod(self, axis: Axis = None, keepdims: bool = False) -> T:
         """The product over `axis` (an axis, several, or None for all). The gradient is right where elements are 0."""
-        axes = axes_of("prod", axis, self.ndim)
-        y = self.backend.np.prod(self.data, axis=axes, keepdims=keepdims, dtype=self.data.dtype)
-        return self._record(y, (self,), _prod_backward, saved=(self.data, axes))
+        axes, x = axes_of("prod", axis, self.ndim), self._wide()
+        y = self.backend.np.prod(x.data, axis=axes, keepdims=keepdims, dtype=x.dtype)
+        return self._record(y, (x,), _prod_backward, saved=(x.data, axes))
+
+    def _wide(self) -> Methods[T]:
+        """This tensor, with integers and booleans converted to int64, for sums and products of them."""
+        return self._constant(self.data.astype("int64")) if self.dtype.kind in "biu" else self
 
     def var(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
         """The mean of (x - mean)^2 over `axis`, with n - ddof in the place of n. NumPy's default is ddof = 0,
@@ -512,8 +520,8 @@ class Methods(Generic[T]):
         along = axis_of("cumsum", axis, self.ndim)
         if self.ndim == 0:
             return self[...]
-        y = self.backend.kernels.cumsum_forward(self.data, along)
-        return self._record(y, (self,), "cumsum_backward", saved=(along,))
+        x = self._wide()
+        return self._record(self.backend.kernels.cumsum_forward(x.data, along), (x,), "cumsum_backward", saved=(along,))
 
     def diff(self, n: int = 1, axis: int = -1) -> T:
         """The differences of neighbours along `axis`, n times over."""

@@ -224,3 +224,29 @@ def test_integers_become_float32_and_have_the_values_of_floats(name):
         expected = getattr(functional, name)(Tensor(x.astype("float32")))
     assert name in whole or y.dtype == np.float32
     np.testing.assert_allclose(y.numpy(), expected.numpy())
+
+
+def test_numpys_scalars_do_not_promote():
+    x, number = Tensor([0.5, -0.5, 2.0]), np.float64(0.25)
+    for y in (
+        x.clip(-number, number), x.hardtanh(-number, number), x.leaky_relu(number), x.elu(number), x.celu(number),
+        x.maximum(number), x.where(np.array([True, False, True]), number), x.masked_fill(x > 0, number),
+        x.lerp(number, number), x.abs() ** number, x.pad(1, constant_values=number), x.var(ddof=np.int64(1)),
+    ):  # fmt: skip
+        assert y.dtype == np.float32
+
+
+def test_integers_and_booleans():
+    flags, small = Tensor(np.array([True, True, False])), Tensor(np.array([100, 2, -3], dtype="int8"))
+    assert flags.cumsum(0).numpy().tolist() == [1, 2, 2]
+    assert flags.prod().dtype == np.int64
+    assert small.prod().item() == -600
+    assert small.cumsum(0).numpy().tolist() == [100, 102, 99]
+    assert small.clip(-1, 5).numpy().tolist() == [5, 2, -1]
+    assert small.clip(-1, 5).dtype == np.int8
+    assert small.clip(max=2.5).dtype == np.float32
+    assert small.clip().numpy().tolist() == [100, 2, -3]
+    assert small.maximum(flags).dtype == np.int8
+    assert functional.where(flags, small, 0.5).dtype == np.float32
+    assert functional.concatenate([small, Tensor([0.5])]).dtype == np.float32
+    assert functional.stack([flags, small]).numpy().tolist() == [[1, 1, 0], [100, 2, -3]]
