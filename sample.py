@@ -18,15 +18,14 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import find_model
 from gpt2.generate import check_sampling, stream_text
+from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
-from tinygrad2.backend import DEVICES
+from tinygrad2.backend import DEVICES, get_backend
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
@@ -157,8 +156,8 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
             f"no trained model in checkpoint/ or out/ (python train.py trains one): sampling from an untrained model"
             f"{weights}"
         )
-        model = GPT2(GPT2Config.preset("nano"), device=options.device)
-        return model.narrow() if weights and model.backend.narrow_weights else model, Tokenizer.load("bytes")
+        precision = to_generate(options.dtype, get_backend(options.device))
+        return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")
     own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
     print_error(f"model: {folder}{weights}{' (your own: --checkpoint out)' if own else ''}")
     model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
@@ -175,7 +174,7 @@ def report_empty(i: int, continuations: Sequence[str], options: argparse.Namespa
 
 def check_memory(model: GPT2, samples: int, prompt: int, new: int) -> None:
     """Raise MemoryError if generating these samples needs more memory than is free, before any is allocated."""
-    itemsize = np.dtype(model.activations).itemsize
+    itemsize = model.precision.activation_bytes
     need = model.config.memory_to_generate(samples, prompt, new, itemsize)
     free, total = model.backend.memory() or machine.memory() or (math.inf, math.inf)
     if sum(need.values()) <= free:

@@ -11,7 +11,7 @@ from gpt2 import console
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser
 from gpt2.formats.model_file import find_model
-from gpt2.model import GPT2
+from gpt2.model import GPT2, to_generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
@@ -94,7 +94,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    if not model.backend.narrow_weights and (reason := model.backend.unsupported_reason(options.dtype)):
+    precision = to_generate(options.dtype, model.backend)
+    if reason := model.backend.unsupported_reason(precision):
         raise ValueError(f"--dtype {reason}")
 
     def measure() -> JsonObject:
@@ -112,11 +113,11 @@ def _evaluate(options: argparse.Namespace) -> int:
             console.say(describe_task(TASKS[name], results[name]))
         return results
 
-    console.say(f"{folder}: {model.n_parameters():,} parameters, {model.dtype} on {model.backend.device}")
+    console.say(f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}")
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
     if options.dtype == "bfloat16":
         console.say("the same with weights in bfloat16:")
-        model = GPT2.from_pretrained(folder, device=options.device, dtype="bfloat16")
+        model = GPT2.from_pretrained(folder, device=options.device, dtype=precision)
         results["bfloat16"] = measure()
         if data is not None:
             before, after = results["data"]["loss"], results["bfloat16"]["data"]["loss"]

@@ -30,7 +30,6 @@ from tinygrad2.array import Array
 from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
-from tinygrad2.precision import PARAMETER_DTYPES
 
 BOUND = 1e-6
 SCALE = 0.2  # of check's step: this model has larger derivatives than check's step, made for values around 1, allows
@@ -270,7 +269,7 @@ def command_line() -> Parser:
     )
     group = parser.add_argument_group("how to compare")
     group.add_argument("--activation", choices=FORMS, help="with --preset: only this form of GELU [default: both]")
-    group.add_argument("--dtype", choices=PARAMETER_DTYPES, default="float32", help="dtype of both computations")
+    group.add_argument("--dtype", choices=tuple(parity.BOUNDS), default="float32", help="dtype of both computations")
     group.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the weights, the tokens and the directions"
     )

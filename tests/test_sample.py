@@ -123,7 +123,7 @@ def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     texts = {dtype: run(capsys, *options, "--dtype", dtype) for dtype in ("float32", "bfloat16")}
     assert texts["float32"].err.splitlines()[0] == "model: checkpoint"
     assert texts["bfloat16"].err.splitlines()[0] == "model: checkpoint, weights in bfloat16"
-    model.narrow()
+    model.to(precision="bfloat16_weights")
     rows = model.generate(list(b"ab"), 60, stop=256, samples=20, temperature=1, seed=3)
     expected = [
         f"--- sample {i} of 20 ---\nab{bytes(row).decode('utf-8', 'replace')}\n" for i, row in enumerate(rows, 1)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 
 from tinygrad2.array import Array, may_share_memory
+from tinygrad2.precision import sum_dtype
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -53,9 +54,9 @@ Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any],
 
 
 def zeros(form: Form) -> Array:
-    """A buffer that gradients of this form are summed in: in float32 where the dtype has fewer bits."""
+    """A buffer that gradients of this form are summed in."""
     _, shape, dtype, library_zeros = form
-    return library_zeros(shape, numpy.float32 if dtype.itemsize < 4 else dtype)
+    return library_zeros(shape, sum_dtype(dtype))
 
 
 class Leaf:

@@ -255,13 +255,18 @@ def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) where given (arXiv:1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) where given (arXiv:1910.07467, eq. 4).
+
+    Of x in 16 bits, it is computed in float32.
+    """
     x = _tensor(x)
     if x.ndim == 0 or (weight is not None and weight.shape != x.shape[-1:]):
         shape = None if weight is None else weight.shape
         raise ValueError(f"rmsnorm: x has shape {x.shape} and weight {shape}; expected (..., C) and (C,)")
-    y = x * (x.square().mean(-1, keepdims=True) + eps).rsqrt()
-    return y if weight is None else y * weight
+    wide = x if x.dtype.itemsize > 2 else x.astype("float32")
+    y = wide * (wide.square().mean(-1, keepdims=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if wide is x else y.astype(x.dtype)
 
 
 def rotary_embedding(

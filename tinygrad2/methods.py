@@ -332,8 +332,8 @@ class Methods(Generic[T]):
     def maximum(self, other: Any) -> T:
         """The larger of two elements, with broadcasting; two equal ones get half of the gradient each."""
         a, b = self._operands("maximum", other)
-        y = self.backend.kernels.maximum_forward(a.data, b.data)
-        return self._record(y, (a, b), "maximum_backward", saved=(a.data, b.data))
+        y = self.backend.np.maximum(a.data, b.data)
+        return self._record(y, (a, b), _maximum_backward, saved=(a.data, b.data))
 
     def minimum(self, other: Any) -> T:
         """The smaller of two elements, with broadcasting; two equal ones get half of the gradient each."""
@@ -383,8 +383,8 @@ class Methods(Generic[T]):
         a, b = self._operands("where", other)
         chosen = self._mask("where", "condition", condition)
         _broadcast("where", chosen.shape, a.shape, b.shape)
-        y = self.backend.kernels.where_forward(chosen, a.data, b.data)
-        return self._record(y, (a, b), "where_backward", saved=(chosen, a.shape, b.shape))
+        y = self.backend.np.where(chosen, a.data, b.data)
+        return self._record(y, (a, b), _where_backward, saved=(chosen, a.shape, b.shape))
 
     def masked_fill(self, mask: Any, value: Any) -> T:
         """`value` where `mask` is true, else x."""
@@ -521,7 +521,8 @@ class Methods(Generic[T]):
         if self.ndim == 0:
             return self[...]
         x = self._wide()
-        return self._record(self.backend.kernels.cumsum_forward(x.data, along), (x,), "cumsum_backward", saved=(along,))
+        y = self.backend.np.cumsum(x.data, axis=along, dtype=x.dtype)
+        return self._record(y, (x,), _cumsum_backward, saved=(along,))
 
     def diff(self, n: int = 1, axis: int = -1) -> T:
         """The differences of neighbours along `axis`, n times over."""
@@ -925,9 +926,30 @@ class Slope:
         return (np.zeros_like(of) if self.slope is None else dy * self.slope(np, of),)
 
 
+def _maximum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    """y is the larger operand, which gets dy. Two equal ones get half each; where one is NaN, both get dy (PyTorch)."""
+    a, b = saved
+    np, unbroadcast = backend_of(dy).np, backend_of(dy).kernels.unbroadcast
+    shared = np.where(a == b, dy / 2, dy)
+    return unbroadcast(np.where(a < b, 0, shared), a.shape), unbroadcast(np.where(a > b, 0, shared), b.shape)
+
+
 def _minimum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     a, b = saved
-    return backend_of(dy).kernels.maximum_backward(dy, -a, -b)  # min(a, b) = -max(-a, -b)
+    return _maximum_backward((-a, -b), dy, into)  # min(a, b) = -max(-a, -b)
+
+
+def _where_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    chosen, a_shape, b_shape = saved
+    np, unbroadcast = backend_of(dy).np, backend_of(dy).kernels.unbroadcast
+    return unbroadcast(np.where(chosen, dy, 0), a_shape), unbroadcast(np.where(chosen, 0, dy), b_shape)
+
+
+def _cumsum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    """x_j is in y_i for every i >= j: dx_j is the sum of these dy_i, the sums of dy from the end."""
+    (axis,) = saved
+    np = backend_of(dy).np
+    return (np.flip(np.cumsum(np.flip(dy, axis), axis=axis), axis),)
 
 
 def _power_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:

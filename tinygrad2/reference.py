@@ -164,42 +164,6 @@ def max_backward(dy: Array, x: Array, y: Array, axis: tuple[int, ...]) -> Array:
     return largest * (dy.reshape(kept) / np.sum(largest, axis=axis, keepdims=True, dtype=x.dtype))
 
 
-def maximum_forward(a: Array, b: Array) -> Array:
-    """y = max(a, b)."""
-    return np.maximum(a, b)
-
-
-def maximum_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """y is the larger operand: da = dy where a > b, db = dy where a < b.
-
-    Where they are equal, there is no derivative; each gets dy / 2. Where one is NaN, both get dy (as in PyTorch).
-    """
-    shared = np.where(a == b, dy / 2, dy)
-    return unbroadcast(np.where(a < b, 0, shared), a.shape), unbroadcast(np.where(a > b, 0, shared), b.shape)
-
-
-def where_forward(condition: Array, a: Array, b: Array) -> Array:
-    """y = a where the condition is true, else b."""
-    return np.where(condition, a, b)
-
-
-def where_backward(
-    dy: Array, condition: Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Each y_i is a copy of a_i or of b_i: da = dy where the condition is true, else 0; db the reverse."""
-    return unbroadcast(np.where(condition, dy, 0), a_shape), unbroadcast(np.where(condition, 0, dy), b_shape)
-
-
-def cumsum_forward(x: Array, axis: int) -> Array:
-    """y_i = x_0 + ... + x_i along `axis`."""
-    return np.cumsum(x, axis=axis, dtype=x.dtype)
-
-
-def cumsum_backward(dy: Array, axis: int) -> Array:
-    """x_j is in y_i for every i >= j: dx_j = sum_{i >= j} dy_i, the sums of dy from the end."""
-    return np.flip(np.cumsum(np.flip(dy, axis), axis=axis), axis)
-
-
 def getitem_forward(x: Array, index: Index) -> Array:
     """y = x[index], for anything that NumPy indexing takes."""
     return x[index]

@@ -81,6 +81,14 @@ def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter
             yield from parameters_in(member, f"{prefix}{name}.")
 
 
+def modules_in(value: Any) -> Iterator[Any]:
+    """Every module in a module, list, tuple or dict."""
+    for _, member in _members(value):
+        if isinstance(member, State):
+            yield member
+        yield from modules_in(member)
+
+
 def _tree(value: Any) -> str:
     """A module as text: its numbers and the shapes of its parameters, and the modules in it, indented."""
     inside, modules = [], []

@@ -14,7 +14,7 @@ from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
 from tinygrad2 import optim
 from tinygrad2.backend import DEVICES
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import TRAINING
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
@@ -85,9 +85,7 @@ class Options:
     threads: int | None = _positive(
         None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
     )
-    dtype: str = _one_of(
-        "float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", tuple(PRECISIONS)
-    )
+    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", TRAINING)
     data: str | None = _text(
         None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
     )

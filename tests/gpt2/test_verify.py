@@ -89,7 +89,7 @@ def small_nano(monkeypatch):
 
 def engine_results(model, tokens, dtype):
     """What parity.torch_results gives, computed by this engine: for tests of everything but the numbers."""
-    assert model.dtype == dtype
+    assert model.precision.name == dtype
     found = {"tokens": tokens}
     found |= {f"activation.{site}": x for site, x in parity.engine_activations(model, tokens[:, :-1]).items()}
     with no_grad():

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, all_gather, share
-from tinygrad2.params import Bucket, HasParameters, ParameterArena, Region
+from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, ParameterList, Region
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Part:
 class Optimizer(ABC):
     """Updates every parameter of a model by its gradient. A subclass is the rule: `state_names` and `update`.
 
+    model         a module, or an iterable of parameters such as `model.parameters()`.
     lr            learning rate; it may be changed from step to step.
     weight_decay  of matrices (parameters of two or more axes); biases and gains have none.
     shared_by     ranks that shard the state: each keeps the state of its share of every bucket and updates that, and
@@ -49,12 +50,16 @@ class Optimizer(ABC):
     The state is flat arrays in the order of the model's arena.
     """
 
-    def __init__(self, model: HasParameters, lr: float, weight_decay: float, shared_by: Comm | None = None):
+    def __init__(
+        self, model: HasParameters | Iterable[Parameter], lr: float, weight_decay: float, shared_by: Comm | None = None
+    ):
         self._require("lr", lr, lr >= 0)
         self._require("weight_decay", weight_decay, weight_decay >= 0)
-        self.model, self.lr, self.weight_decay, self.shared_by = model, lr, weight_decay, shared_by
+        is_module = hasattr(model, "named_parameters")
+        self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
+        self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
         self.steps = 0  # so far, including skipped ones
-        self._arena = model.arena()
+        self._arena = self.model.arena()
         self.parts = [
             Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
             for region, start, stop, names in self._runs()
@@ -84,7 +89,7 @@ class Optimizer(ABC):
             old, self._arena = self._arena.backend, arena
             for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
                 part.region = region
-                part.state = tuple(arena.backend.asarray(old.to_host(array)) for array in part.state)
+                part.state = tuple(arena.backend.asarray(old.to_host(array), arena.dtype) for array in part.state)
         return arena
 
     @property
@@ -149,6 +154,7 @@ class Optimizer(ABC):
         numbers = arena.backend.upload(numpy.array([self.lr, self.steps], arena.dtype))
         self.update_all(scale, numbers[0], numbers[1])
         arena.refresh_copies()
+        arena.mark_written()
         return norm
 
     def update_all(self, scale: Array, lr: Array, step: Array) -> None:
