@@ -1,4 +1,4 @@
-"""Model files from one format to another: `python -m gpt2.convert SRC DST --to hf|pt|llmc`. PyTorch is not needed."""
+"""Convert model files: `python -m gpt2.convert SRC DST --to hf|pt|llmc`. PyTorch is not needed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tinygrad2.checkpoint import write_json
 from tinygrad2.files import atomic_write
 
 FORMATS = {
-    "hf": "a folder of Hugging Face: config.json, model.safetensors, generation_config.json, the tokenizer's files",
-    "pt": "a file of PyTorch, as nanoGPT writes it: a dictionary with model and model_args",
-    "llmc": "a .bin file of llm.c, float32 or bfloat16",
+    "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
+    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args",
+    "llmc": "a .bin file of llm.c, in float32 or bfloat16",
 }
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -33,13 +33,14 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
 
     form        one of FORMATS.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
-    activation  the form of GELU, if the file's is wrong: nanoGPT's files do not say which version trained them.
+    activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
+                them.
 
-    If it is interrupted or fails, there is nothing at `target`. Raises ValueError or OSError.
+    If it fails or is interrupted, nothing is left at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise FileExistsError(f"{target}: it exists already; choose another name, or remove it first")
+        raise FileExistsError(f"{target}: already exists; choose another name, or remove it first")
     model = open_model(source)
     config = replace(model.config, activation_function=activation) if activation else model.config
     progress = tqdm(total=len(model.arrays), unit=" tensors", disable=None, leave=False)
@@ -67,7 +68,9 @@ def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], s
     try:
         tokenizer = Tokenizer.for_model(source, config.vocab_size)
         tokenizer.save_hugging_face(folder, config.n_positions)
-        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in a way of its own
+        if (
+            Tokenizer.load(folder).fingerprint != tokenizer.fingerprint
+        ):  # it splits text by another pattern than GPT-2's
             tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
         write_json(folder / "generation_config.json", ids)
@@ -76,29 +79,40 @@ def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], s
     huggingface.write(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
 
 
+def command_line() -> Parser:
+    parser = Parser(
+        "python -m gpt2.convert",
+        "Convert a model from one format to another.",
+        "SRC DST --to FORMAT",
+        epilog="Formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + ".",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "source",
+        metavar="SRC",
+        help="a Hugging Face folder, a .pt or .bin file of PyTorch (nanoGPT, build-nanogpt, a plain state dict), a "
+        ".bin file of llm.c, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl, which are downloaded",
+    )
+    group.add_argument(
+        "--activation",
+        choices=ACTIVATIONS[:2],
+        help="the form of GELU, if the file names the wrong one [default: as in SRC]",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
+    group.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the values written")
+    return parser
+
+
 @console.command("gpt2.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0, or 1 where the source cannot be read or the target not written."""
-    parser = Parser(
-        prog="python -m gpt2.convert",
-        description="Convert model files. Reads folders of Hugging Face, .pt and .bin files of PyTorch (nanoGPT, "
-        "build-nanogpt, plain state dicts), .bin files of llm.c, the out-dir of a run, and the names gpt2, "
-        "gpt2-medium, gpt2-large and gpt2-xl, which are downloaded.",
-        epilog="; ".join(f"{name}: {text}" for name, text in FORMATS.items()),
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SRC", help="the model to read")
-    parser.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    parser.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="of the values [%(default)s]")
-    parser.add_argument(
-        "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, if the file's is wrong"
-    )
-    options = parser.parse_args(arguments)
+    """The command. Its exit status: 0, or 1 if SRC cannot be read or DST cannot be written."""
+    options = command_line().parse_args(arguments)
     with console.on_interrupt(f"{options.target} was not written"):
         source = find_model(Path(options.source), console.print_error)
-        convert(source, options.target, options.to, options.dtype, options.activation)
-    print(f"{options.target}: written from {source}")
+        convert(source, options.target, options.to, options.dtype, options.activation or "")
+    console.say(f"{options.target}: written from {source}")
     return 0
 
 

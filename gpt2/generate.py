@@ -25,7 +25,7 @@ class KVCache:
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
         shapes = model.cache_shapes(batch, capacity)
-        self.layers: list[Array] = [model.backend.zeros(shape, model.activations) for shape in shapes]
+        self.layers: list[Array] = [model.backend.zeros(shape, model.precision.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
         self.decoder = Decoder.fitting(model, self)
 

@@ -84,8 +84,14 @@ def saved_is_read_only(monkeypatch):
     """A backward function gets what was saved, and the gradient that comes in, as read-only views: writing raises."""
     node = autograd.Node
 
-    def guarded(parents, backward, saved, zeros):
-        return node(parents, lambda s, dy, into: backward(s, _read_only(dy), into), _read_only(saved), zeros)
+    def guarded(parents, backward, saved, forms, name, kernel=False):
+        def guarded_backward(s, dy, into):
+            return backward(s, _read_only(dy), into)
+
+        def guarded_kernel(dy, *s):
+            return backward(_read_only(dy), *s)
+
+        return node(parents, guarded_kernel if kernel else guarded_backward, _read_only(saved), forms, name, kernel)
 
     monkeypatch.setattr(autograd, "Node", guarded)
 

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision"),
+    ("array", "files", "gpus", "machine", "precision", "protocols"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("tensor", "distributed", "profiler"),
+    ("arguments", "distributed", "profiler"),
+    ("tensor",),
     ("ops", "params"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
@@ -47,7 +48,7 @@ RANK = {
 }
 ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
 # Packages from the bottom up: the engine does not know the model, the model does not know the scripts.
-PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "tests": 4}
+PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "examples": 3, "tests": 4}
 # What gpt2 and the scripts may import of the engine, besides the names that the package itself exports.
 PUBLIC_MODULES = {
     "array",
@@ -75,7 +76,7 @@ def module_of(path):
 
 def sources():
     """The source of every module, by its dotted name."""
-    paths = [path for folder in ("tinygrad2", "gpt2", "data") for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for folder in ("tinygrad2", "gpt2", "data", "examples") for path in (ROOT / folder).rglob("*.py")]
     return {module_of(path): path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.py"))}
 
 
@@ -254,6 +255,7 @@ TESTED_BY = {
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.protocols": "tinygrad2/test_tensor.py",
 }
 
 

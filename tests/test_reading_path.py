@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-LIMIT = 2600  # lines of all files on the list
+LIMIT = 3000  # lines of all files on the list
 ROW = re.compile(r"^ *[\d,]+ ((?:tinygrad2|gpt2)/\S+|train\.py)( .*)?$", re.MULTILINE)  # lines, file, what it is
 TOTAL = re.compile(r"^ *[\d,]+ lines$", re.MULTILINE)
 
@@ -43,7 +43,7 @@ def test_the_lines_are_counted():
 
 
 def test_the_math_is_short():
-    assert count("tinygrad2/reference.py") < 750
+    assert count("tinygrad2/reference.py") < 850
 
 
 if __name__ == "__main__":

@@ -240,6 +240,7 @@ CASES = (
     GradientCase("matmul, broadcast", lambda a, b: a @ b, ((2, 1, 3, 4), (5, 4, 2))),
     GradientCase("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
     GradientCase("linear, no bias", ops.linear, ((3, 4), (4, 5))),
+    GradientCase("logits", ops.logits, ((2, 3, 4), (5, 4))),
     GradientCase("embedding", lambda wte: ops.embedding(TOKENS, wte), ((11, 4),)),
     GradientCase("embedding, positions", lambda wte, wpe: ops.embedding(TOKENS, wte, wpe, 2), ((11, 4), (8, 4))),
     GradientCase("dropout", lambda x: ops.dropout(x, 0.3, KEY), ((2, 5, 7),)),
@@ -282,20 +283,30 @@ CASES = (
 )
 
 
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinygrad2.gradcheck",
+        usage="python -m tinygrad2.gradcheck [OPTIONS]",
+        description="Check the backward pass of every operation against finite differences, in float64.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the inputs and the directions [default: %(default)s]"
+    )
+    group.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute [default: %(default)s]")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check every row of CASES and print the table. Returns 0 if all are within their bounds, 1 if not, 2 if the device
     is not available."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tinygrad2.gradcheck",
-        description="Check the backward pass of every operation against finite differences, in float64.",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs and the directions (default: 0)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    parser = command_line()
     options = parser.parse_args(arguments)
     try:
         get_backend(options.device)
     except ValueError as missing:
-        print(f"gradcheck: {missing}", file=sys.stderr)
+        print(f"{parser.prog}: error: {missing}", file=sys.stderr)
         return 2
     start, failed = time.perf_counter(), 0
     print(f"{'operation':29}{'shapes':42}{'error':>9}{'bound':>9}")

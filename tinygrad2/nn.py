@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import numpy
 
 from tinygrad2 import ops, random
-from tinygrad2.backend import get_backend
+from tinygrad2.backend import Backend, get_backend
 from tinygrad2.params import Parameter, ParameterArena
-from tinygrad2.precision import check_parameter_dtype
+from tinygrad2.precision import Precision, PrecisionLike
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
@@ -51,40 +51,41 @@ class Module:
             self._arena = ParameterArena(self.named_parameters())
         return self._arena
 
-    def to(self, device: str) -> Self:
-        """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer needs no call."""
-        backend = get_backend(device)
-        for parameter in list(self.parameters()):
-            if parameter.backend is not backend:
-                parameter.move(backend)
+    def modules(self) -> Iterator[Module]:
+        """This module and every module in it."""
+        yield self
+        for value in _members(vars(self).values()):
+            yield from value.modules()
+
+    def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
+        """Why this module does not compute in a precision on a device; None if it does."""
+        return backend.unsupported_reason(precision)
+
+    def to(self, device: str | None = None, precision: PrecisionLike | None = None) -> Self:
+        """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
+
+        Values are rounded to their new dtype, and copies are recreated where the precision has them. Gradients whose
+        dtype changes are dropped. Returns the module. Its optimizer needs no call.
+        Raises ValueError where the device does not compute in the precision; nothing is then changed.
+        """
+        target = None if device is None else get_backend(device)
+        wanted = None if precision is None else Precision.of(precision)
+        parameters, layers = list(self.parameters()), [m for m in self.modules() if hasattr(m, "precision")]
+        for backend in [target] if target else {p.backend for p in parameters}:
+            for layer in layers:
+                if reason := layer.unsupported_reason(backend, wanted or layer.precision):
+                    raise ValueError(
+                        f"{type(layer).__name__}: {reason}; give another precision too, as in to('cpu', 'float32')"
+                    )
+        if wanted is not None:
+            for layer in layers:
+                layer.precision = wanted
+        for p in parameters:
+            backend = target or p.backend
+            dtype, copy = (wanted.dtype_of(p.ndim), wanted.copies) if wanted else (p.dtype, p.copy_dtype)
+            if (p.backend, p.dtype, p.copy_dtype) != (backend, dtype, copy):
+                p.convert(backend, dtype, copy)
                 vars(self).pop("_arena", None)
-        return self
-
-    def narrow(self) -> Self:
-        """Convert every matrix to bfloat16, to generate faster: half as many bytes are read for each token.
-
-        Values are rounded to 8 significant bits; biases, gains and activations keep their dtype. Afterwards there are
-        no gradients: compute inside no_grad(). On the CPU only; raises ValueError elsewhere.
-        """
-        for parameter in list(self.parameters()):
-            if not parameter.backend.narrow_weights:
-                raise ValueError(
-                    f"bfloat16: weights held in bfloat16 alone are supported on the CPU only; the model is on "
-                    f'{parameter.backend.device}; move it with to("cpu") or --device cpu'
-                )
-            if parameter.ndim >= 2:
-                parameter.narrow()
-        vars(self).pop("_arena", None)
-        return self
-
-    def hold_copies(self) -> Self:
-        """Add a bfloat16 copy of every parameter, which operations read; returns the module.
-
-        Call it again after the module has moved to another device: the copies are not moved.
-        """
-        for parameter in list(self.parameters()):
-            parameter.hold_copy()
-        vars(self).pop("_arena", None)
         return self
 
     def zero_grad(self) -> None:
@@ -107,11 +108,32 @@ def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Paramete
             yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
 
 
-def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:
-    return Parameter(get_backend(device).asarray(values, dtype=check_parameter_dtype(dtype)))
+def _members(values: Iterable[Any]) -> Iterator[Module]:
+    for value in values:
+        if isinstance(value, Module):
+            yield value
+        elif isinstance(value, list):
+            yield from _members(value)
 
 
-class Linear(Module):
+class Layer(Module):
+    """A module with parameters of its own.
+
+    device     of its parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
+    precision  what it computes in: a Precision, or the name of one. Its input must have the dtype of its activations.
+    """
+
+    def __init__(self, device: str, precision: PrecisionLike):
+        self.precision = Precision.of(precision)
+        if reason := self.unsupported_reason(get_backend(device), self.precision):
+            raise ValueError(f"{type(self).__name__}: {reason}")
+
+    def _parameter(self, values: numpy.ndarray, device: str) -> Parameter:
+        dtype = self.precision.dtype_of(values.ndim)
+        return Parameter(get_backend(device).asarray(values, dtype=dtype), copy=self.precision.copies)
+
+
+class Linear(Layer):
     """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
 
     def __init__(
@@ -121,22 +143,24 @@ class Linear(Module):
         bias: bool = True,
         init: Initializer | None = None,
         device: str = "cpu",
-        dtype: str = "float32",
+        precision: PrecisionLike = "float32",
     ):
+        super().__init__(device, precision)
         init = init or normal_init(1 / math.sqrt(n_in))
-        self.weight = _parameter(init((n_in, n_out)), device, dtype)
-        self.bias = _parameter(zeros_init((n_out,)), device, dtype) if bias else None
+        self.weight = self._parameter(init((n_in, n_out)), device)
+        self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias, tf32=self.precision.tf32)
 
 
-class LayerNorm(Module):
+class LayerNorm(Layer):
     """Normalises the last axis of length n, then y = weight xhat + bias; weight starts at 1, bias at 0."""
 
-    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", dtype: str = "float32"):
-        self.weight = _parameter(numpy.ones(n), device, dtype)
-        self.bias = _parameter(zeros_init((n,)), device, dtype)
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
+        super().__init__(device, precision)
+        self.weight = self._parameter(numpy.ones(n), device)
+        self.bias = self._parameter(zeros_init((n,)), device)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,14 +171,20 @@ class LayerNorm(Module):
         return ops.add_layernorm(x, delta, self.weight, self.bias, self.eps)
 
 
-class Embedding(Module):
+class Embedding(Layer):
     """A table of n rows of the given width; the default initialisation is normal(0, 0.02)."""
 
     def __init__(
-        self, n: int, width: int, init: Initializer | None = None, device: str = "cpu", dtype: str = "float32"
+        self,
+        n: int,
+        width: int,
+        init: Initializer | None = None,
+        device: str = "cpu",
+        precision: PrecisionLike = "float32",
     ):
+        super().__init__(device, precision)
         init = init or normal_init(0.02)
-        self.weight = _parameter(init((n, width)), device, dtype)
+        self.weight = self._parameter(init((n, width)), device)
 
     def __call__(self, tokens: Any) -> Tensor:
-        return ops.embedding(tokens, self.weight)
+        return ops.embedding(tokens, self.weight, dtype=self.precision.activations)

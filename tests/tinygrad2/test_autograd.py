@@ -265,11 +265,43 @@ def test_into_is_none_where_no_gradient_is_wanted():
     assert x.grad == 1
 
 
-def test_a_backward_that_returns_too_few_gradients_is_noticed():
-    x = leaf([1.0])
-    y = record(x.data * 1, (x, x), lambda saved, dy, into: (dy,))
-    with pytest.raises(ValueError, match="zip"):
-        y.backward()
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda dy: (dy,), ValueError, r"returned 1 gradients; expected a tuple with a gradient or None for each of 2"),
+        (lambda dy: [dy, dy, dy], ValueError, r"returned 3 gradients"),
+        (lambda dy: dy * 2, TypeError, r"returned ndarray; expected a tuple .* of 2 parents, as in `return dx,`$"),
+        (lambda dy: None, TypeError, r"returned NoneType"),
+        (lambda dy: (dy, dy[:1]), ValueError, r"for parent 1 a gradient of shape \(1, 2\); expected \(2, 2\), the"),
+        (lambda dy: (dy[0], dy), ValueError, r"for parent 0 a gradient of shape \(2,\); expected \(2, 2\)"),
+        (lambda dy: (dy.sum(), dy), ValueError, r"for parent 0 a gradient of shape \(\)"),
+        (lambda dy: (dy, dy.astype(int)), TypeError, r"for parent 1 a gradient of dtype int64; expected float64"),
+        (
+            lambda dy: (dy.astype("float32"), dy),
+            TypeError,
+            r"for parent 0 a gradient of dtype float32; expected float64",
+        ),
+        (lambda dy: (1.0, dy), TypeError, r"for parent 0 an object of type float; expected an array of shape \(2, 2\)"),
+        (lambda dy: (Tensor(dy), dy), TypeError, r"for parent 0 an object of type Tensor"),
+    ],
+)
+@pytest.mark.parametrize("of_a_leaf", [False, True])
+def test_what_a_backward_returns_is_checked(returned, error, message, of_a_leaf):
+    def fold_backward(saved, dy, into):
+        return returned(dy)
+
+    x = leaf([[1.0, 2.0], [3.0, 4.0]])
+    h = x if of_a_leaf else x * 1.0
+    y = record(x.data * 1, (h, h), fold_backward)
+    with pytest.raises(error, match=rf"^fold: backward (returned )?{message}"):
+        y.sum().backward()
+
+
+def test_a_scalar_is_a_gradient_of_a_tensor_without_axes():
+    x = leaf(3.0)
+    record(x.data * 1, (x,), lambda saved, dy, into: (np.float64(2.0),)).backward()
+    assert x.grad == 2
+    assert isinstance(x.grad, np.ndarray)
 
 
 def test_the_fixture_for_saved_arrays_bites():

@@ -43,6 +43,7 @@ WITHOUT_KERNELS = {  # of their own
     "_transpose_backward": tensor,
     "_recompute_backward": tensor,
     "_lm_head_in_chunks_backward": ops,
+    "_logits_backward": ops,
 }
 
 

@@ -11,6 +11,7 @@ the head size are constants in the code (-DC=768).
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import math
@@ -120,7 +121,16 @@ class CudaKernels:
         self._np = np
         self._reference = reference
         self._functions: dict[tuple[Hashable, ...], Kernel] = {}
-        self.gemm = Gemm(np)
+        self.gemm: Callable[..., Array] = Gemm(np)
+
+    def in_tf32(self, reference: Any) -> CudaKernels:
+        """The same launchers, whose products of float32 matrices round their operands to TF32.
+
+        reference  the functions of reference.py, with such products.
+        """
+        other = copy.copy(self)
+        other._reference, other.gemm = reference, functools.partial(self.gemm, tf32=True)
+        return other
 
     def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """A kernel, compiled with these constants when first used.
@@ -176,10 +186,6 @@ class CudaKernels:
         if dbias is not None:
             self.column_sums(dy2, dbias)
         return self.gemm(dy2, weight.astype(dy.dtype, copy=False), transpose_b=True).reshape(x.shape)
-
-    def use_tf32(self, on: bool) -> None:
-        """Whether products of float32 matrices may round their operands to TF32."""
-        self.gemm.tf32 = on
 
     # Sums of columns --------------------------------------------------------------------------------------------------
 

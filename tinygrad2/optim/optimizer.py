@@ -84,7 +84,7 @@ class Optimizer(ABC):
             old, self._arena = self._arena.backend, arena
             for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
                 part.region = region
-                part.state = tuple(arena.backend.asarray(old.to_host(array)) for array in part.state)
+                part.state = tuple(arena.backend.asarray(old.to_host(array), arena.dtype) for array in part.state)
         return arena
 
     @property

@@ -8,6 +8,7 @@ from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim, strict_cupy
 from tests.stand_ins.faults import plant_in
+from tests.tinygrad2.copies import copy_of, with_copies
 from tests.tinygrad2.optim.test_optimizer import Model
 from tinygrad2 import optim, reference
 from tinygrad2.backend import get_backend
@@ -133,7 +134,7 @@ def test_training_with_copies_on_the_device():
         )
         table = cuda.CudaKernels(own, backend.kernels)
         backend.kernels.adamw_step, backend.kernels.squared_norm = table.adamw_step, table.squared_norm
-        on_device = Model("float32").to("cuda").hold_copies()
+        on_device = with_copies(Model("float32").to("cuda"))
         optimizers = [optim.AdamW(model, lr=0.01) for model in (on_cpu, on_device)]
         R = np.random.default_rng(1)
         for _ in range(3):
@@ -146,7 +147,7 @@ def test_training_with_copies_on_the_device():
             np.testing.assert_allclose(norms[1].get(), norms[0], rtol=1e-6)
         for p, q in zip(on_cpu.parameters(), on_device.parameters(), strict=True):
             np.testing.assert_allclose(q.data.get(), p.data, rtol=1e-5)
-            np.testing.assert_array_equal(q.compute.get(), q.data.get().astype(bfloat16))
+            np.testing.assert_array_equal(copy_of(q), q.data.get().astype(bfloat16))
 
 
 FAULTS = [
