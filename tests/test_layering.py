@@ -256,6 +256,7 @@ TESTED_BY = {
     "tinygrad2.gpus": "tinygrad2/test_backend.py",
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
+    "tinygrad2.optim.matrix_blocks": "tinygrad2/optim/test_muon.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
     "tinygrad2.state": "tinygrad2/test_nn.py",
 }
