@@ -21,7 +21,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, print_error
 from gpt2.formats.model_file import find_model
-from gpt2.generate import check_sampling, stream_text
+from gpt2.generate import begin_id, check_sampling, stream_text
 from tinygrad2 import checkpoint, machine, threads
 from tinygrad2.backend import DEVICES
 
@@ -100,7 +100,7 @@ def sample(options: argparse.Namespace) -> int:
         print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
-    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    prompt = tokenizer.encode_prompt(options.prompt).tolist() or [begin_id(model, tokenizer)]
     if len(prompt) > (context := model.config.n_positions):
         print_error(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
     check_memory(model, options.samples, len(prompt), options.max_tokens)

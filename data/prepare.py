@@ -134,6 +134,7 @@ class Part:
     cursor: tuple[int, int, int]
     dropped: str = ""
     digest: int | None = None
+    continues: bool = False  # the document, after another part of it
 
 
 def read_parts(
@@ -150,10 +151,11 @@ def read_parts(
                     yield Part(b"", True, (k, document.after, 0), dropped)
                 else:
                     with document.open() as stream:
+                        continues = offset > 0
                         for data, following, ends in _cut(stream, offset, document.name):
                             after = (k, document.after, 0) if ends else (k, position, following)
-                            yield Part(data, ends, after, "", digest)
-                            digest = None
+                            yield Part(data, ends, after, "", digest, continues)
+                            digest, continues = None, True
                 position, offset = document.after, 0
         position = 0
 
@@ -298,6 +300,7 @@ def prepare(
     drop_wikipedia: bool = False,
     min_bytes: int = 0,
     drop_duplicates: bool = False,
+    special_tokens: bool = False,
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -305,6 +308,8 @@ def prepare(
 
     The work is done in OUT.partial, which is renamed when all is written. After an interruption the same call
     resumes where the journal there stands. An existing `out` is refused, or renamed away first if `fresh`.
+
+    special_tokens  the text of each special or added token is that one token; otherwise it is plain text.
 
     Raises ValueError or OSError with one line for a mistake in the arguments, in a source, or for a disk that is full.
     """
@@ -327,6 +332,8 @@ def prepare(
         raise FileExistsError(f"{out}: it exists already; choose another --out, or give --fresh to rename it away")
     begin = time.perf_counter()
     vocabulary = Tokenizer.load(tokenizer)
+    if special_tokens and not vocabulary.added:
+        raise ValueError(f"--special-tokens: the tokenizer {vocabulary.name} has no special tokens")
     found = find_sources(sources, text_key, say)
     job = {
         "format": FORMAT,
@@ -335,6 +342,7 @@ def prepare(
         "tokenizer": vocabulary.describe(),
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
+        **({"special_tokens": True} if special_tokens else {}),  # (without it, as earlier versions wrote it)
     }
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -355,7 +363,7 @@ def prepare(
             _write_tokens(found, total, vocabulary, val_fraction, filters, threads, job, state, shards)
             _fill_validation(val_fraction, job, state, shards)
             if state.documents:
-                _write_manifest(found, vocabulary, val_fraction, filters, state, shards)
+                _write_manifest(found, vocabulary, job, filters, state, shards)
         except OSError as error:
             error.filename = error.filename or str(partial)  # write() does not say which file
             raise
@@ -460,10 +468,14 @@ def _write_tokens(
     shards: Shards,
 ) -> None:
     """Read, cut, tokenize (in threads: tiktoken releases the GIL) and append every part after the state's cursor."""
-    end_of_text = np.array([tokenizer.end_of_text])
+    end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
+    special_tokens = "special_tokens" in job
 
     def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
-        return [(side_of(part.data, val_fraction), tokenizer.encode(part.data.decode())) for part in parts]
+        return [
+            (side_of(part.data, val_fraction), tokenizer.encode(part.data.decode(), special_tokens, part.continues))
+            for part in parts
+        ]
 
     unread = read_parts(sources, state.cursor, filters, shards.seen())
     journalled = state.bytes
@@ -538,7 +550,7 @@ def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards:
 
 
 def _write_manifest(
-    sources: list[Source], tokenizer: Tokenizer, val_fraction: float, filters: Filters, state: State, shards: Shards
+    sources: list[Source], tokenizer: Tokenizer, job: JsonObject, filters: Filters, state: State, shards: Shards
 ) -> None:
     tokenizer.save(shards.folder)
     manifest = {
@@ -550,12 +562,13 @@ def _write_manifest(
         "bytes": state.bytes,
         "tokens": shards.tokens,
         "split_rule": {
-            "val_fraction": val_fraction,
+            "val_fraction": job["val_fraction"],
             "text": f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation "
             "where the first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last "
             "tokens change sides",
         },
         "end_of_text": "after each document, and where the next part of a document is in the other split",
+        **{name: value for name, value in job.items() if name == "special_tokens"},
         "sources": [{"source": str(source), "bytes": source.size()} for source in sources],
         "shards": [
             {"file": file.name, "split": split, "tokens": tokens, "sha256": file_sha256(file)}
@@ -589,6 +602,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="files (text, .jsonl, .csv, .parquet; .gz and .zst of them), folders, - (stdin), or " + ", ".join(NAMES),
     )
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), bytes, a .tiktoken file, or a folder")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="special and added tokens in the text, such as <|endoftext|>, are one token each, not plain text",
+    )
     parser.add_argument("--out", type=Path, help="the folder to make (default: data/NAME of the first source)")
     parser.add_argument(
         "--val-fraction",

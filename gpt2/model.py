@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -218,7 +218,11 @@ class GPT2(nn.Module):
         return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
-        self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        stop: int | Collection[int] | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[list[int]]:
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
@@ -238,8 +242,9 @@ class GPT2(nn.Module):
         return model.narrow() if narrow else model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
-        huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()}, {})
+        """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout, and
+        generation_config.json if the model was loaded with one."""
+        huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
 
 
 def _residual_std(config: GPT2Config) -> float:
