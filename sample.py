@@ -100,6 +100,7 @@ def sample(options: argparse.Namespace) -> int:
         print_error(f"model: {folder}{weights}{hint}")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
         tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
+    options.prompt = options.prompt.removeprefix("\ufeff")  # a byte-order mark, of a prompt from a file
     prompt = tokenizer.encode_prompt(options.prompt).tolist() or [begin_id(model, tokenizer)]
     if len(prompt) > (context := model.config.n_positions):
         print_error(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
