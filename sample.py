@@ -1,8 +1,9 @@
 """Continue a prompt with a trained model.
 
-Uses the model in checkpoint/, else the newest one of a training run in out/, else an untrained one.
-Text may be longer than the model's context: then the older half of what the model sees is dropped, and the rest read
-again.
+Without --checkpoint: the model in checkpoint/, else the newest checkpoint of a training run in out/, else an untrained
+model. The text may be longer than the model's context: the first half of the context is then dropped, and the rest
+processed again. A sample ends at the model's end-of-text token, even if that comes first; where the model added no
+visible text, a line on stderr says so.
 """
 
 from __future__ import annotations
@@ -11,54 +12,78 @@ from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
 # isort: split
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
-
-import numpy as np
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
-from gpt2.console import Parser, print_error
+from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
+from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
-from tinygrad2.backend import DEVICES
+from tinygrad2.backend import DEVICES, get_backend
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
-    "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded"
+    "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded [default: checkpoint/, then out/]"
 )
+
+
+def command_line() -> Parser:
+    parser = Parser("python sample.py", __doc__)
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="text to continue [default: none: the model begins a new text]"
+    )
+    group.add_argument("-m", "--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most")
+    group.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="number of continuations")
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; may be given several times [default: none]",
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-t", "--temperature", type=float, default=0.8, metavar="X", help="divides the logits; 0 is greedy decoding"
+    )
+    group.add_argument(
+        "-k", "--top-k", type=int, metavar="K", help="sample from the K most probable tokens only [default: all]"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most probable tokens whose probabilities add up to P only [default: all]",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random numbers: the same seed gives the same text"
+    )
+    group = parser.add_argument_group("model and device")
+    group.add_argument("--checkpoint", metavar="MODEL", help=MODELS)
+    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads on the CPU [default: the cores that may be used]"
+    )
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=WEIGHT_DTYPES,
+        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
+    )
+    return parser
 
 
 @console.command("sample.py")
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("-p", "--prompt", default="", help="text to continue; without one the model begins a new text")
-    add("-m", "--max-tokens", "--max_tokens", type=int, default=200, help="tokens to add at most [%(default)s]")
-    add("-n", "--samples", type=int, default=1, help="how many continuations [%(default)s]")
-    add(
-        "-t",
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="0 always takes the most likely token [%(default)s]",
-    )
-    add("-k", "--top-k", "--top_k", type=int, help="choose among the k most likely tokens only")
-    add("--top-p", "--top_p", type=float, help="choose among the most likely tokens that hold probability p together")
-    add("--seed", type=int, default=0, help="the same seed gives the same text [%(default)s]")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)")
-    add("--checkpoint", metavar="MODEL", help=MODELS)
-    add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
-    add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
-    add(
-        "--dtype",
-        default="float32",
-        choices=WEIGHT_DTYPES,
-        help="weights in bfloat16 are half as many bytes to read for a token [%(default)s]",
-    )
+    parser = command_line()
     options = parser.parse_args(arguments)
+    options.threads = threads.count() if options.threads is None else options.threads
+    options.prompt, options.stop = options.prompt or "", options.stop or []
     for name, value, least in (
         ("--max-tokens", options.max_tokens, 0),
         ("--samples", options.samples, 1),
@@ -76,34 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
-    try:
-        return sample(options)
-    except KeyboardInterrupt:
-        print()  # ends the line of the text
-        raise
+    return sample(options)
 
 
 def sample(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
-    folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model()
-    own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
-    hint = " (your own: --checkpoint out)" if own else ""
-    weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
-    if folder is None:
-        print_error(
-            f"no trained model in checkpoint/ or out/ (python train.py makes one): sampling an untrained one{weights}"
-        )
-        tokenizer = Tokenizer.load("bytes")
-        model = GPT2(GPT2Config.preset("nano"), device=options.device)
-        model = model.narrow() if weights and model.backend.narrow_weights else model
-    else:
-        print_error(f"model: {folder}{weights}{hint}")
-        model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
-        tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
+    model, tokenizer = load_model(options)
     options.prompt = options.prompt.removeprefix("\ufeff")  # a byte-order mark, of a prompt from a file
     prompt = tokenizer.encode_prompt(options.prompt).tolist() or [begin_id(model, tokenizer)]
     if len(prompt) > (context := model.config.n_positions):
-        print_error(f"the prompt has {len(prompt):,} tokens; the model sees the last {context:,}")
+        print_error(f"the prompt has {len(prompt):,} tokens; the model reads only the last {context:,}")
     check_memory(model, options.samples, len(prompt), options.max_tokens)
     pieces = stream_text(
         model,
@@ -117,34 +124,67 @@ def sample(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    # The first sample is printed as it is generated; the others, of the same batch, after it.
-    texts = [options.prompt] * options.samples
-    heading = "--- sample {} of " + str(options.samples) + " ---"
-    if options.samples > 1:
-        print(heading.format(1))
-    print(options.prompt, end="", flush=True)
-    for i, piece in pieces:
-        texts[i] += piece
-        if i == 0:
-            print(piece, end="", flush=True)
-    print()
-    for i, text in enumerate(texts[1:], start=2):
-        print(f"{heading.format(i)}\n{text}")
+    # The first two tokens call all kernels: any message that they are being compiled comes before the text.
+    pieces = chain(list(islice(pieces, options.samples + 1)), pieces)
+    continuations = [""] * options.samples
+
+    def print_heading(i: int) -> None:
+        if options.samples > 1:
+            print(f"--- sample {i + 1} of {options.samples} ---")
+
+    print_heading(0)
+    with TextPrinter() as printer:  # the first sample is printed while it is generated, the others of the batch later
+        printer.write(options.prompt)
+        for i, piece in pieces:
+            continuations[i] += piece
+            if i == 0:
+                printer.write(piece)
+    report_empty(0, continuations, options)
+    for i, text in enumerate(continuations[1:], start=1):
+        print_heading(i)
+        with TextPrinter() as printer:
+            printer.write(options.prompt + text)
+        report_empty(i, continuations, options)
     return 0
 
 
-def check_memory(model: GPT2, samples: int, prompt: int, more: int) -> None:
-    """Raise MemoryError if so many samples need more memory than is free, before any is allocated."""
-    itemsize = np.dtype(model.activations).itemsize
-    need = model.config.memory_to_generate(samples, prompt, more, itemsize)
-    there = model.backend.memory() or machine.memory()
-    if there is None or sum(need.values()) <= there[0]:
+def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
+    """The model that the options name, and its tokenizer."""
+    folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model()
+    weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
+    if folder is None:
+        print_error(
+            f"no trained model in checkpoint/ or out/ (python train.py trains one): sampling from an untrained model"
+            f"{weights}"
+        )
+        precision = to_generate(options.dtype, get_backend(options.device))
+        return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")
+    own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
+    print_error(f"model: {folder}{weights}{' (your own: --checkpoint out)' if own else ''}")
+    model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
+    return model, Tokenizer.for_model(folder, model.config.vocab_size)
+
+
+def report_empty(i: int, continuations: Sequence[str], options: argparse.Namespace) -> None:
+    """Say so if sample i has no visible text after the prompt."""
+    if options.max_tokens and not continuations[i].strip():
+        sys.stdout.flush()
+        name = f"sample {i + 1}" if options.samples > 1 else "the sample"
+        print_error(f"{name} is empty: the model generated no visible text before its end; try another --seed")
+
+
+def check_memory(model: GPT2, samples: int, prompt: int, new: int) -> None:
+    """Raise MemoryError if generating these samples needs more memory than is free, before any is allocated."""
+    itemsize = model.precision.activation_bytes
+    need = model.config.memory_to_generate(samples, prompt, new, itemsize)
+    free, total = model.backend.memory() or machine.memory() or (math.inf, math.inf)
+    if sum(need.values()) <= free:
         return
     parts = " + ".join(f"{value / 1e9:,.2f} {name}" for name, value in need.items())
-    fitting = int(samples * 0.9 * there[0] / sum(need.values()))  # a tenth for temporary arrays
+    fitting = int(samples * 0.9 * free / sum(need.values()))  # a tenth is left for temporary arrays
     raise MemoryError(
-        f"out of memory: {samples:,} samples of {min(prompt + more, model.config.n_positions):,} tokens need {parts} = "
-        f"{sum(need.values()) / 1e9:,.2f} GB; {there[0] / 1e9:,.2f} of {there[1] / 1e9:,.2f} GB are free; "
+        f"out of memory: {samples:,} samples of {min(prompt + new, model.config.n_positions):,} tokens need {parts} = "
+        f"{sum(need.values()) / 1e9:,.2f} GB; {free / 1e9:,.2f} of {total / 1e9:,.2f} GB are free; "
         + (f"-n {fitting} fits" if fitting else "not even one fits: use a smaller --max-tokens or a shorter prompt")
     )
 

@@ -110,7 +110,7 @@ def training_loop(
             written = trainer.save(run_options)
         if evaluating:
             text = comm.from_root(partial(sample_text, trainer.model, trainer.tokenizer, options.seed + step))
-            say_sample(row["val_loss"], is_best, report.printable(text))
+            say_sample(row["val_loss"], is_best, text)
             folder.log_sample(step, text)
         if evaluating or trainer.stopping:
             comm.from_root(partial(page.update, always=last or trainer.stopping))

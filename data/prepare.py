@@ -587,54 +587,76 @@ def _sync(stream: BinaryIO) -> None:
         os.fsync(stream.fileno())
 
 
-@console.command("data/prepare.py")
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0, or 1 where the data set could not be made."""
+def command_line() -> Parser:
     parser = Parser(
-        prog="data/prepare.py",
-        description="Turn text into a token data set that train.py reads.",
-        epilog="An interrupted preparation resumes when the same command is given again.",
+        "python data/prepare.py",
+        "Turn text into a token data set for train.py. An interrupted preparation resumes when the same command is "
+        "given again.",
+        "SOURCE...",
     )
-    parser.add_argument(
+    group = parser.add_argument_group("input")
+    group.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="files (text, .jsonl, .csv, .parquet; .gz and .zst of them), folders, - (stdin), or " + ", ".join(NAMES),
+        help="a file (text, .jsonl, .csv, .parquet; all but the last also as .gz or .zst), a folder of such files, - "
+        "for stdin, or a named data set: " + ", ".join(NAMES),
     )
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 (default), bytes, a .tiktoken file, or a folder")
-    parser.add_argument(
+    group.add_argument(
+        "--text-key",
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="the key (.jsonl) or column (.csv, .parquet) that contains the text",
+    )
+    group = parser.add_argument_group("filters")
+    group.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
+    group.add_argument("--min-bytes", type=int, default=0, metavar="BYTES", help="leave out shorter documents")
+    group.add_argument("--drop-duplicates", action="store_true", help="leave out repetitions of a document")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the data set's folder [default: data/NAME of the first source]"
+    )
+    group.add_argument("--fresh", action="store_true", help="rename an existing data set of this name first")
+    group.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2, bytes, a .tiktoken file, or a folder")
+    group.add_argument(
         "--special-tokens",
         action="store_true",
-        help="special and added tokens in the text, such as <|endoftext|>, are one token each, not plain text",
+        help="each special token in the text, such as <|endoftext|>, is one token instead of plain text",
     )
-    parser.add_argument("--out", type=Path, help="the folder to make (default: data/NAME of the first source)")
-    parser.add_argument(
+    group.add_argument(
         "--val-fraction",
         type=float,
-        help=f"share of the text for validation (default: {VAL_FRACTION}; "
+        metavar="X",
+        help=f"fraction of the text for validation [default: {VAL_FRACTION}; "
         + ", ".join(f"{name}: {fraction}" for name, fraction in VAL_FRACTIONS.items())
-        + ")",
+        + "]",
     )
-    parser.add_argument(
-        "--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens per file at most (default: 100 million)"
+    group.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        metavar="TOKENS",
+        help="tokens per file, at most",
     )
-    parser.add_argument("--threads", type=int, help="threads that tokenize (default: one per core)")
-    parser.add_argument(
-        "--text-key", "--text-column", default="text", help="where a JSON line or a table has its text (default: text)"
-    )
-    parser.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
-    parser.add_argument("--min-bytes", type=int, default=0, help="leave out documents of fewer bytes (default: 0)")
-    parser.add_argument("--drop-duplicates", action="store_true", help="leave out documents that were there before")
-    parser.add_argument("--fresh", action="store_true", help="rename an existing data set of this name away first")
+    group = parser.add_argument_group("computation")
+    group.add_argument("--threads", type=int, metavar="N", help="threads that tokenize [default: one per core]")
+    return parser
+
+
+@console.command("data/prepare.py")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Its exit status: 0, or 1 if the data set could not be made."""
+    parser = command_line()
     given = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(given))
     if "" in given:
         parser.error("an argument is empty")
     repeatable = "-" not in options["sources"]
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
-        out = prepare(**options)
+        out = prepare(**options, say=console.say)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    print(f"train on it: python train.py --data {shlex.quote(str(name))}")
+    console.say(f"next: python train.py --data {shlex.quote(str(name))}")
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from tinygrad2.checkpoint import JsonObject
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import Precision, PrecisionLike
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
-        return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads"
+        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
+        return f"{self.n_layer} layers, {self.n_head} heads, embedding size {self.n_embd}, context {self.n_positions}"
 
     @property
     def n_parameters(self) -> int:
@@ -159,7 +159,7 @@ class GPT2Config:
         self,
         batch_size: int,
         block_size: int,
-        precision: str = "float32",
+        precision: PrecisionLike = "float32",
         recompute: str = "none",
         head_rows: int | None = None,
     ) -> dict[str, int]:
@@ -170,7 +170,7 @@ class GPT2Config:
         and 16 for the block that is being recomputed. Temporary arrays are not counted.
         """
         n, rows = self.n_parameters, batch_size * block_size
-        types = PRECISIONS[precision]
+        types = Precision.of(precision)
         itemsize, computed = types.parameter_bytes, types.activation_bytes
         copies = computed if types.copies else 0  # bytes of the copy of a parameter
         saved = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
@@ -220,7 +220,7 @@ def is_matrix(name: str) -> bool:
 GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
 PADDED_VOCAB_SIZE = 50304  # the same, padded by nanoGPT and build-nanogpt; the added ids never occur in text
 
-WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation: see nn.Module.narrow
+WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation: see model.to_generate
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first

@@ -1,6 +1,8 @@
-"""How a command runs: its exit status, errors in one line, Ctrl-C, closed pipes, and terminals without all characters.
+"""How a command runs: its options, exit status, one-line errors, Ctrl-C, closed pipes, and text on a terminal.
 
 The file of a command has
+
+    def command_line() -> Parser: ...
 
     @console.command("gpt2.NAME")
     def main(arguments: Sequence[str] | None = None) -> int: ...
@@ -8,7 +10,7 @@ The file of a command has
     if __name__ == "__main__":
         sys.exit(console.run(main))
 
-and raises ValueError, OSError or MemoryError with one line for the user.
+prints with `say` and `print_error`, and raises ValueError, OSError or MemoryError with one line for the user.
 """
 
 from __future__ import annotations
@@ -17,18 +19,143 @@ import argparse
 import difflib
 import functools
 import io
+import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from gpt2 import interrupts
 from tinygrad2.files import discard_stdout
 
+MIN_WIDTH, MAX_HELP_WIDTH = 20, 100  # columns
+
+
+# Text on a terminal
+
+
+def visible(text: str) -> str:
+    """The text with control characters and other invisible format characters escaped, such as \\x1b or \\u202e.
+
+    Line ends, tabs and the joiners that scripts and emoji need are kept.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\u200c\u200d"
+        else c
+        for c in text
+    )
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """The text as it is printed on `stream`: `visible` on a terminal, which control characters could change, and
+    unchanged in a file or a pipe. For all text from models, names, data and configuration files."""
+    return visible(text) if stream.isatty() else text
+
+
+def say(line: str) -> None:
+    """Print a line on stdout."""
+    print(for_terminal(line, sys.stdout), flush=True)
+
 
 def print_error(line: str) -> None:
     """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(for_terminal(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+class Wrapper:
+    """Wraps text that arrives in pieces: a line is broken between words, so that it fits the width.
+
+    width   columns. Wide characters, as in Chinese, take two, and a line may be broken between them.
+    indent  put before every line.
+    """
+
+    def __init__(self, write: Callable[[str], object], width: int, indent: str = ""):
+        self._write, self._indent = write, indent
+        self._width = max(width - len(indent), MIN_WIDTH)
+        self._column, self._spaces, self._word = 0, "", ""
+
+    def write(self, text: str) -> None:
+        """Print the text, except for its last word, which may continue in the next piece."""
+        for c in text:
+            if c == "\n":
+                self.finish()
+                self._write("\n")
+                self._column, self._spaces = 0, ""
+            elif c in " \t":
+                self._print_word()
+                self._spaces += " " if c == " " else "    "
+            else:
+                self._word += c
+                if columns(c) == 2 or columns(self._word) >= self._width:
+                    self._print_word()
+
+    def finish(self) -> None:
+        """Print the word that is held back."""
+        self._print_word()
+
+    def _print_word(self) -> None:
+        if not self._word:
+            return
+        length = columns(self._word)
+        if self._column and self._column + len(self._spaces) + length > self._width:
+            self._write("\n")
+            self._column, self._spaces = 0, ""
+        spaces = self._spaces[: self._width - 1]
+        self._write(("" if self._column else self._indent) + spaces + self._word)
+        self._column += len(spaces) + length
+        self._spaces = self._word = ""
+
+
+class TextPrinter:
+    """Prints a text on stdout in pieces, as a context manager that ends its last line, also after Ctrl-C.
+
+    On a terminal the text is wrapped and control characters are visible; a file or a pipe gets it unchanged.
+    """
+
+    def __init__(self) -> None:
+        self._wrapper = Wrapper(_print_piece, terminal_width()) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> TextPrinter:
+        return self
+
+    def write(self, text: str) -> None:
+        if self._wrapper:
+            self._wrapper.write(visible(text))
+        else:
+            _print_piece(text)
+
+    def __exit__(self, *_: object) -> None:
+        if self._wrapper:
+            self._wrapper.finish()
+        print(flush=True)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """The text wrapped by a Wrapper."""
+    pieces: list[str] = []
+    wrapper = Wrapper(pieces.append, width, indent)
+    wrapper.write(text)
+    wrapper.finish()
+    return "".join(pieces)
+
+
+def terminal_width() -> int:
+    """The columns of the terminal, or of COLUMNS; 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
+# How a command starts and ends
 
 
 def _fail(line: str, status: int) -> int:
@@ -46,13 +173,13 @@ def command(
 ) -> Callable[[Callable[[Sequence[str] | None], int]], Callable[..., int]]:
     """A decorator of a command's main function: what it raises becomes one line on stderr and an exit status.
 
-    ValueError, OSError, MemoryError  `failed`
-    a mistake in the options          2, from Parser
+    ValueError, OSError, MemoryError  "NAME: error: ..." and `failed`
+    an invalid option                 the same and 2, from Parser
     BrokenPipeError                   `closed_pipe`, without a line: the reader of the output wants no more of it. With
                                       None it is an error like any other OSError.
-    Ctrl-C                            130; see on_interrupt
+    Ctrl-C                            "NAME: interrupted" and 130; see on_interrupt
 
-    kept  what remains valid when the operating system refuses something or the user interrupts; ends the line.
+    kept  what is still valid after an error of the operating system or an interrupt; ends the line.
     fail  prints the line and returns the status.
     """
     remark = f"; {kept}" if kept else ""
@@ -68,10 +195,11 @@ def command(
                 if isinstance(error, BrokenPipeError) and closed_pipe is not None:
                     discard_stdout()  # Python flushes once more when it ends
                     return closed_pipe
-                refused = isinstance(error, OSError) and error.strerror
-                return fail(f"{name}: {one_line(error)}{remark if refused else ''}", failed)
+                from_system = isinstance(error, OSError) and error.strerror
+                line, status = f"error: {one_line(error)}{remark if from_system else ''}", failed
             except KeyboardInterrupt as interrupt:
-                return fail(f"{name}: interrupted{f'; {interrupt}' if interrupt.args else remark}", 130)
+                line, status = f"interrupted{f'; {interrupt}' if interrupt.args else remark}", 130
+            return fail(for_terminal(f"{name}: {line}", sys.stderr), status)
 
         return guarded
 
@@ -93,7 +221,7 @@ def run(main: Callable[[], int]) -> int:
         interrupts.raise_on_ctrl_c()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # a text or a name may hold what this terminal cannot show
+                stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a text or a name
         return main()
     except KeyboardInterrupt:  # just before or after main
         return 130
@@ -102,14 +230,14 @@ def run(main: Callable[[], int]) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, with the file's name first where the operating system refused something."""
+    """The error's message; for an error of the operating system, the file's name and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty; its type where there is none."""
+    """The first line of an error's message that is not empty, or the error's type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -120,21 +248,75 @@ def clock(seconds: float) -> str:
     return f"{hours:,}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+# Options
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help in the same width for every command. Each option ends with [required] or with its default; where that is
+    None, the help text itself says what the command does without the option."""
+
+    def __init__(self, prog: str):
+        width = max(MIN_WIDTH, min(MAX_HELP_WIDTH, terminal_width()))
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"  # the value once, also before Python 3.13
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if text.endswith("]") or isinstance(action, argparse._HelpAction):
+            return text
+        if action.required:
+            return f"{text} [required]"
+        if action.nargs == 0:
+            return f"{text} [default: off]"
+        return text if action.default is None else f"{text} [default: %(default)s]"
+
+
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with the nearest flag that exists."""
+    """The options of a command, in titled groups. An invalid one is reported in one line, with the most similar flag.
+
+    Words of a flag may be joined by "_" instead of "-", as nanoGPT's are.
+
+    command      as it is typed, such as "python -m gpt2.verify".
+    positionals  its arguments without a flag, for the usage line.
+    """
+
+    def __init__(self, command: str, description: str | None, positionals: str = "", epilog: str | None = None):
+        usage = " ".join(filter(None, (command, positionals, "[OPTIONS]"))).replace("%", "%%")
+        super().__init__(
+            prog=command,
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
-        name = self.prog.split()[-1]  # without "python -m", as in the other lines of a command
-        self.exit(2, f"{name}: {message} ({self.prog} --help lists the options)\n")
+        name = self.prog.split()[-1]  # as in the other lines of a command
+        line = f"{name}: error: {message} ({self.prog} --help lists the options)\n"
+        self.exit(2, for_terminal(line, sys.stderr))
 
     def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        end = given.index("--") if "--" in given else len(given)
+        found, unknown = self.parse_known_args([*map(_with_dashes, given[:end]), *given[end:]], namespace)
         if unknown:
-            known = [text for action in self._actions for text in action.option_strings if "_" not in text]
+            known = [text for action in self._actions for text in action.option_strings]
             if not unknown[0].startswith("-"):
                 self.error(f"unexpected argument {unknown[0][:80]!r}")
             self.error(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
         return found
+
+
+def _with_dashes(argument: str) -> str:
+    """--max_tokens=5 as --max-tokens=5; an argument that is not a flag unchanged."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") and " " not in name else argument
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

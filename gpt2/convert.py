@@ -1,4 +1,4 @@
-"""Model files from one format to another: `python -m gpt2.convert SRC DST --to hf|pt|llmc|run`, without PyTorch."""
+"""Convert model files: `python -m gpt2.convert SRC DST --to hf|pt|llmc|run`. PyTorch is not needed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tinygrad2.checkpoint import write_json
 from tinygrad2.files import atomic_write
 
 FORMATS = {
-    "hf": "a folder of Hugging Face: config.json, model.safetensors, generation_config.json, the tokenizer's files",
-    "pt": "a file of PyTorch, as nanoGPT writes it: a dictionary with model and model_args, and of a run also with the "
-    "optimizer's state, which --init_from=resume continues",
-    "llmc": "a .bin file of llm.c, float32 or bfloat16",
+    "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
+    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer's "
+    "state, so that --init_from=resume continues it",
+    "llmc": "a .bin file of llm.c, in float32 or bfloat16",
 }
 RUN_FORMAT = {"run": "the out-dir of a run that train.py resumes, from nanoGPT's ckpt.pt or from a checkpoint of a run"}
+ALL_FORMATS = {**FORMATS, **RUN_FORMAT}
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 NANOGPT_GELU = (
     "nanoGPT computes GELU's exact form, and this model has the tanh form: its activations there differ by up to "
@@ -45,15 +46,16 @@ def convert(
 
     form        one of FORMATS or RUN_FORMAT.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
-    activation  the form of GELU, if the file's is wrong: nanoGPT's files do not say which version trained them.
+    activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
+                them.
 
     Returns the config of what was written. The model's begin and end ids are written as they are; those of its
-    tokenizer where it has none. If it is interrupted or fails, there is nothing at `target`. Raises ValueError or
+    tokenizer where it has none. If it fails or is interrupted, nothing is left at `target`. Raises ValueError or
     OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise FileExistsError(f"{target}: it exists already; choose another name, or remove it first")
+        raise FileExistsError(f"{target}: already exists; choose another name, or remove it first")
     if form == "run" and dtype != "float32":
         raise ValueError(f"{target}: a run has parameters in float32; remove --dtype {dtype}")
     model = open_model(source)
@@ -139,32 +141,42 @@ def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, sou
         tokenizer.save(folder)
 
 
+def command_line() -> Parser:
+    parser = Parser(
+        "python -m gpt2.convert",
+        "Convert a model from one format to another.",
+        "SRC DST --to FORMAT",
+        epilog="Formats: " + "; ".join(f"{name}: {text}" for name, text in ALL_FORMATS.items()) + ".",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "source",
+        metavar="SRC",
+        help="a Hugging Face folder, a .pt or .bin file of PyTorch (nanoGPT, build-nanogpt, a plain state dict), a "
+        ".bin file of llm.c, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl, which are downloaded",
+    )
+    group.add_argument(
+        "--activation",
+        choices=ACTIVATIONS[:2],
+        help="the form of GELU, if the file names the wrong one [default: as in SRC]",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
+    group.add_argument("--to", required=True, choices=ALL_FORMATS, help="the format to write")
+    group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the values written")
+    return parser
+
+
 @console.command("gpt2.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0, or 1 where the source cannot be read or the target not written."""
-    formats = {**FORMATS, **RUN_FORMAT}
-    parser = Parser(
-        prog="python -m gpt2.convert",
-        description="Convert model files. Reads folders of Hugging Face, .pt and .bin files of PyTorch (nanoGPT, "
-        "build-nanogpt, plain state dicts), .bin files of llm.c, the out-dir of a run, and the names gpt2, "
-        "gpt2-medium, gpt2-large and gpt2-xl, which are downloaded.",
-        epilog="; ".join(f"{name}: {text}" for name, text in formats.items()),
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SRC", help="the model to read")
-    parser.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
-    parser.add_argument("--to", required=True, choices=formats, help="the format to write")
-    parser.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="of the values [%(default)s]")
-    parser.add_argument(
-        "--activation", choices=ACTIVATIONS[:2], default="", help="the form of GELU, if the file's is wrong"
-    )
-    options = parser.parse_args(arguments)
+    """The command. Its exit status: 0, or 1 if SRC cannot be read or DST cannot be written."""
+    options = command_line().parse_args(arguments)
     with console.on_interrupt(f"{options.target} was not written"):
         source = find_model(Path(options.source), console.print_error)
-        config = convert(source, options.target, options.to, options.dtype, options.activation)
+        config = convert(source, options.target, options.to, options.dtype, options.activation or "")
     if options.to == "pt" and config.activation_function != "gelu":
         console.print_error(f"{options.target}: {NANOGPT_GELU}")
-    print(f"{options.target}: written from {source}")
+    console.say(f"{options.target}: written from {source}")
     return 0
 
 

@@ -100,11 +100,11 @@ class Decoder:
         cuda, config = model.backend.cuda, model.config
         if cuda is None or not isinstance(config, GPT2Config):
             return None
-        limits, type_name = cuda.limits(), cuda.type_name(model.activations)
+        limits, type_name = cuda.limits(), cuda.type_name(model.precision.activations)
         texts, itemsize = cache.layers[0].shape[1], cache.layers[0].dtype.itemsize
         if limits is None or type_name is None or texts > MAX_TEXTS or config.head_size * itemsize % ACCESS:
             return None
-        if any(p.compute.data.ptr % ACCESS for p in model.parameters() if p.ndim == 2):
+        if any(_matrix(model, p).data.ptr % ACCESS for p in model.parameters() if p.ndim == 2):
             return None
         plan = LaunchPlan.of(config, texts, itemsize, limits)
         return None if plan is None else Decoder(model, config, cuda, cache, plan)
@@ -193,7 +193,7 @@ class Decoder:
         assert limits is not None
         while True:
             plan = self._plan
-            constants = {"REAL": cuda.type_name(model.activations), **plan.constants(config)}
+            constants = {"REAL": cuda.type_name(model.precision.activations), **plan.constants(config)}
             kernel = cuda.kernel(Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, **constants)
             # Multiprocessors are wired in groups of several sizes, so that not all of them may be in clusters.
             launch = kernel, plan.blocks, THREADS, plan.shared
@@ -204,12 +204,12 @@ class Decoder:
             fewer = LaunchPlan.of(*sizes, limits, max_clusters=at_once) if at_once else None
             self._plan = fewer or LaunchPlan.of(*sizes, limits._replace(capability=0)) or plan
         named = dict(model.named_parameters())
-        self._rows = [_layer(named, i, cache) for i, cache in enumerate(self._layers)]  # kept: the table points there
+        self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # kept: the table points there
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)
         results = 4 * plan.clusters * self._texts * config.n_embd + 2 * self._texts * plan.blocks
         self._arrays = (
             backend.upload(table),
-            *(named["wte.weight"].compute, named["wpe.weight"].compute),
+            *(_matrix(model, named["wte.weight"]), _matrix(model, named["wpe.weight"])),
             *(named["ln_f.weight"].data, named["ln_f.bias"].data),
             backend.zeros((results,), "uint64"),
             backend.zeros((1 if plan.hardware_clusters else plan.blocks, plan.mailbox), "uint64"),
@@ -217,10 +217,15 @@ class Decoder:
         self._kernel = kernel
         return kernel
 
+    def _layer(self, named: dict[str, Parameter], layer: int) -> list[Array]:
+        """The arrays that a struct Layer of decode.cu points to."""
+        linears = [f"h.{layer}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+        norms = [f"h.{layer}.{norm}.{kind}" for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
+        matrices = [_matrix(self._model, named[f"{linear}.weight"]) for linear in linears]
+        vectors = [named[name].data for name in (*(f"{linear}.bias" for linear in linears), *norms)]
+        return [*matrices, *vectors, self._layers[layer]]
 
-def _layer(named: dict[str, Parameter], layer: int, keys_and_values: Array) -> list[Array]:
-    """The arrays that a struct Layer of decode.cu points to."""
-    linears = [f"h.{layer}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
-    norms = [f"h.{layer}.{norm}.{kind}" for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
-    vectors = [named[name].data for name in (*(f"{linear}.bias" for linear in linears), *norms)]
-    return [*(named[f"{linear}.weight"].compute for linear in linears), *vectors, keys_and_values]
+
+def _matrix(model: LanguageModel, parameter: Parameter) -> Array:
+    """The matrix as the kernel reads it; vectors are read in the dtype of the parameters."""
+    return parameter.read_as(model.precision.activations, "decode: a matrix")

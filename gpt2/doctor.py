@@ -272,22 +272,26 @@ def training_command(findings: dict[str, Finding]) -> str:
     return f"{shlex.join(machine.mpirun_command(facts['mpirun'], ranks))} {line}" if ranks > 1 else line
 
 
+def command_line() -> console.Parser:
+    return console.Parser("python -m gpt2.doctor", "Check what the project uses on this machine, and suggest fixes.")
+
+
 @console.command("gpt2.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 1 where something that training needs is wrong, else 0."""
-    parser = console.Parser(prog="python -m gpt2.doctor", description="Check this machine; say what to do.")
-    parser.parse_args(arguments)
+    """The command. Its exit status: 1 if something that training needs does not work, else 0."""
+    command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
     # With an old Python nothing else is checked; and nothing else computes while the speed of BLAS is measured.
     for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
         for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding
             remedy = f"\n{'':19} -> {finding.remedy}" if finding.remedy else ""
-            print(f"{finding.verdict:<8} {name:<10} {finding.text}{remedy}", flush=True)
+            console.say(f"{finding.verdict:<8} {name:<10} {finding.text}{remedy}")
         if findings["python"].verdict == WRONG:
             break
     wrong = [name for name, finding in findings.items() if finding.needed and finding.verdict == WRONG]
-    print(f"\nfix these first: {', '.join(wrong)}" if wrong else f"\nrun here: {training_command(findings)}")
+    command = training_command(findings)
+    console.say(f"\nfix these first: {', '.join(wrong)}" if wrong else f"\nto train on this machine: {command}")
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""How good is a model? `python -m gpt2.evaluate CHECKPOINT` measures its loss on data sets, HellaSwag and LAMBADA."""
+"""Evaluate a model: its loss on a data set, and its results on HellaSwag and LAMBADA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpt2 import console
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser
 from gpt2.formats.model_file import find_model
-from gpt2.model import GPT2
+from gpt2.model import GPT2, to_generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
@@ -21,36 +21,55 @@ from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import JsonObject, write_json
 
 
-@console.command("gpt2.evaluate")
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0, 1 where something cannot be evaluated, 2 for a mistake in the options."""
-    parser = Parser(prog="python -m gpt2.evaluate", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a model folder, or the out-dir of a training run")
-    add("--data", metavar="NAME", help="data set: a name under data/, or a folder")
-    add("--split", default="val", choices=SPLITS, help="which part of it [%(default)s]")
-    add("--batches", type=int, metavar="N", help="the first N batches of it only [all]")
-    add("--block-size", type=int, metavar="T", help="tokens per sequence [the model's context]")
-    for task in TASKS.values():
-        add(f"--{task.name}", nargs="?", const="", metavar="FILE", help=f"{task.name}, from FILE or else downloaded")
-    add("--items", type=int, metavar="N", help="so many items of each task only, spread over the file [all]")
-    add("--batch-size", type=int, default=16, help="sequences at a time [%(default)s]")
-    add("--device", default="auto", choices=DEVICES, help="where to compute [%(default)s]")
-    add("--threads", type=int, default=threads.count(), help="threads on the CPU [%(default)s]")
-    add(
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.evaluate", __doc__, "CHECKPOINT")
+    group = parser.add_argument_group("model and device")
+    group.add_argument("checkpoint", metavar="CHECKPOINT", help="a model folder or file, or the out-dir of a run")
+    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    group.add_argument(
         "--dtype",
         default="float32",
         choices=WEIGHT_DTYPES,
-        help="bfloat16 measures twice, the second time with such weights, and shows the difference",
+        help="dtype of the weights; bfloat16 evaluates in float32 first, then in bfloat16, and prints the difference",
     )
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    group = parser.add_argument_group("what to evaluate")
+    group.add_argument("--data", metavar="NAME", help="a data set: a name in data/, or a folder [default: none]")
+    for task in TASKS.values():
+        group.add_argument(
+            f"--{task.name}",
+            nargs="?",
+            const="",
+            metavar="FILE",
+            help=f"the task {task.name}, from FILE or downloaded [default: off]",
+        )
+    group = parser.add_argument_group("how much")
+    group.add_argument("--split", default="val", choices=SPLITS, help="the split of the data set")
+    group.add_argument("--batches", type=int, metavar="N", help="only the first N batches of the split [default: all]")
+    group.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="tokens per sequence [default: the model's context]"
+    )
+    group.add_argument(
+        "--items", type=int, metavar="N", help="only N items of each task, spread evenly over its file [default: all]"
+    )
+    group.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="sequences per batch")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE [default: none]")
+    return parser
+
+
+@console.command("gpt2.evaluate")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Its exit status: 0, 1 if something cannot be evaluated, 2 for an invalid option."""
+    parser = command_line()
     options = parser.parse_args(arguments)
+    options.threads = threads.count() if options.threads is None else options.threads
     for name in ("batches", "block_size", "items", "batch_size", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"{options.json}: there is no folder {options.json.parent}/")
+        parser.error(f"--json {options.json}: the folder {options.json.parent}/ does not exist")
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     try:
@@ -61,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
-    # Files that may be missing are opened before anything is computed.
+    # Open all files before computing anything, since one may be missing.
     questions = {
         name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()
@@ -75,35 +94,37 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    if not model.backend.narrow_weights and (reason := model.backend.unsupported_reason(options.dtype)):
+    precision = to_generate(options.dtype, model.backend)
+    if reason := model.backend.unsupported_reason(precision):
         raise ValueError(f"--dtype {reason}")
 
     def measure() -> JsonObject:
         results: JsonObject = {}
         if data is not None:
             figures = evaluate_data(model, tokenizer, data, options.batch_size, block_size, options.batches)
-            print(
+            console.say(
                 f"{data.path} {data.split}: {figures['tokens']:,} tokens in sequences of {block_size}, "
-                f"loss {figures['loss']:.4f} nats a token, perplexity {figures['perplexity']:.2f}, "
-                f"{figures['bits_per_byte']:.4f} bits a byte",
-                flush=True,
+                f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}, "
+                f"{figures['bits_per_byte']:.4f} bits per byte"
             )
             results["data"] = {"path": str(data.path), "split": data.split, **figures}
         for name, items in questions.items():
             results[name] = evaluate_task(TASKS[name], model, tokenizer, items, options.batch_size)
-            print(describe_task(TASKS[name], results[name]), flush=True)
+            console.say(describe_task(TASKS[name], results[name]))
         return results
 
-    print(f"{folder}: {model.n_parameters():,} parameters, {model.dtype} on {model.backend.device}", flush=True)
+    console.say(f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}")
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
     if options.dtype == "bfloat16":
-        print("the same with weights in bfloat16:", flush=True)
-        model = GPT2.from_pretrained(folder, device=options.device, dtype="bfloat16")
+        console.say("the same with weights in bfloat16:")
+        model = GPT2.from_pretrained(folder, device=options.device, dtype=precision)
         results["bfloat16"] = measure()
         if data is not None:
             before, after = results["data"]["loss"], results["bfloat16"]["data"]["loss"]
             results["bfloat16"]["loss_difference"] = after - before
-            print(f"weights in bfloat16 change the loss by {after - before:+.6f} nats a token ({before:.6f} before)")
+            console.say(
+                f"bfloat16 weights change the loss by {after - before:+.6f} nats per token ({before:.6f} before)"
+            )
     if options.json:
         write_json(options.json, results)
     return 0

@@ -25,7 +25,7 @@ class KVCache:
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
         shapes = model.cache_shapes(batch, capacity)
-        self.layers: list[Array] = [model.backend.zeros(shape, model.activations) for shape in shapes]
+        self.layers: list[Array] = [model.backend.zeros(shape, model.precision.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
         self.decoder = Decoder.fitting(model, self)
 
@@ -52,6 +52,9 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
 
 
 NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
+
+
+Ends = int | Collection[int] | None  # the id that ends a text, or several
 
 
 class Sampling(TypedDict, total=False):
@@ -204,11 +207,7 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 
 
 def complete(
-    model: LanguageModel,
-    tokens: Sequence[int],
-    max_tokens: int,
-    stop: int | Collection[int] | None = None,
-    **sampling: Unpack[Sampling],
+    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
     """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), or the
     first of several, excluded.

@@ -12,6 +12,7 @@ from tinygrad2 import Key, Tensor
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend
 from tinygrad2.nn import Parameter, ParameterArena
+from tinygrad2.precision import Precision, PrecisionLike
 
 
 class ModelConfig(Protocol):
@@ -29,10 +30,10 @@ class ModelConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 128 wide, 4 heads"."""
+        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
 
     def memory(
-        self, batch_size: int, block_size: int, precision: str, recompute: str, head_rows: int | None
+        self, batch_size: int, block_size: int, precision: PrecisionLike, recompute: str, head_rows: int | None
     ) -> dict[str, int]:
         """Bytes of memory that a training step needs, by their use."""
 
@@ -55,9 +56,9 @@ class LanguageModel(Protocol):
 
     It is a tinygrad2.nn.Module, which provides the methods on parameters.
 
-    config       its sizes.
-    backend      of its parameters, which computes the model.
-    activations  the name of their dtype.
+    config     its sizes.
+    backend    of its parameters, which computes the model.
+    precision  what it computes in.
     """
 
     @property
@@ -65,7 +66,7 @@ class LanguageModel(Protocol):
     @property
     def backend(self) -> Backend: ...
     @property
-    def activations(self) -> str: ...
+    def precision(self) -> Precision: ...
 
     def features(self, tokens: ArrayLike, key: Key | None = None, cache: Cache | None = None) -> Tensor:
         """The input of the output layer: tokens (B, T) -> (B, T, C).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -13,22 +13,22 @@ from numpy.typing import ArrayLike
 
 from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
-from gpt2.generate import Sampling, complete
+from gpt2.generate import Ends, Sampling, complete
 from gpt2.language_model import Cache
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import BFLOAT16, BFLOAT16_WEIGHTS, Precision, PrecisionLike
 from tinygrad2.random import INIT_STEP
 
 SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its result, and on the MLP's
 
 
 class _Placement(TypedDict):
-    """Where a layer's parameters are allocated, and in which dtype."""
+    """Where a layer's parameters are allocated, and what it computes in."""
 
     device: str
-    dtype: str
+    precision: Precision
 
 
 class _Init:
@@ -53,17 +53,18 @@ class Attention(nn.Module):
     """
 
     def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
-        self.config = config
+        self.config, self.precision = config, placement["precision"]
         C = config.n_embd
         self.c_attn = nn.Linear(C, 3 * C, init=init.weight(config.initializer_range), **placement)
         self.c_proj = nn.Linear(C, C, init=init.weight(_residual_std(config)), **placement)
 
     def __call__(self, x: Tensor, key: Key | None, site: int, past: tuple[Array, int] | None) -> Tensor:
+        config, tf32 = self.config, self.precision.tf32
         qkv = self.c_attn(x)  # (B, T, 3 C)
         if past is None:
-            out = ops.attention(qkv, self.config.n_head, self.config.attn_pdrop, key and key.at(site))  # (B, T, C)
+            out = ops.attention(qkv, config.n_head, config.attn_pdrop, key and key.at(site), tf32)  # (B, T, C)
         else:
-            out = ops.attention_cached(qkv, *past, self.config.n_head)
+            out = ops.attention_cached(qkv, *past, config.n_head, tf32)
         return ops.dropout(self.c_proj(out), self.config.resid_pdrop, key and key.at(site + 1))
 
 
@@ -71,13 +72,13 @@ class MLP(nn.Module):
     """Two linear layers with GELU between them. GELU's kernel adds the bias of the first."""
 
     def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
-        self.config = config
+        self.config, self.precision = config, placement["precision"]
         C = config.n_embd
         self.c_fc = nn.Linear(C, 4 * C, init=init.weight(config.initializer_range), **placement)
         self.c_proj = nn.Linear(4 * C, C, init=init.weight(_residual_std(config)), **placement)
 
     def __call__(self, x: Tensor, key: Key | None, site: int) -> Tensor:
-        hidden = ops.linear(x, self.c_fc.weight)  # (B, T, 4 C)
+        hidden = ops.linear(x, self.c_fc.weight, tf32=self.precision.tf32)  # (B, T, 4 C)
         hidden = ops.gelu(hidden, self.c_fc.bias, exact=self.config.activation_function == "gelu")
         return ops.dropout(self.c_proj(hidden), self.config.resid_pdrop, key and key.at(site))
 
@@ -112,9 +113,10 @@ class GPT2(nn.Module):
     seed    of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual stream
             scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
     device  of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
-    dtype   of the computation: "float32" for training, "float64" for checks, and on a GPU also "tf32" (float32, with
-            faster and less precise matrix products) and "bfloat16" (activations, and copies of the weights; the
-            parameters themselves, their gradients and all sums stay float32).
+    dtype   the precision, or its name: "float32" for training, "float64" for checks, on a GPU also "tf32" (float32,
+            with faster and less precise matrix products) and "bfloat16" (activations, and copies of the weights; the
+            parameters themselves, their gradients and all sums stay float32), and on a CPU also "bfloat16_weights"
+            (matrices in bfloat16, which generate faster: half as many bytes are read for each token).
 
     Two options save memory in training, at the cost of time: recompute="block" saves only the inputs of each block and
     recomputes the block in the backward pass; head_rows computes that many rows of the logits at a time.
@@ -125,21 +127,17 @@ class GPT2(nn.Module):
         config: GPT2Config,
         seed: int | None = 0,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: PrecisionLike = "float32",
         recompute: str = "none",
         head_rows: int | None = None,
     ):
         if recompute not in RECOMPUTE:
             raise ValueError(f"GPT2: recompute is {recompute!r}; choose one of {', '.join(RECOMPUTE)}")
         self.recompute, self.head_rows = recompute, head_rows
-        self.config = config
-        if dtype not in PRECISIONS:
-            raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(PRECISIONS)}")
-        backend, precision = get_backend(device), PRECISIONS[dtype]
-        if reason := backend.unsupported_reason(dtype, config.head_size):
+        self.config, self.precision = config, Precision.of(dtype)
+        if reason := self.unsupported_reason(get_backend(device), self.precision):
             raise ValueError(f"GPT2: {reason}")
-        self.precision, self.dtype = dtype, precision.parameters
-        placement: _Placement = {"device": device, "dtype": self.dtype}
+        placement: _Placement = {"device": device, "precision": self.precision}
         init, std = _Init(seed), config.initializer_range
         # In the reverse of the order in which the backward pass finishes the gradients (see ParameterArena). That of
         # wte, which both the first and the last layer use, is final last.
@@ -147,16 +145,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.weight(std), **placement)
         self.h = [Block(config, init, **placement) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
-        if backend.cuda:
-            backend.cuda.use_tf32(precision.tf32)
-        if precision.copies:
-            for parameter in self.parameters():
-                parameter.hold_copy()
 
-    @property
-    def activations(self) -> str:
-        """The dtype of the activations: bfloat16 if the parameters hold bfloat16 copies, else the parameters' own."""
-        return "bfloat16" if self.wte.weight.has_copy else self.dtype
+    def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
+        return backend.unsupported_reason(precision, self.config.head_size)
 
     @property
     def backend(self) -> Backend:
@@ -172,12 +163,14 @@ class GPT2(nn.Module):
         shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
         if len(shape) != 2:
             raise ValueError(f"GPT2: tokens have shape {tuple(shape)}; expected (B, T)")
+        if 0 in shape:
+            raise ValueError(f"GPT2: tokens have shape {tuple(shape)}, which is empty")
         before = 0 if cache is None else cache.length
         if before + shape[1] > self.config.n_positions:
             raise ValueError(
                 f"GPT2: {before + shape[1]} tokens given; the model's context is {self.config.n_positions}"
             )
-        x = ops.embedding(tokens, self.wte.weight, self.wpe.weight, before)
+        x = ops.embedding(tokens, self.wte.weight, self.wpe.weight, before, self.precision.activations)
         x = ops.dropout(x, self.config.embd_pdrop, key and key.at(0))
         delta = None
         for layer, block in enumerate(self.h):
@@ -195,7 +188,7 @@ class GPT2(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """The output layer, tied to the token embedding: features (..., C) -> logits (..., V)."""
-        return ops.linear(features, self.wte.weight.transpose())
+        return ops.logits(features, self.wte.weight, self.precision.tf32)
 
     def __call__(self, tokens: ArrayLike) -> Tensor:
         """Logits: tokens (B, T) of integers -> (B, T, V)."""
@@ -206,7 +199,8 @@ class GPT2(nn.Module):
 
         key  of the dropout masks of this batch; None for no dropout, as in evaluation.
         """
-        return ops.lm_head(self.features(tokens, key), self.wte.weight, targets, self.head_rows)
+        x, tf32 = self.features(tokens, key), self.precision.tf32
+        return ops.lm_head(x, self.wte.weight, targets, self.head_rows, tf32)
 
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shape of each layer's keys and values, (2, B, H, capacity, D)."""
@@ -218,33 +212,35 @@ class GPT2(nn.Module):
         return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int,
-        stop: int | Collection[int] | None = None,
-        **sampling: Unpack[Sampling],
+        self, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
     ) -> list[list[int]]:
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
 
     @staticmethod
-    def from_pretrained(path: str | Path, device: str = "cpu", dtype: str = "float32") -> GPT2:
+    def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
         """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
-        folder that gpt2.formats reads. With bfloat16 on the CPU, it can generate but not train: see `narrow`.
+        folder that gpt2.formats reads. With bfloat16 on the CPU, it can generate but not train: see `to_generate`.
 
         Raises ValueError if a tensor is missing, unexpected, or of another shape, and FileNotFoundError if a file is
         missing. The message names it.
         """
-        narrow = dtype in PRECISIONS and PRECISIONS[dtype].copies and get_backend(device).narrow_weights
-        config = model_file.load_config(path)
-        model = GPT2(config, seed=None, device=device, dtype="float32" if narrow else dtype)
+        precision = to_generate(dtype, get_backend(device))
+        model = GPT2(model_file.load_config(path), seed=None, device=device, dtype=precision)
         model_file.load_into(model, path)
-        return model.narrow() if narrow else model
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout, and
-        generation_config.json if the model was loaded with one."""
+        """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
         huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
+
+
+def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
+    """The precision of this name to generate and to evaluate in: where the device does not compute in bfloat16,
+    "bfloat16" means weights in bfloat16 and activations in float32, if the device has that."""
+    precision = Precision.of(dtype)
+    weights_only = precision == BFLOAT16 and backend.unsupported_reason(BFLOAT16)
+    return BFLOAT16_WEIGHTS if weights_only and not backend.unsupported_reason(BFLOAT16_WEIGHTS) else precision
 
 
 def _residual_std(config: GPT2Config) -> float:

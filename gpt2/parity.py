@@ -71,7 +71,7 @@ def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str 
             scale, shift = 2 / math.sqrt(config.n_embd), 0.0
         else:
             scale, shift = (2.2 if "c_attn" in name else 1.0) / math.sqrt(parameter.shape[0]), 0.0
-        parameter.data = model.backend.asarray(scale * values + shift, dtype=model.dtype)
+        parameter.data = model.backend.asarray(scale * values + shift, dtype=model.precision.parameters)
     return model
 
 
@@ -113,7 +113,7 @@ def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Ro
     expected  gives what `torch_results` found for the same weights, by name.
     Raises ValueError where its shapes are not the model's.
     """
-    bounds = BOUNDS[model.dtype]
+    bounds = BOUNDS[model.precision.parameters]
     rows = []
 
     def add(name: str, ours: np.ndarray) -> None:

@@ -647,22 +647,27 @@ class Writer:
         self.cost = self.written - began
 
 
-@console.command("gpt2.report")
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0, or 1 where a folder is not that of a run."""
-    parser = Parser(prog="python -m gpt2.report", description="Write the page of a run, or one that compares runs.")
-    parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="the out-dir of a run")
-    parser.add_argument(
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.report", "Write the report of a run, or a comparison of several runs.", "OUT...")
+    group = parser.add_argument_group("input and output")
+    group.add_argument("out", nargs="+", type=Path, metavar="OUT", help="the out-dir of a run")
+    group.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"where the page goes [{REPORT} in the out-dir; of several runs {COMPARISON} here]",
+        help=f"the HTML file to write [default: {REPORT} in the out-dir; {COMPARISON} here for several runs]",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@console.command("gpt2.report")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Its exit status: 0, or 1 if a folder is not the out-dir of a run."""
+    options = command_line().parse_args(arguments)
     runs = [Run.load(out) for out in options.out]
     file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
     write(report_page(runs[0]) if len(runs) == 1 else comparison_page(runs), file)
-    print(file)
+    console.say(str(file))
     return 0
 
 

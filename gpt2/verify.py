@@ -1,12 +1,7 @@
-"""Is the whole model right? `python -m gpt2.verify` compares it with PyTorch's, or its gradients with differences.
+"""Verify the whole model: compare it with PyTorch's, or its gradients with finite differences.
 
-    --against MODEL     a model folder, or a name such as gpt2: transformers and this engine, with the same weights
-    --preset gpt2       the same with random weights, in both forms of GELU
-    --against FILE      either, without PyTorch: with what `--record FILE` wrote where it was installed
-    --gradients         every gradient of a small GPT-2 with dropout, in float64, against finite differences
-
-What is compared: the residual stream after each part of each layer, the logits, the loss, the gradient of each
-parameter, and the text that greedy decoding gives (see gpt2/parity.py).
+A comparison covers the residual stream after each part of each layer, the logits, the loss, the gradient of each
+parameter, and the text of greedy decoding (see gpt2/parity.py).
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2 import console, parity
 from gpt2.config import PRESETS, GPT2Config
-from gpt2.console import Parser, print_error
+from gpt2.console import Parser, print_error, say
 from gpt2.formats import huggingface
 from gpt2.formats.model_file import find_model
 from gpt2.model import GPT2
@@ -35,7 +30,6 @@ from tinygrad2.array import Array
 from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
-from tinygrad2.precision import PARAMETER_DTYPES
 
 BOUND = 1e-6
 SCALE = 0.2  # of check's step: this model has larger derivatives than check's step, made for values around 1, allows
@@ -101,18 +95,18 @@ def _scaled(saved: tuple[Array | None, ...], dy: Array, into: object) -> tuple[A
 
 
 def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
-    """Check both forms of GELU and print a row for each parameter; whether all are within BOUND."""
+    """Check both forms of GELU and print a row for each parameter. Returns whether all errors are within BOUND."""
     failed = 0
-    print("gradients of a small GPT-2 with dropout, float64, against finite differences")
+    say("gradients of a small GPT-2 with dropout, float64, against finite differences")
     for activation, form in FORMS.items():
         model = small_model(activation, seed, device)
         shapes = {name: str(parameter.shape) for name, parameter in model.named_parameters()}
-        print(f"\n{f'{activation} ({form})':24}{'shape':>12}{'error':>11}{'bound':>9}")
+        say(f"\n{f'{activation} ({form})':24}{'shape':>12}{'error':>11}{'bound':>9}")
         for name, error in gradient_errors(model, seed).items():
             verdict = "ok" if error <= BOUND else "FAILED"
             failed += verdict == "FAILED"
-            print(f"{name:24}{shapes[name]:>12}{error:11.1e}{BOUND:9.0e}  {verdict}")
-    print(f"\n{failed} gradients are wrong" if failed else "\nevery gradient is right")
+            say(f"{name:24}{shapes[name]:>12}{error:11.1e}{BOUND:9.0e}  {verdict}")
+    say(f"\n{failed} gradients are wrong" if failed else "\nall gradients are correct")
     return not failed
 
 
@@ -178,7 +172,7 @@ def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> Non
     for number, case in enumerate(cases):
         arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
     save_arrays(path, arrays, {COMPARISONS: json.dumps([asdict(case) for case in cases])})
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB; without PyTorch: python -m gpt2.verify --against {path}")
+    say(f"{path}: {path.stat().st_size / 1e6:,.1f} MB; without PyTorch: python -m gpt2.verify --against {path}")
 
 
 def is_reference(path: Path) -> bool:
@@ -234,15 +228,15 @@ def verify_parity(options: argparse.Namespace) -> JsonObject:
     reports = []
     for case, model, expected in comparisons(options):
         rows, same_text = parity.compare(model, expected)
-        print(f"\n{case}: {model.n_parameters():,} parameters, {case.dtype}, {model.backend.device}; {case.reference}")
+        say(f"\n{case}: {model.n_parameters():,} parameters, {case.dtype}, {model.backend.device}; {case.reference}")
         width = max(len(row.name) for row in rows)
-        print(f"{'':{width}}{'largest error':>15}{'relative':>10}{'bound':>8}")
+        say(f"{'':{width}}{'largest error':>15}{'relative':>10}{'bound':>8}")
         for row in rows:
-            verdict = "ok" if row.ok else "DEVIATES"
-            print(f"{row.name:{width}}{row.largest:15.1e}{row.relative:10.1e}{row.bound:8.0e}  {verdict}")
-        print(f"{'text':{width}}{'the same' if same_text else 'another':>33}  {'ok' if same_text else 'DEVIATES'}")
+            verdict = "ok" if row.ok else "DIFFERS"
+            say(f"{row.name:{width}}{row.largest:15.1e}{row.relative:10.1e}{row.bound:8.0e}  {verdict}")
+        say(f"{'text':{width}}{'the same' if same_text else 'different':>33}  {'ok' if same_text else 'DIFFERS'}")
         first = next((row.name for row in rows if not row.ok), None if same_text else "text")
-        print(f"the first that deviates: {first}" if first else "everything agrees")
+        say(f"the first that differs: {first}" if first else "everything agrees")
         reports.append({**asdict(case), "device": model.backend.device, "ok": first is None, "first_deviation": first,
                         "same_text": same_text, "rows": [_finite(asdict(row)) for row in rows]})  # fmt: skip
     return {"ok": all(report["ok"] for report in reports), "cases": reports}
@@ -253,35 +247,57 @@ def _finite(values: JsonObject) -> JsonObject:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-@console.command("gpt2.verify", failed=2, closed_pipe=2)  # nothing is verified then
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. The exit status: 0 where everything asked for holds, 1 where not, 2 where nothing can be."""
-    parser = Parser(
-        prog="python -m gpt2.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.verify", __doc__)
+    group = parser.add_argument_group("what to verify (at least one)")
+    group.add_argument(
+        "--against",
+        metavar="MODEL|FILE",
+        help="this engine against transformers with the weights of MODEL (a folder, or a name such as gpt2); or, "
+        "without PyTorch, against a FILE that --record wrote where it is installed [default: off]",
     )
-    add = parser.add_argument
-    add("--against", metavar="MODEL|FILE", help="compare with transformers, or with a reference file")
-    add("--preset", choices=PRESETS, help="compare random weights of these sizes")
-    add("--activation", choices=FORMS, help="with --preset: this form of GELU only [both]")
-    add("--record", type=Path, metavar="FILE", help="write the reference to a file, for machines without PyTorch")
-    add("--model", metavar="FOLDER", help="with --against FILE: the model's folder, if it has moved")
-    add("--gradients", action="store_true", help="every gradient of a small GPT-2, in float64")
-    add("--dtype", choices=PARAMETER_DTYPES, default="float32", help="what both compute in [%(default)s]")
-    add("--seed", type=int, default=0, help="of weights, tokens and directions [%(default)s]")
-    add("--device", choices=DEVICES, default="cpu", help="where to compute [%(default)s]")
-    add("--json", type=Path, metavar="FILE", help="write the comparison there too")
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"the same with random weights: {', '.join(PRESETS)} [default: off]",
+    )
+    group.add_argument(
+        "--gradients",
+        action="store_true",
+        help="every gradient of a small GPT-2 with dropout, in float64, against finite differences",
+    )
+    group = parser.add_argument_group("how to compare")
+    group.add_argument("--activation", choices=FORMS, help="with --preset: only this form of GELU [default: both]")
+    group.add_argument("--dtype", choices=tuple(parity.BOUNDS), default="float32", help="dtype of both computations")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the weights, the tokens and the directions"
+    )
+    group.add_argument("--device", choices=DEVICES, default="cpu", help="where this engine computes")
+    group.add_argument(
+        "--model", metavar="FOLDER", help="with --against FILE: the model's folder [default: as recorded]"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the results of transformers to FILE, and stop [default: off]"
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the comparison to FILE [default: off]")
+    return parser
+
+
+@console.command("gpt2.verify", failed=2, closed_pipe=2)  # 2, since nothing has been verified then
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Its exit status: 0 if everything agrees, 1 if something does not, 2 if nothing could be verified."""
+    parser = command_line()
     options = parser.parse_args(arguments)
     comparing = options.against is not None or options.preset is not None
     if not comparing and not options.gradients:
         parser.error("nothing to verify: give --against, --preset or --gradients")
     if options.against is not None and options.preset is not None:
         parser.error("--against names the weights, --preset makes random ones; give one of them")
-    for file in (options.record, options.json):
+    for name, file in (("--record", options.record), ("--json", options.json)):
         if file is not None and not file.parent.is_dir():
-            parser.error(f"{file}: there is no folder {file.parent}/")
+            parser.error(f"{name} {file}: the folder {file.parent}/ does not exist")
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; expected 0 or more")
     get_backend(options.device)

@@ -16,6 +16,15 @@ from tests.stand_ins import cudasim
 from tinygrad2 import autograd, threads
 from tinygrad2.kernels import gemm
 
+# `pytest -m quick`, in less than a minute: the mathematics, the tape, operations, layers, optimizers, the model,
+# sampling, and the rules of the house. Paths are relative to this folder; a folder stands for all files in it.
+QUICK = (
+    "tinygrad2/test_reference.py", "tinygrad2/test_gradcheck.py", "tinygrad2/test_autograd.py",
+    "tinygrad2/test_tensor.py", "tinygrad2/test_ops.py", "tinygrad2/test_nn.py", "tinygrad2/test_params.py",
+    "tinygrad2/test_random.py", "tinygrad2/optim", "gpt2/test_config.py", "gpt2/test_model.py", "gpt2/test_generate.py",
+    "gpt2/training/test_options.py", "test_sample.py", "test_layering.py", "test_reading_path.py",
+)  # fmt: skip
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -31,6 +40,15 @@ def pytest_configure(config):
         from tests.stand_ins import ptxsim
 
         cudasim.RawModule = ptxsim.RawModule
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).parent
+    for item in items:
+        quick = any(item.path.is_relative_to(folder / name) for name in QUICK)
+        if quick and not any(item.get_closest_marker(mark) for mark in ("slow", "mpi", "gpu")):
+            item.add_marker("quick")
 
 
 def pytest_runtest_setup(item):
@@ -66,8 +84,14 @@ def saved_is_read_only(monkeypatch):
     """A backward function gets what was saved, and the gradient that comes in, as read-only views: writing raises."""
     node = autograd.Node
 
-    def guarded(parents, backward, saved, zeros):
-        return node(parents, lambda s, dy, into: backward(s, _read_only(dy), into), _read_only(saved), zeros)
+    def guarded(parents, backward, saved, forms, name, kernel=False):
+        def guarded_backward(s, dy, into):
+            return backward(s, _read_only(dy), into)
+
+        def guarded_kernel(dy, *s):
+            return backward(_read_only(dy), *s)
+
+        return node(parents, guarded_kernel if kernel else guarded_backward, _read_only(saved), forms, name, kernel)
 
     monkeypatch.setattr(autograd, "Node", guarded)
 

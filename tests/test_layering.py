@@ -20,7 +20,8 @@ ENGINE = (
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("tensor", "distributed", "profiler"),
+    ("arguments", "distributed", "profiler", "protocols"),
+    ("tensor",),
     ("ops", "params"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
@@ -49,7 +50,7 @@ RANK = {
 }
 ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
 # Packages from the bottom up: the engine does not know the model, the model does not know the scripts.
-PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "tests": 4}
+PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "examples": 3, "tests": 4}
 # What gpt2 and the scripts may import of the engine, besides the names that the package itself exports.
 PUBLIC_MODULES = {
     "array",
@@ -77,7 +78,7 @@ def module_of(path):
 
 def sources():
     """The source of every module, by its dotted name."""
-    paths = [path for folder in ("tinygrad2", "gpt2", "data") for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for folder in ("tinygrad2", "gpt2", "data", "examples") for path in (ROOT / folder).rglob("*.py")]
     return {module_of(path): path.read_text(encoding="utf-8") for path in (*paths, *ROOT.glob("*.py"))}
 
 

@@ -205,8 +205,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic(user):
     run(2, "--batch-size", "2", "--max-iters", "2")
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
-        "train.py: --total-batch-size 64 is not a multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 tokens; "
-        "the nearest multiple is 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
+        "train.py: error: --total-batch-size 64 is not a multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 "
+        "tokens; the nearest multiple is 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
     ) in err
     assert err.count("train.py:") == 1
     _, err = run(4, "--max-iters", "4", status=1)
@@ -254,7 +254,7 @@ def assert_goes_on(out="out"):
     ("error", "said"),
     [
         ("RuntimeError('power cut')", "rank {rank} of 4:\nTraceback"),
-        ("ValueError('data: a bad shard')", "train.py: data: a bad shard\n"),
+        ("ValueError('data: a bad shard')", "train.py: error: data: a bad shard\n"),
     ],
 )
 def test_an_error_on_one_rank_ends_all_and_is_on_the_screen(user, rank, error, said):
@@ -383,7 +383,7 @@ optim.AdamW.step = drifting
 def test_one_voice_and_one_writer(user):
     out, _ = run(4, "--batch-size", "1", "--max-iters", "2", patch=None)
     assert [line.split()[0] for line in out.splitlines()].count("model") == 1
-    assert "4 ranks x 1 sequences x 16 tokens x 1 micro-step = 64 tokens a step" in out
+    assert "64 tokens per step = 1 sequence x 16 tokens x 1 micro-step x 4 ranks" in out
     assert " | comm " in out
     rows = read_log(Path("out/log.jsonl"))
     assert [row["step"] for row in rows] == [1, 2]
@@ -404,7 +404,7 @@ def test_help_and_mistakes_are_printed_once(user):
     out, _ = run(3, "--help")
     assert out.count("usage: train.py") == 1
     _, err = run(3, "--batch-sise", "2", status=2)
-    assert err.count("train.py: unknown option --batch-sise; did you mean --batch-size?") == 1
+    assert err.count("train.py: error: unknown option --batch-sise; did you mean --batch-size?") == 1
     _, err = run(3, "--data", "nowhere", status=1)
     assert err.count("no such data set") == 1
 
@@ -426,13 +426,13 @@ atexit.register(count)
         launcher = [MPIRUN, "--bind-to", binding, "--oversubscribe", "-n", "2"]
         out, _ = run(2, "--batch-size", "1", "--max-iters", "1", "--fresh", launcher=launcher, patch=code)
         assert [Path(f"threads-{rank}").read_text().split() for rank in range(2)] == 2 * [[str(expected)] * 2]
-        assert ("of this machine stay idle" in out) == (binding == "core" and cores > 2)
+        assert ("of this machine idle" in out) == (binding == "core" and cores > 2)
 
 
 def test_an_mpirun_of_another_mpi_is_refused(user):
     """As MPICH's mpiexec starts a Python whose mpi4py uses Open MPI: as many jobs of one rank."""
     _, err = run(2, "--max-iters", "1", launcher=[], env={"PMI_SIZE": "2", "PMI_RANK": "0"}, patch=None, status=1)
-    assert "train.py: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
+    assert "train.py: error: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
     assert not Path("out").exists()
 
 
@@ -463,7 +463,7 @@ for context in contexts:
     for more in ([], ["--zero"]):
         for folder, said in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
             out, _ = run(2, *quick, *more, "--out-dir", folder, patch=code.format(direct=folder == "direct"))
-            assert f"all-reduce: {said}\n" in out
+            assert f"all-reduce {said}\n" in out
         np.testing.assert_allclose(losses("direct"), losses("host"), rtol=1e-6)
         assert distance(arrays("direct"), arrays("host")) < 1e-5
         shutil.rmtree("direct"), shutil.rmtree("host")

@@ -38,7 +38,7 @@ def run(capsys, *options, code=0):
 
 
 def test_it_says_which_model_it_takes(user, capsys):
-    assert "sampling an untrained one" in run(capsys, "-m", "2").err
+    assert "sampling from an untrained model" in run(capsys, "-m", "2").err
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000010")
     assert run(capsys, "-m", "2").err == "model: out/ckpt-000010\n"
@@ -97,7 +97,7 @@ def test_a_prompt_longer_than_the_context_is_reported(user, capsys):
     save_model("checkpoint")
     assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
     said = run(capsys, "-p", 33 * "a", "-m", "2").err
-    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model sees the last 32\n"
+    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model reads only the last 32\n"
 
 
 def test_a_stop_string_ends_the_text(user, capsys):
@@ -114,7 +114,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
 
 
 def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
-    assert "an untrained one, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
+    assert "an untrained model, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
     for p in model.parameters():  # larger, so that rounding shows
         p.data = 3 * p.data
@@ -123,7 +123,7 @@ def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     texts = {dtype: run(capsys, *options, "--dtype", dtype) for dtype in ("float32", "bfloat16")}
     assert texts["float32"].err.splitlines()[0] == "model: checkpoint"
     assert texts["bfloat16"].err.splitlines()[0] == "model: checkpoint, weights in bfloat16"
-    model.narrow()
+    model.to(precision="bfloat16_weights")
     rows = model.generate(list(b"ab"), 60, stop=256, samples=20, temperature=1, seed=3)
     expected = [
         f"--- sample {i} of 20 ---\nab{bytes(row).decode('utf-8', 'replace')}\n" for i, row in enumerate(rows, 1)
@@ -137,7 +137,10 @@ def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
     with strict_cupy.registered():
         lines = run(capsys, "-p", "x", "--device", "cuda", "--dtype", "bfloat16", code=1).err.splitlines()
     assert lines[0] == "model: checkpoint, weights in bfloat16"
-    assert lines[1] == "sample.py: GPT2: bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+    assert (
+        lines[1]
+        == "sample.py: error: GPT2: bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+    )
     assert len(lines) == 2
 
 
@@ -198,7 +201,7 @@ def test_bad_input_gets_one_line(user, capsys, case):
         change(user)
     lines = run(capsys, *options, code=1).err.splitlines()
     assert message in lines[-1]
-    assert all(line.startswith(("sample.py: ", "model: ")) for line in lines)
+    assert all(line.startswith(("sample.py: error: ", "model: ")) for line in lines)
 
 
 def test_text_streams(user):
@@ -212,6 +215,54 @@ def test_text_streams(user):
     assert process.poll() is None
     process.kill()
     process.communicate()
+
+
+@pytest.mark.slow
+def test_compilation_is_announced_before_any_text(user):
+    """With an empty cache of compiled kernels, as after a fresh clone."""
+    save_model("checkpoint")
+    command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "20", "-n", "2", "--seed", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(user / "cache")}
+    outputs = [
+        subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, check=True).stdout
+        for _ in range(2)
+    ]
+    first, second = (output.split(b"\n", 2) for output in outputs)
+    assert first[0] == second[0] == b"model: checkpoint"
+    assert first[1].startswith(b"compiling kernels")
+    assert second[1] == b"--- sample 1 of 2 ---"
+    assert first[2] == b"\n".join(second[1:])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "options", "reported"),
+    [
+        ([], [], ["the sample is empty: the model generated no visible text before its end; try another --seed"]),
+        ([(0, " \n"), (0, "\n")], [], ["the sample is empty"]),
+        ([(0, "\n"), (0, "a")], [], []),
+        ([], ["-m", "0"], []),
+        ([(0, "a"), (2, "b")], ["-n", "3"], ["sample 2 is empty"]),
+    ],
+)
+def test_an_empty_sample_is_reported(user, capsys, monkeypatch, pieces, options, reported):
+    save_model("checkpoint")
+    monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(pieces))
+    lines = run(capsys, *options).err.splitlines()[1:]
+    assert len(lines) == len(reported)
+    assert all(line.startswith(start) for line, start in zip(lines, reported, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_on_a_terminal_text_is_wrapped_and_control_characters_are_visible(user):
+    save_model("checkpoint")
+    ours, theirs = os.openpty()
+    command = [sys.executable, ROOT / "sample.py", "-p", 12 * "words and " + "\x1b[31m", "-m", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "40"}
+    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment, check=True)
+    os.close(theirs)
+    lines = os.read(ours, 10_000).decode().splitlines()
+    os.close(ours)
+    assert lines == 3 * ["words and words and words and words and"] + ["\\x1b[31m"]
 
 
 def test_a_padded_vocabulary_is_never_chosen(user, capsys):
@@ -248,8 +299,8 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
     said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
     assert said.out == ""
     assert said.err.splitlines()[1:] == [
-        "sample.py: out of memory: 1,000,000 samples of 10 tokens need 1.28 keys and values + 3.65 activations + 2.31 "
-        "logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
+        "sample.py: error: out of memory: 1,000,000 samples of 10 tokens need 1.28 keys and values + 3.65 activations "
+        "+ 2.31 logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
     ]
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
     monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))

@@ -90,7 +90,7 @@ def test_a_finished_run_says_so_and_can_be_trained_on(workspace, capsys):
 
 def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     run("--max-iters", "6")
-    assert "its curves and samples: out/report.html" in capsys.readouterr().out
+    assert "report: out/report.html (curves and samples)" in capsys.readouterr().out
     run("--max-iters", "12", "--batch-size", "4", "--total-batch-size", "64")
     starts, samples = read_log(Path("out/starts.jsonl")), read_log(Path("out/samples.jsonl"))
     assert [(start["step"], start["options"]["batch_size"]) for start in starts] == [(0, 2), (6, 4)]

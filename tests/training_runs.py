@@ -48,7 +48,7 @@ def one_line(capsys):
     """The error message, which is one line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
-    assert lines[0].startswith("train.py: ")
+    assert lines[0].startswith("train.py: error: ")
     return lines[0]
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tinygrad2.random import Key
     from tinygrad2.tensor import Tensor, recompute, record
 
+__version__ = "0.9.0"
+
 __all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "recompute", "record"]
 
 _MODULE_OF = {"Key": "random", "Tensor": "tensor", "no_grad": "autograd", "recompute": "tensor", "record": "tensor"}

@@ -77,3 +77,18 @@ class Array(Protocol):
     def sum(self) -> Any: ...
     def transpose(self, *axes: Any) -> Array: ...
     def swapaxes(self, axis1: int, axis2: int, /) -> Array: ...
+
+
+def may_share_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays of one library overlap in memory, judged by the first and the last byte of each."""
+    if not a.size or not b.size or isinstance(a, numpy.ndarray) != isinstance(b, numpy.ndarray):
+        return False
+    (a_first, a_last), (b_first, b_last) = _bounds(a), _bounds(b)
+    return a_first <= b_last and b_first <= a_last
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """The addresses of the first and the last byte."""
+    start = array.ctypes.data if isinstance(array, numpy.ndarray) else array.data.ptr
+    reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize - 1

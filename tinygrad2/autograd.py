@@ -14,10 +14,18 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from tinygrad2.array import Array
+import numpy
+
+from tinygrad2.array import Array, may_share_memory
+from tinygrad2.precision import sum_dtype
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
+
+
+def new_number() -> int:
+    """A number above that of every node so far."""
+    return next(_numbers)
 
 
 def is_recording() -> bool:
@@ -40,26 +48,45 @@ def no_grad() -> AbstractContextManager[None]:
     return recording(False)
 
 
+# What a gradient must be like: the type of array, shape and dtype of the result that it belongs to; and the `zeros` of
+# its array library. (A plain tuple, since one is made for every result.)
+Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any], Array]]
+
+
+def zeros(form: Form) -> Array:
+    """A buffer that gradients of this form are summed in."""
+    _, shape, dtype, library_zeros = form
+    return library_zeros(shape, sum_dtype(dtype))
+
+
 class Leaf:
     """The node of a parameter, or of an input whose gradient is wanted: it has no parents.
 
     grad      the gradient summed so far, or None before the first contribution.
-    zeros     makes a zeroed array of the leaf's shape.
+    forms     the form of the gradient, alone in a tuple as in a Node of one result.
     on_final  called without arguments when one backward pass has added its last contribution to `grad`.
+    written   when the leaf's data was last changed in place, as a number in the order of Node.number; -1 for never.
+    memory    the arrays that were changed then.
     """
 
-    __slots__ = ("grad", "zeros", "on_final")
+    __slots__ = ("grad", "forms", "on_final", "written", "memory")
 
-    def __init__(self, zeros: Callable[[], Array]):
+    def __init__(self, form: Form):
         self.grad: Array | None = None
-        self.zeros = zeros
+        self.forms = (form,)
         self.on_final: Callable[[], None] | None = None
+        self.written = -1
+        self.memory: tuple[Array, ...] = ()
 
     def buffer(self) -> Array:
         """The array that gradients are added to; zeroed when it is first asked for."""
         if self.grad is None:
-            self.grad = self.zeros()
+            self.grad = zeros(self.forms[0])
         return self.grad
+
+    def mark_written(self, *memory: Array) -> None:
+        """Note that these arrays have just been changed in place: what an earlier operation saved of them is lost."""
+        self.written, self.memory = next(_numbers), memory
 
 
 Saved = tuple[Any, ...]  # what a backward function needs from the forward pass: arrays, shapes, numbers
@@ -72,25 +99,36 @@ class Node:
     parents   an edge (node, which of its outputs) for each input, or None for an input that wants no gradient.
     backward  backward(saved, dy, into) -> a gradient or None for each parent; see `record` in tensor.py.
     saved     what backward needs from the forward pass.
-    zeros     for each output, makes a zeroed array of its shape.
+    forms     the form of each output.
+    name      of the backward function.
+    kernel    backward is a kernel instead: kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
 
     A node never holds its own output: the output holds the node, so there is no reference cycle to collect.
     """
 
-    __slots__ = ("parents", "backward", "saved", "zeros", "number")
+    __slots__ = ("parents", "backward", "saved", "forms", "name", "kernel", "number")
 
     def __init__(
         self,
-        parents: tuple[Edge | None, ...],
-        backward: BackwardFunction,
+        parents: Sequence[Edge | None],
+        backward: Callable[..., Any],
         saved: Saved,
-        zeros: tuple[Callable[[], Array], ...],
+        forms: tuple[Form, ...],
+        name: str,
+        kernel: bool = False,
     ):
         self.parents = parents
-        self.backward: BackwardFunction | None = backward
+        self.backward: Callable[..., Any] | None = backward
         self.saved: Saved | None = saved
-        self.zeros = zeros
+        self.forms = forms
+        self.name = name
+        self.kernel = kernel
         self.number = next(_numbers)
+
+    @property
+    def operation(self) -> str:
+        """The name of the operation: that of its backward function, without what says that it is one."""
+        return self.name.removesuffix("_backward").lstrip("_") or self.name
 
 
 Edge = tuple[Node | Leaf, int]
@@ -101,7 +139,7 @@ class GradientBuffers:
 
     __slots__ = ("_pending", "_parents")
 
-    def __init__(self, pending: _PendingGradients, parents: tuple[Edge | None, ...]):
+    def __init__(self, pending: _PendingGradients, parents: Sequence[Edge | None]):
         self._pending = pending
         self._parents = parents
 
@@ -136,9 +174,8 @@ class _PendingGradients:
         elif earlier[1]:
             total = earlier[0]
             total += gradient
-            self._gradients[edge] = (total, True)  # a 0-d sum may be a scalar, which += cannot change in place
         else:
-            self._gradients[edge] = (earlier[0] + gradient, True)
+            self._gradients[edge] = (as_array(earlier[0] + gradient), True)
 
     def buffer(self, edge: Edge) -> Array:
         target, output = edge
@@ -146,45 +183,45 @@ class _PendingGradients:
             return target.buffer()
         gradient, owned = self._gradients.get(edge, (None, False))
         if gradient is None or not owned:
-            buffer = target.zeros[output]()
+            buffer = zeros(target.forms[output])
             if gradient is not None:
                 buffer += gradient
             gradient = buffer
             self._gradients[edge] = (gradient, True)
         return gradient
 
-    def pop(self, node: Node) -> list[Array | None]:
-        """The gradients of the node's outputs, None where none arrived."""
-        return [self._gradients.pop((node, output), (None, False))[0] for output in range(len(node.zeros))]
+    def pop(self, node: Node) -> Any:
+        """The gradient of the node's output, or for several outputs a tuple of them; None where none arrived."""
+        if len(node.forms) == 1:
+            return self._gradients.pop((node, 0), (None, False))[0]
+        arrived = [self._gradients.pop((node, output), (None, False))[0] for output in range(len(node.forms))]
+        return None if all(gradient is None for gradient in arrived) else tuple(arrived)
 
 
-def backward(gradients: list[tuple[Edge, Array]]) -> None:
+def as_array(value: Any) -> Any:
+    """The value; a scalar, which NumPy returns from arithmetic with arrays without axes, as such an array again."""
+    return numpy.asarray(value) if isinstance(value, numpy.generic) else value
+
+
+def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None) -> None:
     """Compute the gradient of every leaf behind some outputs, given the gradients of these: pairs (edge, dy).
 
     Gradients are summed into `Leaf.grad` until they are cleared. What a node saved is freed as soon as its backward
     function has run, so a graph can be used once.
 
-    Raises RuntimeError where a part of the graph has been used before.
+    recomputed  the graph is that of an operation with this number, recorded again for its backward pass.
+    Raises RuntimeError where a part of the graph has been used before, and where data that it needs has been changed
+    since; TypeError or ValueError where a backward function returns what are not the gradients of its parents.
     """
-    nodes, uses = _reachable([edge[0] for edge, _ in gradients])
+    nodes, uses = _reachable([edge[0] for edge, _ in gradients], recomputed)
     pending = _PendingGradients()
     for edge, dy in gradients:
         pending.add(edge, dy)
     for leaf in {edge[0] for edge, _ in gradients if isinstance(edge[0], Leaf) and edge[0] not in uses}:
         _call_on_final(leaf)
     for node in sorted(nodes, key=lambda node: node.number, reverse=True):
-        arrived = pending.pop(node)
-        function, saved, parents = node.backward, node.saved, node.parents
-        node.backward, node.saved, node.parents = None, None, ()
-        if any(gradient is not None for gradient in arrived):
-            assert function is not None
-            assert saved is not None
-            into = GradientBuffers(pending, parents)
-            results = function(saved, arrived[0] if len(arrived) == 1 else tuple(arrived), into)
-            for parent, gradient in zip(parents, results, strict=True):
-                if parent is not None and gradient is not None:
-                    pending.add(parent, gradient)
-        del saved, arrived
+        parents = node.parents
+        _run(node, pending)
         for parent in reversed(parents):  # the order of the arena: last registered, first final
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
@@ -192,15 +229,67 @@ def backward(gradients: list[tuple[Edge, Array]]) -> None:
                     _call_on_final(parent[0])
 
 
+def _run(node: Node, pending: _PendingGradients) -> None:
+    """Run a node's backward function, if a gradient arrived, and free what it saved."""
+    dy = pending.pop(node)
+    function, saved, parents = node.backward, node.saved, node.parents
+    node.backward, node.saved, node.parents = None, None, ()
+    if dy is None:
+        return
+    assert function is not None
+    assert saved is not None
+    results: Any
+    if node.kernel:
+        results = function(dy, *saved)
+        if type(results) is not tuple:
+            results = (results,)
+    else:
+        results = function(saved, dy, GradientBuffers(pending, parents))
+    if not isinstance(results, tuple | list) or len(results) != len(parents):
+        raise _wrong_results(node, results, len(parents))
+    for i, parent in enumerate(parents):
+        gradient: Any = results[i]
+        if parent is not None and gradient is not None:
+            form = parent[0].forms[parent[1]]
+            kind, shape, dtype, _ = form
+            if type(gradient) is not kind or gradient.shape != shape or gradient.dtype != dtype:
+                gradient = _checked(node, i, gradient, form)
+            pending.add(parent, gradient)
+
+
+def _wrong_results(node: Node, results: Any, n: int) -> Exception:
+    expected = f"expected a tuple with a gradient or None for each of {n} parent{'s' * (n != 1)}"
+    if isinstance(results, tuple | list):
+        return ValueError(f"{node.operation}: backward returned {len(results)} gradients; {expected}")
+    return TypeError(f"{node.operation}: backward returned {type(results).__name__}; {expected}, as in `return dx,`")
+
+
+def _checked(node: Node, i: int, returned: Any, form: Form) -> Array:
+    """A gradient that is not exactly of the form of parent i: as an array, if that form is near enough."""
+    kind, shape, dtype, _ = form
+    what, gradient = f"{node.operation}: backward returned for parent {i}", as_array(returned)
+    array_type: type[Any] = numpy.ndarray if issubclass(kind, numpy.ndarray) else kind
+    if not isinstance(gradient, array_type):
+        raise TypeError(f"{what} an object of type {type(gradient).__name__}; expected an array of shape {shape}")
+    if gradient.shape != shape:
+        raise ValueError(f"{what} a gradient of shape {gradient.shape}; expected {shape}, the parent's own")
+    sizes = sorted((gradient.dtype.itemsize, dtype.itemsize))
+    short = sizes[0] == 2 and sizes[1] <= 4 and gradient.dtype.kind not in "iub"  # sums of bfloat16 are in float32
+    if gradient.dtype != dtype and not short:
+        raise TypeError(f"{what} a gradient of dtype {gradient.dtype}; expected {dtype}, the parent's own")
+    return gradient
+
+
 def _call_on_final(leaf: Leaf) -> None:
     if leaf.on_final is not None:
         leaf.on_final()
 
 
-def _reachable(roots: list[Node | Leaf]) -> tuple[set[Node], Counter[Leaf]]:
+def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[Node], Counter[Leaf]]:
     """Every node behind the roots, and how many edges lead to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Leaf] = Counter()
+    written: set[Leaf] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
@@ -212,9 +301,43 @@ def _reachable(roots: list[Node | Leaf]) -> tuple[set[Node], Counter[Leaf]]:
                 "run the forward pass again, or add the losses and call backward once"
             )
         nodes.add(node)
+        since = node.number if recomputed is None else recomputed
         for parent in node.parents:
             if parent is not None:
                 if isinstance(parent[0], Leaf):
                     uses[parent[0]] += 1
+                    if parent[0].written > since:
+                        written.add(parent[0])
                 stack.append(parent[0])
+    if written:
+        _check_saved(nodes, written, recomputed)
     return nodes, uses
+
+
+def _check_saved(nodes: set[Node], written: set[Leaf], recomputed: int | None) -> None:
+    """Raise RuntimeError where a node saved an array of a leaf, or a view of one, that was changed in place since."""
+    if recomputed is not None:
+        raise RuntimeError(f"backward: recompute: a parameter of the function {_CHANGED}")
+    for node in nodes:
+        arrays = list(_arrays(node.saved))
+        for leaf in written:
+            if leaf.written > node.number and any(may_share_memory(a, m) for a in arrays for m in leaf.memory):
+                raise RuntimeError(
+                    f"backward: {node.operation}: an input of shape {leaf.forms[0][1]}, saved for the backward pass, "
+                    f"{_CHANGED}"
+                )
+
+
+_CHANGED = (
+    "was changed since the forward pass (by an optimizer's step, or an assignment to .data); call backward() before "
+    "the change, or run the forward pass again"
+)
+
+
+def _arrays(saved: Any) -> Iterator[Array]:
+    """Every array in what a node saved."""
+    if isinstance(saved, tuple | list):
+        for item in saved:
+            yield from _arrays(item)
+    elif hasattr(saved, "strides"):
+        yield saved

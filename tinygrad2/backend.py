@@ -6,6 +6,7 @@ is a parameter of the whole reference module, which is loaded once for each libr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tinygrad2 import gpus, reference
 from tinygrad2.array import Array
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, tensor_cores_take
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import Precision, PrecisionLike
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -47,17 +48,20 @@ class Backend:
     np       the array library.
     kernels  x_forward / x_backward for every operation, by the names of reference.py.
     cuda     what only an NVIDIA GPU has; None elsewhere.
-
-    narrow_weights  whether products read weights that exist only in bfloat16, without activations in that type.
     """
-
-    narrow_weights = True
 
     def __init__(self, device: str, np: Library, kernels: SimpleNamespace, cuda: Cuda | None = None):
         self.device = device
         self.np = np
         self.kernels = kernels
         self.cuda = cuda
+
+    def kernels_for(self, tf32: bool) -> SimpleNamespace:
+        """The kernels, or with `tf32` others by the same names, whose products of float32 matrices round their operands
+        to TF32. Raises ValueError where the device has none."""
+        if tf32:
+            raise ValueError(f"tf32 needs a GPU; the arrays are on {self.device}")
+        return self.kernels
 
     def asarray(self, values: ArrayLike | Array, dtype: DTypeLike | None = None) -> Array:
         """`values` (numbers, or an array on the host or the device) as an array of this backend."""
@@ -97,9 +101,10 @@ class Backend:
         """The device, for people to read."""
         return self.device
 
-    def unsupported_reason(self, precision: str, head_size: int | None = None) -> str | None:
-        """Why this device does not train in one of PRECISIONS, with attention heads of this size; None if it does."""
-        return f"{precision} needs a GPU" if PRECISIONS[precision].needs_gpu else None
+    def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
+        """Why this device does not compute in a precision, with attention heads of this size; None if it does."""
+        wanted = Precision.of(precision)
+        return f"{wanted.name} needs a GPU" if wanted.copies or wanted.tf32 else None
 
     def timestamp(self) -> Timestamp:
         """A timestamp in the device's stream, for `seconds`."""
@@ -142,7 +147,7 @@ class Limits(NamedTuple):
 
 
 class Cuda:
-    """What only an NVIDIA GPU has: the launch of kernels, its limits, NCCL, TF32, its peak rate.
+    """What only an NVIDIA GPU has: the launch of kernels, its limits, NCCL, its peak rate.
 
     np         CuPy, or a stand-in.
     launchers  of the kernels in kernels/cuda.py; None where reference.py computes everything.
@@ -177,30 +182,25 @@ class Cuda:
         """The name in CUDA C++ of a type that the kernels compute in, or None."""
         return cpp_type(dtype)
 
-    def use_tf32(self, on: bool) -> None:
-        """Whether matrix products of float32 arrays use TF32 from now on; a setting of the device."""
-        linalg = self._np._core._routines_linalg  # (CUPY_TF32 is read once, when CuPy is imported)
-        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_TF32 if on else linalg.COMPUTE_TYPE_DEFAULT)
-        if self.launchers:
-            self.launchers.use_tf32(on)
-
-    def unsupported_reason(self, precision: str, head_size: int | None) -> str | None:
+    def unsupported_reason(self, precision: PrecisionLike, head_size: int | None) -> str | None:
         """See Backend.unsupported_reason."""
-        wanted = PRECISIONS[precision]
-        if not wanted.needs_gpu:
+        wanted = Precision.of(precision)
+        if not wanted.trains:
+            return f"{wanted.name} (weights in {wanted.matrices}, nothing else) is supported on the CPU only"
+        if not (wanted.copies or wanted.tf32):
             return None
         capability = int(self._np.cuda.Device().compute_capability)
         if capability < 80:
-            return f"{precision} needs a GPU of compute capability 8.0 or more, this one has {capability / 10}"
+            return f"{wanted.name} needs a GPU of compute capability 8.0 or more, this one has {capability / 10}"
         if wanted.copies and self.launchers is None:
-            return f"{precision} needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+            return f"{wanted.name} needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
         if wanted.copies and head_size is not None and not tensor_cores_take(head_size):
-            return f"{precision} needs a head size that is a multiple of 16, at most 128; got {head_size}"
+            return f"{wanted.name} needs a head size that is a multiple of 16, at most 128; got {head_size}"
         return None
 
-    def peak(self, precision: str) -> float | None:
-        """The peak in TFLOP/s in one of PRECISIONS, or None where it is unknown."""
-        return gpus.peak_tflops(self.gpu_name(), precision)
+    def peak(self, precision: PrecisionLike) -> float | None:
+        """The peak in TFLOP/s in a precision, or None where it is unknown."""
+        return gpus.peak_tflops(self.gpu_name(), Precision.of(precision).name)
 
     def gpu_name(self) -> str:
         """The GPU, as the driver names it."""
@@ -242,7 +242,6 @@ class CudaBackend(Backend):
     """
 
     PINNED = 16
-    narrow_weights = False
 
     cuda: Cuda
 
@@ -250,8 +249,15 @@ class CudaBackend(Backend):
         base = instantiate_reference(cupy)
         overrides = None if plain else CudaKernels(cupy, base)
         super().__init__("cuda", cupy, kernel_table(base, overrides), Cuda(cupy, overrides))
+        linalg = cupy._core._routines_linalg
+        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)  # whatever CUPY_TF32 says
+        in_tf32 = reference_in_tf32(cupy, base)
+        self._tf32_kernels = kernel_table(in_tf32, None if overrides is None else overrides.in_tf32(in_tf32))
         self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, its last copy), the oldest first
         self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # of fetches, whose results may be dropped
+
+    def kernels_for(self, tf32: bool) -> SimpleNamespace:
+        return self._tf32_kernels if tf32 else self.kernels
 
     def upload(self, values: numpy.ndarray) -> Array:
         values = numpy.asarray(values, order="C")  # (ascontiguousarray would give a 0-d array an axis)
@@ -308,7 +314,7 @@ class CudaBackend(Backend):
     def name(self) -> str:
         return f"{self.device}: {self.cuda.gpu_name()}"
 
-    def unsupported_reason(self, precision: str, head_size: int | None = None) -> str | None:
+    def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
         return self.cuda.unsupported_reason(precision, head_size)
 
     def timestamp(self) -> Timestamp:
@@ -344,10 +350,36 @@ def instantiate_reference(library: Library) -> ModuleType:
     return module
 
 
-def kernel_table(base: ModuleType, overrides: object | None) -> SimpleNamespace:
+def reference_in_tf32(cupy: Library, base: ModuleType) -> SimpleNamespace:
+    """The functions of the reference module `base`, each of which has CuPy multiply float32 matrices in TF32.
+
+    CuPy takes that from a setting of the process, which is changed while a function runs and restored after it.
+    """
+    linalg = cupy._core._routines_linalg
+
+    def in_tf32(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            before = linalg.get_compute_type("f")
+            linalg.set_compute_type("f", linalg.COMPUTE_TYPE_TF32)
+            try:
+                return function(*arguments)
+            finally:
+                linalg.set_compute_type("f", before)
+
+        return call
+
+    return SimpleNamespace(**{name: in_tf32(f) for name, f in kernel_functions(base).items()})
+
+
+def kernel_functions(base: ModuleType | SimpleNamespace) -> dict[str, Callable[..., Any]]:
+    """The public functions of the reference module, by their names."""
+    return {name: f for name, f in vars(base).items() if callable(f) and not name.startswith("_")}
+
+
+def kernel_table(base: ModuleType | SimpleNamespace, overrides: object | None) -> SimpleNamespace:
     """Every function of the reference module `base`, or the override of its name where there is one."""
-    functions = {name: f for name, f in vars(base).items() if callable(f) and not name.startswith("_")}
-    return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in functions.items()})
+    return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in kernel_functions(base).items()})
 
 
 def _textbook() -> bool:

@@ -212,6 +212,9 @@ CASES = (
     GradientCase("subtract, broadcast", lambda a, b: a - b, ((1, 4), (3, 1))),
     GradientCase("subtract, from a number", lambda a: 2 - a, ((3, 4),)),
     GradientCase("negate", lambda a: -a, ((3, 4),)),
+    GradientCase("shift, by numbers", lambda a: a + 1.5 - 2, ((3, 4),)),
+    GradientCase("scale, by a number", lambda a: a * 1.5, ((3, 4),)),
+    GradientCase("astype", lambda a: a.astype(a.dtype), ((3, 4),)),
     GradientCase("multiply", lambda a, b: a * b, ((3, 4), (3, 4))),
     GradientCase("multiply, broadcast", lambda a, b: a * b, ((4,), (2, 3, 1))),
     GradientCase("multiply, by itself", lambda a: a * a, ((3, 4),)),
@@ -238,8 +241,12 @@ CASES = (
     GradientCase("matmul", lambda a, b: a @ b, ((3, 4), (4, 5))),
     GradientCase("matmul, batched", lambda a, b: a @ b, ((2, 3, 4), (2, 4, 5))),
     GradientCase("matmul, broadcast", lambda a, b: a @ b, ((2, 1, 3, 4), (5, 4, 2))),
+    GradientCase("matmul, vectors", lambda a, b: a @ b, ((4,), (4,))),
+    GradientCase("matmul, of a vector", lambda a, b: a @ b, ((4,), (2, 4, 3))),
+    GradientCase("matmul, by a vector", lambda a, b: a @ b, ((2, 3, 4), (4,))),
     GradientCase("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
     GradientCase("linear, no bias", ops.linear, ((3, 4), (4, 5))),
+    GradientCase("logits", ops.logits, ((2, 3, 4), (5, 4))),
     GradientCase("embedding", lambda wte: ops.embedding(TOKENS, wte), ((11, 4),)),
     GradientCase("embedding, positions", lambda wte, wpe: ops.embedding(TOKENS, wte, wpe, 2), ((11, 4), (8, 4))),
     GradientCase("dropout", lambda x: ops.dropout(x, 0.3, KEY), ((2, 5, 7),)),
@@ -282,20 +289,30 @@ CASES = (
 )
 
 
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinygrad2.gradcheck",
+        usage="python -m tinygrad2.gradcheck [OPTIONS]",
+        description="Check the backward pass of every operation against finite differences, in float64.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the inputs and the directions [default: %(default)s]"
+    )
+    group.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute [default: %(default)s]")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check every row of CASES and print the table. Returns 0 if all are within their bounds, 1 if not, 2 if the device
     is not available."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tinygrad2.gradcheck",
-        description="Check the backward pass of every operation against finite differences, in float64.",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs and the directions (default: 0)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    parser = command_line()
     options = parser.parse_args(arguments)
     try:
         get_backend(options.device)
     except ValueError as missing:
-        print(f"gradcheck: {missing}", file=sys.stderr)
+        print(f"{parser.prog}: error: {missing}", file=sys.stderr)
         return 2
     start, failed = time.perf_counter(), 0
     print(f"{'operation':29}{'shapes':42}{'error':>9}{'bound':>9}")

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy
 
 from tinygrad2 import ops, random
-from tinygrad2.backend import get_backend
-from tinygrad2.params import Parameter, ParameterArena
-from tinygrad2.precision import check_parameter_dtype
+from tinygrad2.backend import Backend, get_backend
+from tinygrad2.params import Parameter, ParameterArena, arena_of
+from tinygrad2.precision import Precision, PrecisionLike
 from tinygrad2.tensor import Tensor
 
 Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
-_sites = itertools.count(random.LAYER_SITES)  # each layer without an initializer of its own draws at another site
+
+
+@dataclass(frozen=True)
+class _NormalInit:
+    std: float
+    key: random.Key
+    movable: bool  # to another site
+
+    def __call__(self, shape: tuple[int, ...]) -> numpy.ndarray:
+        return random.normal(self.key, shape, self.std)
+
+
+class _Construction(threading.local):
+    """The module that is being constructed in this thread: the sites at which its layers draw, in order."""
+
+    sites: Iterator[int] | None = None
+
+
+_construction = _Construction()
 
 
 def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std); without a key, from seed 0, at a new site for each layer."""
-    chosen = random.Key(0, site=next(_sites)) if key is None else key
-    return lambda shape: random.normal(chosen, shape, std)
+    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site of the layer's own in its
+    model: they depend on the structure of the model alone, not on what was constructed before."""
+    if key is not None:
+        return _NormalInit(std, key, False)
+    site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
+    return _NormalInit(std, random.Key(0, site=site), True)
 
 
 def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
@@ -30,8 +53,38 @@ def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
     return numpy.zeros(shape, dtype=numpy.float32)
 
 
-class Module:
+class _ModuleType(type):
+    """Numbers the layers of a module by the order of their construction, and then those that were passed to it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if _construction.sites is not None:  # part of a module
+            return super().__call__(*args, **kwargs)
+        _construction.sites = sites = itertools.count(random.LAYER_SITES)
+        try:
+            module = super().__call__(*args, **kwargs)
+            module._separate_sites(sites)
+            return module
+        finally:
+            _construction.sites = None
+
+
+class Module(metaclass=_ModuleType):
     """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
+
+    def _separate_sites(self, sites: Iterator[int]) -> None:
+        """Draw the initial values again, at a free site, of layers that drew at the site of an earlier layer: they were
+        constructed apart from each other. Values that were changed in the meantime stay."""
+        layers: list[Any] = [layer for layer in self.modules() if getattr(vars(layer).get("init"), "movable", False)]
+        occupied = {layer.init.key.site for layer in layers}
+        seen: set[int] = set()
+        for layer in layers:
+            init, weight = layer.init, layer.weight
+            if init.key.site in seen:
+                layer.init = replace(init, key=init.key.at(next(site for site in sites if site not in occupied)))
+                initial = init(weight.shape).astype(weight.dtype)
+                if numpy.array_equal(weight.backend.to_host(weight.data), initial):
+                    weight.data = layer.init(weight.shape)
+            seen.add(layer.init.key.site)
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
@@ -47,44 +100,74 @@ class Module:
 
     def arena(self) -> ParameterArena:
         """The flat buffers that hold the parameters; the first call moves the parameters there."""
-        if "_arena" not in vars(self):
-            self._arena = ParameterArena(self.named_parameters())
+        if "_arena" not in vars(self) or not self._arena.valid:
+            self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
 
-    def to(self, device: str) -> Self:
-        """Move every parameter and gradient to "cpu" or "cuda"; returns the module. Its optimizer needs no call."""
-        backend = get_backend(device)
-        for parameter in list(self.parameters()):
-            if parameter.backend is not backend:
-                parameter.move(backend)
-                vars(self).pop("_arena", None)
-        return self
-
-    def narrow(self) -> Self:
-        """Convert every matrix to bfloat16, to generate faster: half as many bytes are read for each token.
-
-        Values are rounded to 8 significant bits; biases, gains and activations keep their dtype. Afterwards there are
-        no gradients: compute inside no_grad(). On the CPU only; raises ValueError elsewhere.
-        """
-        for parameter in list(self.parameters()):
-            if not parameter.backend.narrow_weights:
-                raise ValueError(
-                    f"bfloat16: weights held in bfloat16 alone are supported on the CPU only; the model is on "
-                    f'{parameter.backend.device}; move it with to("cpu") or --device cpu'
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Raises TypeError where an array would replace a parameter, or one that is in an arena."""
+        old = vars(self).get(name)
+        if isinstance(old, Parameter) and old is not value:
+            if value is not None and not isinstance(value, Parameter):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a parameter, and {type(value).__name__} is not; copy the values "
+                    f"into it: module.{name}.data = values"
                 )
-            if parameter.ndim >= 2:
-                parameter.narrow()
-        vars(self).pop("_arena", None)
-        return self
+            if old.arena is not None:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} belongs to an optimizer, which would not see the new parameter; "
+                    f"copy the values into it, or replace it before the optimizer is made"
+                )
+        super().__setattr__(name, value)
 
-    def hold_copies(self) -> Self:
-        """Add a bfloat16 copy of every parameter, which operations read; returns the module.
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle contains: all but the arena; the copied parameters get one of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_arena"}
 
-        Call it again after the module has moved to another device: the copies are not moved.
+    def modules(self) -> Iterator[Module]:
+        """This module and every module in it, each once."""
+        found: dict[int, Module] = {}
+
+        def visit(value: Any) -> None:
+            if isinstance(value, list):
+                for item in value:
+                    visit(item)
+            elif isinstance(value, Module) and id(value) not in found:
+                found[id(value)] = value
+                visit(list(vars(value).values()))
+
+        visit(self)
+        return iter(found.values())
+
+    def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
+        """Why this module does not compute in a precision on a device; None if it does."""
+        return backend.unsupported_reason(precision)
+
+    def to(self, device: str | None = None, precision: PrecisionLike | None = None) -> Self:
+        """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
+
+        Values are rounded to their new dtype, and copies are recreated where the precision has them. Gradients whose
+        dtype changes are dropped. Returns the module. Its optimizer needs no call.
+        Raises ValueError where the device does not compute in the precision; nothing is then changed.
         """
-        for parameter in list(self.parameters()):
-            parameter.hold_copy()
-        vars(self).pop("_arena", None)
+        target = None if device is None else get_backend(device)
+        wanted = None if precision is None else Precision.of(precision)
+        parameters, layers = list(self.parameters()), [m for m in self.modules() if hasattr(m, "precision")]
+        for backend in [target] if target else {p.backend for p in parameters}:
+            for layer in layers:
+                if reason := layer.unsupported_reason(backend, wanted or layer.precision):
+                    raise ValueError(
+                        f"{type(layer).__name__}: {reason}; give another precision too, as in to('cpu', 'float32')"
+                    )
+        if wanted is not None:
+            for layer in layers:
+                layer.precision = wanted
+        for p in parameters:
+            backend = target or p.backend
+            dtype, copy = (wanted.dtype_of(p.ndim), wanted.copies) if wanted else (p.dtype, p.copy_dtype)
+            if (p.backend, p.dtype, p.copy_dtype) != (backend, dtype, copy):
+                p.convert(backend, dtype, copy)
+                vars(self).pop("_arena", None)
         return self
 
     def zero_grad(self) -> None:
@@ -107,11 +190,28 @@ def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Paramete
             yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
 
 
-def _parameter(values: numpy.ndarray, device: str, dtype: str) -> Parameter:
-    return Parameter(get_backend(device).asarray(values, dtype=check_parameter_dtype(dtype)))
+class Layer(Module):
+    """A module with parameters of its own.
+
+    device     of its parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
+    precision  what it computes in: a Precision, or the name of one. Its input must have the dtype of its activations.
+    """
+
+    def __init__(self, device: str, precision: PrecisionLike):
+        self.precision = Precision.of(precision)
+        if reason := self.unsupported_reason(get_backend(device), self.precision):
+            raise ValueError(f"{type(self).__name__}: {reason}")
+
+    def _parameter(self, values: numpy.ndarray, device: str) -> Parameter:
+        dtype = self.precision.dtype_of(values.ndim)
+        return Parameter(get_backend(device).asarray(values, dtype=dtype), copy=self.precision.copies)
+
+    def _weight(self, init: Initializer, shape: tuple[int, ...], device: str) -> Parameter:
+        self.init = init if isinstance(init, _NormalInit) else None
+        return self._parameter(init(shape), device)
 
 
-class Linear(Module):
+class Linear(Layer):
     """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
 
     def __init__(
@@ -121,22 +221,23 @@ class Linear(Module):
         bias: bool = True,
         init: Initializer | None = None,
         device: str = "cpu",
-        dtype: str = "float32",
+        precision: PrecisionLike = "float32",
     ):
-        init = init or normal_init(1 / math.sqrt(n_in))
-        self.weight = _parameter(init((n_in, n_out)), device, dtype)
-        self.bias = _parameter(zeros_init((n_out,)), device, dtype) if bias else None
+        super().__init__(device, precision)
+        self.weight = self._weight(init or normal_init(1 / math.sqrt(n_in)), (n_in, n_out), device)
+        self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias, tf32=self.precision.tf32)
 
 
-class LayerNorm(Module):
+class LayerNorm(Layer):
     """Normalises the last axis of length n, then y = weight xhat + bias; weight starts at 1, bias at 0."""
 
-    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", dtype: str = "float32"):
-        self.weight = _parameter(numpy.ones(n), device, dtype)
-        self.bias = _parameter(zeros_init((n,)), device, dtype)
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
+        super().__init__(device, precision)
+        self.weight = self._parameter(numpy.ones(n), device)
+        self.bias = self._parameter(zeros_init((n,)), device)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,14 +248,19 @@ class LayerNorm(Module):
         return ops.add_layernorm(x, delta, self.weight, self.bias, self.eps)
 
 
-class Embedding(Module):
+class Embedding(Layer):
     """A table of n rows of the given width; the default initialisation is normal(0, 0.02)."""
 
     def __init__(
-        self, n: int, width: int, init: Initializer | None = None, device: str = "cpu", dtype: str = "float32"
+        self,
+        n: int,
+        width: int,
+        init: Initializer | None = None,
+        device: str = "cpu",
+        precision: PrecisionLike = "float32",
     ):
-        init = init or normal_init(0.02)
-        self.weight = _parameter(init((n, width)), device, dtype)
+        super().__init__(device, precision)
+        self.weight = self._weight(init or normal_init(0.02), (n, width), device)
 
     def __call__(self, tokens: Any) -> Tensor:
-        return ops.embedding(tokens, self.weight)
+        return ops.embedding(tokens, self.weight, dtype=self.precision.activations)

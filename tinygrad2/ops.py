@@ -7,47 +7,87 @@ backward pass: the name of a kernel or, where that adds to gradient buffers of p
 from __future__ import annotations
 
 import itertools
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
+from tinygrad2.arguments import is_float
 from tinygrad2.array import Array
-from tinygrad2.autograd import GradientBuffers, Gradients, Saved, is_recording
+from tinygrad2.autograd import GradientBuffers, Gradients, Saved
 from tinygrad2.backend import backend_of
+from tinygrad2.precision import sum_dtype
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = False) -> Tensor:
     """y = x W + b.
 
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
-    Raises ValueError where the shapes do not fit.
+    tf32  multiply float32 in TF32, here and in the backward pass.
+    Raises ValueError where the shapes do not fit, and where the device has no TF32.
     """
-    _check_tensors("linear", x, weights=(weight, bias))
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(f"linear: x has shape {x.shape}, weight {weight.shape}; expected (..., C_in), (C_in, C_out)")
-    _expect("linear", "bias", bias, weight.shape[1:])
-    y = backend_of(x.data).kernels.linear_forward(x.data, weight.compute, None if bias is None else bias.compute)
+    _check_tensors("linear", x)
+    w, b = _read("linear", "weight", weight, x.dtype), _read_optional("linear", "bias", bias, x.dtype)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"linear: x has shape {x.shape}, weight {w.shape}; expected (..., C_in), (C_in, C_out)")
+    _expect("linear", "bias", bias, w.shape[1:])
+    if x.size == 0 or w.size == 0:  # kernels take no empty arrays
+        return x @ weight if bias is None else x @ weight + bias
+    k = backend_of(x.data).kernels_for(tf32)
     parents = (x, weight) if bias is None else (x, weight, bias)
-    return record(y, parents, _linear_backward, saved=(x.data, weight.compute, bias is not None))
+    return record(k.linear_forward(x.data, w, b), parents, _linear_backward, saved=(k, x.data, w, bias is not None))
 
 
 def _linear_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    x, weight, has_bias = saved
+    k, x, weight, has_bias = saved
     dbias = into(2) if has_bias else None
-    dx = backend_of(dy).kernels.linear_backward(dy, x, weight, into(1), dbias)
+    dx = k.linear_backward(dy, x, weight, into(1), dbias)
     return (dx, None, None) if has_bias else (dx, None)
 
 
-def embedding(tokens: Tensor | ArrayLike, wte: Tensor, wpe: Tensor | None = None, first_position: int = 0) -> Tensor:
+def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
+    """y = x W^T: an output layer whose matrix is an embedding.
+
+    x (..., C), weight (V, C) -> (..., V). Saves x and weight.
+    tf32  multiply float32 in TF32, here and in the backward pass.
+    Raises ValueError where the shapes do not fit, and where the device has no TF32.
+    """
+    _check_tensors("logits", x)
+    w = _read("logits", "weight", weight, x.dtype)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"logits: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
+    if x.size == 0 or w.size == 0:
+        return x @ weight.transpose()
+    k = backend_of(x.data).kernels_for(tf32)
+    return record(k.linear_forward(x.data, w.T, None), (x, weight), _logits_backward, saved=(k, x.data, w))
+
+
+def _logits_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    k, x, weight = saved
+    one = backend_of(dy).np.ones((), dtype=sum_dtype(dy.dtype))
+    return k.lm_head_backward(one, dy.reshape(-1, dy.shape[-1]), x, weight, into(1)), None
+
+
+def embedding(
+    tokens: Tensor | ArrayLike,
+    wte: Tensor,
+    wpe: Tensor | None = None,
+    first_position: int = 0,
+    dtype: DTypeLike | None = None,
+) -> Tensor:
     """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
 
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
+    dtype  of the result, in which the tables are read; None means that of wte, but float32 where it is bfloat16.
     Saves the tokens, on the host. Raises ValueError for a token outside [0, V) and for a position past P.
     """
-    _check_tensors("embedding", weights=(wte, wpe))
+    _check_tensors("embedding", wte)
+    dtype = sum_dtype(wte.dtype) if dtype is None else dtype
+    table, positions = _read("embedding", "wte", wte, dtype), _read_optional("embedding", "wpe", wpe, dtype)
     backend = backend_of(wte.data)
     host = _host_indices("embedding", "tokens", tokens, wte.shape[0])
     ids = backend.upload(host)
@@ -58,7 +98,9 @@ def embedding(tokens: Tensor | ArrayLike, wte: Tensor, wpe: Tensor | None = None
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
-    y = backend.kernels.embedding_forward(ids, wte.compute, None if wpe is None else wpe.compute, first_position)
+    if ids.size == 0 or wte.shape[1] == 0:
+        return _empty((*ids.shape, wte.shape[1]), wte, wpe)
+    y = backend.kernels.embedding_forward(ids, table, positions, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
 
@@ -80,8 +122,10 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     if key is None or rate == 0:
         return x
     _check_tensors("dropout", x)
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"dropout: x has shape {x.shape}; expected (samples, ...)")
+    if x.size == 0:
+        return _empty(x.shape, x)
+    if x.ndim == 0:
+        return dropout(x.reshape(1), rate, key).reshape(())
     y = backend_of(x.data).kernels.dropout_forward(x.data, rate, key)
     return record(y, (x,), "dropout_backward", saved=(rate, key))
 
@@ -91,11 +135,16 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
 
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
-    _check_tensors("layernorm", x, gains=(weight, bias))
+    _check_tensors("layernorm", x)
+    if x.ndim == 0:
+        raise ValueError("layernorm: x has shape (); expected (..., C)")
+    w, b = (_read("layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
-    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, weight.data, bias.data, float(eps))
-    return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, weight.data, mean, rstd))
+    if x.size == 0:
+        return _empty(x.shape, x, weight, bias)
+    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, w, b, float(eps))
+    return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, w, mean, rstd))
 
 
 def _layernorm_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
@@ -107,15 +156,18 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
-    _check_tensors("add_layernorm", x, delta, gains=(weight, bias))
+    _check_tensors("add_layernorm", x, delta)
+    if x.ndim == 0:
+        raise ValueError("add_layernorm: x has shape (); expected (..., C)")
+    w, b = (_read("add_layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return x + delta, _empty(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
-    s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, weight.data, bias.data, float(eps))
-    total, normalised = record(
-        (s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, weight.data, mean, rstd)
-    )
+    s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, w, b, float(eps))
+    total, normalised = record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, w, mean, rstd))
     return total, normalised
 
 
@@ -133,12 +185,14 @@ def _add_layernorm_backward(
     return dx, dx, None, None
 
 
-def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = None) -> Tensor:
+def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = None, tf32: bool = False) -> Tensor:
     """Causal multi-head softmax attention on packed queries, keys and values (arXiv:1706.03762, eq. 1).
 
     qkv (B, T, 3 * n_head * D), the result of one linear layer -> (B, T, n_head * D).
     With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
-    no T x T array. Raises ValueError where qkv does not divide into heads.
+    no T x T array.
+    tf32  multiply float32 in TF32, here and in the backward pass.
+    Raises ValueError where qkv does not divide into heads, and where the device has no TF32.
     """
     rate = _check_rate("attention", rate)
     _check_tensors("attention", qkv)
@@ -146,23 +200,33 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
+    if qkv.size == 0:
+        return _empty((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
     key = None if rate == 0 else key
-    out, lse = backend_of(qkv.data).kernels.attention_forward(qkv.data, n_head, rate, key)
-    return record(out, (qkv,), "attention_backward", saved=(qkv.data, out, lse, n_head, rate, key))
+    k = backend_of(qkv.data).kernels_for(tf32)
+    out, lse = k.attention_forward(qkv.data, n_head, rate, key)
+    return record(out, (qkv,), _attention_backward, saved=(k, qkv.data, out, lse, n_head, rate, key))
 
 
-def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int) -> Tensor:
+def _attention_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    k, *arguments = saved
+    return (k.attention_backward(dy, *arguments),)
+
+
+def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: bool = False) -> Tensor:
     """Causal attention of new tokens, whose keys and values are added to `cache`; for generation, without gradients.
 
     qkv (B, T, 3 * n_head * D) of the positions from `length` on; cache (2, B, n_head, capacity, D), written to
-    -> (B, T, n_head * D). Raises RuntimeError where a gradient would be recorded: use no_grad().
+    -> (B, T, n_head * D).
+    tf32  multiply float32 in TF32.
+    Raises RuntimeError where a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
         raise RuntimeError("attention_cached: there is no backward pass; call it inside no_grad()")
     end = length + qkv.shape[1]
     if end > cache.shape[3]:
         raise ValueError(f"attention_cached: {end} positions needed; the cache holds {cache.shape[3]}")
-    return Tensor(backend_of(qkv.data).kernels.attention_cached(qkv.data, cache, length, n_head))
+    return Tensor(backend_of(qkv.data).kernels_for(tf32).attention_cached(qkv.data, cache, length, n_head))
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
@@ -170,10 +234,14 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
 
     x (..., C), bias (C,) or None -> (..., C). Saves x.
     """
-    _check_tensors("gelu", x, weights=(bias,))
+    _check_tensors("gelu", x)
+    b = _read_optional("gelu", "bias", bias, x.dtype)
     _expect("gelu", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return _empty(x.shape, x, bias)
+    if x.ndim == 0:
+        return gelu((x if bias is None else x + bias).reshape(1), exact=exact).reshape(())
     k = backend_of(x.data).kernels
-    b = None if bias is None else bias.compute
     y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
     return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
 
@@ -190,6 +258,8 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
+    if x.size == 0:
+        return _empty(x.shape, x)
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), "softmax_backward", saved=(y,))
 
@@ -206,84 +276,111 @@ def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     backend = backend_of(logits.data)
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
+    if ids.size == 0:
+        return _empty((), logits, value=math.nan)
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
 
 
-def lm_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike, head_rows: int | None = None) -> Tensor:
+def lm_head(
+    x: Tensor, weight: Tensor, targets: Tensor | ArrayLike, head_rows: int | None = None, tf32: bool = False
+) -> Tensor:
     """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
     holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
     head_rows  process at most this many of the N rows at a time: the buffer has as many rows, and the backward pass
                computes the logits again (a third more work in the head).
+    tf32       multiply float32 in TF32, here and in the backward pass.
     """
-    _check_tensors("lm_head", x, weights=(weight,))
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"lm_head: x has shape {x.shape}, weight {weight.shape}; expected (..., C) and (V, C)")
+    _check_tensors("lm_head", x)
+    w = _read("lm_head", "weight", weight, x.dtype)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"lm_head: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
     backend = backend_of(x.data)
     ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
     _expect("lm_head", "targets", ids, x.shape[:-1])
+    if ids.size == 0:
+        return _empty((), x, weight, value=math.nan)
+    if x.shape[-1] == 0:
+        return cross_entropy(x @ weight.transpose(), ids)
+    k = backend.kernels_for(tf32)
     if head_rows is not None and head_rows < ids.size:
-        return _lm_head_in_chunks(x, weight, ids.reshape(-1), head_rows)
-    loss, dlogits = backend.kernels.lm_head_forward(x.data, weight.compute, ids)
-    return record(loss, (x, weight), _lm_head_backward, saved=(dlogits, x.data, weight.compute))
+        chunks = _chunks(ids.size, head_rows)
+        loss = _lm_head_in_chunks(k, x.data, w, ids.reshape(-1), chunks)
+        saved = k, x.data, w, ids.reshape(-1), chunks
+        return record(loss, (x, weight), _lm_head_in_chunks_backward, saved)
+    loss, dlogits = k.lm_head_forward(x.data, w, ids)
+    return record(loss, (x, weight), _lm_head_backward, saved=(k, dlogits, x.data, w))
 
 
 def _lm_head_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    return backend_of(dy).kernels.lm_head_backward(dy, *saved, into(1)), None
+    k, *arrays = saved
+    return k.lm_head_backward(dy, *arrays, into(1)), None
 
 
-def _lm_head_in_chunks(x: Tensor, weight: Tensor, ids: Array, head_rows: int) -> Tensor:
+def _chunks(rows: int, head_rows: int) -> list[slice]:
+    """Rows in chunks of at most head_rows, of nearly equal sizes, so that memory is reused."""
     if head_rows < 1:
         raise ValueError(f"lm_head: head_rows is {head_rows}; expected 1 or more")
-    k, rows = backend_of(x.data).kernels, x.data.reshape(-1, x.shape[-1])
-    count = -(-len(rows) // head_rows)
-    stops = [len(rows) * i // count for i in range(count + 1)]  # nearly equal sizes, so that memory is reused
-    chunks = [slice(start, stop) for start, stop in itertools.pairwise(stops)]
-    losses = [
-        k.lm_head_forward(rows[chunk], weight.compute, ids[chunk])[0] * (len(ids[chunk]) / len(rows))
-        for chunk in chunks
-    ]
-    loss = sum(losses[1:], start=losses[0])
-    return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(x.data, weight.compute, ids, chunks))
+    count = -(-rows // head_rows)
+    stops = [rows * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
+
+
+def _lm_head_in_chunks(k: SimpleNamespace, x: Array, weight: Array, ids: Array, chunks: list[slice]) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    losses = [k.lm_head_forward(rows[chunk], weight, ids[chunk])[0] * (len(ids[chunk]) / len(rows)) for chunk in chunks]
+    return sum(losses[1:], start=losses[0])
 
 
 def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    x, weight, ids, chunks = saved
-    backend, dweight = backend_of(dy), into(1)
-    dx, rows = backend.np.empty(x.shape, dtype=x.dtype), x.reshape(-1, x.shape[-1])
+    k, x, weight, ids, chunks = saved
+    dweight = into(1)
+    dx, rows = backend_of(dy).np.empty(x.shape, dtype=x.dtype), x.reshape(-1, x.shape[-1])
     for chunk in chunks:
-        dlogits = backend.kernels.lm_head_forward(rows[chunk], weight, ids[chunk])[1]
+        dlogits = k.lm_head_forward(rows[chunk], weight, ids[chunk])[1]
         share = dy * (len(ids[chunk]) / len(rows))
-        dx.reshape(rows.shape)[chunk] = backend.kernels.lm_head_backward(share, dlogits, rows[chunk], weight, dweight)
+        dx.reshape(rows.shape)[chunk] = k.lm_head_backward(share, dlogits, rows[chunk], weight, dweight)
     return dx, None
 
 
-def _check_tensors(
-    op: str, *tensors: Tensor | None, weights: tuple[Tensor | None, ...] = (), gains: tuple[Tensor, ...] = ()
-) -> None:
-    """Check that all are Tensors of one floating-point dtype: there is no type promotion.
+def _check_tensors(op: str, *tensors: Tensor) -> None:
+    """Check that all are Tensors of one floating-point dtype: there is no type promotion."""
+    for tensor in tensors:
+        _check_is_tensor(op, tensor)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) != 1 or not is_float(tensors[0].dtype):
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise TypeError(f"{op}: the arguments are of dtypes {names}; expected one float type")
 
-    weights  are checked by the dtype that operations read (see Tensor.compute). Matrices that are held in bfloat16
-             alone may be used with activations of float32 too, where nothing is recorded.
-    gains    may be float32 where the activations are bfloat16.
-    """
-    for tensor in (*tensors, *weights, *gains):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: expected Tensors, got {type(tensor).__name__}; wrap it as Tensor(...)")
-    dtypes = {tensor.dtype.name for tensor in tensors if tensor is not None}
-    for weight in weights:
-        narrow = weight is not None and weight.dtype.name == "bfloat16" and weight.ndim > 1 and "bfloat16" not in dtypes
-        if narrow and is_recording():
-            raise TypeError(f"{op}: weights held in bfloat16 have no gradients; compute inside no_grad()")
-        if weight is not None and not narrow:
-            dtypes.add(weight.compute.dtype.name)
-    dtypes |= {gain.dtype.name for gain in gains if (gain.dtype.name, dtypes) != ("float32", {"bfloat16"})}
-    if not dtypes and weights:  # tables in bfloat16 give float32
-        return
-    if len(dtypes) != 1 or "float" not in next(iter(dtypes)):
-        raise TypeError(f"{op}: the arguments are of dtypes {', '.join(sorted(dtypes))}; expected one float type")
+
+def _check_is_tensor(op: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected Tensors, got {type(value).__name__}; wrap it as Tensor(...)")
+
+
+def _read(op: str, name: str, parameter: Tensor, dtype: DTypeLike) -> Array:
+    """The values of a parameter as the op reads them, where its activations have this dtype: see Tensor.read_as."""
+    _check_is_tensor(op, parameter)
+    return parameter.read_as(dtype, f"{op}: {name}")
+
+
+def _read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLike) -> Array | None:
+    return None if parameter is None else _read(op, name, parameter, dtype)
+
+
+def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
+    """The result of an operation on arrays without elements, which kernels do not take: it has no elements, or is the
+    mean of none, NaN. The gradients of what it was computed from are zeros."""
+    wanted = tuple(parent for parent in parents if parent is not None)
+    backend, dtype = wanted[0].backend, wanted[0].data.dtype
+    zeros = tuple(parent.data.shape for parent in wanted)
+    return record(backend.np.full(shape, value, dtype=dtype), wanted, _empty_backward, saved=zeros)
+
+
+def _empty_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return tuple(backend_of(dy).zeros(shape, dy.dtype) for shape in saved)
 
 
 def _check_rate(op: str, rate: float) -> float:
@@ -310,8 +407,8 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
             raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:
-        raise ValueError(f"{op}: {name} have shape {values.shape}, which is empty")
+    if values.size == 0:  # (an empty list has no integers that would say that it is one of integers)
+        return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)

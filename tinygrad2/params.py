@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy
 from ml_dtypes import bfloat16
+from numpy.typing import DTypeLike
 
 from tinygrad2.array import Array
-from tinygrad2.autograd import Leaf
+from tinygrad2.autograd import Leaf, is_recording
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
-from tinygrad2.tensor import Tensor
+from tinygrad2.tensor import Tensor, form_of, gradient_array
 
 BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
@@ -24,21 +26,22 @@ class Parameter(Tensor):
     """A tensor that an optimizer updates: always a leaf.
 
     Assigning to `.data` and `.grad` copies into the parameter's memory (and assigning None to `.grad` clears it), so
-    that a parameter never leaves the arena it was placed in.
+    that a parameter never leaves the arena it was placed in. Operators and methods of Tensor act on the data.
 
-    copy  hold a bfloat16 copy of the data, kept equal to it: operations read the copy (see `compute`), while the
-          optimizer adds its small updates to the data, in float32.
+    copy  dtype of a copy of the data, kept equal to it, or None. Layers whose activations have that dtype read the
+          copy, while the optimizer adds its small updates to the data.
+
+    A parameter in bfloat16 without wider data can only be read, inside no_grad().
     """
 
-    __slots__ = ("_data", "_copy", "_placed")
+    __slots__ = ("_data", "_copy", "_arena")
     _data: Array
 
-    def __init__(self, data: Array, copy: bool = False):
+    def __init__(self, data: Array, copy: DTypeLike | None = None):
         self._copy: Array | None = None
-        self._placed = False
+        self._arena: weakref.ref[ParameterArena] | None = None
         super().__init__(data, requires_grad=True)
-        if copy:
-            self.hold_copy()
+        self._copy = _rounded(self._data, copy)
 
     @property
     def _leaf(self) -> Leaf:
@@ -54,22 +57,24 @@ class Parameter(Tensor):
         if hasattr(self, "_data"):
             self._data[...] = self._checked("data", values)
             if self._copy is not None:
-                self._copy[...] = self._data.astype(bfloat16)
+                self._copy[...] = self._data.astype(self._copy.dtype)
+            self.mark_written()
         else:
             self._data = values
 
     @property
-    def compute(self) -> Array:
-        return self._data if self._copy is None else self._copy
+    def copy_dtype(self) -> numpy.dtype | None:
+        """The dtype of the copy, or None where there is none."""
+        return None if self._copy is None else self._copy.dtype
 
-    @property
-    def has_copy(self) -> bool:
-        """Whether a bfloat16 copy is held."""
-        return self._copy is not None
-
-    def hold_copy(self) -> None:
-        """Hold a bfloat16 copy from now on. The parameter leaves its arena."""
-        self._copy, self._placed = self._data.astype(bfloat16), False
+    def read_as(self, dtype: DTypeLike, what: str) -> Array:
+        if self._copy is not None and self._copy.dtype == dtype:
+            return self._copy
+        if self._data.dtype == bfloat16 and self.ndim >= 2:
+            if is_recording():
+                raise TypeError(f"{what} is held in bfloat16 alone and has no gradient; compute inside no_grad()")
+            return self._data
+        return super().read_as(dtype, what)
 
     @property
     def grad(self) -> Any:
@@ -78,11 +83,29 @@ class Parameter(Tensor):
     @grad.setter
     def grad(self, values: Any) -> None:
         if values is not None:
-            values = self._checked("grad", values)
-        if self._placed:
+            values = gradient_array(values, self._leaf, "parameter: grad")
+        if self._arena is not None:
             self._leaf.buffer()[...] = 0 if values is None else values
         else:
             self._leaf.grad = values
+
+    @property
+    def arena(self) -> ParameterArena | None:
+        """The arena that the values and the gradient are in, or None."""
+        return None if self._arena is None else self._arena()
+
+    def _leave_arena(self) -> None:
+        if self.arena is not None:
+            self.arena.valid = False
+        self._arena = None
+
+    def mark_written(self) -> None:
+        """Note that the values have been changed in place; a backward pass that needs the old ones then raises."""
+        self._leaf.mark_written(*(array for array in (self._data, self._copy) if array is not None))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, arguments = super().__reduce__()
+        return _rebuild_parameter, (function, arguments, self.copy_dtype)
 
     def _checked(self, name: str, values: Any) -> Array:
         values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
@@ -90,33 +113,41 @@ class Parameter(Tensor):
             raise ValueError(f"parameter: {name} of shape {values.shape} assigned; expected {self._data.shape}")
         return values
 
-    def move(self, backend: Backend) -> None:
-        """Move to another backend, with the gradient. The parameter leaves its arena.
-
-        A bfloat16 copy is dropped: the new device may not need one.
-        """
+    def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:
+        """Move the values to a backend and a dtype, with a copy in another dtype or none. The parameter leaves its
+        arena. The gradient moves too, but is dropped where the dtype changes."""
         old, grad = backend_of(self._data), self._leaf.grad
-        self._data, self._copy = backend.asarray(old.to_host(self._data)), None
-        self._leaf.zeros = partial(backend.zeros, self._data.shape, self._data.dtype)
-        self._leaf.grad = None if grad is None else backend.asarray(old.to_host(grad))
-        self._placed = False
+        same, values = self._data.dtype == dtype, old.to_host(self._data)
+        self._data = backend.asarray(values if same else values.astype(dtype))
+        self._copy = _rounded(self._data, copy)
+        self._leaf.forms = (form_of(self._data),)
+        self._leaf.grad = backend.asarray(old.to_host(grad)) if same and grad is not None else None
+        self._leave_arena()
 
-    def narrow(self) -> None:
-        """Hold the values in bfloat16, in half the memory. The parameter can then only be read, and has no gradient."""
-        host = backend_of(self._data).to_host(self._data)
-        self._data, self._copy, self._leaf.grad, self._placed = host.astype(bfloat16), None, None, False
+    def place(self, arena: ParameterArena, data: Array, grad: Array, copy: Array | None = None) -> None:
+        """Move the values to the memory `data`, `grad` and `copy` of an arena (views of the parameter's shape).
 
-    def place(self, data: Array, grad: Array, copy: Array | None = None) -> None:
-        """Move the values to the memory `data`, `grad` and `copy` (views of the parameter's shape).
-
-        copy  given exactly where the parameter holds a copy.
+        copy  given exactly where the parameter has a copy.
         """
         data[...] = self._data
         if self._leaf.grad is not None:
             grad[...] = self._leaf.grad
         if copy is not None:
             copy[...] = self._copy
-        self._data, self._copy, self._leaf.grad, self._placed = data, copy, grad, True
+        self._data, self._copy, self._leaf.grad, self._arena = data, copy, grad, weakref.ref(arena)
+
+
+def _rebuild_parameter(
+    function: Callable[..., Parameter], arguments: tuple[Any, ...], copy: DTypeLike | None
+) -> Parameter:
+    """The copy of a parameter, outside of any arena, see Parameter.__reduce__."""
+    parameter = function(*arguments)
+    parameter._copy = _rounded(parameter._data, copy)
+    return parameter
+
+
+def _rounded(data: Array, dtype: DTypeLike | None) -> Array | None:
+    return None if dtype is None else data.astype(numpy.dtype(dtype))
 
 
 @dataclass
@@ -124,7 +155,7 @@ class Region:
     """A flat buffer of the parameters with weight decay, or of those without.
 
     values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
-    copies  the values in bfloat16, kept equal to them, or None.
+    copies  the values in the dtype that layers read, kept equal to them, or None.
     """
 
     name: str
@@ -149,10 +180,42 @@ class Bucket:
 
 
 class HasParameters(Protocol):
-    """What an optimizer asks of a model; a nn.Module has it."""
+    """What an optimizer asks of a model; an nn.Module has it."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def arena(self) -> ParameterArena: ...
+
+
+class ParameterList:
+    """Parameters without their module, as an optimizer takes them too; their names are their positions."""
+
+    def __init__(self, parameters: Iterable[Parameter]):
+        self._parameters = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        for i, parameter in enumerate(self._parameters):
+            if not isinstance(parameter, Parameter):
+                raise TypeError(
+                    f"optimizer: item {i} of the parameters is of type {type(parameter).__name__}; expected a module, "
+                    f"or an iterable of Parameters such as model.parameters()"
+                )
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """Every parameter, named by its position."""
+        return ((f"{prefix}{i}", parameter) for i, parameter in enumerate(self._parameters))
+
+    def arena(self) -> ParameterArena:
+        """The arena that the parameters are in; the first call moves them there."""
+        if not hasattr(self, "_arena") or not self._arena.valid:
+            self._arena: ParameterArena = arena_of(self.named_parameters())
+        return self._arena
+
+
+def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterArena:
+    """The arena that exactly these parameters are in already, or a new one."""
+    named = list(named_parameters)
+    arena = named[0][1].arena if named else None
+    if arena and arena.valid and {id(p) for p in arena.parameters.values()} == {id(p) for _, p in named}:
+        return arena
+    return ParameterArena(named)
 
 
 class ParameterArena:
@@ -168,16 +231,24 @@ class ParameterArena:
         backward_order = list(named_parameters)[::-1]
         if not backward_order:
             raise ValueError("ParameterArena: there are no parameters")
+        for name, parameter in backward_order:
+            if parameter.arena is not None:
+                raise ValueError(
+                    f"ParameterArena: {name} is in the arena of another module or optimizer, with other parameters; "
+                    f"make one optimizer for all of them"
+                )
+        self.valid = True  # until a parameter leaves, to another device for example
         self.parameters = dict(backward_order)
         self.backend: Backend = backend_of(backward_order[0][1].data)
         self.dtype = backward_order[0][1].dtype
-        self.has_copies = backward_order[0][1].has_copy
+        self.copy_dtype = backward_order[0][1].copy_dtype
         for name, parameter in backward_order:
             if parameter.dtype != self.dtype:
                 raise TypeError(f"ParameterArena: {name} is {parameter.dtype}, others are {self.dtype}; use one dtype")
-            if parameter.has_copy != self.has_copies:
+            if parameter.copy_dtype != self.copy_dtype:
                 raise TypeError(
-                    f"ParameterArena: some parameters hold a bfloat16 copy and some not; {name} differs from the first"
+                    f"ParameterArena: the copy of {name} is {parameter.copy_dtype}, those of others are "
+                    f"{self.copy_dtype}; use one precision"
                 )
         self.regions = [
             self._place("decay", [(name, p) for name, p in backward_order if p.ndim >= 2]),
@@ -190,11 +261,11 @@ class ParameterArena:
             where[name] = (stop, stop + parameter.size)
             stop += parameter.size
         values, grads = self.backend.zeros((stop,), self.dtype), self.backend.zeros((stop,), self.dtype)
-        copies = self.backend.zeros((stop,), bfloat16) if self.has_copies else None
+        copies = None if self.copy_dtype is None else self.backend.zeros((stop,), self.copy_dtype)
         for name, parameter in members:
             place, shape = slice(*where[name]), parameter.shape
             copy = None if copies is None else copies[place].reshape(shape)
-            parameter.place(values[place].reshape(shape), grads[place].reshape(shape), copy)
+            parameter.place(self, values[place].reshape(shape), grads[place].reshape(shape), copy)
         return Region(region, values, grads, where, copies)
 
     def zero_grad(self) -> None:
@@ -202,11 +273,16 @@ class ParameterArena:
         for region in self.regions:
             region.grads[...] = 0
 
+    def mark_written(self) -> None:
+        """Note that the values have been changed in the flat buffers."""
+        for parameter in self.parameters.values():
+            parameter.mark_written()
+
     def refresh_copies(self) -> None:
-        """Round the values to the bfloat16 copies again, after they were changed in the flat buffers."""
+        """Round the values to the copies again, after they were changed in the flat buffers."""
         for region in self.regions:
             if region.copies is not None:
-                region.copies[...] = region.values.astype(bfloat16)
+                region.copies[...] = region.values.astype(region.copies.dtype)
 
     @cached_property
     def buckets(self) -> list[Bucket]:

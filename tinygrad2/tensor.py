@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeGuard, overload
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import autograd
+from tinygrad2 import arguments, autograd
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
-from tinygrad2.backend import Backend, backend_of, get_backend
+from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
+from tinygrad2.protocols import Protocols
+
+Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
+HostArray = numpy.ndarray  # (in the class, `numpy` is a method's name to the type checker)
 
 
-class Tensor:
+class Tensor(Protocols):
     """An array and, where a gradient is wanted, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
     requires_grad  makes this a leaf: backward() sums the gradient of the loss into `.grad`, an array of data's shape.
 
-    Operators: + - * / @ ** and unary -, indexing, and the methods below, with NumPy's broadcasting. Both operands must
-    have the same dtype; Python numbers take the other operand's.
+    Operators: + - * / @ ** and unary -, comparisons, indexing, and the methods below, with NumPy's broadcasting. How
+    types are promoted is said in arguments.py. Only floating-point Tensors have gradients; these are arrays, so there
+    are no gradients of gradients. Comparisons, & | ~ // and % are without gradient.
+
+    Operations save arrays for the backward pass, and do not copy them. Assigning to `.data` of a Tensor gives it
+    another array; a Parameter is changed in place, and a backward pass that needed the old values raises an error.
+    A write into the array itself, x.data[...] = y, is not noticed: make it before the forward pass or after backward().
     """
 
     __slots__ = ("data", "_edge")
-    __array_ufunc__ = None  # array + tensor calls Tensor.__radd__ instead of looping over the elements
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
         data = data.data if isinstance(data, Tensor) else data
-        if dtype is None and isinstance(data, int | float | list | tuple) and not isinstance(data, numpy.generic):
-            dtype = "float32"  # (numpy.float64 is a float too, but has a dtype of its own)
-        self.data: Array = data if _is_array(data) and dtype is None else get_backend().asarray(data, dtype)
+        if not _is_array(data):
+            if dtype is None and not isinstance(data, numpy.generic):
+                dtype = arguments.DEFAULT_FLOAT
+            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is a float too, but has a dtype of its own)
+        elif data.dtype.kind not in "biuf" and data.dtype.name != "bfloat16":
+            raise TypeError(f"Tensor: data has dtype {data.dtype}; expected floats, integers or booleans")
+        if dtype is not None or isinstance(data, numpy.generic):
+            data = (backend_of(data) if _is_array(data) else get_backend()).asarray(data, dtype)
+        self.data: Array = data
         self._edge: autograd.Edge | None = None
         if requires_grad:
-            if numpy.dtype(self.data.dtype).kind != "f":
+            if not arguments.is_float(self.data.dtype):
                 raise TypeError(f"Tensor: requires_grad needs a floating-point dtype, got {self.data.dtype}")
-            self._edge = (autograd.Leaf(_zeros_like(self.data)), 0)
+            self._edge = (autograd.Leaf(form_of(data)), 0)
 
-    @property
-    def compute(self) -> Array:
-        """What operations read: the data, or for a parameter that holds a copy of lower precision, that copy."""
+    def read_as(self, dtype: DTypeLike, what: str) -> Array:
+        """The values as an operation reads them whose activations have this dtype: there is no type promotion.
+
+        what  names them in the error, such as "linear: weight". Raises TypeError where they have another dtype.
+        """
+        if self.data.dtype != dtype:
+            raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, as the activations require")
         return self.data
 
     @property
@@ -65,6 +83,15 @@ class Tensor:
         return backend_of(self.data)
 
     @property
+    def device(self) -> str:
+        return backend_of(self.data).device
+
+    @property
+    def T(self) -> Tensor:
+        """The transpose: the axes in reverse order."""
+        return self.transpose()
+
+    @property
     def requires_grad(self) -> bool:
         """Whether backward() sends a gradient to or through this tensor."""
         return self._edge is not None
@@ -80,142 +107,291 @@ class Tensor:
         return None if self.leaf is None else self.leaf.grad
 
     @grad.setter
-    def grad(self, value: Array | None) -> None:
+    def grad(self, value: Tensor | ArrayLike | None) -> None:
         if self.leaf is None:
             raise AttributeError("grad can be set only on a leaf: a Tensor created with requires_grad=True")
-        if value is not None and value.shape != self.shape:
-            raise ValueError(f"grad has shape {value.shape}; expected {self.shape}, the shape of the data")
-        self.leaf.grad = value
+        self.leaf.grad = None if value is None else gradient_array(value, self.leaf, "grad")
 
-    def numpy(self) -> numpy.ndarray:
+    def numpy(self) -> HostArray:
         """The values as a NumPy array on the host (on the CPU, a view of the tensor's own memory)."""
         return self.backend.to_host(self.data)
 
     def item(self) -> float:
         """The value of a tensor of one element, as a Python number."""
-        return self.numpy().item()
+        return self._only_element("item()").item()
 
     def detach(self) -> Tensor:
         """The same data, off the tape."""
         return Tensor(self.data)
 
-    def backward(self, dy: Tensor | ArrayLike | None = None) -> None:
+    def astype(self, dtype: DTypeLike) -> Tensor:
+        """The values in another dtype. The gradient is converted back; integers and booleans have none."""
+        data = self.data.astype(dtype)
+        if not arguments.is_float(data.dtype):
+            return Tensor(data)
+        return record(data, (self,), _astype_backward, saved=(self.dtype,))
+
+    def to(self, target: str | DTypeLike) -> Tensor:
+        """The tensor on another device ("cpu" or "cuda"), or in another dtype; itself where it is already.
+
+        The gradient is copied back to the first device.
+        """
+        if target not in DEVICES:
+            return self if numpy.dtype(target) == self.dtype else self.astype(target)
+        source, backend = self.backend, get_backend(str(target))
+        if backend is source:
+            return self
+
+        def transfer_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+            return (source.asarray(backend.to_host(dy)),)
+
+        return record(backend.asarray(source.to_host(self.data)), (self,), transfer_backward)
+
+    def backward(self, dy: Tensor | ArrayLike | None = None, *, create_graph: bool = False) -> None:
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
 
         dy  the gradient of the loss with respect to this tensor; may be left out for a scalar (then it is 1).
-        Raises RuntimeError where nothing is recorded, or where an earlier backward() went through the same graph.
+        create_graph  must be False: gradients of gradients are not offered.
+        Raises RuntimeError where nothing is recorded, where an earlier backward() went through the same graph, and
+        where a parameter that it needs was changed since the forward pass.
         """
+        if create_graph:
+            raise NotImplementedError("backward: create_graph: gradients of gradients (second order) are not offered")
         if self._edge is None:
-            raise RuntimeError("backward: nothing is recorded here: no input has requires_grad, or no_grad() is active")
+            raise RuntimeError(
+                "backward: nothing is recorded here: no input has requires_grad, or no_grad() is active "
+                "(a .grad is an array: gradients of gradients are not offered)"
+            )
         if dy is None:
             if self.size != 1:
                 raise ValueError(f"backward: the tensor has shape {self.shape}, not one element; pass dy of that shape")
             gradient = self.backend.np.ones(self.shape, dtype=self.dtype)
         else:
-            gradient = dy.data if isinstance(dy, Tensor) else self.backend.asarray(dy, dtype=self.dtype)
+            gradient = self.backend.asarray(dy.data if isinstance(dy, Tensor) else dy, dtype=self.dtype)
         if gradient.shape != self.shape:
             raise ValueError(f"backward: dy has shape {gradient.shape}; expected {self.shape}, the tensor's own")
         autograd.backward([(self._edge, gradient)])
 
-    def __repr__(self) -> str:
-        return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.requires_grad and self.leaf is None:
+            raise TypeError("a result on the tape cannot be copied or pickled: use x.detach(), or x + 0 for a copy")
+        grad = None if self.grad is None else self.backend.to_host(self.grad)
+        return _rebuild, (type(self), self.numpy(), self.device, self.requires_grad, grad)
 
-    def __len__(self) -> int:
-        return len(self.data)
+    # Comparisons and logic: elementwise, without gradient -----------------------------------------------------------
+
+    __hash__ = object.__hash__  # by identity, so that a Tensor can be a key
+
+    def __eq__(self, other: Operand) -> Tensor:  # type: ignore[override]
+        return self._elementwise("==", numpy.equal, other)
+
+    def __ne__(self, other: Operand) -> Tensor:  # type: ignore[override]
+        return self._elementwise("!=", numpy.not_equal, other)
+
+    def __lt__(self, other: Operand) -> Tensor:
+        return self._elementwise("<", numpy.less, other)
+
+    def __le__(self, other: Operand) -> Tensor:
+        return self._elementwise("<=", numpy.less_equal, other)
+
+    def __gt__(self, other: Operand) -> Tensor:
+        return self._elementwise(">", numpy.greater, other)
+
+    def __ge__(self, other: Operand) -> Tensor:
+        return self._elementwise(">=", numpy.greater_equal, other)
+
+    def __and__(self, other: Operand) -> Tensor:
+        return self._elementwise("&", numpy.bitwise_and, other)
+
+    def __or__(self, other: Operand) -> Tensor:
+        return self._elementwise("|", numpy.bitwise_or, other)
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> Tensor:
+        if arguments.is_float(self.dtype):
+            raise TypeError(f"~: the tensor has dtype {self.dtype}; expected booleans or integers")
+        return Tensor(self.backend.np.invert(self.data))
+
+    def __floordiv__(self, other: Operand) -> Tensor:
+        return self._elementwise("//", numpy.floor_divide, other)
+
+    def __rfloordiv__(self, other: Operand) -> Tensor:
+        a, b = _operands("//", self, other)
+        return b // a
+
+    def __mod__(self, other: Operand) -> Tensor:
+        return self._elementwise("%", numpy.remainder, other)
+
+    def __rmod__(self, other: Operand) -> Tensor:
+        a, b = _operands("%", self, other)
+        return b % a
+
+    def _elementwise(self, op: str, ufunc: Any, other: Operand) -> Any:
+        """The result of a ufunc of the array library, without gradient; NotImplemented where Python is to decide."""
+        if not hasattr(other, "dtype") and not isinstance(other, int | float | list | tuple):
+            return NotImplemented
+        a, b = _operands(op, self, other)
+        if op in ("//", "%") and autograd.is_recording() and (a.requires_grad or b.requires_grad):
+            raise TypeError(f"{op}: has no gradient; use x.detach(), or no_grad()")
+        if op in ("&", "|") and arguments.is_float(a.dtype):
+            raise TypeError(f"{op}: the operands have dtype {a.dtype}; expected booleans or integers")
+        try:
+            return Tensor(autograd.as_array(getattr(a.backend.np, ufunc.__name__)(a.data, b.data)))
+        except ValueError:
+            raise _not_broadcast(op, a, b) from None
 
     # Operators ------------------------------------------------------------------------------------------------------
 
-    def __add__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _add(self, other)
+    def __add__(self, other: Operand) -> Tensor:
+        a, b = _operands("+", self, other)
+        try:
+            y = backend_of(a.data).kernels.add_forward(a.data, b.data)
+        except ValueError:
+            raise _not_broadcast("+", a, b) from None
+        if b._edge is None and not b.data.shape:
+            return record(y, (a,), _shift_backward)
+        return record(y, (a, b), "add_backward", (a.data.shape, b.data.shape))
 
-    def __radd__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _add(self, other)
+    __radd__ = __add__
 
-    def __sub__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _subtract(self, other)
+    def __sub__(self, other: Operand) -> Tensor:
+        a, b = _operands("-", self, other)
+        if a.data.dtype.kind == "b":
+            raise TypeError("-: the operands are booleans; use a != b, or a & ~b")
+        try:
+            y = backend_of(a.data).kernels.subtract_forward(a.data, b.data)
+        except ValueError:
+            raise _not_broadcast("-", a, b) from None
+        if b._edge is None and not b.data.shape:
+            return record(y, (a,), _shift_backward)
+        return record(y, (a, b), "subtract_backward", (a.data.shape, b.data.shape))
 
-    def __rsub__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _subtract(_operand(other, self), self)
+    def __rsub__(self, other: Operand) -> Tensor:
+        a, b = _operands("-", self, other)
+        return b - a
 
-    def __mul__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _multiply(self, other)
+    def __mul__(self, other: Operand) -> Tensor:
+        a, b = _operands("*", self, other)
+        try:
+            y = backend_of(a.data).kernels.multiply_forward(a.data, b.data)
+        except ValueError:
+            raise _not_broadcast("*", a, b) from None
+        if b._edge is None and not b.data.shape:
+            return record(y, (a,), _scale_backward, (b.data,))
+        return record(y, (a, b), "multiply_backward", (a.data, b.data))
 
-    def __rmul__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _multiply(self, other)
+    __rmul__ = __mul__
 
-    def __truediv__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _divide(self, other)
+    def __truediv__(self, other: Operand) -> Tensor:
+        a, b = _operands("/", self, other)
+        if a.data.dtype.kind in "biu":
+            a, b = _float(a), _float(b)
+        try:
+            y = backend_of(a.data).kernels.divide_forward(a.data, b.data)
+        except ValueError:
+            raise _not_broadcast("/", a, b) from None
+        return record(y, (a, b), "divide_backward", (a.data, b.data))
 
-    def __rtruediv__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _divide(_operand(other, self), self)
+    def __rtruediv__(self, other: Operand) -> Tensor:
+        a, b = _operands("/", self, other)
+        return b / a
 
-    def __matmul__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _matmul(self, other)
+    def __matmul__(self, other: Operand) -> Tensor:
+        a, b = _operands("@", self, other)
+        if a.ndim < 2 or b.ndim < 2:
+            return _vector_product(a, b)
+        try:
+            y = backend_of(a.data).kernels.matmul_forward(a.data, b.data)
+        except ValueError:
+            raise _no_product(a, b) from None
+        return record(y, (a, b), "matmul_backward", (a.data, b.data))
 
-    def __rmatmul__(self, other: Tensor | ArrayLike) -> Tensor:
-        return _matmul(_operand(other, self), self)
+    def __rmatmul__(self, other: Operand) -> Tensor:
+        a, b = _operands("@", self, other)
+        return b @ a
 
     def __neg__(self) -> Tensor:
-        return _multiply(self, -1.0)
+        if self.dtype.kind == "b":
+            raise TypeError("unary -: the tensor is boolean; use ~x")
+        return record(-self.data, (self,), _negate_backward)
 
-    def __pow__(self, exponent: float) -> Tensor:
+    def __pow__(self, exponent: Any) -> Tensor:
+        if isinstance(exponent, numpy.integer | numpy.floating):
+            exponent = exponent.item()  # a NumPy scalar would promote the result
         if not isinstance(exponent, int | float):
             raise TypeError(f"**: the exponent must be a Python number, got {type(exponent).__name__}")
-        exponent = exponent if isinstance(exponent, int) else float(exponent)  # np.float64 would promote the result
-        y = self.backend.kernels.power_forward(self.data, exponent)
-        return record(y, (self,), "power_backward", saved=(self.data, exponent))
+        x = self if isinstance(exponent, int) else _float(self)
+        if exponent < 0 and x.data.dtype.kind in "biu":
+            raise ValueError(f"**: integers to the power {exponent} are not integers; use x.astype('float32')")
+        y = backend_of(x.data).kernels.power_forward(x.data, exponent)
+        return record(y, (x,), "power_backward", (x.data, exponent))
 
     def __getitem__(self, index: Index) -> Tensor:
-        index = tuple(map(_plain_index, index)) if isinstance(index, tuple) else _plain_index(index)
-        y = self.backend.kernels.getitem_forward(self.data, index)
-        return record(y, (self,), _getitem_backward, saved=(index,))
+        index = arguments.plain_index(index)
+        try:
+            y = backend_of(self.data).kernels.getitem_forward(self.data, index)
+        except (IndexError, ValueError):
+            described = arguments.describe_index(index)
+            raise IndexError(f"indexing: [{described}] does not fit a tensor of shape {self.shape}") from None
+        return record(y, (self,), _getitem_backward, (index,))
 
     def exp(self) -> Tensor:
         """e^x, element by element."""
-        y = self.backend.kernels.exp_forward(self.data)
-        return record(y, (self,), "exp_backward", saved=(y,))
+        x = _float(self)
+        y = backend_of(x.data).kernels.exp_forward(x.data)
+        return record(y, (x,), "exp_backward", (y,))
 
     def log(self) -> Tensor:
         """The natural logarithm, element by element."""
-        return record(self.backend.kernels.log_forward(self.data), (self,), "log_backward", saved=(self.data,))
+        x = _float(self)
+        return record(backend_of(x.data).kernels.log_forward(x.data), (x,), "log_backward", (x.data,))
 
     def tanh(self) -> Tensor:
         """The hyperbolic tangent, element by element."""
-        y = self.backend.kernels.tanh_forward(self.data)
-        return record(y, (self,), "tanh_backward", saved=(y,))
+        x = _float(self)
+        y = backend_of(x.data).kernels.tanh_forward(x.data)
+        return record(y, (x,), "tanh_backward", (y,))
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
         """The sum over `axis` (an axis, several, or None for all)."""
-        axes = _axes(axis, self.ndim)
-        y = self.backend.kernels.sum_forward(self.data, axes, keepdims)
-        return record(y, (self,), "sum_backward", saved=(self.shape, axes))
+        axes = arguments.axes_of("sum", axis, self.ndim)
+        y = backend_of(self.data).kernels.sum_forward(self.data, axes, keepdims)
+        return record(y, (self,), "sum_backward", (self.shape, axes))
 
     def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The mean over `axis` (an axis, several, or None for all)."""
-        total = self.sum(axis, keepdims)
-        if self.size == 0:
-            raise ValueError(f"mean: the tensor has shape {self.shape}, which is empty")
-        return total * (total.size / self.size)
+        """The mean over `axis` (an axis, several, or None for all): NaN for no elements, float32 for integers."""
+        x = _float(self)
+        axes = arguments.axes_of("mean", axis, x.ndim)
+        count = math.prod(x.shape[i] for i in axes)
+        return x.sum(axes, keepdims) * (1 / count if count else math.nan)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
         """The maximum over `axis`; equal largest elements share the gradient equally."""
-        axes = _axes(axis, self.ndim)
-        y = self.backend.kernels.max_forward(self.data, axes, keepdims)
-        return record(y, (self,), "max_backward", saved=(self.data, y, axes))
+        axes = arguments.axes_of("max", axis, self.ndim)
+        if not all(self.shape[i] for i in axes):
+            raise ValueError(f"max: the tensor has shape {self.shape}; there is no maximum over an axis of length 0")
+        y = backend_of(self.data).kernels.max_forward(self.data, axes, keepdims)
+        return record(y, (self,), "max_backward", (self.data, y, axes))
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
         """The same elements in another shape; one length may be -1."""
-        return record(self.data.reshape(*shape), (self,), _reshape_backward, saved=(self.shape,))
+        wanted = arguments.lengths("reshape", shape)
+        try:
+            y = self.data.reshape(wanted)
+        except ValueError:
+            raise ValueError(
+                f"reshape: the tensor has shape {self.shape}, {self.size} elements; they do not fit in {wanted}"
+            ) from None
+        return record(y, (self,), _reshape_backward, (self.shape,))
 
-    def transpose(self, *axes: int | tuple[int, ...]) -> Tensor:
+    def transpose(self, *axes: int | tuple[int, ...] | None) -> Tensor:
         """The axes in another order, reversed if none is given."""
-        given: Any = axes or range(self.ndim)[::-1]
-        if len(axes) == 1 and isinstance(axes[0], tuple | list):
-            given = axes[0]
-        order = _axes(tuple(given), self.ndim)
-        if sorted(order) != list(range(self.ndim)):
+        given = axes[0] if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], tuple | list)) else axes or None
+        order = arguments.axes_of("transpose", given, self.ndim)[:: -1 if given is None else 1]
+        if len(order) != self.ndim:
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
-        return record(self.compute.transpose(order), (self,), _transpose_backward, saved=(order,))
+        return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
 
 @overload
@@ -240,30 +416,18 @@ def record(
 
     This is the only way onto the tape: an operation of your own is two functions, its forward ending in record().
     """
-    results = tuple(Tensor(array) for array in (data if isinstance(data, tuple) else (data,)))
-    edges = tuple(parent._edge for parent in parents)
-    if autograd.is_recording() and any(edge is not None for edge in edges):
-        function = KernelBackward(backward) if isinstance(backward, str) else backward
-        node = autograd.Node(edges, function, saved, tuple(_zeros_like(result.data) for result in results))
+    results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
+    edges = tuple([parent._edge for parent in parents])
+    if any(edges) and autograd.is_recording():
+        backend = backend_of(results[0].data)
+        forms = tuple([(type(r.data), r.data.shape, r.data.dtype, backend.zeros) for r in results])
+        if isinstance(backward, str):
+            node = autograd.Node(edges, getattr(backend.kernels, backward), saved, forms, backward, kernel=True)
+        else:
+            node = autograd.Node(edges, backward, saved, forms, getattr(backward, "__name__", "an operation"))
         for output, result in enumerate(results):
             result._edge = (node, output)
     return results if isinstance(data, tuple) else results[0]
-
-
-class KernelBackward:
-    """The backward function that calls the kernel of this name, of the backend that dy belongs to."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-        gradients = getattr(backend_of(dy).kernels, self.name)(dy, *saved)
-        return gradients if isinstance(gradients, tuple) else (gradients,)
-
-    def __repr__(self) -> str:
-        return f"KernelBackward({self.name!r})"
 
 
 def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -277,15 +441,17 @@ def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """
     if not autograd.is_recording():
         return function(*inputs)
+    started = autograd.new_number()
     with autograd.no_grad():
         results = function(*inputs)
     data = tuple(result.data for result in results) if isinstance(results, tuple) else results.data
-    return record(data, inputs, _recompute_backward, saved=(function, inputs))
+    saved = (function, tuple(x.data for x in inputs), tuple(x.requires_grad for x in inputs), started)
+    return record(data, inputs, _recompute_backward, saved)
 
 
 def _recompute_backward(saved: Saved, dy: Any, into: GradientBuffers) -> Gradients:
-    function, inputs = saved
-    gradients: list[Array | None] = [None] * len(inputs)
+    function, arrays, wanted, started = saved
+    gradients: list[Array | None] = [None] * len(arrays)
 
     def end_of_graph(i: int) -> autograd.Edge:
         """A node without parents, in the place of input i: its backward function keeps the gradient that arrives."""
@@ -294,84 +460,104 @@ def _recompute_backward(saved: Saved, dy: Any, into: GradientBuffers) -> Gradien
             gradients[i] = dy
             return ()
 
-        return autograd.Node((), keep, (), (_zeros_like(inputs[i].data),)), 0
+        return autograd.Node((), keep, (), (form_of(arrays[i]),), "recompute"), 0
 
-    copies = [Tensor(x.data) for x in inputs]
+    copies = [Tensor(array) for array in arrays]
     for i, x in enumerate(copies):
-        x._edge = end_of_graph(i) if inputs[i].requires_grad else None
+        x._edge = end_of_graph(i) if wanted[i] else None
     with autograd.recording(True):
         results = function(*copies)
     pairs = zip(results, dy, strict=True) if isinstance(results, tuple) else [(results, dy)]
-    autograd.backward([(y._edge, g) for y, g in pairs if y._edge is not None and g is not None])
+    autograd.backward([(y._edge, g) for y, g in pairs if y._edge is not None and g is not None], started)
     return tuple(gradients)
+
+
+def gradient_array(value: Tensor | ArrayLike, leaf: autograd.Leaf, name: str) -> Array:
+    """A copy of a gradient that is assigned to a leaf: an array that later gradients can be added to."""
+    buffer = autograd.zeros(leaf.forms[0])
+    values = backend_of(buffer).asarray(value.data if isinstance(value, Tensor) else value, dtype=buffer.dtype)
+    if values.shape != buffer.shape:
+        raise ValueError(f"{name} has shape {values.shape}; expected {buffer.shape}, the shape of the data")
+    buffer[...] = values
+    return buffer
 
 
 def _is_array(data: Any) -> TypeGuard[Array]:
     return hasattr(data, "shape") and hasattr(data, "dtype") and not isinstance(data, numpy.generic)
 
 
-def _zeros_like(data: Array) -> Callable[[], Array]:
-    """Makes a buffer that gradients of data's shape are summed in: in float32 where data's dtype has fewer bits."""
-    return partial(backend_of(data).zeros, data.shape, numpy.float32 if data.dtype.itemsize < 4 else data.dtype)
+def form_of(data: Array) -> autograd.Form:
+    """The form of a gradient with respect to this array."""
+    return type(data), data.shape, data.dtype, backend_of(data).zeros
 
 
-def _operand(value: Tensor | ArrayLike, like: Tensor) -> Tensor:
-    """`value` as a Tensor with the dtype of `like`. Raises TypeError for a Tensor of another dtype."""
-    if not isinstance(value, Tensor):
-        return Tensor(like.backend.asarray(value, dtype=like.dtype))
-    if value.dtype != like.dtype:
-        raise TypeError(
-            f"the operands have dtypes {like.dtype} and {value.dtype}; convert one (there is no type promotion)"
-        )
-    return value
+def _constant(data: Array) -> Tensor:
+    """Tensor(data) for an array, or for the scalar that NumPy makes of one without axes, in less time."""
+    result = _new(Tensor)
+    result.data = autograd.as_array(data)
+    result._edge = None
+    return result
 
 
-def _plain_index(index: Index) -> Index:
-    if isinstance(index, Tensor):
-        return index.data
-    return numpy.asarray(index) if isinstance(index, list) else index
+_new = object.__new__
 
 
-def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
-    if axis is None:
-        return tuple(range(ndim))
-    axes = tuple(axis) if isinstance(axis, tuple | list) else (int(axis),)
-    for i in axes:
-        if not -ndim <= i < ndim:
-            raise ValueError(f"axis {i} is out of range for a tensor of {ndim} axes")
-    return tuple(i % ndim for i in axes)
+def _rebuild(kind: type[Tensor], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Tensor:
+    """The copy of a Tensor, see Tensor.__reduce__."""
+    data = get_backend(device).asarray(values)
+    copy = kind(data, requires_grad=True) if requires_grad and kind is Tensor else kind(data)
+    if grad is not None:
+        copy.grad = grad
+    return copy
 
 
-def _add(a: Tensor, other: Tensor | ArrayLike) -> Tensor:
-    b = _operand(other, a)
-    y = a.backend.kernels.add_forward(a.data, b.data)
-    return record(y, (a, b), "add_backward", saved=(a.shape, b.shape))
+def _float(x: Tensor) -> Tensor:
+    """x, or for integers and booleans their values in the default floating-point type."""
+    return _constant(x.data.astype(arguments.DEFAULT_FLOAT)) if x.data.dtype.kind in "biu" else x
 
 
-def _subtract(a: Tensor, other: Tensor | ArrayLike) -> Tensor:
-    b = _operand(other, a)
-    y = a.backend.kernels.subtract_forward(a.data, b.data)
-    return record(y, (a, b), "subtract_backward", saved=(a.shape, b.shape))
+def _operands(op: str, a: Tensor, b: Operand) -> tuple[Tensor, Tensor]:
+    """a and b as Tensors of one dtype, by the rules of arguments.py."""
+    dtype = a.data.dtype
+    if not isinstance(b, Tensor):
+        b = _constant(arguments.constant(op, b, dtype, backend_of(a.data)))
+    if b.data.dtype == dtype:
+        return a, b
+    common = arguments.promoted_dtype(op, dtype, b.data.dtype)
+    converted = [x if x.data.dtype == common else _constant(x.data.astype(common)) for x in (a, b)]
+    return converted[0], converted[1]
 
 
-def _multiply(a: Tensor, other: Tensor | ArrayLike) -> Tensor:
-    b = _operand(other, a)
-    y = a.backend.kernels.multiply_forward(a.data, b.data)
-    return record(y, (a, b), "multiply_backward", saved=(a.data, b.data))
+def _not_broadcast(op: str, a: Tensor, b: Tensor) -> ValueError:
+    return ValueError(f"{op}: the operands have shapes {a.shape} and {b.shape}, which do not broadcast")
 
 
-def _divide(a: Tensor, other: Tensor | ArrayLike) -> Tensor:
-    b = _operand(other, a)
-    y = a.backend.kernels.divide_forward(a.data, b.data)
-    return record(y, (a, b), "divide_backward", saved=(a.data, b.data))
+def _no_product(a: Tensor, b: Tensor) -> ValueError:
+    return ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) @ (..., k, n)")
 
 
-def _matmul(a: Tensor, other: Tensor | ArrayLike) -> Tensor:
-    b = _operand(other, a)
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) @ (..., k, n)")
-    y = a.backend.kernels.matmul_forward(a.data, b.data)
-    return record(y, (a, b), "matmul_backward", saved=(a.data, b.data))
+def _vector_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b where one has a single axis, as in NumPy: a row on the left, a column on the right; that axis goes away."""
+    if not (a.ndim and b.ndim) or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
+        raise ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) or (k,) @ (..., k, n) or (k,)")
+    y = (a if a.ndim > 1 else a.reshape(1, -1)) @ (b if b.ndim > 1 else b.reshape(-1, 1))
+    return y.reshape(y.shape[: -1 if a.ndim > 1 else -2] + (() if b.ndim == 1 else y.shape[-1:]))
+
+
+def _shift_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return (dy,)
+
+
+def _scale_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return (dy * saved[0],)
+
+
+def _negate_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return (-dy,)
+
+
+def _astype_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return (dy.astype(saved[0]),)
 
 
 def _getitem_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:

@@ -6,8 +6,10 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from gpt2 import console
 from gpt2.console import clock
-from gpt2.training.dataset import baselines
+from gpt2.tokenizer import Tokenizer
+from gpt2.training.dataset import TokenDataset, baselines
 from gpt2.training.evaluation import describe_task
 from gpt2.training.options import Options
 from gpt2.training.tasks import Questions
@@ -16,49 +18,70 @@ from tinygrad2 import threads
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import discard_stdout
 
+PROMPT_TOKENS = 4096  # of the validation data, in which a prompt is searched
+
 
 def say(line: str) -> None:
     """Print a line. Output that fails (a closed pipe, a full disk) must not end a run."""
     try:
-        print(line, flush=True)
+        console.say(line)
     except OSError:
         discard_stdout()
 
 
 def describe_start(trainer: Trainer) -> None:
-    """Print the model, the data and the schedule before training starts."""
+    """Print the model, the data, the batch and the schedule before training starts."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
-    micro_steps, per_step = options.micro_steps(comm.size), options.total_batch_size or 0
-    ranks = f"{comm.size} ranks x " if comm.size > 1 else ""
-    count = threads.count()
-    say(
-        f"model     {options.init or options.preset}: {model.n_parameters():,} parameters ({model.config.summary()})"
-        f", {options.dtype} on {model.backend.device} ({ranks}{count} thread{'s' * (count > 1)})"
-    )
+    per_step, count = options.total_batch_size or 0, threads.count()
+    say(f"model      {options.init or options.preset}: {model.n_parameters():,} parameters ({model.config.summary()})")
+    each = f" on each of {comm.size} ranks" if comm.size > 1 else ""
+    say(f"device     {model.backend.device}, {options.dtype}, {_plural(count, 'thread')}{each}")
     if comm.size > 1 and model.backend.cuda:
         direct = comm.nccl(model.backend)
-        say(f"all-reduce: {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
+        say(f"all-reduce {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
-        hint = "mpirun --bind-to none uses them"
-        say(f"cores     {comm.idle_cores} of this machine stay idle, since the ranks are bound to others; {hint}")
-    tokens, name = trainer.validation.tokens, trainer.tokenizer.name
-    say(f"data      {train.tokens:,} tokens to train on, {tokens:,} to validate ({name})")
+        idle = f"{_plural(comm.idle_cores, 'core')} of this machine idle"
+        say(f"cores      {idle}: the launcher bound the ranks to others; mpirun --bind-to none uses all")
     say(
-        f"batch     {ranks}{options.batch_size} sequences x {options.block_size} tokens x {micro_steps} micro-step"
-        f"{'s' * (micro_steps > 1)} = {per_step:,} tokens a step; {options.max_iters:,} steps are "
-        f"{options.max_iters * per_step / train.tokens:.2f} epochs"
+        f"data       {train.path}: {train.tokens:,} training tokens, {trainer.validation.tokens:,} validation tokens "
+        f"(tokenizer {trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size:,})"
     )
-    intervals = (("evaluate", options.eval_interval), ("save", options.save_interval))
-    plan = [f"{what} {f'every {n:,} steps' if n else 'at the end'}" for what, n in intervals]
-    say(f"schedule  {', '.join(plan)}; the best and the last {options.keep} checkpoints are kept in {options.out_dir}/")
-    short = " (never reached: it is all warm-up)" if options.warmup_iters >= options.max_iters else ""
+    factors = [
+        _plural(options.batch_size, "sequence"),
+        _plural(options.block_size, "token"),
+        _plural(options.micro_steps(comm.size), "micro-step"),
+        *([f"{comm.size} ranks"] if comm.size > 1 else []),
+    ]
+    say(f"batch      {per_step:,} tokens per step = {' x '.join(factors)}")
+    say(f"steps      {options.max_iters:,}, which is {options.max_iters * per_step / train.tokens:.2f} epochs")
+    say(f"lr         {describe_schedule(options)}")
+    regularization = f"weight decay {options.weight_decay:g}, gradient clipping {options.grad_clip or 'off'}"
+    say(f"optimizer  {options.optimizer}, {regularization}")
     say(
-        f"rate      up to {options.learning_rate:.1e} in {options.warmup_iters:,} steps{short}, then down by a cosine "
-        f"to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+        f"output     {trainer.folder.path}/: a checkpoint {_interval(options.save_interval)} (the last {options.keep} "
+        f"and the best are kept), an evaluation {_interval(options.eval_interval)}"
     )
     if trainer.progress.step == 0:
         losses = ", ".join(f"{key} {value:.4f}" for key, value in baselines(train, trainer.validation).items())
-        say(f"baselines {losses} nats a token (validation)")
+        say(f"baselines  validation loss of n-gram models, in nats per token: {losses}")
+
+
+def describe_schedule(options: Options) -> str:
+    """The learning-rate schedule in words."""
+    peak, warmup = f"{options.learning_rate:.1e}", options.warmup_iters
+    if warmup >= options.max_iters:
+        last = options.learning_rate_at(options.max_iters - 1)
+        return f"warm-up to {peak} over {warmup:,} steps; this run ends before, at {last:.1e}"
+    rise = f"warm-up to {peak} over {_plural(warmup, 'step')}" if warmup else f"from {peak}"
+    return f"{rise}, cosine decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _interval(steps: int) -> str:
+    return f"every {_plural(steps, 'step')}" if steps > 1 else "every step" if steps else "at the end"
 
 
 def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObject]:
@@ -105,9 +128,10 @@ def say_tasks(row: JsonObject, questions: Questions) -> None:
 
 
 def say_sample(val_loss: float, is_best: bool, text: str) -> None:
-    """Print the loss of an evaluation, and a sampled text."""
+    """Print the loss of an evaluation, and a sampled text with its control characters visible."""
     say(f"  validation loss {val_loss:.4f}{' (the best so far)' if is_best else ''}. A sample:")
-    say("".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+    shown = console.visible(text) or "(empty: the model generated no visible text before its end)"
+    say(console.wrapped(shown, console.terminal_width(), indent="    "))
 
 
 def say_finished(out: Path, steps: int) -> None:
@@ -122,20 +146,29 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
     if trainer.profiler and trainer.profiler.steps:
         say("\n".join(trainer.profiler.table()))
     if progress.step < trainer.options.max_iters:
-        say(f"stopped after step {progress.step:,}, saved in {written}; {resume_command(out)} resumes it.")
+        say(f"stopped after step {progress.step:,}, saved in {written}; {resume_command(out)} resumes the run")
         return
     assert progress.best is not None
     say(
         f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, best validation loss "
         f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}, saved in {written}"
     )
-    say(f"its curves and samples: {page}")
-    say(f"next: {sample_command(out)}")
+    say(f"report: {page} (curves and samples)")
+    say(f"next: {sample_command(out, suggested_prompt(trainer.validation, trainer.tokenizer))}")
 
 
-def sample_command(out: Path) -> str:
+def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
+    """The first three words of a line of the data, which begins with a capital letter if there is such a line; "" if no
+    line begins with three words of letters."""
+    text = tokenizer.decode(data.read(0, min(data.tokens, PROMPT_TOKENS)).tolist())
+    starts = [" ".join(line.split()[:3]) for line in text.splitlines()[1:] if len(line.split()) > 3]
+    plain = [start for start in starts if len(start) <= 40 and all(word.isalpha() for word in start.split())]
+    return min(plain, key=lambda start: not start[0].isupper(), default="")
+
+
+def sample_command(out: Path, prompt: str = "") -> str:
     """The command that samples from a run."""
-    return f'python sample.py --checkpoint {shlex.quote(str(out))} -p "The function returns"'
+    return f"python sample.py --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
 
 
 def resume_command(out: Path) -> str:

@@ -14,7 +14,7 @@ from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
 from tinygrad2 import optim
 from tinygrad2.backend import DEVICES
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import TRAINING
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
@@ -31,38 +31,39 @@ class UsageError(ValueError):
 def _option(
     default: Value | None,
     kind: type[Value],
+    unit: str,
     help: str,
     allowed: Callable[[Value], bool] | None = None,
     expected: str = "",
 ) -> Value:
-    metadata = {"kind": kind, "help": help, "allowed": allowed, "expected": expected}
+    metadata = {"kind": kind, "unit": unit, "help": help, "allowed": allowed, "expected": expected}
     return cast(Value, field(default=default, metadata=metadata))  # Options replaces it by the value
 
 
-def _positive(default: Number | None, kind: type[Number], help: str) -> Number:
-    return _option(default, kind, help, lambda value: 0 < value < TOO_LARGE, "more than 0 and less than 2**31")
+def _positive(default: Number | None, kind: type[Number], unit: str, help: str) -> Number:
+    return _option(default, kind, unit, help, lambda value: 0 < value < TOO_LARGE, "more than 0 and less than 2**31")
 
 
-def _at_least_0(default: Number | None, kind: type[Number], help: str) -> Number:
-    return _option(default, kind, help, lambda value: 0 <= value < TOO_LARGE, "0 or more, and less than 2**31")
+def _at_least_0(default: Number | None, kind: type[Number], unit: str, help: str) -> Number:
+    return _option(default, kind, unit, help, lambda value: 0 <= value < TOO_LARGE, "0 or more, and less than 2**31")
 
 
-def _text(default: str | None, help: str) -> str:
-    return _option(default, str, help, bool, "some text")
+def _text(default: str | None, unit: str, help: str) -> str:
+    return _option(default, str, unit, help, bool, "some text")
 
 
 def _fraction(default: float | None, help: str) -> float:
-    return _option(default, float, help, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+    return _option(default, float, "X", help, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 
-def _one_of(default: str | None, help: str, choices: Sequence[str]) -> str:
+def _one_of(default: str | None, unit: str, help: str, choices: Sequence[str]) -> str:
     listed = ", ".join(choices)
-    return _option(default, str, f"{help}: {listed}", lambda value: value in choices, listed)
+    return _option(default, str, unit, help.format(listed), lambda value: value in choices, listed)
 
 
-def _some_of(default: str | None, help: str, choices: Sequence[str]) -> str:
+def _some_of(default: str | None, unit: str, help: str, choices: Sequence[str]) -> str:
     listed = f"{', '.join(choices)}, or several: {','.join(choices)}"
-    return _option(default, str, f"{help}: {listed}", lambda value: set(value.split(",")) <= set(choices), listed)
+    return _option(default, str, unit, help.format(listed), lambda value: set(value.split(",")) <= set(choices), listed)
 
 
 @dataclass
@@ -70,51 +71,75 @@ class Options:
     """All options of train.py. Where the default is None, `resolve_options` derives the value from other options; only
     options whose type includes None may stay None."""
 
-    preset: str = _one_of("nano", "sizes of the model", tuple(PRESETS))
-    recipe: str | None = _one_of(None, "a set of published training options", ("paper", "modern"))
-    init: str | None = _text(
-        None, "fine-tune: a model folder or file (as for sample.py's --checkpoint), an out-dir, or a name such as gpt2"
+    preset: str = _one_of("nano", "NAME", "sizes of the model: {}", tuple(PRESETS))
+    recipe: str | None = _one_of(
+        None, "NAME", "published training options, as defaults: {} [default: none]", ("paper", "modern")
     )
-    device: str = _one_of("auto", "where to compute", DEVICES)
-    threads: int | None = _positive(None, int, "threads on the CPU [the cores this process may use]")
-    dtype: str = _one_of("float32", "precision of the computation (tf32 and bfloat16 on a GPU)", tuple(PRECISIONS))
-    data: str | None = _text(None, "data set: a name under data/, or a folder [pydoc, for nano and micro]")
-    out_dir: str = _text("out", "folder of the log and the checkpoints")
-    fresh: bool = _option(False, bool, "rename an existing out-dir and start a new run")
-    batch_size: int = _positive(None, int, "sequences per rank and micro-step")
-    block_size: int = _positive(None, int, "tokens per sequence [the model's context]")
-    recompute: str = _one_of("none", "what to recompute in the backward pass, to save memory", RECOMPUTE)
-    head_rows: int | None = _positive(None, int, "rows of logits at a time, to save memory [all]")
-    total_batch_size: int | None = _positive(None, int, "tokens per step, from which the number of micro-steps follows")
-    max_iters: int = _positive(None, int, "total number of steps")
-    eval_interval: int = _at_least_0(None, int, "steps between evaluations; 0: only at the end")
-    eval_iters: int = _positive(None, int, "batches per evaluation")
-    eval: str | None = _some_of(None, "tasks to score at each evaluation", tuple(TASKS))
-    eval_items: int | None = _positive(None, int, "items of each task, spread over its file [all]")
-    save_interval: int = _at_least_0(None, int, "steps between checkpoints; 0: only at the end")
-    log_interval: int = _positive(None, int, "steps between printed lines")
-    keep: int = _positive(2, int, "number of checkpoints to keep, besides the best")
-    tensorboard: bool = _option(False, bool, "also log for TensorBoard, in the out-dir")
-    learning_rate: float = _positive(None, float, "peak learning rate [with --init a tenth]")
-    min_lr: float = _at_least_0(None, float, "learning rate at the end of the cosine decay [a tenth of the peak]")
-    warmup_iters: int = _at_least_0(None, int, "steps of linear warm-up")
-    lr_decay_iters: int = _positive(None, int, "step at which the learning rate reaches min-lr [max-iters]")
+    init: str | None = _text(
+        None,
+        "MODEL",
+        "fine-tune this model: a folder or file (as for sample.py's --checkpoint), an out-dir, or a name such as gpt2 "
+        "[default: train a new model]",
+    )
+    device: str = _one_of("auto", "NAME", "where to compute: {}", DEVICES)
+    threads: int | None = _positive(
+        None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
+    )
+    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", TRAINING)
+    data: str | None = _text(
+        None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
+    )
+    out_dir: str = _text("out", "FOLDER", "folder of the checkpoints, the log and the report")
+    fresh: bool = _option(False, bool, "", "rename an existing out-dir and start a new run, instead of resuming")
+    batch_size: int = _positive(None, int, "SEQUENCES", "sequences per micro-step and rank")
+    block_size: int = _positive(None, int, "TOKENS", "tokens per sequence [default: the model's context]")
+    recompute: str = _one_of("none", "NAME", "what to recompute in the backward pass, to save memory: {}", RECOMPUTE)
+    head_rows: int | None = _positive(
+        None, int, "ROWS", "tokens whose logits are computed at a time; fewer save memory [default: all]"
+    )
+    total_batch_size: int | None = _positive(
+        None,
+        int,
+        "TOKENS",
+        "tokens per step, which sets the number of micro-steps (gradient accumulation) [default: one micro-step]",
+    )
+    max_iters: int = _positive(None, int, "STEPS", "number of steps of the whole run")
+    eval_interval: int = _at_least_0(None, int, "STEPS", "steps between evaluations; 0: only at the end")
+    eval_iters: int = _positive(None, int, "BATCHES", "batches per evaluation of the validation loss")
+    eval: str | None = _some_of(None, "NAME", "tasks to score at each evaluation: {} [default: none]", tuple(TASKS))
+    eval_items: int | None = _positive(
+        None, int, "N", "use only N items of each task, spread evenly over its file [default: all]"
+    )
+    save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
+    log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
+    keep: int = _positive(2, int, "N", "number of checkpoints to keep, besides the best")
+    tensorboard: bool = _option(False, bool, "", "also write a TensorBoard log to the out-dir")
+    learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
+    min_lr: float = _at_least_0(
+        None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
+    )
+    warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up")
+    lr_decay_iters: int = _positive(None, int, "STEP", "step at which it reaches min-lr [default: max-iters]")
     optimizer: str = _one_of(
         "adamw",
-        "update rule (muon orthogonalizes the momentum of hidden matrices: 1.6e12 operations a step at 124M, 0.4 % "
-        "of a step of 524,288 tokens)",
+        "NAME",
+        "{}; muon orthogonalizes the momentum of the hidden layers' matrices, and uses AdamW for the rest",
         OPTIMIZERS,
     )
-    weight_decay: float = _at_least_0(0.1, float, "weight decay, on matrices")
-    beta1: float = _fraction(0.9, "AdamW's decay of the first moment (adamw, muon)")
-    beta2: float = _fraction(0.95, "AdamW's decay of the second moment (adamw, muon)")
-    momentum: float | None = _fraction(None, "momentum of muon [0.95] and sgd [0.9]")
-    nesterov: bool = _option(False, bool, "Nesterov momentum (sgd)")
-    grad_clip: float = _at_least_0(1.0, float, "maximum norm of the gradient; 0: no clipping")
-    dropout: float | None = _fraction(None, "dropout rate of embeddings, attention and residuals [the preset's]")
-    profile: bool = _option(False, bool, "at the end, print the time of the steps by operation")
-    zero: bool = _option(False, bool, "with several ranks, shard the optimizer's moments over them (ZeRO stage 1)")
-    seed: int = _option(1337, int, "of weights, data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1")
+    weight_decay: float = _at_least_0(0.1, float, "X", "weight decay of matrices; vectors have none")
+    beta1: float = _fraction(0.9, "AdamW's decay rate of the first moment (adamw, muon)")
+    beta2: float = _fraction(0.95, "AdamW's decay rate of the second moment (adamw, muon)")
+    momentum: float | None = _fraction(None, "decay rate of the momentum [default: 0.95 for muon, 0.9 for sgd]")
+    nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
+    grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
+    dropout: float | None = _fraction(
+        None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
+    )
+    profile: bool = _option(False, bool, "", "print a table of the time per operation at the end")
+    zero: bool = _option(False, bool, "", "shard the optimizer's state over the ranks (ZeRO stage 1)")
+    seed: int = _option(
+        1337, int, "N", "seed of the weights, the data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1"
+    )
 
     def micro_steps(self, ranks: int) -> int:
         """Micro-steps per step on every rank. Raises UsageError if the tokens per step are not a multiple of one."""
@@ -216,28 +241,61 @@ OPTIMIZER_OPTIONS = {
 FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed", "optimizer")
 
 
+# The groups of `train.py --help`.
+GROUPS = {
+    "model": ("preset", "init", "dropout"),
+    "data and batches": ("data", "batch_size", "block_size", "total_batch_size", "max_iters"),
+    "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
+    "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
+    "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items"),
+    "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "tensorboard", "profile"),
+    "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
+    "sets of options": ("recipe",),
+}
+
+
 def flag(name: str) -> str:
-    """The option as it is written on the command line."""
+    """The option's flag on the command line."""
     return "--" + name.replace("_", "-")
 
 
-def parse_options(argv: Sequence[str] | None, description: str) -> OptionValues:
+def command_line(description: str | None) -> Parser:
+    """The command line of train.py. Options that are not given are left out of what it parses."""
+    note = (
+        f"Of two defaults, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run keeps its "
+        "options, except those given again."
+    )
+    parser = Parser("python train.py", description, epilog=note)
+    by_name = {f.name: f for f in fields(Options)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for f in (by_name[name] for name in names):
+            kind: type = f.metadata["kind"]
+            # (--no-... turns off a flag that a resumed run was started with)
+            form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
+            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+            text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
+            group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
+    group.add_argument(
+        "--config", metavar="FILE", help="read options of the same names from a TOML file [default: none]"
+    )
+    return parser
+
+
+def _help(name: str, text: str, default: object) -> str:
+    """The help text of an option with its default."""
+    if text.endswith("]"):
+        return text
+    if default is False:
+        return f"{text} [default: off]"
+    by_size = dict.fromkeys(str(values.get(name, default)) for values in SIZE_DEFAULTS.values())
+    return f"{text} [default: {' or '.join(by_size)}]"
+
+
+def parse_options(argv: Sequence[str] | None, description: str | None) -> OptionValues:
     """The options given on the command line and in a file that --config names, without defaults. The command line takes
     precedence."""
-    parser = Parser(prog="train.py", description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file (the same names)")
-    for f in fields(Options):
-        spellings = dict.fromkeys((flag(f.name), "--" + f.name))
-        text = f.metadata["help"] + (f" [{f.default}]" if f.default not in (None, False) else "")
-        kind: type = f.metadata["kind"]
-        parser.add_argument(
-            *spellings,
-            dest=f.name,
-            default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
-            # (--no-... resets a flag that a resumed run was started with)
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}),
-        )
+    parser = command_line(description)
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
     try:

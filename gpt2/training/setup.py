@@ -32,7 +32,7 @@ from gpt2.training.trainer import Trainer
 from tinygrad2 import optim, threads
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import Comm
-from tinygrad2.precision import PRECISIONS
+from tinygrad2.precision import Precision
 
 Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 
@@ -67,7 +67,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     check_optimizer(given, options.optimizer)
     for name in FIXED_OPTIONS:
         was, asked = getattr(before, name), getattr(options, name)
-        if was != asked and not (name == "dtype" and PRECISIONS[was].parameters == PRECISIONS[asked].parameters):
+        if was != asked and not (name == "dtype" and Precision.of(was).parameters == Precision.of(asked).parameters):
             raise UsageError(
                 f"{saved.folder.parent}/ has a run with {flag(name)} {was}; it cannot be resumed with {asked}. "
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"

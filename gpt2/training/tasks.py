@@ -233,10 +233,9 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray,
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
         logits = model.head(x)  # (N, V)
-        asked = logits[upload(np.arange(len(target))), upload(target)]
-        top = logits.max(axis=-1, keepdims=True)
-        lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # so that a common offset costs no digits
+        asked = shifted[upload(np.arange(len(target))), upload(target)]
+        losses = (shifted.exp().sum(axis=-1).log() - asked).numpy().astype(np.float64)
+        greedy = asked.numpy() == 0
     starts = np.cumsum(lengths) - lengths
-    losses = (lse - asked).numpy().astype(np.float64)
-    greedy = asked.numpy() == top.numpy().reshape(-1)
     return np.add.reduceat(losses, starts), np.add.reduceat(greedy.astype(np.float64), starts)

@@ -55,7 +55,7 @@ class Trainer:
         self.stopping = False  # a rank was requested to stop
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         cuda = model.backend.cuda
-        self._peak = cuda.peak(options.dtype) if cuda else None  # TFLOP/s, where known
+        self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, where known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 

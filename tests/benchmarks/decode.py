@@ -50,15 +50,13 @@ def save_model(folder: str, preset: str) -> None:
     GPT2(GPT2Config.preset(preset)).save_pretrained(folder)
 
 
-def ours(folder: str, batches: Sequence[int], prefill: int, count: int, narrow: bool) -> Tasks:
+def ours(folder: str, batches: Sequence[int], prefill: int, count: int, dtype: str) -> Tasks:
     from gpt2 import GPT2
     from gpt2.generate import KVCache, generate, next_logits
     from tinygrad2 import no_grad, threads
 
     threads.set_count(count)
-    model = GPT2.from_pretrained(folder)
-    if narrow:
-        model.narrow()
+    model = GPT2.from_pretrained(folder, dtype=dtype)
     vocab_size = model.config.vocab_size
     prompt, long = random_prompt(vocab_size, CONTEXT), random_prompt(vocab_size, prefill)
 
@@ -158,23 +156,19 @@ def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: i
     return ready(decode, lambda: seconds(long, 1, 1), batches, prefill)
 
 
-def narrow_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
+def bfloat16_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
     """The validation loss with weights in float32 and in bfloat16, nats a token, over so many windows of the data."""
     from gpt2 import GPT2
     from gpt2.formats.model_file import find_model
     from gpt2.training.dataset import TokenDataset, find_dataset
     from gpt2.training.evaluation import mean_loss
-    from tinygrad2 import ops
 
     tokens = TokenDataset.open(find_dataset(data), "val")
     model = GPT2.from_pretrained(find_model(Path(checkpoint), print))
     sizes = (1, model.config.n_positions, batches)
     wide = mean_loss(model, tokens, *sizes)
-    model.narrow()
-    # (The fused head trains, and takes no bfloat16.)
-    model.loss = lambda x, y: ops.cross_entropy(model(x), y)  # type: ignore[method-assign]
-    narrow = mean_loss(model, tokens, *sizes)
-    return {"float32": wide, "bfloat16": narrow, "difference": narrow - wide}
+    rounded = mean_loss(model.to(precision="bfloat16_weights"), tokens, *sizes)
+    return {"float32": wide, "bfloat16": rounded, "difference": rounded - wide}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error("--checkpoint and --data go together")
     loss = None
     if given.checkpoint is not None:
-        loss = apart(narrow_loss, given.checkpoint, given.data, given.windows)
+        loss = apart(bfloat16_loss, given.checkpoint, given.data, given.windows)
         print(
             f"validation loss: float32 {loss['float32']:.5f}, bfloat16 {loss['bfloat16']:.5f}, "
             f"difference {loss['difference']:+.5f} nats a token",
@@ -219,8 +213,8 @@ def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Con
 
     arguments = (folder, given.batch, given.prompt, given.threads)
     found = [
-        Contender("tinygrad2 float32", ours, (*arguments, False), works(4)),
-        Contender("tinygrad2 bfloat16", ours, (*arguments, True), works(2)),
+        Contender("tinygrad2 float32", ours, (*arguments, "float32"), works(4)),
+        Contender("tinygrad2 bfloat16", ours, (*arguments, "bfloat16"), works(2)),
     ]
     peers = {"transformers": (with_transformers, "torch"), "CTranslate2": (with_ctranslate2, "torch", "transformers")}
     for name, (make, *needed) in peers.items():

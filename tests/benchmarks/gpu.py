@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +42,7 @@ from tests.benchmarks.train_step import torch_model  # noqa: E402
 from tinygrad2 import no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend  # noqa: E402
 from tinygrad2.gpus import find_gpu  # noqa: E402
+from tinygrad2.precision import Precision  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -127,7 +127,7 @@ class Bench:
         self.np = self.backend.np
         bandwidth = find_gpu(self.backend.name(), BANDWIDTH)
         self.bandwidth = None if bandwidth is None else BANDWIDTH[bandwidth]
-        self.dtype = ml_dtypes.bfloat16 if sizes.precisions[0] == "bfloat16" else numpy.float32
+        self.dtype = numpy.dtype(Precision.of(sizes.precisions[0]).activations)
         self.results: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         sequences = max(*sizes.batch_sizes, *sizes.wide_batch_sizes)
@@ -228,15 +228,11 @@ class Bench:
         n = self.sizes.matrix
         values = numpy.random.default_rng(0).standard_normal((n, n), dtype=numpy.float32)
         figures = self.results["product"] = {}
-        try:
-            for precision in self.sizes.precisions:
-                self.backend.cuda.use_tf32(precision == "tf32")
-                dtype = ml_dtypes.bfloat16 if precision == "bfloat16" else numpy.float32
-                a, b = (self.backend.asarray(values.astype(dtype)) for _ in range(2))
-                seconds = self.timed(lambda a=a, b=b: self.np.matmul(a, b), self.sizes.repeats)[1]
-                figures[f"{precision}_tflop_per_s"] = 2 * n**3 / seconds / 1e12
-        finally:
-            self.backend.cuda.use_tf32(False)
+        for precision in map(Precision.of, self.sizes.precisions):
+            a, b = (self.backend.asarray(values.astype(precision.activations)) for _ in range(2))
+            product = self.backend.kernels_for(precision.tf32).matmul_forward
+            seconds = self.timed(lambda a=a, b=b, product=product: product(a, b), self.sizes.repeats)[1]
+            figures[f"{precision.name}_tflop_per_s"] = 2 * n**3 / seconds / 1e12
         return figures
 
     def gemm(self) -> dict[str, Any]:
@@ -319,7 +315,6 @@ class Bench:
                 self.add_row(rows, precision, batch_size)
                 if rows[-1].get("error") != "out of memory":
                     break
-        self.backend.cuda.use_tf32(False)
         return rows
 
     def add_row(self, rows: list[dict[str, Any]], precision: str, batch_size: int) -> None:

@@ -162,8 +162,8 @@ def test_decoding(small_limits, tmp_path):
     assert decode.main(options) == 0
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks.keys() == {"batch 1", "batch 3", "prompt of 60"}
-    wide, narrow = (tasks["batch 3"][f"tinygrad2 {dtype}"] for dtype in ("float32", "bfloat16"))
-    assert wide["bytes_per_s"] * wide["median"] == pytest.approx(2 * narrow["bytes_per_s"] * narrow["median"])
+    wide, half = (tasks["batch 3"][f"tinygrad2 {dtype}"] for dtype in ("float32", "bfloat16"))
+    assert wide["bytes_per_s"] * wide["median"] == pytest.approx(2 * half["bytes_per_s"] * half["median"])
     assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
 
 
@@ -184,7 +184,7 @@ def test_what_bfloat16_costs(tmp_path):
     (tmp_path / "data").mkdir()
     for split in ("train", "val"):
         np.save(tmp_path / "data" / f"x_{split}_0.npy", (np.arange(100) % 31).astype(np.uint16))
-    found = decode.narrow_loss(str(tmp_path / "model"), str(tmp_path / "data"), 5)
+    found = decode.bfloat16_loss(str(tmp_path / "model"), str(tmp_path / "data"), 5)
     assert found["difference"] == found["bfloat16"] - found["float32"]
     assert 0 < abs(found["difference"]) < 1e-3
     assert found["float32"] == pytest.approx(np.log(31), abs=0.1)

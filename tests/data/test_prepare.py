@@ -339,8 +339,8 @@ def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, cap
     monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("the work was begun"))
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: {tmp_path / 'out.partial'}: there is too little space; free some, or name another disk with "
-        "--out\n"
+        f"data/prepare.py: error: {tmp_path / 'out.partial'}: there is too little space; free some, or name "
+        "another disk with --out\n"
     )
 
 
@@ -494,7 +494,7 @@ def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
     process = start("sys.exit(p.main(sys.argv[1:]))", *arguments, preexec_fn=limit)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors == f"data/prepare.py: {tmp_path / 'out.partial'}: File too large\n"
+    assert errors == f"data/prepare.py: error: {tmp_path / 'out.partial'}: File too large\n"
     assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == contents(
         make([tmp_path / "a.txt"], tmp_path / "expected")
     )
@@ -553,7 +553,7 @@ def test_stdin(tmp_path):
     )
     output, _ = process.communicate(text, timeout=30)
     assert process.returncode == 0
-    assert output.splitlines()[-1] == "train on it: python train.py --data stdin"
+    assert output.splitlines()[-1] == "next: python train.py --data stdin"
     assert "".join(texts_of(stream_of(tmp_path / "data" / "stdin"))) == text
 
 
@@ -584,7 +584,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert re.fullmatch(
         r"data/my: 1 documents, 451 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
     )
-    assert output[1] == "train on it: python train.py --data my"
+    assert output[1] == "next: python train.py --data my"
     Path("in.d").mkdir()
     Path("in.d/a").write_text("text")
     assert main(["in.d", "--tokenizer", "bytes"]) == 0
@@ -600,8 +600,8 @@ def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to rename it "
-        "away\n"
+        f"data/prepare.py: error: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to "
+        "rename it away\n"
     )
     assert main([*arguments, "--fresh"]) == 0
     assert main([*arguments, "--fresh"]) == 0
@@ -661,7 +661,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, 
         Path(name).write_bytes(data)
     assert main(["--tokenizer", "bytes", *arguments]) == 1
     output, errors = capsys.readouterr()
-    assert errors.startswith("data/prepare.py: ")
+    assert errors.startswith("data/prepare.py: error: ")
     assert message in errors
     assert errors.count("\n") == 1
     assert not output
@@ -674,7 +674,7 @@ def test_usage(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("data/prepare.py: ")
+    assert line.startswith("data/prepare.py: error: ")
     assert "--help lists the options" in line
 
 
@@ -683,7 +683,7 @@ def test_read_only_folder(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o500)
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "x")]) == 1
-    assert capsys.readouterr().err == f"data/prepare.py: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
+    assert capsys.readouterr().err == f"data/prepare.py: error: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
 
 
 def test_without_sources(tmp_path):

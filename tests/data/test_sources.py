@@ -317,7 +317,7 @@ def test_damage_gets_one_line(tmp_path, capsys, make, message):
     assert main([str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     errors = capsys.readouterr().err
     assert message in errors
-    assert errors.startswith("data/prepare.py: ")
+    assert errors.startswith("data/prepare.py: error: ")
     assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -328,7 +328,8 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys, name, library
     monkeypatch.setitem(sys.modules, library, None)
     assert main([str(tmp_path / name), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f'data/prepare.py: {tmp_path / name}: reading it needs {library}; install it with pip install -e ".[data]"\n'
+        f"data/prepare.py: error: {tmp_path / name}: reading it needs {library}; install it with "
+        'pip install -e ".[data]"\n'
     )
 
 
@@ -482,7 +483,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
     assert first.returncode == 1
     (line,) = first.stderr.splitlines()
     assert line.startswith(
-        f"data/prepare.py: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: it cannot be read"
+        f"data/prepare.py: error: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: it cannot be read"
     )
     assert line.endswith("; the same command resumes when it can")
     before = len(hub.asked)

@@ -1,5 +1,7 @@
 """gpt2/console.py: how a command starts and ends: Ctrl-C, closed pipes, and terminals without all characters."""
 
+import argparse
+import io
 import os
 import signal
 import subprocess
@@ -42,7 +44,7 @@ def test_a_terminal_without_all_characters_is_not_an_error(tmp_path):
     program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
     ended = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "train on it: python train.py --data 'caf?'" in ended.stdout
+    assert "next: python train.py --data 'caf?'" in ended.stdout
 
 
 def test_a_closed_pipe_is_not_an_error(handler, capfd):
@@ -95,7 +97,7 @@ def raising(error, **options):
 def test_an_error_is_one_line_and_a_status(capsys, error, options, status, line):
     assert raising(error, **options)([]) == status
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", f"gpt2.test: {line}\n")
+    assert (printed.out, printed.err) == ("", f"gpt2.test: {'' if 'interrupted' in line else 'error: '}{line}\n")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
@@ -111,7 +113,7 @@ def test_ranks_report_errors_in_their_own_way():
         return 7
 
     assert raising(ValueError("x"), fail=fail)([]) == 7
-    assert said == [("gpt2.test: x", 1)]
+    assert said == [("gpt2.test: error: x", 1)]
 
 
 @pytest.mark.parametrize(
@@ -119,3 +121,94 @@ def test_ranks_report_errors_in_their_own_way():
 )
 def test_clock(seconds, text):
     assert console.clock(seconds) == text
+
+
+# Text on a terminal --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text\n\tand a tab", "plain text\n\tand a tab"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("a\rb\x07\x00\x7f\x9b", "a\\rb\\x07\\x00\\x7f\\x9b"),
+        ("\u202eright to left", "\\u202eright to left"),
+        ("naïve 文字 👩\u200d👧", "naïve 文字 👩\u200d👧"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_control_characters_are_visible(text, shown):
+    assert console.visible(text) == shown
+    assert console.for_terminal(text, Terminal()) == shown
+    assert console.for_terminal(text, io.StringIO()) == text
+
+
+def test_every_line_to_a_terminal_is_escaped(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    console.say("a\x1bb")
+    console.print_error("c\x1bd")
+    assert raising(ValueError("e\x1bf"))([]) == 1
+    assert sys.stdout.getvalue() == "a\\x1bb\n"
+    assert sys.stderr.getvalue() == "c\\x1bd\ngpt2.test: error: e\\x1bf\n"
+
+
+TEXT = "It is 12 words long, this one,    and it has\n\n  an indented line. " + 30 * "x" + " 文字文字文字文字文字文字"
+
+
+@pytest.mark.parametrize("width", [20, 23, 40, 200])
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_wrapping_keeps_the_words_and_fits_the_width(width, indent):
+    result = console.wrapped(TEXT, width, indent)
+    room = max(width, 20 + len(indent))
+    assert all(console.columns(line) <= room for line in result.splitlines())
+    assert all(line.startswith(indent) for line in result.splitlines() if line)
+    assert "".join(result.split()) == "".join(TEXT.split())
+    if width == 200:
+        assert result == "\n".join(indent * bool(line) + line for line in TEXT.split("\n"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_text_in_pieces_is_wrapped_as_the_whole(size):
+    pieces = []
+    wrapper = console.Wrapper(pieces.append, 24)
+    for start in range(0, len(TEXT), size):
+        wrapper.write(TEXT[start : start + size])
+    wrapper.finish()
+    assert "".join(pieces) == console.wrapped(TEXT, 24)
+
+
+def test_a_text_is_wrapped_on_a_terminal_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    for screen, expected in (
+        (Terminal(), "one two three four\nfive \\x1b\n"),
+        (io.StringIO(), "one two three four five \x1b\n"),
+    ):
+        monkeypatch.setattr(sys, "stdout", screen)
+        with console.TextPrinter() as printer:
+            printer.write("one two thr")
+            printer.write("ee four five \x1b")
+        assert screen.getvalue() == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (["--max_tokens", "5"], 5),
+        (["--max_tokens=5"], 5),
+        (["--max-tokens=5"], 5),
+    ],
+)
+def test_flags_may_be_written_with_underscores(given, parsed):
+    parser = console.Parser("python x.py", "")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--text")
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args([*given, "--text=a_b", "--", "--c_d"]) == argparse.Namespace(
+        max_tokens=parsed, text="a_b", rest=["--c_d"]
+    )

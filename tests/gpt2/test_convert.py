@@ -79,7 +79,7 @@ def test_mistakes_get_one_line_and_leave_nothing(model, tmp_path, capsys):
     exact.save_pretrained(tmp_path / "exact")
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
-        ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: it exists already"),
+        ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: already exists"),
         ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a file of torch.save"),
         ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
         ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
@@ -90,7 +90,7 @@ def test_mistakes_get_one_line_and_leave_nothing(model, tmp_path, capsys):
         said = capsys.readouterr()
         assert said.out == ""
         (line,) = said.err.splitlines()
-        assert line.startswith("gpt2.convert: ")
+        assert line.startswith("gpt2.convert: error: ")
         assert message in line
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "there.pt").read_text() == "mine"

@@ -80,7 +80,7 @@ def test_this_machine_can_train(capsys, gpt2_files):
     verdicts = {line.split()[1]: line.split()[0] for line in lines if line.startswith((OK, MISSING, WRONG))}
     assert list(verdicts) == list(doctor.PROBES)
     assert {verdicts[name] for name in ("python", "packages", "blas", "memory", "tokenizer", "folders", "disk")} == {OK}
-    assert lines[-1].startswith("run here: ")
+    assert lines[-1].startswith("to train on this machine: ")
     assert "train.py" in lines[-1]
     remedies = sum(line.lstrip().startswith("-> ") for line in lines)
     assert remedies == sum(verdict != OK for verdict in verdicts.values())
@@ -89,8 +89,8 @@ def test_this_machine_can_train(capsys, gpt2_files):
 def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
     fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
     for finding, status, last in (
-        (Finding(WRONG, "broken", "mend it"), 0, "run here: "),
-        (Finding(MISSING, "away", "get it", needed=True), 0, "run here: "),
+        (Finding(WRONG, "broken", "mend it"), 0, "to train on this machine: "),
+        (Finding(MISSING, "away", "get it", needed=True), 0, "to train on this machine: "),
         (Finding(WRONG, "broken", "mend it", needed=True), 1, "fix these first: part"),
     ):
         monkeypatch.setattr(doctor, "PROBES", {**fine, "part": lambda finding=finding: finding})

@@ -46,7 +46,7 @@ def test_command_line(user, tmp_path, capsys):
     first, of_data, of_hellaswag, of_lambada = capsys.readouterr().out.splitlines()
     assert first == f"model: {model.n_parameters():,} parameters, float32 on cpu"
     assert of_data.startswith(f"data/text val: {data['tokens']:,} tokens in sequences of 16, loss {data['loss']:.4f} ")
-    assert of_data.endswith(f"{data['bits_per_byte']:.4f} bits a byte")
+    assert of_data.endswith(f"{data['bits_per_byte']:.4f} bits per byte")
     error = math.sqrt(accuracy * (1 - accuracy) / 7)
     assert of_hellaswag.startswith("hellaswag: acc ")
     assert f"acc_norm {accuracy:.4f} ± {error:.4f} (7 items)" in of_hellaswag
@@ -78,7 +78,7 @@ def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
     assert printed[:4] == lines
     assert printed[4] == "the same with weights in bfloat16:"
     assert printed[5].startswith("data/text val: ")
-    assert f"change the loss by {narrow['loss_difference']:+.6f} nats a token" in printed[-1]
+    assert f"change the loss by {narrow['loss_difference']:+.6f} nats per token" in printed[-1]
     assert f"({plain['data']['loss']:.6f} before)" in printed[-1]
     assert len(printed) == 9
 
@@ -89,7 +89,7 @@ def test_weights_in_bfloat16_are_refused_on_a_device_before_anything_is_measured
     printed = capsys.readouterr()
     assert printed.out == ""
     reason = "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
-    assert printed.err == f"gpt2.evaluate: --dtype {reason}\n"
+    assert printed.err == f"gpt2.evaluate: error: --dtype {reason}\n"
 
 
 def test_limits(user, tmp_path):
@@ -118,7 +118,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
 
     monkeypatch.setattr(GPT2, "loss", too_much)
     assert evaluate.main(["model", "--data", "text", "--batch-size", "9"]) == 1
-    assert capsys.readouterr().err == "gpt2.evaluate: out of memory; use a smaller --batch-size than 9\n"
+    assert capsys.readouterr().err == "gpt2.evaluate: error: out of memory; use a smaller --batch-size than 9\n"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         ([], 2, "required: CHECKPOINT"),
         (["model"], 2, "nothing to evaluate: give --data NAME, --hellaswag, --lambada"),
         (["model", "--data", "text", "--batches", "0"], 2, "--batches is 0; expected 1 or more"),
-        (["model", "--data", "text", "--json", "no/such/f.json"], 2, "there is no folder no/such/"),
+        (["model", "--data", "text", "--json", "no/such/f.json"], 2, "the folder no/such/ does not exist"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
         (["nowhere", "--data", "text"], 1, "nowhere: no such file or folder"),
         (["model", "--data", "none"], 1, "data 'none': no such data set (data/ has pairs, text)"),
@@ -142,6 +142,6 @@ def test_mistakes_are_one_line(options, code, said, user, capsys):
         raise SystemExit(evaluate.main(options))
     assert stop.value.code == code
     printed = capsys.readouterr()
-    assert printed.err.removeprefix("python -m ").startswith("gpt2.evaluate: ")
+    assert printed.err.removeprefix("python -m ").startswith("gpt2.evaluate: error: ")
     assert said in printed.err
     assert printed.err.count("\n") == 1

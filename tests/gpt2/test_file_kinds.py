@@ -72,7 +72,7 @@ def test_a_file_is_named_for_what_it_is(name, tmp_path, capsys):
     assert kind in kind_of(file)
     assert convert.main([str(file), str(tmp_path / "out"), "--to", "hf"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"gpt2.convert: {file}: it is ")
+    assert line.startswith(f"gpt2.convert: error: {file}: it is ")
     assert kind in line
 
 

@@ -319,7 +319,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, message
     assert report.main(arguments) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith(f"gpt2.report: {message}")
+    assert said.err.startswith(f"gpt2.report: error: {message}")
     assert len(said.err.splitlines()) == 1
 
 

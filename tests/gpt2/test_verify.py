@@ -65,7 +65,7 @@ def test_command_line(capsys):
     table = capsys.readouterr().out
     assert table.count("  ok\n") == 2 * 28
     assert "h.1.attn.c_attn.bias           (36,)" in table
-    assert table.endswith("every gradient is right\n")
+    assert table.endswith("all gradients are correct\n")
 
 
 def test_command_line_fails_with_the_gradients(monkeypatch, capsys):
@@ -89,7 +89,7 @@ def small_nano(monkeypatch):
 
 def engine_results(model, tokens, dtype):
     """What parity.torch_results gives, computed by this engine: for tests of everything but the numbers."""
-    assert model.dtype == dtype
+    assert model.precision.name == dtype
     found = {"tokens": tokens}
     found |= {f"activation.{site}": x for site, x in parity.engine_activations(model, tokens[:, :-1]).items()}
     with no_grad():
@@ -176,7 +176,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
     report = json.loads(json_file.read_text())
     case = report["cases"][0]
     assert (report["ok"], case["ok"], case["first_deviation"]) == (False, False, first)
-    assert f"the first that deviates: {first}\n" in capsys.readouterr().out
+    assert f"the first that differs: {first}\n" in capsys.readouterr().out
 
 
 def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
@@ -254,7 +254,7 @@ def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, cap
         ([], "nothing to verify: give --against, --preset or --gradients"),
         (["--against", "gpt2", "--preset", "nano"], "give one of them"),
         (["--preset", "nona"], "invalid choice: 'nona'"),
-        (["--preset", "nano", "--json", "no/such/f.json"], "no/such/f.json: there is no folder no/such/"),
+        (["--preset", "nano", "--json", "no/such/f.json"], "no/such/f.json: the folder no/such/ does not exist"),
         (["--preset", "nano", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--gradients", "--record", "file"], "--record needs --preset, or --against with a model"),
         (["--preset", "nano"], 'is not installed: pip install -e ".[parity]"'),
@@ -267,7 +267,7 @@ def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
         raise SystemExit(verify.main(options))
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.removeprefix("python -m ").startswith("gpt2.verify: ")
+    assert printed.removeprefix("python -m ").startswith("gpt2.verify: error: ")
     assert said in printed
     assert printed.count("\n") == 1
 
@@ -296,7 +296,7 @@ def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
     kernels = get_backend().kernels
     monkeypatch.setattr(kernels, "gelu_forward", kernels.gelu_exact_forward)
     assert verify.main(["--against", str(tmp_path)]) == 1
-    assert "the first that deviates: activation.h.0.mlp\n" in capsys.readouterr().out
+    assert "the first that differs: activation.h.0.mlp\n" in capsys.readouterr().out
 
 
 @pytest.mark.parity

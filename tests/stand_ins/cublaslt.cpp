@@ -123,6 +123,7 @@ int put(T& field, const void* value, size_t size) {
 
 extern "C" {
 const char* cublaslt_complaint() { return complaint; }
+int cublaslt_products[2];  // of float32 operands: in float32, in TF32
 
 int cublasLtCreate(Handle** h) { return *h = new Handle, OK; }
 int cublasLtMatmulDescCreate(Operation** o, int compute, int scale) {
@@ -196,6 +197,7 @@ int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, L
     for (uint64_t l = 0; l < k; l++) left[i * k + l] = load(A, a->type, o->ta ? l + i * a->ld : i + l * a->ld);
   for (uint64_t j = 0; j < n; j++)
     for (uint64_t l = 0; l < k; l++) right[j * k + l] = load(B, b->type, o->tb ? j + l * b->ld : l + j * b->ld);
+  if (a->type == R32F) cublaslt_products[o->compute == 77]++;
   if (o->compute == 77) {
     for (float& x : left) x = round_to(x, 13);
     for (float& x : right) x = round_to(x, 13);

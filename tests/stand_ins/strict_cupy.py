@@ -12,6 +12,8 @@ It computes with NumPy and refuses or counts what CuPy refuses or what would be 
   - bfloat16 arrays are ml_dtypes', which NumPy computes with otherwise than CuPy 14 does: sums and products of matrices
     are made in float32 and rounded once; a product of more than two axes raises, as it fails in CuPy, and so does
     arithmetic with a Python number, whose dtype the two do not agree on;
+  - products of float32 matrices are rounded as TF32 where CuPy's compute type says so; `device.products` counts them by
+    that type;
   - kernels of a RawModule are compiled for the CPU and run at once, by the simulator in tests/stand_ins/cudasim.
 
 Copies between pinned memory and the device are late, as they can be on a device: they take place when somebody waits.
@@ -32,7 +34,7 @@ import threading
 import time
 import types
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +74,7 @@ class Device:
     def reset(self) -> None:
         """Start counting from zero, and forget what was launched."""
         self.launches = self.syncs = self.waits = self.float64 = self.pinned = 0
+        self.products: Counter[str] = Counter()  # of float32 matrices: "float32" and "tf32"
         self.submitted = self.finished = 0
         self.clusters = 16  # that run at the same time
         self._queue: deque[Callable[[], None]] = deque()
@@ -215,6 +218,11 @@ def _call(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) ->
     with np.errstate(all="ignore"):  # a device warns of nothing
         if any(x.dtype == bfloat16 for x in _arrays(inputs)) and (name in PRODUCTS or name in SUMS):
             result = _in_bfloat16(name, function, args, kwargs)
+        elif name in PRODUCTS and all(x.dtype == np.float32 for x in _arrays(inputs)):
+            tf32 = Linalg.compute_type == Linalg.COMPUTE_TYPE_TF32
+            device.products["tf32" if tf32 else "float32"] += 1
+            operands = [_to_tf32(x) if tf32 and isinstance(x, np.ndarray) else x for x in args]
+            result = function(*operands, **kwargs)
         else:
             result = function(*args, **kwargs)
     shared = name in VIEWS and all(any(np.may_share_memory(r, x) for x in _arrays(inputs)) for r in _arrays([result]))
@@ -239,6 +247,31 @@ def _in_bfloat16(name: str, function: Callable, args: tuple, kwargs: dict[str, A
         return result
     out[...] = result
     return out
+
+
+def _to_tf32(x: np.ndarray) -> np.ndarray:
+    """Rounded to 10 bits of mantissa, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + np.uint32(0xFFF) + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32).reshape(x.shape)
+
+
+class Linalg:
+    """CuPy's module of matrix products; how they are computed is a setting of the process."""
+
+    COMPUTE_TYPE_DEFAULT, COMPUTE_TYPE_TF32 = 1, 7
+    compute_type = COMPUTE_TYPE_DEFAULT
+
+    @staticmethod
+    def get_compute_type(dtype: str) -> int:
+        """How products of this dtype are computed."""
+        assert dtype == "f"
+        return Linalg.compute_type
+
+    @staticmethod
+    def set_compute_type(dtype: str, compute_type: int) -> None:
+        """Compute products of this dtype so from now on."""
+        assert dtype == "f"
+        Linalg.compute_type = compute_type
 
 
 def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -642,11 +675,7 @@ class Library:
             runtimeGetVersion=lambda: 0,
         ),
     )
-    _core = types.SimpleNamespace(
-        _routines_linalg=types.SimpleNamespace(
-            COMPUTE_TYPE_TF32=7, COMPUTE_TYPE_DEFAULT=0, set_compute_type=lambda dtype, compute_type: None
-        )
-    )
+    _core = types.SimpleNamespace(_routines_linalg=Linalg)
 
     def get_default_memory_pool(self) -> _MemoryPool:
         return _MemoryPool()

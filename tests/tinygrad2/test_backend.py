@@ -435,7 +435,7 @@ def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
     run("out", "cuda", 9, "--eval-interval", "0", code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*\n",
+        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*\n",
         error,
     )
     assert [row["step"] for row in log("out")] == [1, 2]
@@ -449,8 +449,8 @@ def test_train_gives_the_arithmetic_where_memory_runs_out(user, monkeypatch, cap
     run("out", "cuda", 9, code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB and temporary arrays; "
-        r"3.22 of the device's 4.29 GB are free; use a smaller --batch-size, .*\n",
+        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB and temporary "
+        r"arrays; 3.22 of the device's 4.29 GB are free; use a smaller --batch-size, .*\n",
         error,
     )
 

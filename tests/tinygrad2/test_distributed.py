@@ -16,6 +16,7 @@ from gpt2.config import is_matrix
 from tests.stand_ins import nccl as fake_nccl
 from tests.stand_ins import strict_cupy
 from tests.stand_ins.thread_comm import ThreadComm, on_ranks
+from tests.tinygrad2.copies import with_copies
 from tinygrad2 import Key, Tensor, backend, distributed, nn, optim, params, recompute
 from tinygrad2.distributed import Comm, MPIComm, NcclComm, SoloComm, fair_threads, share
 from tinygrad2.gradient_sum import GradientSum
@@ -141,7 +142,8 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
         runtime=types.SimpleNamespace(getDeviceCount=lambda: 4, CUDARuntimeError=RuntimeError),
         Device=lambda number: types.SimpleNamespace(use=lambda: used.append(number)),
     )
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=None))
+    core = types.SimpleNamespace(_routines_linalg=strict_cupy.Linalg)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=None, _core=core))
     for number in (0, 3, 5):
         monkeypatch.setattr(backend, "_backends", {})
         monkeypatch.setattr(backend, "_by_type", {})
@@ -223,7 +225,7 @@ def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make
 
 def test_copies_in_bfloat16_follow_what_other_ranks_updated():
     def rank(comm):
-        model = GPT2(CONFIG).hold_copies()
+        model = with_copies(GPT2(CONFIG))
         optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm)
         for region in optimizer.arena.regions:
             region.grads[...] = np.random.default_rng(0).standard_normal(region.grads.shape)

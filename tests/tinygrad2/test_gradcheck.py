@@ -39,10 +39,15 @@ GIVES = {
 }
 PLANTS = [(name, part) for name, (returned, buffers) in GIVES.items() for part in (*range(returned), *buffers)]
 WITHOUT_KERNELS = {  # of their own
+    "_shift_backward": tensor,
+    "_scale_backward": tensor,
+    "_negate_backward": tensor,
+    "_astype_backward": tensor,
     "_reshape_backward": tensor,
     "_transpose_backward": tensor,
     "_recompute_backward": tensor,
     "_lm_head_in_chunks_backward": ops,
+    "_logits_backward": ops,
 }
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.stand_ins import strict_cupy
-from tinygrad2 import Key, Tensor, nn, no_grad, ops, random
+from tinygrad2 import Key, Tensor, nn, no_grad, ops, optim, random
+from tinygrad2.precision import BFLOAT16_WEIGHTS, FLOAT32
 
 R = np.random.default_rng(0)
 
@@ -44,7 +45,7 @@ def test_n_parameters():
 
 def test_layers_call_their_operations():
     x, tokens = Tensor(R.normal(size=(2, 5, 3))), np.array([[1, 0, 1]])
-    linear, norm = nn.Linear(3, 4, dtype="float64"), nn.LayerNorm(3, eps=0.1, dtype="float64")
+    linear, norm = nn.Linear(3, 4, precision="float64"), nn.LayerNorm(3, eps=0.1, precision="float64")
     linear.bias.data = R.normal(size=4)
     norm.weight.data, norm.bias.data = R.normal(size=3), R.normal(size=3)
     table = nn.Embedding(7, 2)
@@ -59,9 +60,9 @@ def test_layers_call_their_operations():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_initial_values(dtype):
     linear, norm, table = (
-        nn.Linear(400, 100, dtype=dtype),
-        nn.LayerNorm(4, dtype=dtype),
-        nn.Embedding(400, 90, dtype=dtype),
+        nn.Linear(400, 100, precision=dtype),
+        nn.LayerNorm(4, precision=dtype),
+        nn.Embedding(400, 90, precision=dtype),
     )
     assert linear.weight.data.std() == pytest.approx(1 / math.sqrt(400), rel=0.03)
     assert table.weight.data.std() == pytest.approx(0.02, rel=0.03)
@@ -71,8 +72,65 @@ def test_initial_values(dtype):
     assert {p.dtype for layer in (linear, norm, table) for p in layer.parameters()} == {np.dtype(dtype)}
 
 
-def test_layers_without_an_initializer_differ():
-    assert (nn.Linear(3, 4).weight.data != nn.Linear(3, 4).weight.data).all()
+class Chain(nn.Module):
+    """Modules that were made elsewhere."""
+
+    def __init__(self, *modules):
+        self.modules_in_order = list(modules)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        self.inner = [MLP(), MLP()]
+        self.head = nn.Linear(3, 4)
+
+
+MAKERS = {
+    "constructed inside": Nested,
+    "passed": lambda: Chain(nn.Linear(3, 4), nn.Linear(3, 4), nn.Embedding(3, 4), nn.Linear(3, 4)),
+    "passed, nested": lambda: Chain(Chain(nn.Linear(3, 4), nn.Linear(3, 4)), MLP(), MLP(), nn.Linear(3, 4)),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_layers_without_an_initializer_differ(make):
+    weights = [p.data for p in make().parameters() if p.ndim == 2]
+    directions = [w.reshape(-1)[:6] / np.linalg.norm(w.reshape(-1)[:6]) for w in weights]
+    for i, first in enumerate(directions):
+        for second in directions[:i]:
+            assert np.abs(first - second).max() > 0.01
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_initial_values_do_not_depend_on_what_was_constructed_before(make):
+    first = make()
+    kept = [nn.Linear(2, 2), MLP()]
+    for p, q in zip(first.parameters(), make().parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
+    np.testing.assert_array_equal(kept[0].weight.data, nn.Linear(2, 2).weight.data)
+
+
+def test_a_layer_keeps_values_that_were_assigned_before_it_became_part_of_a_model():
+    layers = [nn.Linear(3, 4) for _ in range(3)]
+    first = layers[0].weight.data.copy()
+    layers[1].weight.data[...] = 7
+    chain = Chain(*layers, layers[0])
+    np.testing.assert_array_equal(chain.modules_in_order[0].weight.data, first)
+    assert (layers[1].weight.data == 7).all()
+    assert (layers[2].weight.data != first).all()
+
+
+def test_a_constructor_that_fails_leaves_nothing_behind():
+    class Fails(nn.Module):
+        def __init__(self):
+            self.layer = nn.Linear(3, 4)
+            raise KeyError
+
+    expected = MLP()
+    with pytest.raises(KeyError):
+        Fails()
+    for p, q in zip(expected.parameters(), MLP().parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
 
 
 def test_initializers():
@@ -85,7 +143,7 @@ def test_initializers():
 
 def test_a_network_learns():
     """A small network of these layers fits a function: everything from the layers to the gradients plays together."""
-    net = [nn.Linear(1, 16, dtype="float64"), nn.Linear(16, 1, dtype="float64")]
+    net = [nn.Linear(1, 16, precision="float64"), nn.Linear(16, 1, precision="float64")]
     x = Tensor(np.linspace(-2, 2, 32)[:, None])
     losses = []
     for _ in range(300):
@@ -100,8 +158,13 @@ def test_a_network_learns():
 
 
 def test_wrong_dtype_and_device():
-    with pytest.raises(ValueError, match=r"^dtype 'int8' is not supported; choose one of float32, float64$"):
-        nn.Linear(1, 1, dtype="int8")
+    names = "float32, tf32, bfloat16, float64, bfloat16_weights"
+    for name in ("int8", np.int8, "float16", "fp32"):
+        with pytest.raises(ValueError, match=rf"^dtype '\w+' is not supported; choose one of {names}$"):
+            nn.Linear(1, 1, precision=name)
+    for name in ("tf32", "bfloat16"):
+        with pytest.raises(ValueError, match=rf"^Embedding: {name} needs a GPU$"):
+            nn.Embedding(1, 1, precision=name)
     with pytest.raises(ValueError, match=r"^device 'tpu' is unknown; choose one of auto, cpu, cuda$"):
         nn.LayerNorm(1, device="tpu")
 
@@ -120,9 +183,9 @@ def test_a_shared_parameter_counts_once_under_its_first_name():
 
 class Small(nn.Module):
     def __init__(self, dtype="float32"):
-        self.table = nn.Embedding(7, 6, dtype=dtype)
-        self.first, self.second = nn.Linear(6, 5, dtype=dtype), nn.Linear(5, 7, bias=False, dtype=dtype)
-        self.norm = nn.LayerNorm(6, dtype=dtype)
+        self.table = nn.Embedding(7, 6, precision=dtype)
+        self.first, self.second = nn.Linear(6, 5, precision=dtype), nn.Linear(5, 7, bias=False, precision=dtype)
+        self.norm = nn.LayerNorm(6, precision=dtype)
 
     def __call__(self, tokens):
         return self.second(self.first(self.norm(self.table(tokens))))
@@ -135,21 +198,24 @@ def rounded(array):
 
 
 @pytest.mark.parametrize("placed", [False, True])
-def test_narrow_rounds_the_matrices_and_nothing_else(placed):
+def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(placed):
     model, tokens = Small(), [[1, 6, 3]]
     if placed:
         model.arena()
     before = {name: p.data.copy() for name, p in model.named_parameters()}
-    assert model.narrow() is model
+    assert model.to(precision="bfloat16_weights") is model
     for name, p in model.named_parameters():
         if p.ndim == 2:
             assert p.dtype.name == "bfloat16"
+            assert p.data.nbytes == before[name].nbytes // 2
             np.testing.assert_array_equal(p.data.astype(np.float32), rounded(before[name]))
             assert (p.data.astype(np.float32) != before[name]).any()
         else:
             assert p.dtype == np.float32
             np.testing.assert_array_equal(p.data, before[name])
-    assert {p.data.dtype.name for p in model.narrow().parameters()} == {"bfloat16", "float32"}  # a second time: nothing
+    data = [p.data for p in model.parameters()]
+    model.to("cpu", BFLOAT16_WEIGHTS)  # a second time: nothing
+    assert all(p.data is values for p, values in zip(model.parameters(), data, strict=True))
     wide = Small()
     for p, q in zip(wide.parameters(), model.parameters(), strict=True):
         p.data = q.data.astype(np.float32)
@@ -157,22 +223,70 @@ def test_narrow_rounds_the_matrices_and_nothing_else(placed):
         got, expected = model(tokens).data, wide(tokens).data
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(Small("bfloat16_weights").named_parameters(), model.parameters(), strict=True):
+        assert p.dtype == q.dtype
+        p.data = before[name]
+        np.testing.assert_array_equal(p.data, q.data)
 
 
-def test_what_is_narrow_cannot_be_trained():
-    model = Small().narrow()
+def test_weights_in_bfloat16_cannot_be_trained():
+    model = Small().to(precision="bfloat16_weights")
     with pytest.raises(
-        TypeError, match=r"^embedding: weights held in bfloat16 have no gradients; compute inside no_grad\(\)$"
+        TypeError, match=r"^embedding: wte is held in bfloat16 alone and has no gradient; compute inside no_grad\(\)$"
     ):
         model([[1, 2]])
     with pytest.raises(TypeError, match=r"^ParameterArena: .* use one dtype$"):
         model.arena()
 
 
-def test_narrow_on_a_device_says_where_such_weights_are_read():
+def test_a_device_that_lacks_a_precision_is_named_and_nothing_changes():
     with strict_cupy.registered():
         model = Small().to("cuda")
-        with pytest.raises(ValueError, match=r"^bfloat16: .* on the CPU only; the model is on cuda; move it with"):
-            model.narrow()
+        for precision, message in (
+            (
+                "bfloat16_weights",
+                r"bfloat16_weights \(weights in bfloat16, nothing else\) is supported on the CPU only",
+            ),
+            ("bfloat16", "bfloat16 needs the CUDA kernels"),
+        ):
+            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; give another precision too, as in to"):
+                model.to(precision=precision)
         assert {p.dtype.name for p in model.parameters()} == {"float32"}
-        assert model.to("cpu").narrow().table.weight.dtype.name == "bfloat16"
+        assert model.table.precision is FLOAT32
+        model.to(precision="tf32")
+        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; give another precision too"):
+            model.to("cpu")
+        assert {p.backend.device for p in model.parameters()} == {"cuda"}
+        assert model.to("cpu", "bfloat16_weights").table.weight.dtype.name == "bfloat16"
+
+
+def test_another_precision_converts_values_and_drops_gradients():
+    model = Small()
+    before = [p.data.copy() for p in model.parameters()]
+    optimizer = optim.AdamW(model)
+    model([[1, 2]]).sum().backward()
+    optimizer.step()
+    arena, after = model.arena(), [p.data.copy() for p in model.parameters()]
+    model.to(precision="float64")
+    assert model.arena() is not arena
+    assert model([[1, 2]]).dtype == np.float64
+    assert any((values != old).any() for values, old in zip(after, before, strict=True))
+    for p, values in zip(model.parameters(), after, strict=True):
+        assert p.dtype == np.float64
+        np.testing.assert_array_equal(p.data, values)
+        assert not p.grad.any()
+    model([[1, 2]]).sum().backward()
+    optimizer.step()
+    assert {array.dtype.name for part in optimizer.parts for array in part.state} == {"float64"}
+
+
+@pytest.mark.parametrize(("layers", "given"), [("float32", "float64"), ("float64", "float32")])
+def test_a_layer_and_an_input_of_different_precision_are_refused_in_one_line(layers, given):
+    x = Tensor(np.ones((2, 3), given))
+    for layer, name in (
+        (nn.Linear(3, 3, precision=layers), "linear"),
+        (nn.LayerNorm(3, precision=layers), "layernorm"),
+    ):
+        with pytest.raises(TypeError) as raised:
+            layer(x)
+        assert str(raised.value) == f"{name}: weight is {layers}; expected {given}, as the activations require"

@@ -6,7 +6,8 @@ from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config
 from tests.stand_ins import strict_cupy
-from tinygrad2 import Key, Tensor, nn, ops, params
+from tests.tinygrad2.copies import copy_of, with_copies
+from tinygrad2 import Key, Tensor, nn, ops, optim, params
 from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena
 
@@ -139,7 +140,7 @@ def test_a_parameter_outside_an_arena_clears_its_gradient():
     np.testing.assert_array_equal(p.grad, [2, 2])
     p.grad = None
     assert p.grad is None
-    with pytest.raises(ValueError, match="grad of shape"):
+    with pytest.raises(ValueError, match="grad has shape"):
         p.grad = np.ones(3)
 
 
@@ -177,11 +178,11 @@ def test_wrong_parameters():
         ParameterArena(mixed)
 
 
-def test_narrow_leaves_the_arena_and_halves_the_memory():
+def test_bfloat16_leaves_the_arena_and_halves_the_memory():
     arena = arena_of(w=[[1, 2 + 2**-9]], b=[3])
     w = arena.parameters["w"]
     (w * 3).sum().backward()
-    w.narrow()
+    w.convert(w.backend, "bfloat16", None)
     assert (w.dtype.name, w.data.nbytes, w.grad) == ("bfloat16", 4, None)
     assert w.data.tolist() == [[1, 2]]
     w.data = np.array([[5, 6]], np.float32)
@@ -190,29 +191,51 @@ def test_narrow_leaves_the_arena_and_halves_the_memory():
 
 
 def rounded(p):
-    """Whether operations read the values of this parameter rounded to bfloat16."""
-    data, compute = p.backend.to_host(p.data), p.backend.to_host(p.compute)
-    assert compute.dtype == bfloat16
-    return np.array_equal(compute, data.astype(bfloat16))
+    """Whether layers in bfloat16 read the values of this parameter rounded to bfloat16."""
+    copy = copy_of(p)
+    assert copy.dtype == bfloat16
+    return np.array_equal(copy, p.backend.to_host(p.data).astype(bfloat16))
 
 
-def test_what_operations_read_is_the_data_or_the_copy():
+def test_what_layers_read_is_the_data_or_the_copy():
     x, p = Tensor(np.ones(2)), Parameter(np.full(2, 1.003, np.float32))
-    assert x.compute is x.data
-    assert p.compute is p.data
-    p.hold_copy()
-    assert p.compute.tolist() == [1, 1]
+    assert x.read_as("float64", "x") is x.data
+    assert p.read_as("float32", "p") is p.data
+    with pytest.raises(TypeError, match=r"^p is float32; expected bfloat16, as the activations require$"):
+        p.read_as("bfloat16", "p")
+    p.convert(p.backend, "float32", "bfloat16")
+    assert p.read_as("float32", "p") is p.data
+    assert copy_of(p).tolist() == [1, 1]
     assert p.dtype == np.float32
     assert rounded(p)
+    with pytest.raises(TypeError, match=r"^linear: weight is float32; expected float64, as the activations require$"):
+        p.read_as("float64", "linear: weight")
+
+
+@pytest.mark.parametrize("copy", [None, "bfloat16"])
+def test_methods_and_operators_act_on_the_data_whatever_is_copied(copy):
+    p = Parameter(np.array([[1.003, 2.003, 3], [4, 5, 6.003]], np.float32), copy)
+    for got, expected in (
+        (p.transpose(), p.data.T),
+        (p.reshape(3, 2), p.data.reshape(3, 2)),
+        (p[1], p.data[1]),
+        (p * 1, p.data),
+        (p @ p.transpose(), p.data @ p.data.T),
+        (p.sum(axis=0), p.data.sum(axis=0)),
+    ):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got.data, expected)
+    (p.transpose() * 2).sum().backward()
+    np.testing.assert_array_equal(p.grad, np.full((2, 3), 2, np.float32))
 
 
 def test_the_copy_follows_the_data_into_the_arena_and_within_it():
-    p, q = Parameter(np.full((2, 2), 0.3, np.float32), copy=True), Parameter(np.full(3, 0.7, np.float32), copy=True)
+    p, q = (Parameter(np.full(shape, 0.3, np.float32), "bfloat16") for shape in ((2, 2), 3))
     p.data = np.full((2, 2), 0.1, np.float32)
     assert rounded(p)
     arena = ParameterArena([("p", p), ("q", q)])
     for parameter, region in zip((p, q), arena.regions, strict=True):
-        assert np.shares_memory(parameter.compute, region.copies)
+        assert np.shares_memory(copy_of(parameter), region.copies)
         assert rounded(parameter)
         assert region.copies.dtype == bfloat16
     p.data = np.full((2, 2), 0.9, np.float32)
@@ -229,35 +252,118 @@ def test_without_copies_the_regions_have_none():
     arena = arena_of(w=[[1, 2]], b=[3])
     assert [region.copies for region in arena.regions] == [None, None]
     arena.refresh_copies()
-    assert arena.parameters["w"].compute is arena.parameters["w"].data
+    assert arena.parameters["w"].copy_dtype is None
 
 
 def test_copies_of_some_parameters_only_are_refused():
-    a, b = Parameter(np.ones(2), copy=True), Parameter(np.ones(2))
-    with pytest.raises(TypeError, match=r"^ParameterArena: some parameters hold a bfloat16 copy .*; a differs"):
+    a, b = Parameter(np.ones(2), "bfloat16"), Parameter(np.ones(2))
+    with pytest.raises(TypeError, match=r"^ParameterArena: the copy of a is bfloat16, .* others are None; use one"):
         ParameterArena([("a", a), ("b", b)])
 
 
-def test_moving_and_narrowing_drop_the_copy():
-    p, q = (Parameter(np.full(2, 0.3, np.float32), copy=True) for _ in range(2))
-    q.narrow()
-    assert q.compute is q.data
+def test_the_copy_follows_to_another_device():
+    p = Parameter(np.full(2, 0.3, np.float32), "bfloat16")
     with strict_cupy.registered():
-        p.move(get_backend("cuda"))
-        assert p.compute is p.data
-        p.hold_copy()
+        p.convert(get_backend("cuda"), p.dtype, p.copy_dtype)
         assert rounded(p)
         p.data = np.full(2, 0.6, np.float32)
         assert rounded(p)
-        p.move(get_backend("cpu"))
-    assert p.compute is p.data
+        p.convert(get_backend("cpu"), p.dtype, p.copy_dtype)
+        assert rounded(p)
+    p.convert(p.backend, p.dtype, None)
+    assert p.copy_dtype is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_model_holds_copies(device):
+def test_a_model_with_copies(device):
     with strict_cupy.registered():
-        model = GPT2(CONFIG)
-        before = model.arena()
-        model.to(device).hold_copies()
-        assert model.arena() is not before
+        model = with_copies(GPT2(CONFIG)).to(device)
         assert all(rounded(p) for p in model.parameters())
+        model.arena()
+        assert all(rounded(p) for p in model.parameters())
+
+
+class TestOptimizersTakeModulesOrParameters:
+    @staticmethod
+    def trained(given, steps=3):
+        model = nn.Linear(3, 2, init=nn.normal_init(0.5, Key(1)))
+        optimizer = optim.AdamW(given(model), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(Tensor(np.ones((1, 3), "float32"))) ** 2).sum().backward()
+            optimizer.step()
+        return model
+
+    @pytest.mark.parametrize(
+        "given", [nn.Module.parameters, lambda m: list(m.parameters()), lambda m: (m.bias, m.weight)]
+    )
+    def test_the_same_steps(self, given):
+        expected, model = self.trained(lambda m: m), self.trained(given)
+        np.testing.assert_array_equal(model.weight.numpy(), expected.weight.numpy())
+        np.testing.assert_array_equal(model.bias.numpy(), expected.bias.numpy())
+
+    def test_some_parameters(self):
+        model = nn.Linear(3, 2)
+        before = model.bias.numpy().copy()
+        optimizer = optim.SGD([model.weight], lr=0.1)
+        model(Tensor(np.ones((1, 3), "float32"))).sum().backward()
+        optimizer.step()
+        np.testing.assert_array_equal(model.bias.numpy(), before)
+
+    def test_a_second_optimizer_of_the_same_parameters_shares_the_arena(self):
+        model = nn.Linear(3, 2)
+        first, second = optim.AdamW(model.parameters()), optim.SGD(model)
+        assert first.arena is second.arena is model.arena()
+
+    def test_an_optimizer_of_a_part_of_another_ones_is_refused(self):
+        model = nn.Linear(3, 2)
+        optimizer = optim.AdamW(model)
+        with pytest.raises(ValueError, match=r"^ParameterArena: 0 is in the arena of another module or optimizer"):
+            optim.AdamW([model.weight])
+        del optimizer
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (lambda m: m.weight, "item 0 of the parameters is of type Tensor"),
+            (
+                lambda m: [m.weight.data],
+                "item 0 of the parameters is of type ndarray; expected a module, or an iterable",
+            ),
+            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters is of type dict"),
+            (lambda m: 3, "item 0 of the parameters is of type int"),
+            (lambda m: m.named_parameters(), "item 0 of the parameters is of type tuple"),
+        ],
+    )
+    def test_anything_else_is_an_error_of_one_line(self, given, message):
+        with pytest.raises(TypeError, match=message):
+            optim.AdamW(given(nn.Linear(3, 2)))
+
+    def test_the_arena_follows_the_parameters_to_another_device(self):
+        model = nn.Linear(3, 2)
+        optimizer = optim.AdamW(model.parameters())
+        with strict_cupy.registered():
+            model.to("cuda")
+            model(Tensor(np.ones((1, 3), "float32")).to("cuda")).sum().backward()
+            before = model.weight.numpy()
+            optimizer.step()
+            assert model.weight.backend.device == "cuda"
+            assert np.abs(model.weight.numpy() - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("value", [np.ones((3, 2)), Tensor(np.ones((3, 2))), 1.0])
+def test_an_array_does_not_replace_a_parameter(value):
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        TypeError, match=r"^Linear.weight is a parameter, and .* is not; copy the values into it: module.we"
+    ):
+        model.weight = value
+    model.weight.data = np.ones((3, 2))
+    other = nn.Linear(3, 2)
+    other.weight = model.weight  # tied, before there is an optimizer
+    optimizer = optim.AdamW(other)
+    with pytest.raises(
+        TypeError, match=r"^Linear.weight belongs to an optimizer, which would not see the new parameter"
+    ):
+        other.weight = Parameter(np.ones((3, 2)))
+    del optimizer

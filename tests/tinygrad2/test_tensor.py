@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tinygrad2 import Key, Tensor, no_grad, ops, recompute
+from tinygrad2.gradcheck import check
 from tinygrad2.tensor import record
 
 R = np.random.default_rng(0)
@@ -56,10 +57,32 @@ def test_matmul_is_numpys(shapes):
     np.testing.assert_array_equal((a.data @ b).data, a.data @ b.data)
 
 
-@pytest.mark.parametrize("shapes", [((3,), (3, 4)), ((2, 3), (3,)), ((2, 3), (4, 3))])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3), (4, 3)), ((2, 2, 3), (3, 3, 4)), ((3,), (4,)), ((3,), (2, 4)), ((2, 3), (2,))]
+)
 def test_matmul_refuses_what_does_not_fit(shapes):
-    with pytest.raises(ValueError, match=r"^@: shapes .*; expected \(\.\.\., m, k\) @ \(\.\.\., k, n\)$"):
+    with pytest.raises(ValueError, match=r"^@: shapes \(.*\) and \(.*\); expected \(\.\.\., m, k\)"):
         leaf(*shapes[0]) @ leaf(*shapes[1])
+
+
+def test_matmul_needs_an_axis():
+    with pytest.raises(ValueError, match=r"^@: shapes \(\) and \(2, 3\); expected"):
+        leaf() @ leaf(2, 3)
+    with pytest.raises(ValueError, match=r"^@: shapes \(2, 3\) and \(\); expected"):
+        leaf(2, 3) @ 2.0
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 4)), ((5, 2, 3), (3,)), ((3,), (5, 3, 4)), ((0,), (0,)), ((0,), (0, 2))],
+)
+def test_matmul_of_vectors_is_numpys_with_gradients(shapes):
+    a, b = (leaf(*shape) for shape in shapes)
+    y = a @ b
+    np.testing.assert_allclose(y.data, a.data @ b.data, rtol=1e-14)
+    assert y.shape == (a.data @ b.data).shape
+    assert (a.data @ b).shape == (a @ b.data).shape == y.shape
+    assert all(error < 1e-7 for error in check(lambda a, b: a @ b, [a, b]))
 
 
 def test_functions_are_numpys():
@@ -92,9 +115,9 @@ def test_reductions_are_numpys(axis, keepdims):
 
 
 def test_a_wrong_axis_is_named():
-    with pytest.raises(ValueError, match=r"^axis 2 is out of range for a tensor of 2 axes$"):
+    with pytest.raises(ValueError, match=r"^sum: axis 2 is out of range for a tensor of 2 axes$"):
         leaf(2, 3).sum(2)
-    with pytest.raises(ValueError, match=r"^axis -3 is out of range for a tensor of 2 axes$"):
+    with pytest.raises(ValueError, match=r"^max: axis -3 is out of range for a tensor of 2 axes$"):
         leaf(2, 3).max((0, -3))
 
 
@@ -179,11 +202,21 @@ def test_a_sum_to_a_scalar_keeps_its_dtype_and_digits(dtype):
 def test_properties():
     x = leaf(2, 3)
     assert (x.shape, x.ndim, x.size, len(x), x.dtype) == ((2, 3), 2, 6, 2, np.float64)
-    assert repr(Tensor([1.0])) == "Tensor(array([1.], dtype=float32))"
-    assert repr(Tensor([1.0], requires_grad=True)) == "Tensor(array([1.], dtype=float32), requires_grad=True)"
     assert Tensor([[2.5]]).item() == 2.5
-    with pytest.raises(ValueError, match="size 1"):
+    with pytest.raises(ValueError, match=r"^item\(\): the tensor has shape \(2, 3\); expected one element$"):
         x.item()
+
+
+def test_repr_shows_values_shape_dtype_device_and_the_operation():
+    x = Tensor([1.0], requires_grad=True)
+    assert repr(Tensor([1.0])) == "Tensor([1.], shape=(1,), dtype=float32, device=cpu)"
+    assert repr(x) == "Tensor([1.], shape=(1,), dtype=float32, device=cpu, requires_grad=True)"
+    for y, operation in ((x * x, "multiply"), (x[0], "getitem"), (ops.linear(x, Tensor([[1.0]])), "linear")):
+        assert repr(y).endswith(f", device=cpu, made by {operation})")
+    y = (x * x).sum()
+    y.backward()
+    assert repr(y) == "Tensor(1., shape=(), dtype=float32, device=cpu, made by sum)"
+    assert len(repr(Tensor(np.zeros((1000, 1000))))) < 500
 
 
 def test_only_floating_point_leaves():
@@ -251,6 +284,41 @@ def test_an_operation_of_ones_own_is_two_functions():
     x = leaf(3)
     cube(x * 2).sum().backward()
     np.testing.assert_allclose(x.grad, 24 * x.data**2, rtol=1e-14)
+
+
+def test_memory_is_shared_where_the_documentation_says_so():
+    x = leaf(2, 3)
+    for view in (x.transpose(), x.reshape(6), x[:1], x.T):
+        assert np.shares_memory(view.data, x.data)
+    dy = np.ones((2, 3))
+    x.reshape(2, 3).backward(dy)
+    x.grad[0] = 9
+    np.testing.assert_array_equal(dy, 1)
+    (x + 0).backward([[1, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(x.grad, [[10, 11, 12], [5, 6, 7]])
+    y = (x * x).sum()
+    x.data[...] = 7  # a write into the array, which is not noticed: the saved values are those of now
+    x.grad = None
+    y.backward()
+    np.testing.assert_array_equal(x.grad, np.full((2, 3), 14.0))
+
+
+@pytest.mark.extras("torch")
+@pytest.mark.parametrize("exponent", [0, 1, 2, 3, -1, -2, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -2.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.filterwarnings("ignore")
+def test_powers_at_the_edges_are_pytorchs(exponent, dtype):
+    torch = pytest.importorskip("torch")
+    """Where PyTorch computes powers 0.5 and -0.5 by square roots, -0 and -inf give other signs than IEEE 754's pow."""
+    edges = [] if abs(exponent) == 0.5 else [-0.0, -np.inf]
+    values = np.array([-2.0, -0.5, 0.0, 0.5, 1.0, 2.0, np.inf, np.nan, *edges], dtype)
+    x, t = Tensor(values, requires_grad=True), torch.tensor(values, requires_grad=True)
+    (x**exponent).backward(np.ones(len(values), dtype))
+    (t**exponent).backward(torch.ones_like(t))
+    np.testing.assert_allclose((x**exponent).numpy(), (t**exponent).detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(x.grad, t.grad.numpy(), rtol=1e-6)
+    infinite = np.isinf(x.grad)
+    np.testing.assert_array_equal(np.sign(x.grad[infinite]), np.sign(t.grad.numpy()[infinite]))
 
 
 class TestRecompute:

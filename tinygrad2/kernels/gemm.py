@@ -84,11 +84,9 @@ class Gemm:
 
     np       CuPy, or a stand-in.
     library  the path of cuBLASLt; None searches for it when first used.
-    tf32     float32 operands are rounded to 10 bits of mantissa and multiplied on tensor cores.
     """
 
     def __init__(self, np: Any, library: str | None = None):
-        self.tf32 = False
         self._np = np
         self._path = library
         self._library: ctypes.CDLL | None = None
@@ -109,6 +107,7 @@ class Gemm:
         bias: Array | None = None,
         accumulate: bool = False,
         scale: Array | None = None,
+        tf32: bool = False,
     ) -> Array:
         """out = scale a b + bias, with a and b transposed where asked for; summed in float32. Returns out.
 
@@ -118,6 +117,7 @@ class Gemm:
         bias        one number for each column, of out's type.
         accumulate  out += scale a b + bias.
         scale       one float32 on the device; the host does not wait for it.
+        tf32        float32 operands are rounded to 10 bits of mantissa and multiplied on tensor cores.
 
         Raises ValueError for arguments that do not fit and where cuBLASLt is missing, RuntimeError where it fails.
         """
@@ -143,13 +143,13 @@ class Gemm:
         # Which algorithms cuBLASLt may choose depends on the alignment of addresses, so the key has it.
         alignments = [_alignment(matrix.address) for matrix in matrices]
         key = (
-            m, n, k, transpose_a, transpose_b, self.tf32, scale is None,
+            m, n, k, transpose_a, transpose_b, tf32, scale is None,
             *(matrix[1:] for matrix in matrices), *alignments, bias is None, _alignment(bias_address),
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
             transposes = transpose_b, transpose_a
-            plan = self._plan((m, n, k), transposes, matrices, alignments, bias_address, scale is not None)
+            plan = self._plan((m, n, k), transposes, matrices, alignments, bias_address, scale is not None, tf32)
             self._plans[key] = plan
         if bias_address:
             self._set(plan.operation, BIAS_POINTER, c_void_p(bias_address))
@@ -197,6 +197,7 @@ class Gemm:
         alignments: list[int],
         bias: int,
         device_scalars: bool,
+        tf32: bool,
     ) -> MatmulPlan:
         """The product as cuBLASLt sees it, and the algorithm that it chooses: by a model, not by timing."""
         if not self._handle:
@@ -204,7 +205,7 @@ class Gemm:
             self._call("Create", byref(self._handle))
         m, n, k = shape
         (transpose_b, transpose_a), (b, a, out) = transposes, matrices
-        compute = COMPUTE_32F_FAST_TF32 if self.tf32 and a.type == DATA_TYPES[FLOAT32] else COMPUTE_32F
+        compute = COMPUTE_32F_FAST_TF32 if tf32 and a.type == DATA_TYPES[FLOAT32] else COMPUTE_32F
         operation = self._new("MatmulDescCreate", compute, DATA_TYPES[FLOAT32])
         self._set(operation, TRANSA, c_int(transpose_b))
         self._set(operation, TRANSB, c_int(transpose_a))

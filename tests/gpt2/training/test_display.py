@@ -1,4 +1,4 @@
-"""gpt2/training/display.py: a screen that fails does not stop a run."""
+"""gpt2/training/display.py: the lines of a run, and a terminal that fails, which does not stop a run."""
 
 import os
 import re
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import QUICK, ROOT
+from gpt2 import Tokenizer
+from gpt2.training.display import describe_schedule, say_sample, suggested_prompt
+from gpt2.training.options import Options
+from tests.training_runs import QUICK, ROOT, run
 from tinygrad2 import checkpoint
 
 
@@ -28,3 +31,73 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
     error = re.sub(rb"compiling kernels .*\n", b"", error)  # where they are not cached on disk yet
     assert (process.returncode, error) == (0, b"")
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000008"
+
+
+def test_the_opening_lines(workspace, capsys):
+    run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:9])
+    assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
+    assert lines["device"] == "cpu, float32, 1 thread"
+    data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
+    assert re.fullmatch(data, lines["data"])
+    assert lines["batch"] == "96 tokens per step = 2 sequences x 16 tokens x 3 micro-steps"
+    assert lines["steps"] == "4, which is 0.01 epochs"
+    assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
+    assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
+    output = "out/: a checkpoint every 500 steps (the last 2 and the best are kept), an evaluation every 4 steps"
+    assert lines["output"] == output
+    assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "text"),
+    [
+        (1, 10, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
+        (0, 10, "from 1.0e-03, cosine decay to 1.0e-04 at step 10"),
+        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends before, at 1.0e-04"),
+    ],
+)
+def test_the_schedule_in_words(warmup, steps, text):
+    options = Options(learning_rate=1e-3, min_lr=1e-4, warmup_iters=warmup, max_iters=steps, lr_decay_iters=steps)
+    assert describe_schedule(options) == text
+
+
+class Ids:
+    """The data of a text, as TokenDataset has it."""
+
+    def __init__(self, tokenizer, text):
+        self.ids = tokenizer.encode(text)
+        self.tokens = len(self.ids)
+
+    def read(self, start, count):
+        return self.ids[start : start + count]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("cut line\n\nto be or not to be\nThe king is dead, long\n", "The king is"),
+        ("cut line\nx = 3; y = 4\nit can be made from\n", "it can be"),
+        ('cut line\n$HOME `rm` "quoted" text\nx\n', ""),
+        ("one line only, without an end", ""),
+        ("cut\nWörter mit Umlauten sind erlaubt\n", "Wörter mit Umlauten"),
+    ],
+)
+def test_the_suggested_prompt_is_from_the_data(text, prompt):
+    tokenizer = Tokenizer.load("bytes")
+    assert suggested_prompt(Ids(tokenizer, text), tokenizer) == prompt
+
+
+def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    say_sample(1.5, True, "one two three four five six\x1b seven")
+    say_sample(1.5, False, "")
+    assert capsys.readouterr().out.splitlines() == [
+        "  validation loss 1.5000 (the best so far). A sample:",
+        "    one two three four five",
+        "    six\\x1b seven",
+        "  validation loss 1.5000. A sample:",
+        "    (empty: the model",
+        "    generated no visible text",
+        "    before its end)",
+    ]

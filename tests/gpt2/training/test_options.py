@@ -79,11 +79,11 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
     ("argv", "message"),
     [
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--learning_rat=3"], "unknown option --learning_rat=3; did you mean --learning-rate?"),
+        (["--learning_rat=3"], "unknown option --learning-rat=3; did you mean --learning-rate?"),
         (["--batch", "3"], "unknown option --batch;"),  # no abbreviations: a new option must not change an old command
         (["--nonsense"], "unknown option --nonsense ("),
         (["nonsense"], "unexpected argument 'nonsense' ("),
-        (["--batch-size", "many"], "--batch-size/--batch_size: invalid int value: 'many'"),
+        (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--batch-size", "0"], "--batch-size is 0; expected more than 0"),
         (["--max-iters", "-1"], "--max-iters is -1; expected more than 0"),
         (["--dropout", "1"], "--dropout is 1.0; expected at least 0 and less than 1"),

@@ -26,7 +26,7 @@ def test_a_task_that_cannot_be_downloaded_is_reported_before_training(workspace,
     monkeypatch.setenv("no_proxy", "*")
     run("--eval", "lambada", "--max-iters", "2", code=1)
     said = capsys.readouterr().err
-    assert said.startswith("train.py: lambada: http://127.0.0.1:9/words.jsonl could not be downloaded (")
+    assert said.startswith("train.py: error: lambada: http://127.0.0.1:9/words.jsonl could not be downloaded (")
     assert said.count("\n") == 1
     assert not Path("out").exists()
 

@@ -29,7 +29,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(workspace, numb
     said = process.stdout.read()
     assert process.wait(30) == 0
     step = int(re.search(r"stopped after step ([\d,]+)", said)[1].replace(",", ""))
-    assert f"saved in stopped/{checkpoint.name(step)}; python train.py --out-dir stopped resumes it" in said
+    assert f"saved in stopped/{checkpoint.name(step)}; python train.py --out-dir stopped resumes the run" in said
     assert checkpoint.newest(Path("stopped"))[0].name == checkpoint.name(step)
     assert [row["step"] for row in rows("stopped")] == list(range(1, step + 1))
 

@@ -110,6 +110,12 @@ def test_every_token_alike_by_hand():
     assert HELLASWAG.metrics(sums) == {"acc_norm": 1 / 3, "acc": 1 / 3}
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e7, 1e12])
+def test_an_offset_of_all_logits_changes_no_loss(offset):
+    sums = score(LAMBADA, unigram_model(offset), BYTES, [Item("a", (" word",), 0)], batch_size=1)
+    assert sums["nats"] == pytest.approx(5 * np.log(257), rel=1e-6)
+
+
 def test_known_probabilities_by_hand():
     """p(a) = 1/2, p(b) = 1/4, p(blank) = 1/8, the rest tiny."""
     logits = np.full(257, -30.0)

@@ -79,6 +79,13 @@ def test_every_transpose_type_and_scale_gives_the_product(gemm, dtype, accumulat
         assert not apart or np.isnan(f64(out.base)[:, n:]).all()
 
 
+def test_each_transpose_of_the_same_memory_has_a_plan(gemm):
+    a, b, y = (device(normal(8, 8)) for _ in range(3))
+    for ta, tb in itertools.product((False, True), repeat=2):
+        want = f64(a._a.T if ta else a._a) @ f64(b._a.T if tb else b._a)
+        close(gemm(a, b, y, transpose_a=ta, transpose_b=tb), want, 2e-6)
+
+
 def test_views_by_columns_are_read_in_place_and_others_copied(gemm):
     a, b = normal(6, 5, dtype=bfloat16), normal(8, 6, dtype=bfloat16)
     want = f64(a).T @ f64(b).T
@@ -92,12 +99,12 @@ def test_views_by_columns_are_read_in_place_and_others_copied(gemm):
 def test_tf32_rounds_float32_operands_only(gemm):
     a, b = normal(16, 64), normal(64, 16)
     want, exact = f64(a) @ f64(b), gemm(device(a), device(b))._a
-    narrow = [device(x.astype(bfloat16)) for x in (a, b)]
-    before = gemm(*narrow)._a
-    gemm.tf32 = True
-    error = np.abs(gemm(device(a), device(b))._a - want).max()
+    half = [device(x.astype(bfloat16)) for x in (a, b)]
+    before = gemm(*half)._a
+    error = np.abs(gemm(device(a), device(b), tf32=True)._a - want).max()
     assert np.abs(exact - want).max() < 2e-5 < error < 2e-2
-    assert np.array_equal(gemm(*narrow)._a, before)
+    assert np.array_equal(gemm(*half, tf32=True)._a, before)
+    assert np.array_equal(gemm(device(a), device(b))._a, exact)  # the plan of the one product is not the other's
 
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
@@ -197,7 +204,7 @@ def test_linear_is_the_references(kernels, dtype, has_bias):
     kernels.linear_backward(device(dy), device(x), device(weight), None, None)
 
 
-def test_narrow_weights_are_widened(kernels):
+def test_weights_in_bfloat16_are_widened(kernels):
     x, weight, bias = normal(3, 8), normal(8, 5, dtype=bfloat16), normal(5, dtype=bfloat16)
     want = f64(x) @ f64(weight) + f64(bias)
     close(kernels.linear_forward(device(x), device(weight), device(bias)), want, 2e-6)
@@ -213,7 +220,7 @@ FAULTS = [
     ("_plan", "c_int(device_scalars)", "c_int(2 * device_scalars)"),
     ("__call__", "_alignment(bias_address)", "_alignment(256)"),
     ("__call__", "if bias_address:", "if False:"),
-    ("__call__", "transpose_a, transpose_b, self.tf32", "self.tf32"),
+    ("__call__", "transpose_a, transpose_b, tf32", "tf32"),
     ("_matrix", "_row_stride(x)", "x.shape[1]"),
 ]
 
@@ -229,6 +236,7 @@ def test_planted_faults_are_caught(fake_cublaslt, fault):
         for dtype, accumulate in itertools.product((bfloat16, np.float32), (False, True)):
             test_every_transpose_type_and_scale_gives_the_product(faulty, dtype, accumulate, True)
             test_bias(faulty, dtype)
+        test_each_transpose_of_the_same_memory_has_a_plan(faulty)
         test_plans_are_kept_and_know_alignments_and_streams(faulty)
 
     with pytest.raises((AssertionError, RuntimeError)):

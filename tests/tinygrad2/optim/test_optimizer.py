@@ -8,6 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import strict_cupy
+from tests.tinygrad2.copies import copy_of, with_copies
 from tinygrad2 import nn, optim
 from tinygrad2.params import Parameter
 
@@ -62,7 +63,7 @@ def test_float32_stays_float32(make, names):
 def test_a_step_keeps_the_copies_and_does_not_wait(make, names, device, max_norm):
     plain = Model("float32")
     with strict_cupy.registered() as counters:
-        model = Model("float32").to(device).hold_copies()
+        model = with_copies(Model("float32").to(device))
         optimizers = [make(m, lr=0.1) for m in (plain, model)]
         for _ in range(3):
             gradients(plain)
@@ -73,9 +74,9 @@ def test_a_step_keeps_the_copies_and_does_not_wait(make, names, device, max_norm
             optimizers[1].step(max_norm)
             assert (counters.syncs, counters.waits, counters.float64) == (0, 0, 0)
         for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-            data, compute = q.backend.to_host(q.data), q.backend.to_host(q.compute)
+            data, copy = q.backend.to_host(q.data), copy_of(q)
             np.testing.assert_allclose(data, p.data, rtol=0, atol=1e-5)
-            np.testing.assert_array_equal(compute, data.astype(bfloat16))
+            np.testing.assert_array_equal(copy, data.astype(bfloat16))
 
 
 @every_optimizer

@@ -1,0 +1,136 @@
+"""What operators and methods of a Tensor accept besides Tensors: numbers and arrays, axes, indices, shapes.
+
+Types are promoted as in PyTorch, with float32 as the default float:
+  - integers and booleans that meet a floating-point array are converted to its dtype;
+  - an integer or boolean array and a Python float give float32, and so does the quotient of integers;
+  - two integer types give the one that NumPy gives;
+  - two Tensors of different floating-point types are refused: convert one;
+  - a number or an array that meets a floating-point Tensor is a constant, and is converted to the Tensor's dtype. So a
+    float32 Tensor times a float64 array is float32: NumPy's arrays are float64 by default, and one of them must not
+    turn a whole model into float64. (PyTorch's tensors would give float64 here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
+
+from tinygrad2.array import Array, Index
+from tinygrad2.backend import Backend
+
+DEFAULT_FLOAT = numpy.dtype("float32")
+
+
+def is_float(dtype: numpy.dtype) -> bool:
+    """Whether a dtype is a floating-point type, bfloat16 included."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
+    """The dtype in which two Tensors of different dtypes meet. Raises TypeError for two floating-point types."""
+    if is_float(a) and is_float(b):
+        raise TypeError(f"{op}: the operands have dtypes {a} and {b}; convert one: x.astype({b.name!r})")
+    if is_float(a) or is_float(b):
+        return a if is_float(a) else b
+    return numpy.promote_types(a, b)
+
+
+def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
+    """A number, list or array that meets a Tensor of `dtype`, as an array of the dtype that the rules above give it."""
+    if type(value) is float or type(value) is int:
+        array_dtype = dtype if is_float(dtype) else DEFAULT_FLOAT if type(value) is float else None
+        if array_dtype is not None:
+            return backend.asarray(value, dtype=array_dtype)
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    array = value if is_array else numpy_array(op, value)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{op}: an operand has dtype {array.dtype}; expected floats, integers or booleans")
+    if is_float(dtype):
+        return backend.asarray(array, dtype=dtype)
+    if is_float(array.dtype):  # lists of Python floats are of the default type, arrays have a type of their own
+        return backend.asarray(array, dtype=None if is_array else DEFAULT_FLOAT)
+    if type(value) is int and dtype.kind in "iu":  # a Python integer takes the dtype of integers that it fits in
+        if not numpy.iinfo(dtype).min <= value <= numpy.iinfo(dtype).max:
+            raise OverflowError(f"{op}: {value} does not fit in the other operand's dtype, {dtype}")
+        return backend.asarray(value, dtype=dtype)
+    return backend.asarray(array, dtype=numpy.promote_types(dtype, array.dtype))
+
+
+def numpy_array(op: str, value: Any) -> numpy.ndarray:
+    """A number or nested lists of numbers as an array. Raises TypeError or ValueError for anything else."""
+    try:
+        array = numpy.asarray(value)
+    except ValueError:
+        raise ValueError(f"{op}: nested lists of different lengths; expected a rectangle of numbers") from None
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{op}: expected a Tensor, an array or numbers, got {type(value).__name__}")
+    return array
+
+
+def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
+    """`axis` (an axis, several, or None for all) as axes from 0 to ndim - 1. Without axes, 0 and -1 name none.
+
+    Raises ValueError for an axis out of range or named twice, TypeError for what is not an integer.
+    """
+    if axis is None:
+        return tuple(range(ndim))
+    given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    for i in given:
+        if isinstance(i, bool) or not isinstance(i, int | numpy.integer):
+            raise TypeError(f"{op}: axis is {axis!r}; expected an integer, a tuple of integers or None")
+        if not -max(ndim, 1) <= i < max(ndim, 1):
+            raise ValueError(f"{op}: axis {i} is out of range for a tensor of {ndim} axes")
+    axes = tuple(int(i) % ndim for i in given) if ndim else ()
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{op}: axis {axis!r} names an axis of a tensor of {ndim} axes twice")
+    return axes
+
+
+def lengths(op: str, given: tuple[Any, ...]) -> tuple[int, ...]:
+    """The arguments of reshape(2, 3) or reshape((2, 3)) as a tuple of integers."""
+    shape = tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
+    if not all(isinstance(n, int | numpy.integer) for n in shape):
+        raise TypeError(f"{op}: the arguments are {', '.join(map(repr, given))}; expected integers, or a tuple of them")
+    return tuple(int(n) for n in shape)
+
+
+def plain_index(index: Any) -> Index:
+    """An index with its lists as arrays and its Tensors as their data. Arrays are copied: the backward pass needs them.
+
+    Raises TypeError for what no array can be indexed with.
+    """
+    if type(index) is int or type(index) is slice:
+        return index
+    return tuple(map(_plain, index)) if type(index) is tuple else _plain(index)
+
+
+def _plain(index: Any) -> Index:
+    if index is None or index is Ellipsis or isinstance(index, int | slice):
+        return index
+    if isinstance(index, numpy.integer):
+        return int(index)
+    is_tensor = hasattr(index, "numpy")
+    array: Any = index.data if is_tensor else index if hasattr(index, "dtype") else numpy_array("indexing", index)
+    if array.dtype.kind in "iub":
+        return array.copy()
+    if array.size == 0 and not hasattr(index, "dtype"):
+        return array.astype(numpy.int64)  # [] has no numbers that would say so
+    raise TypeError(
+        f"indexing: an index of dtype {array.dtype}; expected integers or booleans"
+        + (": a Tensor of a list is float32; give the list, or Tensor(list, dtype='int64')" * is_tensor)
+    )
+
+
+def describe_index(index: Index) -> str:
+    """An index for an error message: arrays by their shape."""
+    parts: Iterable[Any] = index if isinstance(index, tuple) else (index,)
+    return ", ".join(
+        f"[{'mask' if i.dtype.kind == 'b' else 'array'} of shape {i.shape}]" if hasattr(i, "dtype")
+        else "..." if i is Ellipsis
+        else ":".join("" if n is None else str(n) for n in (i.start, i.stop, i.step)).removesuffix(":") or ":"
+        if isinstance(i, slice)
+        else repr(i)
+        for i in parts
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""What a Tensor answers to Python's built-in functions, to NumPy's functions, and to the names of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+from numpy.typing import DTypeLike
+
+from tinygrad2.autograd import Leaf
+from tinygrad2.backend import get_backend
+
+# np.add(a, b) where a or b is a Tensor: the method of the first and, where that is not a Tensor, of the second.
+UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
+    numpy.add: ("__add__", "__radd__"),
+    numpy.subtract: ("__sub__", "__rsub__"),
+    numpy.multiply: ("__mul__", "__rmul__"),
+    numpy.divide: ("__truediv__", "__rtruediv__"),
+    numpy.matmul: ("__matmul__", "__rmatmul__"),
+    numpy.power: ("__pow__", "__rpow__"),
+    numpy.floor_divide: ("__floordiv__", "__rfloordiv__"),
+    numpy.remainder: ("__mod__", "__rmod__"),
+    numpy.equal: ("__eq__", "__eq__"),
+    numpy.not_equal: ("__ne__", "__ne__"),
+    numpy.less: ("__lt__", "__gt__"),
+    numpy.less_equal: ("__le__", "__ge__"),
+    numpy.greater: ("__gt__", "__lt__"),
+    numpy.greater_equal: ("__ge__", "__le__"),
+    numpy.bitwise_and: ("__and__", "__rand__"),
+    numpy.bitwise_or: ("__or__", "__ror__"),
+    numpy.invert: ("__invert__", None),
+    numpy.negative: ("__neg__", None),
+    numpy.exp: ("exp", None),
+    numpy.log: ("log", None),
+    numpy.tanh: ("tanh", None),
+}
+
+# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments the method takes too.
+METHODS = {
+    numpy.sum: "sum",
+    numpy.mean: "mean",
+    numpy.max: "max",
+    numpy.amax: "max",
+    numpy.reshape: "reshape",
+    numpy.transpose: "transpose",
+}
+
+# Functions that look at values and shapes alone, where there is no gradient to lose: they get the arrays.
+ON_ARRAYS = {
+    numpy.allclose,
+    numpy.array_equal,
+    numpy.array_equiv,
+    numpy.array_repr,
+    numpy.array_str,
+    numpy.array2string,
+    numpy.isclose,
+    numpy.may_share_memory,
+    numpy.ndim,
+    numpy.result_type,
+    numpy.save,
+    numpy.savetxt,
+    numpy.savez,
+    numpy.shape,
+    numpy.shares_memory,
+    numpy.size,
+}
+
+# What other libraries call it: a missing attribute of this name is answered with what to use here.
+ELSEWHERE = {
+    "absolute": "abs(x)",
+    "clone": "x + 0, or copy.deepcopy(x)",
+    "contiguous": "x itself: operations take any memory layout",
+    "copy": "copy.deepcopy(x)",
+    "cpu": 'x.to("cpu")',
+    "cuda": 'x.to("cuda")',
+    "dim": "x.ndim",
+    "double": 'x.astype("float64")',
+    "element_size": "x.data.itemsize",
+    "float": 'x.astype("float32")',
+    "grad_fn": "repr(x), which names the operation",
+    "half": 'x.astype("float16")',
+    "int": 'x.astype("int32")',
+    "is_leaf": "x.leaf is not None",
+    "long": 'x.astype("int64")',
+    "matmul": "x @ y",
+    "mm": "x @ y",
+    "mul": "x * y",
+    "add": "x + y",
+    "sub": "x - y",
+    "div": "x / y",
+    "neg": "-x",
+    "nelement": "x.size",
+    "numel": "x.size",
+    "permute": "x.transpose(axes)",
+    "pow": "x**number",
+    "requires_grad_": "Tensor(x.data, requires_grad=True)",
+    "retain_grad": "a leaf: a Tensor created with requires_grad=True",
+    "register_hook": "x.leaf.on_final",
+    "swapaxes": "x.transpose(axes)",
+    "t": "x.T",
+    "tolist": "x.numpy().tolist()",
+    "type": "x.astype(dtype)",
+    "unsqueeze": "x[None], or x[..., None]",
+    "view": "x.reshape(shape)",
+    "zero_grad": "x.grad = None",
+}
+
+
+class Protocols:
+    """The part of Tensor that answers to Python's built-in functions and to NumPy's."""
+
+    __slots__ = ()
+
+    def _only_element(self: Any, what: str) -> numpy.ndarray:
+        if self.size != 1:
+            hint = "; use (x == y).numpy().all() or .any()" if what == "bool()" else ""
+            raise ValueError(f"{what}: the tensor has shape {self.shape}; expected one element{hint}")
+        return self.numpy().reshape(())
+
+    def __repr__(self: Any) -> str:
+        values = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=200, edgeitems=3)
+        source = None if self._edge is None else self._edge[0]
+        made_by = None if source is None or isinstance(source, Leaf) else source.operation
+        last = f", made by {made_by}" if made_by else ", requires_grad=True" if self.requires_grad else ""
+        return f"{type(self).__name__}({values}, shape={self.shape}, dtype={self.dtype}, device={self.device}{last})"
+
+    def __format__(self: Any, spec: str) -> str:
+        if not spec and self.ndim:
+            return str(self)
+        if self.size != 1:
+            raise TypeError(f"format: {spec!r} needs one element; the tensor has shape {self.shape}")
+        return format(self.item(), spec)
+
+    def __len__(self: Any) -> int:
+        if not self.ndim:
+            raise TypeError("len(): the tensor has shape (), which has no length")
+        return len(self.data)
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        if not self.ndim:
+            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
+        return (self[i] for i in range(len(self.data)))
+
+    def __contains__(self: Any, value: Any) -> bool:
+        return bool((self == value).numpy().any())
+
+    def __bool__(self: Any) -> bool:
+        return bool(self._only_element("bool()"))
+
+    def __float__(self: Any) -> float:
+        return float(self._only_element("float()"))
+
+    def __int__(self: Any) -> int:
+        return int(self._only_element("int()"))
+
+    def __index__(self: Any) -> int:
+        if self.dtype.kind not in "iu":
+            raise TypeError(f"a Tensor of dtype {self.dtype} is not an index; expected one integer")
+        return int(self)
+
+    def __setitem__(self: Any, index: Any, value: Any) -> None:
+        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
+
+    def __getattr__(self: Any, name: str) -> Any:
+        ours = ELSEWHERE.get(name)
+        raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
+
+    __array_priority__ = 1000  # cupy_array * tensor calls Tensor.__rmul__
+
+    def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
+        if self.backend is not get_backend():
+            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
+        values = numpy.asarray(self.data, dtype=dtype)
+        return values.copy() if copy and values is self.data else values
+
+    def __array_ufunc__(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        forward, reflected = UFUNCS.get(ufunc, ("", None))
+        if method == "__call__" and not options:
+            first, *others = inputs
+            if isinstance(first, Protocols):
+                function = getattr(type(first), forward, None)
+            else:
+                function = getattr(type(self), reflected or "", None)
+                first, others = others[0] if others else first, [first]
+            if function is not None:
+                return function(first, *others)
+        call = ufunc.__name__ + (f".{method}" if method != "__call__" else "") + (" with options" if options else "")
+        raise TypeError(f"np.{call} does not take Tensors; use an operation of Tensor or ops, or pass x.numpy()")
+
+    def __array_function__(
+        self: Any, function: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        if function in METHODS and isinstance(arguments[0], Protocols):
+            return getattr(arguments[0], METHODS[function])(*arguments[1:], **options)
+        if function in ON_ARRAYS:
+            return function(*map(_as_numpy, arguments), **{name: _as_numpy(value) for name, value in options.items()})
+        raise TypeError(
+            f"np.{function.__name__} does not take Tensors: its result would have no gradient; use an operation of "
+            f"Tensor or ops, or pass x.numpy()"
+        )
+
+
+def _as_numpy(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_as_numpy, value))
+    return value.numpy() if isinstance(value, Protocols) else value
