@@ -20,7 +20,7 @@ ENGINE = (
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("arguments", "distributed", "profiler", "protocols"),
+    ("arguments", "distributed", "initializers", "profiler", "protocols"),
     ("tensor",),
     ("ops", "params"),
     ("nn",),

@@ -2,89 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy
 
-from tinygrad2 import ops, random
+from tinygrad2 import ops
 from tinygrad2.backend import Backend, get_backend
+from tinygrad2.initializers import Initializer, ModuleType, normal_init, zeros_init
 from tinygrad2.params import Parameter, ParameterArena, arena_of
 from tinygrad2.precision import Precision, PrecisionLike
 from tinygrad2.tensor import Tensor
 
-Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
 
-
-@dataclass(frozen=True)
-class _NormalInit:
-    std: float
-    key: random.Key
-    movable: bool  # to another site
-
-    def __call__(self, shape: tuple[int, ...]) -> numpy.ndarray:
-        return random.normal(self.key, shape, self.std)
-
-
-class _Construction(threading.local):
-    """The module that is being constructed in this thread: the sites at which its layers draw, in order."""
-
-    sites: Iterator[int] | None = None
-
-
-_construction = _Construction()
-
-
-def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site of the layer's own in its
-    model: they depend on the structure of the model alone, not on what was constructed before."""
-    if key is not None:
-        return _NormalInit(std, key, False)
-    site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
-    return _NormalInit(std, random.Key(0, site=site), True)
-
-
-def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Initial values of 0: for biases, and for weights that are about to be loaded."""
-    return numpy.zeros(shape, dtype=numpy.float32)
-
-
-class _ModuleType(type):
-    """Numbers the layers of a module by the order of their construction, and then those that were passed to it."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if _construction.sites is not None:  # part of a module
-            return super().__call__(*args, **kwargs)
-        _construction.sites = sites = itertools.count(random.LAYER_SITES)
-        try:
-            module = super().__call__(*args, **kwargs)
-            module._separate_sites(sites)
-            return module
-        finally:
-            _construction.sites = None
-
-
-class Module(metaclass=_ModuleType):
+class Module(metaclass=ModuleType):
     """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
-
-    def _separate_sites(self, sites: Iterator[int]) -> None:
-        """Draw the initial values again, at a free site, of layers that drew at the site of an earlier layer: they were
-        constructed apart from each other. Values that were changed in the meantime stay."""
-        layers: list[Any] = [layer for layer in self.modules() if getattr(vars(layer).get("init"), "movable", False)]
-        occupied = {layer.init.key.site for layer in layers}
-        seen: set[int] = set()
-        for layer in layers:
-            init, weight = layer.init, layer.weight
-            if init.key.site in seen:
-                layer.init = replace(init, key=init.key.at(next(site for site in sites if site not in occupied)))
-                initial = init(weight.shape).astype(weight.dtype)
-                if numpy.array_equal(weight.backend.to_host(weight.data), initial):
-                    weight.data = layer.init(weight.shape)
-            seen.add(layer.init.key.site)
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
@@ -125,19 +58,10 @@ class Module(metaclass=_ModuleType):
         return {name: value for name, value in vars(self).items() if name != "_arena"}
 
     def modules(self) -> Iterator[Module]:
-        """This module and every module in it, each once."""
-        found: dict[int, Module] = {}
-
-        def visit(value: Any) -> None:
-            if isinstance(value, list):
-                for item in value:
-                    visit(item)
-            elif isinstance(value, Module) and id(value) not in found:
-                found[id(value)] = value
-                visit(list(vars(value).values()))
-
-        visit(self)
-        return iter(found.values())
+        """This module and every module in it."""
+        yield self
+        for value in _members(vars(self).values()):
+            yield from value.modules()
 
     def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
         """Why this module does not compute in a precision on a device; None if it does."""
@@ -190,6 +114,14 @@ def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Paramete
             yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
 
 
+def _members(values: Iterable[Any]) -> Iterator[Module]:
+    for value in values:
+        if isinstance(value, Module):
+            yield value
+        elif isinstance(value, list):
+            yield from _members(value)
+
+
 class Layer(Module):
     """A module with parameters of its own.
 
@@ -206,10 +138,6 @@ class Layer(Module):
         dtype = self.precision.dtype_of(values.ndim)
         return Parameter(get_backend(device).asarray(values, dtype=dtype), copy=self.precision.copies)
 
-    def _weight(self, init: Initializer, shape: tuple[int, ...], device: str) -> Parameter:
-        self.init = init if isinstance(init, _NormalInit) else None
-        return self._parameter(init(shape), device)
-
 
 class Linear(Layer):
     """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
@@ -224,7 +152,8 @@ class Linear(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        self.weight = self._weight(init or normal_init(1 / math.sqrt(n_in)), (n_in, n_out), device)
+        self.init = init or normal_init(1 / math.sqrt(n_in))
+        self.weight = self._parameter(self.init((n_in, n_out)), device)
         self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -260,7 +189,8 @@ class Embedding(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        self.weight = self._weight(init or normal_init(0.02), (n, width), device)
+        self.init = init or normal_init(0.02)
+        self.weight = self._parameter(self.init((n, width)), device)
 
     def __call__(self, tokens: Any) -> Tensor:
         return ops.embedding(tokens, self.weight, dtype=self.precision.activations)
