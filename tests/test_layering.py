@@ -21,8 +21,10 @@ ENGINE = (
     ("kernels",),
     ("backend",),
     ("arguments", "distributed", "initializers", "profiler", "protocols"),
+    ("methods",),
     ("tensor",),
-    ("ops", "params"),
+    ("gradient_checkpointing", "ops", "params"),
+    ("functional", "state"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
@@ -265,7 +267,9 @@ TESTED_BY = {
     "tinygrad2.gpus": "tinygrad2/test_backend.py",
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
+    "tinygrad2.optim.matrix_blocks": "tinygrad2/optim/test_muon.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.state": "tinygrad2/test_nn.py",
 }
 
 
