@@ -31,7 +31,9 @@ ENGINE = (
 )
 MODEL = (
     ("interrupts",),
-    ("config", "console", "tokenizer"),
+    ("config", "console", "file_kinds", "pickles"),
+    ("huggingface_tokenizer",),
+    ("tokenizer",),
     ("language_model",),
     ("decode",),
     ("generate",),
@@ -244,7 +246,16 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
     for module, source in sources().items():
         top = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Import | ast.ImportFrom)]
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
-        optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tensorboardX", "torch", "transformers"}
+        optional = {
+            "cupy",
+            "huggingface_hub",
+            "mpi4py",
+            "pyarrow",
+            "tensorboardX",
+            "tokenizers",
+            "torch",
+            "transformers",
+        }
         assert module.startswith("tinygrad2.kernels.") or not names & optional, module
 
 
