@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from tinygrad2.autograd import no_grad
     from tinygrad2.random import Key
     from tinygrad2.tensor import Tensor, recompute, record
+    from tinygrad2.trace import tracing
 
 __version__ = "0.9.0"
 
-__all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "recompute", "record"]
+__all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "recompute", "record", "tracing"]
 
-_MODULE_OF = {"Key": "random", "Tensor": "tensor", "no_grad": "autograd", "recompute": "tensor", "record": "tensor"}
+_MODULE_OF = {
+    "Key": "random",
+    "Tensor": "tensor",
+    "no_grad": "autograd",
+    "recompute": "tensor",
+    "record": "tensor",
+    "tracing": "trace",
+}
 
 
 def __getattr__(name: str) -> Any:
