@@ -22,7 +22,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
-from gpt2.generate import check_sampling, stream_text
+from gpt2.generate import begin_id, check_sampling, stream_text
 from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
 from tinygrad2.backend import DEVICES, get_backend
@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sample(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
     model, tokenizer = load_model(options)
-    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_text]
+    options.prompt = options.prompt.removeprefix("\ufeff")  # a byte-order mark, of a prompt from a file
+    prompt = tokenizer.encode_prompt(options.prompt).tolist() or [begin_id(model, tokenizer)]
     if len(prompt) > (context := model.config.n_positions):
         print_error(f"the prompt has {len(prompt):,} tokens; the model reads only the last {context:,}")
     check_memory(model, options.samples, len(prompt), options.max_tokens)

@@ -23,10 +23,10 @@ import numpy as np
 
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
-from gpt2.generate import NOT_FINITE, KVCache, check_sampling, generate
+from gpt2.generate import NOT_FINITE, KVCache, begin_id, check_sampling, end_ids, generate
 from gpt2.model import GPT2
 from gpt2.page import page, resource, write
-from gpt2.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2.tokenizer import Tokenizer
 from gpt2.trace import Trace
 from tinygrad2 import Tensor, no_grad, threads
 from tinygrad2.backend import DEVICES
@@ -224,39 +224,46 @@ def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 @dataclass
 class Vocabulary:
-    """The tokens of a model as text. `size` may be above the tokenizer's: such ids are padding."""
+    """The tokens of a model as text, and which of them form words.
+
+    tokenizer  of the model.
+    size       the number of the model's ids, which may be more than the tokenizer has.
+    """
 
     tokenizer: Tokenizer
     size: int
 
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The added tokens, such as the one that ends a text, by id."""
+        return {token.id: token.content for token in self.tokenizer.added}
+
     def token(self, i: int) -> bytes:
-        return self.tokenizer.decode_bytes([i]) if i < self.tokenizer.vocab_size else b""
+        return self.tokenizer.tokens.get(i, b"")
 
     def label(self, i: int) -> str:
-        """A token as it is shown: line ends and tabs as signs, invisible characters and parts of a character as
+        """A token as it is shown: line ends and tabs as symbols, invisible characters and parts of a character as
         escape sequences."""
-        if i == self.tokenizer.end_of_text:
-            return END_OF_TEXT
-        if i >= self.tokenizer.vocab_size:
+        if i in self.special:
+            return visible(self.special[i])
+        if i not in self.tokenizer.tokens:
             return f"<unused {i}>"
         try:
             text = self.token(i).decode("utf-8")
         except UnicodeDecodeError:
             return "".join(chr(b) if 32 < b < 127 else f"\\x{b:02x}" for b in self.token(i))
-        return visible(text.replace("\n", "↵").replace("\t", "⇥")).replace("\u200c", "\\u200c").replace(
-            "\u200d", "\\u200d")  # fmt: skip
+        text = visible(text.replace("\n", "↵").replace("\t", "⇥"))
+        return text.replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")
 
     @cached_property
     def begins_word(self) -> np.ndarray:
-        """(size,) whether a token begins with a character that is not part of a word: a space, punctuation."""
-        return ~np.array([_in_word(self.token(i)[:1]) for i in range(self.size)])
+        """(size,) whether a token ends the word before it: a space, punctuation, an added token."""
+        return np.array([i in self.special or not _in_word(self.token(i)[:1]) for i in range(self.size)])
 
     @cached_property
     def ends_in_word(self) -> np.ndarray:
-        """(size,) whether a token ends with a character that is part of a word."""
-        ends = np.array([_in_word(self.token(i)[-1:]) for i in range(self.size)])
-        ends[self.tokenizer.end_of_text] = False
-        return ends
+        """(size,) whether the last character of a token is part of a word, which the next token may continue."""
+        return np.array([i not in self.special and _in_word(self.token(i)[-1:]) for i in range(self.size)])
 
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
         """(T,) whether a word, or what is between two words, begins at a token."""
@@ -504,7 +511,7 @@ def percent(p: float) -> str:
 def command_line() -> Parser:
     parser = Parser("python -m gpt2.inspect", __doc__)
     group = parser.add_argument_group("text")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text [default: one that the model generates]")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to show [default: one that the model generates]")
     group.add_argument(
         "-m",
         "--max-tokens",
@@ -576,13 +583,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> tuple[list[int], int, list[str]]:
     """The tokens to look at, how many of them were given and not generated, and what is to be said of them."""
-    tokens = tokenizer.encode(options.prompt or "").tolist()
+    tokens = tokenizer.encode_prompt((options.prompt or "").removeprefix("\ufeff")).tolist()
     given, context = len(tokens), model.config.n_positions
     more = options.max_tokens if options.max_tokens is not None else 0 if given else GENERATED
     if more:
         if not given:
             console.print_error(f"there is no prompt: the model generates {more:,} tokens")
-        start = tokens or [tokenizer.end_of_text]
+        start, ends = tokens or [begin_id(model, tokenizer)], end_ids(model, tokenizer)
         for (token,) in generate(
             model,
             start,
@@ -590,8 +597,9 @@ def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> t
             temperature=options.temperature,
             seed=options.seed,
             vocab_size=tokenizer.vocab_size,
+            never=tokenizer.unused_ids,
         ):
-            if token == tokenizer.end_of_text:
+            if int(token) in ends:
                 break
             tokens.append(int(token))
     if not tokens:

@@ -1,7 +1,7 @@
-"""A page that is one file: its style, script and data are in it, and it asks for nothing else.
+"""A page in one HTML file, with its style, script and data, which needs no server, network or library.
 
-A Content-Security-Policy with the hashes of the page's own style and script forbids everything else: whatever a text in
-it contains, it is shown and never executed.
+A Content-Security-Policy with the hashes of the page's own style and script forbids everything else, so that no text in
+it can ever be executed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def page(title: str, body: str, style: str, script: str, data: JsonObject | None
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
-        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It fetches nothing and needs no "
+        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the "
         f"network.</footer></main>{'' if data is None else data_block(data)}<script>{script}</script></body></html>\n"
     )
 
@@ -54,11 +54,11 @@ def data_block(data: JsonObject) -> str:
 
 
 def write(text: str, file: Path) -> None:
-    """Write a page. A reader sees the old or the new content, never a part."""
+    """Write a page atomically: a reader sees the old or the new content."""
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could change a terminal or a page: U+FFFD stands for each."""
+    """The text with U+FFFD in place of each control character, which could change the page."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

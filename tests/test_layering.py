@@ -20,16 +20,20 @@ ENGINE = (
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("arguments", "distributed", "profiler", "protocols"),
+    ("arguments", "distributed", "initializers", "profiler", "protocols"),
+    ("methods",),
     ("tensor",),
-    ("ops", "params"),
+    ("gradient_checkpointing", "ops", "params"),
+    ("functional", "state"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
 )
 MODEL = (
     ("interrupts",),
-    ("config", "console", "page", "tokenizer"),
+    ("config", "console", "file_kinds", "page", "pickles"),
+    ("huggingface_tokenizer",),
+    ("tokenizer",),
     ("language_model",),
     ("decode", "trace"),
     ("generate",),
@@ -243,7 +247,16 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
     for module, source in sources().items():
         top = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Import | ast.ImportFrom)]
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
-        optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tensorboardX", "torch", "transformers"}
+        optional = {
+            "cupy",
+            "huggingface_hub",
+            "mpi4py",
+            "pyarrow",
+            "tensorboardX",
+            "tokenizers",
+            "torch",
+            "transformers",
+        }
         assert module.startswith("tinygrad2.kernels.") or not names & optional, module
 
 
@@ -255,7 +268,9 @@ TESTED_BY = {
     "tinygrad2.gpus": "tinygrad2/test_backend.py",
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
+    "tinygrad2.optim.matrix_blocks": "tinygrad2/optim/test_muon.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.state": "tinygrad2/test_nn.py",
 }
 
 

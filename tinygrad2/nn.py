@@ -2,94 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy
 
-from tinygrad2 import ops, random
+from tinygrad2 import functional, ops, random
 from tinygrad2.backend import Backend, get_backend
+from tinygrad2.initializers import Initializer, ModuleType, normal_init, zeros_init
 from tinygrad2.params import Parameter, ParameterArena, arena_of
 from tinygrad2.precision import Precision, PrecisionLike
+from tinygrad2.state import State, modules_in, parameters_in
 from tinygrad2.tensor import Tensor
 
-Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
 
-
-@dataclass(frozen=True)
-class _NormalInit:
-    std: float
-    key: random.Key
-    movable: bool  # to another site
-
-    def __call__(self, shape: tuple[int, ...]) -> numpy.ndarray:
-        return random.normal(self.key, shape, self.std)
-
-
-class _Construction(threading.local):
-    """The module that is being constructed in this thread: the sites at which its layers draw, in order."""
-
-    sites: Iterator[int] | None = None
-
-
-_construction = _Construction()
-
-
-def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site of the layer's own in its
-    model: they depend on the structure of the model alone, not on what was constructed before."""
-    if key is not None:
-        return _NormalInit(std, key, False)
-    site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
-    return _NormalInit(std, random.Key(0, site=site), True)
-
-
-def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Initial values of 0: for biases, and for weights that are about to be loaded."""
-    return numpy.zeros(shape, dtype=numpy.float32)
-
-
-class _ModuleType(type):
-    """Numbers the layers of a module by the order of their construction, and then those that were passed to it."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if _construction.sites is not None:  # part of a module
-            return super().__call__(*args, **kwargs)
-        _construction.sites = sites = itertools.count(random.LAYER_SITES)
-        try:
-            module = super().__call__(*args, **kwargs)
-            module._separate_sites(sites)
-            return module
-        finally:
-            _construction.sites = None
-
-
-class Module(metaclass=_ModuleType):
-    """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
-
-    def _separate_sites(self, sites: Iterator[int]) -> None:
-        """Draw the initial values again, at a free site, of layers that drew at the site of an earlier layer: they were
-        constructed apart from each other. Values that were changed in the meantime stay."""
-        layers: list[Any] = [layer for layer in self.modules() if getattr(vars(layer).get("init"), "movable", False)]
-        occupied = {layer.init.key.site for layer in layers}
-        seen: set[int] = set()
-        for layer in layers:
-            init, weight = layer.init, layer.weight
-            if init.key.site in seen:
-                layer.init = replace(init, key=init.key.at(next(site for site in sites if site not in occupied)))
-                initial = init(weight.shape).astype(weight.dtype)
-                if numpy.array_equal(weight.backend.to_host(weight.data), initial):
-                    weight.data = layer.init(weight.shape)
-            seen.add(layer.init.key.site)
+class Module(State, metaclass=ModuleType):
+    """Holds parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
         seen: set[int] = set()
-        for name, parameter in _named(prefix, vars(self)):
+        for name, parameter in parameters_in(self, prefix):
             if id(parameter) not in seen:  # a shared parameter counts once, under its first name
                 seen.add(id(parameter))
                 yield name, parameter
@@ -121,23 +55,14 @@ class Module(metaclass=_ModuleType):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle contains: all but the arena; the copied parameters get one of their own."""
-        return {name: value for name, value in vars(self).items() if name != "_arena"}
+        """What a copy or a pickle contains: all but the arena, as the copied parameters get one of their own, and the
+        initializer, which may be a lambda."""
+        return {name: value for name, value in vars(self).items() if name not in ("_arena", "init")}
 
     def modules(self) -> Iterator[Module]:
-        """This module and every module in it, each once."""
-        found: dict[int, Module] = {}
-
-        def visit(value: Any) -> None:
-            if isinstance(value, list):
-                for item in value:
-                    visit(item)
-            elif isinstance(value, Module) and id(value) not in found:
-                found[id(value)] = value
-                visit(list(vars(value).values()))
-
-        visit(self)
-        return iter(found.values())
+        """This module and every module in it."""
+        yield self
+        yield from modules_in(self)
 
     def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
         """Why this module does not compute in a precision on a device; None if it does."""
@@ -180,16 +105,6 @@ class Module(metaclass=_ModuleType):
         return sum(parameter.size for parameter in self.parameters())
 
 
-def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Parameter]]:
-    for name, value in members.items():
-        if isinstance(value, Parameter):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Module):
-            yield from _named(f"{prefix}{name}.", vars(value))
-        elif isinstance(value, list):
-            yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
-
-
 class Layer(Module):
     """A module with parameters of its own.
 
@@ -206,10 +121,6 @@ class Layer(Module):
         dtype = self.precision.dtype_of(values.ndim)
         return Parameter(get_backend(device).asarray(values, dtype=dtype), copy=self.precision.copies)
 
-    def _weight(self, init: Initializer, shape: tuple[int, ...], device: str) -> Parameter:
-        self.init = init if isinstance(init, _NormalInit) else None
-        return self._parameter(init(shape), device)
-
 
 class Linear(Layer):
     """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
@@ -224,7 +135,8 @@ class Linear(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        self.weight = self._weight(init or normal_init(1 / math.sqrt(n_in)), (n_in, n_out), device)
+        self.init = init or normal_init(1 / math.sqrt(n_in))
+        self.weight = self._parameter(self.init((n_in, n_out)), device)
         self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -260,7 +172,83 @@ class Embedding(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        self.weight = self._weight(init or normal_init(0.02), (n, width), device)
+        self.init = init or normal_init(0.02)
+        self.weight = self._parameter(self.init((n, width)), device)
 
     def __call__(self, tokens: Any) -> Tensor:
         return ops.embedding(tokens, self.weight, dtype=self.precision.activations)
+
+
+class RMSNorm(Layer):
+    """y = weight x / sqrt(mean(x^2) + eps) over the last axis of length n; weight starts at 1 (arXiv:1910.07467)."""
+
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
+        super().__init__(device, precision)
+        self.weight = self._parameter(numpy.ones(n), device)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rmsnorm(x, self.weight, self.eps)
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class GELU(Module):
+    """GELU in its tanh form, which GPT-2 uses, or with `exact` with the error function (arXiv:1606.08415)."""
+
+    def __init__(self, exact: bool = False):
+        self.exact = exact
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.gelu(x, exact=self.exact)
+
+
+class SiLU(Module):
+    """x sigmoid(x)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.silu()
+
+
+class Dropout(Module):
+    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without, the input itself."""
+
+    sites = 1  # how many streams of random numbers a module draws from
+
+    def __init__(self, rate: float):
+        if not 0 <= rate < 1:
+            raise ValueError(f"Dropout: the rate is {rate}; expected 0 <= rate < 1")
+        self.rate = rate
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        return ops.dropout(x, self.rate, key)
+
+
+class Sequential(Module):
+    """The layers one after the other. A key, given to train, is passed to each Dropout, at a site of its own."""
+
+    def __init__(self, *layers: Callable[..., Tensor]):
+        self.layers = list(layers)
+
+    @property
+    def sites(self) -> int:
+        """How many Dropouts there are."""
+        return sum(getattr(layer, "sites", 0) for layer in self.layers)
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        for layer in self.layers:
+            sites = getattr(layer, "sites", 0)
+            x = layer(x, key) if sites else layer(x)
+            key = key.at(key.site + sites) if key is not None else None
+        return x
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: int) -> Callable[..., Tensor]:
+        return self.layers[i]

@@ -1,4 +1,4 @@
-"""What every optimizer does around its rule: clipping, skipping a step, state and its sharding over ranks."""
+"""The base class of the optimizers: clipping, skipped steps, state, and its sharding over ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, P
 
 @dataclass
 class Part:
-    """The elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
+    """Elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
 
     region: Region
     start: int
@@ -38,7 +38,7 @@ class Part:
 
 
 class Optimizer(ABC):
-    """Updates every parameter of a model by its gradient. A subclass is the rule: `state_names` and `update`.
+    """Updates every parameter of a model by its gradient. A subclass implements the rule: `state_names` and `update`.
 
     model         a module, or an iterable of parameters such as `model.parameters()`.
     lr            learning rate; it may be changed from step to step.
@@ -83,11 +83,11 @@ class Optimizer(ABC):
 
     @property
     def arena(self) -> ParameterArena:
-        """The model's flat buffers. Where the model has moved to another device, the state follows it."""
+        """The model's flat buffers. If the model has moved to another device, the state is moved too."""
         arena = self.model.arena()
         if arena is not self._arena:
             old, self._arena = self._arena.backend, arena
-            self._steps = arena.backend.asarray(old.to_host(self._steps))
+            self._steps = arena.backend.asarray(old.to_host(self._steps), arena.dtype)
             for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
                 part.region = region
                 part.state = tuple(arena.backend.asarray(old.to_host(array), arena.dtype) for array in part.state)
@@ -102,7 +102,7 @@ class Optimizer(ABC):
 
     def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
         """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, divided
-        where the names of the state change from one parameter to the next."""
+        where the names of the state change between parameters."""
         regions = [(region, 0, len(region.values)) for region in self._arena.regions]
         for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
             for names, members in groupby(region.where.items(), key=lambda item: self.state_names(item[0])):
@@ -149,10 +149,10 @@ class Optimizer(ABC):
     def step(self, max_norm: float | None = None) -> Array:
         """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
 
-        max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063). The scaling is
+        max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        Where the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count
-        it. The device decides that; the host does not wait for the norm.
+        If the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count
+        it. This is decided on the device, without waiting for the norm on the host.
         """
         arena = self.arena
         np = arena.backend.np
@@ -175,7 +175,7 @@ class Optimizer(ABC):
         self.gather_values(self._arena.buckets)
 
     def gather_values(self, buckets: list[Bucket]) -> None:
-        """Where the state is sharded, take over the values in these buckets that other ranks have updated."""
+        """If the state is sharded, copy the values in these buckets that other ranks have updated."""
         if self.shared_by is not None:
             values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in buckets]
             all_gather(self.shared_by, self._arena.backend, values)
@@ -183,7 +183,7 @@ class Optimizer(ABC):
     def state(self) -> dict[str, numpy.ndarray]:
         """The state by parameter name, such as `exp_avg.NAME`, on the host; `steps` is kept beside it.
 
-        Where it is sharded, rank 0 gets all of it, and the other ranks an empty dictionary.
+        If it is sharded, rank 0 gets all of it, and the other ranks get an empty dictionary.
         """
         arena, arrays = self.arena, {}
         for kind in dict.fromkeys(name for parameter in arena.parameters for name in self.state_names(parameter)):
@@ -223,7 +223,7 @@ class Optimizer(ABC):
         arena = self.arena
         shapes = {f"{kind}.{name}": p.shape for name, p in arena.parameters.items() for kind in self.state_names(name)}
         for name in sorted(shapes.keys() ^ arrays.keys()):
-            raise ValueError(f"optimizer state: {name} is {'missing' if name in shapes else 'not one of the model'}")
+            raise ValueError(f"optimizer state: {name} is {'missing' if name in shapes else 'unexpected'}")
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"optimizer state: {name} has shape {arrays[name].shape}; expected {shape}")

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, with momentum or without."""
+"""Stochastic gradient descent, with or without momentum."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tinygrad2.params import HasParameters, Parameter
 class SGD(Optimizer):
     """Stochastic gradient descent. The math: `sgd_step` in reference.py.
 
-    momentum  how much of the previous update is kept; 0 keeps no state.
-    nesterov  look ahead by one momentum step.
+    momentum  decay rate of the momentum; with 0 there is no state.
+    nesterov  use Nesterov momentum.
     Weight decay is added to the gradient, as in PyTorch.
     """
 

@@ -259,6 +259,8 @@ def test_load(tmp_path):
     assert len(items) == 10
     assert [item.context for item in load_items(HELLASWAG, file, limit=4)] == ["é0", "é2", "é5", "é7"]
     assert load_items(HELLASWAG, file, limit=11) == items
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte-order mark
+    assert load_items(HELLASWAG, file) == items
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_files_that_are_not_json_lines(content, line, tmp_path):
 
 def test_an_empty_and_a_missing_file(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(ValueError, match="it has no questions"):
+    with pytest.raises(ValueError, match="no questions in this file"):
         load_items(LAMBADA, tmp_path / "f.jsonl")
     with pytest.raises(FileNotFoundError):
         load_items(LAMBADA, tmp_path / "none.jsonl")
@@ -359,7 +361,7 @@ def test_download_happens_once(cache):
     ],
 )
 def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
-    what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*put the file here"
+    what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*save the file as"
     with serving(**answer) as (url, _), pytest.raises(OSError, match=what) as error:
         load_items(published(url))
     assert str(cache / "words.jsonl") in str(error.value)
