@@ -44,7 +44,7 @@ def test_the_opening_lines(workspace, capsys):
     assert lines["steps"] == "4, which is 0.01 epochs"
     assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
     assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
-    output = "out/: a checkpoint every 500 steps (the last 2 and the best are kept), an evaluation every 4 steps"
+    output = "out/: a checkpoint every 2 steps (the last 2 and the best are kept), an evaluation every 4 steps"
     assert lines["output"] == output
     assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
 
