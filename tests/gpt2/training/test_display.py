@@ -35,7 +35,7 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
 
 def test_the_opening_lines(workspace, capsys):
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:9])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
     assert lines["device"] == "cpu, float32, 1 thread"
     data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
