@@ -470,6 +470,9 @@ class LibraryEncoding:
     def __init__(self, document: JsonObject, file: Path):
         self.document, self._file = document, file
         recognizing = self._recognizing
+        largest = max(recognizing.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= ID_LIMIT:
+            raise ValueError(f"tokenizer {file}: it has the id {largest}; expected ids below {ID_LIMIT}")
         for token in document["added_tokens"]:
             if (given := recognizing.token_to_id(token["content"])) != token["id"]:
                 raise ValueError(

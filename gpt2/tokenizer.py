@@ -456,7 +456,8 @@ def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path)
     if missing:
         raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; each of the 256 bytes needs one")
     others = {token.id for token in added}
-    if len(ids) != len(ranks) or ids & others or not set(range(max(ids) + 1)) <= ids | others:
+    below = {i for i in others if i < max(ids)}
+    if len(ids) != len(ranks) or ids & others or min(ids) < 0 or max(ids) + 1 != len(ids) + len(below):
         raise ValueError(
             f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 on once, "
             f"except at most one, which is that of {END_OF_TEXT}"

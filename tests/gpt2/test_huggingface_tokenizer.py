@@ -446,3 +446,12 @@ def test_a_saved_tokenizer_that_was_edited(folder, tmp_path):
         write_json(tmp_path / VOCABULARY_FILE, saved | {key: value})
         with pytest.raises(ValueError, match="expected a JSON object with name and fingerprint"):
             Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1 << 31, 1 << 40, -5])
+def test_an_id_far_beyond_the_others_takes_no_memory(number, folder, way):
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    write_json(folder / "vocab.json", vocab | {"he": number})
+    with pytest.raises(ValueError, match=r"^tokenizer ") as error:
+        Tokenizer.load(folder)
+    assert "\n" not in str(error.value)
