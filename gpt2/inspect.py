@@ -511,7 +511,7 @@ def percent(p: float) -> str:
 def command_line() -> Parser:
     parser = Parser("python -m gpt2.inspect", __doc__)
     group = parser.add_argument_group("text")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to show [default: one that the model generates]")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to show [default: one that is generated]")
     group.add_argument(
         "-m",
         "--max-tokens",
