@@ -1,6 +1,6 @@
-"""Train GPT-2. Without options: the nano model on the documentation that ships inside Python, in about two minutes.
+"""Train GPT-2. Without options it trains the nano model on the documentation that comes with Python.
 
-Resumes from the newest checkpoint in the out-dir, if there is one. Ctrl-C finishes the step and saves.
+A run resumes from the newest checkpoint in its out-dir, if there is one. Ctrl-C finishes the step and saves.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer reports a loss that is not finite
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
 def train(given: OptionValues, comm: Comm) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
@@ -71,7 +71,7 @@ def train(given: OptionValues, comm: Comm) -> int:
     data, questions = open_data(options, saved), load_questions(options, comm)
     trainer = build_trainer(options, config, data, folder, saved)
     if fresh and (aside := folder.set_aside()):
-        say(f"{folder.path}/ is now {aside}/")
+        say(f"{folder.path}/ renamed to {aside}/")
 
     with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
         folder.log_start(progress.step, given=run_options.options, **start_record(trainer, machine.describe()))
@@ -84,7 +84,7 @@ def train(given: OptionValues, comm: Comm) -> int:
 def training_loop(
     trainer: Trainer, questions: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer
 ) -> Path | None:
-    """Train to the last step, or until a rank is requested to stop. Returns the last checkpoint."""
+    """Train until the last step, or until a rank is requested to stop. Returns the last checkpoint written."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
     written = None
     trainer.restart_clock()
@@ -125,10 +125,10 @@ def every(interval: int, step: int) -> bool:
 
 
 def prepare_pydoc() -> None:
-    """Make the data set of the nano model, if it does not exist yet."""
+    """Make the default data set, if it does not exist yet."""
     folder = Path("data/pydoc")
     if not folder.exists():
-        say(f"no data yet: preparing the documentation inside this Python as {folder}")
+        say(f"no data set yet: preparing {folder} from the documentation of this Python")
         prepare(["pydoc"], "bytes", folder)
 
 

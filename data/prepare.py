@@ -1,15 +1,15 @@
-"""Text to a token data set: `python data/prepare.py SOURCE... [--tokenizer gpt2|bytes|PATH] [--out data/NAME]`.
+"""Turn text into a token data set: `python data/prepare.py SOURCE... [--tokenizer gpt2|bytes|PATH] [--out data/NAME]`.
 
-A source is a text file in UTF-8, a .jsonl file (one document a line), a .csv or .parquet file (one a row), each but the
-last also as .gz or .zst, a folder of such files, `-` (stdin), or a named set: `pydoc` (the documentation inside every
-Python), `shakespeare`, `openwebtext`, `fineweb-edu`. gpt2/training/dataset.py reads the result, which is
-byte for byte the same whatever the number of threads and however often the work was interrupted.
+A source is a text file in UTF-8, a .jsonl file (one document per line), a .csv or .parquet file (one per row), a folder
+of such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python), `shakespeare`,
+`openwebtext`, `fineweb-edu`. All files but .parquet may be compressed as .gz or .zst. gpt2/training/dataset.py reads
+the result, whose bytes do not depend on the number of threads or on interruptions.
 
-A document is taken in parts of at most 16 KiB, so that memory stays bounded. A part ends before the white space around
-its last line end: GPT-2's pattern never joins a character and white space after it, so the tokens are those of the
-uncut text. (Without a line end it ends before the last white space, and without that, at 16 KiB, within a word.) The
-SHA-256 of its text decides on which side a part goes, so that equal parts never stand in both. End-of-text follows
-wherever the text that comes next in a split is not its continuation: after each document, and where the side changes.
+To bound the memory, a document is split into parts of at most 16 KiB. A part ends before the white space around its
+last line end: GPT-2's pattern never joins a character and the white space after it, so the tokens are those of the
+unsplit text. (Without a line end it ends before the last white space, and without that, at 16 KiB, within a word.) The
+SHA-256 of its text decides whether a part is for training or for validation, so that equal parts are never in both.
+An end-of-text token follows a part unless its continuation is next in the same split.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only what lies beside it
-    import gpt2  # noqa: F401 - before the rest: Ctrl-C during the imports ends silently
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches its folder only
+    import gpt2  # noqa: F401 - first: Ctrl-C during the other imports ends silently
 
 import hashlib
 import json
@@ -62,14 +62,14 @@ from tinygrad2.machine import usable_threads
 
 T = TypeVar("T")
 PART_BYTES = 16 << 10
-BATCH_PARTS = 32  # parts per task of a thread
-BATCHES_AHEAD = 16  # besides two a thread: work for the threads while a source is waited for
-JOURNAL_BYTES = 16 << 20  # source bytes between two entries of the journal: what an interruption loses at most
-ESTIMATE_BYTES = 64 << 20  # from so much text on, disk space and time are estimated first
+BATCH_PARTS = 32  # parts per batch, the task of a thread
+BATCHES_AHEAD = 16  # in addition to two per thread: they keep the threads busy while a source is slow
+JOURNAL_BYTES = 16 << 20  # bytes of text between two writes of the journal; an interruption loses at most this
+ESTIMATE_BYTES = 64 << 20  # for larger inputs, disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05
 WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
-WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # the mark, and how far it is looked for
+WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # in the first bytes of its pages
 JOURNAL, LOCK, SEEN = "journal.json", "lock", "seen.bin"
 
 
@@ -78,13 +78,13 @@ JOURNAL, LOCK, SEEN = "journal.json", "lock", "seen.bin"
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents are left out, in the order of these tests, as they were from WebText (Radford et al., 2019,
-    section 2.1); none by default.
+    """Which documents are dropped, as from WebText (Radford et al., 2019, section 2.1); by default none.
+    The filters are applied in this order:
 
-    drop_wikipedia   those whose URL is Wikipedia's, or that say near their beginning that they are from there.
-    min_bytes        those with fewer bytes. (OpenWebText has none of fewer than 128 tokens: about 570 bytes.)
-    drop_duplicates  those whose text was there before, by 8 bytes of its SHA-256. This remembers each document: the
-                     one thing here whose memory grows with the input, by some 70 bytes a document.
+    drop_wikipedia   documents whose URL is Wikipedia's, or whose first bytes name it as their source.
+    min_bytes        shorter documents.
+    drop_duplicates  repetitions of a document, by 8 bytes of the SHA-256 of its text. A hash of each document is kept
+                     in memory; nothing else here grows with the input.
     """
 
     drop_wikipedia: bool = False
@@ -92,7 +92,7 @@ class Filters:
     drop_duplicates: bool = False
 
     def judge(self, document: Document, seen: set[int]) -> tuple[str, int | None]:
-        """(why the document is dropped, or "", and its digest, which is now in `seen`, where duplicates are sought)."""
+        """(the filter that drops the document, or "", and its digest if drop_duplicates has added it to `seen`)."""
         sha, size, head = hashlib.sha256(), 0, b""
         with document.open() as stream:
             while block := stream.read(1 << 20):
@@ -101,7 +101,7 @@ class Filters:
                 size += len(block)
                 sha.update(block)
         if not size:
-            return "", None  # no document at all
+            return "", None  # empty documents are ignored
         if self.drop_wikipedia and (WIKIPEDIA_URL.match(document.url) or WIKIPEDIA in head):
             return "wikipedia", None
         if size < self.min_bytes:
@@ -123,14 +123,16 @@ NO_FILTERS = Filters()
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a document, and the cursor (source, position of the document, byte offset in it) of what follows.
+    """A part of a document.
 
-    dropped  the filter that left the document out: the part then stands for all of it, without text.
-    digest   of the document, with its first part, where duplicates are dropped.
+    ends     whether it is the last part of the document.
+    cursor   (source, position of the document, byte offset in the document) of the text after it.
+    dropped  the filter that dropped the document: the part then has no text, and represents the whole document.
+    digest   of the document, in its first part, if duplicates are dropped.
     """
 
     data: bytes
-    ends: bool  # the document
+    ends: bool
     cursor: tuple[int, int, int]
     dropped: str = ""
     digest: int | None = None
@@ -139,7 +141,7 @@ class Part:
 def read_parts(
     sources: Sequence[Source], cursor: Sequence[int], filters: Filters = NO_FILTERS, seen: set[int] | None = None
 ) -> Iterator[Part]:
-    """Every part from `cursor` on; `seen` has the digests of the documents before it."""
+    """All parts starting at `cursor`; `seen` contains the digests of the documents before it."""
     seen = set() if seen is None else seen
     first, position, offset = cursor
     for k, source in enumerate(sources[first:], first):
@@ -159,7 +161,7 @@ def read_parts(
 
 
 def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int, bool]]:
-    """(part, the offset after it, whether it is the last) of one document from byte `offset` on; a BOM is left out."""
+    """(part, offset after it, whether it is the last) of a document, starting at byte `offset`; a BOM is skipped."""
     if offset:
         skip(stream, offset)
         data = b""
@@ -170,7 +172,7 @@ def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int,
     while True:
         data += stream.read(PART_BYTES + 1 - len(data))
         if not data:
-            return  # only an empty document
+            return  # the document is empty
         if len(data) <= PART_BYTES:
             decoded(data, offset, name)
             yield data, offset + len(data), True
@@ -186,7 +188,7 @@ def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int,
 
 
 def _cut_point(text: str) -> int:
-    """Where a part that is not the document's last ends."""
+    """The length of a part that is not the last of its document."""
     at_line_end = len(text[: text.rfind("\n") + 1].rstrip())
     if at_line_end:
         return at_line_end
@@ -199,11 +201,11 @@ def _cut_point(text: str) -> int:
 
 @dataclass
 class State:
-    """How far the work is: all that the journal holds besides the job. Shards are cut at shard_tokens, so the counts of
-    tokens determine which bytes of which shards belong to it; bytes after them were written later and are dropped."""
+    """The progress of the work, as stored in the journal. Since all shards but the last have shard_tokens tokens, the
+    counts of tokens determine which bytes of which shards are valid; bytes after them were written later."""
 
     cursor: list[int] = field(default_factory=lambda: [0, 0, 0])
-    side: str | None = None  # of the last part, within a document
+    side: str | None = None  # the split of the last part, within a document
     documents: int = 0
     bytes: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -212,8 +214,8 @@ class State:
 
 
 class Shards:
-    """The shards of both splits in a folder, as append-only lines of ids; and seen.bin, the digests of the documents,
-    where duplicates are dropped."""
+    """The shards of both splits in a folder, to which ids are appended; and, if duplicates are dropped, seen.bin with
+    the digests of the documents."""
 
     def __init__(self, folder: Path, dtype: np.dtype, limit: int):
         self.folder, self.dtype, self.limit = folder, dtype, limit
@@ -224,12 +226,12 @@ class Shards:
         return self.folder / f"{split}-{k:05d}.bin"
 
     def shards(self, split: str, tokens: int) -> Iterator[tuple[Path, int]]:
-        """(file, its tokens) of each shard of a split of so many tokens."""
+        """(file, number of tokens) of each shard of a split with this number of tokens."""
         for k, start in enumerate(range(0, tokens, self.limit)):
             yield self.file(split, k), min(self.limit, tokens - start)
 
-    def hold(self, state: State) -> bool:
-        """Whether the folder has at least what the state counts."""
+    def contain(self, state: State) -> bool:
+        """Whether the folder contains all tokens and digests that the state counts."""
         sizes = {
             file: count * self.dtype.itemsize
             for split in SPLITS
@@ -239,7 +241,7 @@ class Shards:
         return all(file.is_file() and file.stat().st_size >= size for file, size in sizes.items())
 
     def restore(self, state: State) -> None:
-        """Drop what lies beyond what the state counts."""
+        """Remove all tokens and digests after those that the state counts."""
         tokens = self.tokens = dict(state.tokens)
         kept = {file: count for split in SPLITS for file, count in self.shards(split, tokens[split])}
         for file in chain.from_iterable(self.folder.glob(f"{split}-*.bin") for split in SPLITS):
@@ -251,7 +253,7 @@ class Shards:
             os.truncate(self.folder / SEEN, 8 * state.seen)
 
     def seen(self) -> set[int]:
-        """The digests that were remembered."""
+        """The digests that `remember` has stored."""
         file = self.folder / SEEN
         return set(np.fromfile(file, "<u8").tolist()) if file.exists() else set()
 
@@ -274,14 +276,14 @@ class Shards:
                 _sync(self._open.pop(split))
 
     def read(self, split: str, start: int, count: int) -> np.ndarray:
-        """Ids of one shard, from `start` on, at most `count`."""
+        """At most `count` ids from position `start` of a split, from one shard."""
         k, used = divmod(start, self.limit)
         return np.fromfile(
             self.file(split, k), self.dtype, min(count, self.limit - used), offset=used * self.dtype.itemsize
         )
 
     def close(self) -> None:
-        """Flush all that was appended to the disk."""
+        """Flush everything to the disk."""
         while self._open:
             _sync(self._open.popitem()[1])
 
@@ -301,15 +303,15 @@ def prepare(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Make the data set `out` (by default data/NAME of the first source) from `sources`; returns its folder.
+    """Make the data set `out` (by default data/NAME of the first source) from `sources`. Returns its folder.
 
-    The work is done in OUT.partial, which is renamed when all is written. After an interruption the same call
-    resumes where the journal there stands. An existing `out` is refused, or renamed away first if `fresh`.
+    The work is done in OUT.partial, which is renamed when it is complete. After an interruption the same call resumes
+    from the journal in that folder. An existing `out` is an error; with `fresh` it is renamed first.
 
-    Raises ValueError or OSError with one line for a mistake in the arguments, in a source, or for a disk that is full.
+    Raises ValueError or OSError with one line for an invalid argument or source, and for a full disk.
     """
     if not sources:
-        raise ValueError("sources: none is named; expected files, folders, '-', or a named set such as 'pydoc'")
+        raise ValueError("sources: none given; expected files, folders, '-', or a named set such as 'pydoc'")
     if val_fraction is None:
         val_fraction = VAL_FRACTIONS.get(sources[0], VAL_FRACTION)
     if not 0 < val_fraction < 1:
@@ -321,10 +323,10 @@ def prepare(
         raise ValueError(f"--min-bytes is {min_bytes}; expected at least 0")
     filters = Filters(drop_wikipedia, min_bytes, drop_duplicates)
     if "-" in sources and filters != NO_FILTERS:
-        raise ValueError("source -: filters read a document before it is taken, and stdin can be read once; save it")
+        raise ValueError("source -: filters read a document twice, and stdin can be read only once; save it to a file")
     out = Path(out) if out is not None else default_out(sources[0])
     if os.path.lexists(out) and not fresh:
-        raise FileExistsError(f"{out}: it exists already; choose another --out, or give --fresh to rename it away")
+        raise FileExistsError(f"{out}: already exists; choose another --out, or use --fresh to rename it")
     begin = time.perf_counter()
     vocabulary = Tokenizer.load(tokenizer)
     found = find_sources(sources, text_key, say)
@@ -357,12 +359,14 @@ def prepare(
             if state.documents:
                 _write_manifest(found, vocabulary, val_fraction, filters, state, shards)
         except OSError as error:
-            error.filename = error.filename or str(partial)  # write() does not say which file
+            error.filename = error.filename or str(partial)  # write() does not name the file
             raise
         if not state.documents:
             shutil.rmtree(partial)
-            dropped = f" but in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
-            raise ValueError(f"sources {' '.join(sources)}: they have no text{dropped}")
+            dropped = (
+                f", except in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
+            )
+            raise ValueError(f"sources {' '.join(sources)}: no text in them{dropped}")
         if os.path.lexists(out):
             say(f"{out}: renamed to {out.rename(free_name(out, separator='.'))}")
         partial.rename(out)
@@ -397,9 +401,9 @@ def _estimate(
     shards: Shards,
     say: Callable[[str], None],
 ) -> None:
-    """Say how much disk and time a large job takes, of `total` bytes of text, from the first half MiB for each thread.
+    """Print an estimate of the disk space and time for a large job, of `total` bytes of text, from its first parts.
 
-    Raises ValueError where the disk has not nearly as much.
+    Raises ValueError if the disk has clearly too little space.
     """
     left = (total or 0) - state.bytes
     if left < ESTIMATE_BYTES:
@@ -414,14 +418,14 @@ def _estimate(
     say(
         f"{shards.folder}: about {float(f'{tokens * share:.2g}'):,.0f} tokens: {need / 1e9:.2f} GB of the "
         f"{free / 1e9:.2f} GB that are free, and {timedelta(seconds=round(seconds * share))} at "
-        f"{left / 1e6 / (seconds * share):.1f} MB of text a second on {threads} threads, if the source is as fast"
+        f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is as fast"
     )
     if 0.9 * need > free:
-        raise ValueError(f"{shards.folder}: there is too little space; free some, or name another disk with --out")
+        raise ValueError(f"{shards.folder}: not enough disk space; free some, or choose another disk with --out")
 
 
 def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -> State:
-    """Where an earlier run of the same job stopped, else the beginning."""
+    """The state of an earlier run of the same job, or the initial state."""
     partial = shards.folder
     try:
         journal = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
@@ -434,7 +438,7 @@ def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -
         say(f"{partial}: the sources or options have changed since the interruption; starting over")
         return State()
     state = State(**journal["state"])
-    if not shards.hold(state):
+    if not shards.contain(state):
         say(f"{partial}: shards are missing or truncated; starting over")
         return State()
     say(f"{partial}: resuming after {state.documents:,} documents and {sum(state.tokens.values()):,} tokens")
@@ -459,7 +463,7 @@ def _write_tokens(
     state: State,
     shards: Shards,
 ) -> None:
-    """Read, cut, tokenize (in threads: tiktoken releases the GIL) and append every part after the state's cursor."""
+    """Read, split, tokenize (in threads: tiktoken releases the GIL) and append all text after the state's cursor."""
     end_of_text = np.array([tokenizer.end_of_text])
 
     def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
@@ -497,7 +501,7 @@ def _write_tokens(
 
 
 def side_of(data: bytes, val_fraction: float) -> str:
-    """The split of a part: validation where its SHA-256, as a fraction of 2**64 in its first 8 bytes, is below."""
+    """The split of a part: validation if the first 8 bytes of its SHA-256 are below val_fraction * 2**64."""
     return SPLITS[int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val_fraction * 2**64]
 
 
@@ -517,9 +521,9 @@ def _in_order(
 
 
 def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards: Shards) -> None:
-    """Where no part was drawn for one of the splits, move its share of the tokens there, the last of the other split.
+    """If a split is empty, move its fraction of the tokens there, from the end of the other split.
 
-    The journal is written between the copy and the cut, so that an interruption loses nothing.
+    The journal is written after the copy and before the truncation, so that an interruption loses nothing.
     """
     for empty, full, share in (("val", "train", val_fraction), ("train", "val", 1 - val_fraction)):
         if shards.tokens[empty] or shards.tokens[full] < 2:
@@ -568,7 +572,7 @@ def _write_manifest(
 
 
 def _sync(stream: BinaryIO) -> None:
-    """Close a file once its bytes are on the disk."""
+    """Flush a file to the disk and close it."""
     with stream:
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,8 +1,8 @@
-"""Where text comes from: files, named data sets, the documentation inside Python, stdin. A source yields documents.
+"""Sources of documents: files, named data sets, the documentation that comes with Python, stdin.
 
-File formats go by the name: .jsonl and .ndjson (one JSON object a line), .csv (with a header), .parquet, and any other
-as one document of plain text; each but .parquet also compressed as .gz or .zst. Only `pydoc`, text and .gz need nothing
-but Python: .zst and .parquet are read by pyarrow, and the data sets on the hub by huggingface_hub (the extra "data").
+The name of a file determines its format: .jsonl and .ndjson (one JSON object per line), .csv (with a header), .parquet;
+any other file is one document of plain text. All but .parquet may be compressed as .gz or .zst. Reading .zst and
+.parquet needs pyarrow, and the data sets on the Hugging Face hub need huggingface_hub (the extra "data").
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BOM = b"\xef\xbb\xbf"
-LINE_BYTES = 256 << 20  # a line of JSON or CSV is read whole, so it has a limit
-SAMPLE_BYTES = 1 << 20  # of a compressed file, from which its whole size is estimated
-ROWS = 64  # of a Parquet file at a time
-HUB_BLOCK_BYTES = 16 << 20  # the least that is asked of the hub at once
+LINE_BYTES = 256 << 20  # the longest line of JSON or CSV, which is read into memory as a whole
+SAMPLE_BYTES = 1 << 20  # bytes of a compressed file's text, from which the size of all of it is estimated
+ROWS = 64  # rows of a Parquet file per read
+HUB_BLOCK_BYTES = 16 << 20  # the smallest request to the hub
 JSON_LINES, CSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".parquet", (".gz", ".zst")
-NOT_TEXT = (".json", ".tiktoken")  # nor is a file with a zero byte near its beginning
+NOT_TEXT = (".json", ".tiktoken")  # and files with a zero byte near their beginning
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
 
 
-Identity = list[str | int]  # what tells a source from another, and from itself after a change
+Identity = list[str | int]  # identifies a source and its version
 
 
 @dataclass(frozen=True)
 class Document:
     """One text, in UTF-8.
 
-    after  the position in its source of what follows it.
-    name   what an error calls it.
-    open   opens the text for reading from its beginning; works again and again, but for stdin.
-    url    where it was found, where the source knows.
+    after  the position in its source of the next document.
+    name   its name in error messages.
+    open   opens the text for reading, from its beginning; more than once, except for stdin.
+    url    its address, if known.
     """
 
     after: int
@@ -64,7 +64,7 @@ class Document:
     url: str = ""
 
 
-# Files. `documents(start)` yields the documents from the position `start` on.
+# Files. `documents(start)` yields the documents starting at position `start`.
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class TextFile:
         return str(self.path)
 
     def size(self) -> int | None:
-        """Bytes of the file, where that is known."""
+        """Bytes of the file, if known."""
         return self.path.stat().st_size
 
     def text_size(self) -> int | None:
-        """Bytes of its text, about, where that is known."""
+        """Approximate bytes of its text, if known."""
         size = self.path.stat().st_size
         if self.path.suffix.lower() not in COMPRESSED:
             return size
@@ -99,7 +99,8 @@ class TextFile:
 
 @dataclass(frozen=True)
 class JsonLines(TextFile):
-    """One line, one document: a JSON object's string under `key`. A position is a byte offset in what is unpacked."""
+    """One document per line: the string under `key` of a JSON object. A position is a byte offset in the uncompressed
+    file."""
 
     key: str
 
@@ -127,14 +128,14 @@ class JsonLines(TextFile):
                 f"{self.path}: line {_line_number(self.path, begin)}: expected a JSON object with a string under "
                 f"{self.key!r} (--text-key), got {line[:40]!r} ({reason})"
             ) from None
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates: U+FFFD
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates become U+FFFD
         return whole.encode(), str(value.get("url", ""))
 
 
 @dataclass(frozen=True)
 class Csv(TextFile):
-    """One record, one document: the field under the header `column`. Commas, and quotes doubled within quotes (RFC
-    4180). A position is a byte offset in what is unpacked, 0 the header."""
+    """One document per record: the field under the header `column`. Fields are separated by commas, and quotes within
+    quotes are doubled (RFC 4180). A position is a byte offset in the uncompressed file, 0 that of the header."""
 
     column: str
 
@@ -151,12 +152,12 @@ class Csv(TextFile):
             skip(stream, start - begin)
             for record, after in self._records(stream, max(begin, start)):
                 if len(record) != len(header):
-                    raise self._no_csv(after, f"{len(record)} fields, where the header has {len(header)}")
+                    raise self._no_csv(after, f"{len(record)} fields, the header has {len(header)}")
                 where = "" if url is None else record[url]
                 yield Document(after, str(self), partial(io.BytesIO, record[text].encode()), where)
 
     def _records(self, stream: BinaryIO, offset: int) -> Iterator[tuple[list[str], int]]:
-        """The records that are not empty, from byte `offset` on, where the stream stands; and the offset after each."""
+        """(record, offset after it) of each record that is not empty, from a stream at byte `offset`."""
 
         def lines() -> Iterator[str]:
             nonlocal offset
@@ -174,13 +175,13 @@ class Csv(TextFile):
     def _no_csv(self, offset: int, reason: str) -> ValueError:
         return ValueError(
             f"{self.path}: line {_line_number(self.path, offset - 1)}: not valid CSV ({reason}); expected fields "
-            f"between commas, as many as in the header, in quotes where they have commas, quotes or line ends"
+            f"separated by commas, as many as in the header, in quotes if they contain commas, quotes or line ends"
         )
 
 
 @dataclass(frozen=True)
 class Parquet(TextFile):
-    """One row, one document: the string in `column`, where it is not null. A position is the number of rows before."""
+    """One document per row: the string in `column`, unless it is null. A position is the number of rows before it."""
 
     column: str
 
@@ -213,7 +214,7 @@ class Parquet(TextFile):
         return self.path
 
     def _open(self) -> pyarrow.parquet.ParquetFile:
-        """The file, its column checked. It reads a column in pieces, however long a row group is."""
+        """The file, after checking its column. It reads a column in pieces, for any size of the row groups."""
         arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
         with explained(self, arrow.ArrowException, UnicodeDecodeError):
             file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
@@ -228,21 +229,21 @@ class Parquet(TextFile):
 
 @dataclass(frozen=True)
 class HubParquet(Parquet):
-    """A Parquet file in a data set on the Hugging Face hub, at one revision. What is needed of it is streamed and not
-    kept, so that an interruption loses no more of the download than of the work. HF_ENDPOINT names another hub."""
+    """A Parquet file in a data set on the Hugging Face hub, at one revision. It is streamed and not stored; a resumed
+    job downloads only the rest. HF_ENDPOINT names another hub."""
 
     repo: str
     revision: str
-    about: int  # bytes of text
+    text_bytes: int  # approximately
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}/{self.path.as_posix()}"
 
     def size(self) -> None:
-        """Not asked for."""
+        """Not requested from the hub."""
 
     def text_size(self) -> int:
-        return self.about
+        return self.text_bytes
 
     def identity(self) -> Identity:
         return [str(self), self.column]
@@ -252,9 +253,9 @@ class HubParquet(Parquet):
         try:
             yield from super().documents(start)
         except (errors.HTTPError, OSError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+            reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
             raise ValueError(
-                f"{self}: it cannot be read from the hub ({reason}); the same command resumes when it can"
+                f"{self}: cannot be read from the hub ({reason}); repeat the command later to resume"
             ) from None
 
     def _file(self) -> BinaryIO:
@@ -267,7 +268,7 @@ class HubParquet(Parquet):
 
 @dataclass(frozen=True)
 class Stdin:
-    """All of stdin, one document. It cannot be read again, so an interrupted job starts over."""
+    """stdin, one document. It cannot be read again, so an interrupted job starts over."""
 
     def __str__(self) -> str:
         return "-"
@@ -290,8 +291,8 @@ class Stdin:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that fit into memory: made, or downloaded, when they are first needed. A position is the number of
-    documents before it."""
+    """Texts that fit in memory, made or downloaded when they are first needed. A position is the number of documents
+    before it."""
 
     name: str
     make: Callable[[], list[str]]
@@ -320,9 +321,9 @@ Source = TextFile | Stdin | Texts
 
 
 def pydoc_corpus(say: Callable[[str], None] = print) -> list[str]:
-    """The language reference's topics, and the docstrings of each module of the standard library: about 2 MB.
+    """The topics of the language reference, and the docstrings of each module of the standard library.
 
-    One document per topic and per module. Modules are parsed, never imported; what is said twice is kept once.
+    One document per topic and per module. Modules are parsed, never imported; repeated texts are dropped.
     """
     documents = []
     try:
@@ -330,7 +331,7 @@ def pydoc_corpus(say: Callable[[str], None] = print) -> list[str]:
 
         documents += [topics[name].strip() + "\n" for name in sorted(topics)]
     except ImportError:
-        say("pydoc: this Python has no pydoc_data.topics; taking the docstrings only")
+        say("pydoc: this Python has no pydoc_data.topics; using only the docstrings")
     seen: set[str] = set()
     for file in sorted(_stdlib_files(Path(sysconfig.get_paths()["stdlib"]))):
         docstrings = dict.fromkeys(text for text in _docstrings(file) if text not in seen)
@@ -350,9 +351,9 @@ def _docstrings(file: Path) -> Iterator[str]:
     """The docstrings of a module, its classes and functions, in the order of the file."""
     try:
         with tokenize.open(file) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's code
+            warnings.simplefilter("ignore")  # about invalid escapes in these modules
             tree = ast.parse(stream.read())
-    except (SyntaxError, UnicodeDecodeError):  # files kept for other versions of Python
+    except (SyntaxError, UnicodeDecodeError):  # files for other versions of Python
         return
     todo: list[ast.AST] = [tree]
     while todo:
@@ -360,7 +361,7 @@ def _docstrings(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = (ast.get_docstring(node) or "").strip()
             if text:
-                yield text.encode("utf-8", "replace").decode()  # a lone surrogate is not UTF-8
+                yield text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
         todo += [child for child in reversed(list(ast.iter_child_nodes(node))) if isinstance(child, ast.stmt)]
 
 
@@ -369,11 +370,11 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HubSet:
-    """A published data set: Parquet files with a column "text", at a revision that does not change.
+    """A published data set: Parquet files with a column "text", at a fixed revision.
 
-    download      bytes of the files, about.
-    text          bytes of the text in them, about.
-    val_fraction  share for validation, as the programs that made the set known among GPT-2's reproducers take it.
+    download      approximate bytes of the files.
+    text          approximate bytes of the text in them.
+    val_fraction  for validation, as in nanoGPT (openwebtext), build-nanogpt and llm.c (fineweb-edu).
     """
 
     repo: str
@@ -389,7 +390,7 @@ class HubSet:
 
 
 HUB_SETS = {
-    # 8,013,769 documents, 9.04e9 of GPT-2's tokens (nanoGPT, data/openwebtext), which takes 0.0005 for validation.
+    # 8,013,769 documents, 9.04e9 GPT-2 tokens, according to nanoGPT's data/openwebtext/readme.md.
     "openwebtext": HubSet(
         "Skylion007/openwebtext",
         "b4325f019c648b1641a1784748667e8b74e5e064",
@@ -398,7 +399,7 @@ HUB_SETS = {
         39_800_000_000,
         0.0005,
     ),
-    # 9,672,101 documents, 9.95e9 of GPT-2's tokens; build-nanogpt and llm.c take one of a hundred shards.
+    # 9,672,101 documents, 9.95e9 GPT-2 tokens; build-nanogpt and llm.c use one of 100 shards for validation.
     "fineweb-edu": HubSet(
         "HuggingFaceFW/fineweb-edu",
         "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
@@ -418,24 +419,25 @@ NAMES = ("pydoc", "shakespeare", *HUB_SETS)
 
 
 def shakespeare() -> list[str]:
-    """Karpathy's "tiny Shakespeare": 1,115,394 bytes, downloaded."""
+    """Karpathy's "tiny Shakespeare", downloaded."""
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as response:
             data = response.read(16 << 20)
     except (OSError, HTTPException) as error:
         raise ValueError(
-            f"shakespeare: {SHAKESPEARE_URL} cannot be read ({first_line(error)}); connect and try again"
+            f"shakespeare: {SHAKESPEARE_URL} could not be downloaded ({first_line(error)}); connect to the "
+            f"network and try again"
         ) from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(f"shakespeare: {SHAKESPEARE_URL} gave {len(data)} bytes that are not the text; try again")
+        raise ValueError(f"shakespeare: {SHAKESPEARE_URL} returned {len(data)} bytes with a wrong checksum; try again")
     return [data.decode()]
 
 
-# Finding them.
+# From names to sources.
 
 
 def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]) -> list[Source]:
-    """The sources that the command line names, folders replaced by the files in them (sorted, hidden ones left out)."""
+    """The sources with these names. A folder is replaced by the files in it, sorted, without hidden ones."""
     sources: list[Source] = []
     for name in names:
         path = Path(name)
@@ -447,22 +449,22 @@ def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]
             sources += HUB_SETS[name].sources()
         elif name == "-":
             if "-" in map(str, sources):
-                raise ValueError("source -: stdin is named twice; it can be read once")
+                raise ValueError("source -: stdin is named twice, but can be read only once")
             sources.append(Stdin())
         elif path.is_dir():
             found, skipped = _files_in(path)
             if not found:
-                raise ValueError(f"source {path}: the folder has no text, Markdown, .jsonl, .csv or .parquet file")
+                raise ValueError(f"source {path}: no text, Markdown, .jsonl, .csv or .parquet file in this folder")
             if skipped:
                 some = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
                 say(f"{path}: skipped {len(skipped)} files that are not text: {some}")
             sources += [_file_source(file, text_key) for file in found]
         elif not path.exists():
             raise FileNotFoundError(
-                f"source {name}: there is no such file or folder (nor is it '-' or one of {', '.join(NAMES)})"
+                f"source {name}: no such file or folder; expected a path, '-' (stdin), or one of {', '.join(NAMES)}"
             )
         elif not path.is_file():
-            raise ValueError(f"source {name}: not a regular file; pipe it into stdin and name '-'")
+            raise ValueError(f"source {name}: not a regular file; pipe it into stdin and use '-'")
         elif not _is_readable(path):
             raise ValueError(f"source {name}: not text; expected text in UTF-8, JSON lines (.jsonl), .csv or .parquet")
         else:
@@ -478,7 +480,7 @@ def _file_source(path: Path, text_key: str) -> TextFile:
 
 
 def unpacked_name(path: Path) -> Path:
-    """The path without the ending of a compressed file."""
+    """The path without the suffix of a compressed file."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
@@ -495,7 +497,7 @@ def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether the file is one of ours: Parquet by its name, any other by its first bytes."""
+    """Whether the file has a supported format: Parquet by its name, text by its first bytes."""
     suffix = unpacked_name(path).suffix.lower()
     if suffix == PARQUET:
         return suffix == path.suffix.lower()
@@ -507,7 +509,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file, unpacked where it is compressed."""
+    """The file, decompressed if necessary."""
     return _decompressed(path, path) if path.suffix.lower() in COMPRESSED else path.open("rb")
 
 
@@ -518,7 +520,7 @@ def _decompressed(file: Path | BinaryIO, path: Path) -> BinaryIO:
 
 
 def skip(stream: BinaryIO, count: int) -> None:
-    """Skip so many bytes, also in a stream that cannot seek."""
+    """Skip `count` bytes of a stream, which need not be seekable."""
     if count > 0 and stream.seekable():
         stream.seek(count, os.SEEK_CUR)
         return
@@ -528,19 +530,19 @@ def skip(stream: BinaryIO, count: int) -> None:
 
 @contextmanager
 def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of decompression, and of these `kinds`, become a ValueError that names the source."""
+    """Turn errors of decompression, and those of `kinds`, into a ValueError that names the source."""
     try:
         yield
     except (EOFError, zlib.error) + kinds as error:  # noqa: RUF005 (mypy)
         if isinstance(error, OSError) and error.strerror:
-            raise  # the operating system's: it names the file
+            raise  # an error of the operating system, which names the file
         raise ValueError(
             f"{source}: the file is damaged or truncated ({first_line(error)}); download or copy it again"
         ) from None
 
 
 def require(module: str, source: object) -> ModuleType:
-    """An optional library. Raises ValueError that says how to install it."""
+    """Import a module of an optional library. Raises ValueError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -549,11 +551,11 @@ def require(module: str, source: object) -> ModuleType:
 
 
 def _no_column(source: object, column: str, names: Sequence[str]) -> str:
-    return f"{source}: there is no column {column!r} (--text-column); it has {', '.join(map(repr, names)) or 'none'}"
+    return f"{source}: no column {column!r} (--text-column); the columns are {', '.join(map(repr, names)) or 'none'}"
 
 
 def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
-    """The lines from here on, which is byte `offset`."""
+    """The remaining lines of a stream at byte `offset`."""
     while line := stream.readline(LINE_BYTES + 1):
         if len(line) > LINE_BYTES:
             raise ValueError(f"{name}: byte {offset}: the line is longer than {LINE_BYTES >> 20} MiB; split it")
@@ -562,18 +564,18 @@ def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
 
 
 def decoded(data: bytes, offset: int, name: str) -> str:
-    """The text of what stands at byte `offset`. Raises ValueError that names the byte that does not belong there."""
+    """The text of the bytes at `offset` of a document. Raises ValueError with the position of an invalid byte."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}: byte {offset + error.start} is not UTF-8 (0x{data[error.start]:02x}); expected text in UTF-8, "
-            f"convert it, for example with iconv"
+            f"{name}: byte {offset + error.start} is not UTF-8 (0x{data[error.start]:02x}); convert the text to UTF-8, "
+            f"for example with iconv"
         ) from None
 
 
 def _line_number(path: Path, offset: int) -> int:
-    """The number of the line that byte `offset` is in."""
+    """The number of the line that contains byte `offset`."""
     with opened(path) as stream:
         left, number = offset, 1
         while left and (block := stream.read(min(1 << 20, left))):

@@ -1,4 +1,4 @@
-"""The sizes and rates of a GPT-2, under the names that Hugging Face's config.json uses."""
+"""The configuration of a GPT-2 model, with the field names of Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tinygrad2.precision import Precision, PrecisionLike
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and rates of a GPT-2. The defaults are those of the published 124M model."""
+    """Sizes and dropout rates of a GPT-2 model. The defaults are those of the published 124M model."""
 
     vocab_size: int = 50257
-    n_positions: int = 1024  # the context: the most tokens that the model reads at a time
+    n_positions: int = 1024  # the context: the largest number of tokens in a sequence
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
@@ -55,7 +55,7 @@ class GPT2Config:
 
     @staticmethod
     def from_dict(values: JsonObject) -> GPT2Config:
-        """The config of a Hugging Face config.json. Raises ValueError for an unsupported setting."""
+        """The config in a Hugging Face config.json. Raises ValueError for an unsupported setting."""
         for name, supported in SUPPORTED_VALUES.items():
             if values.get(name, supported[0]) not in supported:
                 raise ValueError(
@@ -113,7 +113,7 @@ class GPT2Config:
         recompute: str = "none",
         head_rows: int | None = None,
     ) -> dict[str, int]:
-        """Bytes of memory that a training step on batch_size sequences of block_size tokens needs, by their use.
+        """Memory in bytes, by use, of a training step on batch_size sequences of block_size tokens.
 
         Activations are saved for the backward pass: 16 arrays of (B, T, C) per layer (two sums and their normalized
         forms, q k v, the result of attention, and 4 + 4 in the MLP). With recompute="block" it is 2 arrays per layer,
@@ -133,18 +133,21 @@ class GPT2Config:
         }
 
     def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
-        """Bytes of memory, besides the weights, to continue a prompt by up to `more` tokens in `samples` samples.
+        """Memory in bytes, by use and without the weights, to add up to `more` tokens to a prompt in each sample.
 
-        itemsize  of the activations. At most the prompt, or half a context where the text becomes longer than the
-                  context, is processed at once, with the arrays of `memory` for one layer at a time. Temporary arrays
-                  are not counted.
+        itemsize  bytes of an element of the activations.
+
+        The prompt is processed at once; if the text becomes longer than the context, so is half a context. The arrays
+        of `memory` are needed for one layer at a time. Temporary arrays are not counted.
         """
         context = self.n_positions
         at_once = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
         return {
             "keys and values": 2 * self.n_layer * samples * min(prompt + more, context) * self.n_embd * itemsize,
             "activations": (16 + 3) * samples * at_once * self.n_embd * itemsize,
-            "logits": samples * self.vocab_size * (itemsize + 4 + 1),  # also in float32, and the mask of isfinite
+            "logits": samples
+            * self.vocab_size
+            * (itemsize + 4 + 1),  # and their float32 copy, and the mask of isfinite
         }
 
     def flops_per_token(self, block_size: int) -> int:
@@ -170,12 +173,12 @@ def is_matrix(name: str) -> bool:
 GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
 PADDED_VOCAB_SIZE = 50304  # the same, padded by nanoGPT and build-nanogpt; the added ids never occur in text
 
-WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation: see model.to_generate
+WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation; see model.to_generate
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
 
-BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes takes the vocabulary of its data
+BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes has the vocabulary of its data
 
 # Settings of Hugging Face's GPT2Config that change the function, with the values that this model supports.
 SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
@@ -187,8 +190,8 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 
-# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are ours, for
-# bytes: two CPU cores train nano in two minutes, and micro (the model in checkpoint/) in about half an hour.
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are ours, small
+# enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
 PRESETS = {
     "nano": GPT2Config(
         vocab_size=257, n_positions=64, n_embd=128, n_layer=4, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0

@@ -1,4 +1,4 @@
-"""One token in one launch on a GPU: when decode.cu can be used, and its arguments."""
+"""Decoding on a GPU with one kernel launch per token: when decode.cu can be used, and how it is launched."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from tinygrad2.array import Array
 from tinygrad2.backend import Cuda, Limits
 from tinygrad2.nn import Parameter
 
-# As in decode.cu: threads of a block, and bytes of one access.
+# As in decode.cu: threads per block, and bytes per memory access.
 THREADS, ACCESS = 512, 16
-MAX_RANKS = 8  # blocks of a cluster that every GPU with clusters supports
-MIN_PREFETCH, MAX_PREFETCH = 4, 16  # accesses of a thread in flight: 16 are 128 KB a block, a layer of 124M
-MAX_TEXTS = 6  # at a time: the registers hold the sums of all of them
-RESERVED = 1024  # bytes of shared memory of a block that CUDA keeps for itself
+MAX_RANKS = 8  # the largest number of blocks per cluster that every GPU with clusters supports
+MIN_PREFETCH, MAX_PREFETCH = 4, 16  # memory accesses in flight per thread; 16 are 128 KB per block
+MAX_TEXTS = 6  # per launch: the sums of all of them are kept in registers
+RESERVED = 1024  # bytes of a block's shared memory that CUDA reserves
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The sizes of a launch, constants of decode.cu; see its glossary.
+    """The sizes of a launch, which are constants of decode.cu; see its glossary.
 
-    texts, ranks, clusters, heads (of a cluster), hidden (columns of the MLP, of a cluster), prefetch (accesses)
-
+    texts, ranks, clusters
+    heads, hidden      attention heads, and columns of the MLP, per cluster.
+    prefetch           memory accesses in flight per thread.
     hardware_clusters  whether a cluster is a thread block cluster.
     mailbox            entries of a block's mailbox.
-    shared             bytes of shared memory of a block.
+    shared             bytes of shared memory per block.
     """
 
     texts: int
@@ -48,7 +49,7 @@ class LaunchPlan:
     def of(
         config: GPT2Config, texts: int, itemsize: int, limits: Limits, max_clusters: int = sys.maxsize
     ) -> LaunchPlan | None:
-        """The plan for weights of `itemsize` bytes on a GPU with these limits, or None where the model does not fit."""
+        """The plan for weights of `itemsize` bytes on a GPU with these limits, or None if the model does not fit."""
         C, H, D, vector = config.n_embd, config.n_head, config.head_size, ACCESS // itemsize
         ranks = MAX_RANKS
         while C % (ranks * vector) or ranks > limits.processors:
@@ -57,12 +58,12 @@ class LaunchPlan:
                 return None
         own, slices = C // ranks, 4 * C // vector
         hidden = -(-slices // min(max_clusters, limits.processors // ranks)) * vector
-        clusters = -(-4 * C // hidden)  # each has some of the MLP's columns
+        clusters = -(-4 * C // hidden)  # each computes some of the MLP's columns
         heads = -(-H // clusters)
         if max(3 * heads * D, hidden, own) > THREADS * vector:
             return None
         hardware_clusters = limits.capability >= 9
-        first = max(3 * heads * D, hidden)  # columns of the first matrix of a half
+        first = max(3 * heads * D, hidden)  # columns of the first matrix of a half layer
         mailbox = texts * (ranks * (2 + -(-first // ranks) + heads * (D + 2)) + max(first, C))
         work = max(THREADS * vector + 16, THREADS // 32 * (D + 2), texts * C)
         fixed = 4 * (work + texts * (first + heads * D + 2 * own)) + 8 * mailbox * hardware_clusters
@@ -88,15 +89,15 @@ class LaunchPlan:
 
 class Decoder:
     """The logits of the next token from one more token of each text and a key-value cache: generate.next_logits for
-    T = 1, in one launch. It keeps the addresses that the parameters have at the first call."""
+    T = 1, in one launch. The parameters must stay at the addresses that they have at the first call."""
 
-    first_tag = 1  # of the messages of the first launch; memory that was never written holds 0
+    first_tag = 1  # of the messages of the first launch; 0 is what memory contains before it is written
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
-        """A decoder for this model and cache, or None where the kernel cannot serve them: another architecture than
-        GPT-2's, a CPU, float64, more than MAX_TEXTS texts, heads or parameters that are not whole accesses, or too
-        little shared memory."""
+        """A decoder for this model and cache, or None if the kernel does not support them: an architecture other than
+        GPT-2, a CPU, float64, more than MAX_TEXTS texts, heads or parameters that are not aligned to ACCESS bytes, or
+        too little shared memory."""
         cuda, config = model.backend.cuda, model.config
         if cuda is None or not isinstance(config, GPT2Config):
             return None
@@ -127,10 +128,10 @@ class Decoder:
 
     def greedy(self, tokens: np.ndarray, position: int, count: int, choices: int) -> Iterator[np.ndarray]:
         """Greedy decoding: `count` times, for each text, the token with the largest logit among the first `choices`,
-        (B,), beginning with the one that follows `tokens` at `position`; -1 where the logits are not finite.
+        (B,), beginning with the one that follows `tokens` at `position`; -1 if the logits are not finite.
 
-        Each token is passed to the next launch on the device, and that launch is made before the token has reached the
-        host, so that the GPU does not wait. Raises ValueError for a token or a position out of range."""
+        Each token is passed to the next launch on the device. That launch is queued before the host has received the
+        token, so that the GPU does not wait. Raises ValueError for a token or a position out of range."""
         if count < 1:
             return
         self._check(tokens, position, count)
@@ -149,7 +150,7 @@ class Decoder:
             if wait:
                 wait()
                 yield host[(count - 1) % 2].astype(np.int64)
-        finally:  # a caller that stops early must not free the memory that the last copy writes to
+        finally:  # if the caller stops early, the memory that the last copy writes to must not be freed yet
             if wait:
                 wait()
 
@@ -178,7 +179,7 @@ class Decoder:
         """One token of each text; see decode.cu for the arguments."""
         kernel = self._kernel or self._compile()
         c, plan = self._config, self._plan
-        tags = 2 * c.n_layer + 1  # that a launch uses: for each half of a layer, and for the end
+        tags = 2 * c.n_layer + 1  # per launch: one for each half layer, and one for the end
         tag = np.uint32((self.first_tag + self._launches * tags) % 2**32)
         self._launches += 1
         numbers = np.int32(choices), np.int32(position), np.int32(self._capacity), np.float32(c.layer_norm_epsilon)
@@ -187,7 +188,7 @@ class Decoder:
         kernel((plan.blocks,), (THREADS,), arguments, shared_mem=plan.shared)
 
     def _compile(self) -> Callable[..., None]:
-        """Compile the kernel for as many blocks as run at once, and make the arguments that all launches share."""
+        """Compile the kernel for as many blocks as can run at a time, and make the arguments common to all launches."""
         model, config, backend, cuda = self._model, self._config, self._model.backend, self._cuda
         limits, itemsize = cuda.limits(), self._layers[0].dtype.itemsize
         assert limits is not None
@@ -195,7 +196,7 @@ class Decoder:
             plan = self._plan
             constants = {"REAL": cuda.type_name(model.precision.activations), **plan.constants(config)}
             kernel = cuda.kernel(Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, **constants)
-            # Multiprocessors are wired in groups of several sizes, so that not all of them may be in clusters.
+            # Multiprocessors are in groups of different sizes, and some of a group may be left over by whole clusters.
             launch = kernel, plan.blocks, THREADS, plan.shared
             at_once = cuda.clusters_at_once(*launch) if plan.hardware_clusters else plan.clusters
             if at_once >= plan.clusters:
@@ -204,7 +205,7 @@ class Decoder:
             fewer = LaunchPlan.of(*sizes, limits, max_clusters=at_once) if at_once else None
             self._plan = fewer or LaunchPlan.of(*sizes, limits._replace(capability=0)) or plan
         named = dict(model.named_parameters())
-        self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # kept: the table points there
+        self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # kept alive for the table
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)
         results = 4 * plan.clusters * self._texts * config.n_embd + 2 * self._texts * plan.blocks
         self._arrays = (

@@ -1,7 +1,8 @@
-"""What is wrong with this machine? `python -m gpt2.doctor` checks all that the project uses, and says what to do.
+"""Check what the project uses on this machine, and suggest fixes: `python -m gpt2.doctor`.
 
-Each probe runs in a thread with a time limit, and foreign code that may crash or hang in a process of its own, so that
-the doctor always finishes. It needs the standard library only, and old Pythons can read it.
+Each probe runs in a thread with a time limit. Code of other libraries, which may crash or hang, runs in a separate
+process, so that the command always finishes. It needs only the standard library, and its syntax is valid in old
+versions of Python.
 """
 
 from __future__ import annotations
@@ -27,40 +28,40 @@ from tinygrad2.files import write_error
 ROOT = Path(__file__).parents[1]
 OLDEST_PYTHON = (3, 11)
 LIMIT = 90.0  # seconds for a probe
-MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes; training nano takes 0.35 GB, its checkpoints take 0.03 GB
-SLOW_BLAS = 5e9  # float32 operations a second; any core of the last ten years makes several times as many
-OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not installed; wrong: fails, or works badly
+MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes, to train nano and keep its checkpoints
+SLOW_BLAS = 5e9  # float32 operations per second; any core of the last ten years is several times as fast
+OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not installed; wrong: fails, or is slow
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
 
-# What processes of their own run, for `ask`.
-BLAS = "from tinygrad2 import diagnose; said = diagnose.blas()"
-KERNELS = "from tinygrad2 import diagnose; said = diagnose.compiled_kernels()"
-DRIVER = "from tinygrad2 import machine; said = machine.nvidia_driver()"
-CUPY = "from tinygrad2 import diagnose; said = diagnose.gpu()"
-TOKENIZER = "from gpt2.tokenizer import Tokenizer; said = {'tokens': Tokenizer.load('gpt2').vocab_size}"
-LIBRARY = "from mpi4py import MPI; said = {'library': MPI.Get_library_version().splitlines()[0].strip('\\0 ')}"
+# Code that `ask` runs in a separate process.
+BLAS = "from tinygrad2 import diagnose; result = diagnose.blas()"
+KERNELS = "from tinygrad2 import diagnose; result = diagnose.compiled_kernels()"
+DRIVER = "from tinygrad2 import machine; result = machine.nvidia_driver()"
+CUPY = "from tinygrad2 import diagnose; result = diagnose.gpu()"
+TOKENIZER = "from gpt2.tokenizer import Tokenizer; result = {'tokens': Tokenizer.load('gpt2').vocab_size}"
+LIBRARY = "from mpi4py import MPI; result = {'library': MPI.Get_library_version().splitlines()[0].strip('\\0 ')}"
 RANKS = "from mpi4py import MPI; print(MPI.COMM_WORLD.Get_size(), flush=True)"
 
 
 class Finding(NamedTuple):
-    """What a probe found."""
+    """The result of a probe."""
 
     verdict: str
     text: str
-    remedy: str = ""  # what to do, if the verdict is not OK
+    remedy: str = ""  # suggested if the verdict is not OK
     needed: bool = False  # train.py cannot run without it
-    facts: dict[str, Any] = {}  # noqa: RUF012 - for the command at the end: threads, gpus, mpirun
+    facts: dict[str, Any] = {}  # noqa: RUF012 - threads, gpus and mpirun, for the command at the end
 
 
 def first(*cases: tuple[Any, ...]) -> Finding:
-    """The finding of the first case that holds; a case is a condition and the fields of a Finding."""
-    return next(Finding(*fields) for holds, *fields in cases if holds)
+    """The finding of the first case that applies; a case is a condition and the fields of a Finding."""
+    return next(Finding(*fields) for applies, *fields in cases if applies)
 
 
 def ask(code: str, seconds: float = 60, **environment: str) -> dict[str, Any]:
-    """The dictionary `said` that Python code makes in a process of its own; {"error": one line} if it fails."""
-    code += "\nimport json; print(json.dumps(said, default=str))"
+    """The dictionary that Python code assigns to `result` in a separate process; {"error": one line} if it fails."""
+    code += "\nimport json; print(json.dumps(result, default=str))"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     output, error = machine.call([sys.executable, "-c", code], seconds, PYTHONPATH=path, **environment)
     return {"error": error} if error else json.loads(output.splitlines()[-1])
@@ -73,7 +74,7 @@ def probe_python() -> Finding:
 
 
 def probe_packages() -> Finding:
-    """What pyproject.toml demands (Numba has a probe of its own): installed in the right version, importable."""
+    """Whether the packages in pyproject.toml are installed in the right version and importable (not Numba)."""
 
     def numbers(version: str) -> list[int]:  # "14.2.0rc1" is [14, 2, 0]
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
@@ -87,55 +88,60 @@ def probe_packages() -> Finding:
                     bad.append(f"{name} is {version}; expected {oldest} or newer, below {too_new}")
             except metadata.PackageNotFoundError:
                 bad.append(f"{name} is not installed")
-    said = {name: ask(f"import {name}; said = {{}}") for name in installed}
-    bad += [f"{name}: {answer['error']}" for name, answer in said.items() if answer]
+    result = {name: ask(f"import {name}; result = {{}}") for name in installed}
+    bad += [f"{name}: {answer['error']}" for name, answer in result.items() if answer]
     listed = ", ".join(f"{name} {version}" for name, version in installed.items())
     install = f"{PIP} --upgrade -e {shlex.quote(str(ROOT))}"
     return first((bad, WRONG, "; ".join(bad), install, True), (True, OK, listed))
 
 
 def probe_blas() -> Finding:
-    """The library that multiplies matrices, MKL or NumPy's: which, with how many threads, how fast."""
-    said = {"speed": 0, "libraries": [], "mkl": None, **ask(BLAS)}
-    slow, speed = said["speed"] < SLOW_BLAS, f"{said['speed'] / 1e9:,.0f} GFLOP/s in float32"
-    library = said["libraries"][0] if said["libraries"] else {}
+    """The BLAS library, MKL or NumPy's: its name, number of threads and speed."""
+    result = {"speed": 0, "libraries": [], "mkl": None, **ask(BLAS)}
+    slow, speed = result["speed"] < SLOW_BLAS, f"{result['speed'] / 1e9:,.0f} GFLOP/s in float32"
+    library = result["libraries"][0] if result["libraries"] else {}
     threads = library.get("num_threads")
     text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}"
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
     limit = f"{names[0]}={os.environ[names[0]]}" if names and threads == 1 and len(machine.cores()) > 1 else ""
-    no_blas, reinstall = "NumPy multiplies without an optimised library", "--force-reinstall --only-binary :all: numpy"
-    return first(  # (MKL computes each part of a product on the thread that asks for it)
-        ("error" in said, WRONG, said.get("error"), "see the row packages", True),
-        (said["mkl"], OK, f"MKL {said['mkl']}, {speed} on each thread; NumPy's own library is not used"),
+    no_blas, reinstall = "NumPy has no optimised BLAS library", "--force-reinstall --only-binary :all: numpy"
+    return first(  # (MKL computes on the calling thread)
+        ("error" in result, WRONG, result.get("error"), "see the line packages", True),
+        (result["mkl"], OK, f"MKL {result['mkl']}, {speed} on each thread; NumPy's own library is not used"),
         (not library and slow, WRONG, f"{no_blas}: {speed}", f"{PIP} {reinstall}"),
-        (not library, OK, f"a library that threadpoolctl does not know (Accelerate, on a Mac): {speed}"),
+        (not library, OK, f"a BLAS library unknown to threadpoolctl (Accelerate on macOS): {speed}"),
         (limit, WRONG, f"{text}: {limit} limits it", f"unset {' '.join(names)}"),
-        (slow, WRONG, f"{text}: slow", "end other programs that compute; else reinstall NumPy from its wheel"),
+        (
+            slow,
+            WRONG,
+            f"{text}: slow",
+            "close other programs that use the CPU; if that does not help, reinstall NumPy from its wheel",
+        ),
         (True, OK, text),
     )
 
 
 def probe_numba() -> Finding:
-    """Whether the CPU computes with the compiled kernels, and where Numba keeps them."""
+    """Whether the compiled kernels are in use, and where Numba caches them."""
     if os.environ.get("TINYGRAD2_KERNELS") == "reference":
-        return Finding(MISSING, "TINYGRAD2_KERNELS=reference asks for the plain NumPy path", "unset TINYGRAD2_KERNELS")
-    said, install = ask(KERNELS), f'{PIP} --upgrade "numba>=0.60,<1"'
-    if "error" in said:
-        return Finding(MISSING, f"{said['error']}; plain NumPy computes, several times slower", install)
-    numba, cache, kept = f"Numba {said['version']}", said["folder"], said["kept"]
-    state = f"{kept} kept in" if kept else "they will be compiled at the first use, in some 10 s, into"
-    no_cache, move = "finds no folder for compiled kernels", "set NUMBA_CACHE_DIR to a folder that can be written"
+        return Finding(MISSING, "TINYGRAD2_KERNELS=reference selects plain NumPy", "unset TINYGRAD2_KERNELS")
+    result, install = ask(KERNELS), f'{PIP} --upgrade "numba>=0.60,<1"'
+    if "error" in result:
+        return Finding(MISSING, f"{result['error']}; plain NumPy is used, which is several times slower", install)
+    numba, cache, kept = f"Numba {result['version']}", result["folder"], result["kept"]
+    state = f"{kept} cached in" if kept else "to be compiled at first use and cached in"
+    no_cache, move = "has no writable folder for its cache", "set NUMBA_CACHE_DIR to a writable folder"
     return first(
-        (not said["compiled"], WRONG, f"{numba} is installed, but none of the kernels is in use", install),
-        (not cache, WRONG, f"{numba} {no_cache}: every start compiles for some 10 s", move),
-        (True, OK, f"{numba}, {said['compiled']} compiled functions, {state} {cache}"),
+        (not result["compiled"], WRONG, f"{numba} is installed, but none of the kernels is in use", install),
+        (not cache, WRONG, f"{numba} {no_cache}: every start compiles the kernels", move),
+        (True, OK, f"{numba}, {result['compiled']} compiled functions, {state} {cache}"),
     )
 
 
 def probe_cores() -> Finding:
     cores, quota, threads = len(machine.cores()), machine.cpu_quota(), machine.usable_threads()
     text = f"{cores} of {os.cpu_count() or cores}, {machine.processor()}"
-    limit = f"; the control group allows the time of {quota or cores:g}, so that {cores} threads would be held up"
+    limit = f"; the control group's CPU quota is {quota or cores:g} cores, so {cores} threads would be throttled"
     limited = (threads < cores, WRONG, text + limit, f"--threads {threads}", False, {"threads": threads})
     return first(limited, (True, OK, text))
 
@@ -143,98 +149,101 @@ def probe_cores() -> Finding:
 def probe_memory() -> Finding:
     memory = machine.memory()
     if memory is None:
-        return Finding(OK, "this system does not say how much there is")
+        return Finding(OK, "this system does not report its memory")
     from gpt2.config import PRESETS
 
     text, end = f"{memory[0] / 1e9:,.1f} of {memory[1] / 1e9:,.1f} GB free", f"{MEMORY_NEEDED / 1e9:g} GB"
     need = {name: sum(c.memory(1, c.n_positions).values()) * 1.2 for name, c in PRESETS.items()}
     fits = ", ".join(name for name, size in need.items() if size < memory[0]) or "nothing"
     return first(
-        (memory[0] < MEMORY_NEEDED, WRONG, text, f"end other programs: training nano takes {end}", True),
+        (memory[0] < MEMORY_NEEDED, WRONG, text, f"close other programs: training nano takes {end}", True),
         (True, OK, f"{text}: enough to train {fits} (one sequence at a time)"),
     )
 
 
 def probe_disk() -> Finding:
-    free, remedy = shutil.disk_usage(Path.cwd()).free, "make room, or go to another disk: a full one ends a run"
+    free, remedy = (
+        shutil.disk_usage(Path.cwd()).free,
+        "free some space, or change to another disk: a full disk ends a run",
+    )
     text = f"{free / 1e9:,.1f} GB free here; a run of gpt2 keeps three checkpoints of 1.5 GB"
     return first((free < DISK_NEEDED, WRONG, text, remedy, True), (True, OK, text))
 
 
 def probe_folders() -> Finding:
-    """Whether the folders can be written that a run, a download or a compiler writes to."""
+    """Whether the folders that a run, a download or a compiler writes to are writable."""
     here, listed = write_error(Path.cwd()), ", ".join(map(str, machine.cache_folders().values()))
     bad = {name: why for name, folder in machine.cache_folders().items() if (why := write_error(folder))}
     return first(
-        (here, WRONG, here, "go to a folder of yours; data/ and out/ are made there", True),
-        (bad, WRONG, "; ".join(bad.values()), f"set {' and '.join(bad)} to folders that can be written"),
-        (True, OK, f"{Path.cwd()} and the caches {listed} can be written"),
+        (here, WRONG, here, "change to a folder of your own: data/ and out/ are created there", True),
+        (bad, WRONG, "; ".join(bad.values()), f"set {' and '.join(bad)} to writable folders"),
+        (True, OK, f"{Path.cwd()} and the caches {listed} are writable"),
     )
 
 
 def probe_tokenizer() -> Finding:
-    """GPT-2's vocabulary, which tiktoken downloads once (1.5 MB); bytes, the default, need none."""
-    said = ask(TOKENIZER, seconds=40)
-    folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], said.get("error", "").split(";")[0]
-    connect = f"only for --tokenizer gpt2: connect once, or put tiktoken's two files into {folder}"
+    """GPT-2's vocabulary, which tiktoken downloads once. The default tokenizer, bytes, needs none."""
+    result = ask(TOKENIZER, seconds=40)
+    folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], result.get("error", "").split(";")[0]
+    connect = f"needed for --tokenizer gpt2 only: connect to the network once, or copy tiktoken's two files to {folder}"
     return first(
         (reason, MISSING, re.sub(r"^\w*Error: ", "", reason), connect),
-        (True, OK, f"GPT-2's vocabulary, {said.get('tokens', 0):,} tokens, in {folder}"),
+        (True, OK, f"GPT-2's vocabulary, {result.get('tokens', 0):,} tokens, in {folder}"),
     )
 
 
 def probe_gpu() -> Finding:
-    """NVIDIA's driver, CuPy, whether they fit each other, and whether a product comes out right."""
+    """NVIDIA's driver, CuPy, whether they match, and whether a matrix product is correct."""
     driver = {"version": 0, "status": 0, "gpus": 0, "error": "", **ask(DRIVER)}
     version, gpus, status, failed = (driver[key] for key in ("version", "gpus", "status", "error"))
     wheels = sorted(name for d in metadata.distributions() if (name := d.metadata["Name"] or "").startswith("cupy"))
-    made_for = max((int(number) for name in wheels for number in re.findall(r"cuda(\d+)x", name)), default=0)
-    fits = not failed and not status and gpus and version >= 12000 and len(wheels) == 1 and made_for <= version // 1000
-    said = {"free": 0, "total": 0, "error": "a product is wrong", **(ask(CUPY) if fits else {})}
+    built_for = max((int(number) for name in wheels for number in re.findall(r"cuda(\d+)x", name)), default=0)
+    fits = not failed and not status and gpus and version >= 12000 and len(wheels) == 1 and built_for <= version // 1000
+    result = {"free": 0, "total": 0, "error": "a matrix product is wrong", **(ask(CUPY) if fits else {})}
     cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
     seen = f"{gpus} GPU{'s' * (gpus > 1)}, driver of {cuda}"
     cupy = f"CuPy ({', '.join(wheels)}) is installed" if wheels else "CuPy is not installed"
-    gpu = f"{said.get('name')}, {said['free'] / 1e9:,.1f} of {said['total'] / 1e9:,.1f} GB free"
-    get_driver = 'only for a GPU: install NVIDIA\'s driver, then pip install -e ".[cuda13]"'
-    hides = "CUDA_VISIBLE_DEVICES hides it" if "CUDA_VISIBLE_DEVICES" in os.environ else "nvidia-smi says more"
+    gpu = f"{result.get('name')}, {result['free'] / 1e9:,.1f} of {result['total'] / 1e9:,.1f} GB free"
+    get_driver = 'needed for a GPU only: install NVIDIA\'s driver, then pip install -e ".[cuda13]"'
+    hides = "CUDA_VISIBLE_DEVICES hides it" if "CUDA_VISIBLE_DEVICES" in os.environ else "run nvidia-smi for details"
     install = f'{PIP} -e "{ROOT}[{"cuda13" if version >= 13000 else "cuda12"}]"'
     swap = f"{PYTHON} -m pip uninstall -y {' '.join(wheels)}, then {install}"
-    no_gpu = f"the driver ({cuda}) shows no GPU (status {status})"
+    no_gpu = f"the driver ({cuda}) reports no GPU (status {status})"
     return first(
         ("OSError" in failed, MISSING, f"no NVIDIA driver; {cupy}", get_driver),
-        (failed, WRONG, f"the driver fails: {failed}", "does nvidia-smi run? Else restart the machine"),
-        (status or not gpus, MISSING, f"{no_gpu}; {cupy}", f"only for a GPU: {hides}"),
-        (version < 12000, WRONG, f"{seen}: older than CuPy 14 can use", "install a driver of CUDA 12 or 13"),
+        (failed, WRONG, f"the driver fails: {failed}", "run nvidia-smi; if it fails too, restart the machine"),
+        (status or not gpus, MISSING, f"{no_gpu}; {cupy}", f"needed for a GPU only: {hides}"),
+        (version < 12000, WRONG, f"{seen}: too old for CuPy 14", "install a driver of CUDA 12 or 13"),
         (not wheels, MISSING, f"{seen}; {cupy}", install),
-        (len(wheels) > 1, WRONG, f"{seen}; {cupy}, which disturb one another", swap),
-        (not fits, WRONG, f"{seen}; {cupy}, made for CUDA {made_for}", f"{swap}; or install a newer driver"),
-        (said.get("right"), OK, f"{seen}; CuPy {said.get('version')}, {gpu}", "", False, {"gpus": gpus}),
-        (True, WRONG, f"{seen}; {cupy} and fails: {said['error']}", swap),
+        (len(wheels) > 1, WRONG, f"{seen}; {cupy}, which conflict with each other", swap),
+        (not fits, WRONG, f"{seen}; {cupy}, built for CUDA {built_for}", f"{swap}; or install a newer driver"),
+        (result.get("right"), OK, f"{seen}; CuPy {result.get('version')}, {gpu}", "", False, {"gpus": gpus}),
+        (True, WRONG, f"{seen}; {cupy} and fails: {result['error']}", swap),
     )
 
 
 def probe_mpi() -> Finding:
-    """mpi4py, the MPI library that it finds, and the mpirun that belongs to that library: two ranks see each other."""
-    install = f'only for several processes: {PIP} -e "{ROOT}[mpi]"'
+    """mpi4py, its MPI library, and whether an mpirun belongs to that library, so that two ranks see each other."""
+    install = f'needed for several processes only: {PIP} -e "{ROOT}[mpi]"'
     try:
         version = f"mpi4py {metadata.version('mpi4py')}"
     except metadata.PackageNotFoundError:
         return Finding(MISSING, "mpi4py is not installed", install)
-    said = ask(LIBRARY, seconds=30, MPI4PY_RC_INITIALIZE="0")
-    if "error" in said:
-        return Finding(WRONG, f"{version} finds no MPI library that works: {said['error']}", install)
-    library, tried = said["library"].split(",")[0], []
+    result = ask(LIBRARY, seconds=30, MPI4PY_RC_INITIALIZE="0")
+    if "error" in result:
+        return Finding(WRONG, f"{version} cannot load an MPI library: {result['error']}", install)
+    library, tried = result["library"].split(",")[0], []
     beside, on_path = Path(sys.executable).with_name("mpirun"), shutil.which("mpirun")
     for launcher in dict.fromkeys(filter(None, (str(beside) if beside.is_file() else None, on_path))):
         output, error = machine.call([*machine.mpirun_command(launcher, 2), sys.executable, "-c", RANKS], 30)
         if output.split() == ["2", "2"]:
             name = "mpirun" if on_path and Path(on_path).samefile(launcher) else launcher
-            other = f" (the mpirun on the PATH, {on_path}, is another)" if on_path and name != "mpirun" else ""
+            other = f" (not the mpirun on the PATH, {on_path})" if on_path and name != "mpirun" else ""
             found = f"{version}, {library}, {launcher}: two ranks see each other{other}"
             return Finding(OK, found, facts={"mpirun": name})
-        tried.append(f"{launcher}: {error or 'the ranks do not see each other, it belongs to another MPI'}")
+        tried.append(f"{launcher}: {error or 'the ranks do not see each other; it belongs to another MPI library'}")
     text, mpirun = f"{version}, {library}", f"the mpirun of {library}"
-    missing = (not tried, WRONG, f"{text}, but no mpirun", f"put {mpirun} on the PATH")
+    missing = (not tried, WRONG, f"{text}, but no mpirun", f"add {mpirun} to the PATH")
     return first(missing, (True, WRONG, "; ".join((text, *tried)), f"use {mpirun}"))
 
 
@@ -243,8 +252,8 @@ PROBES = {probe.__name__[6:]: probe for probe in (*ORDER, probe_tokenizer, probe
 
 
 def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) -> Iterator[tuple[str, Finding]]:
-    """What each probe finds, in their order. They run at the same time; one that raises or hangs is a finding too."""
-    late = Finding(WRONG, f"no answer within {seconds:g} s", "does a disk or a driver hang?")
+    """The finding of each probe, in order. They run concurrently; one that raises or hangs has a finding too."""
+    late = Finding(WRONG, f"no answer within {seconds:g} s", "a disk or a driver may be hanging")
     found = {}
 
     def run(name: str) -> None:
@@ -252,7 +261,7 @@ def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) ->
             found[name] = probes[name]()
         except BaseException as error:
             text = f"the probe failed: {type(error).__name__}: {console.first_line(error)}"
-            found[name] = Finding(WRONG, text, "it may work nevertheless: try the command below")
+            found[name] = Finding(WRONG, text, "this may be harmless: try the command below")
 
     threads = {name: threading.Thread(target=run, args=(name,), daemon=True) for name in probes}
     end = time.monotonic() + seconds
@@ -264,7 +273,7 @@ def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) ->
 
 
 def training_command(findings: dict[str, Finding]) -> str:
-    """The command that trains on this machine: over all its GPUs where there are several and MPI works."""
+    """The command that trains on this machine: on all of its GPUs, if it has several and MPI works."""
     facts = {key: value for finding in findings.values() for key, value in finding.facts.items()}
     script = "train.py" if Path("train.py").is_file() else shlex.quote(str(ROOT / "train.py"))
     line = f"{PYTHON} {script}" + (f" --threads {facts['threads']}" if "threads" in facts else "")
@@ -281,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 1 if something that training needs does not work, else 0."""
     command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
-    # With an old Python nothing else is checked; and nothing else computes while the speed of BLAS is measured.
+    # If Python is too old, nothing else is checked. Nothing else runs while the speed of BLAS is measured.
     for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
         for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding

@@ -20,7 +20,7 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions filled.
-    decoder  processes one more token of each text in one kernel launch; None where it is not supported.
+    decoder  processes one more token of each text in one kernel launch; None if it is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
@@ -31,7 +31,7 @@ class KVCache:
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
         """Greedy continuation of `tokens` (B,), among the first `choices` ids: yields up to `most` tokens of each text,
-        fewer if the cache is full. Only with a decoder (see Decoder.greedy)."""
+        fewer if the cache is full. Requires a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
         for found in self.decoder.greedy(tokens, first, count, choices):
@@ -55,7 +55,7 @@ NOT_FINITE = "generate: the model's logits are not finite numbers; its weights a
 
 
 class Sampling(TypedDict, total=False):
-    """The keyword arguments of `generate` that choose samples."""
+    """The keyword arguments of `generate` that control sampling."""
 
     samples: int
     temperature: float
@@ -99,8 +99,8 @@ def _choose(
     logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int | np.integer:
     """The first token at which the probabilities, added up in descending order, exceed `draw`."""
-    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is three times as
-    # fast in the logits' float32 as in float64.
+    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is faster in the
+    # logits' float32 than in float64.
     with np.errstate(over="ignore"):
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     weights = np.exp(scaled)
@@ -121,7 +121,7 @@ def _choose(
 
 
 def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
-    """Tokens in descending order of their logit: first those near the largest (which is 0), then more, at last all.
+    """Tokens in descending order of their logit: first those near the largest (which is 0), then more, finally all.
 
     Sorting the whole vocabulary takes longer than the forward pass of a small model.
     """
@@ -152,9 +152,9 @@ def generate(
 
     When the text outgrows the model's context, its first half is dropped and the rest is processed again.
     The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
-    whatever the number of samples.
+    for any number of samples.
     vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
-    cache       False processes the whole text for every token: slow; the tests compare the cache with it.
+    cache       False processes the whole text for every token, which is slow; the tests compare with it.
 
     Raises ValueError for an empty prompt, and if the model's logits are not finite.
     """
@@ -189,7 +189,7 @@ def generate(
         if seen.shape[1] > context:
             seen = seen[:, -max(1, context // 2) :]
             if state is not None:
-                del state  # its memory is free before the next cache is allocated
+                del state  # free its memory before the next cache is allocated
                 state = _new_cache(model, seen, max_tokens - step)
 
 
@@ -229,7 +229,7 @@ def stream_text(
     """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final.
 
     A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`. Bytes of an incomplete
-    character, and text that may be the start of a stop string, are held back until more tokens decide.
+    character, and text that may be the start of a stop string, are held back until more tokens arrive.
     """
     samples = sampling.get("samples", 1)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
@@ -256,7 +256,7 @@ def stream_text(
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
-    """A short text without a prompt, as training shows it."""
+    """A short text without a prompt, for the evaluations of a training run."""
     pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
 

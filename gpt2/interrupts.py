@@ -1,8 +1,8 @@
 """Ctrl-C while a command imports its modules, and after its main function: it ends silently, with status 130.
 
-Without this, KeyboardInterrupt would be raised anywhere within an import, which may turn it into another error, and
-Python would print a traceback. The package imports this module first, so that it acts before NumPy and the rest are
-imported. console.run has Ctrl-C raise KeyboardInterrupt as usual during the main function.
+Otherwise KeyboardInterrupt could be raised anywhere within an import, which may turn it into another error, and Python
+would print a traceback. The package imports this module first, before NumPy and the rest. During the main function
+console.run lets Ctrl-C raise KeyboardInterrupt as usual.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-SCRIPTS = ("train.py", "sample.py", "data/prepare.py")  # they import gpt2 before anything large
+SCRIPTS = ("train.py", "sample.py", "data/prepare.py")  # they import gpt2 before any large module
 
 
 def exit_silently(number: int, frame: object) -> None:
@@ -34,7 +34,7 @@ def raise_on_ctrl_c() -> None:
 
 def starting_a_command() -> bool:
     """Whether this process was started as `python -m gpt2.NAME` or as one of SCRIPTS."""
-    if sys.argv[:1] == ["-m"]:  # what Python puts there until it has found the module
+    if sys.argv[:1] == ["-m"]:  # its value until Python has found the module
         return any(argument.startswith("gpt2.") for argument in getattr(sys, "orig_argv", ()))
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     root = Path(__file__).resolve().parents[1]

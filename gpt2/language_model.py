@@ -1,4 +1,4 @@
-"""The interface of a model for generation, evaluation and training: another architecture is one new file."""
+"""The interface that generation, evaluation and training require of a model, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelConfig(Protocol):
     """The sizes of a language model.
 
     vocab_size   the number of token ids.
-    n_positions  the context: the most tokens that the model reads at a time.
+    n_positions  the context: the largest number of tokens in a sequence.
     """
 
     @property
@@ -35,7 +35,7 @@ class ModelConfig(Protocol):
     def memory(
         self, batch_size: int, block_size: int, precision: PrecisionLike, recompute: str, head_rows: int | None
     ) -> dict[str, int]:
-        """Bytes of memory that a training step needs, by their use."""
+        """Memory of a training step in bytes, by use."""
 
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations per token in training, in sequences of block_size tokens."""
@@ -85,8 +85,8 @@ class LanguageModel(Protocol):
         """The shapes of a cache's arrays, one per layer, for `batch` texts of up to `capacity` tokens."""
 
     def hidden_matrices(self) -> dict[str, int]:
-        """The names of the hidden layers' matrices (in, out), and into how many blocks of columns each divides: 3 for
-        queries, keys and values in one. Muon orthogonalizes these blocks."""
+        """The names of the hidden layers' matrices (in, out), and the number of column blocks in each: 3 for queries,
+        keys and values in one matrix. Muon orthogonalizes each block separately."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def parameters(self) -> Iterator[Parameter]: ...

@@ -163,6 +163,8 @@ class GPT2(nn.Module):
         shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
         if len(shape) != 2:
             raise ValueError(f"GPT2: tokens have shape {tuple(shape)}; expected (B, T)")
+        if 0 in shape:
+            raise ValueError(f"GPT2: tokens have shape {tuple(shape)}, which is empty")
         before = 0 if cache is None else cache.length
         if before + shape[1] > self.config.n_positions:
             raise ValueError(

@@ -1,12 +1,12 @@
-"""The model beside PyTorch's: every step of one forward and backward pass, and greedy text, by the same names.
+"""Compare the model with PyTorch's: activations, loss and gradients of one training step, and greedy text.
 
-A result is an array by name, in the order of computation:
+The results are named arrays, in the order of computation:
 
-    tokens             (B, T + 1) ids: the first T are read, the last T predicted
-    activation.NAME    the residual stream (B, T, C): `embedding`, then for each layer `h.0.attn` and `h.0.mlp`, after
-                       its parts were added; last `ln_f`, the stream normalised
+    tokens             (B, T + 1) ids: the first T are the input, the last T the targets
+    activation.NAME    the residual stream (B, T, C): after the embedding (`embedding`), after attention and after the
+                       MLP of each layer (`h.0.attn`, `h.0.mlp`), and after the last LayerNorm (`ln_f`)
     logits, loss       (B, T, V), and the mean cross-entropy
-    gradient.NAME      of each parameter, in the order in which the backward pass finishes them
+    gradient.NAME      of each parameter, in the order in which the backward pass completes them
     text               the greedy continuation of half a row of tokens, as ids
 """
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens each, tokens generated; fewer where the context is shorter
+BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens per sequence, tokens generated; fewer if the context is shorter
 
-# The largest error that rounding explains, by dtype. Activations, logits and the loss: relative to the largest value.
-# Gradients: |a - b| / |b| over the whole tensor. Element by element the figure would be meaningless where the true
-# gradient is zero: what is added to every key shifts a row of scores as a whole, so its gradient is rounding noise.
+# The largest error that rounding can explain, by dtype. For activations, logits and the loss it is relative to the
+# largest value. For gradients it is |a - b| / |b| over the whole tensor: element by element it would be meaningless
+# where the true gradient is zero. (A constant added to every key shifts all scores of a row equally, so the gradient of
+# the key bias is rounding noise.)
 BOUNDS = {
     "float32": {"activation": 2e-5, "logits": 2e-5, "loss": 1e-5, "gradient": 1e-4},
     "float64": {"activation": 1e-12, "logits": 1e-12, "loss": 1e-12, "gradient": 1e-11},
@@ -43,7 +44,7 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """How far one result is from the reference: its largest error, and the one that has a bound (see BOUNDS)."""
+    """The largest absolute error of one result, and its relative error, which must be within the bound (see BOUNDS)."""
 
     name: str
     largest: float
@@ -56,10 +57,11 @@ class Row:
 
 
 def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str = "float32") -> GPT2:
-    """A model whose every part matters: random gains and biases, matrices that keep activations at their size, and
-    queries and keys so large that attention is far from uniform.
+    """A model in which every parameter affects the results: random gains and biases, matrices that preserve the size of
+    the activations, and queries and keys so large that attention is far from uniform.
 
-    The weights are uniform numbers, scaled: a machine with another logarithm makes the same bits.
+    The weights are scaled uniform numbers. Normal ones are computed with a logarithm, whose last bit may differ between
+    machines.
     """
     model = GPT2(config, seed=None, device=device, dtype=dtype)
     random = np.random.default_rng(seed)
@@ -82,7 +84,7 @@ def random_tokens(config: GPT2Config, seed: int) -> np.ndarray:
 
 
 def _prompt(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, int]:
-    """The prompt's ids, and how many to generate: the last one need not be read."""
+    """The prompt's ids, and the number of tokens to generate; the last of which is never an input."""
     prompt = tokens[0, : max(1, (tokens.shape[1] - 1) // 2)]
     return prompt, min(NEW, n_positions - len(prompt) + 1)
 
@@ -96,7 +98,7 @@ def fingerprint(model: GPT2) -> str:
 
 
 def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The activations inside this engine's model: its blocks, called one after the other as `features` does."""
+    """The activations of this engine's model: calls its blocks one after the other, as `features` does."""
     with no_grad():
         x = ops.embedding(tokens, model.wte.weight, model.wpe.weight)
         found, delta = {"embedding": x.numpy()}, None
@@ -108,10 +110,10 @@ def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]
 
 
 def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Row], bool]:
-    """A row for each result but the text, in the order of computation, and whether the text is the same.
+    """A row for each result except the text, in the order of computation, and whether the text is the same.
 
-    expected  gives what `torch_results` found for the same weights, by name.
-    Raises ValueError where its shapes are not the model's.
+    expected  returns a result of `torch_results` for the same weights, by name.
+    Raises ValueError if its shapes differ from the model's.
     """
     bounds = BOUNDS[model.precision.parameters]
     rows = []
@@ -147,7 +149,7 @@ def _largest(values: np.ndarray) -> float:
 
 
 def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
-    """transformers' model from a folder or by its name. Raises ValueError in one line if it cannot be loaded."""
+    """transformers' model from a folder or by name. Raises ValueError with one line if it cannot be loaded."""
     try:
         import torch  # noqa: F401  (transformers can be imported without it)
         import transformers
@@ -165,7 +167,7 @@ def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
 
 
 def torch_versions() -> str:
-    """What computes the reference."""
+    """The names and versions of the libraries that compute the reference."""
     import torch
     import transformers
 
@@ -173,7 +175,7 @@ def torch_versions() -> str:
 
 
 def torch_results(model: transformers.GPT2LMHeadModel, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """The reference: what a model of transformers computes in `dtype`, on the CPU."""
+    """The reference: the results of a transformers model in `dtype`, on the CPU."""
     import torch
 
     model = model.to(getattr(torch, dtype))
@@ -185,7 +187,7 @@ def torch_results(model: transformers.GPT2LMHeadModel, tokens: np.ndarray, dtype
     def keep_input(layernorm: torch.nn.Module, name: str) -> torch.utils.hooks.RemovableHandle:
         return layernorm.register_forward_pre_hook(lambda _, inputs: keep(name, inputs[0]))
 
-    body = model.transformer  # the residual stream is what its LayerNorms read
+    body = model.transformer  # the residual stream is the input of its LayerNorms
     before = ["embedding", *(f"h.{layer}.mlp" for layer in range(len(body.h)))]
     hooks = [keep_input(block.ln_1, name) for block, name in zip(body.h, before[:-1], strict=True)]
     hooks += [keep_input(block.ln_2, f"h.{layer}.attn") for layer, block in enumerate(body.h)]

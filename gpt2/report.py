@@ -1,9 +1,9 @@
-"""A run that one can look at: out/report.html, one file without a service, a network or a library.
+"""The report of a run, out/report.html: one HTML file that needs no server, network or library.
 
-`python -m gpt2.report OUT` writes the page of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A curve
-is drawn from at most BINS points, each the mean of what lies in its part of the axis; the table below a chart holds
-the same values, and is what the pointer reads. Every text is escaped, and a Content-Security-Policy with the hashes of
-this file's own style and script forbids everything else: whatever a sample holds, it is shown and never executed.
+`python -m gpt2.report OUT` writes the report of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A
+curve has at most BINS points, each the mean of the values in its interval of the axis. The table below a chart contains
+the same values; the readout under the pointer is taken from it. All text is escaped, and a Content-Security-Policy with
+the hashes of this file's style and script forbids everything else, so that no sample can ever be executed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-BINS, DOTS = 200, 40  # points of a curve, and up to how many are marked by dots
+BINS, DOTS = 200, 40  # points per curve; with at most DOTS points each is marked by a dot
 SAMPLES_SHOWN = 20
-COLOURS = 8  # those of the style sheet; further curves repeat them dashed
-SHARE = 0.01  # of a run's time that writing its report may take
+COLOURS = 8  # as in the style sheet; further curves repeat them, dashed
+SHARE = 0.01  # of a run's time that may be spent on its report
 
 LABELS = {
     "loss": "Training loss, nats per token",
@@ -39,14 +39,15 @@ LABELS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_s": "Tokens per second",
+    "comm_seconds": "Seconds per step spent waiting for other ranks",
     "mfu": "Share of the device's peak that the model's FLOPs take (MFU)",
 }
-NOT_DRAWN = ("step", "seconds", "tokens")  # what else stands in every row of the log
+NOT_DRAWN = ("step", "seconds", "tokens")  # other numbers of the log's rows
 
 
 @dataclass
 class Run:
-    """What a run wrote to its folder: the rows of its log, its samples, and how it was started, each time."""
+    """The contents of a run's folder: the rows of its log, its samples, and a record of each start."""
 
     name: str
     rows: list[JsonObject]
@@ -55,13 +56,13 @@ class Run:
 
     @staticmethod
     def load(out: Path) -> Run:
-        """Raises FileNotFoundError where the folder is not that of a run."""
+        """Raises FileNotFoundError if the folder is not the out-dir of a run."""
         if not (out / LOG).is_file():
-            raise FileNotFoundError(f"{out}: it has no {LOG}; expected the out-dir of a run of train.py")
+            raise FileNotFoundError(f"{out}: no {LOG} in this folder; expected the out-dir of a run of train.py")
         return Run(str(out), *(read_log(out / name) for name in (LOG, SAMPLES, STARTS)))
 
     def started(self, part: str) -> JsonObject:
-        """A part of what was recorded at the last start: given, options, model, data, machine."""
+        """A part of the record of the last start: given, options, model, data or machine."""
         value = self.starts[-1].get(part) if self.starts else None
         return value if isinstance(value, dict) else {}
 
@@ -71,9 +72,11 @@ class Run:
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
-        """The keys of the log's other numbers besides the losses: those that every run has, then the rest by name."""
+        """The keys of the log's numbers except the losses: first those of LABELS, then the others by name."""
         found = {key for row in self.rows for key, value in row.items() if is_number(value)}
         found -= {"loss", "val_loss", *NOT_DRAWN}
+        if not any(seconds for _, seconds in self.values("comm_seconds")):
+            found.discard("comm_seconds")  # a single process
         return [*(key for key in LABELS if key in found), *sorted(found - LABELS.keys())]
 
     @property
@@ -97,7 +100,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def number(value: float) -> str:
-    """For reading: 12,000, 1.557, 3.00e-04."""
+    """A number in a table: 12,000, 1.557, 3.00e-04."""
     if value == int(value):
         return f"{int(value):,}"
     if abs(value) >= 1000:
@@ -106,7 +109,7 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """For an axis: 12k, 1.5M, 0.003, 3e-4."""
+    """A number on an axis: 12k, 1.5M, 0.003, 3e-4."""
     for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{sign}"
@@ -117,7 +120,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Three to eight round numbers between two; on a logarithmic axis powers of ten, if there are enough."""
+    """Three to eight round numbers from low to high; on a logarithmic axis powers of ten, if there are enough."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for mantissas in ((1,), (1, 2, 5), tuple(range(1, 10))):
@@ -134,7 +137,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
 
 @dataclass
 class Axis:
-    """Values from low to high as fractions 0 ... 1, evenly or by their logarithm."""
+    """Maps values from low to high to 0 ... 1, linearly or by their logarithm."""
 
     low: float
     high: float
@@ -142,7 +145,7 @@ class Axis:
 
     @staticmethod
     def over(values: Iterable[float], log: bool = False, from_zero: bool = False, margin: float = 0.0) -> Axis:
-        """The axis that shows all values. One where not all are positive is not logarithmic."""
+        """The axis that contains all values. It is linear if a value is not positive."""
         low, high = min(values := list(values)), max(values)
         log = log and low > 1e-100
         if from_zero and low > 0 and not log:
@@ -169,7 +172,7 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points, its colour, and whether the spread of a bin is shown behind its mean."""
+    """A named curve: its points, the number of its colour, and whether the spread of each bin is shown."""
 
     name: str
     points: list[tuple[float, float]]
@@ -179,7 +182,7 @@ class Curve:
 
 @dataclass
 class Bin:
-    """Points of a curve in the same part of the axis."""
+    """The points of a curve in one interval of the axis."""
 
     xs: list[float]
     ys: list[float]
@@ -194,7 +197,7 @@ class Bin:
 
 
 def binned(points: list[tuple[float, float]], axis: Axis) -> dict[int, Bin]:
-    """The points by the part of the axis that they fall into, from left to right."""
+    """The points by the interval of the axis that they are in, from left to right."""
     bins: dict[int, Bin] = {}
     for x, y in sorted(points):
         group = bins.setdefault(min(int(axis.at(x) * BINS), BINS - 1), Bin([], []))
@@ -213,10 +216,10 @@ def chart(
     from_zero: bool = False,
     kind: str = "",
 ) -> str:
-    """A figure: title, key, the values under the pointer, the drawing, and a table of what is drawn.
+    """A figure: title, key, drawing, the values under the pointer, and a table of the values.
 
-    The drawing stretches with the page: the curves lie in a box of 1000 x 1000 units that is stretched without their
-    lines getting thicker, and the labels are placed by percentages, so that they keep their size.
+    The drawing scales with the page: the curves are in a box of 1000 x 1000 units, which is scaled without changing the
+    width of the lines; the labels are placed by percentages, so that they keep their size.
     """
     curves = [curve for curve in curves if curve.points]
     if not curves:
@@ -259,13 +262,13 @@ def chart(
 
     names = [escape(curve.name) for curve in curves]
     values = [f"{curve.name} {number(curve.points[0][1])} to {number(curve.points[-1][1])}" for curve in curves]
-    said = f"{title}: {'; '.join(values)}"
+    label = f"{title}: {'; '.join(values)}"
     key = "".join(f'<span class="{colour(curve.colour)}">{escape(curve.name)}</span>' for curve in curves)
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3>'
         + (f'<p class="key">{key}</p>' if kind else "")
         + '</figcaption><div class="frame">'
-        f'<svg class="plot" role="img" aria-label="{escape(said)}">'
+        f'<svg class="plot" role="img" aria-label="{escape(label)}">'
         f'<rect class="ground" width="100%" height="100%"/><g class="grid">{"".join(grid)}</g>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(paths)}</svg>'
         f'<line class="cross" x1="-1%" x2="-1%" y1="0" y2="100%"/></svg></div><p class="over">'
@@ -280,8 +283,8 @@ def colour(i: int) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A table in a box that scrolls: heads, and for each row its attributes and its cells, the first of them its head.
-    All are markup already."""
+    """A scrollable table: the heads of the columns, and the attributes and the cells of each row; the first cell is the
+    row's head. All of them are HTML already."""
     top = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = (
         f'<tr {attributes}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -292,7 +295,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the pages consist of
+# The parts of a page
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -315,13 +318,13 @@ def report_page(run: Run) -> str:
         f'<dl class="tiles">{"".join(map(tile, figures(run)))}</dl>',
         section("Curves", f"<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
         section("Samples", samples(run)),
-        section("How it was made", configuration(run)),
+        section("Configuration", configuration(run)),
     )
     return page(f"{run.name}: training run", "".join(body))
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """The page that compares runs: results, the options in which they differ, curves over one another, last samples."""
+    """The page that compares runs: results, differences of their options, curves, last samples."""
     keys = dict.fromkeys(key for run in runs for key in run.others())
     losses = boxes("charts large", (chart_of(key, runs, "wide") for key in ("val_loss", "loss")))
     others = boxes("charts", (chart_of(key, runs, "run") for key in keys))
@@ -329,7 +332,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     body = (
         f"<header><p>Training runs</p><h1>{len(runs)} runs compared</h1></header>",
         section("Results", results(runs)),
-        section("Where they differ", differences(runs)),
+        section("Differences", differences(runs)),
         section("Curves", losses, others),
         section("Last samples", last),
     )
@@ -337,7 +340,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def boxes(kind: str, parts: Iterable[str]) -> str:
-    """Parts side by side, as many as fit."""
+    """Parts side by side, as many as fit in a row."""
     inside = "".join(parts)
     return f'<div class="{kind}">{inside}</div>' if inside else ""
 
@@ -347,11 +350,11 @@ def section(title: str, *parts: str) -> str:
 
 
 def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
-    """The chart of one number of the log; over tokens instead of steps where the runs' steps are of different size."""
+    """The chart of a number of the log, over steps, or over tokens if the runs have steps of different size."""
     ends = [point for run in runs for point in run.values("tokens")[-1:]]
     over = "tokens" if len({round(tokens / max(step, 1)) for step, tokens in ends}) > 1 else "step"
-    alone = len(runs) == 1
-    curves = [Curve(key if alone else run.name, run.values(key, over), i, spread=alone) for i, run in enumerate(runs)]
+    single = len(runs) == 1
+    curves = [Curve(key if single else run.name, run.values(key, over), i, spread=single) for i, run in enumerate(runs)]
     return chart(
         LABELS.get(key, key),
         curves,
@@ -363,7 +366,7 @@ def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of what a run has come to."""
+    """(name, value, remark) of each result of a run."""
     best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
     last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
     tokens, seconds = run.values("tokens"), sum(y for _, y in run.values("seconds"))
@@ -386,7 +389,7 @@ def tile(figure: tuple[str, str, str]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """The table of what the runs came to, the lowest validation loss marked."""
+    """The table of the runs' results; the lowest validation loss is marked."""
     losses = [best[1] if (best := run.best()) else math.inf for run in runs]
     rows = []
     for i, run in enumerate(runs):
@@ -398,7 +401,7 @@ def results(runs: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """The table of what the runs' options, models, data and machines differ in."""
+    """The table of the differences between the runs' options, models, data and machines."""
     rows = []
     for part in ("options", "model", "data", "machine"):
         recorded = [run.started(part) for run in runs]
@@ -409,12 +412,12 @@ def differences(runs: Sequence[Run]) -> str:
                     ("", [escape(flag(name) if part == "options" else f"{part}: {name}"), *map(escape, values)])
                 )
     if not rows:
-        return "<p>In nothing that was recorded when they were started.</p>"
+        return "<p>None in the records of their starts.</p>"
     return table(["option", *(escape(run.name) for run in runs)], rows)
 
 
 def samples(run: Run) -> str:
-    """The samples, newest first; of many, some that are spread evenly over the run."""
+    """The samples, newest first; if there are many, a selection spread evenly over the run."""
     count = len(run.samples)
     if not count:
         return ""
@@ -422,7 +425,7 @@ def samples(run: Run) -> str:
     note = ""
     if count > SAMPLES_SHOWN:
         spread = sorted({round(i * (count - 1) / (SAMPLES_SHOWN - 1)) for i in range(SAMPLES_SHOWN)})
-        note = f"<p>{len(spread)} of {count:,}, from the last to the first; {SAMPLES} has them all.</p>"
+        note = f"<p>{len(spread)} of {count:,}, newest first; {SAMPLES} has all of them.</p>"
     cards = (sample(f"step {run.samples[i]['step']:,}", run.samples[i]) for i in reversed(spread))
     return note + boxes("samples", cards)
 
@@ -433,12 +436,12 @@ def sample(title: str, row: JsonObject) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could change a terminal or a page: U+FFFD stands for each."""
+    """The text with U+FFFD in place of each control character, which could change the page."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def configuration(run: Run) -> str:
-    """How and where the run was started, each time."""
+    """The command, the options and the machine of the run, and a line for each start."""
     if not run.starts:
         return ""
     given = run.started("given")
@@ -456,14 +459,14 @@ def configuration(run: Run) -> str:
 
 
 def word(name: str, value: object) -> str:
-    """An option as it is given on the command line."""
+    """An option on the command line."""
     if isinstance(value, bool):
         return flag(name if value else f"no-{name}")
     return f"{flag(name)}={value}"
 
 
 def start(row: JsonObject) -> str:
-    """When, from where on and where a run was started."""
+    """The time, the step and the machine of a start."""
     moment, machine = row.get("time"), row.get("machine")
     when = (
         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(moment))}: "
@@ -472,7 +475,7 @@ def start(row: JsonObject) -> str:
     )
     known = machine if isinstance(machine, dict) else {}
     where = ", ".join(shown(known[name]) for name in ("device", "processor", "threads") if name in known)
-    return f"{when}from step {row['step']:,} on" + (f" ({where} threads)" if where else "")
+    return f"{when}from step {row['step']:,}" + (f" ({where} threads)" if where else "")
 
 
 def shown(value: object) -> str:
@@ -483,7 +486,7 @@ def shown(value: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The page around them
+# The whole page
 # ---------------------------------------------------------------------------------------------------------------------
 
 STYLE = """
@@ -600,7 +603,7 @@ for (const figure of document.querySelectorAll("figure")) {
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document that asks for nothing else, and runs no script but its own."""
+    """A complete HTML document that loads nothing else and runs only its own script."""
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
     return (
@@ -608,24 +611,24 @@ def page(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}"
-        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It fetches nothing and needs no "
+        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the "
         f"network.</footer></main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing it
+# Writing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def write(text: str, file: Path) -> None:
-    """Write a page. A reader sees the old or the new content, never a part."""
+    """Write a page atomically: a reader sees the old or the new content."""
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 class Writer:
-    """Keeps out/report.html up to date during training, in at most a hundredth of the time.
+    """Updates out/report.html during training, using at most the fraction SHARE of the time.
 
     say  prints one line if the page cannot be written; training continues.
     """
@@ -635,13 +638,13 @@ class Writer:
         self.cost, self.written = 0.0, -math.inf
 
     def update(self, always: bool = False) -> None:
-        """Write the page, unless the last one took so long that it is too early."""
+        """Write the page, unless the last update was too recent for the time it took."""
         began = time.perf_counter()
         if not always and began - self.written < self.cost / SHARE:
             return
         try:
             write(report_page(Run.load(self.out)), self.out / REPORT)
-        except Exception as error:  # a page is not worth a run
+        except Exception as error:  # a failure to write the report must not end the run
             self.say(f"{self.out / REPORT} was not written: {type(error).__name__}: {error}")
         self.written = time.perf_counter()
         self.cost = self.written - began

@@ -32,15 +32,15 @@ from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
 
 BOUND = 1e-6
-SCALE = 0.2  # of check's step: this model has larger derivatives than check's step, made for values around 1, allows
+SCALE = 0.2  # of check's step, which is chosen for values around 1: this model has larger derivatives
 FORMS = {"gelu_new": "tanh form", "gelu": "exact form"}
 BATCH, LENGTH = 3, 9  # shorter than the context: the last positions are not used and get no gradient
 
 
 def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
-    """A float64 GPT-2 with dropout whose every part matters: random gains and biases, matrices that keep activations
-    at their size, and queries and keys so large that the scores have a standard deviation of about 5 and attention is
-    far from uniform (with weights as at the start of training, hardly any gradient would reach it).
+    """A float64 GPT-2 with dropout in which every parameter affects the loss: random gains and biases, matrices that
+    preserve the size of the activations, and queries and keys so large that attention is far from uniform. (With the
+    weights of the start of training, the gradients of attention are tiny.)
     """
     config = GPT2Config(
         vocab_size=31,
@@ -69,15 +69,15 @@ def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
 def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
     """The relative error of each parameter's gradient of model.loss, with dropout, against finite differences.
 
-    The queries', keys' and values' bias is one parameter: the gradient of its middle third is zero (what is added to
-    every key shifts a row of scores as a whole), so that no relative error of that third alone would mean anything.
+    The bias of queries, keys and values is checked as one parameter. The gradient of its middle third is zero (a
+    constant added to every key shifts all scores of a row equally), so a relative error of that third is meaningless.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
     text = numpy.random.default_rng(seed).integers(model.config.vocab_size, size=(BATCH, LENGTH + 1))
     key = Key(seed, step=1, first_sample=BATCH)
 
     def loss(*values: Tensor) -> Tensor:
-        """model.loss at parameters SCALE * values; the gradients are those that its own backward pass leaves there."""
+        """model.loss at parameters SCALE * values, with the gradients of the model's own backward pass."""
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = SCALE * value.data
         model.zero_grad()
@@ -110,17 +110,17 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
-COMPARISONS = "cases"  # the key of a reference file's metadata: a JSON list; the arrays of each are NUMBER/NAME
-Expected = Callable[[str], numpy.ndarray]  # the reference's result of a name
+COMPARISONS = "cases"  # the key in a reference file's metadata of a JSON list; the arrays of each case are NUMBER/NAME
+Expected = Callable[[str], numpy.ndarray]  # returns a result of the reference by name
 
 
 @dataclass
 class Comparison:
-    """With which weights to compare, and what computed the reference.
+    """The weights of a comparison, and the libraries that computed the reference.
 
-    model        a folder or a name; None stands for the random weights of preset, activation and seed.
+    model        a folder or a name; None for random weights, given by preset, activation and seed.
     fingerprint  of the weights.
-    reference    the versions that computed it.
+    reference    names and versions of the libraries.
     """
 
     model: str | None
@@ -149,7 +149,7 @@ def requested(options: argparse.Namespace) -> list[Comparison]:
 
 
 def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
-    """This engine's model, and what transformers computes with the same weights."""
+    """This engine's model, and the results of transformers with the same weights."""
     with tempfile.TemporaryDirectory() as copy:
         source: str | Path = copy
         if case.model is None:
@@ -167,7 +167,7 @@ def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]
 
 
 def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> None:
-    """Write what transformers computes for these cases."""
+    """Write the results of transformers for these cases."""
     arrays: dict[str, numpy.ndarray] = {}
     for number, case in enumerate(cases):
         arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
@@ -176,7 +176,7 @@ def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> Non
 
 
 def is_reference(path: Path) -> bool:
-    """Whether a file is one that `write_reference` wrote (a model's file is not)."""
+    """Whether a file was written by `write_reference`, and is not a model."""
     try:
         with safe_open(path, framework="numpy") as file:
             return COMPARISONS in (file.metadata() or {})
@@ -187,8 +187,8 @@ def is_reference(path: Path) -> bool:
 def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Comparison, GPT2, Expected]]:
     """The cases in a reference file, each with this engine's model of the same weights.
 
-    folder  the model's folder, if it has moved since it was recorded.
-    Raises ValueError where the file is damaged and where the weights are not those that were recorded.
+    folder  the model's folder, if it has moved since the recording.
+    Raises ValueError if the file is damaged, or if the weights are not those of the recording.
     """
     with safe_open(path, framework="numpy") as file:
         try:
@@ -202,7 +202,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Compar
                 case.model = folder or case.model
                 model = GPT2.from_pretrained(find_model(Path(case.model), print_error), device, case.dtype)
             if parity.fingerprint(model) != case.fingerprint:
-                raise ValueError(f"{path}: it was recorded with other weights than those of {case}; record it again")
+                raise ValueError(f"{path}: recorded with other weights than those of {case}; record it again")
 
             def expected(name: str, number: int = number) -> numpy.ndarray:
                 try:
@@ -214,7 +214,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Compar
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2, Expected]]:
-    """What is to be compared, one after the other."""
+    """The cases that the options ask for, one after the other."""
     if options.against is not None and is_reference(Path(options.against)):
         yield from stored(Path(options.against), options.device, options.model)
     else:
@@ -224,7 +224,7 @@ def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2,
 
 
 def verify_parity(options: argparse.Namespace) -> JsonObject:
-    """Compare, print a table for each case, and return what --json writes; its "ok" is the verdict."""
+    """Compare, print a table for each case, and return the contents of the --json file; "ok" is the overall result."""
     reports = []
     for case, model, expected in comparisons(options):
         rows, same_text = parity.compare(model, expected)
@@ -243,7 +243,7 @@ def verify_parity(options: argparse.Namespace) -> JsonObject:
 
 
 def _finite(values: JsonObject) -> JsonObject:
-    """NaN and infinities, which JSON does not have, as None."""
+    """The values with None for NaN and infinities, which JSON cannot represent."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 

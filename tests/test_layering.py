@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision", "protocols"),
+    ("array", "files", "gpus", "machine", "precision"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("arguments", "distributed", "profiler"),
+    ("arguments", "distributed", "initializers", "profiler", "protocols"),
     ("tensor",),
     ("ops", "params"),
     ("nn",),
@@ -255,7 +255,6 @@ TESTED_BY = {
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
-    "tinygrad2.protocols": "tinygrad2/test_tensor.py",
 }
 
 

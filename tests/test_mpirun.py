@@ -284,7 +284,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
     _, err = job.end(status=None)
     assert time.monotonic() - began < 30
     if how == signal.SIGSTOP:
-        assert f"rank {rank} has not answered for" in err
+        assert f"rank {rank} has not responded for" in err
     else:
         assert "signal 9" in err
     assert_goes_on()
@@ -550,5 +550,5 @@ def test_a_cable_that_is_cut_ends_the_ranks_of_both_hosts(user, two_hosts):
     cut()
     wait_for(lambda: not any(Path(f"/proc/{pid_of(rank)}").exists() for rank in range(4)), limit=30)
     _, err = job.kill()
-    assert "has not answered for" in err
+    assert "has not responded for" in err
     assert_goes_on()

@@ -72,12 +72,12 @@ def test_shards_of_another_program_are_trained_on_as_they_are(workspace, gpt2_fi
         Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(workspace / "data" / "theirs" / f"{split}.bin")
     run("--data", "theirs", "--max-iters", "2")
     run("--data", "theirs", "--max-iters", "3")
-    assert "to validate (gpt2)" in capsys.readouterr().out
+    assert "(tokenizer gpt2, vocabulary 50,257)" in capsys.readouterr().out
     assert [row["step"] for row in rows("out")] == [1, 2, 3]
     assert Tokenizer.load(checkpoint.newest(Path("out"))[0]).name == "gpt2"
 
 
-def test_a_finished_run_says_so_and_can_be_trained_on(workspace, capsys):
+def test_a_finished_run_is_reported_and_can_be_continued(workspace, capsys):
     run("--max-iters", "2")
     capsys.readouterr()
     assert train.main([]) == 0
@@ -100,7 +100,7 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "12 of 12 steps" in page
     assert all(f"<h3>step {step}</h3>" in page for step in (4, 6, 8, 12))
-    assert page.count("from step 6 on") == 1
+    assert page.count("from step 6 (") == 1
 
 
 def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkeypatch):

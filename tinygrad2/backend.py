@@ -47,7 +47,7 @@ class Backend:
     device   its name.
     np       the array library.
     kernels  x_forward / x_backward for every operation, by the names of reference.py.
-    cuda     what only an NVIDIA GPU has; None elsewhere.
+    cuda     features of NVIDIA GPUs; None on other devices.
     """
 
     def __init__(self, device: str, np: Library, kernels: SimpleNamespace, cuda: Cuda | None = None):
@@ -75,7 +75,7 @@ class Backend:
         return values
 
     def to_host(self, array: Array) -> numpy.ndarray:
-        """The array as a NumPy array, after waiting for the device; shares memory where it is on the host already."""
+        """The array as a NumPy array, after waiting for the device; shares memory if it is on the host already."""
         return numpy.asarray(array)
 
     def fetch(self, *scalars: Scalar) -> PendingScalars:
@@ -83,7 +83,7 @@ class Backend:
         return PendingScalars([float(scalar) for scalar in scalars])
 
     def staging(self, array: Any, previous: numpy.ndarray | None) -> numpy.ndarray:
-        """Host memory for a copy of a flat array: `previous` where that fits, else new; here, the array itself."""
+        """Host memory for a copy of a flat array: `previous` if that fits, else new; here, the array itself."""
         return array
 
     def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
@@ -94,15 +94,15 @@ class Backend:
         """Copy the staging memory of a flat array into it, without waiting for the device."""
 
     def memory(self) -> tuple[int, int] | None:
-        """(free, total) bytes of the device's own memory, or None where it uses the host's."""
+        """(free, total) bytes of the device's own memory, or None if it uses the host's."""
         return None
 
     def name(self) -> str:
-        """The device, for people to read."""
+        """The name of the device, for messages."""
         return self.device
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
-        """Why this device does not compute in a precision, with attention heads of this size; None if it does."""
+        """Why this device does not support a precision, with attention heads of this size; None if it does."""
         wanted = Precision.of(precision)
         return f"{wanted.name} needs a GPU" if wanted.copies or wanted.tf32 else None
 
@@ -129,16 +129,16 @@ class PendingScalars:
         return True
 
     def get(self) -> list[float]:
-        """The numbers, after waiting for the copy where it is not finished."""
+        """The numbers, after waiting for the copy."""
         return self._values
 
 
 class Limits(NamedTuple):
-    """What bounds a kernel of CUDA C++ on a GPU.
+    """The limits of kernels on a GPU.
 
-    processors     multiprocessors: as many blocks of any size certainly run at the same time.
-    shared_memory  bytes that a block can have.
-    capability     the major compute capability; from 9 on there are thread block clusters.
+    processors     number of multiprocessors: at least this number of blocks run concurrently.
+    shared_memory  the largest number of bytes per block.
+    capability     the major compute capability; thread block clusters need 9 or more.
     """
 
     processors: int
@@ -147,10 +147,10 @@ class Limits(NamedTuple):
 
 
 class Cuda:
-    """What only an NVIDIA GPU has: the launch of kernels, its limits, NCCL, its peak rate.
+    """Features of NVIDIA GPUs: kernels in CUDA C++, limits, NCCL, peak rates.
 
     np         CuPy, or a stand-in.
-    launchers  of the kernels in kernels/cuda.py; None where reference.py computes everything.
+    launchers  of the kernels in kernels/cuda.py; None if reference.py computes everything.
     """
 
     def __init__(self, np: Library, launchers: CudaKernels | None):
@@ -158,14 +158,14 @@ class Cuda:
         self.launchers = launchers
 
     def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
-        """The kernel `name` in a file of CUDA C++, compiled with these constants when first used.
+        """The kernel `name` in a file of CUDA C++, compiled with these constants at first use.
 
-        shared  bytes of dynamic shared memory that it will be launched with.
+        shared  bytes of dynamic shared memory of its launches.
         """
         return self._needed().function(file, name, shared=shared, **defines)
 
     def limits(self) -> Limits | None:
-        """The limits of this GPU; None where TINYGRAD2_KERNELS=reference leaves kernels out."""
+        """The limits of this GPU; None if TINYGRAD2_KERNELS=reference disables kernels."""
         if self.launchers is None:
             return None
         runtime = self._np.cuda.runtime
@@ -173,13 +173,13 @@ class Cuda:
         return Limits(*(runtime.deviceGetAttribute(attribute, device) for attribute in (16, 97, 75)))  # cudaDeviceAttr
 
     def clusters_at_once(self, kernel: Kernel, blocks: int, threads: int, shared: int) -> int:
-        """How many of a kernel's thread block clusters run at the same time, in a grid of `blocks` blocks of `threads`
-        threads and `shared` bytes of shared memory."""
+        """The number of a kernel's thread block clusters that run concurrently, in a grid of `blocks` blocks of
+        `threads` threads and `shared` bytes of shared memory."""
         return self._needed().clusters_at_once(kernel, blocks, threads, shared)
 
     @staticmethod
     def type_name(dtype: str) -> str | None:
-        """The name in CUDA C++ of a type that the kernels compute in, or None."""
+        """The name in CUDA C++ of a dtype that the kernels support, or None."""
         return cpp_type(dtype)
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None) -> str | None:
@@ -199,11 +199,11 @@ class Cuda:
         return None
 
     def peak(self, precision: PrecisionLike) -> float | None:
-        """The peak in TFLOP/s in a precision, or None where it is unknown."""
+        """The peak in TFLOP/s in a precision, or None if unknown."""
         return gpus.peak_tflops(self.gpu_name(), Precision.of(precision).name)
 
     def gpu_name(self) -> str:
-        """The GPU, as the driver names it."""
+        """The driver's name of the GPU."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
 
@@ -213,7 +213,7 @@ class Cuda:
         return runtime.deviceGetPCIBusId(runtime.getDevice())
 
     def nccl(self) -> Any:
-        """CuPy's binding of NCCL, or None where it is not installed."""
+        """CuPy's binding of NCCL, or None if it is not installed."""
         try:
             with warnings.catch_warnings(action="ignore"):  # about a missing library
                 nccl = importlib.import_module(f"{self._np.__name__}.cuda.nccl")
@@ -238,7 +238,7 @@ class CudaBackend(Backend):
       - `download` launches a copy into memory that its owner keeps; the owner waits when it needs the values.
       - `to_host` waits for everything launched before.
 
-    plain  reference.py computes everything; else the kernels in kernels/cuda.py compute what they support.
+    plain  use reference.py only; else the kernels in kernels/cuda.py are used where they support the operation.
     """
 
     PINNED = 16
@@ -271,7 +271,7 @@ class CudaBackend(Backend):
         return array
 
     def _take_pinned(self, nbytes: int) -> numpy.ndarray:
-        """Pinned host memory of at least `nbytes` that no copy is reading."""
+        """Pinned host memory of at least `nbytes` that no copy uses."""
         if self._pinned and (len(self._pinned) >= self.PINNED or self._pinned[0][1].done):
             buffer, event = self._pinned.popleft()
             event.synchronize()
@@ -326,7 +326,7 @@ class CudaBackend(Backend):
 
 
 class CudaPendingScalars(PendingScalars):
-    """Numbers in a copy that a CUDA event follows; the device array is kept until the copy is done."""
+    """Numbers that are copied before a CUDA event; the device array is kept alive until the copy is done."""
 
     def __init__(self, event: Event, host: numpy.ndarray, source: Array):
         self._event, self._host, self._source = event, host, source
@@ -351,9 +351,9 @@ def instantiate_reference(library: Library) -> ModuleType:
 
 
 def reference_in_tf32(cupy: Library, base: ModuleType) -> SimpleNamespace:
-    """The functions of the reference module `base`, each of which has CuPy multiply float32 matrices in TF32.
+    """The functions of the reference module `base`, which multiply float32 matrices in TF32.
 
-    CuPy takes that from a setting of the process, which is changed while a function runs and restored after it.
+    This is a setting of CuPy for the whole process, which is changed while a function runs and restored afterwards.
     """
     linalg = cupy._core._routines_linalg
 
@@ -378,17 +378,17 @@ def kernel_functions(base: ModuleType | SimpleNamespace) -> dict[str, Callable[.
 
 
 def kernel_table(base: ModuleType | SimpleNamespace, overrides: object | None) -> SimpleNamespace:
-    """Every function of the reference module `base`, or the override of its name where there is one."""
+    """Every function of the reference module `base`, or the override of the same name."""
     return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in kernel_functions(base).items()})
 
 
 def _textbook() -> bool:
-    """Whether reference.py computes everything."""
+    """Whether only reference.py is used."""
     return os.environ.get("TINYGRAD2_KERNELS") == "reference"
 
 
 def _cpu_overrides() -> ModuleType | None:
-    """The compiled kernels, unless TINYGRAD2_KERNELS=reference, or where Numba cannot be imported."""
+    """The compiled kernels; None with TINYGRAD2_KERNELS=reference, or if Numba cannot be imported."""
     if _textbook():
         return None
     try:
@@ -400,32 +400,32 @@ def _cpu_overrides() -> ModuleType | None:
 
 _backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, kernel_table(reference, _cpu_overrides()))}
 _by_type: dict[type, Backend] = {numpy.ndarray: _backends["cpu"]}
-_gpu = 0  # the number of the GPU that a CUDA backend computes on, see choose_gpu
+_gpu = 0  # the number of the GPU of a CUDA backend; see choose_gpu
 
 
 def choose_gpu(number: int) -> None:
-    """Have this process, one of several on its machine, compute on GPU `number`, modulo how many there are."""
+    """Select the GPU of this process, one of several on its machine: `number` modulo the number of GPUs."""
     global _gpu
     _gpu = number
 
 
 def silence_compile_notice() -> None:
-    """Do not print that kernels are being compiled: another process, the first of several, does."""
+    """Do not print that kernels are being compiled; the first of several processes prints it."""
     if cpu := _cpu_overrides():
         cpu.notice.said = True
 
 
 def register(backend: Backend) -> Backend:
-    """Make get_backend find a backend by its device's name and backend_of by its arrays."""
+    """Register a backend, for get_backend by its device's name, and for backend_of by its array type."""
     _backends[backend.device] = backend
     _by_type[backend.np.ndarray] = backend
     return backend
 
 
 def get_backend(device: str = "cpu") -> Backend:
-    """The backend of "cpu" or "cuda", built once; "auto" is "cuda" where it works and "cpu" elsewhere.
+    """The backend of "cpu" or "cuda", built once; "auto" is "cuda" if that is available, else "cpu".
 
-    Raises ValueError where the device is not available, saying what is missing.
+    Raises ValueError if the device is not available; the message names what is missing.
     """
     if device == "auto":
         try:
@@ -460,7 +460,7 @@ def _import_cupy() -> Library:
 
 
 def backend_of(array: object) -> Backend:
-    """The backend whose arrays are of this array's type. Raises TypeError where there is none."""
+    """The backend of arrays of this type. Raises TypeError if there is none."""
     backend = _by_type.get(type(array))
     if backend is None:
         if isinstance(array, numpy.ndarray | numpy.generic):  # memory-mapped files, and NumPy's own scalars

@@ -1,9 +1,9 @@
-"""The matrix product of a BLAS library, called through its C interface: of Intel's MKL if the package `mkl` is
-installed, else of the library that NumPy has loaded.
+"""Matrix products by the C interface of a BLAS library: Intel's MKL if the package `mkl` is installed, else the library
+that NumPy has loaded.
 
-numpy.matmul cannot accumulate, so that a gradient would need a second matrix and a pass over both, and it cannot be
-called from compiled code. cblas_sgemm can do both: it computes C = alpha A B + beta C, and compiled code can call its
-address. Where no library with this interface is found, NumPy computes. TINYGRAD2_BLAS=numpy disables MKL.
+numpy.matmul cannot accumulate into a gradient, which would need a temporary matrix and another pass, and it cannot be
+called from compiled code. cblas_sgemm computes C = alpha A B + beta C, and compiled code can call it by its address. If
+no library with this interface is found, numpy.matmul is used. TINYGRAD2_BLAS=numpy disables MKL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False),
 
 
 def _mkl() -> ctypes.CDLL | None:
-    """MKL, set to compute on the calling thread, since kernels/pool.py has threads; None where it is not installed or
+    """MKL, set to compute on the calling thread, since kernels/pool.py has the threads; None if it is not installed or
     disabled."""
     if os.environ.get("TINYGRAD2_BLAS") == "numpy":
         return None
@@ -40,7 +40,7 @@ def _mkl() -> ctypes.CDLL | None:
 
 
 def _find(mkl: ctypes.CDLL | None) -> tuple[dict[str, Gemm], bool]:
-    """The functions by dtype, and whether their integers have 64 bits; an empty dict where there is no such library."""
+    """The functions by dtype, and whether their integers have 64 bits; an empty dict if there is no such library."""
     paths = [library["filepath"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
     for library in [mkl] if mkl else map(ctypes.CDLL, sorted(paths, key=lambda path: "numpy" not in path)):
         for prefix, suffix, wide in _SPELLINGS:
@@ -92,7 +92,7 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
 
 
 def layout(matrix: np.ndarray) -> tuple[int, int] | None:
-    """How BLAS reads the matrix: PLAIN or TRANSPOSED, and its leading dimension; None where it cannot."""
+    """How BLAS reads the matrix: PLAIN or TRANSPOSED, and its leading dimension; None if it cannot."""
     if not matrix.dtype.isnative or any(stride % matrix.itemsize for stride in matrix.strides):
         return None
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)

@@ -1,8 +1,8 @@
 """Checkpoints: folders that are written completely or not at all, with a checksum of every file.
 
 A checkpoint is filled under a temporary name, every file is listed with its SHA-256 in `manifest.json` and flushed to
-the disk, and only then is it renamed (see files.atomic_write). Whatever interrupts the writing, its name refers to
-nothing, to the folder before, or to the new one.
+the disk, and only then is it renamed (see files.atomic_write). If the writing is interrupted, its name refers to
+nothing, to the old folder, or to the new one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ JsonObject = dict[str, Any]  # as json.loads gives it
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged; the message says where and how."""
+    """A checkpoint is damaged; the message names the file and the damage."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file is there with the size and checksum that the manifest lists."""
     listed = read_json(folder / MANIFEST).get("files")
     if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{folder / MANIFEST}: it lists no files")
+        raise CheckpointError(f"{folder / MANIFEST}: no files in this manifest")
     for name, expected in listed.items():
         path = folder / name
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
@@ -109,8 +109,8 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     try:
         save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path, metadata)
     except SafetensorError as error:  # the library's error for a full disk
-        raise OSError(f"{path}: it cannot be written ({error})") from None
-    path.chmod(mode)  # the library makes files that nobody else can read
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    path.chmod(mode)  # the library creates files that only their owner can read
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -118,11 +118,11 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: it cannot be read as safetensors ({str(error)[:200]})") from None
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({str(error)[:200]})") from None
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write `values` as readable JSON. NaN and infinities, which JSON does not have, are an error."""
+    """Write `values` as readable JSON. NaN and infinities, which JSON cannot represent, are an error."""
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

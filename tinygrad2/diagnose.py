@@ -1,6 +1,6 @@
-"""What computes on this machine: the BLAS library, the compiled kernels, the GPU. For gpt2/doctor.py.
+"""Diagnostics for gpt2/doctor.py: the BLAS library, the compiled kernels, the GPU.
 
-Each function may crash or hang in foreign code: call it in a process of its own. The results can be written as JSON.
+Each function may crash or hang in code of another library, so call it in a separate process. Results are valid JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import threadpoolctl
 
 
 def blas() -> dict[str, Any]:
-    """The library that multiplies matrices: FLOP/s in float32, what threadpoolctl knows of NumPy's, MKL's version."""
+    """The BLAS library: FLOP/s in float32, threadpoolctl's description of NumPy's libraries, and MKL's version."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    from tinygrad2 import backend, blas  # (after that: importing it may load MKL)
+    from tinygrad2 import backend, blas  # (later, since it may load MKL)
 
     compiled = backend.get_backend("cpu").kernels.linear_forward.__module__ == "tinygrad2.kernels.cpu"
     mkl = metadata.version("mkl") if blas.USES_MKL and compiled else None
@@ -29,7 +29,7 @@ def blas() -> dict[str, Any]:
 
 
 def compiled_kernels() -> dict[str, Any]:
-    """Numba's version, how many of the kernels are compiled, the folder that keeps them, and how many are there."""
+    """Numba's version, the number of compiled kernels, their cache folder, and the number of files in it."""
     import numba
 
     from tinygrad2.backend import get_backend
@@ -44,7 +44,7 @@ def compiled_kernels() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """CuPy's version, whether a product comes out right, the GPU's name and its memory in bytes."""
+    """CuPy's version, whether a matrix product is correct, the GPU's name and its memory in bytes."""
     from tinygrad2.backend import get_backend
 
     cupy = get_backend("cuda").np

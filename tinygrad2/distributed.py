@@ -9,8 +9,8 @@ both directions of every link are used, and two runs on the same number of ranks
 library.
 
 A rank that fails ends the job. An uncaught exception is printed and aborts every rank. A process that was killed or
-stopped cannot report it, hence a background thread of each rank sends a heartbeat, which does not depend on how long a
-step, a checkpoint or a compilation takes.
+stopped cannot report it. Therefore a background thread of each rank sends a heartbeat, however long a step, a
+checkpoint or a compilation takes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TIMEOUT = 20.0  # seconds without a heartbeat after which a rank counts as dead
 POLL = 5e-5  # seconds between two tests of a transfer: MPI makes progress only when it is called
 POLL_WHILE_COMPUTING = 2e-4  # the same while the caller computes
 RECEIVE_BUFFER = 16 << 20  # bytes that a sum receives at a time
-ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits by itself
+ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits anyway
 
 # Environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
 # process. mpirun inside a Slurm job step takes precedence over the step.
@@ -60,7 +60,7 @@ class Comm(Protocol):
 
     rank, size  the number of this rank, and of all ranks.
     waited      seconds that the caller has spent waiting for other ranks so far, in `waiting()`.
-    idle_cores  number of this machine's cores that the launcher may use but has bound no rank to.
+    idle_cores  number of this machine's cores that the launcher may use but to which it has bound no rank.
     """
 
     rank: int
@@ -69,9 +69,9 @@ class Comm(Protocol):
     idle_cores: int
 
     def from_root(self, function: Callable[[], T]) -> T:
-        """The result of function(), which rank 0 calls when all ranks have arrived here; broadcast to all of them.
+        """The result of function(), which rank 0 calls when all ranks have called this, broadcast to all of them.
 
-        Where it raises, rank 0 raises and the other ranks exit silently.
+        If it raises, rank 0 raises and the other ranks exit silently.
         """
 
     def all_gather(self, array: numpy.ndarray) -> numpy.ndarray:
@@ -90,21 +90,21 @@ class Comm(Protocol):
         """Start to fill a flat host array, of which each rank has its own share, with the shares of the others."""
 
     def nccl(self, device: Backend) -> NcclComm | None:
-        """Communication from GPU to GPU for arrays of this backend, or None where they pass through host memory.
+        """Communication from GPU to GPU for arrays of this backend, or None if they pass through host memory.
 
-        Available where each rank has a GPU of its own and NCCL is installed. The first call is made by all ranks.
+        Available if each rank has its own GPU and NCCL is installed. The first call is made by all ranks.
         """
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside this context the caller only waits for what was started, and its time counts as `waited`."""
+        """Inside this context the caller only waits for operations that were started; the time is added to `waited`."""
         yield
 
     def silence_other_ranks(self) -> None:
-        """From now on only rank 0 prints on standard output."""
+        """From now on, only rank 0 prints to standard output."""
 
     def abort(self, code: int) -> None:
-        """End every rank at once, with this exit status. Returns only where there is a single rank."""
+        """End every rank at once, with this exit status. Returns only if there is a single rank."""
 
 
 def share(n: int, rank: int, size: int) -> tuple[int, int]:
@@ -113,16 +113,16 @@ def share(n: int, rank: int, size: int) -> tuple[int, int]:
 
 
 class Staging:
-    """Host memory that an array passes through between its device and other ranks, kept from step to step."""
+    """Host memory for the transfer of an array between its device and other ranks, reused in every step."""
 
     def __init__(self) -> None:
         self.host: numpy.ndarray | None = None
 
 
 class HostTransfer:
-    """A flat array that other ranks sum or fill, by way of host memory.
+    """The sum or all-gather of a flat array over the ranks, through host memory.
 
-    start  Comm.start_sum or Comm.start_all_gather: what is done with the array.
+    start  Comm.start_sum or Comm.start_all_gather.
     """
 
     def __init__(self, device: Backend, array: Array, staging: Staging, start: Callable[..., Future[None]]):
@@ -151,12 +151,12 @@ def all_gather(comm: Comm, device: Backend, arrays: Sequence[tuple[Array, Stagin
 
 
 class NcclComm:
-    """Communication from GPU to GPU, by NCCL on a stream of its own, overlapping with computation.
+    """Communication from GPU to GPU by NCCL, on a separate stream, so that it overlaps with computation.
 
-    Every method launches and returns; the host never waits. A transfer starts when everything launched before it is
-    done; what is launched after `join` starts when all transfers are done.
+    Every method launches an operation and returns; the host never waits. A transfer starts when all operations
+    launched before it are done; an operation launched after `join` starts when all transfers are done.
 
-    identity  of this group of ranks: from rank 0's `nccl.get_unique_id()`.
+    identity  of this group of ranks, from rank 0's `nccl.get_unique_id()`.
     """
 
     def __init__(self, device: Backend, nccl: Any, rank: int, size: int, identity: Any):
@@ -247,9 +247,9 @@ class SoloComm:
 class MPIComm:
     """The ranks of an MPI job.
 
-    Three communicators, so that messages of different threads cannot be confused: `_calls` for what the caller waits
-    for, `_bulk` for the thread that transfers gradients, `_heartbeats`. No call blocks inside MPI, which would keep a
-    core busy: a waiting thread tests the request periodically and sleeps in between.
+    Three communicators, so that messages of different threads cannot be confused: `_calls` for operations that the
+    caller waits for, `_bulk` for the thread that transfers gradients, `_heartbeats`. No call blocks inside MPI, which
+    would keep a core busy: a waiting thread tests the request periodically and sleeps in between.
     """
 
     def __init__(self, MPI: Any):
@@ -283,7 +283,7 @@ class MPIComm:
                 result = function()
             except BaseException as raised:
                 error = raised
-        self._await(self._calls.Ibarrier(), POLL)  # the other ranks wait here, where they sleep, and not in bcast
+        self._await(self._calls.Ibarrier(), POLL)  # the other ranks wait here, sleeping, and not in bcast, which polls
         result, failed = self._calls.bcast((result, error is not None))
         if error is not None:
             raise error
@@ -309,7 +309,7 @@ class MPIComm:
     def _sum(self, flat: numpy.ndarray, share_only: bool, after: Callable[[], None]) -> None:
         after()
         counts, starts = self._layout(len(flat))
-        most = max(1, RECEIVE_BUFFER // (self.size * flat.itemsize))  # elements of a share at a time
+        most = max(1, RECEIVE_BUFFER // (self.size * flat.itemsize))  # elements of a share per message
         for first in range(0, max(counts), most):
             lengths = [min(most, max(0, count - first)) for count in counts]
             begin = [start + min(first, count) for start, count in zip(starts, counts, strict=True)]
@@ -373,15 +373,15 @@ class MPIComm:
         fallback = threading.Timer(ABORT_TIMEOUT, os._exit, (code,))
         fallback.daemon = True
         fallback.start()
-        time.sleep(0.1)  # for mpirun to read what was printed before it handles the abort
+        time.sleep(0.1)  # so that mpirun reads the output before it handles the abort
         self._calls.Abort(code)
         os._exit(code)
 
     def _exchange_heartbeats(self) -> None:
-        """Send a heartbeat every second, and end the job when another rank's stop.
+        """Send a heartbeat every second, and end the job if those of another rank stop.
 
-        Rank 0 monitors every other rank, and is monitored by each. A rank that was suspended together with its job and
-        resumes does not count its own absence against the others.
+        Rank 0 monitors every other rank, and each of them monitors rank 0. A rank that was suspended together with its
+        job does not count that time against the others.
         """
         peers = range(1, self.size) if self.rank == 0 else range(1)
         heard = dict.fromkeys(peers, time.monotonic())
@@ -399,7 +399,7 @@ class MPIComm:
             awake = now
             for peer, last in heard.items():
                 if now - last > TIMEOUT:
-                    print(f"rank {peer} has not answered for {now - last:.0f} s; all ranks end", file=sys.stderr)
+                    print(f"rank {peer} has not responded for {now - last:.0f} s; ending all ranks", file=sys.stderr)
                     self.abort(1)
 
     def _leave(self) -> None:
@@ -415,10 +415,10 @@ _world: Comm | None = None
 def world() -> Comm:
     """The ranks of this process's job, or a single one. Without a launcher, mpi4py is not imported.
 
-    With several ranks the first call sets this one up: it computes on its share of the machine's cores and on its own
-    GPU, and an uncaught exception ends the job.
+    With several ranks the first call sets up this rank: its share of the machine's cores, its own GPU, and a hook that
+    ends the job at an uncaught exception.
 
-    Raises ValueError where mpi4py is missing, or belongs to another MPI than the mpirun that started this process.
+    Raises ValueError if mpi4py is missing, or belongs to another MPI than the mpirun that started this process.
     """
     global _world
     if _world is None:
@@ -467,9 +467,9 @@ def _join(size: int, rank: int) -> MPIComm:
 
 
 def fail(line: str, code: int) -> int:
-    """Print why this process fails, and end all ranks; returns `code` where there is only one.
+    """Print an error and end all ranks; returns `code` if there is only one.
 
-    Where all ranks fail for the same reason, it is printed once: the others wait for rank 0, which ends the job.
+    If all ranks fail for the same reason, it is printed once: the others wait for rank 0, which ends the job.
     """
     comm = _world or SoloComm()
     rank = comm.rank if _world else _launched()[1]

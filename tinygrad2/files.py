@@ -14,11 +14,11 @@ from pathlib import Path
 def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
     """Yields a temporary path beside `path` at which to make a file, a folder or a link, and renames that to `path`.
 
-    Its content is flushed to the disk first. What was at `path` is replaced; a reader sees the old or the new content.
-    If the block raises, what it wrote is removed and `path` is unchanged. A killed process leaves at most the temporary
-    path, which the next call removes.
+    The content is flushed to the disk first. An existing `path` is replaced; a reader sees the old or the new content.
+    If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves at most the
+    temporary path, which the next call removes.
 
-    suffix  of the temporary name; one that differs between processes lets several write the same path at a time.
+    suffix  of the temporary name; if it differs between processes, several may write the same path concurrently.
     """
     partial = path.with_name(f".{path.name}.{suffix}")
     remove(partial)
@@ -38,7 +38,7 @@ def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Rename a folder to the name of one that exists, which no single step of a file system can do."""
+    """Rename a folder to the name of an existing one, which file systems cannot do in one step."""
     old = path.with_name(f".{path.name}.replaced")
     remove(old)
     path.rename(old)
@@ -52,7 +52,7 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with all that is in it, if it exists."""
+    """Delete a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -61,7 +61,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or a folder and all that is in it, to the disk."""
+    """Flush a file, or a folder and its contents, to the disk."""
     if path.is_dir():
         for inside in sorted(path.rglob("*")):
             flush_entry(inside)
@@ -69,7 +69,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Have the operating system write one file, or one folder's list of names, to the disk."""
+    """Flush one file, or the entries of one folder, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -80,7 +80,7 @@ def flush_entry(path: Path) -> None:
 
 
 def free_name(path: Path, separator: str = "-") -> Path:
-    """`path`, or where that name is taken the first free one of path-1, path-2, ..."""
+    """`path`, or if that name is taken the first free one of path-1, path-2, ..."""
     found, number = path, 0
     while os.path.lexists(found):
         number += 1
@@ -89,7 +89,7 @@ def free_name(path: Path, separator: str = "-") -> Path:
 
 
 def write_error(folder: Path) -> str:
-    """Why no file can be made in a folder, or in the nearest one above it that exists; "" if one can."""
+    """Why no file can be created in a folder, or in its nearest existing parent; "" if it can."""
     existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
@@ -100,7 +100,7 @@ def write_error(folder: Path) -> str:
 
 
 def discard_stdout() -> None:
-    """Discard what this process prints from now on, its child processes' output included."""
+    """Discard all further standard output of this process and its child processes."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
@@ -109,7 +109,7 @@ def discard_stdout() -> None:
 class Lock:
     """Keeps a second process out of a folder: a file with the owner's process id, removed at the end.
 
-    Raises ValueError if a running process holds it. A lock that a killed process left is taken over.
+    Raises ValueError if a running process holds it. The lock of a process that was killed is taken over.
     """
 
     def __init__(self, file: Path, what: str):
@@ -137,9 +137,9 @@ class Lock:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this id is running."""
+    """Whether a process with this id is running."""
     if os.name == "nt":
-        return True  # there, os.kill ends the process instead of asking; the user has to remove the lock
+        return True  # where os.kill would end the process; the user has to remove the lock
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -150,4 +150,4 @@ def is_running(process: int) -> bool:
         state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return True  # a system without /proc
-    return state != "Z"  # a zombie has ended; its parent has not asked for its status yet
+    return state != "Z"  # a zombie has ended; its parent has not read its status yet

@@ -1,4 +1,4 @@
-"""Tables of GPUs: what each model can do, from NVIDIA's data sheets, looked up by the name that the driver reports."""
+"""Peak rates of GPUs, from NVIDIA's data sheets, by the name that the driver reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ PEAK_TFLOPS = {
     "L4": {"float32": 30.3, "tf32": 60.0, "bfloat16": 121.0},
     "RTX 4090": {"float32": 82.6, "tf32": 82.6, "bfloat16": 165.0},
 }
-SLOWER_VARIANT = r"\b(MIG|NVL|Laptop|D)\b"  # in the name of a GPU that is slower than the model it is named after
+SLOWER_VARIANT = (
+    r"\b(MIG|NVL|Laptop|D)\b"  # in the name of a GPU that is slower than the model with the rest of the name
+)
 
 
 def find_gpu(name: str, table: Iterable[str]) -> str | None:
@@ -28,6 +30,6 @@ def find_gpu(name: str, table: Iterable[str]) -> str | None:
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """The peak of a GPU of this name in a precision (see precision.py), or None where it is unknown."""
+    """The peak of a GPU of this name in a precision (see precision.py), or None if unknown."""
     gpu = find_gpu(name, PEAK_TFLOPS)
     return None if gpu is None else PEAK_TFLOPS[gpu].get(precision)

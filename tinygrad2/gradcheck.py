@@ -1,6 +1,6 @@
 """Check backward passes against finite differences, in float64.
 
-`check(fn, inputs)` tests a function of your own. `python -m tinygrad2.gradcheck` tests every operation of the engine
+`check(fn, inputs)` tests any function. `python -m tinygrad2.gradcheck` tests every operation of the engine
 and a small transformer, prints a table, and exits with 1 if the error of a row is above its bound. To check another
 operation, add a row to CASES.
 """
@@ -24,7 +24,7 @@ from tinygrad2.backend import DEVICES, get_backend
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, recompute, record
 
-STEP = 5e-4  # of the differences: truncation ~ STEP^4 and rounding ~ 1e-16 / STEP are both about 1e-13
+STEP = 5e-4  # of the differences; their truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
 FLOOR = (
     1e-4  # errors are relative to the slope, but at least to this fraction of the outputs, which bounds their rounding
 )
@@ -41,14 +41,14 @@ def check(
     names: Sequence[str] | None = None,
     device: str = "cpu",
 ) -> list[float]:
-    """The relative error of the gradient that backward gives for each input of `fn`; right ones are about 1e-10.
+    """The relative error of the gradient of each input of `fn`; that of a correct gradient is about 1e-10.
 
     fn          takes one Tensor per input and returns a Tensor of any shape or a tuple of them. It must be smooth
                 within 2e-3 of the inputs and give the same result each time (dropout: with a fixed key).
     inputs      a list or tuple of arrays, Tensors or nested lists, of values around 1; copied to float64.
     tolerance   with raises=True, the largest error that is accepted.
     directions  how many random directions are tried for each input.
-    names       of the inputs, for the error message.
+    names       of the inputs, for error messages.
     device      where fn computes; the comparison is done on the host.
 
     With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> by backward is
@@ -56,11 +56,11 @@ def check(
     of the order h^4; that of the two-point difference is h^2, never reliably below 1e-9. No component of v or w is
     near zero, so that every coordinate counts. An input's error is |backward - slope| / |slope|, norms over its
     directions. The denominator is at least FLOOR max(1, |w y|): a gradient that is truly zero is then no failure, and
-    one wrong by 0.1 % is found unless it is below 1e-8 of the outputs. A gradient that never arrives counts as zero;
-    NaN or infinity anywhere makes the error infinite.
+    one wrong by 0.1 % is found unless it is below 1e-8 of the outputs. A missing gradient counts as zero; NaN or
+    infinity anywhere makes the error infinite.
 
-    Raises AssertionError with raises=True where an error is over the tolerance; TypeError for inputs that are not a
-    list or tuple, and for an `fn` that does not return Tensors.
+    Raises AssertionError with raises=True if an error exceeds the tolerance; TypeError for inputs that are not a list
+    or tuple, and for an `fn` that does not return Tensors.
     """
     if not isinstance(inputs, list | tuple):
         raise TypeError(
@@ -69,7 +69,7 @@ def check(
     backend = get_backend(device)
     arrays = [numpy.array(x.numpy() if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
     for array in arrays:
-        array.flags.writeable = False  # an fn that changes its inputs in place would change every later evaluation
+        array.flags.writeable = False  # an fn that modifies its inputs would change every later evaluation
     random = numpy.random.default_rng(seed)
 
     leaves = [Tensor(backend.asarray(array), requires_grad=True) for array in arrays]
@@ -83,7 +83,7 @@ def check(
     floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
 
     def loss_change(i: int, change: numpy.ndarray) -> float:
-        """L(x_i + change) - L(x_i - change), subtracted before the sum: that has a smaller rounding error."""
+        """L(x_i + change) - L(x_i - change), subtracted before summing, which reduces the rounding error."""
         with no_grad(), numpy.errstate(invalid="ignore"):  # a value that is not finite makes the error infinite
             up, down = (
                 _results(
@@ -106,11 +106,11 @@ def check(
         error = float(numpy.linalg.norm(difference)) / slope
         errors.append(error if math.isfinite(error) else math.inf)
         if raises and errors[-1] > tolerance:
-            worst = int(numpy.argmax(numpy.abs(difference)))  # argmax takes a NaN for the largest
+            worst = int(numpy.argmax(numpy.abs(difference)))  # argmax returns the index of a NaN, if any
             raise AssertionError(
                 f"gradcheck: input {i if names is None else names[i]} of shape {array.shape}: relative error "
                 f"{errors[-1]:.1e}, expected at most {tolerance:.0e}; along one direction backward gives "
-                f"{analytic[worst]:.12g}{' (no gradient arrived)' if leaf.grad is None else ''}, "
+                f"{analytic[worst]:.12g}{' (the gradient is missing)' if leaf.grad is None else ''}, "
                 f"finite differences {numeric[worst]:.12g}"
             )
     return errors
@@ -212,6 +212,9 @@ CASES = (
     GradientCase("subtract, broadcast", lambda a, b: a - b, ((1, 4), (3, 1))),
     GradientCase("subtract, from a number", lambda a: 2 - a, ((3, 4),)),
     GradientCase("negate", lambda a: -a, ((3, 4),)),
+    GradientCase("shift, by numbers", lambda a: a + 1.5 - 2, ((3, 4),)),
+    GradientCase("scale, by a number", lambda a: a * 1.5, ((3, 4),)),
+    GradientCase("astype", lambda a: a.astype(a.dtype), ((3, 4),)),
     GradientCase("multiply", lambda a, b: a * b, ((3, 4), (3, 4))),
     GradientCase("multiply, broadcast", lambda a, b: a * b, ((4,), (2, 3, 1))),
     GradientCase("multiply, by itself", lambda a: a * a, ((3, 4),)),
@@ -238,6 +241,9 @@ CASES = (
     GradientCase("matmul", lambda a, b: a @ b, ((3, 4), (4, 5))),
     GradientCase("matmul, batched", lambda a, b: a @ b, ((2, 3, 4), (2, 4, 5))),
     GradientCase("matmul, broadcast", lambda a, b: a @ b, ((2, 1, 3, 4), (5, 4, 2))),
+    GradientCase("matmul, vectors", lambda a, b: a @ b, ((4,), (4,))),
+    GradientCase("matmul, of a vector", lambda a, b: a @ b, ((4,), (2, 4, 3))),
+    GradientCase("matmul, by a vector", lambda a, b: a @ b, ((2, 3, 4), (4,))),
     GradientCase("linear", ops.linear, ((2, 3, 4), (4, 5), (5,))),
     GradientCase("linear, no bias", ops.linear, ((3, 4), (4, 5))),
     GradientCase("logits", ops.logits, ((2, 3, 4), (5, 4))),

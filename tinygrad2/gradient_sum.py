@@ -17,12 +17,12 @@ class GradientSum:
 
     Between `start()` and `finish()` one backward pass runs, the last one of a step: earlier ones have accumulated in
     the same buffers. A bucket is transferred while the pass computes the next ones. Buckets start in the same order on
-    every rank; one that the pass has not finished (its parameter was not used) starts in `finish`.
+    every rank; one that the pass has not finished (because a parameter is not used) starts in `finish`.
 
-    share_only  the optimizer's state is sharded: each rank needs the sum of its own share of every bucket only.
+    share_only  for a sharded optimizer: each rank needs only the sum of its own share of every bucket.
 
-    The backward pass raises RuntimeError where a parameter gets a gradient after it was announced as final: one that is
-    used both inside and outside of a function that `recompute` runs again. Leave `start` out for such a model.
+    The backward pass raises RuntimeError if a parameter gets a gradient after it was reported as final, which happens
+    if it is used both inside and outside of a recomputed function. Do not call `start` for such a model.
     """
 
     def __init__(self, model: HasParameters, comm: Comm, share_only: bool = False):
@@ -33,7 +33,7 @@ class GradientSum:
         self._nccl = comm.nccl(model.arena().backend)
 
     def start(self) -> None:
-        """From here on each bucket is transferred as soon as it is final."""
+        """From now on transfer each bucket as soon as it is final."""
         if self.comm.size > 1:
             arena = self.model.arena()
             self._nccl = self.comm.nccl(arena.backend)
@@ -45,8 +45,8 @@ class GradientSum:
     def _on_final(self, name: str) -> None:
         if any(name in bucket.names for bucket in self.model.arena().buckets[: self._started]):
             raise RuntimeError(
-                f"GradientSum: {name} got a gradient after its sum had started: it is used in a recomputed function "
-                f"and outside of it; leave out start() for this model"
+                f"GradientSum: {name} got a gradient after its sum had started: it is used both in a recomputed "
+                f"function and outside of it; do not call start() for this model"
             )
         for missing in self._missing:
             missing.discard(name)
@@ -67,7 +67,7 @@ class GradientSum:
     def finish(self, *numbers: Array | float) -> list[Any]:
         """Wait until the gradients are summed; returns the sums over the ranks of these numbers, such as the loss.
 
-        With NCCL the host does not wait, and the sum of a 0-d array of the GPU is another one.
+        With NCCL the host does not wait, and the sum of 0-d GPU arrays is a 0-d GPU array.
         """
         if self.comm.size == 1:
             return list(numbers)

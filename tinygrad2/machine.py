@@ -1,6 +1,7 @@
-"""The machine: cores, memory, what control groups (containers, batch systems) leave of them, the GPU driver.
+"""The machine: cores and memory, limits by control groups (containers, batch systems), the GPU driver.
 
-Standard library only, and readable by old Pythons: gpt2/doctor.py uses it where everything else is missing.
+It needs only the standard library, and its syntax is valid in old versions of Python: gpt2/doctor.py uses it where
+everything else is missing.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cores(process: int = 0) -> set[int]:
-    """The numbers of the cores that a process may use; process 0 is this one."""
+    """The numbers of the cores that a process may use; 0 stands for this process."""
     return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def usable_threads() -> int:
-    """How many threads should compute: one a core, or fewer where control groups allow less time.
+    """The number of threads to compute with: one per core, or fewer if control groups limit the CPU time.
 
-    A quota of 1.5 cores counts as 2: two threads use all of it, each paused for a quarter of every period, while one
-    thread would leave a third unused.
+    A quota of 1.5 cores counts as 2: two threads use all of it, each throttled for a quarter of every period, while
+    one thread would leave a third unused.
     """
     return max(1, math.ceil(min(len(cores()), cpu_quota() or math.inf)))
 
 
 def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """The cores' worth of time that the control groups allow, or None if they set no limit."""
+    """The CPU time that the control groups allow, in cores, or None if there is no limit."""
     allowed = []
     for file in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us", root, own):
         try:
@@ -51,7 +52,7 @@ def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
 
 
 def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
-    """The bytes that the control groups allow, or None if they set no limit."""
+    """The memory that the control groups allow, in bytes, or None if there is no limit."""
     allowed = []
     for file in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes", root, own):
         try:
@@ -62,7 +63,7 @@ def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
 
 
 def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Path) -> Iterator[Path]:
-    """The files that limit this process, in its own control group and in those above it, of version 2 or 1."""
+    """The files that limit this process, of its control group and its ancestors (version 2 or 1)."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,7 +83,7 @@ def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Pat
 
 
 def memory() -> tuple[float, float] | None:
-    """(free, total) bytes of main memory, at most the control groups' limit, or None if the system does not say."""
+    """(free, total) bytes of main memory, at most the control groups' limit, or None if unknown."""
     file = Path("/proc/meminfo")
     if file.is_file():
         found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(encoding="utf-8"), re.MULTILINE))
@@ -104,7 +105,7 @@ def processor() -> str:
 
 
 def describe() -> dict[str, str]:
-    """The machine in a few words, for the report of a run."""
+    """A description of the machine, for the report of a run."""
     available = memory()
     return {
         "processor": processor(),
@@ -119,7 +120,7 @@ def describe() -> dict[str, str]:
 def nvidia_driver() -> dict[str, int]:
     """NVIDIA's driver: the CUDA version that it supports (13000 is 13.0), its status (0: it works), and its GPUs.
 
-    Raises OSError if there is none. It may crash or hang: call it in a process of its own.
+    Raises OSError if there is none. It may crash or hang, so call it in a separate process.
     """
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     version, gpus = ctypes.c_int(), ctypes.c_int()
@@ -130,7 +131,7 @@ def nvidia_driver() -> dict[str, int]:
 
 
 def mpirun_command(launcher: str, ranks: int) -> list[str]:
-    """The beginning of the command that starts so many ranks on this machine with this mpirun."""
+    """The start of the command line that runs this number of ranks on this machine."""
     version, _ = call([launcher, "--version"], 20)
     flags = []
     if "Open MPI" in version or "OpenRTE" in version:
@@ -168,9 +169,9 @@ def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[st
     if process.returncode == 0:
         return output, ""
     if process.returncode < 0:
-        return "", f"it was ended by signal {-process.returncode}"
+        return "", f"killed by signal {-process.returncode}"
     lines = (errors.strip() or output.strip()).splitlines()
-    return "", lines[-1].strip() if lines else f"it ended with status {process.returncode}"
+    return "", lines[-1].strip() if lines else f"exited with status {process.returncode}"
 
 
 def requirements(root: Path) -> list[tuple[str, ...]]:
@@ -187,7 +188,7 @@ def requirements(root: Path) -> list[tuple[str, ...]]:
 
 
 def cache_folders() -> dict[str, Path]:
-    """The folders that libraries write to, by the environment variable that names another."""
+    """The folders that libraries write to, by the environment variable that overrides each."""
     temporary = Path(tempfile.gettempdir())
     tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
     libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))

@@ -1,8 +1,8 @@
 """A memory pool for NumPy arrays: each step reuses the previous step's memory.
 
-The operating system maps and zeroes a large array page by page when it is first written to, and unmaps it when it is
-freed; in a training step that takes as long as many of its kernels. Here a large array uses a block of a pool, and the
-block returns to the pool when the last view of the array is freed, by NumPy's own reference counts. (CuPy has a pool.)
+The operating system maps and zeroes the pages of a large array at the first write, and unmaps them when the array is
+freed, which takes much of the time of a training step. Here a large array uses a block of a pool, and the block returns
+to the pool when the last view of the array is freed, by NumPy's reference counts. (CuPy has its own pool.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
-SMALL = 1 << 16  # bytes; below this size the system's allocator is as fast
+SMALL = 1 << 16  # bytes; below this size NumPy's allocator is as fast
 GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple, so that arrays of nearly equal size share blocks
 LINE = 64  # bytes of a cache line: the alignment of arrays
 SLACK = 2.0  # the pool holds at most this many times the memory that was ever in use at once
@@ -43,7 +43,7 @@ class MemoryPool:
 
     def _new(self, size: int) -> np.ndarray:
         if self.held + size > SLACK * max(self.most_used, self.used + size):
-            self.trim()  # sizes have changed: the free blocks do not fit any more
+            self.trim()  # the sizes have changed: the free blocks no longer fit
         try:
             block = np.empty(size, dtype=np.uint8)
         except MemoryError:

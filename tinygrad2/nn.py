@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy
 
-from tinygrad2 import ops, random
+from tinygrad2 import ops
 from tinygrad2.backend import Backend, get_backend
-from tinygrad2.params import Parameter, ParameterArena
+from tinygrad2.initializers import Initializer, ModuleType, normal_init, zeros_init
+from tinygrad2.params import Parameter, ParameterArena, arena_of
 from tinygrad2.precision import Precision, PrecisionLike
 from tinygrad2.tensor import Tensor
 
-Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
-_sites = itertools.count(random.LAYER_SITES)  # each layer without an initializer of its own draws at another site
 
-
-def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std); without a key, from seed 0, at a new site for each layer."""
-    chosen = random.Key(0, site=next(_sites)) if key is None else key
-    return lambda shape: random.normal(chosen, shape, std)
-
-
-def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Initial values of 0: for biases, and for weights that are about to be loaded."""
-    return numpy.zeros(shape, dtype=numpy.float32)
-
-
-class Module:
+class Module(metaclass=ModuleType):
     """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
@@ -47,9 +33,29 @@ class Module:
 
     def arena(self) -> ParameterArena:
         """The flat buffers that hold the parameters; the first call moves the parameters there."""
-        if "_arena" not in vars(self):
-            self._arena = ParameterArena(self.named_parameters())
+        if "_arena" not in vars(self) or not self._arena.valid:
+            self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Raises TypeError where an array would replace a parameter, or one that is in an arena."""
+        old = vars(self).get(name)
+        if isinstance(old, Parameter) and old is not value:
+            if value is not None and not isinstance(value, Parameter):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a parameter, and {type(value).__name__} is not; copy the values "
+                    f"into it: module.{name}.data = values"
+                )
+            if old.arena is not None:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} belongs to an optimizer, which would not see the new parameter; "
+                    f"copy the values into it, or replace it before the optimizer is made"
+                )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle contains: all but the arena; the copied parameters get one of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_arena"}
 
     def modules(self) -> Iterator[Module]:
         """This module and every module in it."""
@@ -146,8 +152,8 @@ class Linear(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        init = init or normal_init(1 / math.sqrt(n_in))
-        self.weight = self._parameter(init((n_in, n_out)), device)
+        self.init = init or normal_init(1 / math.sqrt(n_in))
+        self.weight = self._parameter(self.init((n_in, n_out)), device)
         self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -183,8 +189,8 @@ class Embedding(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        init = init or normal_init(0.02)
-        self.weight = self._parameter(init((n, width)), device)
+        self.init = init or normal_init(0.02)
+        self.weight = self._parameter(self.init((n, width)), device)
 
     def __call__(self, tokens: Any) -> Tensor:
         return ops.embedding(tokens, self.weight, dtype=self.precision.activations)

@@ -7,6 +7,7 @@ backward pass: the name of a kernel or, where that adds to gradient buffers of p
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {w.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, w.shape[1:])
+    if x.size == 0 or w.size == 0:  # kernels take no empty arrays
+        return x @ weight if bias is None else x @ weight + bias
     k = backend_of(x.data).kernels_for(tf32)
     parents = (x, weight) if bias is None else (x, weight, bias)
     return record(k.linear_forward(x.data, w, b), parents, _linear_backward, saved=(k, x.data, w, bias is not None))
@@ -57,6 +60,8 @@ def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     w = _read("logits", "weight", weight, x.dtype)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"logits: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
+    if x.size == 0 or w.size == 0:
+        return x @ weight.transpose()
     k = backend_of(x.data).kernels_for(tf32)
     return record(k.linear_forward(x.data, w.T, None), (x, weight), _logits_backward, saved=(k, x.data, w))
 
@@ -93,6 +98,8 @@ def embedding(
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
+    if ids.size == 0 or wte.shape[1] == 0:
+        return _empty((*ids.shape, wte.shape[1]), wte, wpe)
     y = backend.kernels.embedding_forward(ids, table, positions, first_position)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
@@ -115,8 +122,10 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     if key is None or rate == 0:
         return x
     _check_tensors("dropout", x)
-    if x.ndim == 0 or x.size == 0:
-        raise ValueError(f"dropout: x has shape {x.shape}; expected (samples, ...)")
+    if x.size == 0:
+        return _empty(x.shape, x)
+    if x.ndim == 0:
+        return dropout(x.reshape(1), rate, key).reshape(())
     y = backend_of(x.data).kernels.dropout_forward(x.data, rate, key)
     return record(y, (x,), "dropout_backward", saved=(rate, key))
 
@@ -127,9 +136,13 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
     _check_tensors("layernorm", x)
+    if x.ndim == 0:
+        raise ValueError("layernorm: x has shape (); expected (..., C)")
     w, b = (_read("layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return _empty(x.shape, x, weight, bias)
     y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, w, b, float(eps))
     return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, w, mean, rstd))
 
@@ -144,10 +157,14 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
     _check_tensors("add_layernorm", x, delta)
+    if x.ndim == 0:
+        raise ValueError("add_layernorm: x has shape (); expected (..., C)")
     w, b = (_read("add_layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return x + delta, _empty(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, w, b, float(eps))
     total, normalised = record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, w, mean, rstd))
@@ -183,6 +200,8 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
+    if qkv.size == 0:
+        return _empty((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
     key = None if rate == 0 else key
     k = backend_of(qkv.data).kernels_for(tf32)
     out, lse = k.attention_forward(qkv.data, n_head, rate, key)
@@ -218,6 +237,10 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     _check_tensors("gelu", x)
     b = _read_optional("gelu", "bias", bias, x.dtype)
     _expect("gelu", "bias", bias, x.shape[-1:])
+    if x.size == 0:
+        return _empty(x.shape, x, bias)
+    if x.ndim == 0:
+        return gelu((x if bias is None else x + bias).reshape(1), exact=exact).reshape(())
     k = backend_of(x.data).kernels
     y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
     return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
@@ -235,6 +258,8 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
+    if x.size == 0:
+        return _empty(x.shape, x)
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), "softmax_backward", saved=(y,))
 
@@ -251,6 +276,8 @@ def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     backend = backend_of(logits.data)
     ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
     _expect("cross_entropy", "targets", ids, logits.shape[:-1])
+    if ids.size == 0:
+        return _empty((), logits, value=math.nan)
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
 
@@ -273,6 +300,10 @@ def lm_head(
     backend = backend_of(x.data)
     ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
     _expect("lm_head", "targets", ids, x.shape[:-1])
+    if ids.size == 0:
+        return _empty((), x, weight, value=math.nan)
+    if x.shape[-1] == 0:
+        return cross_entropy(x @ weight.transpose(), ids)
     k = backend.kernels_for(tf32)
     if head_rows is not None and head_rows < ids.size:
         chunks = _chunks(ids.size, head_rows)
@@ -339,6 +370,19 @@ def _read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLik
     return None if parameter is None else _read(op, name, parameter, dtype)
 
 
+def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
+    """The result of an operation on arrays without elements, which kernels do not take: it has no elements, or is the
+    mean of none, NaN. The gradients of what it was computed from are zeros."""
+    wanted = tuple(parent for parent in parents if parent is not None)
+    backend, dtype = wanted[0].backend, wanted[0].data.dtype
+    zeros = tuple(parent.data.shape for parent in wanted)
+    return record(backend.np.full(shape, value, dtype=dtype), wanted, _empty_backward, saved=zeros)
+
+
+def _empty_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    return tuple(backend_of(dy).zeros(shape, dy.dtype) for shape in saved)
+
+
 def _check_rate(op: str, rate: float) -> float:
     if not 0 <= rate < 1:
         raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
@@ -363,8 +407,8 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
             raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:
-        raise ValueError(f"{op}: {name} have shape {values.shape}, which is empty")
+    if values.size == 0:  # (an empty list has no integers that would say that it is one of integers)
+        return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from tinygrad2.array import Array
 from tinygrad2.autograd import Leaf, is_recording
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
-from tinygrad2.tensor import Tensor, form_of
+from tinygrad2.tensor import Tensor, form_of, gradient_array
 
 BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
 
@@ -33,12 +34,12 @@ class Parameter(Tensor):
     A parameter in bfloat16 without wider data can only be read, inside no_grad().
     """
 
-    __slots__ = ("_data", "_copy", "_placed")
+    __slots__ = ("_data", "_copy", "_arena")
     _data: Array
 
     def __init__(self, data: Array, copy: DTypeLike | None = None):
         self._copy: Array | None = None
-        self._placed = False
+        self._arena: weakref.ref[ParameterArena] | None = None
         super().__init__(data, requires_grad=True)
         self._copy = _rounded(self._data, copy)
 
@@ -57,6 +58,7 @@ class Parameter(Tensor):
             self._data[...] = self._checked("data", values)
             if self._copy is not None:
                 self._copy[...] = self._data.astype(self._copy.dtype)
+            self.mark_written()
         else:
             self._data = values
 
@@ -81,11 +83,29 @@ class Parameter(Tensor):
     @grad.setter
     def grad(self, values: Any) -> None:
         if values is not None:
-            values = self._checked("grad", values)
-        if self._placed:
+            values = gradient_array(values, self._leaf, "parameter: grad")
+        if self._arena is not None:
             self._leaf.buffer()[...] = 0 if values is None else values
         else:
             self._leaf.grad = values
+
+    @property
+    def arena(self) -> ParameterArena | None:
+        """The arena that the values and the gradient are in, or None."""
+        return None if self._arena is None else self._arena()
+
+    def _leave_arena(self) -> None:
+        if self.arena is not None:
+            self.arena.valid = False
+        self._arena = None
+
+    def mark_written(self) -> None:
+        """Note that the values have been changed in place; a backward pass that needs the old ones then raises."""
+        self._leaf.mark_written(*(array for array in (self._data, self._copy) if array is not None))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, arguments = super().__reduce__()
+        return _rebuild_parameter, (function, arguments, self.copy_dtype)
 
     def _checked(self, name: str, values: Any) -> Array:
         values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
@@ -102,10 +122,10 @@ class Parameter(Tensor):
         self._copy = _rounded(self._data, copy)
         self._leaf.forms = (form_of(self._data),)
         self._leaf.grad = backend.asarray(old.to_host(grad)) if same and grad is not None else None
-        self._placed = False
+        self._leave_arena()
 
-    def place(self, data: Array, grad: Array, copy: Array | None = None) -> None:
-        """Move the values to the memory `data`, `grad` and `copy` (views of the parameter's shape).
+    def place(self, arena: ParameterArena, data: Array, grad: Array, copy: Array | None = None) -> None:
+        """Move the values to the memory `data`, `grad` and `copy` of an arena (views of the parameter's shape).
 
         copy  given exactly where the parameter has a copy.
         """
@@ -114,7 +134,16 @@ class Parameter(Tensor):
             grad[...] = self._leaf.grad
         if copy is not None:
             copy[...] = self._copy
-        self._data, self._copy, self._leaf.grad, self._placed = data, copy, grad, True
+        self._data, self._copy, self._leaf.grad, self._arena = data, copy, grad, weakref.ref(arena)
+
+
+def _rebuild_parameter(
+    function: Callable[..., Parameter], arguments: tuple[Any, ...], copy: DTypeLike | None
+) -> Parameter:
+    """The copy of a parameter, outside of any arena, see Parameter.__reduce__."""
+    parameter = function(*arguments)
+    parameter._copy = _rounded(parameter._data, copy)
+    return parameter
 
 
 def _rounded(data: Array, dtype: DTypeLike | None) -> Array | None:
@@ -151,10 +180,42 @@ class Bucket:
 
 
 class HasParameters(Protocol):
-    """What an optimizer asks of a model; a nn.Module has it."""
+    """What an optimizer asks of a model; an nn.Module has it."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def arena(self) -> ParameterArena: ...
+
+
+class ParameterList:
+    """Parameters without their module, as an optimizer takes them too; their names are their positions."""
+
+    def __init__(self, parameters: Iterable[Parameter]):
+        self._parameters = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        for i, parameter in enumerate(self._parameters):
+            if not isinstance(parameter, Parameter):
+                raise TypeError(
+                    f"optimizer: item {i} of the parameters is of type {type(parameter).__name__}; expected a module, "
+                    f"or an iterable of Parameters such as model.parameters()"
+                )
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """Every parameter, named by its position."""
+        return ((f"{prefix}{i}", parameter) for i, parameter in enumerate(self._parameters))
+
+    def arena(self) -> ParameterArena:
+        """The arena that the parameters are in; the first call moves them there."""
+        if not hasattr(self, "_arena") or not self._arena.valid:
+            self._arena: ParameterArena = arena_of(self.named_parameters())
+        return self._arena
+
+
+def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterArena:
+    """The arena that exactly these parameters are in already, or a new one."""
+    named = list(named_parameters)
+    arena = named[0][1].arena if named else None
+    if arena and arena.valid and {id(p) for p in arena.parameters.values()} == {id(p) for _, p in named}:
+        return arena
+    return ParameterArena(named)
 
 
 class ParameterArena:
@@ -170,6 +231,13 @@ class ParameterArena:
         backward_order = list(named_parameters)[::-1]
         if not backward_order:
             raise ValueError("ParameterArena: there are no parameters")
+        for name, parameter in backward_order:
+            if parameter.arena is not None:
+                raise ValueError(
+                    f"ParameterArena: {name} is in the arena of another module or optimizer, with other parameters; "
+                    f"make one optimizer for all of them"
+                )
+        self.valid = True  # until a parameter leaves, to another device for example
         self.parameters = dict(backward_order)
         self.backend: Backend = backend_of(backward_order[0][1].data)
         self.dtype = backward_order[0][1].dtype
@@ -197,13 +265,18 @@ class ParameterArena:
         for name, parameter in members:
             place, shape = slice(*where[name]), parameter.shape
             copy = None if copies is None else copies[place].reshape(shape)
-            parameter.place(values[place].reshape(shape), grads[place].reshape(shape), copy)
+            parameter.place(self, values[place].reshape(shape), grads[place].reshape(shape), copy)
         return Region(region, values, grads, where, copies)
 
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for region in self.regions:
             region.grads[...] = 0
+
+    def mark_written(self) -> None:
+        """Note that the values have been changed in the flat buffers."""
+        for parameter in self.parameters.values():
+            parameter.mark_written()
 
     def refresh_copies(self) -> None:
         """Round the values to the copies again, after they were changed in the flat buffers."""

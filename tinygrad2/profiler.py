@@ -1,4 +1,4 @@
-"""How long each operation of a training step takes, forward and backward."""
+"""The time of each operation in a training step, forward and backward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Profiler:
         return call
 
     def table(self) -> list[str]:
-        """A line for each operation, the slowest first: calls and milliseconds of a step, and the share of the step."""
+        """A line for each operation, slowest first: calls and milliseconds per step, and the share of its time."""
         seconds: dict[str, list[float]] = {}  # totals: forward, backward, calls
         whole = 0.0
         for name, start, stop in self._spans:
@@ -60,6 +60,6 @@ class Profiler:
             times = f"{1000 * forward / steps:13.2f}{1000 * backward / steps:13.2f}"
             lines.append(f"{name:<20}{calls / steps:7.0f}{times}{(forward + backward) / whole:8.1%}")
         rest = whole - sum(forward + backward for forward, backward, _ in seconds.values())
-        lines.append(f"{'outside of kernels':<20}{'':7}{1000 * rest / steps:13.2f}{'':13}{rest / whole:8.1%}")
+        lines.append(f"{'outside kernels':<20}{'':7}{1000 * rest / steps:13.2f}{'':13}{rest / whole:8.1%}")
         lines.append(f"{'step':<20}{'':7}{1000 * whole / steps:13.2f}{'':13}{1:8.1%}")
         return lines

@@ -1,8 +1,15 @@
-"""What a Tensor answers to NumPy's functions and to the names of other libraries: tables, read by tensor.py."""
+"""What a Tensor answers to Python's built-in functions, to NumPy's functions, and to the names of other libraries."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy
+from numpy.typing import DTypeLike
+
+from tinygrad2.autograd import Leaf
+from tinygrad2.backend import get_backend
 
 # np.add(a, b) where a or b is a Tensor: the method of the first and, where that is not a Tensor, of the second.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
@@ -98,3 +105,103 @@ ELSEWHERE = {
     "view": "x.reshape(shape)",
     "zero_grad": "x.grad = None",
 }
+
+
+class Protocols:
+    """The part of Tensor that answers to Python's built-in functions and to NumPy's."""
+
+    __slots__ = ()
+
+    def _only_element(self: Any, what: str) -> numpy.ndarray:
+        if self.size != 1:
+            hint = "; use (x == y).numpy().all() or .any()" if what == "bool()" else ""
+            raise ValueError(f"{what}: the tensor has shape {self.shape}; expected one element{hint}")
+        return self.numpy().reshape(())
+
+    def __repr__(self: Any) -> str:
+        values = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=200, edgeitems=3)
+        source = None if self._edge is None else self._edge[0]
+        made_by = None if source is None or isinstance(source, Leaf) else source.operation
+        last = f", made by {made_by}" if made_by else ", requires_grad=True" if self.requires_grad else ""
+        return f"{type(self).__name__}({values}, shape={self.shape}, dtype={self.dtype}, device={self.device}{last})"
+
+    def __format__(self: Any, spec: str) -> str:
+        if not spec and self.ndim:
+            return str(self)
+        if self.size != 1:
+            raise TypeError(f"format: {spec!r} needs one element; the tensor has shape {self.shape}")
+        return format(self.item(), spec)
+
+    def __len__(self: Any) -> int:
+        if not self.ndim:
+            raise TypeError("len(): the tensor has shape (), which has no length")
+        return len(self.data)
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        if not self.ndim:
+            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
+        return (self[i] for i in range(len(self.data)))
+
+    def __contains__(self: Any, value: Any) -> bool:
+        return bool((self == value).numpy().any())
+
+    def __bool__(self: Any) -> bool:
+        return bool(self._only_element("bool()"))
+
+    def __float__(self: Any) -> float:
+        return float(self._only_element("float()"))
+
+    def __int__(self: Any) -> int:
+        return int(self._only_element("int()"))
+
+    def __index__(self: Any) -> int:
+        if self.dtype.kind not in "iu":
+            raise TypeError(f"a Tensor of dtype {self.dtype} is not an index; expected one integer")
+        return int(self)
+
+    def __setitem__(self: Any, index: Any, value: Any) -> None:
+        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
+
+    def __getattr__(self: Any, name: str) -> Any:
+        ours = ELSEWHERE.get(name)
+        raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
+
+    __array_priority__ = 1000  # cupy_array * tensor calls Tensor.__rmul__
+
+    def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
+        if self.backend is not get_backend():
+            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
+        values = numpy.asarray(self.data, dtype=dtype)
+        return values.copy() if copy and values is self.data else values
+
+    def __array_ufunc__(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        forward, reflected = UFUNCS.get(ufunc, ("", None))
+        if method == "__call__" and not options:
+            first, *others = inputs
+            if isinstance(first, Protocols):
+                function = getattr(type(first), forward, None)
+            else:
+                function = getattr(type(self), reflected or "", None)
+                first, others = others[0] if others else first, [first]
+            if function is not None:
+                return function(first, *others)
+        call = ufunc.__name__ + (f".{method}" if method != "__call__" else "") + (" with options" if options else "")
+        raise TypeError(f"np.{call} does not take Tensors; use an operation of Tensor or ops, or pass x.numpy()")
+
+    def __array_function__(
+        self: Any, function: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        if function in METHODS and isinstance(arguments[0], Protocols):
+            return getattr(arguments[0], METHODS[function])(*arguments[1:], **options)
+        if function in ON_ARRAYS:
+            return function(*map(_as_numpy, arguments), **{name: _as_numpy(value) for name, value in options.items()})
+        raise TypeError(
+            f"np.{function.__name__} does not take Tensors: its result would have no gradient; use an operation of "
+            f"Tensor or ops, or pass x.numpy()"
+        )
+
+
+def _as_numpy(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_as_numpy, value))
+    return value.numpy() if isinstance(value, Protocols) else value

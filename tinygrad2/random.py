@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a pure function of (seed, step, site, element).
 
-A counter-based generator has no state to save, restore or share. Splitting a batch over micro-steps or machines,
-resuming a run and changing the device all keep the numbers: none depends on what was drawn before.
+A counter-based generator has no state to save, restore or share. The numbers do not depend on earlier draws, so they
+stay the same when a batch is split over micro-steps or machines, when a run is resumed, and on another device.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox4x32-10, Random123).
 """
@@ -52,8 +52,8 @@ class Key:
 
     seed          64 bits, chosen by the user.
     step          the training step (or the epoch, for the data order).
-    first_sample  position in the *global* batch of the first sample drawn for; it shifts the element index, so that a
-                  part of a batch gets the numbers that it has in the whole batch.
+    first_sample  position of the first sample in the *global* batch; it shifts the element index, so that a part of a
+                  batch gets the same numbers as in the whole batch.
     site          which operation of the model draws (see `at`).
 
     The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.

@@ -2,7 +2,7 @@
 
 Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
 GPT-2 needs them, with its formula and the derivation of its gradient. The same functions are the reference that faster
-kernels are tested against, and what computes where there is no faster kernel.
+kernels are tested against, and the fallback where there is no faster kernel.
 
 Conventions
     L               the loss, a number; dx is dL/dx, of x's shape, and dy = dL/dy is given.
@@ -15,7 +15,7 @@ How a gradient is derived
     By the chain rule, dx_j = sum_i dy_i (dy_i / dx_j), where the fraction is the derivative of y_i with respect to x_j.
     So each derivation says which results y_i change with x_j, and by how much. delta_ij is 1 where i = j, else 0.
 
-Every name used from the array library is one that CuPy has too, and every constructor is given its dtype.
+Only functions that CuPy has too are used from the array library, and every constructor is passed a dtype.
 """
 
 from __future__ import annotations
@@ -39,6 +39,30 @@ if TYPE_CHECKING:
 # Elementwise and shape operations
 # ---------------------------------------------------------------------------------------------------------------------
 
+MAX_RUN = 1024  # terms that are added sequentially
+
+
+def row_sum(x: Array) -> Array:
+    """The sum over the first axis, as sums of at most MAX_RUN terms.
+
+    np.sum(x, axis=0) adds row by row: in float32 a sum of ones stops at 2^24, since 2^24 + 1 is rounded to 2^24.
+    """
+    if len(x) <= MAX_RUN:
+        return np.sum(x, axis=0)
+    whole = len(x) - len(x) % MAX_RUN
+    pieces = x[:whole].reshape(MAX_RUN, whole // MAX_RUN, *x.shape[1:])
+    return row_sum(np.sum(pieces, axis=0)) + np.sum(x[whole:], axis=0)
+
+
+def _sum(x: Array, axis: tuple[int, ...], keepdims: bool = False) -> Array:
+    """np.sum, but by row_sum where NumPy does not sum pairwise: it does over the last axes of a contiguous array."""
+    if math.prod(x.shape[i] for i in axis) <= MAX_RUN or (x.flags.c_contiguous and min(axis) == x.ndim - len(axis)):
+        return np.sum(x, axis=axis, keepdims=keepdims)
+    total = x
+    for i in sorted(axis, reverse=True):
+        total = row_sum(total.transpose(i, *range(i), *range(i + 1, total.ndim)))
+    return total.reshape([1 if i in axis else n for i, n in enumerate(x.shape)]) if keepdims else total
+
 
 def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of broadcasting an array of `shape` to dy's shape: dy summed over every axis that was repeated.
@@ -49,7 +73,7 @@ def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
         return dy
     extra = dy.ndim - len(shape)
     repeated = tuple(i + extra for i, n in enumerate(shape) if n == 1 and dy.shape[i + extra] != 1)
-    return np.sum(dy, axis=tuple(range(extra)) + repeated, keepdims=True).reshape(shape)
+    return _sum(dy, tuple(range(extra)) + repeated, keepdims=True).reshape(shape)
 
 
 def add_forward(a: Array, b: Array) -> Array:
@@ -140,7 +164,7 @@ def tanh_backward(dy: Array, y: Array) -> Array:
 
 def sum_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """y = the sum of x over `axis` (a tuple of axes)."""
-    return np.sum(x, axis=axis, keepdims=keepdims)
+    return _sum(x, axis, keepdims)
 
 
 def sum_backward(dy: Array, shape: tuple[int, ...], axis: tuple[int, ...]) -> Array:
@@ -161,11 +185,12 @@ def max_backward(dy: Array, x: Array, y: Array, axis: tuple[int, ...]) -> Array:
     """
     kept = tuple(1 if i in axis else n for i, n in enumerate(x.shape))
     largest = x == y.reshape(kept)
-    return largest * (dy.reshape(kept) / np.sum(largest, axis=axis, keepdims=True, dtype=x.dtype))
+    count = np.sum(largest, axis=axis, keepdims=True).astype(x.dtype)  # counted in integers
+    return largest * (dy.reshape(kept) / count)
 
 
 def getitem_forward(x: Array, index: Index) -> Array:
-    """y = x[index], for anything that NumPy indexing takes."""
+    """y = x[index], for any index that NumPy accepts."""
     return x[index]
 
 
@@ -206,7 +231,7 @@ def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     """y = x W + b: x (..., C_in), W (C_in, C_out) as OpenAI ships it, b (C_out,) or None -> (..., C_out).
 
-    W may be held in bfloat16, to generate: it is converted to x's dtype as it is read.
+    W may be bfloat16, for generation: it is converted to x's dtype.
     """
     weight = weight.astype(x.dtype, copy=False)
     y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one product of 2-D matrices, whatever the shape of x
@@ -224,7 +249,7 @@ def linear_backward(dy: Array, x: Array, weight: Array, dweight: Array | None, d
     if dweight is not None:
         dweight += np.matmul(x.reshape(-1, x.shape[-1]).T, dy2)
     if dbias is not None:
-        dbias += np.sum(dy2, axis=0)
+        dbias += row_sum(dy2)
     return np.matmul(dy2, weight.T).reshape(x.shape)
 
 
@@ -236,7 +261,7 @@ def linear_backward(dy: Array, x: Array, weight: Array, dweight: Array | None, d
 def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
     """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None.
 
-    Tables held in bfloat16 give float32.
+    bfloat16 tables give a float32 result.
     """
     y = wte[tokens]
     y = y.astype(np.float32) if y.dtype.itemsize == 2 else y
@@ -260,10 +285,10 @@ def embedding_backward(
         rows, flat = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
         for token in set(flat.tolist()):
             (places,) = (flat == token).nonzero()
-            dwte[token] += np.sum(rows[np.asarray(places)], axis=0)
+            dwte[token] += row_sum(rows[np.asarray(places)])
     if dwpe is not None:
         T = dy.shape[-2]
-        dwpe[first_position : first_position + T] += np.sum(dy.reshape(-1, T, dy.shape[-1]), axis=0)
+        dwpe[first_position : first_position + T] += row_sum(dy.reshape(-1, T, dy.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,8 +339,18 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
     """
     mean = np.mean(x, axis=-1, keepdims=True)
     centred = x - mean
-    rstd = 1 / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    rstd = inverse_rms(centred, eps)
     return centred * rstd * weight + bias, mean, rstd
+
+
+def inverse_rms(x: Array, eps: float) -> Array:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which is kept. Each row is scaled by a power of two, an exact
+    operation, so that squares do not overflow or underflow."""
+    largest = np.max(np.abs(x), axis=-1, keepdims=True)
+    exponent = np.frexp(np.maximum(largest, math.sqrt(eps) or 2.0**-120))[1]
+    scale = np.ldexp(np.ones(largest.shape, dtype=x.dtype), -exponent)  # of the size of 1 / largest
+    scaled = x * scale
+    return scale / np.sqrt(np.mean(scaled * scaled, axis=-1, keepdims=True) + eps * scale * scale)
 
 
 def layernorm_backward(
@@ -333,9 +368,9 @@ def layernorm_backward(
     rows = tuple(range(dy.ndim - 1))
     xhat = (x - mean) * rstd
     if dweight is not None:
-        dweight += np.sum(dy * xhat, axis=rows)
+        dweight += _sum(dy * xhat, rows)
     if dbias is not None:
-        dbias += np.sum(dy, axis=rows)
+        dbias += _sum(dy, rows)
     g = dy * weight
     return rstd * (g - np.mean(g, axis=-1, keepdims=True) - xhat * np.mean(g * xhat, axis=-1, keepdims=True))
 
@@ -399,8 +434,8 @@ def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> 
     """softmax(q k^T / sqrt(D), causal) v for each head; with a key, dropout at `rate` on the attention weights.
 
     qkv (B, T, 3 C), queries, keys and values side by side, the heads side by side in each; key None means no dropout.
-    Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that the
-    backward pass needs to compute the weights again, so that no T x T array is kept.
+    Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that a
+    backward pass in tiles needs to compute the weights again, so that no T x T array is kept.
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
@@ -431,6 +466,8 @@ def attention_backward(
     dS is softmax's: dS_ij = P_ij (dP_ij - delta_i), delta_i = sum_j dP_ij P_ij. That needs no second pass over j:
     sum_j (dO V^T)_ij M_ij P_ij = sum_d dO_id sum_j P_ij M_ij V_jd, so delta_i = sum_d dO_id O_id.
 
+    Here P is computed as in the forward pass. lse is for kernels that see part of a row at a time: exp(S - lse) has the
+    rounding error of lse, which is 5e-4 at scores of 10^4 in float32.
     Returns dqkv.   Source: arXiv:2205.14135, appendix B.
     """
     T = qkv.shape[1]
@@ -441,7 +478,7 @@ def attention_backward(
     dq, dk, dv = split_heads(dqkv, 3, n_head)
     delta = np.sum(do * o, axis=-1, keepdims=True)
     for rows, cols in query_blocks(T):
-        p = np.exp(_scores(q, k, rows, cols) - lse[:, :, rows, None])
+        p = softmax_forward(_scores(q, k, rows, cols))
         dp = np.matmul(do[:, :, rows], v[:, :, cols].swapaxes(-1, -2))
         if key is None:
             dv[:, :, cols] += np.matmul(p.swapaxes(-1, -2), do[:, :, rows])
@@ -486,6 +523,7 @@ def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Arra
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
+_GELU_LIMIT = 100.0  # from here on GELU is u or 0, and its slope 1 or 0; the powers of a larger u could overflow
 
 
 def gelu_forward(x: Array, bias: Array | None) -> Array:
@@ -494,7 +532,8 @@ def gelu_forward(x: Array, bias: Array | None) -> Array:
     GPT-2's GELU, the tanh form.   Source: arXiv:1606.08415, section 2.
     """
     u = x if bias is None else x + bias
-    return 0.5 * u * (1 + np.tanh(_GELU_SCALE * u * (1 + _GELU_CUBIC * (u * u))))
+    v = np.clip(u, -_GELU_LIMIT, _GELU_LIMIT)
+    return 0.5 * u * (1 + np.tanh(_GELU_SCALE * v * (1 + _GELU_CUBIC * (v * v))))
 
 
 def gelu_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
@@ -505,13 +544,13 @@ def gelu_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) 
 
     u = x + bias for every row, so dbias += the sum of dx over the rows.
     """
-    u = x if bias is None else x + bias
+    u = np.clip(x if bias is None else x + bias, -_GELU_LIMIT, _GELU_LIMIT)
     square = u * u
     t = np.tanh(_GELU_SCALE * u * (1 + _GELU_CUBIC * square))
     slope = 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * (_GELU_SCALE * (1 + 3 * _GELU_CUBIC * square))
     dx = dy * slope
     if dbias is not None:
-        dbias += np.sum(dx.reshape(-1, dx.shape[-1]), axis=0)
+        dbias += row_sum(dx.reshape(-1, dx.shape[-1]))
     return dx
 
 
@@ -527,11 +566,11 @@ def gelu_exact_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | 
 
     dy/du = Phi(u) + u phi(u),    dx = dy (dy/du),    dbias += the sum of dx over the rows.
     """
-    u = x if bias is None else x + bias
+    u = np.clip(x if bias is None else x + bias, -_GELU_LIMIT, _GELU_LIMIT)
     density = np.exp(-0.5 * u * u) * (1 / math.sqrt(2 * math.pi))
     dx = dy * (0.5 * (1 + erf(u * math.sqrt(0.5))) + u * density)
     if dbias is not None:
-        dbias += np.sum(dx.reshape(-1, dx.shape[-1]), axis=0)
+        dbias += row_sum(dx.reshape(-1, dx.shape[-1]))
     return dx
 
 
@@ -569,11 +608,11 @@ def erf(x: Array) -> Array:
 
     Three ranges of |x|: up to 0.46875 erf itself; up to 4 and beyond, 1 - erfc.
     """
-    a = np.abs(x)
+    a = np.minimum(np.abs(x), 30.0)  # erf(6) is 1 in float64; a larger square could overflow
     small = x * _ratio(_ERF_SMALL, np.minimum(a, 0.46875) ** 2)
     clipped = np.clip(a, 0.46875, 4.0)
     middle = _ratio(_ERF_MIDDLE, clipped)
-    far = np.clip(a, 4.0, 6.0)  # erf(6) is 1 in float64
+    far = np.clip(a, 4.0, 6.0)
     inverse = 1 / (far * far)
     large = (1 / math.sqrt(math.pi) - inverse * _ratio(_ERF_LARGE, inverse)) / far
     tail = np.exp(-a * a) * np.where(a <= 4.0, middle, large)
@@ -586,9 +625,12 @@ def erf(x: Array) -> Array:
 
 
 def softmax_forward(x: Array) -> Array:
-    """y_i = exp(x_i) / sum_j exp(x_j) over the last axis."""
+    """y_i = exp(x_i) / sum_j exp(x_j) over the last axis; the largest x_j is subtracted first, which cancels.
+
+    -inf gives 0. A row that contains inf or NaN, or only -inf, gives NaN, as in PyTorch.
+    """
     y = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    y /= np.sum(y, axis=-1, keepdims=True)
+    y /= _sum(y, (y.ndim - 1,), keepdims=True)
     return y
 
 
@@ -602,23 +644,24 @@ def softmax_backward(dy: Array, y: Array) -> Array:
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """loss = the mean over the rows of lse(logits) - logits[target]: logits (..., V), targets (...) integers.
+    """loss = the mean over the rows of log sum_j exp(z_j) - z[target]: logits z (..., V), targets (...) integers.
 
-    Returns the loss (0-d, in nats) and lse (..., 1), the log of each row's sum of exponentials.
+    Returns the loss (0-d, in nats) and log_total (..., 1), each row's log sum_j exp(z_j - largest): relative to the
+    largest logit, so that an offset that all share costs no digits.
     """
-    largest = np.max(logits, axis=-1, keepdims=True)
-    lse = largest + np.log(np.sum(np.exp(logits - largest), axis=-1, keepdims=True))
-    picked: Array = np.take_along_axis(logits, targets[..., None], axis=-1)
-    return np.mean(lse - picked), lse
+    shifted = logits - np.max(logits, axis=-1, keepdims=True)
+    log_total = np.log(_sum(np.exp(shifted), (shifted.ndim - 1,), keepdims=True))
+    picked: Array = np.take_along_axis(shifted, targets[..., None], axis=-1)
+    return np.mean(log_total - picked), log_total
 
 
-def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, lse: Array) -> Array:
-    """The derivative of lse = log sum_j exp(z_j) by z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j = exp(z_j - lse),
-    and that of -z[target] is -1 at the target. Each row has 1 / rows of the mean:
+def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, log_total: Array) -> Array:
+    """The derivative of log sum_j exp(z_j) by z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of -z[target]
+    is -1 at the target. Each row has 1 / rows of the mean:
 
-    dlogits = dloss (softmax(logits) - onehot(target)) / rows.
+    dlogits = dloss (softmax(logits) - onehot(target)) / rows,    softmax(z) = exp((z - largest) - log_total).
     """
-    rows = np.exp(logits - lse).reshape(-1, logits.shape[-1])
+    rows = np.exp((logits - np.max(logits, axis=-1, keepdims=True)) - log_total).reshape(-1, logits.shape[-1])
     rows[np.arange(len(rows), dtype=np.int64), targets.reshape(-1)] -= 1
     rows *= dloss / targets.size
     return rows.reshape(logits.shape)
@@ -629,7 +672,7 @@ def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Arr
 
     The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1; see cross_entropy_backward)
     in place: the largest array of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and
-    dlogits (N, V). W may be held in bfloat16, to evaluate.
+    dlogits (N, V). W may be bfloat16, for evaluation.
     """
     logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype, copy=False).T)
     row, target = np.arange(len(logits), dtype=np.int64), targets.reshape(-1)
@@ -662,8 +705,16 @@ def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dwei
 
 
 def squared_norm(x: Array) -> Array:
-    """The sum of x_i^2 over a flat array, 0-d, in x's dtype."""
-    return np.dot(x, x)
+    """(3,): the sums of x_i^2, (x_i / 2^64)^2 and (2^64 x_i)^2 over a flat array. `norm` uses the one that neither
+    overflows nor underflows; the sums of several arrays can be added.   Source: Blue, ACM TOMS 4 (1978)."""
+    return np.stack([np.dot(scaled, scaled) for scaled in (x, x * 2.0**-64, np.clip(x, -1, 1) * 2.0**64)])
+
+
+def norm(squares: Array) -> Array:
+    """The Euclidean norm, 0-d, from the sums of squared_norm."""
+    root = np.sqrt(squares)
+    small = np.where(squares[0] < 2.0**-64, root[2] * 2.0**-64, root[0])
+    return np.where(squares[0] == np.inf, root[1] * 2.0**64, small)
 
 
 def adamw_step(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeGuard, overload
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd, protocols
+from tinygrad2 import arguments, autograd
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
+from tinygrad2.protocols import Protocols
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
 HostArray = numpy.ndarray  # (in the class, `numpy` is a method's name to the type checker)
 
 
-class Tensor:
+class Tensor(Protocols):
     """An array and, where a gradient is wanted, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
@@ -140,7 +141,11 @@ class Tensor:
         source, backend = self.backend, get_backend(str(target))
         if backend is source:
             return self
-        return record(backend.asarray(source.to_host(self.data)), (self,), _to_backward, saved=(source,))
+
+        def transfer_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+            return (source.asarray(backend.to_host(dy)),)
+
+        return record(backend.asarray(source.to_host(self.data)), (self,), transfer_backward)
 
     def backward(self, dy: Tensor | ArrayLike | None = None, *, create_graph: bool = False) -> None:
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
@@ -167,101 +172,11 @@ class Tensor:
             raise ValueError(f"backward: dy has shape {gradient.shape}; expected {self.shape}, the tensor's own")
         autograd.backward([(self._edge, gradient)])
 
-    # Python's protocols ---------------------------------------------------------------------------------------------
-
-    def __repr__(self) -> str:
-        values = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=200, edgeitems=3)
-        source = None if self._edge is None else self._edge[0]
-        made_by = None if source is None or isinstance(source, autograd.Leaf) else source.operation
-        last = f", made by {made_by}" if made_by else ", requires_grad=True" if self.requires_grad else ""
-        return f"{type(self).__name__}({values}, shape={self.shape}, dtype={self.dtype}, device={self.device}{last})"
-
-    def __format__(self, spec: str) -> str:
-        if not spec and self.ndim:
-            return str(self)
-        if self.size != 1:
-            raise TypeError(f"format: {spec!r} needs one element; the tensor has shape {self.shape}")
-        return format(self.item(), spec)
-
-    def __len__(self) -> int:
-        if not self.ndim:
-            raise TypeError("len(): the tensor has shape (), which has no length")
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if not self.ndim:
-            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
-        return (self[i] for i in range(len(self.data)))
-
-    def __contains__(self, value: Operand) -> bool:
-        return bool((self == value).numpy().any())
-
-    def _only_element(self, what: str) -> HostArray:
-        if self.size != 1:
-            hint = "; use (x == y).numpy().all() or .any()" if what == "bool()" else ""
-            raise ValueError(f"{what}: the tensor has shape {self.shape}; expected one element{hint}")
-        return self.numpy().reshape(())
-
-    def __bool__(self) -> bool:
-        return bool(self._only_element("bool()"))
-
-    def __float__(self) -> float:
-        return float(self._only_element("float()"))
-
-    def __int__(self) -> int:
-        return int(self._only_element("int()"))
-
-    def __index__(self) -> int:
-        if self.dtype.kind not in "iu":
-            raise TypeError(f"a Tensor of dtype {self.dtype} is not an index; expected one integer")
-        return int(self)
-
     def __reduce__(self) -> tuple[Any, ...]:
         if self.requires_grad and self.leaf is None:
             raise TypeError("a result on the tape cannot be copied or pickled: use x.detach(), or x + 0 for a copy")
         grad = None if self.grad is None else self.backend.to_host(self.grad)
         return _rebuild, (type(self), self.numpy(), self.device, self.requires_grad, grad)
-
-    def __setitem__(self, index: Index, value: Operand) -> None:
-        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
-
-    def __getattr__(self, name: str) -> Any:
-        ours = protocols.ELSEWHERE.get(name)
-        raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
-
-    # NumPy's protocols ----------------------------------------------------------------------------------------------
-
-    __array_priority__ = 1000  # cupy_array * tensor calls Tensor.__rmul__
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> HostArray:
-        if self.backend is not get_backend():
-            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
-        values = numpy.asarray(self.data, dtype=dtype)
-        return values.copy() if copy and values is self.data else values
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Tensor:
-        forward, reflected = protocols.UFUNCS.get(ufunc, ("", None))
-        if method == "__call__" and not options:
-            first, *others = inputs
-            if isinstance(first, Tensor):
-                function = getattr(type(first), forward, None)
-            else:
-                function = getattr(type(self), reflected or "", None)
-                first, others = others[0] if others else first, [first]
-            if function is not None:
-                return function(first, *others)
-        call = ufunc.__name__ + (f".{method}" if method != "__call__" else "") + (" with options" if options else "")
-        raise TypeError(f"np.{call} does not take Tensors; use an operation of Tensor or ops, or pass x.numpy()")
-
-    def __array_function__(self, function: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if function in protocols.METHODS and isinstance(arguments[0], Tensor):
-            return getattr(arguments[0], protocols.METHODS[function])(*arguments[1:], **options)
-        if function in protocols.ON_ARRAYS:
-            return function(*map(_as_numpy, arguments), **{name: _as_numpy(value) for name, value in options.items()})
-        raise TypeError(
-            f"np.{function.__name__} does not take Tensors: its result would have no gradient; use an operation of "
-            f"Tensor or ops, or pass x.numpy()"
-        )
 
     # Comparisons and logic: elementwise, without gradient -----------------------------------------------------------
 
@@ -301,8 +216,16 @@ class Tensor:
     def __floordiv__(self, other: Operand) -> Tensor:
         return self._elementwise("//", numpy.floor_divide, other)
 
+    def __rfloordiv__(self, other: Operand) -> Tensor:
+        a, b = _operands("//", self, other)
+        return b // a
+
     def __mod__(self, other: Operand) -> Tensor:
         return self._elementwise("%", numpy.remainder, other)
+
+    def __rmod__(self, other: Operand) -> Tensor:
+        a, b = _operands("%", self, other)
+        return b % a
 
     def _elementwise(self, op: str, ufunc: Any, other: Operand) -> Any:
         """The result of a ufunc of the array library, without gradient; NotImplemented where Python is to decide."""
@@ -327,7 +250,7 @@ class Tensor:
         except ValueError:
             raise _not_broadcast("+", a, b) from None
         if b._edge is None and not b.data.shape:
-            return record(y, (a,), _identity_backward)
+            return record(y, (a,), _shift_backward)
         return record(y, (a, b), "add_backward", (a.data.shape, b.data.shape))
 
     __radd__ = __add__
@@ -341,7 +264,7 @@ class Tensor:
         except ValueError:
             raise _not_broadcast("-", a, b) from None
         if b._edge is None and not b.data.shape:
-            return record(y, (a,), _identity_backward)
+            return record(y, (a,), _shift_backward)
         return record(y, (a, b), "subtract_backward", (a.data.shape, b.data.shape))
 
     def __rsub__(self, other: Operand) -> Tensor:
@@ -563,10 +486,6 @@ def _is_array(data: Any) -> TypeGuard[Array]:
     return hasattr(data, "shape") and hasattr(data, "dtype") and not isinstance(data, numpy.generic)
 
 
-def _as_numpy(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) else value
-
-
 def form_of(data: Array) -> autograd.Form:
     """The form of a gradient with respect to this array."""
     return type(data), data.shape, data.dtype, backend_of(data).zeros
@@ -585,7 +504,8 @@ _new = object.__new__
 
 def _rebuild(kind: type[Tensor], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Tensor:
     """The copy of a Tensor, see Tensor.__reduce__."""
-    copy = kind(get_backend(device).asarray(values), requires_grad)
+    data = get_backend(device).asarray(values)
+    copy = kind(data, requires_grad=True) if requires_grad and kind is Tensor else kind(data)
     if grad is not None:
         copy.grad = grad
     return copy
@@ -624,7 +544,7 @@ def _vector_product(a: Tensor, b: Tensor) -> Tensor:
     return y.reshape(y.shape[: -1 if a.ndim > 1 else -2] + (() if b.ndim == 1 else y.shape[-1:]))
 
 
-def _identity_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+def _shift_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     return (dy,)
 
 
@@ -638,10 +558,6 @@ def _negate_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradient
 
 def _astype_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     return (dy.astype(saved[0]),)
-
-
-def _to_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    return (saved[0].asarray(backend_of(dy).to_host(dy)),)
 
 
 def _getitem_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:

@@ -1,4 +1,4 @@
-"""How many threads compute on the CPU, and how work is divided among them. The thread pool is kernels/pool.py."""
+"""The number of threads for computation on the CPU, and the division of work. The thread pool is kernels/pool.py."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ class BlasLibrary(Protocol):
 
 _count = machine.usable_threads()
 _lock = threading.Lock()
-# An interrupt may come at any step: BLAS's old setting is recorded before it changes, and dropped with its last user.
-_before: list[tuple[BlasLibrary, int]] = []  # the libraries and their thread counts, while any user asks for one thread
+# An interrupt may come at any time: BLAS's old setting is recorded before it changes, and dropped with its last user.
+_before: list[
+    tuple[BlasLibrary, int]
+] = []  # the libraries and their thread counts, while BLAS is limited to one thread
 _users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
-    """How many threads compute."""
+    """The number of threads that compute."""
     return _count
 
 
 def set_count(n: int) -> None:
-    """Compute on n threads from now on, BLAS too."""
+    """Compute on n threads from now on, also in BLAS."""
     global _count
     if n < 1:
-        raise ValueError(f"threads: {n} asked for; expected at least 1")
+        raise ValueError(f"threads: the number is {n}; expected at least 1")
     with _lock:
         if not _users:
             _restore()
@@ -51,7 +53,7 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 
 
 class blas_on_one_thread:  # noqa: N801 - used as a function
-    """BLAS computes each call on the thread that makes it. The last of several users restores the setting before."""
+    """A context in which BLAS computes on the calling thread. The last of several contexts restores the old setting."""
 
     def __enter__(self) -> None:
         global _before
@@ -71,7 +73,7 @@ class blas_on_one_thread:  # noqa: N801 - used as a function
 
 
 def _restore() -> None:
-    """Give BLAS the thread count that it had before anyone asked for one thread."""
+    """Restore the thread counts that BLAS had before it was limited to one thread."""
     global _before
     for library, count in _before:
         library.set_num_threads(count)

@@ -34,7 +34,7 @@ PREPARE = "python data/prepare.py SOURCE..."
 FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
 FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
 LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 20240801
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks of a foreign shard that its fingerprint covers
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks of another program's shard that its fingerprint covers
 BASELINE_TOKENS = 10_000_000
 MAX_BIGRAM_VOCAB = 4096  # larger vocabularies have no bigram baseline: its table has vocab_size^2 entries
 
@@ -52,8 +52,12 @@ def find_dataset(data: str | Path) -> Path:
     for folder in (Path("data") / data, Path(data)):
         if _is_dataset(folder):
             return folder
-    held = ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
-    raise FileNotFoundError(f"data {str(data)!r}: no such data set (data/ has {held}); make one with {PREPARE}")
+    existing = (
+        ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
+    )
+    raise FileNotFoundError(
+        f"data {str(data)!r}: no such data set (data/ contains {existing}); make one with {PREPARE}"
+    )
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -61,7 +65,7 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _foreign_files(folder: Path, split: str) -> list[Path]:
-    """The shards of a split that another program wrote, in order of their names."""
+    """The shards of a split that another program wrote, sorted by name."""
     named = ((FOREIGN.fullmatch(file.name), file) for file in sorted(folder.glob("*")))
     return [file for match, file in named if match and match[1] == split]
 
@@ -89,7 +93,7 @@ class TokenDataset:
         """The split "train" or "val" of the data set in the folder `path`.
 
         Raises FileNotFoundError for a missing folder, manifest or shard, and ValueError for a damaged or empty one. The
-        checksums of a split of more than 256 MiB are not verified.
+        checksums of splits larger than CHECKED_BYTES are not verified.
         """
         path = Path(path)
         if split not in SPLITS:
@@ -146,7 +150,7 @@ class TokenDataset:
             piece = self._shards[k][start - self._starts[k] :][:count]
             if piece.max() >= self.vocab_size:
                 raise ValueError(
-                    f"{self._files[k]}: it has the id {piece.max()}, but the vocabulary has {self.vocab_size} "
+                    f"{self._files[k]}: contains the id {piece.max()}, but the vocabulary has {self.vocab_size} ids "
                     f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, recreate "
                     f"the data set: {PREPARE} --fresh"
                 )
@@ -240,7 +244,7 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
 
 
 def _open_array(file: Path) -> np.ndarray:
-    """A shard of build-nanogpt. Raises ValueError for anything but a one-dimensional array of uint16."""
+    """A shard of build-nanogpt. Raises ValueError unless it is a one-dimensional array of uint16."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError:
@@ -332,17 +336,17 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
     """
     V = train.vocab_size
     order = 2 if V <= MAX_BIGRAM_VOCAB else 1
-    seen, asked = _counts(train, order), _counts(val, order)
+    train_counts, val_counts = _counts(train, order), _counts(val, order)
 
-    def cross_entropy(seen: np.ndarray, asked: np.ndarray) -> float:
+    def cross_entropy(seen: np.ndarray, targets: np.ndarray) -> float:
         log_p = np.log(seen + 1.0) - np.log(seen.sum(axis=-1, keepdims=True) + float(V))
-        return float(-(asked * log_p).sum() / asked.sum())
+        return float(-(targets * log_p).sum() / targets.sum())
 
     if order == 1:
-        return {"unigram": cross_entropy(seen, asked)}
+        return {"unigram": cross_entropy(train_counts, val_counts)}
     return {
-        "unigram": cross_entropy(seen.sum(axis=0), asked.sum(axis=0)),
-        "bigram": cross_entropy(seen, asked),
+        "unigram": cross_entropy(train_counts.sum(axis=0), val_counts.sum(axis=0)),
+        "bigram": cross_entropy(train_counts, val_counts),
     }
 
 
@@ -352,9 +356,9 @@ def _counts(data: TokenDataset, order: int) -> np.ndarray:
         raise ValueError(f"{data.path}: the split {data.split} has {data.tokens} token; expected at least 2")
     V, total = data.vocab_size, min(data.tokens, BASELINE_TOKENS)
     counts = np.zeros(V**order, dtype=np.int64)
-    at_once = 1 << 21
-    for start in range(0, total - 1, at_once):
-        ids = data.read(start, min(at_once + 1, total - start)).astype(np.int64)
+    chunk = 1 << 21
+    for start in range(0, total - 1, chunk):
+        ids = data.read(start, min(chunk + 1, total - start)).astype(np.int64)
         keys = ids[1:] if order == 1 else ids[:-1] * V + ids[1:]
         counts += np.bincount(keys, minlength=len(counts))
     return counts.reshape((V,) * order)

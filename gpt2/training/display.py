@@ -18,7 +18,7 @@ from tinygrad2 import threads
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import discard_stdout
 
-PROMPT_TOKENS = 4096  # of the validation data, in which a prompt is searched
+PROMPT_TOKENS = 4096  # at the start of the validation data, from which the suggested prompt is taken
 
 
 def say(line: str) -> None:

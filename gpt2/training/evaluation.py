@@ -36,7 +36,7 @@ def mean_loss(
 ) -> float:
     """The mean loss in nats per token over the first `batches` batches of windows, or all windows if there are fewer.
 
-    Every window has the same weight, also in an incomplete last batch. The ranks of `comm` share the windows.
+    Every window has the same weight, even in an incomplete last batch. The ranks of `comm` share the windows.
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
     own = windows[slice(*share(len(windows), comm.rank, comm.size))]
@@ -64,15 +64,15 @@ def evaluate_data(
     made_with = data.tokenizer()
     if made_with.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{data.path}: it was made with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
-            f"prepare the data with that one"
+            f"{data.path}: made with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
+            f"prepare the data with the model's"
         )
     count = data.windows(block_size)
     windows = range(count if batches is None else min(count, batches * batch_size))
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     length_of[tokenizer.end_of_text] = 0
-    tokens, at_once = len(windows) * block_size, 1 << 20
-    pieces = (data.read(1 + first, min(at_once, tokens - first)) for first in range(0, tokens, at_once))
+    tokens, chunk = len(windows) * block_size, 1 << 20
+    pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
     nats = summed_loss(model, data, windows, batch_size, block_size, progress=True)
     if not math.isfinite(nats):
@@ -90,7 +90,7 @@ def evaluate_data(
 def evaluate_task(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int, comm: Comm = ALONE
 ) -> dict[str, float]:
-    """The task's metrics on these items, the number of items, and how many of them exceed the model's context.
+    """The task's metrics on these items, the number of items, and the number that exceed the model's context.
 
     The ranks of `comm` share the items.
     """
@@ -107,5 +107,5 @@ def describe_task(task: Task, results: dict[str, float]) -> str:
         value = results[name]
         error = f" ± {math.sqrt(value * (1 - value) / n):.4f}" if name.startswith("acc") else ""
         parts.append(f"{name} {value:.4f}{error}")
-    cut = f"; {results['cut']:,} exceed the model's context, their beginnings were cut" if results["cut"] else ""
+    cut = f"; {results['cut']:,} exceed the model's context and were truncated on the left" if results["cut"] else ""
     return f"{task.name}: {', '.join(sorted(parts))} ({n:,} items{cut})"

@@ -172,11 +172,11 @@ class Options:
         )
 
 
-# Defaults that depend on the size of the model: small models train in minutes on a small machine.
+# Defaults that depend on the size of the model; those of small models are for runs of minutes on a CPU.
 SMALL_MODEL = 20_000_000  # parameters
 SIZE_DEFAULTS: dict[str, OptionValues] = {
     "small": {
-        "batch_size": 8,  # in a minute or two, many small steps reach a lower loss than a few large ones
+        "batch_size": 8,  # in a short run, many small steps reach a lower loss than a few large ones
         "block_size": 1024,
         "max_iters": 3000,
         "learning_rate": 3e-3,
@@ -235,9 +235,9 @@ OPTIMIZER_OPTIONS = {
     "momentum": ("muon", "sgd"),
     "nesterov": ("sgd",),
 }
-# A run can only be resumed with the same values of these. Of dtype, only the dtype of the parameters has to stay: the
-# precision of the computation may change, and so may the device. The data has to stay too; it is identified by its
-# fingerprint, so its folder may have another name.
+# A run can only be resumed with the same values of these. For dtype only the dtype of the parameters must be the same:
+# the precision of the computation may change, and so may the device. The data must be the same too; it is identified by
+# its fingerprint, so its folder may be renamed.
 FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed", "optimizer")
 
 
@@ -360,7 +360,7 @@ def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
 
 
 def check_optimizer(given: OptionValues, optimizer: str) -> None:
-    """Raise UsageError where an option is given that only another optimizer uses."""
+    """Raise UsageError if an option is given that only other optimizers use."""
     for name, users in OPTIMIZER_OPTIONS.items():
         if given.get(name) not in (None, False) and optimizer not in users:
             raise UsageError(f"{flag(name)} is for --optimizer {' and '.join(users)} only; this run has {optimizer}")
@@ -369,7 +369,7 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
     """All options: those given, else the defaults, else derived from other options.
 
-    defaults  those with which a resumed run was started (versions may differ); None for the current ones.
+    defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])

@@ -59,8 +59,8 @@ class RunOptions:
 class RunState:
     """The state of a run in a checkpoint, without the arrays.
 
-    options   given to the run;  defaults  of the others when it was started, which later versions must not change; None
-              if not known.
+    options   given to the run.
+    defaults  of the other options when it was started, which later versions must not change; None if unknown.
     data      the fingerprint of the training data.
     """
 
@@ -85,7 +85,7 @@ OpenTensorBoard = Callable[..., AbstractContextManager[TensorBoardWriter]]
 class RunFolder:
     """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
 
-    Every rank of `comm` has one, and makes the same calls; only rank 0 writes.
+    Every rank of `comm` has a RunFolder and makes the same calls; only rank 0 writes.
     """
 
     def __init__(self, path: str | Path, keep: int = 2, comm: Comm = ALONE):
@@ -102,7 +102,7 @@ class RunFolder:
         return self.comm.from_root(lambda: self.newest(say))
 
     def newest(self, say: Callable[[str], None]) -> RunState | None:
-        """The same as `resume`, without communication: for a rank that fails while the others continue."""
+        """The same as `resume` without communication, for a rank that fails while the others continue."""
         folders = checkpoint.find(self.path)
         for folder in folders:
             try:
@@ -117,7 +117,7 @@ class RunFolder:
         return None
 
     def last_checkpoint(self) -> str:
-        """A sentence that names the newest checkpoint, for the message of an error."""
+        """A sentence that names the newest checkpoint, for error messages."""
         saved = self.newest(lambda line: None)
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
@@ -125,8 +125,9 @@ class RunFolder:
     def opened(self, step: int, writer: OpenTensorBoard | None = None) -> Iterator[None]:
         """Lock the folder for a run that continues after `step`, and open its log.
 
-        Rows after `step` are removed from the logs, since these steps are repeated. Checkpoints after it are damaged,
-        and are renamed, so that they do not count as the newest.
+        Rows after `step` are removed from the logs, since these steps will be repeated. Later checkpoints are damaged;
+        they are renamed, so that none of them counts as the newest.
+
         writer  tensorboard_writer(), to log for TensorBoard too.
         """
         if self.comm.rank:
@@ -181,7 +182,7 @@ class RunFolder:
     def _point(self, link: str, name: str) -> None:
         """Make out/best a symbolic link to a checkpoint, if the file system supports links."""
         if (self.path / name).is_dir():
-            # (on Windows only administrators can create links; trainer.json names the best step too)
+            # (on Windows only administrators can create links; trainer.json also contains the best step)
             with suppress(OSError), files.atomic_write(self.path / link) as new:
                 new.symlink_to(name, target_is_directory=True)
 
@@ -212,7 +213,7 @@ class RunFolder:
             self._board.add_text("sample", text, step)
 
     def log_start(self, step: int, **details: object) -> None:
-        """Append the options, the machine and so on with which the run continues after `step`, for its report."""
+        """Append a record of a start after `step`, for the report: options, model, data, machine."""
         self._append(STARTS, step=step, time=round(time.time()), **details)
 
     def _append(self, name: str, **row: object) -> None:

@@ -65,10 +65,10 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     options = resolve_options(merged, config, defaults)
     check_optimizer(given, options.optimizer)
     for name in FIXED_OPTIONS:
-        was, asked = getattr(before, name), getattr(options, name)
-        if was != asked and not (name == "dtype" and Precision.of(was).parameters == Precision.of(asked).parameters):
+        old, new = getattr(before, name), getattr(options, name)
+        if old != new and not (name == "dtype" and Precision.of(old).parameters == Precision.of(new).parameters):
             raise UsageError(
-                f"{saved.folder.parent}/ has a run with {flag(name)} {was}; it cannot be resumed with {asked}. "
+                f"{saved.folder.parent}/ contains a run with {flag(name)} {old}; it cannot be resumed with {new}. "
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
@@ -76,7 +76,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
-    """The config with the dropout rate of the options, if given, for embeddings, attention and residuals."""
+    """The config with the options' dropout rate, if given, for embeddings, attention and residuals."""
     if options.dropout is None:
         return config
     rate = options.dropout
@@ -91,7 +91,9 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
     options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
-    run_options.options["total_batch_size"] = options.total_batch_size  # also when resumed on other numbers of ranks
+    run_options.options["total_batch_size"] = (
+        options.total_batch_size
+    )  # also when the run is resumed on another number of ranks
     if reason := get_backend(options.device).unsupported_reason(options.dtype):
         say(f"--dtype {reason}; computing in float32")
         options.dtype = "float32"
@@ -112,11 +114,11 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
     for split in (data, validation):
-        split.windows(options.block_size)  # raises now if the split is too short, not at the first evaluation
+        split.windows(options.block_size)  # if the split is too short, this raises before the first step
     if saved and saved.data != data.fingerprint:
         raise UsageError(
-            f"{data.path} is not the data that {saved.folder.parent}/ was trained on so far: it is another data set, "
-            f"or was prepared again with other results. Use another --out-dir, or --fresh to start a new run (the "
+            f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
+            f"same one prepared differently. Use another --out-dir, or --fresh to start a new run (the "
             f"folder is renamed, not deleted)"
         )
     return data, validation, data.tokenizer()

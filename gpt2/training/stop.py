@@ -13,7 +13,7 @@ SignalHandler = Callable[[int, FrameType | None], object] | int | None  # as sig
 
 
 class StopRequest:
-    """Sets `requested` at the first Ctrl-C, SIGTERM or SIGUSR1; the second one has its usual effect, at once.
+    """Sets `requested` at the first Ctrl-C, SIGTERM or SIGUSR1; a second one has its usual effect immediately.
 
     Only the main thread can install signal handlers: in other threads `requested` stays False.
 

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: HellaSwag and LAMBADA. Both score endings of a context by the model's loss on them.
+"""Zero-shot tasks: HellaSwag and LAMBADA. Both score the endings of a context by the model's loss.
 
 HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings continues a text. Completion style, as in Karpathy's
            build-nanogpt and llm.c: each ending is read after the context, and the one of lowest loss is the answer, by
@@ -98,7 +98,7 @@ TASKS = {
 
 
 def perplexity(nats: float) -> float:
-    """e^nats, at most the largest number that a float holds."""
+    """e^nats, at most the largest float."""
     return math.exp(min(nats, 709.0))
 
 
@@ -112,7 +112,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
 
     limit  the largest number of items, spread evenly over the file (which may be sorted).
 
-    Raises OSError if the file cannot be read or downloaded, and ValueError that names a line that is not this task's.
+    Raises OSError if the file cannot be read or downloaded, and ValueError naming an invalid line.
     """
     path = Path(file) if file else _download(task)
     items, number = [], 0
@@ -124,7 +124,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path}: line {number} is not a question of {task.name}; expected {task.expected}") from None
     if not items:
-        raise ValueError(f"{path}: it has no questions; expected lines of {task.expected}")
+        raise ValueError(f"{path}: no questions in this file; expected lines of {task.expected}")
     count = min(limit or len(items), len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -152,13 +152,14 @@ def _download(task: Task) -> Path:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
-            f"{task.name}: {task.url} could not be downloaded ({reason}); connect once, or put the file here: {path}"
+            f"{task.name}: {task.url} could not be downloaded ({reason}); connect to the network once, or save the "
+            f"file as {path}"
         ) from None
     return path
 
 
 class _Row(NamedTuple):
-    """Token ids, of which the last `length` are an ending; `cut`: the beginning did not fit into the context."""
+    """Token ids, of which the last `length` are an ending; `cut` if the beginning did not fit in the context."""
 
     ids: np.ndarray
     length: int
@@ -182,12 +183,12 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
 def score(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
 ) -> dict[str, float]:
-    """Sums over the items, from which the task computes its metrics (sums of several parts of the items add up).
+    """Sums over the items, from which the task computes its metrics (the sums of disjoint sets of items add up).
 
     items          the number of items.
     right_by_sum   items whose right ending has the lowest total loss;  right_by_mean  the lowest loss per token.
     nats           the total loss of the right endings;  greedy  the number of them that greedy decoding would produce.
-    cut            items whose beginning did not fit into the model's context.
+    cut            items whose beginning did not fit in the model's context.
 
     batch_size  endings per batch, the longest first. They are padded on the right, which does not change the results
                 of a causal model at earlier positions.
@@ -219,7 +220,7 @@ def score(
 def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
     """The loss of each row's ending in nats, and how many of its tokens are the greedy choice, both (B,).
 
-    The output layer, by far the widest, is only computed at the positions of the endings.
+    The output layer, by far the widest, is computed only at the positions of the endings.
     """
     lengths = np.array([row.length for row in rows])
     tokens = np.zeros((len(rows), max(len(row.ids) for row in rows) - 1), dtype=np.int64)
@@ -232,10 +233,9 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray,
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
         logits = model.head(x)  # (N, V)
-        asked = logits[upload(np.arange(len(target))), upload(target)]
-        top = logits.max(axis=-1, keepdims=True)
-        lse = (logits - top).exp().sum(axis=-1).log() + top.reshape(-1)
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # so that a common offset costs no digits
+        target_logits = shifted[upload(np.arange(len(target))), upload(target)]
+        losses = (shifted.exp().sum(axis=-1).log() - target_logits).numpy().astype(np.float64)
+        greedy = target_logits.numpy() == 0
     starts = np.cumsum(lengths) - lengths
-    losses = (lse - asked).numpy().astype(np.float64)
-    greedy = asked.numpy() == top.numpy().reshape(-1)
     return np.add.reduceat(losses, starts), np.add.reduceat(greedy.astype(np.float64), starts)

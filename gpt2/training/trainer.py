@@ -32,7 +32,7 @@ class Trainer:
 
     model, optimizer, options     any LanguageModel, its optimizer, and the options of train.py.
     train, validation, tokenizer  the data.
-    folder                        of the checkpoints;  its `comm` are the ranks that train together.
+    folder                        for the checkpoints; its `comm` connects the ranks that train together.
     progress                      updated by every step.
     """
 
@@ -55,14 +55,14 @@ class Trainer:
         self.stopping = False  # a rank was requested to stop
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         cuda = model.backend.cuda
-        self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, where known
+        self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
     def step(self, stop_requested: bool = False) -> None:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  of this rank; one rank is enough to set `stopping` on all of them.
+        stop_requested  on this rank; one such rank sets `stopping` on all of them.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
@@ -86,8 +86,8 @@ class Trainer:
             self.model.arena().check_equal(self.comm)
 
     def accumulate_gradients(self, stop_requested: bool) -> tuple[Array | float, float, float]:
-        """Add the gradients of the step's mean loss to the parameters'. Returns, over all ranks, the mean loss, the
-        number of tokens, and the number of ranks that were requested to stop."""
+        """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
+        tokens, and the number of ranks that were requested to stop."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0
@@ -107,7 +107,7 @@ class Trainer:
         return mean_loss, step_tokens, stopping
 
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
-        """A row for the log of every step whose loss has arrived. On a GPU that is one step late, unless `wait`.
+        """A row for the log for each step whose loss has arrived; on a GPU one step later, unless `wait`.
 
         Raises ValueError if the loss or the norm of the gradient is not finite: the optimizer has skipped such a step.
         """
@@ -125,7 +125,7 @@ class Trainer:
             row = launched.row(loss, norm, seconds, now_waited - self._waited)
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
-                row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has a GPU of its own
+                row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has its own GPU
             if self.profiler:
                 row["optimizer_seconds"] = round(self.model.backend.seconds(*launched.update), 6)
             self.restart_clock()
@@ -156,7 +156,7 @@ class Trainer:
         return found
 
     def save(self, run_options: RunOptions) -> Path:
-        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run keeps."""
+        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run uses."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
         return self.folder.save(*state, run_options, self.train.fingerprint)
 

@@ -308,7 +308,7 @@ def test_each_filter_alone(tmp_path, option):
 
 def test_nothing_left_by_the_filters(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"no text but in the documents that were dropped \(1 short\)"):
+    with pytest.raises(ValueError, match=r"no text in them, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
 
 
@@ -323,7 +323,7 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, threads=2)
     tokens, need, free = re.fullmatch(
         rf"{tmp_path}/out.partial: about ([\d,]+) tokens: (\d+\.\d\d) GB of the (\d+\.\d\d) GB that are free, and "
-        r"\d+:\d\d:\d\d at \d+\.\d MB of text a second on 2 threads, if the source is as fast",
+        r"\d+:\d\d:\d\d at \d+\.\d MB of text per second on 2 threads, if the source is as fast",
         said[0],
     ).groups()
     assert int(tokens.replace(",", "")) == float(f"{size:.2g}")
@@ -339,7 +339,7 @@ def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, cap
     monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("the work was begun"))
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: error: {tmp_path / 'out.partial'}: there is too little space; free some, or name "
+        f"data/prepare.py: error: {tmp_path / 'out.partial'}: not enough disk space; free some, or choose "
         "another disk with --out\n"
     )
 
@@ -600,8 +600,8 @@ def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: error: {tmp_path / 'out'}: it exists already; choose another --out, or give --fresh to "
-        "rename it away\n"
+        f"data/prepare.py: error: {tmp_path / 'out'}: already exists; choose another --out, or use --fresh to "
+        "rename it\n"
     )
     assert main([*arguments, "--fresh"]) == 0
     assert main([*arguments, "--fresh"]) == 0
@@ -624,9 +624,9 @@ def test_two_at_once(tmp_path):
 
 
 BAD = [  # files by name, arguments, what the line says
-    ({}, ["nothing.txt"], "source nothing.txt: there is no such file or folder"),
-    ({"a.txt": b""}, ["a.txt"], "sources a.txt: they have no text"),
-    ({"d/b.png": b"\0"}, ["d"], "source d: the folder has no text, Markdown, .jsonl, .csv or .parquet file"),
+    ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
+    ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text in them"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv or .parquet file in this folder"),
     ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
@@ -648,7 +648,7 @@ BAD = [  # files by name, arguments, what the line says
     (
         {},
         ["-", "--drop-duplicates"],
-        "source -: filters read a document before it is taken, and stdin can be read once",
+        "source -: filters read a document twice, and stdin can be read only once",
     ),
 ]
 
@@ -687,5 +687,5 @@ def test_read_only_folder(tmp_path, capsys):
 
 
 def test_without_sources(tmp_path):
-    with pytest.raises(ValueError, match="sources: none is named"):
+    with pytest.raises(ValueError, match="sources: none given"):
         make([], tmp_path / "out")

@@ -292,10 +292,10 @@ DAMAGE = [
     (damaged("b.bin.gz", gzip.compress(b"\0\1")), "b.bin.gz: not text; expected text in UTF-8, JSON lines"),
     (truncated("a.parquet", keep=0), "a.parquet: the file is damaged or truncated ("),
     (wrong_column_type, "a.parquet: the column 'text' has the type int64; expected string (--text-column)"),
-    (other_column, "a.parquet: there is no column 'text' (--text-column); it has 'id', 'body'"),
+    (other_column, "a.parquet: no column 'text' (--text-column); the columns are 'id', 'body'"),
     (no_utf8_row, "a.parquet: row 2: byte 0 is not UTF-8 (0xff)"),
-    (damaged("a.csv", b"id,body\n1,x\n"), "a.csv: there is no column 'text' (--text-column); it has 'id', 'body'"),
-    (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: not valid CSV (3 fields, where the header has 2)"),
+    (damaged("a.csv", b"id,body\n1,x\n"), "a.csv: no column 'text' (--text-column); the columns are 'id', 'body'"),
+    (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: not valid CSV (3 fields, the header has 2)"),
     (damaged("a.csv", b'text\nx\n"y\nz\n'), "a.csv: line 4: not valid CSV (unexpected end of data)"),
     (damaged("a.csv", b'text\n"x"y\n'), "a.csv: line 2: not valid CSV ("),
     (damaged("a.csv", b"text\nok\nx\xff\n"), "a.csv: byte 9 is not UTF-8 (0xff)"),
@@ -483,9 +483,9 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
     assert first.returncode == 1
     (line,) = first.stderr.splitlines()
     assert line.startswith(
-        f"data/prepare.py: error: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: it cannot be read"
+        f"data/prepare.py: error: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: cannot be read"
     )
-    assert line.endswith("; the same command resumes when it can")
+    assert line.endswith("; repeat the command later to resume")
     before = len(hub.asked)
     hub.trouble = lambda n: None
     second = prepare_in_process(hub.url, tmp_path, *options, code=small)
@@ -506,11 +506,11 @@ def test_a_hub_without_the_revision_or_out_of_reach(hub, tmp_path):
     done = prepare_in_process(hub.url, tmp_path, "openwebtext")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "plain_text/train-00000-of-00080.parquet: it cannot be read from the hub (" in line
+    assert "plain_text/train-00000-of-00080.parquet: cannot be read from the hub (" in line
     done = prepare_in_process("http://127.0.0.1:1", tmp_path, "openwebtext")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "it cannot be read from the hub (" in line
+    assert "cannot be read from the hub (" in line
 
 
 def test_named_sets():
@@ -556,9 +556,9 @@ def test_shakespeare(play, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda play: setattr(play, "sent", 100), "gave 100 bytes that are not the text; try again"),
-        (lambda play: setattr(play, "text", b"other"), "gave 5 bytes that are not the text; try again"),
-        (lambda play: play.socket.close(), "cannot be read (<urlopen error "),
+        (lambda play: setattr(play, "sent", 100), "returned 100 bytes with a wrong checksum; try again"),
+        (lambda play: setattr(play, "text", b"other"), "returned 5 bytes with a wrong checksum; try again"),
+        (lambda play: play.socket.close(), "could not be downloaded (<urlopen error "),
     ],
 )
 def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, message):
@@ -595,7 +595,7 @@ def test_pydoc_without_topics(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     said = []
     texts = pydoc_corpus(said.append)
-    assert said == ["pydoc: this Python has no pydoc_data.topics; taking the docstrings only"]
+    assert said == ["pydoc: this Python has no pydoc_data.topics; using only the docstrings"]
     assert sum(map(len, texts)) > 500_000
 
 

@@ -1,4 +1,4 @@
-"""The doctor on this machine, and with planted faults: what is wrong is named with its remedy, and nothing stops it."""
+"""gpt2/doctor.py on this machine and with planted faults: each fault is named with its remedy, and none stops it."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def answers(monkeypatch):
-    """answers(NAME=answer, ...): what other processes answer, by the name of the code that they are to run."""
+    """answers(NAME=answer, ...): the answers of other processes, by the name of the code that they run."""
 
     def plant(**said):
         codes = {getattr(doctor, name): answer for name, answer in said.items()}
@@ -30,7 +30,7 @@ def answers(monkeypatch):
 
 
 def stand_in(folder, name, text):
-    """A module that is found before the one that is installed."""
+    """A module that is found before the installed one."""
     (folder / f"{name}.py").write_text(text)
 
 
@@ -62,12 +62,12 @@ def test_a_probe_that_raises_exits_or_hangs_is_a_finding():
     ("code", "reason"),
     [
         ("import time; time.sleep(60)", "no answer within 1 s"),
-        ("import os; os.kill(os.getpid(), 9)", "it was ended by signal 9"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
         ("raise OSError('libfoo.so: no such file')", "OSError: libfoo.so: no such file"),
-        ("import sys; sys.exit(4)", "it ended with status 4"),
+        ("import sys; sys.exit(4)", "exited with status 4"),
     ],
 )
-def test_what_another_process_does_is_one_line(code, reason):
+def test_the_error_of_another_process_is_one_line(code, reason):
     assert doctor.ask(code, seconds=1) == {"error": reason}
 
 
@@ -100,7 +100,7 @@ def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
         assert lines[3].strip() == f"-> {finding.remedy}"
 
 
-def test_an_old_python_is_all_that_is_reported(capsys, monkeypatch):
+def test_if_python_is_too_old_nothing_else_is_checked(capsys, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     assert doctor.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -121,7 +121,7 @@ def test_an_old_python_is_all_that_is_reported(capsys, monkeypatch):
         "tinygrad2/machine.py",
     ],
 )
-def test_an_old_python_can_read_it(file):
+def test_the_syntax_is_valid_in_old_pythons(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
@@ -193,9 +193,9 @@ def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path)
     assert "pip install --upgrade" in finding.remedy
 
 
-def test_blas_held_to_one_thread_is_seen(monkeypatch):
+def test_a_blas_limited_to_one_thread_is_detected(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")  # leaves MKL aside, where it is installed
+    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")  # disables MKL, if it is installed
     monkeypatch.setattr(machine, "cores", lambda: set(range(4)))
     finding = doctor.probe_blas()
     assert finding.verdict == WRONG
@@ -207,18 +207,18 @@ def test_blas_held_to_one_thread_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("said", "verdict", "text"),
     [
-        ({"speed": 1e9, "libraries": []}, WRONG, "NumPy multiplies without an optimised library: 1 GFLOP/s"),
-        ({"speed": 9e11, "libraries": []}, OK, "a library that threadpoolctl does not know"),
+        ({"speed": 1e9, "libraries": []}, WRONG, "NumPy has no optimised BLAS library: 1 GFLOP/s"),
+        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library unknown to threadpoolctl"),
         (
             {"speed": 9e11, "libraries": [], "mkl": "2026.2.0"},
             OK,
             "MKL 2026.2.0, 900 GFLOP/s in float32 on each thread",
         ),
         ({"speed": 1e9, "libraries": [{"internal_api": "openblas", "num_threads": 2}]}, WRONG, "slow"),
-        ({"error": "it was ended by signal 4"}, WRONG, "it was ended by signal 4"),
+        ({"error": "killed by signal 4"}, WRONG, "killed by signal 4"),
     ],
 )
-def test_a_slow_or_broken_blas_is_seen(answers, said, verdict, text):
+def test_a_slow_or_broken_blas_is_detected(answers, said, verdict, text):
     answers(BLAS={"mkl": None, **said})
     finding = doctor.probe_blas()
     assert finding.verdict == verdict
@@ -226,7 +226,7 @@ def test_a_slow_or_broken_blas_is_seen(answers, said, verdict, text):
     assert bool(finding.remedy) == (verdict != OK)
 
 
-def test_mkl_is_named_where_the_products_are_its_own(monkeypatch):
+def test_mkl_is_named_if_it_is_used(monkeypatch):
     from tinygrad2 import blas
 
     pytest.importorskip("numba")
@@ -239,27 +239,27 @@ def test_mkl_is_named_where_the_products_are_its_own(monkeypatch):
         assert "mkl" not in finding.text.lower()
 
 
-def test_numba_that_is_missing_or_off_is_seen(monkeypatch, tmp_path, answers):
+def test_a_missing_or_disabled_numba_is_detected(monkeypatch, tmp_path, answers):
     stand_in(tmp_path, "numba", "raise ImportError('Numba needs NumPy 2.2 or less')")
     with monkeypatch.context() as planted:
         planted.setenv("PYTHONPATH", str(tmp_path))
         finding = doctor.probe_numba()
     assert finding.verdict == MISSING
-    assert finding.text.startswith("ImportError: Numba needs NumPy 2.2 or less; plain NumPy computes")
+    assert finding.text.startswith("ImportError: Numba needs NumPy 2.2 or less; plain NumPy is used")
     with monkeypatch.context() as planted:
         planted.setenv("TINYGRAD2_KERNELS", "reference")
         assert doctor.probe_numba().remedy == "unset TINYGRAD2_KERNELS"
 
 
-def test_the_folder_of_compiled_kernels_is_looked_at(monkeypatch, tmp_path, answers):
+def test_the_cache_folder_of_compiled_kernels_is_checked(monkeypatch, tmp_path, answers):
     pytest.importorskip("numba")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     finding = doctor.probe_numba()
     assert finding.verdict == OK
-    assert f"compiled at the first use, in some 10 s, into {tmp_path}" in finding.text
+    assert f"to be compiled at first use and cached in {tmp_path}" in finding.text
     answers(KERNELS={"version": "0.68.1", "folder": None, "kept": 0, "compiled": 17})
     finding = doctor.probe_numba()
-    assert (finding.verdict, finding.remedy) == (WRONG, "set NUMBA_CACHE_DIR to a folder that can be written")
+    assert (finding.verdict, finding.remedy) == (WRONG, "set NUMBA_CACHE_DIR to a writable folder")
     answers(KERNELS={"version": "0.68.1", "folder": "/x", "kept": 0, "compiled": 0})
     assert "none of the kernels is in use" in doctor.probe_numba().text
 
@@ -268,7 +268,7 @@ def test_the_folder_of_compiled_kernels_is_looked_at(monkeypatch, tmp_path, answ
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(1.5, 2), (0.2, 1), (3.1, None), (4.0, None), (None, None)])
-def test_more_threads_than_the_control_group_allows_are_seen(monkeypatch, quota, threads):
+def test_more_threads_than_the_control_group_allows_are_detected(monkeypatch, quota, threads):
     monkeypatch.setattr(machine, "cores", lambda: set(range(4)))
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     finding = doctor.probe_cores()
@@ -276,7 +276,7 @@ def test_more_threads_than_the_control_group_allows_are_seen(monkeypatch, quota,
     assert (finding.verdict, finding.remedy) == ((OK, "") if threads is None else (WRONG, f"--threads {threads}"))
 
 
-def test_memory_and_what_fits_into_it(monkeypatch):
+def test_memory_and_the_models_that_fit(monkeypatch):
     free, total = machine.memory()
     assert 0 < free <= total
     for gigabytes, verdict, text in (
@@ -300,23 +300,30 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
 @pytest.mark.parametrize(
     ("driver", "wheels", "cupy", "verdict", "text", "remedy"),
     [
-        ({"error": "OSError: libcuda.so.1"}, [], None, MISSING, "no NVIDIA driver; CuPy is not", "only for a GPU"),
+        (
+            {"error": "OSError: libcuda.so.1"},
+            [],
+            None,
+            MISSING,
+            "no NVIDIA driver; CuPy is not",
+            "needed for a GPU only",
+        ),
         (
             {"error": "OSError: x"},
             ["cupy-cuda13x"],
             None,
             MISSING,
             "CuPy (cupy-cuda13x) is installed",
-            "only for a GPU",
+            "needed for a GPU only",
         ),
         ({"error": "no answer within 60 s"}, [], None, WRONG, "the driver fails: no answer", "nvidia-smi"),
-        ({**DRIVER_13, "status": 999}, [], None, MISSING, "(CUDA 13.0) shows no GPU (status 999)", "nvidia-smi"),
-        ({**DRIVER_13, "gpus": 0}, [], None, MISSING, "shows no GPU (status 0)", "nvidia-smi"),
-        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: older", "CUDA 12 or 13"),
+        ({**DRIVER_13, "status": 999}, [], None, MISSING, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
+        ({**DRIVER_13, "gpus": 0}, [], None, MISSING, "reports no GPU (status 0)", "nvidia-smi"),
+        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: too old", "CUDA 12 or 13"),
         (DRIVER_13, [], None, MISSING, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
         ({**DRIVER_13, "version": 12040}, [], None, MISSING, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
-        ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "made for CUDA 13", "[cuda12]"),
-        (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "disturb", "uninstall -y cupy cupy-cuda13x, then"),
+        ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "built for CUDA 13", "[cuda12]"),
+        (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "conflict", "uninstall -y cupy cupy-cuda13x, then"),
         (
             DRIVER_13,
             ["cupy-cuda13x"],
@@ -325,7 +332,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             "fails: ImportError: lib",
             "[cuda13]",
         ),
-        (DRIVER_13, ["cupy-cuda13x"], {**WORKS, "right": False}, WRONG, "a product is wrong", "[cuda13]"),
+        (DRIVER_13, ["cupy-cuda13x"], {**WORKS, "right": False}, WRONG, "a matrix product is wrong", "[cuda13]"),
         (DRIVER_13, ["cupy-cuda13x"], WORKS, OK, "CuPy 14.2.0, H200, 140.0 of 150.0 GB free", ""),
         (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver of CUDA 13.0", ""),
     ],
@@ -345,7 +352,7 @@ def test_the_gpu_the_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy,
 def test_a_hidden_gpu_is_reported_as_hidden(answers, monkeypatch):
     answers(DRIVER={**DRIVER_13, "status": 100, "gpus": 0})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor.probe_gpu().remedy == "only for a GPU: CUDA_VISIBLE_DEVICES hides it"
+    assert doctor.probe_gpu().remedy == "needed for a GPU only: CUDA_VISIBLE_DEVICES hides it"
 
 
 LAUNCHER = """#!/bin/sh
@@ -383,7 +390,7 @@ def test_an_mpirun_that_works(launcher):
         ("echo 'not enough slots' >&2; exit 1", "not enough slots"),
     ],
 )
-def test_an_mpirun_of_another_library_is_seen(launcher, action, text):
+def test_an_mpirun_of_another_library_is_detected(launcher, action, text):
     finding = launcher(action)
     assert (finding.verdict, finding.needed) == (WRONG, False)
     assert text in finding.text
@@ -397,7 +404,7 @@ def test_the_mpirun_beside_python_comes_before_the_one_on_the_path(launcher, tmp
     beside.chmod(0o755)
     finding = launcher("echo 1; echo 1")
     assert (finding.verdict, finding.facts) == (OK, {"mpirun": str(beside)})
-    assert f"the mpirun on the PATH, {tmp_path / 'mpirun'}, is another" in finding.text
+    assert f"not the mpirun on the PATH, {tmp_path / 'mpirun'}" in finding.text
 
 
 def test_mpi_without_library_or_launcher(answers, monkeypatch, tmp_path):
@@ -405,12 +412,12 @@ def test_mpi_without_library_or_launcher(answers, monkeypatch, tmp_path):
     answers(LIBRARY={"error": "RuntimeError: cannot load MPI library"})
     finding = doctor.probe_mpi()
     assert finding.verdict == WRONG
-    assert "finds no MPI library that works: RuntimeError: cannot load" in finding.text
+    assert "cannot load an MPI library: RuntimeError: cannot load" in finding.text
     answers(LIBRARY={"library": "MPICH Version: 5.0.2"})
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.probe_mpi()
-    assert (finding.verdict, finding.remedy) == (WRONG, "put the mpirun of MPICH Version: 5.0.2 on the PATH")
+    assert (finding.verdict, finding.remedy) == (WRONG, "add the mpirun of MPICH Version: 5.0.2 to the PATH")
 
 
 # Vocabulary, folders, disk -------------------------------------------------------------------------------------------
@@ -433,7 +440,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, name):
     finding = doctor.probe_folders()
     assert (finding.verdict, finding.needed) == (WRONG, False)
     assert str(tmp_path / "file" / "cache") in finding.text
-    assert finding.remedy == f"set {name} to folders that can be written"
+    assert finding.remedy == f"set {name} to writable folders"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is Linux's")
@@ -444,7 +451,7 @@ def test_a_current_folder_that_cannot_be_written_is_needed(monkeypatch):
     assert finding.text.startswith("/proc: ")
 
 
-def test_a_full_disk_is_seen(monkeypatch):
+def test_a_full_disk_is_detected(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e8))
     finding = doctor.probe_disk()
     assert (finding.verdict, finding.needed) == (WRONG, True)

@@ -130,7 +130,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         (["model", "--data", "text", "--json", "no/such/f.json"], 2, "the folder no/such/ does not exist"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
         (["nowhere", "--data", "text"], 1, "nowhere: no such file or folder"),
-        (["model", "--data", "none"], 1, "data 'none': no such data set (data/ has pairs, text)"),
+        (["model", "--data", "none"], 1, "data 'none': no such data set (data/ contains pairs, text)"),
         (["model", "--data", "pairs"], 1, "expected the model's"),
         (["model", "--data", "text", "--block-size", "17"], 1, "longer than the model's context of 16 tokens"),
         (["model", "--hellaswag", "l.jsonl"], 1, "l.jsonl: line 1 is not a question of hellaswag"),

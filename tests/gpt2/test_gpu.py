@@ -246,8 +246,10 @@ def test_every_kernel_is_the_cpus(cuda, case, precision, bound):
             here.append(x)
             there.append(x)
     results = []
-    for kernel, given in ((getattr(cuda.kernels, name), here), (getattr(reference, name), there)):
-        returned = kernel(*given)
+    for table, given in ((cuda.kernels, here), (reference, there)):
+        returned = getattr(table, name)(*given)
+        if name == "squared_norm":
+            returned = table.norm(returned)
         returned = returned if isinstance(returned, tuple) else (returned,)
         results.append([x for x in (*returned, *(given[i] for i in changed)) if x is not None])
     for i, (found, true) in enumerate(zip(*results, strict=True)):

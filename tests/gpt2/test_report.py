@@ -92,7 +92,7 @@ def test_the_page_shows_what_the_run_left(tmp_path):
     assert page.texts["dd"][1] == "2.0101 mean of the last 6"
     assert page.texts["dd"][-1] == "2:30 min in steps"
     assert page.texts["pre"][-1] == "python train.py '--data=a b' --tensorboard"
-    assert "from step 0 on (cpu, a processor, 2 threads)" in page.texts["li"][0]
+    assert "from step 0 (cpu, a processor, 2 threads)" in page.texts["li"][0]
     assert {"max_iters300", "learning_rate0.001", "seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
         *page.texts["tr"]
     }
@@ -308,8 +308,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: it has no log.jsonl; expected the out-dir of a run of train.py"),
-        (["a", "nowhere"], "nowhere: it has no log.jsonl"),
+        (["nowhere"], "nowhere: no log.jsonl in this folder; expected the out-dir of a run of train.py"),
+        (["a", "nowhere"], "nowhere: no log.jsonl in this folder"),
         (["a", "--output", "no/such/folder.html"], "no/such/.folder.html.partial: No such file or directory"),
     ],
 )

@@ -4,8 +4,9 @@ import weakref
 import numpy as np
 import pytest
 
-from tinygrad2 import Tensor, autograd, no_grad, ops
+from tinygrad2 import Tensor, autograd, nn, no_grad, ops, optim, recompute
 from tinygrad2.gradcheck import CASES
+from tinygrad2.params import Parameter
 from tinygrad2.tensor import record
 
 
@@ -321,3 +322,140 @@ def test_the_fixture_for_saved_arrays_bites():
         with pytest.raises(ValueError, match="read-only"):
             y.backward(np.ones(2))
     x.data[...] = 5  # the views are read-only, their memory is not
+
+
+CHANGES = {
+    "data": lambda p, optimizer: setattr(p, "data", np.ones(p.shape, "float32")),
+    "step": lambda p, optimizer: optimizer.step(),
+}
+
+
+class TestChangedData:
+    """What an operation saved is changed in place before its backward pass: an error names the operation."""
+
+    @staticmethod
+    def parameter(*shape):
+        model = nn.Module()
+        model.p = Parameter(np.full(shape, 2.0, "float32"))
+        return model.p, optim.AdamW(model)
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @pytest.mark.parametrize(
+        ("operation", "function"),
+        [
+            ("multiply", lambda p: p * p),
+            ("power", lambda p: p**2),
+            ("linear", lambda p: ops.linear(Tensor(np.ones((1, 2), "float32"), requires_grad=True), p)),
+            ("multiply", lambda p: p.reshape(4) * Tensor([1.0, 2.0, 3.0, 4.0])),  # of a view
+            ("matmul", lambda p: p.T[:1] @ p),
+            ("recompute", lambda p: recompute(lambda x: x * p, Tensor(np.ones((2, 2), "float32"), requires_grad=True))),
+            ("recompute", lambda p: recompute(lambda x: x * x, p)),
+        ],
+    )
+    def test_is_an_error(self, operation, function, change):
+        p, optimizer = self.parameter(2, 2)
+        y = function(p).sum()
+        CHANGES[change](p, optimizer)
+        message = (
+            rf"^backward: {operation}: .*was changed since the forward pass \(by an optimizer's step, or an assign"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            y.backward()
+        function(p).sum().backward()  # run again, it is right
+
+    @pytest.mark.parametrize("change", CHANGES)
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda p: p + 1.0,
+            lambda p: p.sum(),
+            lambda p: p * 3.0,
+            lambda p: ops.embedding([1, 0], p),
+            lambda p: p.exp(),  # saves its result
+            lambda p: p[0],
+        ],
+    )
+    def test_what_did_not_save_it_is_right(self, function, change):
+        gradients = []
+        for changed in (False, True):
+            p, optimizer = self.parameter(2, 2)
+            y = function(p).sum()
+            if changed:
+                CHANGES[change](p, optimizer)
+            y.backward()
+            gradients.append(p.grad.copy())
+        np.testing.assert_array_equal(*gradients)
+
+    def test_a_change_before_the_forward_pass_is_none(self):
+        p, optimizer = self.parameter(2, 2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (p * p).sum().backward()
+            optimizer.step()
+
+    def test_another_parameter_may_change(self):
+        p, _ = self.parameter(2, 2)
+        q, optimizer = self.parameter(2, 2)
+        y = (p * p).sum()
+        optimizer.step()
+        q.data = 1 + q.data
+        y.backward()
+        np.testing.assert_array_equal(p.grad, 2 * p.data)
+
+    def test_a_tensor_that_gets_another_array_keeps_its_graph_right(self):
+        x = leaf([1.0, 2.0])
+        y = (x * x).sum()
+        x.data = np.array([7.0, 7.0])
+        y.backward()
+        np.testing.assert_array_equal(x.grad, [2, 4])
+
+
+def test_gradients_of_gradients_are_refused_by_name():
+    x = leaf([1.0, 2.0])
+    with pytest.raises(NotImplementedError, match=r"^backward: create_graph: gradients of gradients .* not offered$"):
+        (x * x).sum().backward(create_graph=True)
+    (x * x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"nothing is recorded here.*gradients of gradients are not offered"):
+        (Tensor(x.grad) ** 2).sum().backward()
+
+
+@pytest.mark.parametrize("kind", [Tensor, Parameter])
+def test_grad_is_an_array_of_its_own_whatever_is_assigned(kind):
+    for value in (np.float64(0.5), 0.5, np.array(0.5), Tensor(0.5), np.array(1, int)):
+        x = (
+            Tensor(np.array(2.0, "float32"), requires_grad=True)
+            if kind is Tensor
+            else Parameter(np.array(2.0, "float32"))
+        )
+        x.grad = value
+        (x * 3).backward()
+        assert isinstance(x.grad, np.ndarray)
+        assert (x.grad.dtype, float(x.grad)) == (np.float32, float(value) + 3)
+    g = np.ones(2)
+    y = leaf([1.0, 2.0])
+    y.grad = g
+    (y * 3).sum().backward()
+    np.testing.assert_array_equal(g, [1, 1])
+
+
+@pytest.mark.parametrize("index", [None, ..., (), np.array(True), (None, ...)], ids=str)
+def test_a_result_without_axes_that_is_used_several_times(index):
+    x = leaf(2.0)
+    y = x * 1
+    z = y[index]
+    (z.sum() + (y + y)).backward()
+    assert x.grad == 3
+
+
+def test_a_buffer_of_a_result_without_axes():
+    def scale_by_backward(saved, dy, into):
+        factors, gain = saved
+        dgain = into(1)
+        dgain += np.sum(dy * factors)
+        return dy * gain, None
+
+    gain, factors = leaf(2.0), Tensor(np.ones(3))
+    h = gain * 1
+    y = record(factors.data * h.data, (factors, h), scale_by_backward, saved=(factors.data, h.data))
+    (y.sum() + h + h).backward()
+    assert gain.grad == 5

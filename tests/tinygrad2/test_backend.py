@@ -150,14 +150,14 @@ def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
     assert checked_device.waits > 0
     # By this clock each kernel takes 1 ms, and so do each gap between two and each of two uploads' events, of tokens
     # and targets. A kernel that another one calls is not counted again.
-    calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside of kernels", "step")}
+    calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside kernels", "step")}
     assert calls["attention"] == 2 * CONFIG.n_layer
     assert calls["linear"] == 8 * CONFIG.n_layer
     assert calls["lm_head"] == 2
     assert rows["attention"][1:3] == ["2.00", "2.00"]
     assert "dropout_scale" not in calls
     assert float(rows["step"][0]) == 2 * sum(calls.values()) + 1 + 2
-    assert float(rows["outside of kernels"][0]) == sum(calls.values()) + 1 + 2
+    assert float(rows["outside kernels"][0]) == sum(calls.values()) + 1 + 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -389,7 +389,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
     options = ["--dropout", "0.1", "--total-batch-size", "32", "--save-interval", "2"]
     run("host", "cpu", 4, *options)
     run("device", "cuda", 4, *options)
-    assert "float32 on cuda" in capsys.readouterr().out
+    assert "cuda, float32" in capsys.readouterr().out
     assert log("host") == log("device")
     assert_same(saved("host"), saved("device"))
     # A run that stood on one device goes on on the other.
@@ -488,7 +488,7 @@ def no_driver():
         (broken(lambda: 0), r"the driver shows no GPU; CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_a_missing_device_is_said_in_one_line(monkeypatch, capsys, cupy, message):
+def test_a_missing_device_is_reported_in_one_line(monkeypatch, capsys, cupy, message):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(backend, "_backends", {"cpu": get_backend("cpu")})
     with pytest.raises(ValueError, match=f"^device 'cuda': {message}") as caught:
@@ -496,11 +496,11 @@ def test_a_missing_device_is_said_in_one_line(monkeypatch, capsys, cupy, message
     assert "\n" not in str(caught.value)
     assert get_backend("auto").device == "cpu"
     for command, name in (
-        (gradcheck.main, "gradcheck"),
+        (gradcheck.main, "tinygrad2.gradcheck"),
         (lambda given: verify.main(["--gradients", *given]), "gpt2.verify"),
     ):
         assert command(["--device", "cuda"]) == 2
-        assert capsys.readouterr().err == f"{name}: {caught.value}\n"
+        assert capsys.readouterr().err == f"{name}: error: {caught.value}\n"
 
 
 def test_a_cupy_that_cannot_be_imported_is_said_in_one_line(monkeypatch, tmp_path):

@@ -142,7 +142,8 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
         runtime=types.SimpleNamespace(getDeviceCount=lambda: 4, CUDARuntimeError=RuntimeError),
         Device=lambda number: types.SimpleNamespace(use=lambda: used.append(number)),
     )
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=None))
+    core = types.SimpleNamespace(_routines_linalg=strict_cupy.Linalg)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=None, _core=core))
     for number in (0, 3, 5):
         monkeypatch.setattr(backend, "_backends", {})
         monkeypatch.setattr(backend, "_by_type", {})

@@ -39,6 +39,10 @@ GIVES = {
 }
 PLANTS = [(name, part) for name, (returned, buffers) in GIVES.items() for part in (*range(returned), *buffers)]
 WITHOUT_KERNELS = {  # of their own
+    "_shift_backward": tensor,
+    "_scale_backward": tensor,
+    "_negate_backward": tensor,
+    "_astype_backward": tensor,
     "_reshape_backward": tensor,
     "_transpose_backward": tensor,
     "_recompute_backward": tensor,
@@ -123,7 +127,7 @@ def test_every_backward_pass_is_planted_and_has_rows():
     assert backward == set(GIVES)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {
         name for module in (tensor, ops) for name in vars(module) if name.endswith("_backward")
-    }
+    } - {"_empty_backward"}  # whose gradients are zeros, see test_empty.py
     for name, (_, buffers) in GIVES.items():
         assert hasattr(reference, name.replace("_backward", "_forward"))
         last = list(inspect.signature(getattr(reference, name)).parameters)[-2:]
@@ -163,7 +167,7 @@ def test_a_gradient_that_never_arrives_is_an_error():
     detached = [np.array([1.0, 2.0]), np.array([3.0, 4.0])]
     assert check(lambda a, b: a * b.detach(), detached)[1] == pytest.approx(1)
     assert check(lambda a: a.detach() * 2, detached[:1]) == [pytest.approx(1)]
-    with pytest.raises(AssertionError, match="no gradient arrived"):
+    with pytest.raises(AssertionError, match="the gradient is missing"):
         check(lambda a, b: a * b.detach(), detached, raises=True)
 
 

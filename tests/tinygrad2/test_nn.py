@@ -72,10 +72,6 @@ def test_initial_values(dtype):
     assert {p.dtype for layer in (linear, norm, table) for p in layer.parameters()} == {np.dtype(dtype)}
 
 
-def test_layers_without_an_initializer_differ():
-    assert (nn.Linear(3, 4).weight.data != nn.Linear(3, 4).weight.data).all()
-
-
 def test_initializers():
     key = Key(5, site=2)
     np.testing.assert_array_equal(nn.normal_init(0.3, key)((2, 3)), random.normal(key, (2, 3), 0.3))

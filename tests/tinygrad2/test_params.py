@@ -7,7 +7,7 @@ from ml_dtypes import bfloat16
 from gpt2 import GPT2, GPT2Config
 from tests.stand_ins import strict_cupy
 from tests.tinygrad2.copies import copy_of, with_copies
-from tinygrad2 import Key, Tensor, nn, ops, params
+from tinygrad2 import Key, Tensor, nn, ops, optim, params
 from tinygrad2.backend import get_backend
 from tinygrad2.params import Parameter, ParameterArena
 
@@ -140,7 +140,7 @@ def test_a_parameter_outside_an_arena_clears_its_gradient():
     np.testing.assert_array_equal(p.grad, [2, 2])
     p.grad = None
     assert p.grad is None
-    with pytest.raises(ValueError, match="grad of shape"):
+    with pytest.raises(ValueError, match="grad has shape"):
         p.grad = np.ones(3)
 
 
@@ -281,3 +281,89 @@ def test_a_model_with_copies(device):
         assert all(rounded(p) for p in model.parameters())
         model.arena()
         assert all(rounded(p) for p in model.parameters())
+
+
+class TestOptimizersTakeModulesOrParameters:
+    @staticmethod
+    def trained(given, steps=3):
+        model = nn.Linear(3, 2, init=nn.normal_init(0.5, Key(1)))
+        optimizer = optim.AdamW(given(model), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(Tensor(np.ones((1, 3), "float32"))) ** 2).sum().backward()
+            optimizer.step()
+        return model
+
+    @pytest.mark.parametrize(
+        "given", [nn.Module.parameters, lambda m: list(m.parameters()), lambda m: (m.bias, m.weight)]
+    )
+    def test_the_same_steps(self, given):
+        expected, model = self.trained(lambda m: m), self.trained(given)
+        np.testing.assert_array_equal(model.weight.numpy(), expected.weight.numpy())
+        np.testing.assert_array_equal(model.bias.numpy(), expected.bias.numpy())
+
+    def test_some_parameters(self):
+        model = nn.Linear(3, 2)
+        before = model.bias.numpy().copy()
+        optimizer = optim.SGD([model.weight], lr=0.1)
+        model(Tensor(np.ones((1, 3), "float32"))).sum().backward()
+        optimizer.step()
+        np.testing.assert_array_equal(model.bias.numpy(), before)
+
+    def test_a_second_optimizer_of_the_same_parameters_shares_the_arena(self):
+        model = nn.Linear(3, 2)
+        first, second = optim.AdamW(model.parameters()), optim.SGD(model)
+        assert first.arena is second.arena is model.arena()
+
+    def test_an_optimizer_of_a_part_of_another_ones_is_refused(self):
+        model = nn.Linear(3, 2)
+        optimizer = optim.AdamW(model)
+        with pytest.raises(ValueError, match=r"^ParameterArena: 0 is in the arena of another module or optimizer"):
+            optim.AdamW([model.weight])
+        del optimizer
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (lambda m: m.weight, "item 0 of the parameters is of type Tensor"),
+            (
+                lambda m: [m.weight.data],
+                "item 0 of the parameters is of type ndarray; expected a module, or an iterable",
+            ),
+            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters is of type dict"),
+            (lambda m: 3, "item 0 of the parameters is of type int"),
+            (lambda m: m.named_parameters(), "item 0 of the parameters is of type tuple"),
+        ],
+    )
+    def test_anything_else_is_an_error_of_one_line(self, given, message):
+        with pytest.raises(TypeError, match=message):
+            optim.AdamW(given(nn.Linear(3, 2)))
+
+    def test_the_arena_follows_the_parameters_to_another_device(self):
+        model = nn.Linear(3, 2)
+        optimizer = optim.AdamW(model.parameters())
+        with strict_cupy.registered():
+            model.to("cuda")
+            model(Tensor(np.ones((1, 3), "float32")).to("cuda")).sum().backward()
+            before = model.weight.numpy()
+            optimizer.step()
+            assert model.weight.backend.device == "cuda"
+            assert np.abs(model.weight.numpy() - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("value", [np.ones((3, 2)), Tensor(np.ones((3, 2))), 1.0])
+def test_an_array_does_not_replace_a_parameter(value):
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        TypeError, match=r"^Linear.weight is a parameter, and .* is not; copy the values into it: module.we"
+    ):
+        model.weight = value
+    model.weight.data = np.ones((3, 2))
+    other = nn.Linear(3, 2)
+    other.weight = model.weight  # tied, before there is an optimizer
+    optimizer = optim.AdamW(other)
+    with pytest.raises(
+        TypeError, match=r"^Linear.weight belongs to an optimizer, which would not see the new parameter"
+    ):
+        other.weight = Parameter(np.ones((3, 2)))
+    del optimizer

@@ -24,7 +24,7 @@ def test_a_step_is_divided_into_its_operations(monkeypatch):
     # By this clock every kernel takes 1 ms, and so does every gap between two: 4 kernels and 5 gaps.
     assert rows["gelu"] == ["2", "1.00", "1.00", "22.2%"]
     assert rows["sum"] == ["2", "1.00", "1.00", "22.2%"]
-    assert rows["outside of kernels"] == ["5.00", "55.6%"]
+    assert rows["outside kernels"] == ["5.00", "55.6%"]
     assert rows["step"] == ["9.00", "100.0%"]
 
 

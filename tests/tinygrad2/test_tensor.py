@@ -286,6 +286,41 @@ def test_an_operation_of_ones_own_is_two_functions():
     np.testing.assert_allclose(x.grad, 24 * x.data**2, rtol=1e-14)
 
 
+def test_memory_is_shared_where_the_documentation_says_so():
+    x = leaf(2, 3)
+    for view in (x.transpose(), x.reshape(6), x[:1], x.T):
+        assert np.shares_memory(view.data, x.data)
+    dy = np.ones((2, 3))
+    x.reshape(2, 3).backward(dy)
+    x.grad[0] = 9
+    np.testing.assert_array_equal(dy, 1)
+    (x + 0).backward([[1, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(x.grad, [[10, 11, 12], [5, 6, 7]])
+    y = (x * x).sum()
+    x.data[...] = 7  # a write into the array, which is not noticed: the saved values are those of now
+    x.grad = None
+    y.backward()
+    np.testing.assert_array_equal(x.grad, np.full((2, 3), 14.0))
+
+
+@pytest.mark.extras("torch")
+@pytest.mark.parametrize("exponent", [0, 1, 2, 3, -1, -2, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -2.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.filterwarnings("ignore")
+def test_powers_at_the_edges_are_pytorchs(exponent, dtype):
+    torch = pytest.importorskip("torch")
+    """Where PyTorch computes powers 0.5 and -0.5 by square roots, -0 and -inf give other signs than IEEE 754's pow."""
+    edges = [] if abs(exponent) == 0.5 else [-0.0, -np.inf]
+    values = np.array([-2.0, -0.5, 0.0, 0.5, 1.0, 2.0, np.inf, np.nan, *edges], dtype)
+    x, t = Tensor(values, requires_grad=True), torch.tensor(values, requires_grad=True)
+    (x**exponent).backward(np.ones(len(values), dtype))
+    (t**exponent).backward(torch.ones_like(t))
+    np.testing.assert_allclose((x**exponent).numpy(), (t**exponent).detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(x.grad, t.grad.numpy(), rtol=1e-6)
+    infinite = np.isinf(x.grad)
+    np.testing.assert_array_equal(np.sign(x.grad[infinite]), np.sign(t.grad.numpy()[infinite]))
+
+
 class TestRecompute:
     """recompute(f, x) against f(x): the same bits, for anything that f may do."""
 

@@ -1,19 +1,20 @@
 // Shared by the attention kernels on tensor cores; included after common.cuh. D is the head size, a multiple of 16 up
-// to 128. A tile is a number of rows of queries, keys, values or their gradients in shared memory, with a stride of LD.
+// to 128. A tile is a block of rows of queries, keys, values or their gradients in shared memory, with a stride of LD.
 constexpr int LD = D + 8;  // 16 bytes more than D: the 8 rows of a matrix that ldmatrix reads fall in distinct banks
 static_assert(D % 16 == 0 && D <= 128, "the head size must be a multiple of 16 up to 128");
 
 // The index of the warp, computed so that the compiler knows that it is the same in all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
 
-// The head and the tile of this block, in a grid of all tiles of all heads. Blocks start in the order of their index:
-// first tile 0, which has the most work, of as many heads as fit the L2 cache with two (T, D) matrices each.
+// The head and the tile of this block, in a grid of all tiles of all heads. Blocks start in the order of their index, so
+// heads are processed in groups, whose two (T, D) matrices each fit the L2 cache, and in a group tile 0 of every head
+// comes first, which has the most work.
 __device__ __forceinline__ void place(int tiles, int T, int& head, int& tile) {
-  int heads = gridDim.x / tiles, together = max(1, (16 << 20) / (4 * D) / T);  // in 16 of the H200's 50 MB
-  int first = (int)blockIdx.x / tiles / together * together, among = min(together, heads - first);
-  int rest = blockIdx.x - first * tiles;
-  tile = rest / among;
-  head = first + rest % among;
+  int heads = gridDim.x / tiles, largest_group = max(1, (16 << 20) / (4 * D) / T);  // in 16 of the H200's 50 MB
+  int first = (int)blockIdx.x / tiles / largest_group * largest_group, group = min(largest_group, heads - first);
+  int index = blockIdx.x - first * tiles;
+  tile = index / group;
+  head = first + index % group;
 }
 
 // Start copying rows first ... first + ROWS - 1 of a (T, D) matrix, `stride` apart, to a tile; rows from T on are zeros.
@@ -100,7 +101,7 @@ __device__ __forceinline__ unsigned dropout_keeps_fragment(const PhiloxKey& key,
                                                            unsigned long long corner, int T) {
   int lane = threadIdx.x % 32, odd = lane % 2;
   unsigned kept = 0;
-  if (T % 4 == 0) {  // a pair of lanes shares two groups, one a row: each draws one, and they swap halves
+  if (T % 4 == 0) {  // a pair of lanes shares two groups, one a row: each computes one, and they exchange halves
     uint4 words = philox(key, (corner + (unsigned long long)(lane / 4 + 8 * odd) * T + lane % 4 / 2 * 4) / 4);
     unsigned mine = (words.x >= threshold) | (words.y >= threshold) << 1 | (words.z >= threshold) << 2 |
                     (words.w >= threshold) << 3;
@@ -120,7 +121,7 @@ __device__ __forceinline__ unsigned dropout_keeps_transposed(const PhiloxKey& ke
                                                              unsigned long long corner, int T) {
   int lane = threadIdx.x % 32;
   unsigned kept = 0;
-  if (T % 4 == 0) {  // four lanes, 4 apart, share four groups: each draws one, and all look there for their bit
+  if (T % 4 == 0) {  // four lanes, 4 apart, share four groups: each computes one and takes its bits from all four
     int mine = lane / 4 % 4;
     unsigned long long query = lane % 4 * 2 + mine % 2;
     uint4 words = philox(key, (corner + query * T + lane / 16 * 4 + mine / 2 * 8) / 4);

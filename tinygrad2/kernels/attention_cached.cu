@@ -72,10 +72,10 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
         for (int e = 0; e < VEC; e++) s[a] += q.v[i][e] * k[a].v[i][e];
 #pragma unroll
       for (int o = GROUP / 2; o; o /= 2) s[a] += __shfl_xor_sync(0xffffffffu, s[a], o);
-      s[a] = start + a * AT_ONCE + group < seen ? s[a] * scale : NEG_INF;
+      if (start + a * AT_ONCE + group >= seen) s[a] = NEG_INF;
       found = fmaxf(found, s[a]);
     }
-    float base = found == NEG_INF ? 0.f : found, shrink = exp2f(largest - base);  // a group may have had no key yet
+    float base = found == NEG_INF ? 0.f : found, shrink = exp2f((largest - base) * scale);  // (no key so far)
     largest = found;
     total *= shrink;
 #pragma unroll
@@ -84,7 +84,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
       for (int e = 0; e < VEC; e++) sum.v[i][e] *= shrink;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
-      float p = exp2f(s[a] - base);
+      float p = exp2f((s[a] - base) * scale);  // subtracted first: only the difference is rounded
       total += p;
 #pragma unroll
       for (int i = 0; i < PART; i++)
@@ -96,7 +96,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
   float common = largest;  // maximum of the warp, to which all groups are rescaled before they are added
 #pragma unroll
   for (int o = GROUP; o < 32; o *= 2) common = fmaxf(common, __shfl_xor_sync(0xffffffffu, common, o));
-  float factor = largest == NEG_INF ? 0.f : exp2f(largest - common);
+  float factor = largest == NEG_INF ? 0.f : exp2f((largest - common) * scale);
   total *= factor;
 #pragma unroll
   for (int o = GROUP; o < 32; o *= 2) total += __shfl_xor_sync(0xffffffffu, total, o);
@@ -116,13 +116,13 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
   common = NEG_INF, total = 0.f;
   for (int w = 0; w < WARPS; w++) common = fmaxf(common, warp_largest[w]);
   for (int w = 0; w < WARPS; w++) {
-    float weight = warp_largest[w] == NEG_INF ? 0.f : exp2f(warp_largest[w] - common);
+    float weight = warp_largest[w] == NEG_INF ? 0.f : exp2f((warp_largest[w] - common) * scale);
     total += warp_total[w] * weight;
   }
   for (int d = threadIdx.x; d < D; d += blockDim.x) {
     float x = 0.f;
     for (int w = 0; w < WARPS; w++)
-      x += warp_sum_of[w][d] * (warp_largest[w] == NEG_INF ? 0.f : exp2f(warp_largest[w] - common));
+      x += warp_sum_of[w][d] * (warp_largest[w] == NEG_INF ? 0.f : exp2f((warp_largest[w] - common) * scale));
     out[((size_t)b * T + t) * width + h * D + d] = from_f32<REAL>(x / total);
   }
 }

@@ -1,6 +1,6 @@
-// A matrix (N, C) read by columns: each lane has VEC neighbouring columns, the eight warps of a block read every eighth
-// row of them, and gridDim.y blocks share the rows. Where rows are not a multiple of 16 bytes, a lane has one column. C
-// is a constant (-DC).
+// Access to a matrix (N, C) by columns: each lane processes VEC adjacent columns, the eight warps of a block read every
+// eighth row of them, and the rows are distributed over gridDim.y blocks. Where the size of a row is not a multiple of
+// 16 bytes, a lane has one column. C is a constant (-DC).
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N, WARPS = 8, WIDTH = 32 * VEC;
 
 constexpr int AHEAD = 4;   // loads that a lane issues before it uses the first

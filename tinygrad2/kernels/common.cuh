@@ -8,7 +8,7 @@
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void backoff() {}  // a spinning thread takes no time from others
+__device__ __forceinline__ void backoff() {}  // in a spin loop; a GPU needs none
 #if __CUDA_ARCH__ >= 900
 // The same address in the shared memory of another block of a thread block cluster of SIZE. (Without volatile the
 // compiler may execute it in all lanes where only some need it, with ranks out of range.)
@@ -59,7 +59,7 @@ __device__ __forceinline__ unsigned bf16_pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   return pair;
 }
-#else  // older GPUs have none of these; they compute in float32
+#else  // older GPUs have none of these instructions; they compute in float32
 __device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
   *(uint4*)d = read ? *(const uint4*)s : make_uint4(0, 0, 0, 0);
 }
@@ -132,7 +132,7 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The sum over a block of WARPS warps, in its first warp; to be called once in a kernel.
+// The sum over a block of WARPS warps, in its first warp. Before it is called again, the block must synchronize.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float sums[WARPS];

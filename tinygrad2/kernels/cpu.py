@@ -27,7 +27,7 @@ from tinygrad2 import blas, memory, random, reference, threads
 from tinygrad2.array import Array
 from tinygrad2.kernels import gemv, pool
 from tinygrad2.kernels.token_runs import token_runs
-from tinygrad2.reference import split_heads
+from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
 def _compiled(function: F) -> F:
@@ -314,7 +314,7 @@ def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     """total += the sum of the rows of x."""
     partial = _partial(x.shape, x.dtype)
     pool.each(lambda a, b: _sum_rows(x[a:b], partial, a), _row_parts(*x.shape))
-    total += partial.sum(axis=0)
+    total += row_sum(partial)
 
 
 GEMV_ROWS = 32  # rows of x up to which a product takes no longer than reading the weights
@@ -355,9 +355,18 @@ def _sum_runs(
 ) -> None:
     for run in range(start, stop):
         end = first[run + 1] if run + 1 < len(first) else len(order)
-        for i in range(first[run], end):
-            for j in range(dy.shape[1]):
-                dwte[ids[run], j] += dy[order[i], j]
+        total = dwte[ids[run]]
+        if end - first[run] <= MAX_RUN:
+            for i in range(first[run], end):
+                for j in range(dy.shape[1]):
+                    total[j] += dy[order[i], j]
+            continue
+        for block in range(first[run], end, MAX_RUN):  # so that rounding errors do not grow as the run
+            partial = np.zeros(dy.shape[1], dy.dtype)
+            for i in range(block, min(block + MAX_RUN, end)):
+                for j in range(dy.shape[1]):
+                    partial[j] += dy[order[i], j]
+            total += partial
 
 
 def embedding_forward(tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray | None, first_position: int) -> Array:
@@ -382,7 +391,7 @@ def embedding_backward(
         )
     if dwpe is not None:
         T = dy.shape[-2]
-        dwpe[first_position : first_position + T] += np.sum(dy.reshape(-1, T, dy.shape[-1]), axis=0)
+        dwpe[first_position : first_position + T] += row_sum(dy.reshape(-1, T, dy.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,9 +593,9 @@ def _any_layernorm_backward(
 
     pool.each(part, _row_parts(*x2.shape))
     if dweight is not None:
-        dweight += partial_w.sum(axis=0)
+        dweight += row_sum(partial_w)
     if dbias is not None:
-        dbias += partial_b.sum(axis=0)
+        dbias += row_sum(partial_b)
     return dx.reshape(x.shape)
 
 
@@ -643,16 +652,30 @@ def _attention(
 
 
 @_compiled
+def _exp_in_place(row: np.ndarray, n: int) -> float:
+    """Replace the first n numbers by their exponentials; returns the sum of these."""
+    total = row.dtype.type(0)
+    for j in range(n):
+        row[j] = _exp(row[j])
+        total += row[j]
+    return total
+
+
+@_compiled
 def _attention_backward(
     library: Library, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray,
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
     scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
     """The same heads, in blocks of rows from the last to the first: the last block sees every key, so it writes dk and
-    dv, and the others add to them. With dropout, p holds P M while dV is computed, and dp holds dP M."""
+    dv, and the others add to them. With dropout, p holds P M while dV is computed, and dp holds dP M.
+
+    P = exp(S - lse), as long as its rows add up to 1. At scores of some 100 and more they do not, since lse is rounded:
+    then P is computed as in the forward pass."""
     H, T, D = q.shape[1:]
     R, ld = p.shape
     size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
+    tolerance = q.dtype.type(3.8e-6 if size == 4 else 7.1e-15)  # 32 units in the last place of 1
     ldq, lddo, lddq = q.strides[2] // size, do.strides[2] // size, dq.strides[2] // size
     weights = np.empty(ld, dtype=q.dtype)
     s, ds = p.ctypes.data, dp.ctypes.data
@@ -673,9 +696,17 @@ def _attention_backward(
                 for j in range(D):
                     delta += do[b, h, start + i, j] * o[b, h, start + i, j]
                 for j in range(seen):
-                    weight = _exp(row[j] - shift)
-                    row[j] = weight
-                    weights[j] = weight
+                    weights[j] = row[j] - shift
+                total = _exp_in_place(weights, seen)
+                if not abs(total - one) <= tolerance:  # lse is large, and its rounding error shows
+                    largest = _largest(row, seen)
+                    for j in range(seen):
+                        weights[j] = row[j] - largest
+                    factor = one / _exp_in_place(weights, seen)
+                    for j in range(seen):
+                        weights[j] *= factor
+                for j in range(seen):
+                    row[j] = weights[j]
                 if has_dropout:
                     element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
                     _dropout(row[:seen], row[:seen], element, *philox_key, keep)
@@ -780,14 +811,18 @@ if not _BLAS:  # no BLAS library can be called by its address: the reference com
 # and no loss of precision where tanh z is near -1.
 _TWICE_SCALE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
+# From here on the result is u or 0, and its slope 1 or 0, to the last digit: the powers of a larger u could overflow.
+_LIMIT = 40.0
 
 
 @_compiled
 def _gelu(x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
+    limit = x.dtype.type(_LIMIT)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             u = x[i, j] + bias[j]
+            u = -limit if -np.inf < u < -limit else u  # (-inf gives -inf, so that it shows)
             y[i, j] = u / (one + _exp(-c * u * (one + k * u * u)))
 
 
@@ -796,11 +831,12 @@ def _gelu_backward(
     dy: np.ndarray, x: np.ndarray, bias: np.ndarray, dx: np.ndarray, partial: np.ndarray, first: int
 ) -> None:
     one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
-    three = x.dtype.type(3)
+    three, limit = x.dtype.type(3), x.dtype.type(_LIMIT)
     for i in range(x.shape[0]):
         chunk = (first + i) // ROW_CHUNK
         for j in range(x.shape[1]):
             u = x[i, j] + bias[j]
+            u = -limit if u < -limit else (limit if u > limit else u)  # (NaN stays NaN)
             s = one / (one + _exp(-c * u * (one + k * u * u)))
             value = dy[i, j] * (s + u * s * (one - s) * c * (one + three * k * u * u))
             dx[i, j] = value
@@ -825,7 +861,7 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias:
 
     pool.each(part, _row_parts(*rows.shape))
     if dbias is not None:
-        dbias += partial.sum(axis=0)
+        dbias += row_sum(partial)
     return dx.reshape(x.shape)
 
 
@@ -885,17 +921,24 @@ def lm_head_backward(
 
 @_compiled
 def _square_chunks(x, sums, start, stop):
+    smallest, largest = x.dtype.type(1e-30), x.dtype.type(3e38)
     for chunk in range(start, stop):
+        first, last = chunk * FLAT, min((chunk + 1) * FLAT, len(x))
         total = x.dtype.type(0)
-        for i in range(chunk * FLAT, min((chunk + 1) * FLAT, len(x))):
+        for i in range(first, last):
             total += x[i] * x[i]
         sums[chunk] = total  # in float64 from here on
+        if not smallest < total < largest:  # squares have overflowed or vanished
+            sums[chunk] = 0
+            for i in range(first, last):
+                sums[chunk] += np.float64(x[i]) * np.float64(x[i])
 
 
-def squared_norm(x: np.ndarray) -> np.floating:
+def squared_norm(x: np.ndarray) -> np.ndarray:
     sums = np.zeros(-(-len(x) // FLAT))
     pool.each(lambda a, b: _square_chunks(x, sums, a, b), threads.parts(len(sums), 1))
-    return x.dtype.type(sums.sum())
+    with np.errstate(over="ignore", under="ignore"):
+        return (sums.sum() * np.array([1, 2.0**-128, 2.0**128])).astype(x.dtype)
 
 
 @_compiled

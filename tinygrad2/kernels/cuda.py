@@ -39,13 +39,13 @@ Defines = dict[str, Any]  # constants of a kernel
 Arrays = tuple[Array, ...]
 DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
 BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward adds up
-VOCABULARY_MULTIPLE = 64  # logits have a multiple of this many columns; the embeddings are padded with rows of 0
+VOCABULARY_MULTIPLE = 64  # the number of columns of logits is a multiple; the embeddings are padded with rows of 0
 BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block beyond the dynamic: 1 KB of CUDA, static arrays
 
 
 def source(family: str | Path) -> str:
-    """The CUDA C++ of a family of kernels (its file in this folder), or of another file, with its includes from this
-    folder pasted in: CuPy's cache does not depend on headers."""
+    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers of this folder
+    are inserted, since CuPy's cache does not notice changes of included files."""
     file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
@@ -69,8 +69,8 @@ def driver() -> ctypes.CDLL:
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A launcher that is called only with arguments for which `supported` (with the same parameters) holds; with any
-    others the reference function of the same name is called."""
+    """A launcher that is called only with arguments for which `supported`, with the same parameters, returns true; for
+    all others the reference function of the same name is called."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
@@ -148,8 +148,8 @@ class CudaKernels:
         return self._functions[key]
 
     def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
-        """How many thread block clusters of a kernel run at the same time. `blocks` is a grid of whole clusters; the
-        driver refuses any other. CuPy has no binding for it."""
+        """How many thread block clusters of a kernel run at the same time. `blocks`, the size of the grid, must be a
+        multiple of the cluster size. CuPy has no binding for this function of the driver."""
         count, config = ctypes.c_int(), LaunchConfig(blocks, 1, 1, threads, 1, 1, shared)
         status = driver().cuOccupancyMaxActiveClusters(
             ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
@@ -165,7 +165,7 @@ class CudaKernels:
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
     def _packed(self, x: Array) -> Array:
-        """x where it is contiguous and aligned to 16 bytes, as kernels read it, or a copy that is."""
+        """x if it is contiguous and aligned to 16 bytes, as the kernels require, or else a copy that is."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
@@ -213,9 +213,9 @@ class CudaKernels:
     # Embedding --------------------------------------------------------------------------------------------------------
 
     def _access(self, C: int, *arrays: Array) -> int:
-        """How many numbers of the first array a thread reads in one access: 16 bytes where rows of C allow it, or 1.
+        """How many elements of the first array a thread reads in one access: 16 bytes if all rows are aligned, else 1.
 
-        A parameter may begin anywhere in the arena.
+        A parameter may begin at any address in the arena.
         """
         count = 16 // arrays[0].dtype.itemsize
         return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
@@ -407,7 +407,10 @@ class CudaKernels:
     def attention_backward(
         self, dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
     ) -> Array:
-        """dqkv, on tensor cores, for bfloat16: a kernel for queries, and one for keys and values, without atomics."""
+        """dqkv, on tensor cores, for bfloat16: a kernel for queries, and one for keys and values, without atomics.
+
+        As accurate as bfloat16 up to scores of 2^15 (see attention_backward.cu).
+        """
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         dout, qkv, out, lse = (self._np.ascontiguousarray(x) for x in (dout, qkv, out, lse))
@@ -480,18 +483,18 @@ class CudaKernels:
     def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Array]:
         return self._reference.cross_entropy_forward(self._widened(logits), targets)
 
-    def cross_entropy_backward(self, dloss: Array, logits: Array, targets: Array, lse: Array) -> Array:
-        dlogits = self._reference.cross_entropy_backward(dloss, self._widened(logits), targets, lse)
+    def cross_entropy_backward(self, dloss: Array, logits: Array, targets: Array, log_total: Array) -> Array:
+        dlogits = self._reference.cross_entropy_backward(dloss, self._widened(logits), targets, log_total)
         return dlogits.astype(logits.dtype, copy=False)
 
     def _widened(self, x: Array) -> Array:
         return x.astype(numpy.float32) if x.dtype == bfloat16 else x
 
     def _aligned_vocabulary(self, weight: Array, dtype: DTypeLike) -> Array:
-        """The embeddings (V, C), with rows of 0 up to a multiple of VOCABULARY_MULTIPLE.
+        """The embeddings (V, C), padded with rows of 0 to a multiple of VOCABULARY_MULTIPLE rows.
 
-        GPT-2's V is 50257. In a matrix with that many columns only the first row would be aligned to 16 bytes, and
-        cuBLAS would use its slowest kernels. A copy costs 0.04 ms, the products 25 ms.
+        GPT-2's V is 50257. In a matrix with that many columns most rows would not be aligned to 16 bytes, and cuBLAS
+        would use its slowest kernels. The copy takes 0.04 ms, the products 25 ms.
         """
         V, C = weight.shape
         width = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -538,7 +541,7 @@ class CudaKernels:
             and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
             and base.data.ptr == dlogits.data.ptr
         ):
-            dlogits = base  # as lm_head_forward made it: the padding is multiplied by rows of 0
+            dlogits = base  # from lm_head_forward: the padding is multiplied by rows of 0
         else:
             aligned = aligned[:V]
         return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
@@ -549,9 +552,9 @@ class CudaKernels:
     def squared_norm(self, x: Array) -> Array:
         x = self._np.ascontiguousarray(x)
         blocks = max(1, min(-(-x.size // 4096), 1024))
-        partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((blocks,), ()))
+        partial, total = (self._np.empty(shape, dtype=numpy.float32) for shape in ((3, blocks), (3,)))
         self.function("optimizer", "square_partials")((blocks,), (256,), (x, partial, numpy.int64(x.size)))
-        self.function("optimizer", "sum_partials")((1,), (256,), (partial, total, numpy.int32(blocks)))
+        self.function("optimizer", "sum_partials")((3,), (256,), (partial, total, numpy.int32(blocks)))
         return total
 
     @only_if(lambda value, *_: value.dtype == numpy.float32)

@@ -9,12 +9,13 @@ constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N;
 constexpr int WARPS = 8, ROW_WARPS = C <= 768 ? 1 : C <= 1536 ? 2 : C <= 3072 ? 4 : 8;
 constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
 constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
+constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64: numbers whose squares overflow are multiplied by it
 
 template <class T>
 using Vec = Pack<T, VEC>;
 
 // Each of N numbers summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
-// different `slots`: only the barrier of the second call shows that those of the first have been read.
+// different `slots`: only at the barrier of the second call have all warps read those of the first.
 template <int N>
 __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]) {
   int warp = threadIdx.x / 32, first = warp / ROW_WARPS * ROW_WARPS;
@@ -37,14 +38,14 @@ template <bool ADD>
 __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rstd, const REAL* x, const REAL* delta,
                                         const float* weight, const float* bias, int rows, float eps) {
   DYN_SMEM(float, gains);  // weight, bias: 2 C numbers
-  __shared__ float slots[2][WARPS][1];
+  __shared__ float slots[WARPS][1], square_slots[WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c], gains[C + c] = bias[c];
   __syncthreads();
   int lane = threadIdx.x % LANES;
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
-    float total[1] = {}, squares[1] = {};
+    float total[1] = {}, squares[2] = {};  // sums of (x - mean)^2, and of its multiple by SMALL^2
     Vec<REAL> in[PER_LANE], more[PER_LANE];  // all loads are issued before the first is used
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -67,15 +68,20 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
 #pragma unroll
       for (int k = 0; k < VEC; k++) total[0] += in[i][k];
     }
-    row_sums(total, slots[0]);
+    row_sums(total, slots);
     float m = total[0] * (1.f / C);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
       if ((i * LANES + lane) * VEC < end)
 #pragma unroll
-        for (int k = 0; k < VEC; k++) squares[0] += (in[i][k] - m) * (in[i][k] - m);
-    row_sums(squares, slots[1]);
-    float r = 1.f / sqrtf(squares[0] * (1.f / C) + eps);
+        for (int k = 0; k < VEC; k++) {
+          float d = in[i][k] - m, small = d * SMALL;
+          squares[0] += d * d;
+          squares[1] += small * small;
+        }
+    row_sums(squares, square_slots);
+    bool overflow = squares[0] > 3e38f;
+    float r = (overflow ? SMALL : 1.f) / sqrtf(squares[overflow] * (1.f / C) + (overflow ? 0.f : eps));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
@@ -116,7 +122,7 @@ __device__ __forceinline__ void store_partial(float* partial, float* row, const 
   int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int group = 0; group < ROWS; group++) {
-    __syncthreads();  // the row is free; then, the previous group has added
+    __syncthreads();  // at first: the row's previous contents have been read; later: the previous group has added
     if (threadIdx.x / LANES != group) continue;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -138,9 +144,9 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
   __syncthreads();
-  int lane = threadIdx.x % LANES, turn = 0;
+  int lane = threadIdx.x % LANES, stage = 0;
   float dweight[PER_LANE][VEC] = {}, dbias[PER_LANE][VEC] = {};
-  for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, turn ^= 1) {
+  for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS, stage ^= 1) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
     float m = end ? mean[row] : 0.f, r = end ? rstd[row] : 0.f, sums[2] = {};  // sums of g and of g xhat
@@ -168,7 +174,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
         sums[1] += g * xhat;
       }
     }
-    row_sums(sums, slots[turn]);
+    row_sums(sums, slots[stage]);
     if (ADD) cp_async_wait<0>();  // each lane reads what it copied
     float g_mean = sums[0] * (1.f / C), gx_mean = sums[1] * (1.f / C);
 #pragma unroll

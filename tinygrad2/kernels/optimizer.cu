@@ -22,14 +22,17 @@ __device__ __forceinline__ void store4(float* p, long long i, long long n, bool 
 
 __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long long)p % 16 == 0; }
 
-// partial[block] = the sum of x_i^2 over the block's share of x: every gridDim-th run of 4096 numbers.
+// partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th run of 4096 numbers.
+// One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
 // Each of a thread's four sums runs over every fourth number that it reads. The number of blocks is a function of n
 // alone: the same sum on every device.
-// Reads 4 B a number: 124M numbers are 0.50 GB, 0.25 GFLOP; floor 0.12 ms.
+// Reads 4 B a number: 124M numbers are 0.50 GB, 1 GFLOP; floor 0.12 ms.
+constexpr int UNITS = 3;
 extern "C" __global__ void __launch_bounds__(256)
 square_partials(const float* x, float* partial, long long n) {
   const bool whole = aligned(x);
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const float unit[UNITS] = {1.0f, 5.421010862427522e-20f, 18446744073709551616.0f};  // 1, 2^-64, 2^64
+  float sum[UNITS][4] = {};
   for (long long first = (long long)blockIdx.x * 4096; first < n; first += (long long)gridDim.x * 4096) {
     Pack<float> r[4];  // four loads in flight
 #pragma unroll
@@ -37,26 +40,35 @@ square_partials(const float* x, float* partial, long long n) {
 #pragma unroll
     for (int k = 0; k < 4; k++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) sum[j] += r[k].v[j] * r[k].v[j];
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+          const float x = r[k].v[j] * unit[u];
+          sum[u][j] += x * x;
+        }
   }
-  float total = block_sum<8>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const float total = block_sum<8>((sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
+    if (threadIdx.x == 0) partial[u * gridDim.x + blockIdx.x] = total;
+    __syncthreads();  // block_sum's memory is used again
+  }
 }
 
-// total = the sum of the partial sums, by one block. A few KB: the floor is the launch.
+// total[u] = the sum of the partial sums of a unit, by one block for each. A few KB: the floor is the launch.
 extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* partial, float* total, int count) {
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < count; i += 256) sum += partial[i];
+  for (int i = threadIdx.x; i < count; i += 256) sum += partial[blockIdx.x * count + i];
   sum = block_sum<8>(sum);
-  if (threadIdx.x == 0) *total = sum;
+  if (threadIdx.x == 0) total[blockIdx.x] = sum;
 }
 
 // One step of AdamW, four numbers a thread:
 //   g = grad * scale;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
 //   value = value (1 - lr decay) - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps).
-// What differs from step to step is read from device memory. 1 - b^step is computed as -expm1(step ln b), since b^step
-// close to 1 has few digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN, nothing is
-// changed: the optimizer skips a step that way whose gradients are not finite.
+// Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
+// a difference from 1 would lose digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN,
+// nothing changes: that is how the optimizer skips a step whose gradients are not finite.
 // Reads 16 B a number and writes 12: 124M numbers are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* value, const float* grad, float* m, float* v, const float* grad_scale, const float* lr, const float* step,

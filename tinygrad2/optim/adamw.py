@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm
 from tinygrad2.optim.optimizer import Optimizer, Part
-from tinygrad2.params import HasParameters
+from tinygrad2.params import HasParameters, Parameter
 
 
 class AdamW(Optimizer):
@@ -16,7 +18,7 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        model: HasParameters,
+        model: HasParameters | Iterable[Parameter],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalized, for the matrices inside a model; AdamW for everything else."""
+"""Muon: orthogonalized momentum for the hidden layers' matrices, and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygrad2.params import Bucket, HasParameters
 
 @dataclass
 class Block:
-    """Columns first ... last - 1 of a matrix, which one rank orthogonalizes, and their start in the buffer of all."""
+    """Columns first ... last - 1 of a matrix, which one rank orthogonalizes, and their start in the common buffer."""
 
     name: str
     first: int
@@ -31,7 +31,7 @@ class Block:
         return matrix[:, self.first : self.last]
 
     def direction(self, buffer: Array) -> Array:
-        """The place of this block in the flat buffer of all directions."""
+        """The part of the flat buffer of all directions that belongs to this block."""
         return buffer[self.start : self.start + self.size].reshape(self.rows, self.last - self.first)
 
 
@@ -41,10 +41,10 @@ class Muon(AdamW):
     kinds have the same size (arXiv:2502.16982).
 
     matrices  names of the parameters that Muon updates: the weights (in, out) of hidden layers. The value is the number
-              of blocks of columns that are orthogonalized apart: 3 for queries, keys and values in one matrix, else 1.
+              of column blocks that are orthogonalized separately: 3 for queries, keys and values in one matrix, else 1.
     momentum  of Muon;  betas, eps  of AdamW.
-    ranks     share the work: each orthogonalizes some of the blocks, and all gather the result. Every block is computed
-              by one call on one rank, so the result has the same bits on any number of ranks.
+    ranks     share the work: each orthogonalizes some of the blocks, and an all-gather distributes the results. Every
+              block is computed by one call on one rank, so the result has the same bits on any number of ranks.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Muon(AdamW):
         return directions
 
     def _bucket_momentum(self, bucket: Bucket, scale: Array) -> Array:
-        """Update the momentum of the matrices in a bucket; returns their Nesterov momentum, the whole bucket's."""
+        """Update the momentum of the matrices in a bucket; returns the Nesterov momentum of the whole bucket."""
         momentum = self._zeros(bucket.stop - bucket.start)
         for part in self.parts:
             start, stop = max(part.start, bucket.start), min(part.stop, bucket.stop)
@@ -118,7 +118,9 @@ class Muon(AdamW):
                 raise ValueError(f"Muon: {name} is not a matrix of the model")
             rows, columns = parameters[name].shape
             if n < 1 or columns % n:
-                raise ValueError(f"Muon: {name} has {columns} columns, which do not divide into {n} blocks")
+                raise ValueError(
+                    f"Muon: {name} is to be divided into {n} blocks; expected a divisor of its {columns} columns"
+                )
             width = columns // n
             blocks += [Block(name, first, first + width, rows) for first in range(0, columns, width)]
         blocks.sort(key=lambda block: -block.size * min(block.rows, block.last - block.first))

@@ -1,26 +1,26 @@
-"""What every optimizer does around its rule: clipping, skipping a step, state and its sharding over ranks."""
+"""The base class of the optimizers: clipping, skipped steps, state, and its sharding over ranks."""
 
 from __future__ import annotations
 
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, all_gather, share
-from tinygrad2.params import Bucket, HasParameters, ParameterArena, Region
+from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, ParameterList, Region
 
 
 @dataclass
 class Part:
-    """The elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
+    """Elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
 
     region: Region
     start: int
@@ -38,8 +38,9 @@ class Part:
 
 
 class Optimizer(ABC):
-    """Updates every parameter of a model by its gradient. A subclass is the rule: `state_names` and `update`.
+    """Updates every parameter of a model by its gradient. A subclass implements the rule: `state_names` and `update`.
 
+    model         a module, or an iterable of parameters such as `model.parameters()`.
     lr            learning rate; it may be changed from step to step.
     weight_decay  of matrices (parameters of two or more axes); biases and gains have none.
     shared_by     ranks that shard the state: each keeps the state of its share of every bucket and updates that, and
@@ -49,12 +50,16 @@ class Optimizer(ABC):
     The state is flat arrays in the order of the model's arena.
     """
 
-    def __init__(self, model: HasParameters, lr: float, weight_decay: float, shared_by: Comm | None = None):
+    def __init__(
+        self, model: HasParameters | Iterable[Parameter], lr: float, weight_decay: float, shared_by: Comm | None = None
+    ):
         self._require("lr", lr, lr >= 0)
         self._require("weight_decay", weight_decay, weight_decay >= 0)
-        self.model, self.lr, self.weight_decay, self.shared_by = model, lr, weight_decay, shared_by
-        self.steps = 0  # so far, including skipped ones
-        self._arena = model.arena()
+        is_module = hasattr(model, "named_parameters")
+        self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
+        self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
+        self._arena = self.model.arena()
+        self._steps = self._zeros(1)  # on the device, which decides whether a step is skipped
         self.parts = [
             Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
             for region, start, stop, names in self._runs()
@@ -78,10 +83,11 @@ class Optimizer(ABC):
 
     @property
     def arena(self) -> ParameterArena:
-        """The model's flat buffers. Where the model has moved to another device, the state follows it."""
+        """The model's flat buffers. If the model has moved to another device, the state is moved too."""
         arena = self.model.arena()
         if arena is not self._arena:
             old, self._arena = self._arena.backend, arena
+            self._steps = arena.backend.asarray(old.to_host(self._steps), arena.dtype)
             for part, (region, *_) in zip(self.parts, self._runs(), strict=True):
                 part.region = region
                 part.state = tuple(arena.backend.asarray(old.to_host(array), arena.dtype) for array in part.state)
@@ -96,7 +102,7 @@ class Optimizer(ABC):
 
     def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
         """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, divided
-        where the names of the state change from one parameter to the next."""
+        where the names of the state change between parameters."""
         regions = [(region, 0, len(region.values)) for region in self._arena.regions]
         for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
             for names, members in groupby(region.where.items(), key=lambda item: self.state_names(item[0])):
@@ -117,38 +123,49 @@ class Optimizer(ABC):
         """Clear every gradient."""
         self.arena.zero_grad()
 
+    @property
+    def steps(self) -> int:
+        """The number of steps so far, without skipped ones. Reading it waits for the device."""
+        return int(self.arena.backend.to_host(self._steps)[0])
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._steps[...] = count
+
     def grad_norm(self) -> Array:
         """The Euclidean norm of all gradients together, as a 0-d array."""
         backend = self.arena.backend
         squares = [backend.kernels.squared_norm(part.grads) for part in self.parts]
-        square = reduce(operator.add, squares or [backend.zeros((), self._arena.dtype)])
+        total = reduce(operator.add, squares or [self._zeros(3)])
         if self.shared_by is not None:
             if nccl := self.shared_by.nccl(backend):
-                nccl.start_sum(square.reshape(1))
+                nccl.start_sum(total)
                 nccl.join()
             else:
-                gathered = self.shared_by.all_gather(backend.to_host(square))
-                square = backend.asarray(gathered.sum(), dtype=self._arena.dtype)
-        return backend.np.sqrt(square)
+                gathered = self.shared_by.all_gather(backend.to_host(total))
+                total = backend.asarray(gathered.sum(axis=0))
+        return backend.kernels.norm(total)
 
     def step(self, max_norm: float | None = None) -> Array:
         """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
 
-        max_norm  scale the gradients down to this global norm where theirs is larger (arXiv:1211.5063). The scaling is
+        max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        Where the norm is not finite, the step is skipped: no parameter and no state changes. The device decides that,
-        and the host does not wait for the norm; `steps` counts the step all the same.
+        If the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count it.
+        This is decided on the device, without waiting for the norm on the host.
         """
         arena = self.arena
         np = arena.backend.np
         norm = self.grad_norm()
         one, nan = (np.full((), value, dtype=arena.dtype) for value in (1, math.nan))
         scale = one if max_norm is None else np.minimum(max_norm / (norm + 1e-6), one)
-        scale = np.where(np.isfinite(norm), scale, nan)
-        self.steps += 1
-        numbers = arena.backend.upload(numpy.array([self.lr, self.steps], arena.dtype))
-        self.update_all(scale, numbers[0], numbers[1])
+        finite = np.isfinite(norm)
+        step = self._steps + one
+        lr = arena.backend.upload(numpy.array([self.lr], arena.dtype))
+        self.update_all(np.where(finite, scale, nan), lr[0], step[0])
+        self._steps = np.where(finite, step, self._steps)
         arena.refresh_copies()
+        arena.mark_written()
         return norm
 
     def update_all(self, scale: Array, lr: Array, step: Array) -> None:
@@ -158,7 +175,7 @@ class Optimizer(ABC):
         self.gather_values(self._arena.buckets)
 
     def gather_values(self, buckets: list[Bucket]) -> None:
-        """Where the state is sharded, take over the values in these buckets that other ranks have updated."""
+        """If the state is sharded, copy the values in these buckets that other ranks have updated."""
         if self.shared_by is not None:
             values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in buckets]
             all_gather(self.shared_by, self._arena.backend, values)
@@ -166,7 +183,7 @@ class Optimizer(ABC):
     def state(self) -> dict[str, numpy.ndarray]:
         """The state by parameter name, such as `exp_avg.NAME`, on the host; `steps` is kept beside it.
 
-        Where it is sharded, rank 0 gets all of it, and the other ranks an empty dictionary.
+        If it is sharded, rank 0 gets all of it, and the other ranks get an empty dictionary.
         """
         arena, arrays = self.arena, {}
         for kind in dict.fromkeys(name for parameter in arena.parameters for name in self.state_names(parameter)):
@@ -206,7 +223,7 @@ class Optimizer(ABC):
         arena = self.arena
         shapes = {f"{kind}.{name}": p.shape for name, p in arena.parameters.items() for kind in self.state_names(name)}
         for name in sorted(shapes.keys() ^ arrays.keys()):
-            raise ValueError(f"optimizer state: {name} is {'missing' if name in shapes else 'not one of the model'}")
+            raise ValueError(f"optimizer state: {name} is {'missing' if name in shapes else 'unexpected'}")
         for name, shape in shapes.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"optimizer state: {name} has shape {arrays[name].shape}; expected {shape}")

@@ -31,8 +31,8 @@ def cosine(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int
 def wsd(step: int, *, lr: float, min_lr: float, warmup: int, stable_steps: int, decay_steps: int) -> float:
     """Warm-up, stable, decay: linear warm-up, lr until `stable_steps`, then a straight line to min_lr at `decay_steps`.
 
-    All steps count from the start of training. Up to `stable_steps` the rate does not depend on how long training will
-    be: a run can be continued from any step before the decay, or decayed from there.
+    All steps count from the start of training. Up to `stable_steps` the rate does not depend on the length of
+    the training, so a run can be continued from any step before the decay, or decayed from there.
     Source: arXiv:2404.06395, section 4.2.
     """
     if step < max(warmup, stable_steps):
@@ -41,5 +41,5 @@ def wsd(step: int, *, lr: float, min_lr: float, warmup: int, stable_steps: int, 
 
 
 def _progress(step: int, first: int, last: int) -> float:
-    """How much of the way from one step to another is done, from 0 to 1."""
+    """The progress from one step to another, from 0 to 1."""
     return min(1.0, (step - first) / (last - first)) if last > first else 1.0

@@ -1,24 +1,26 @@
-"""Stochastic gradient descent, with momentum or without."""
+"""Stochastic gradient descent, with or without momentum."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm
 from tinygrad2.optim.optimizer import Optimizer, Part
-from tinygrad2.params import HasParameters
+from tinygrad2.params import HasParameters, Parameter
 
 
 class SGD(Optimizer):
     """Stochastic gradient descent. The math: `sgd_step` in reference.py.
 
-    momentum  how much of the previous update is kept; 0 keeps no state.
-    nesterov  look ahead by one momentum step.
+    momentum  decay rate of the momentum; with 0 there is no state.
+    nesterov  use Nesterov momentum.
     Weight decay is added to the gradient, as in PyTorch.
     """
 
     def __init__(
         self,
-        model: HasParameters,
+        model: HasParameters | Iterable[Parameter],
         lr: float = 1e-3,
         momentum: float = 0.9,
         nesterov: bool = False,

@@ -98,7 +98,7 @@ def test_id_outside_the_vocabulary_names_the_shard(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [*range(15), 257, 3]})
     data = TokenDataset.open(folder, "train")
     assert data.read(0, 15).tolist() == list(range(15))
-    with pytest.raises(ValueError, match=r"train-00001.bin: it has the id 257, but the vocabulary has 257 \(x\)"):
+    with pytest.raises(ValueError, match=r"train-00001.bin: contains the id 257, but the vocabulary has 257 ids \(x\)"):
         data.batch([1], 8)
 
 
@@ -158,7 +158,7 @@ def test_unknown_split(folder):
 
 def test_find_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data 'mine': no such data set \(data/ has no data set\)"):
+    with pytest.raises(FileNotFoundError, match=r"data 'mine': no such data set \(data/ contains no data set\)"):
         find_dataset("mine")
     write_dataset(tmp_path / "data" / "mine", {"train": [1, 2]})
     write_dataset(tmp_path / "data" / "also", {"train": [1, 2]})
@@ -166,7 +166,7 @@ def test_find_dataset(tmp_path, monkeypatch):
     assert find_dataset("mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset("data/mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset(elsewhere) == elsewhere
-    with pytest.raises(FileNotFoundError, match=r"data/ has also, mine\); make one with python data/prepare.py"):
+    with pytest.raises(FileNotFoundError, match=r"data/ contains also, mine\); make one with python data/prepare.py"):
         find_dataset("nine")
 
 
@@ -212,7 +212,7 @@ def test_shards_of_other_programs(tmp_path, monkeypatch, write):
     write(folder, train, val)
     monkeypatch.chdir(tmp_path)
     assert find_dataset("theirs").resolve() == folder
-    with pytest.raises(FileNotFoundError, match=r"data/ has theirs\)"):
+    with pytest.raises(FileNotFoundError, match=r"data/ contains theirs\)"):
         find_dataset("other")
     data = TokenDataset.open(folder, "train")
     assert (data.tokens, data.vocab_size) == (5001, 50257)
@@ -251,7 +251,9 @@ def test_their_ids_are_checked_as_they_are_read(tmp_path):
     nanogpt(tmp_path, [1, 2, 3, 4, 60000], [1])
     data = TokenDataset.open(tmp_path, "train")
     assert data.read(0, 4).tolist() == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match=r"train.bin: it has the id 60000, but the vocabulary has 50257 \(gpt2\)"):
+    with pytest.raises(
+        ValueError, match=r"train.bin: contains the id 60000, but the vocabulary has 50257 ids \(gpt2\)"
+    ):
         data.read(3, 2)
 
 

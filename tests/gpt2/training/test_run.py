@@ -56,7 +56,7 @@ def test_fresh_renames_and_never_deletes(workspace, capsys):
     (aside,) = Path().glob("out-*")
     assert (aside / "log.jsonl").read_text() == before
     checkpoint.verify(aside / "ckpt-000002")
-    assert f"out/ is now {aside}/" in capsys.readouterr().out
+    assert f"out/ renamed to {aside}/" in capsys.readouterr().out
     assert len(rows("out")) == 3
 
 

@@ -60,7 +60,7 @@ def test_the_data_of_a_run_may_get_another_name_and_nothing_else(workspace, caps
     prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "other")
     capsys.readouterr()
     assert train.main(["--max-iters", "6", "--data", "other"]) == 1
-    assert "data/other is not the data that out/ was trained on so far: it is another data set, or" in one_line(capsys)
+    assert "data/other is not the data that out/ was trained on: it is another data set, or" in one_line(capsys)
 
 
 def test_fine_tuning_starts_from_the_weights(workspace, capsys):
@@ -99,7 +99,7 @@ def make_small(workspace):
 
 
 BAD = {
-    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ has text\)"),
+    "no such data set": (None, ["--data", "nothing"], r"data 'nothing': no such data set \(data/ contains text\)"),
     "an empty folder": (
         lambda folder: (folder / "empty").mkdir(),
         ["--data", "empty"],
@@ -118,7 +118,7 @@ BAD = {
     "ids outside the vocabulary": (
         foreign_ids,
         [],
-        r"train-00000\.bin: it has the id 32767, but the vocabulary has 257",
+        r"train-00000\.bin: contains the id 32767, but the vocabulary has 257",
     ),
     "a manifest of something else": (
         lambda folder: (folder / "data" / "text" / "manifest.json").write_text("[1]"),
@@ -190,7 +190,7 @@ def test_data_prepared_again_under_the_same_name_is_noticed(workspace, capsys):
     (workspace / "other.txt").write_text(TEXT.replace("times", "plus"))
     prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "text", fresh=True)
     run("--max-iters", "4", code=1)
-    assert "data/text is not the data that out/ was trained on so far" in one_line(capsys)
+    assert "data/text is not the data that out/ was trained on" in one_line(capsys)
 
 
 def test_another_vocabulary_beside_the_data_is_noticed(workspace, capsys):

@@ -110,6 +110,12 @@ def test_every_token_alike_by_hand():
     assert HELLASWAG.metrics(sums) == {"acc_norm": 1 / 3, "acc": 1 / 3}
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e7, 1e12])
+def test_an_offset_of_all_logits_changes_no_loss(offset):
+    sums = score(LAMBADA, unigram_model(offset), BYTES, [Item("a", (" word",), 0)], batch_size=1)
+    assert sums["nats"] == pytest.approx(5 * np.log(257), rel=1e-6)
+
+
 def test_known_probabilities_by_hand():
     """p(a) = 1/2, p(b) = 1/4, p(blank) = 1/8, the rest tiny."""
     logits = np.full(257, -30.0)
@@ -290,7 +296,7 @@ def test_files_that_are_not_json_lines(content, line, tmp_path):
 
 def test_an_empty_and_a_missing_file(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(ValueError, match="it has no questions"):
+    with pytest.raises(ValueError, match="no questions in this file"):
         load_items(LAMBADA, tmp_path / "f.jsonl")
     with pytest.raises(FileNotFoundError):
         load_items(LAMBADA, tmp_path / "none.jsonl")
@@ -353,7 +359,7 @@ def test_download_happens_once(cache):
     ],
 )
 def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
-    what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*put the file here"
+    what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*save the file as"
     with serving(**answer) as (url, _), pytest.raises(OSError, match=what) as error:
         load_items(published(url))
     assert str(cache / "words.jsonl") in str(error.value)

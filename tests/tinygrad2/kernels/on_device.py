@@ -21,9 +21,12 @@ class Simulated(type(library)):
 
 def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=False, scale=None):
     """CudaKernels.gemm, by NumPy."""
+    dtype = a.dtype
     a, b = (x._a.astype("f4").T if turned else x._a.astype("f4") for x, turned in ((a, transpose_a), (b, transpose_b)))
     with np.errstate(invalid="ignore"):
         product = a @ b * (1 if scale is None else scale._a)
+    if out is None:
+        return ndarray(product.astype(dtype))
     out._a[...] = product + out._a if accumulate else product
     return out
 

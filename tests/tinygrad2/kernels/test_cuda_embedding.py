@@ -123,7 +123,7 @@ FAULTS = [
     ("embedding_backward", "began_earlier ? pieces : pieces + C", "pieces"),
     ("embedding_backward_long", "|| start > 0 && tokens[start - 1] == token", ""),
     ("embedding_backward_long", "&& tokens[next + k * BLOCK_ROWS] == token", ""),
-    ("embedding_backward_long", "more = there[AHEAD - 1]", "more = false"),
+    ("embedding_backward_long", "more = same_token[AHEAD - 1]", "more = false"),
     ("embedding_backward_positions", "(size_t)b * T + t", "(size_t)t * B + b"),
 ]
 

@@ -94,9 +94,9 @@ FAULTS = {
     "a row's sums are read before they are written": (
         "layernorm", "row_sums", "slots[warp][n] = v[n]; __syncthreads();", "slots[warp][n] = v[n];"
     ),
-    "one set of slots": ("layernorm", "backward", "row_sums(sums, slots[turn])", "row_sums(sums, slots[0])"),
+    "one set of slots": ("layernorm", "backward", "row_sums(sums, slots[stage])", "row_sums(sums, slots[0])"),
     "only the first warp of a row": ("layernorm", "row_sums", "w < ROW_WARPS", "w < 1"),
-    "groups add at once": ("layernorm", "store_partial", "__syncthreads(); // the row", "// the row"),
+    "groups add at once": ("layernorm", "store_partial", "__syncthreads(); // at first", "// at first"),
     "a row of sums is stored too early": (
         "layernorm", "store_partial", "__syncthreads(); for (int c = threadIdx.x;", "for (int c = threadIdx.x;"
     ),

@@ -212,8 +212,8 @@ def test_a_model_that_moves_to_a_gpu_takes_its_momentum_along():
     [
         ({"other": 1}, r"^Muon: other is not a matrix of the model$"),
         ({"gain": 1}, r"^Muon: gain is not a matrix of the model$"),
-        ({"up": 3}, r"^Muon: up has 20 columns, which do not divide into 3 blocks$"),
-        ({"up": 0}, r"^Muon: up has 20 columns, which do not divide into 0 blocks$"),
+        ({"up": 3}, r"^Muon: up is to be divided into 3 blocks; expected a divisor of its 20 columns$"),
+        ({"up": 0}, r"^Muon: up is to be divided into 0 blocks; expected a divisor of its 20 columns$"),
     ],
 )
 def test_matrices_that_the_model_does_not_have_are_refused(matrices, message):
