@@ -21,8 +21,10 @@ ENGINE = (
     ("kernels",),
     ("backend",),
     ("arguments", "distributed", "initializers", "profiler", "protocols"),
+    ("methods",),
     ("tensor",),
-    ("ops", "params"),
+    ("gradient_checkpointing", "ops", "params"),
+    ("functional", "state"),
     ("nn",),
     ("optim", "gradient_sum", "gradcheck", "diagnose"),
     ("__init__",),
@@ -255,6 +257,7 @@ TESTED_BY = {
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
+    "tinygrad2.state": "tinygrad2/test_nn.py",
 }
 
 

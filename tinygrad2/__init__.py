@@ -1,23 +1,39 @@
 """tinygrad2: a small autograd engine whose every backward pass is written by hand and checked.
 
-The names below are imported when they are first used, so that `tinygrad2.machine` and `tinygrad2.files`, which need the
-standard library only, can be imported where NumPy is missing.
+    from tinygrad2 import Tensor, nn, ops, optim
+    import tinygrad2 as tg                       # tg.relu(x), tg.where(x > 0, x, 0), tg.zeros(2, 3): see functional.py
+
+The names below, and every function of functional.py, are imported when they are first used, so that `tinygrad2.machine`
+and `tinygrad2.files`, which need the standard library only, can be imported where NumPy is missing.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygrad2 import nn, ops, optim
+    from tinygrad2 import functional, nn, ops, optim
     from tinygrad2.autograd import no_grad
+    from tinygrad2.functional import *  # noqa: F403
+    from tinygrad2.gradient_checkpointing import recompute
     from tinygrad2.random import Key
-    from tinygrad2.tensor import Tensor, recompute, record
+    from tinygrad2.tensor import Tensor, record
 
 __version__ = "0.9.0"
 
-__all__ = ["Key", "Tensor", "nn", "no_grad", "ops", "optim", "recompute", "record"]
+__all__ = ["Key", "Tensor", "functional", "nn", "no_grad", "ops", "optim", "recompute", "record"]
 
-_MODULE_OF = {"Key": "random", "Tensor": "tensor", "no_grad": "autograd", "recompute": "tensor", "record": "tensor"}
+_MODULE_OF = {
+    "Key": "random",
+    "Tensor": "tensor",
+    "no_grad": "autograd",
+    "recompute": "gradient_checkpointing",
+    "record": "tensor",
+}
+
+
+def _functions() -> Any:
+    return import_module("tinygrad2.functional")
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +41,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"tinygrad2.{_MODULE_OF[name]}"), name)
     elif name in __all__:
         value = import_module(f"tinygrad2.{name}")
+    elif not name.startswith("_") and not find_spec(f"tinygrad2.{name}") and name in _functions().__all__:
+        value = getattr(_functions(), name)
     else:
         raise AttributeError(f"module 'tinygrad2' has no attribute {name!r}")
     globals()[name] = value

@@ -18,11 +18,13 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike
 
+from tinygrad2 import functional as f
 from tinygrad2 import ops
 from tinygrad2.autograd import no_grad
 from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.gradient_checkpointing import recompute
 from tinygrad2.random import Key
-from tinygrad2.tensor import Tensor, recompute, record
+from tinygrad2.tensor import Tensor, record
 
 STEP = 5e-4  # of the differences; their truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
 FLOOR = (
@@ -151,6 +153,21 @@ def distinct(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.nd
     return 0.1 * random.permutation(math.prod(shape)).reshape(shape)
 
 
+def nonzero(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Values of both signs at least 0.5 from zero, for functions that are not smooth at zero."""
+    return _away_from_zero(random, shape)
+
+
+def fraction(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Values in (-0.8, 0.8), for functions that are defined in (-1, 1)."""
+    return random.uniform(-0.8, 0.8, shape)
+
+
+def spread(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Values at least 0.31 apart, none near an integer, half of them negative: for functions with corners there."""
+    return distinct(random, shape) * 3.7 - 0.05 - 0.37 * (math.prod(shape) // 2)
+
+
 def initial(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
     """Normal values for parameters: matrices divided by sqrt(rows), vectors (gains, biases) about 1."""
     values = random.standard_normal(shape)
@@ -205,7 +222,7 @@ def stack(wte: Tensor, wpe: Tensor, gain: Tensor, bias: Tensor, *parameters: Ten
     return ops.lm_head(ops.layernorm(x, gain, bias), wte, TARGETS)
 
 
-CASES = (
+CASES: tuple[GradientCase, ...] = (
     GradientCase("add", lambda a, b: a + b, ((3, 4), (3, 4))),
     GradientCase("add, broadcast", lambda a, b: a + b, ((2, 3, 4), (3, 1))),
     GradientCase("add, a number", lambda a: 2 + a + 1.5, ((3, 4),)),
@@ -287,6 +304,172 @@ CASES = (
         1e-6,
     ),
 )
+
+SELECTED = numpy.array([[True, False, True, True], [False, False, True, False], [True, True, False, False]])
+PLACES = numpy.array([[2, 0, 0], [1, 1, 3]])
+WEIGHTS = numpy.linspace(0.5, 2.0, 11)  # of classes
+VISIBLE = numpy.array([[True, False, True, False, True], [True, True, True, True, True], [False] * 5])
+QUERIES, GROUPS, PAIRS = (2, 4, 3, 6), (2, 2, 5, 6), (2, 2, 5, 4)  # query, key and value of attention
+
+# Of methods.py and functional.py: the rows of an operation begin with its name.
+COMPOSITIONS = (
+    *(
+        GradientCase(name, getattr(f, name), shape, draw)
+        for shape, draw, names in (
+            (
+                ((3, 4),),
+                standard_normal,
+                "sin cos sinh cosh arctan arcsinh exp2 expm1 erf square sigmoid logsigmoid",
+            ),
+            (
+                ((3, 4),),
+                standard_normal,
+                "silu quick_gelu softplus mish logsumexp log_softmax var std norm prod cumsum",
+            ),
+            (((3, 4),), standard_normal, "cumprod rmsnorm nan_to_num"),
+            (((3, 4),), positive, "sqrt rsqrt reciprocal log1p log2 log10"),
+            (((3, 4),), fraction, "tan arcsin arccos arctanh"),
+            (((3, 4),), spread, "abs sign floor ceil round trunc relu relu6 leaky_relu elu selu celu softsign"),
+            (((3, 4),), spread, "hardtanh hardsigmoid hardswish min sort"),
+            (((2, 3, 4),), standard_normal, "squeeze flatten ravel flip tril triu diagonal trace negative"),
+        )
+        for name in names.split()
+    ),
+    GradientCase("arccosh, from 1", lambda x: f.arccosh(x + 1.0), ((3, 4),), positive),
+    GradientCase("elu, alpha", lambda x: f.elu(x, alpha=0.5), ((3, 4),), spread),
+    GradientCase("celu, alpha", lambda x: f.celu(x, alpha=0.5), ((3, 4),), spread),
+    GradientCase("clip", lambda x: f.clip(x, -1.0, 1.0), ((3, 4),), spread),
+    GradientCase("clip, one bound", lambda x: f.clip(x, max=0.0), ((3, 4),), spread),
+    GradientCase("maximum", f.maximum, ((3, 4), (3, 4)), distinct),
+    GradientCase("maximum, broadcast", f.maximum, ((2, 3, 1), (3, 4)), distinct),
+    GradientCase("minimum, broadcast", f.minimum, ((2, 3, 1), (3, 4)), distinct),
+    GradientCase("maximum, a number", lambda x: f.maximum(0.0, x), ((3, 4),), spread),
+    GradientCase("power", lambda a, b: a**b, ((3, 4), (3, 4)), positive),
+    GradientCase("power, broadcast", f.power, ((2, 1, 4), (3, 1)), positive),
+    GradientCase("power, of a number", lambda x: 2.5**x, ((3, 4),)),
+    GradientCase("remainder", lambda a, b: f.remainder(a, b + 9.13), ((3, 4), (4,)), spread),
+    GradientCase("logaddexp, broadcast", f.logaddexp, ((3, 1), (4,))),
+    GradientCase("arctan2", f.arctan2, ((3, 4), (3, 1)), nonzero),
+    GradientCase("hypot", f.hypot, ((3, 4), (3, 1)), nonzero),
+    GradientCase("lerp", f.lerp, ((3, 4), (3, 1), (4,))),
+    GradientCase("where", lambda a, b: f.where(SELECTED, a, b), ((3, 4), (3, 4))),
+    GradientCase("where, broadcast", lambda a, b: f.where(SELECTED, a, b), ((2, 1, 4), (3, 1))),
+    GradientCase("masked_fill", lambda x: f.masked_fill(x, SELECTED, 2.0), ((3, 4),)),
+    GradientCase("min, axes", lambda x: f.min(x, (0, -1)), ((2, 3, 4),), distinct),
+    GradientCase("prod, axes", lambda x: f.prod(x, (0, 2), keepdims=True), ((2, 3, 4),)),
+    GradientCase("prod, zeros", lambda x: f.prod(x * numpy.array([[0.0], [1.0], [1.0]]), 1), ((3, 4),)),
+    GradientCase("var, axes", lambda x: f.var(x, (0, 2), ddof=1), ((2, 3, 4),)),
+    GradientCase("std, axis", lambda x: f.std(x, -1, keepdims=True, correction=1), ((2, 3, 4),)),
+    GradientCase("norm, axis", lambda x: f.norm(x, 1), ((2, 3, 4),)),
+    GradientCase("logsumexp, axes", lambda x: f.logsumexp(x, (0, 2), keepdims=True), ((2, 3, 4),)),
+    GradientCase("softmax, axis", lambda x: f.softmax(x, 1), ((2, 3, 4),)),
+    GradientCase("log_softmax, axis", lambda x: f.log_softmax(x, 0), ((2, 3, 4),)),
+    GradientCase("cumsum, axis", lambda x: f.cumsum(x, 1), ((2, 3, 4),)),
+    GradientCase("cumprod, axis", lambda x: f.cumprod(x, 0), ((3, 2, 4),)),
+    GradientCase("sort, descending", lambda x: f.sort(x, 0, descending=True).values, ((3, 4),), distinct),
+    GradientCase("topk", lambda x: f.topk(x, 2, 1).values, ((3, 4),), distinct),
+    GradientCase("squeeze, axis", lambda x: f.squeeze(x, 1), ((3, 1, 4, 1),)),
+    GradientCase("unsqueeze", lambda x: f.unsqueeze(x, -2), ((3, 4),)),
+    GradientCase("expand_dims", lambda x: f.expand_dims(x, 0), ((3, 4),)),
+    GradientCase("flatten, axes", lambda x: f.flatten(x, 1, 2), ((2, 3, 4, 2),)),
+    GradientCase("unflatten", lambda x: f.unflatten(x, 1, (2, 3)), ((2, 6),)),
+    GradientCase("permute", lambda x: x.permute(2, 0, 1), ((2, 3, 4),)),
+    GradientCase("swapaxes", lambda x: f.swapaxes(x, 0, -1), ((2, 3, 4),)),
+    GradientCase("moveaxis", lambda x: f.moveaxis(x, 0, 2), ((2, 3, 4),)),
+    GradientCase("flip, axes", lambda x: f.flip(x, (0, -1)), ((2, 3, 4),)),
+    GradientCase("roll", lambda x: f.roll(x, 5), ((3, 4),)),
+    GradientCase("roll, axes", lambda x: f.roll(x, (1, -2), (0, 2)), ((2, 3, 4),)),
+    GradientCase("broadcast_to", lambda x: f.broadcast_to(x, 2, 3, 4), ((3, 1),)),
+    GradientCase("expand", lambda x: x.expand(2, -1, 4), ((3, 1),)),
+    GradientCase("repeat", lambda x: f.repeat(x, 3, 1), ((3, 4),)),
+    GradientCase("repeat, counts", lambda x: f.repeat(x, (2, 0, 1), 0), ((3, 4),)),
+    GradientCase("tile", lambda x: f.tile(x, 2, 1, 3), ((3, 4),)),
+    GradientCase("split", lambda x: f.split(x, 2, 1), ((2, 5),)),
+    GradientCase("split, sizes", lambda x: f.split(x, (1, 4), -1), ((2, 5),)),
+    GradientCase("chunk", lambda x: f.chunk(x, 3, 1), ((2, 5),)),
+    GradientCase("pad", lambda x: f.pad(x, ((1, 0), (2, 3)), constant_values=0.5), ((3, 4),)),
+    GradientCase("pad, reflect", lambda x: f.pad(x, 2, mode="reflect"), ((3, 4),)),
+    GradientCase("pad, edge", lambda x: f.pad(x, (1, 2), mode="edge"), ((3, 4),)),
+    GradientCase("gather", lambda x: f.gather(x, 1, PLACES), ((3, 4),)),
+    GradientCase("take", lambda x: f.take(x, PLACES, -1), ((3, 4),)),
+    GradientCase("diagonal, offset", lambda x: f.diagonal(x, 1, -2, 0), ((4, 3, 2),)),
+    GradientCase("diag", lambda x: f.diag(x, -1), ((3,),)),
+    GradientCase("tril, diagonal", lambda x: f.tril(x, -1), ((3, 4),)),
+    GradientCase("triu, diagonal", lambda x: f.triu(x, 1), ((3, 4),)),
+    GradientCase("dot", f.dot, ((2, 3, 4), (4, 5))),
+    GradientCase("inner", f.inner, ((2, 4), (3, 4))),
+    GradientCase("outer", f.outer, ((3,), (2, 2))),
+    GradientCase("tensordot", f.tensordot, ((2, 3, 4), (3, 4, 5))),
+    GradientCase("tensordot, axes", lambda a, b: f.tensordot(a, b, ((0, 2), (1, 0))), ((2, 3, 4), (4, 2, 5))),
+    GradientCase("matmul, function", f.matmul, ((2, 3, 4), (4, 2))),
+    GradientCase("einsum, matrices", lambda a, b: f.einsum("ij,jk->ik", a, b), ((3, 4), (4, 2))),
+    GradientCase("einsum, batch", lambda a, b: f.einsum("bhid,bhjd->bhij", a, b), ((2, 2, 3, 4), (2, 2, 5, 4))),
+    GradientCase("einsum, three", lambda a, b, c: f.einsum("ai,bij,cj->abc", a, b, c), ((2, 3), (4, 3, 5), (2, 5))),
+    GradientCase("einsum, diagonal", lambda a: f.einsum("iij->ji", a), ((3, 3, 4),)),
+    GradientCase("einsum, trace", lambda a, b: f.einsum("ii,jk", a, b), ((3, 3), (2, 2))),
+    GradientCase("einsum, dots", lambda a, b: f.einsum("...ij,j...->...i", a, b), ((2, 1, 3, 4), (4, 5))),
+    GradientCase("concatenate", lambda a, b: f.concatenate([a, b, a], 1), ((3, 4), (3, 2))),
+    GradientCase("concatenate, flattened", lambda a, b: f.concatenate([a, b], None), ((3, 4), (2,))),
+    GradientCase("stack, axis", lambda a, b: f.stack([a, b], -1), ((3, 4), (3, 4))),
+    GradientCase("dstack", lambda a, b: f.dstack([a, b]), ((4,), (1, 4, 2))),
+    GradientCase("vdot", f.vdot, ((3, 4), (12,))),
+    GradientCase("kron", f.kron, ((2, 3), (3, 1, 2))),
+    GradientCase("degrees", f.degrees, ((3, 4),)),
+    GradientCase("radians", f.radians, ((3, 4),)),
+    GradientCase("diff", lambda x: f.diff(x, 2, 1), ((3, 5, 2),)),
+    GradientCase("array_split", lambda x: f.array_split(x, 3, 1), ((2, 5),)),
+    GradientCase("vstack", lambda a, b: f.vstack([a, b]), ((4,), (2, 4))),
+    GradientCase("hstack, two", lambda a, b: f.hstack([a, b]), ((4, 1), (4, 2))),
+    GradientCase("meshgrid", f.meshgrid, ((3,), (4,))),
+    GradientCase("add, function", f.add, ((3, 4), (4,))),
+    GradientCase("subtract, function", f.subtract, ((3, 4), (4,))),
+    GradientCase("multiply, function", f.multiply, ((3, 4), (4,))),
+    GradientCase("divide, function", f.divide, ((3, 4), (4,)), positive),
+    GradientCase("rmsnorm, weight", f.rmsnorm, ((2, 3, 4), (4,))),
+    GradientCase("layernorm, no weight", f.layernorm, ((2, 3, 7),)),
+    GradientCase("layernorm, no bias", f.layernorm, ((2, 3, 7), (7,))),
+    GradientCase("rotary_embedding", lambda x: f.rotary_embedding(x, 3), ((2, 5, 6),)),
+    GradientCase("rotary_embedding, interleaved", lambda x: f.rotary_embedding(x, interleaved=True), ((2, 5, 6),)),
+    GradientCase("scaled_dot_product_attention", f.scaled_dot_product_attention, (QUERIES, GROUPS, PAIRS)),
+    GradientCase(
+        "scaled_dot_product_attention, mask",
+        lambda q, k, v: f.scaled_dot_product_attention(q, k, v, VISIBLE),
+        (QUERIES, GROUPS, PAIRS),
+    ),
+    GradientCase(
+        "scaled_dot_product_attention, bias",
+        lambda q, k, v, bias: f.scaled_dot_product_attention(q, k, v, bias),
+        (QUERIES, GROUPS, PAIRS, (4, 3, 5)),
+    ),
+    GradientCase(
+        "scaled_dot_product_attention, causal, dropout",
+        lambda q, k, v: f.scaled_dot_product_attention(q, k, v, None, 0.3, True, 0.5, KEY),
+        ((3, 6), (5, 6), (5, 4)),
+    ),
+    GradientCase("mse_loss", f.mse_loss, ((3, 4), (3, 4))),
+    GradientCase("l1_loss", lambda a, b: f.l1_loss(a, b + 9.0, "sum"), ((3, 4), (3, 4)), distinct),
+    GradientCase("nll_loss", lambda x: f.nll_loss(x, TARGETS), ((2, 5, 11),)),
+    GradientCase(
+        "binary_cross_entropy", lambda p, t: f.binary_cross_entropy(p / 4.0, t / 4.0), ((3, 4), (3, 4)), positive
+    ),
+    GradientCase(
+        "binary_cross_entropy_with_logits",
+        lambda x, t: f.binary_cross_entropy_with_logits(x, t, "none"),
+        ((3, 4), (3, 4)),
+    ),
+    GradientCase(
+        "cross_entropy, options",
+        lambda x: f.cross_entropy(x, TARGETS, WEIGHTS, ignore_index=3, label_smoothing=0.1),
+        ((2, 5, 11),),
+    ),
+    GradientCase(
+        "cross_entropy, none",
+        lambda x: f.cross_entropy(x, TARGETS, reduction="none", label_smoothing=0.1),
+        ((2, 5, 11),),
+    ),
+    GradientCase("cross_entropy, shares", lambda x, t: f.cross_entropy(x, f.softmax(t)), ((3, 4), (3, 4))),
+)
+CASES += COMPOSITIONS
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy
 
-from tinygrad2 import ops
+from tinygrad2 import functional, ops, random
 from tinygrad2.backend import Backend, get_backend
 from tinygrad2.initializers import Initializer, ModuleType, normal_init, zeros_init
 from tinygrad2.params import Parameter, ParameterArena, arena_of
 from tinygrad2.precision import Precision, PrecisionLike
+from tinygrad2.state import State, modules_in, parameters_in
 from tinygrad2.tensor import Tensor
 
 
-class Module(metaclass=ModuleType):
-    """Holds parameters, modules and lists of modules as attributes; their names are the paths to them."""
+class Module(State, metaclass=ModuleType):
+    """Holds parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
         seen: set[int] = set()
-        for name, parameter in _named(prefix, vars(self)):
+        for name, parameter in parameters_in(self, prefix):
             if id(parameter) not in seen:  # a shared parameter counts once, under its first name
                 seen.add(id(parameter))
                 yield name, parameter
@@ -54,14 +55,14 @@ class Module(metaclass=ModuleType):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle contains: all but the arena; the copied parameters get one of their own."""
-        return {name: value for name, value in vars(self).items() if name != "_arena"}
+        """What a copy or a pickle contains: all but the arena, as the copied parameters get one of their own, and the
+        initializer, which may be a lambda."""
+        return {name: value for name, value in vars(self).items() if name not in ("_arena", "init")}
 
     def modules(self) -> Iterator[Module]:
         """This module and every module in it."""
         yield self
-        for value in _members(vars(self).values()):
-            yield from value.modules()
+        yield from modules_in(self)
 
     def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
         """Why this module does not compute in a precision on a device; None if it does."""
@@ -102,24 +103,6 @@ class Module(metaclass=ModuleType):
     def n_parameters(self) -> int:
         """The number of elements of all parameters."""
         return sum(parameter.size for parameter in self.parameters())
-
-
-def _named(prefix: str, members: dict[str, Any]) -> Iterator[tuple[str, Parameter]]:
-    for name, value in members.items():
-        if isinstance(value, Parameter):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Module):
-            yield from _named(f"{prefix}{name}.", vars(value))
-        elif isinstance(value, list):
-            yield from _named(f"{prefix}{name}.", {str(i): item for i, item in enumerate(value)})
-
-
-def _members(values: Iterable[Any]) -> Iterator[Module]:
-    for value in values:
-        if isinstance(value, Module):
-            yield value
-        elif isinstance(value, list):
-            yield from _members(value)
 
 
 class Layer(Module):
@@ -194,3 +177,78 @@ class Embedding(Layer):
 
     def __call__(self, tokens: Any) -> Tensor:
         return ops.embedding(tokens, self.weight, dtype=self.precision.activations)
+
+
+class RMSNorm(Layer):
+    """y = weight x / sqrt(mean(x^2) + eps) over the last axis of length n; weight starts at 1 (arXiv:1910.07467)."""
+
+    def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
+        super().__init__(device, precision)
+        self.weight = self._parameter(numpy.ones(n), device)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rmsnorm(x, self.weight, self.eps)
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+class GELU(Module):
+    """GELU in its tanh form, which GPT-2 uses, or with `exact` with the error function (arXiv:1606.08415)."""
+
+    def __init__(self, exact: bool = False):
+        self.exact = exact
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.gelu(x, exact=self.exact)
+
+
+class SiLU(Module):
+    """x sigmoid(x)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.silu()
+
+
+class Dropout(Module):
+    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without, the input itself."""
+
+    sites = 1  # how many streams of random numbers a module draws from
+
+    def __init__(self, rate: float):
+        if not 0 <= rate < 1:
+            raise ValueError(f"Dropout: the rate is {rate}; expected 0 <= rate < 1")
+        self.rate = rate
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        return ops.dropout(x, self.rate, key)
+
+
+class Sequential(Module):
+    """The layers one after the other. A key, given to train, is passed to each Dropout, at a site of its own."""
+
+    def __init__(self, *layers: Callable[..., Tensor]):
+        self.layers = list(layers)
+
+    @property
+    def sites(self) -> int:
+        """How many Dropouts there are."""
+        return sum(getattr(layer, "sites", 0) for layer in self.layers)
+
+    def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:
+        for layer in self.layers:
+            sites = getattr(layer, "sites", 0)
+            x = layer(x, key) if sites else layer(x)
+            key = key.at(key.site + sites) if key is not None else None
+        return x
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: int) -> Callable[..., Tensor]:
+        return self.layers[i]

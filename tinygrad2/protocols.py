@@ -34,7 +34,20 @@ UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.exp: ("exp", None),
     numpy.log: ("log", None),
     numpy.tanh: ("tanh", None),
+    numpy.maximum: ("maximum", "maximum"),
+    numpy.minimum: ("minimum", "minimum"),
+    numpy.logaddexp: ("logaddexp", "logaddexp"),
+    numpy.hypot: ("hypot", "hypot"),
+    numpy.arctan2: ("arctan2", None),
+    numpy.absolute: ("abs", None),
+    numpy.rint: ("round", None),
 }
+
+_SAME_NAMES = """
+    sign sqrt square reciprocal exp2 expm1 log1p log2 log10 floor ceil trunc sin cos tan sinh cosh arcsin arccos arctan
+    arcsinh arccosh arctanh degrees radians isnan isinf isfinite
+"""
+UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
 # np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments the method takes too.
 METHODS = {
@@ -44,6 +57,42 @@ METHODS = {
     numpy.amax: "max",
     numpy.reshape: "reshape",
     numpy.transpose: "transpose",
+    numpy.min: "min",
+    numpy.amin: "min",
+    numpy.prod: "prod",
+    numpy.var: "var",
+    numpy.std: "std",
+    numpy.all: "all",
+    numpy.any: "any",
+    numpy.argmax: "argmax",
+    numpy.argmin: "argmin",
+    numpy.cumsum: "cumsum",
+    numpy.cumprod: "cumprod",
+    numpy.argsort: "argsort",
+    numpy.diff: "diff",
+    numpy.clip: "clip",
+    numpy.squeeze: "squeeze",
+    numpy.ravel: "ravel",
+    numpy.expand_dims: "expand_dims",
+    numpy.swapaxes: "swapaxes",
+    numpy.moveaxis: "moveaxis",
+    numpy.flip: "flip",
+    numpy.roll: "roll",
+    numpy.broadcast_to: "broadcast_to",
+    numpy.repeat: "repeat",
+    numpy.tile: "tile",
+    numpy.pad: "pad",
+    numpy.array_split: "array_split",
+    numpy.take: "take",
+    numpy.diagonal: "diagonal",
+    numpy.diag: "diag",
+    numpy.trace: "trace",
+    numpy.tril: "tril",
+    numpy.triu: "triu",
+    numpy.tensordot: "tensordot",
+    numpy.inner: "inner",
+    numpy.outer: "outer",
+    numpy.dot: "dot",
 }
 
 # Functions that look at values and shapes alone, where there is no gradient to lose: they get the arrays.
@@ -92,17 +141,13 @@ ELSEWHERE = {
     "neg": "-x",
     "nelement": "x.size",
     "numel": "x.size",
-    "permute": "x.transpose(axes)",
-    "pow": "x**number",
+    "pow": "x**y",
     "requires_grad_": "Tensor(x.data, requires_grad=True)",
     "retain_grad": "a leaf: a Tensor created with requires_grad=True",
     "register_hook": "x.leaf.on_final",
-    "swapaxes": "x.transpose(axes)",
     "t": "x.T",
     "tolist": "x.numpy().tolist()",
     "type": "x.astype(dtype)",
-    "unsqueeze": "x[None], or x[..., None]",
-    "view": "x.reshape(shape)",
     "zero_grad": "x.grad = None",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeGuard, overload
 
 import numpy
@@ -13,13 +12,14 @@ from tinygrad2 import arguments, autograd
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
+from tinygrad2.methods import Methods
 from tinygrad2.protocols import Protocols
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
 HostArray = numpy.ndarray  # (in the class, `numpy` is a method's name to the type checker)
 
 
-class Tensor(Protocols):
+class Tensor(Methods["Tensor"], Protocols):
     """An array and, where a gradient is wanted, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
@@ -221,7 +221,7 @@ class Tensor(Protocols):
         return b // a
 
     def __mod__(self, other: Operand) -> Tensor:
-        return self._elementwise("%", numpy.remainder, other)
+        return self.remainder(other)
 
     def __rmod__(self, other: Operand) -> Tensor:
         a, b = _operands("%", self, other)
@@ -232,7 +232,7 @@ class Tensor(Protocols):
         if not hasattr(other, "dtype") and not isinstance(other, int | float | list | tuple):
             return NotImplemented
         a, b = _operands(op, self, other)
-        if op in ("//", "%") and autograd.is_recording() and (a.requires_grad or b.requires_grad):
+        if op == "//" and autograd.is_recording() and (a.requires_grad or b.requires_grad):
             raise TypeError(f"{op}: has no gradient; use x.detach(), or no_grad()")
         if op in ("&", "|") and arguments.is_float(a.dtype):
             raise TypeError(f"{op}: the operands have dtype {a.dtype}; expected booleans or integers")
@@ -320,12 +320,16 @@ class Tensor(Protocols):
         if isinstance(exponent, numpy.integer | numpy.floating):
             exponent = exponent.item()  # a NumPy scalar would promote the result
         if not isinstance(exponent, int | float):
-            raise TypeError(f"**: the exponent must be a Python number, got {type(exponent).__name__}")
+            return self.power(exponent)
         x = self if isinstance(exponent, int) else _float(self)
         if exponent < 0 and x.data.dtype.kind in "biu":
             raise ValueError(f"**: integers to the power {exponent} are not integers; use x.astype('float32')")
         y = backend_of(x.data).kernels.power_forward(x.data, exponent)
         return record(y, (x,), "power_backward", (x.data, exponent))
+
+    def __rpow__(self, base: Operand) -> Tensor:
+        x, b = _operands("**", self, base)
+        return b.power(x)
 
     def __getitem__(self, index: Index) -> Tensor:
         index = arguments.plain_index(index)
@@ -393,6 +397,22 @@ class Tensor(Protocols):
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
+    # What methods.py is made of, beside the operators and methods above: it is imported by this file ----------------
+
+    def _record(
+        self, data: Any, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
+    ) -> Tensor:
+        return record(data, parents, backward, saved)
+
+    def _operands(self, op: str, other: Operand, broadcast: bool = True) -> tuple[Tensor, Tensor]:
+        a, b = _operands(op, self, other)
+        if broadcast and a.shape != b.shape:
+            try:
+                numpy.broadcast_shapes(a.shape, b.shape)
+            except ValueError:
+                raise _not_broadcast(op, a, b) from None
+        return a, b
+
 
 @overload
 def record(data: Array, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()) -> Tensor: ...
@@ -428,48 +448,6 @@ def record(
         for output, result in enumerate(results):
             result._edge = (node, output)
     return results if isinstance(data, tuple) else results[0]
-
-
-def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """function(*inputs), saving only the inputs for the backward pass, which runs the function again.
-
-    Trades time for memory: one more forward pass instead of all that the function would have saved. It must return a
-    Tensor or several, and compute the same each time (dropout does: its masks are functions of a key). Results and
-    gradients are those of function(*inputs), bit for bit. Parameters that the function uses get their gradients too;
-    one that is also used elsewhere calls Leaf.on_final once for each use.
-    Source: Chen et al., arXiv:1604.06174 (gradient checkpointing).
-    """
-    if not autograd.is_recording():
-        return function(*inputs)
-    started = autograd.new_number()
-    with autograd.no_grad():
-        results = function(*inputs)
-    data = tuple(result.data for result in results) if isinstance(results, tuple) else results.data
-    saved = (function, tuple(x.data for x in inputs), tuple(x.requires_grad for x in inputs), started)
-    return record(data, inputs, _recompute_backward, saved)
-
-
-def _recompute_backward(saved: Saved, dy: Any, into: GradientBuffers) -> Gradients:
-    function, arrays, wanted, started = saved
-    gradients: list[Array | None] = [None] * len(arrays)
-
-    def end_of_graph(i: int) -> autograd.Edge:
-        """A node without parents, in the place of input i: its backward function keeps the gradient that arrives."""
-
-        def keep(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-            gradients[i] = dy
-            return ()
-
-        return autograd.Node((), keep, (), (form_of(arrays[i]),), "recompute"), 0
-
-    copies = [Tensor(array) for array in arrays]
-    for i, x in enumerate(copies):
-        x._edge = end_of_graph(i) if wanted[i] else None
-    with autograd.recording(True):
-        results = function(*copies)
-    pairs = zip(results, dy, strict=True) if isinstance(results, tuple) else [(results, dy)]
-    autograd.backward([(y._edge, g) for y, g in pairs if y._edge is not None and g is not None], started)
-    return tuple(gradients)
 
 
 def gradient_array(value: Tensor | ArrayLike, leaf: autograd.Leaf, name: str) -> Array:

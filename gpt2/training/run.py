@@ -243,7 +243,9 @@ def _read_state(folder: Path) -> RunState:
         progress = Progress(**values["progress"])
         state = RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults)
         counts = (progress.step, progress.samples, progress.tokens, state.optimizer_steps)
-        if not all(isinstance(count, int) for count in counts) or not isinstance(state.options, dict):
+        if not all(isinstance(count, int) for count in counts):
+            raise TypeError
+        if not isinstance(state.options, dict) or not isinstance(state.defaults, dict | None):
             raise TypeError
         if progress.best is not None:
             progress.best["step"] + 0, progress.best["val_loss"] + 0

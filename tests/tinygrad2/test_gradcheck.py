@@ -1,10 +1,11 @@
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
 
-from tinygrad2 import Tensor, gradcheck, ops, reference, tensor
+from tinygrad2 import Tensor, gradcheck, gradient_checkpointing, methods, ops, reference, tensor
 from tinygrad2.backend import get_backend
 from tinygrad2.gradcheck import CASES, check
 from tinygrad2.tensor import record
@@ -45,8 +46,21 @@ WITHOUT_KERNELS = {  # of their own
     "_astype_backward": tensor,
     "_reshape_backward": tensor,
     "_transpose_backward": tensor,
-    "_recompute_backward": tensor,
+    "_recompute_backward": gradient_checkpointing,
     "_lm_head_in_chunks_backward": ops,
+    "_maximum_backward": methods,
+    "_where_backward": methods,
+    "_cumsum_backward": methods,
+    "_minimum_backward": methods,
+    "_power_backward": methods,
+    "_remainder_backward": methods,
+    "_logaddexp_backward": methods,
+    "_arctan2_backward": methods,
+    "_hypot_backward": methods,
+    "_prod_backward": methods,
+    "_broadcast_to_backward": methods,
+    "_pad_backward": methods,
+    "_concatenate_backward": methods,
     "_logits_backward": ops,
 }
 
@@ -115,6 +129,30 @@ def test_an_error_of_a_thousandth_outside_of_the_kernels_is_caught(monkeypatch, 
     assert caught(name.removeprefix("_").removesuffix("_backward"))
 
 
+WITH_A_SLOPE = """
+    abs sqrt rsqrt square reciprocal exp2 expm1 log1p log2 log10 sin cos tan sinh cosh arcsin arccos arctan
+    arcsinh arccosh arctanh erf nan_to_num relu leaky_relu elu sigmoid softplus hardtanh hardswish clip std
+"""
+
+
+@pytest.mark.parametrize("name", WITH_A_SLOPE.split())
+def test_an_error_of_a_thousandth_in_a_slope_is_caught(monkeypatch, name):
+    right = methods.Slope.__call__
+
+    def wrong(self, saved, dy, into):
+        (dx,) = right(self, saved, dy, into)
+        return (scaled(dx) if self.__name__ == {"std": "sqrt"}.get(name, name) else dx,)
+
+    monkeypatch.setattr(methods.Slope, "__call__", wrong)
+    assert caught(name)
+
+
+def test_every_slope_is_planted():
+    source = inspect.getsource(methods)
+    without = {"sign", "floor", "ceil", "round", "trunc"}
+    assert set(re.findall(r'_map\(\s*"(\w+)"', source)) - without == set(WITH_A_SLOPE.split()) - {"std"}
+
+
 @pytest.mark.parametrize("kernel", ["linear_backward", "attention_backward", "gelu_backward", "add_layernorm_backward"])
 def test_the_transformer_alone_catches_an_error_too(monkeypatch, kernel):
     monkeypatch.setattr(KERNELS, kernel, planted(getattr(KERNELS, kernel), 0, scaled))
@@ -126,7 +164,10 @@ def test_every_backward_pass_is_planted_and_has_rows():
     backward = {name for name in vars(reference) if name.endswith("_backward")}
     assert backward == set(GIVES)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {
-        name for module in (tensor, ops) for name in vars(module) if name.endswith("_backward")
+        name
+        for module in (tensor, ops, methods, gradient_checkpointing)
+        for name in vars(module)
+        if name.endswith("_backward")
     } - {"_empty_backward"}  # whose gradients are zeros, see test_empty.py
     for name, (_, buffers) in GIVES.items():
         assert hasattr(reference, name.replace("_backward", "_forward"))
@@ -236,8 +277,9 @@ def test_the_command_prints_a_table_and_exits_with_zero(capsys):
 
 
 def test_the_command_exits_with_one_when_a_gradient_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(KERNELS, "exp_backward", lambda dy, y: 1.001 * dy * y)
+    right = methods._cumsum_backward
+    monkeypatch.setattr(methods, "_cumsum_backward", lambda *arguments: (1.001 * right(*arguments)[0],))
     assert gradcheck.main(["--seed", "3"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["exp"]
-    assert lines[-1].startswith(f"{len(CASES) - 1} of {len(CASES)}")
+    assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["cumsum", "cumsum,"]
+    assert lines[-1].startswith(f"{len(CASES) - 2} of {len(CASES)}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.stand_ins import strict_cupy
-from tinygrad2 import Key, Tensor, nn, no_grad, ops, optim, random
+from tinygrad2 import Key, Tensor, functional, nn, no_grad, ops, optim, random
 from tinygrad2.precision import BFLOAT16_WEIGHTS, FLOAT32
 
 R = np.random.default_rng(0)
@@ -229,3 +229,109 @@ def test_a_layer_and_an_input_of_different_precision_are_refused_in_one_line(lay
         with pytest.raises(TypeError) as raised:
             layer(x)
         assert str(raised.value) == f"{name}: weight is {layers}; expected {given}, as the activations require"
+
+
+# Modules of other networks --------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Parameters and modules in tuples, dicts and nested lists."""
+
+    def __init__(self):
+        self.pair = (nn.Linear(2, 2, bias=False), nn.RMSNorm(2))
+        self.heads = {"a": nn.Linear(2, 1, bias=False), "b": [nn.Linear(2, 3, bias=False)]}
+        self.scale = nn.RMSNorm(1).weight
+        self.note = "text"
+
+
+def test_parameters_in_tuples_and_dicts_are_found():
+    names = [name for name, _ in Mixed().named_parameters()]
+    assert names == ["pair.0.weight", "pair.1.weight", "heads.a.weight", "heads.b.0.weight", "scale"]
+
+
+def test_repr_is_the_tree():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Dropout(0.5), nn.Sequential(nn.RMSNorm(3, eps=0.1)))
+    assert repr(model).splitlines() == [
+        "Sequential()",
+        "  layers: ",
+        "    0: Linear(weight (2, 3), bias (3,))",
+        "    1: ReLU()",
+        "    2: Dropout(rate=0.5)",
+        "    3: Sequential()",
+        "      layers: ",
+        "        0: RMSNorm(weight (3,), eps=0.1)",
+    ]
+    assert "a: Linear(weight (2, 1))" in repr(Mixed())
+
+
+def test_sequential_applies_its_layers_in_order():
+    linear = nn.Linear(3, 4)
+    x = Tensor(R.normal(size=(2, 3)).astype("float32"))
+    model = nn.Sequential(linear, nn.GELU(exact=True), nn.SiLU(), lambda x: x * 2)
+    np.testing.assert_array_equal(model(x).data, (ops.gelu(linear(x), exact=True).silu() * 2).data)
+    assert len(model) == 4
+    assert model[0] is linear
+
+
+def test_each_dropout_of_a_sequence_draws_from_a_site_of_its_own():
+    x, key = Tensor(np.ones((4, 50), dtype="float32")), Key(3, site=5)
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.ReLU(), nn.Dropout(0.5))
+    assert model.sites == 3
+    expected = x
+    for site in (5, 6, 7):
+        expected = ops.dropout(expected, 0.5, key.at(site))
+    np.testing.assert_array_equal(model(x, key).data, expected.data)
+    np.testing.assert_array_equal(model(x).data, x.data)
+    with pytest.raises(ValueError, match=r"Dropout: the rate is 1; expected 0 <= rate < 1"):
+        nn.Dropout(1)
+
+
+def test_rmsnorm_calls_its_operation():
+    norm, x = nn.RMSNorm(3, eps=0.1, precision="float64"), Tensor(R.normal(size=(2, 3)))
+    norm.weight.data = R.normal(size=3)
+    np.testing.assert_array_equal(norm(x).data, functional.rmsnorm(x, norm.weight, 0.1).data)
+
+
+def test_saved_and_loaded_parameters_are_the_same_bits(tmp_path):
+    model, other = Mixed(), Mixed()
+    for parameter in model.parameters():
+        parameter.data = R.normal(size=parameter.shape)
+    model.save(tmp_path / "model.safetensors")
+    assert other.load(tmp_path / "model.safetensors") is other
+    for name, values in model.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[name], values)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_state_is_a_copy_and_is_copied_into_the_arena():
+    model = nn.Linear(2, 3)
+    state = model.state_dict()
+    arena = model.arena()
+    model.load_state_dict({name: values + 1 for name, values in state.items()})
+    np.testing.assert_array_equal(model.weight.data, state["weight"] + 1)
+    assert np.shares_memory(model.weight.data, arena.regions[0].values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("bias"), r"Linear: the state is without bias$"),
+        (lambda s: s.update(gain=s["bias"]), r"the state is with gain, which the module does not have$"),
+        (lambda s: s.update(bias=np.ones((3, 1))), r"bias has shape \(3, 1\); expected \(3,\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(change, message):
+    model = nn.Linear(2, 3)
+    before, state = model.state_dict(), model.state_dict()
+    state["weight"] += 1
+    change(state)
+    with pytest.raises(ValueError, match=message) as raised:
+        model.load_state_dict(state)
+    assert "\n" not in str(raised.value)
+    np.testing.assert_array_equal(model.weight.data, before["weight"])
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"0" * 100)
+    with pytest.raises(ValueError, match=r"load: .*x: it is not a valid safetensors file"):
+        nn.Linear(2, 3).load(tmp_path / "x")

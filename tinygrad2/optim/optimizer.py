@@ -151,8 +151,8 @@ class Optimizer(ABC):
 
         max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        If the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count it.
-        This is decided on the device, without waiting for the norm on the host.
+        If the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count
+        it. This is decided on the device, without waiting for the norm on the host.
         """
         arena = self.arena
         np = arena.backend.np

@@ -128,7 +128,14 @@ def test_a_damaged_checkpoint_is_renamed_and_never_counts_as_the_newest(workspac
 
 
 @pytest.mark.parametrize(
-    "state", ["{}", '{"progress": {"step": "3"}, "optimizer_steps": 1, "options": {}, "data": ""}', "[]", "\xff"]
+    "state",
+    [
+        "{}",
+        '{"progress": {"step": "3"}, "optimizer_steps": 1, "options": {}, "data": ""}',
+        '{"progress": {"step": 4, "tokens": 9}, "optimizer_steps": 4, "options": {}, "data": "", "defaults": 255}',
+        "[]",
+        "\xff",
+    ],
 )
 def test_a_checkpoint_without_a_valid_state_is_passed_over(workspace, capsys, state):
     run("--max-iters", "4", "--save-interval", "2")

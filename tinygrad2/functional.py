@@ -1,0 +1,733 @@
+"""Operations as functions: tinygrad2.relu(x), tinygrad2.maximum(a, b), tinygrad2.concatenate([a, b]).
+
+Each method of Tensor (tensor.py, methods.py) has a function of its name here, which takes an array, a number or nested
+lists in the place of a Tensor too. Beside them, what joins several tensors, creates one, or is made for networks:
+
+    join        concatenate (cat) stack vstack hstack dstack meshgrid
+    products    einsum matmul vdot kron
+    networks    rmsnorm layernorm rotary_embedding scaled_dot_product_attention one_hot
+    losses      cross_entropy nll_loss mse_loss l1_loss binary_cross_entropy binary_cross_entropy_with_logits
+    create      zeros ones full eye arange linspace rand randn zeros_like ones_like full_like
+
+The operations that GPT-2 is made of are in ops.py, and are functions of this module too.
+"""
+
+from __future__ import annotations
+
+import builtins  # abs, all, any, max, min, pow, round and sum are functions of this module
+import functools
+import math
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy
+from numpy.typing import ArrayLike, DTypeLike
+
+from tinygrad2 import methods, ops, random
+from tinygrad2.backend import get_backend
+from tinygrad2.methods import axis_of
+from tinygrad2.ops import attention, dropout, embedding, gelu, linear
+from tinygrad2.tensor import Tensor
+
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "abs", "absolute", "add", "all", "amax", "amin", "any", "arange", "arccos", "arccosh", "arcsin", "arcsinh",
+    "arctan", "arctan2", "arctanh", "argmax", "argmin", "argsort", "array_split", "attention",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "broadcast_to", "cat", "ceil", "celu", "chunk",
+    "clamp", "clip", "concatenate", "cos", "cosh", "cross_entropy", "cumprod", "cumsum", "degrees", "diag",
+    "diagonal", "diff", "divide", "dot", "dropout", "dstack", "einsum", "elu", "embedding", "erf", "exp", "exp2",
+    "expand", "expand_dims", "expm1", "eye", "flatten", "flip", "floor", "full", "full_like", "gather", "gelu",
+    "hardsigmoid", "hardswish", "hardtanh", "hstack", "hypot", "inner", "isfinite", "isinf", "isnan", "kron",
+    "l1_loss", "layernorm", "leaky_relu", "lerp", "linear", "linspace", "log", "log10", "log1p", "log2",
+    "log_softmax", "logaddexp", "logsigmoid", "logsumexp", "masked_fill", "matmul", "max", "maximum", "mean",
+    "meshgrid", "min", "minimum", "mish", "mod", "moveaxis", "mse_loss", "multiply", "nan_to_num", "negative",
+    "nll_loss", "norm", "one_hot", "ones", "ones_like", "outer", "pad", "permute", "pow", "power", "prod",
+    "quick_gelu", "radians", "rand", "randn", "ravel", "reciprocal", "relu", "relu6", "remainder", "repeat",
+    "reshape", "rmsnorm", "roll", "rotary_embedding", "round", "rsqrt", "scaled_dot_product_attention", "selu",
+    "sigmoid", "sign", "silu", "sin", "sinh", "softmax", "softplus", "softsign", "sort", "split", "sqrt", "square",
+    "squeeze", "stack", "std", "subtract", "sum", "swapaxes", "swish", "take", "tan", "tanh", "tensordot", "tile",
+    "topk", "trace", "transpose", "tril", "triu", "trunc", "unflatten", "unsqueeze", "var", "vdot", "vstack",
+    "where", "zeros", "zeros_like",
+]
+# fmt: on
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Operand = Tensor | ArrayLike
+
+
+def _tensor(value: Operand) -> Tensor:
+    return value if isinstance(value, Tensor) else Tensor(value)
+
+
+def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
+    """All as Tensors of one dtype, by the rules of arguments.py."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{op}: expected a list or tuple of tensors, got {type(values).__name__}")
+    if not values:
+        raise ValueError(f"{op}: the list is empty; expected at least one tensor")
+    like = next((value for value in values if isinstance(value, Tensor)), _tensor(values[0]))
+    for value in values:  # promotes it where a dtype is wider
+        like = like._operands(op, value, broadcast=False)[0]
+    return [like._operands(op, value, broadcast=False)[1] for value in values]
+
+
+# Join -----------------------------------------------------------------------------------------------------------------
+
+
+def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
+    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened."""
+    given = _tensors("concatenate", tensors)
+    if axis is None:
+        return methods.concatenate([x.ravel() for x in given], 0)
+    return methods.concatenate(given, axis)
+
+
+cat = concatenate
+
+
+def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
+    """Tensors of one shape joined along a new axis at `axis`."""
+    given = _tensors("stack", tensors)
+    for i, x in enumerate(given):
+        if x.shape != given[0].shape:
+            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, that of the first")
+    at = axis_of("stack", axis, given[0].ndim + 1)
+    return methods.concatenate([x.unsqueeze(at) for x in given], at)
+
+
+def vstack(tensors: Sequence[Operand]) -> Tensor:
+    """Tensors joined along the first axis, vectors as rows."""
+    given = _tensors("vstack", tensors)
+    return methods.concatenate([x if x.ndim > 1 else x.reshape(1, x.size) for x in given], 0)
+
+
+def hstack(tensors: Sequence[Operand]) -> Tensor:
+    """Tensors joined along the second axis, vectors along their only one."""
+    given = [x if x.ndim else x.reshape(1) for x in _tensors("hstack", tensors)]
+    return methods.concatenate(given, builtins.min(1, given[0].ndim - 1))
+
+
+def dstack(tensors: Sequence[Operand]) -> Tensor:
+    """Tensors joined along the third axis; vectors count as (1, n, 1) and matrices as (m, n, 1)."""
+    given = [x.reshape(1, x.size) if x.ndim < 2 else x for x in _tensors("dstack", tensors)]
+    return methods.concatenate([x.unsqueeze(-1) if x.ndim < 3 else x for x in given], 2)
+
+
+def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
+    """For each vector, its elements along its own axis of a grid; with "xy" the first two axes are exchanged."""
+    if indexing not in ("xy", "ij"):
+        raise ValueError(f'meshgrid: indexing is {indexing!r}; expected "xy" or "ij"')
+    given = [x.ravel() for x in map(_tensor, vectors)]
+    shape = tuple(x.size for x in given)
+    grids = [
+        x.reshape(tuple(x.size if j == i else 1 for j in range(len(given)))).broadcast_to(shape)
+        for i, x in enumerate(given)
+    ]
+    return tuple(grid.swapaxes(0, 1) if indexing == "xy" and len(given) > 1 else grid for grid in grids)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+def einsum(subscripts: str, *operands: Operand) -> Tensor:
+    """The sum of products that the subscripts say, as NumPy's einsum: "ij,jk->ik" is a matrix product.
+
+    Each operand has a letter for each axis, "..." for further axes that broadcast. Letters that the result does not
+    have are summed over; without "->", it has those that appear once, in alphabetical order. Operands are multiplied
+    from the left to the right, two at a time, as matrix products.
+    """
+    tensors = _tensors("einsum", operands)
+    terms, result = _parse_einsum(subscripts, [x.ndim for x in tensors])
+    lengths: dict[str, int] = {}
+    for i, (term, x) in enumerate(zip(terms, tensors, strict=True)):
+        for letter, n in zip(term, x.shape, strict=True):
+            if lengths.setdefault(letter, n) == 1:
+                lengths[letter] = n
+            elif n not in (1, lengths[letter]):
+                raise ValueError(
+                    f"einsum: {subscripts!r}: operand {i} has shape {x.shape}, where {letter!r} has length {n}; "
+                    f"expected {lengths[letter]}, as in an operand before it"
+                )
+    term, x = _reduce(terms[0], tensors[0], {*result, *"".join(terms[1:])})
+    for i in range(1, len(terms)):
+        later = {*result, *"".join(terms[i + 1 :])}
+        other, y = _reduce(terms[i], tensors[i], {*term, *later})
+        term, x = _reduce(term, x, {*other, *later})
+        term, x = _multiply(term, x, other, y, later)
+    return x.transpose(tuple(term.index(letter) for letter in result))
+
+
+def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand's axes and of the result's; "..." is replaced by letters that are not in use."""
+    text = subscripts.replace(" ", "")
+    left, arrow, result = text.partition("->")
+    terms, letters = left.split(","), set(text) - {",", ".", "-", ">"}
+    plain = builtins.all(letter in string.ascii_letters for letter in letters)
+    if (
+        not plain
+        or len(terms) != len(axes)
+        or builtins.any("." in term.replace("...", "", 1) for term in (*terms, result))
+    ):
+        raise ValueError(
+            f"einsum: {subscripts!r} with {len(axes)} operands; expected letters for each of them, separated by commas"
+        )
+    further = [n - len(term.replace("...", "")) for term, n in zip(terms, axes, strict=True)]
+    for i, (term, more) in enumerate(zip(terms, further, strict=True)):
+        if more < 0 or (more and "..." not in term):
+            raise ValueError(f"einsum: {subscripts!r}: operand {i} has {axes[i]} axes; expected those of {term!r}")
+    spare = [letter for letter in string.ascii_letters if letter not in letters]
+    dots = spare[: builtins.max((n for n, term in zip(further, terms, strict=True) if "..." in term), default=0)]
+    terms = [t.replace("...", "".join(dots[len(dots) - n :])) for t, n in zip(terms, further, strict=True)]
+    if arrow:
+        result = result.replace("...", "".join(dots))
+    else:
+        result = "".join(dots) + "".join(sorted(x for x in letters if "".join(terms).count(x) == 1))
+    if len(set(result)) != len(result) or not set(result) <= {*"".join(terms)}:
+        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must be there once, and in an operand")
+    return terms, result
+
+
+def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
+    """The diagonal of every letter that a term has twice, and the sum over those that are not kept."""
+    for letter in dict.fromkeys(term):
+        while term.count(letter) > 1:
+            first, second = term.index(letter), term.rindex(letter)
+            x = x.diagonal(0, first, second)
+            term = term[:first] + term[first + 1 : second] + term[second + 1 :] + letter
+    summed = tuple(i for i, letter in enumerate(term) if letter not in keep)
+    return "".join(letter for letter in term if letter in keep), x.sum(summed) if summed else x
+
+
+def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str, Tensor]:
+    """The product of two terms: letters of both are batch axes where they are kept, else summed over."""
+    lengths = dict(zip(a, x.shape, strict=True))
+    for letter, n in zip(b, y.shape, strict=True):
+        lengths[letter] = n if lengths.get(letter, 1) == 1 else lengths[letter]
+    batch = [letter for letter in a if letter in b and letter in keep]
+    summed = [letter for letter in a if letter in b and letter not in keep]
+    rows, columns = [letter for letter in a if letter not in b], [letter for letter in b if letter not in a]
+
+    def ordered(term: str, t: Tensor, *groups: list[str]) -> Tensor:
+        t = t.transpose(tuple(term.index(letter) for group in groups for letter in group))
+        t = t.broadcast_to(tuple(lengths[letter] for group in groups for letter in group))
+        return t.reshape(tuple(math.prod(lengths[letter] for letter in group) for group in groups))
+
+    if summed:
+        product = ordered(a, x, batch, rows, summed) @ ordered(b, y, batch, summed, columns)
+    else:
+        product = ordered(a, x, batch, rows, []) * ordered(b, y, batch, [], columns)
+    term = "".join([*batch, *rows, *columns])
+    return term, product.reshape(tuple(lengths[letter] for letter in term))
+
+
+def matmul(a: Operand, b: Operand) -> Tensor:
+    """a @ b: the product over the last two axes, the leading ones broadcast."""
+    return _tensor(a) @ b if isinstance(a, Tensor) or not isinstance(b, Tensor) else b.__rmatmul__(a)
+
+
+def vdot(a: Operand, b: Operand) -> Tensor:
+    """The sum of the products of all elements of two tensors of the same size."""
+    return _tensor(a).ravel().dot(b.ravel() if isinstance(b, Tensor) else numpy.ravel(b))
+
+
+def kron(a: Operand, b: Operand) -> Tensor:
+    """The Kronecker product: each element of a times the whole of b, in blocks."""
+    x, y = (a if isinstance(a, Tensor) else _tensor(a))._operands("kron", b, broadcast=False)
+    ndim = builtins.max(x.ndim, y.ndim)
+    rows, blocks = (1,) * (ndim - x.ndim) + x.shape, (1,) * (ndim - y.ndim) + y.shape
+    product = x.reshape(tuple(m for n in rows for m in (n, 1))) * y.reshape(tuple(m for n in blocks for m in (1, n)))
+    return product.reshape(tuple(m * n for m, n in zip(rows, blocks, strict=True)))
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias (C,) are 1 and 0 where None."""
+    x = _tensor(x)
+    if x.ndim == 0:
+        raise ValueError("layernorm: x has shape (); expected (..., C)")
+    n, np = x.shape[-1], x.backend.np
+    weight = Tensor(np.ones((n,), dtype=x.dtype)) if weight is None else weight
+    return ops.layernorm(x, weight, Tensor(np.zeros((n,), dtype=x.dtype)) if bias is None else bias, eps)
+
+
+def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) where given (arXiv:1910.07467, eq. 4).
+
+    Of x in 16 bits, it is computed in float32.
+    """
+    x = _tensor(x)
+    if x.ndim == 0 or (weight is not None and weight.shape != x.shape[-1:]):
+        shape = None if weight is None else weight.shape
+        raise ValueError(f"rmsnorm: x has shape {x.shape} and weight {shape}; expected (..., C) and (C,)")
+    wide = x if x.dtype.itemsize > 2 else x.astype("float32")
+    y = wide * (wide.square().mean(-1, keepdims=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if wide is x else y.astype(x.dtype)
+
+
+def rotary_embedding(
+    x: Operand, positions: ArrayLike | int = 0, base: float = 10000.0, interleaved: bool = False
+) -> Tensor:
+    """Each pair (u, v) of the last axis turned by the angle position base^(-2 i / D), i its number (arXiv:2104.09864).
+
+    x (..., T, D), D even -> (..., T, D): queries or keys. (u cos - v sin, v cos + u sin).
+    positions    of the T tokens (T,), or the first one.
+    interleaved  pairs are elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as Llama's files have them.
+    """
+    x = _tensor(x)
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"rotary_embedding: x has shape {x.shape}; expected (..., T, D) with D even")
+    T, D = x.shape[-2:]
+    at = numpy.asarray(positions)
+    at = at + numpy.arange(T) if at.ndim == 0 else at
+    if at.shape != (T,):
+        raise ValueError(f"rotary_embedding: positions have shape {at.shape}; expected ({T},), one for each token")
+    angle = at[:, None] * base ** (-numpy.arange(0, D, 2) / D)
+    cos, sin = (Tensor(x.backend.asarray(f(angle).astype(x.dtype))) for f in (numpy.cos, numpy.sin))
+    if interleaved:
+        u, v = x[..., 0::2], x[..., 1::2]
+        return stack([u * cos - v * sin, v * cos + u * sin], -1).reshape(x.shape)
+    u, v = x[..., : D // 2], x[..., D // 2 :]
+    return methods.concatenate([u * cos - v * sin, v * cos + u * sin], -1)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Operand | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_key: random.Key | None = None,
+) -> Tensor:
+    """softmax(query key^T scale + mask) value (arXiv:1706.03762, eq. 1).
+
+    query (..., H, T, D), key (..., K, S, D), value (..., K, S, E) -> (..., H, T, E). H is a multiple of K: H / K
+    queries in a row share a key and a value (arXiv:2305.13245). Three axes (H, T, D) or two (T, D) will do.
+    attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may see a key, or numbers that are added to
+                 the scores. A query that sees no key gets 0.
+    is_causal    query t sees the keys 0 ... t.
+    scale        1 / sqrt(D) where it is None.
+    dropout_key  with it, dropout acts on the attention weights at the rate dropout_p.
+    Keeps (..., H, T, S) arrays; `attention` is for packed causal self-attention in memory that grows as T.
+    """
+    B, H, K = _check_attention(query, key, value)
+    T, S, D = query.shape[-2], key.shape[-2], query.shape[-1]
+    q = query.reshape((*B, K, H // K, T, D)) if query.ndim > 2 else query
+    k, v = (x.unsqueeze(-3) if query.ndim > 2 else x for x in (key, value))
+    whole = (*query.shape[:-1], S)
+    scores = ((q * (1 / math.sqrt(D) if scale is None else scale)) @ k.swapaxes(-1, -2)).reshape(whole)
+    visible = None
+    if attn_mask is not None:
+        mask = _tensor(attn_mask)
+        if not _broadcasts_to(mask.shape, whole):
+            raise ValueError(f"attention: attn_mask has shape {mask.shape}; expected one that broadcasts to {whole}")
+        if mask.dtype.kind == "b":
+            visible = mask.data
+        else:
+            visible = mask.data > -math.inf
+            scores = scores + mask.where(visible, 0.0)
+    if is_causal:
+        below = query.backend.np.tri(T, S, dtype=bool)
+        visible = below if visible is None else visible & below
+    if visible is not None:  # a finite number, so that a row without any key gives no NaN on its way to 0
+        scores = scores.where(visible, float(numpy.finfo(query.dtype).min) / 2)
+    p = scores.softmax(-1)
+    if visible is not None:
+        p = p.where(visible, 0.0)
+    p = dropout(p, dropout_p, dropout_key)
+    if query.ndim > 2:
+        p = p.reshape((*B, K, H // K, T, S))
+    return (p @ v).reshape((*query.shape[:-1], value.shape[-1]))
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """The leading axes, the heads of the queries, and those of the keys."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} is of type {type(x).__name__}; expected a Tensor")
+        if x.ndim < 2 or x.ndim != query.ndim:
+            raise ValueError(f"attention: {name} has shape {x.shape}; expected (..., heads, time, size) as all three")
+    B, H, K = (query.shape[:-3], query.shape[-3], key.shape[-3]) if query.ndim > 2 else ((), 1, 1)
+    expected = (*B, *((K,) if query.ndim > 2 else ()), key.shape[-2])
+    if (
+        key.shape[:-1] != expected
+        or value.shape[:-1] != expected
+        or key.shape[-1] != query.shape[-1]
+        or H % builtins.max(K, 1)
+    ):
+        raise ValueError(
+            f"attention: query has shape {query.shape}, key {key.shape}, value {value.shape}; expected (..., H, T, D), "
+            f"(..., K, S, D) and (..., K, S, E) with H a multiple of K"
+        )
+    return B, H, K
+
+
+def _broadcasts_to(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    try:
+        return numpy.broadcast_shapes(shape, whole) == whole
+    except ValueError:
+        return False
+
+
+def one_hot(indices: Any, num_classes: int) -> Tensor:
+    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient."""
+    table = eye(num_classes)
+    return table[table._indices("one_hot", indices, num_classes)]
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+def _reduced(op: str, loss: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{op}: reduction is {reduction!r}; expected "mean", "sum" or "none"')
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _like(x: Tensor, value: Operand) -> Tensor:
+    return x._operands("cross_entropy", value, broadcast=False)[1]
+
+
+def _same_shape(op: str, x: Operand, target: Operand) -> tuple[Tensor, Tensor]:
+    a, b = _tensor(x)._operands(op, target)
+    if a.shape != b.shape:
+        raise ValueError(f"{op}: the target has shape {b.shape}; expected {a.shape}, that of the input")
+    return a, b
+
+
+def mse_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
+    """The mean of (input - target)^2, or its sum, or each element of it ("none")."""
+    a, b = _same_shape("mse_loss", input, target)
+    return _reduced("mse_loss", (a - b).square(), reduction)
+
+
+def l1_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
+    """The mean of |input - target|, or its sum, or each element of it ("none")."""
+    a, b = _same_shape("l1_loss", input, target)
+    return _reduced("l1_loss", (a - b).abs(), reduction)
+
+
+def cross_entropy(
+    logits: Operand,
+    targets: Any,
+    weight: Operand | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...) integers or (..., V) shares.
+
+    weight           of each class (V,): the mean is over the weights of the targets (over the rows, with shares).
+    ignore_index     a target that does not count.
+    reduction        "mean", "sum", or "none": the loss of each row (...).
+    label_smoothing  e: the target counts 1 - e more than the e / V of every class (arXiv:1512.00567, section 7).
+    Without these, and with integers, it is ops.cross_entropy, which keeps less. Raises ValueError for a target outside
+    [0, V).
+    """
+    logits = _tensor(logits)
+    if logits.ndim == 0:
+        raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}; expected a number in [0, 1]")
+    values = targets.data if isinstance(targets, Tensor) else numpy.asarray(targets)
+    shares = values.dtype.kind == "f"
+    if not shares and weight is None and (ignore_index, reduction, label_smoothing) == (None, "mean", 0.0):
+        return ops.cross_entropy(logits, targets)
+    V = logits.shape[-1]
+    weights = ones_like(logits[(0,) * (logits.ndim - 1)]) if weight is None else _like(logits, weight)
+    expected = logits.shape if shares else logits.shape[:-1]
+    for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
+        if shape != fit:
+            raise ValueError(f"cross_entropy: {name} has shape {shape}; expected {fit}")
+    terms = -logits.log_softmax() * weights
+    if shares:
+        share = _like(logits, targets) * (1 - label_smoothing) + label_smoothing / V
+        return _reduced("cross_entropy", (terms * share).sum(-1), reduction)
+    counted = values == values if ignore_index is None else values != ignore_index
+    ids = _tensor(values).where(counted, 0)
+    if ids.size and not (ids.min().item() >= 0 and ids.max().item() < V):
+        raise ValueError(f"cross_entropy: targets hold {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
+    rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
+    rows = (rows + terms.sum(-1) * (label_smoothing / V)).where(counted, 0.0)
+    if reduction == "mean":
+        return rows.sum() / weights.detach().take(ids, 0).where(counted, 0.0).sum()
+    return _reduced("cross_entropy", rows, reduction)
+
+
+def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") -> Tensor:
+    """The mean of -log_probabilities[target], or its sum, or each: (..., V) and (...) integers."""
+    x = _tensor(log_probabilities)
+    at = _tensor(numpy.asarray(targets) if isinstance(targets, list | tuple | int) else targets)
+    if x.ndim == 0 or at.shape != x.shape[:-1]:
+        raise ValueError(f"nll_loss: shapes {x.shape} and {at.shape} of the targets; expected (..., V) and (...)")
+    return _reduced("nll_loss", -x.gather(-1, at.unsqueeze(-1)).squeeze(-1), reduction)
+
+
+def binary_cross_entropy(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
+    """The mean of -(t log p + (1 - t) log(1 - p)), p the input; logarithms are at least -100, as in PyTorch."""
+    p, t = _same_shape("binary_cross_entropy", input, target)
+    loss = -(t * p.log().clip(min=-100.0) + (1.0 - t) * (-p).log1p().clip(min=-100.0))
+    return _reduced("binary_cross_entropy", loss, reduction)
+
+
+def binary_cross_entropy_with_logits(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
+    """binary_cross_entropy of sigmoid(x), as softplus(x) - t x, which does not overflow."""
+    x, t = _same_shape("binary_cross_entropy_with_logits", input, target)
+    return _reduced("binary_cross_entropy_with_logits", x.softplus() - t * x, reduction)
+
+
+# Create ---------------------------------------------------------------------------------------------------------------
+
+Shape = int | Sequence[int]
+
+
+def _shape(op: str, shape: tuple[Any, ...]) -> tuple[int, ...]:
+    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    if not builtins.all(hasattr(n, "__index__") and n >= 0 for n in lengths):
+        raise ValueError(f"{op}: the shape is {lengths}; expected integers of 0 or more")
+    return tuple(int(n) for n in lengths)
+
+
+def full(
+    shape: Shape, value: float, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
+) -> Tensor:
+    """A tensor of one value."""
+    array = get_backend(device).np.full(_shape("full", (shape,)), value, dtype=dtype)
+    return Tensor(array, requires_grad)
+
+
+def zeros(*shape: Shape, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False) -> Tensor:
+    """A tensor of zeros."""
+    return full(_shape("zeros", shape), 0, dtype, device, requires_grad)
+
+
+def ones(*shape: Shape, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False) -> Tensor:
+    """A tensor of ones."""
+    return full(_shape("ones", shape), 1, dtype, device, requires_grad)
+
+
+def full_like(x: Operand, value: float) -> Tensor:
+    """A tensor of one value, of x's shape, dtype and device; no gradient is wanted."""
+    x = _tensor(x)
+    return full(x.shape, value, x.dtype, x.backend.device)
+
+
+def zeros_like(x: Operand) -> Tensor:
+    """A tensor of zeros, of x's shape, dtype and device; no gradient is wanted."""
+    return full_like(x, 0)
+
+
+def ones_like(x: Operand) -> Tensor:
+    """A tensor of ones, of x's shape, dtype and device; no gradient is wanted."""
+    return full_like(x, 1)
+
+
+def eye(n: int, m: int | None = None, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
+    """The n x m matrix with ones on the diagonal."""
+    return Tensor(get_backend(device).np.eye(n, m, dtype=dtype))
+
+
+def arange(
+    start: float, stop: float | None = None, step: float = 1, dtype: DTypeLike | None = None, device: str = "cpu"
+) -> Tensor:
+    """start, start + step, ... up to `stop`, which is left out; from 0 where only one number is given.
+
+    Integers (int64) where all numbers are integers, else float32.
+    """
+    if step == 0:
+        raise ValueError("arange: step is 0; expected another number")
+    first, last = (0, start) if stop is None else (start, stop)
+    whole = builtins.all(isinstance(x, int | numpy.integer) for x in (first, last, step))
+    values = numpy.arange(first, last, step).astype(dtype or ("int64" if whole else "float32"))
+    return Tensor(get_backend(device).asarray(values))
+
+
+def linspace(start: float, stop: float, num: int = 50, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
+    """`num` values from `start` to `stop`, both included, at equal distances."""
+    return Tensor(get_backend(device).asarray(numpy.linspace(start, stop, num).astype(dtype)))
+
+
+def rand(
+    *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
+) -> Tensor:
+    """Uniform values in [0, 1), a function of the key: the same on every device."""
+    lengths = _shape("rand", shape)
+    values = random.uniform(key, math.prod(lengths)).reshape(lengths)
+    if numpy.dtype(dtype).itemsize < 8:  # rounding must not give 1
+        values = numpy.floor(values * 2**24) * 2.0**-24
+    return Tensor(get_backend(device).asarray(values.astype(dtype)), requires_grad)
+
+
+def randn(
+    *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
+) -> Tensor:
+    """Normal(0, 1) values, a function of the key: the same on every device."""
+    values = random.normal(key, _shape("randn", shape)).astype(dtype)
+    return Tensor(get_backend(device).asarray(values), requires_grad)
+
+
+# Methods as functions -------------------------------------------------------------------------------------------------
+
+
+def _function(method: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Operand, P], R]:
+    """A method as a function, whose first argument may be an array, a number or nested lists."""
+
+    @functools.wraps(method)
+    def call(x: Operand, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(_tensor(x), *args, **kwargs)
+
+    return call
+
+
+def _function_of_two(method: Callable[[Tensor, Any], Tensor]) -> Callable[[Operand, Operand], Tensor]:
+    """A method of two operands as a function; either may be an array or a number, which takes the other's dtype."""
+
+    @functools.wraps(method)
+    def call(a: Operand, b: Operand) -> Tensor:
+        if not isinstance(a, Tensor):
+            a = b._operands(method.__name__, a)[1] if isinstance(b, Tensor) else Tensor(a)
+        return method(a, b)
+
+    return call
+
+
+def where(condition: Any, a: Operand, b: Operand) -> Tensor:
+    """a where `condition` is true, else b, with broadcasting."""
+    if not isinstance(a, Tensor):
+        a = b._operands("where", a)[1] if isinstance(b, Tensor) else Tensor(a)
+    return a.where(condition, b)
+
+
+abs = _function(Tensor.abs)
+sign = _function(Tensor.sign)
+floor = _function(Tensor.floor)
+ceil = _function(Tensor.ceil)
+round = _function(Tensor.round)
+trunc = _function(Tensor.trunc)
+exp = _function(Tensor.exp)
+log = _function(Tensor.log)
+tanh = _function(Tensor.tanh)
+sqrt = _function(Tensor.sqrt)
+rsqrt = _function(Tensor.rsqrt)
+square = _function(Tensor.square)
+reciprocal = _function(Tensor.reciprocal)
+exp2 = _function(Tensor.exp2)
+expm1 = _function(Tensor.expm1)
+log1p = _function(Tensor.log1p)
+log2 = _function(Tensor.log2)
+log10 = _function(Tensor.log10)
+erf = _function(Tensor.erf)
+sin = _function(Tensor.sin)
+cos = _function(Tensor.cos)
+tan = _function(Tensor.tan)
+sinh = _function(Tensor.sinh)
+cosh = _function(Tensor.cosh)
+arcsin = _function(Tensor.arcsin)
+arccos = _function(Tensor.arccos)
+arctan = _function(Tensor.arctan)
+arcsinh = _function(Tensor.arcsinh)
+arccosh = _function(Tensor.arccosh)
+arctanh = _function(Tensor.arctanh)
+isnan = _function(Tensor.isnan)
+isinf = _function(Tensor.isinf)
+isfinite = _function(Tensor.isfinite)
+nan_to_num = _function(Tensor.nan_to_num)
+relu = _function(Tensor.relu)
+relu6 = _function(Tensor.relu6)
+leaky_relu = _function(Tensor.leaky_relu)
+elu = _function(Tensor.elu)
+celu = _function(Tensor.celu)
+selu = _function(Tensor.selu)
+sigmoid = _function(Tensor.sigmoid)
+logsigmoid = _function(Tensor.logsigmoid)
+silu = _function(Tensor.silu)
+quick_gelu = _function(Tensor.quick_gelu)
+softplus = _function(Tensor.softplus)
+mish = _function(Tensor.mish)
+softsign = _function(Tensor.softsign)
+hardtanh = _function(Tensor.hardtanh)
+hardsigmoid = _function(Tensor.hardsigmoid)
+hardswish = _function(Tensor.hardswish)
+degrees = _function(Tensor.degrees)
+radians = _function(Tensor.radians)
+diff = _function(Tensor.diff)
+array_split = _function(Tensor.array_split)
+masked_fill = _function(Tensor.masked_fill)
+clip = _function(Tensor.clip)
+lerp = _function(Tensor.lerp)
+sum = _function(Tensor.sum)
+mean = _function(Tensor.mean)
+max = _function(Tensor.max)
+min = _function(Tensor.min)
+prod = _function(Tensor.prod)
+var = _function(Tensor.var)
+std = _function(Tensor.std)
+norm = _function(Tensor.norm)
+all = _function(Tensor.all)
+any = _function(Tensor.any)
+argmax = _function(Tensor.argmax)
+argmin = _function(Tensor.argmin)
+logsumexp = _function(Tensor.logsumexp)
+softmax = _function(Tensor.softmax)
+log_softmax = _function(Tensor.log_softmax)
+cumsum = _function(Tensor.cumsum)
+cumprod = _function(Tensor.cumprod)
+sort = _function(Tensor.sort)
+argsort = _function(Tensor.argsort)
+topk = _function(Tensor.topk)
+reshape = _function(Tensor.reshape)
+transpose = _function(Tensor.transpose)
+squeeze = _function(Tensor.squeeze)
+unsqueeze = _function(Tensor.unsqueeze)
+expand_dims = _function(Tensor.expand_dims)
+flatten = _function(Tensor.flatten)
+ravel = _function(Tensor.ravel)
+unflatten = _function(Tensor.unflatten)
+permute = _function(Tensor.permute)
+swapaxes = _function(Tensor.swapaxes)
+moveaxis = _function(Tensor.moveaxis)
+flip = _function(Tensor.flip)
+roll = _function(Tensor.roll)
+broadcast_to = _function(Tensor.broadcast_to)
+expand = _function(Tensor.expand)
+repeat = _function(Tensor.repeat)
+tile = _function(Tensor.tile)
+split = _function(Tensor.split)
+chunk = _function(Tensor.chunk)
+pad = _function(Tensor.pad)
+gather = _function(Tensor.gather)
+take = _function(Tensor.take)
+diagonal = _function(Tensor.diagonal)
+diag = _function(Tensor.diag)
+trace = _function(Tensor.trace)
+tril = _function(Tensor.tril)
+triu = _function(Tensor.triu)
+tensordot = _function(Tensor.tensordot)
+maximum = _function_of_two(Tensor.maximum)
+minimum = _function_of_two(Tensor.minimum)
+power = _function_of_two(Tensor.power)
+remainder = _function_of_two(Tensor.remainder)
+logaddexp = _function_of_two(Tensor.logaddexp)
+arctan2 = _function_of_two(Tensor.arctan2)
+hypot = _function_of_two(Tensor.hypot)
+dot = _function_of_two(Tensor.dot)
+inner = _function_of_two(Tensor.inner)
+outer = _function_of_two(Tensor.outer)
+add = _function_of_two(Tensor.__add__)
+subtract = _function_of_two(Tensor.__sub__)
+multiply = _function_of_two(Tensor.__mul__)
+divide = _function_of_two(Tensor.__truediv__)
+negative = _function(Tensor.__neg__)
+absolute = abs
+clamp = clip
+amax = max
+amin = min
+mod = remainder
+pow = power
+swish = silu

@@ -1,0 +1,104 @@
+"""The parameters of a module by name: found in its attributes, printed as a tree, saved to a file and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tinygrad2.files import atomic_write
+from tinygrad2.params import Parameter
+
+
+class State:
+    """The base class of nn.Module: what can be said of its parameters by their names alone."""
+
+    if TYPE_CHECKING:
+
+        def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
+
+    def state_dict(self) -> dict[str, numpy.ndarray]:
+        """A copy of every parameter's values on the host, by name."""
+        return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Set every parameter to the array (or Tensor) of its name; returns the module.
+
+        Raises ValueError where a name is missing or is not one of a parameter, or a shape differs; nothing is changed.
+        """
+        parameters = dict(self.named_parameters())
+        missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+        if missing or unknown:
+            found = [f"without {', '.join(sorted(missing))}"] if missing else []
+            found += [f"with {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
+            raise ValueError(f"load_state_dict: {type(self).__name__}: the state is {', and '.join(found)}")
+        for name, parameter in parameters.items():
+            if tuple(state[name].shape) != parameter.shape:
+                raise ValueError(
+                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}; expected {parameter.shape}"
+                )
+        for name, parameter in parameters.items():
+            parameter.data = state[name]
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the parameters to a file in the format safetensors, completely or not at all."""
+        with atomic_write(Path(path)) as partial:
+            save_file(self.state_dict(), partial)
+
+    def load(self, path: str | Path) -> Self:
+        """Read the parameters from a file in the format safetensors; returns the module. Raises as load_state_dict."""
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"load: {path}: it is not a valid safetensors file ({error})") from None
+        return self.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return _tree(self)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a module, list, tuple or dict consists of, by name."""
+    if isinstance(value, State):
+        yield from vars(value).items()
+    elif isinstance(value, list | tuple):
+        yield from ((str(i), item) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((str(name), item) for name, item in value.items())
+
+
+def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+    """Every parameter in a module, list, tuple or dict under its dotted name; a shared one under each of its names."""
+    for name, member in _members(value):
+        if isinstance(member, Parameter):
+            yield f"{prefix}{name}", member
+        else:
+            yield from parameters_in(member, f"{prefix}{name}.")
+
+
+def modules_in(value: Any) -> Iterator[Any]:
+    """Every module in a module, list, tuple or dict."""
+    for _, member in _members(value):
+        if isinstance(member, State):
+            yield member
+        yield from modules_in(member)
+
+
+def _tree(value: Any) -> str:
+    """A module as text: its numbers and the shapes of its parameters, and the modules in it, indented."""
+    inside, modules = [], []
+    for name, member in _members(value):
+        if isinstance(member, Parameter):
+            inside.append(f"{name} {member.shape}")
+        elif isinstance(member, State) or any(True for _ in parameters_in(member)):
+            modules.append(f"{name}: {_tree(member)}")
+        elif isinstance(member, bool | int | float | str) and not name.startswith("_"):
+            inside.append(f"{name}={member}")
+    kind = f"{type(value).__name__}({', '.join(inside)})" if isinstance(value, State) else ", ".join(inside)
+    lines = [line for module in modules for line in module.splitlines()]
+    return kind + "".join(f"\n  {line}" for line in lines)
