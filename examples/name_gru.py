@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="[%(default)s]")
     parser.add_argument("--picture", type=Path, default=Path("name_gru.png"), help="[%(default)s]")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; expected 1 or more")
     words = find_words()
     order = np.random.default_rng(0).permutation(len(words))
     encoded = encode([words[i] for i in order])

@@ -3,9 +3,9 @@
     python examples/spiral_mlp.py
 
 Three classes of 200 points each lie on the arms of a spiral, so that no straight line separates them. Two hidden layers
-of 64 units with ReLU learn the regions in 400 steps, in about a second. It ends with this line, or one close to it:
+of 64 units with ReLU learn the regions in 400 steps, in a few seconds. It ends with this line, or one close to it:
 
-    accuracy 0.997 on 600 training points, 0.982 on 600 new ones
+    accuracy 0.998 on 600 training points, 0.980 on 600 new ones
 
 and draws spiral_mlp.png: the points, and the class that the network gives to every place of the plane.
 """
@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="[%(default)s]")
     parser.add_argument("--picture", type=Path, default=Path("spiral_mlp.png"), help="[%(default)s]")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; expected 1 or more")
     rng = np.random.default_rng(0)
     x, y = spiral(200, rng)
     new_x, new_y = spiral(200, rng)
