@@ -153,20 +153,27 @@ def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarra
     return {name: found[name] for name in PATTERNS}
 
 
-def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray]) -> list[JsonObject]:
-    """What each head of a layer does: weights (H, T, T) and the keys of each pattern (T, T).
+def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np.ndarray) -> list[JsonObject]:
+    """What each head of a layer does: weights (H, T, T), the keys of each pattern (T, T), and the ids (T,).
 
     For each pattern [share, even, queries]: the part of a query's attention that goes to its keys, the part that would
     if attention were spread evenly, both as means over the queries that have such keys, and how many these are.
     kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS where none stands out.
     spread  over how many tokens attention is spread: 2 to the power of its entropy in bits, as a mean over the queries.
+    most    [id, share, even]: of all the ids in the text, the one whose share exceeds the even one by most.
     """
     T = weights.shape[-1]
     seen = np.arange(1, T + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(weights > 0, weights * np.log2(weights), 0).sum(axis=-1)
-    heads: list[JsonObject] = [{"kind": SPREADS, "score": 0.0, "spread": round(float(s), 3)} for s in
-                               np.exp2(entropy).mean(axis=-1)]  # fmt: skip
+    ids, which = np.unique(tokens, return_inverse=True)
+    evenly = np.bincount(which, (np.tri(T) / seen[:, None]).mean(axis=0))
+    heads: list[JsonObject] = []
+    for own, spread in zip(weights, np.exp2(entropy).mean(axis=-1), strict=True):
+        shares = np.bincount(which, own.mean(axis=0))
+        best = int((shares - evenly).argmax())
+        most = [int(ids[best]), round(float(shares[best]), 5), round(float(evenly[best]), 5)]
+        heads.append({"kind": SPREADS, "score": 0.0, "spread": round(float(spread), 3), "most": most})
     for name, mask in masks.items():
         queries = np.flatnonzero(mask.any(axis=-1))
         if not len(queries):
@@ -187,7 +194,7 @@ def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
     heads, parts = [], []
     for layer in trace.layers:
         weights = layer.weights()
-        heads.append(describe_heads(weights, masks))
+        heads.append(describe_heads(weights, masks, trace.tokens))
         weights = np.concatenate((weights, weights.mean(axis=0, keepdims=True)))
         parts.append((weights[:, np.tri(T, dtype=bool)],) if T <= EXACT else strongest_links(weights))
     arrays = [np.stack(part) for part in zip(*parts, strict=True)]
@@ -511,7 +518,7 @@ def percent(p: float) -> str:
 def command_line() -> Parser:
     parser = Parser("python -m gpt2.inspect", __doc__)
     group = parser.add_argument_group("text")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to show [default: one that the model generates]")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to show [default: the model generates one]")
     group.add_argument(
         "-m",
         "--max-tokens",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision", "trace"),
+    ("array", "files", "gpus", "machine", "precision", "tracer"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -70,7 +70,7 @@ PUBLIC_MODULES = {
     "profiler",
     "random",
     "threads",
-    "trace",
+    "tracer",
 }
 ONLY_IN = {"cupy": ("tinygrad2.backend", "tinygrad2.kernels"), "mpi4py": ("tinygrad2.distributed",)}
 

@@ -135,7 +135,7 @@ def test_a_head_is_described_by_the_pattern_that_it_follows(tokenizer):
         weights = np.where(mask, 1.0, 1e-3) * np.tri(T)
         return weights / weights.sum(-1, keepdims=True)
 
-    heads = inspect.describe_heads(np.stack([*map(head, masks.values()), head(np.zeros((T, T)))]), masks)
+    heads = inspect.describe_heads(np.stack([*map(head, masks.values()), head(np.zeros((T, T)))]), masks, tokens)
     assert [one["kind"] for one in heads] == [*inspect.PATTERNS, "spreads"]
     assert heads[0]["previous"] == [
         pytest.approx(0.98, abs=0.02),
@@ -144,6 +144,9 @@ def test_a_head_is_described_by_the_pattern_that_it_follows(tokenizer):
     ]
     assert heads[-1]["spread"] == pytest.approx((T + 1) / 2, rel=1e-4)
     assert heads[1]["spread"] < 1.5
+    assert heads[1]["most"][:2] == [ord("o"), pytest.approx(1, abs=0.05)]  # the first token
+    shares = [np.mean([text[: t + 1].count("o") / (t + 1) for t in range(T)]), heads[1]["most"][2]]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-4)
 
 
 def test_patterns_are_what_their_names_say(tokenizer):
