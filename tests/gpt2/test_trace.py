@@ -8,7 +8,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config
 from gpt2.trace import attention_weights, trace
-from tinygrad2 import Tensor, nn, ops
+from tinygrad2 import Tensor, nn, ops, tracer
 
 CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=32, n_positions=24, vocab_size=61)
 TOKENS = np.random.default_rng(3).integers(61, size=20)
