@@ -490,8 +490,9 @@ function lensView(text, part, choose) {
     let since = L;
     while (since > 0 && text.lens(since - 1, token)[0] === final) since--;
     const says = (layer) => `\u201c${text.id(text.lens(layer, token)[0])}\u201d (${percent(text.lens(layer, token)[1])})`;
-    hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. It has predicted this since ` +
-      `${since ? `layer ${since}, where it is ${says(since)}` : "the embedding, before any layer"}.` +
+    const when = since === L ? `${L > 1 ? `Layer ${L - 1}` : "The embedding alone"} would say ${says(L - 1)}.`
+      : `It has predicted this since ${since ? `layer ${since}, with ${percent(text.lens(since, token)[1])}` : "the embedding, before any layer"}.`;
+    hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. ${when}` +
       (T > LENS_COLUMNS ? ` Shown are ${LENS_COLUMNS} of ${number(T)} tokens, around the chosen one.` : "");
   };
 }

@@ -405,10 +405,14 @@ def test_the_lens_shows_the_prediction_of_every_layer(browser, pages, data):
     for layer in range(3):
         shown = rows.nth(layer).locator("td").all_text_contents()
         assert shown == [data["labels"][str(i)].replace(" ", "␣") for i in ids[layer]]
-    page.locator(".lens thead th").nth(4).click()
-    assert page.locator('[data-part="lens-text"]').text_content().startswith("After “e” (token 4)") or (
-        page.locator('[data-part="lens-text"]').text_content().startswith("After “b” (token 4)")
-    )
+    predicted = inspection.unpacked(data["lens"]["ids"])
+    for t in range(len(TEXT)):
+        page.locator(".lens thead td, .lens thead th:not(.row)").nth(t).click()
+        label = data["labels"][str(predicted[2, t])].replace(" ", "␣")
+        hint = page.locator('[data-part="lens-text"]').text_content()
+        assert hint.startswith(f"After “{TEXT[t].replace(' ', '␣')}” (token {t + 1}) the model predicts “{label}” (")
+        since = 2 if predicted[1, t] != predicted[2, t] else 1 if predicted[0, t] != predicted[2, t] else 0
+        assert ("Layer 1 would say", "since layer 1", "since the embedding")[2 - since] in hint
     assert page.locator(".chips span.mono").count() == 8
     assert page.locator(".chart polyline").count() == 6
     assert said == []
