@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -52,6 +52,9 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
 
 
 NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
+
+
+Ends = int | Collection[int] | None  # the id that ends a text, or several
 
 
 class Sampling(TypedDict, total=False):
@@ -146,6 +149,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
+    never: Sequence[int] = (),
     cache: bool = True,
 ) -> Iterator[np.ndarray]:
     """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
@@ -154,6 +158,7 @@ def generate(
     The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
     for any number of samples.
     vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
+    never       ids below it that are never sampled, since no token has them.
     cache       False processes the whole text for every token, which is slow; the tests compare with it.
 
     Raises ValueError for an empty prompt, and if the model's logits are not finite.
@@ -174,12 +179,15 @@ def generate(
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError(NOT_FINITE)
+        if len(never):
+            logits = logits.copy()
+            logits[:, never] = -np.inf
         key = Key(seed, step, site=random.SAMPLING_SITE)
         draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
-        if temperature == 0 and state is not None and state.decoder is not None:
+        if temperature == 0 and state is not None and state.decoder is not None and not len(never):
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
@@ -199,17 +207,19 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 
 
 def complete(
-    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
+    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
-    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), excluded.
+    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), or the
+    first of several, excluded.
 
     sampling  see `generate`, which yields tokens as they are sampled.
     """
     rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
     ended = [False] * len(rows)
+    ends = () if stop is None else (stop,) if isinstance(stop, int) else stop
     for chosen in generate(model, tokens, max_tokens, **sampling):
         for i, token in enumerate(chosen.tolist()):
-            ended[i] = ended[i] or token == stop
+            ended[i] = ended[i] or token in ends
             if not ended[i]:
                 rows[i].append(token)
         if all(ended):
@@ -228,16 +238,17 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final.
 
-    A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`. Bytes of an incomplete
-    character, and text that may be the start of a stop string, are held back until more tokens arrive.
+    A sample ends at one of `end_ids`, before the first of the `stop` strings, or after `max_tokens`. Bytes of an
+    incomplete character, and text that may be the start of a stop string, are held back until more tokens arrive.
     """
     samples = sampling.get("samples", 1)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
     held = [""] * samples
     running = set(range(samples))
-    for tokens in generate(model, prompt, max_tokens, vocab_size=tokenizer.vocab_size, **sampling):
+    ends, size, never = end_ids(model, tokenizer), tokenizer.vocab_size, tokenizer.unused_ids
+    for tokens in generate(model, prompt, max_tokens, vocab_size=size, never=never, **sampling):
         for i in sorted(running):
-            ended = tokens[i] == tokenizer.end_of_text
+            ended = int(tokens[i]) in ends
             held[i] += decoders[i].decode(b"" if ended else tokenizer.decode_bytes([int(tokens[i])]), final=bool(ended))
             found = min((at for s in stop if (at := held[i].find(s)) >= 0), default=None)
             if found is not None or ended:
@@ -255,9 +266,20 @@ def stream_text(
             yield i, rest
 
 
+def begin_id(model: LanguageModel, tokenizer: Tokenizer) -> int:
+    """The id with which a text without a prompt begins: the one in the model's config, else the tokenizer's."""
+    known = getattr(model.config, "begin_id", None)
+    return tokenizer.begin if known is None else known
+
+
+def end_ids(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text: those in the model's config, else the tokenizer's."""
+    return getattr(model.config, "end_ids", ()) or tokenizer.end_ids
+
+
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
     """A short text without a prompt, for the evaluations of a training run."""
-    pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
+    pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
 
 

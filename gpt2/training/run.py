@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Protocol, TextIO, TypedDict
 
@@ -49,10 +49,14 @@ class Progress:
 
 @dataclass
 class RunOptions:
-    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others."""
+    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
+
+    notes  lines on what was chosen and why, for the start of the run.
+    """
 
     options: OptionValues
     defaults: OptionValues
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,7 +111,7 @@ class RunFolder:
         for folder in folders:
             try:
                 checkpoint.verify(folder)
-                return _read_state(folder)
+                return read_state(folder)
             except checkpoint.CheckpointError as error:
                 say(f"skipping a damaged checkpoint: {error}")
         if folders:
@@ -235,7 +239,7 @@ class RunFolder:
         return self.path.rename(files.free_name(dated))
 
 
-def _read_state(folder: Path) -> RunState:
+def read_state(folder: Path) -> RunState:
     """Raises CheckpointError if trainer.json does not have the form that RunFolder.save writes."""
     values = checkpoint.read_json(folder / TRAINER)
     try:

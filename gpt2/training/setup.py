@@ -15,14 +15,19 @@ from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, find_dataset
 from gpt2.training.display import say
+from gpt2.training.exchange import UNKNOWN_DATA
 from gpt2.training.options import (
     FIXED_OPTIONS,
+    MODEL_SIZES,
+    PART_OF_STEPS,
     Options,
     OptionValues,
     UsageError,
     check_optimizer,
     default_options,
+    fit_to_data,
     flag,
+    model_config,
     resolve_options,
 )
 from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
@@ -39,11 +44,11 @@ Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
     """The options and the model's config of a new run, from the options given."""
     if "init" in given:
-        if "preset" in given:
-            raise UsageError("--init determines the sizes of the model; remove --preset")
+        if extra := [flag(name) for name in ("preset", *MODEL_SIZES) if name in given]:
+            raise UsageError(f"--init determines the sizes of the model; remove {' and '.join(extra)}")
         config = model_file.load_config(model_file.find_model(Path(given["init"]), say))
     else:
-        config = GPT2Config.preset(given.get("preset", Options.preset))
+        config = model_config(given)
     defaults = default_options(given, config)
     options = resolve_options(given, config, defaults)
     check_optimizer(given, options.optimizer)
@@ -72,7 +77,20 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
-    return options, _with_dropout(config, options), RunOptions(merged, defaults)
+    notes = [] if "learning_rate" in given else _rate_notes(before, options, saved.progress.step)
+    return options, _with_dropout(config, options), RunOptions(merged, dict(defaults), notes)
+
+
+def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
+    """A note if the learning rate rises after `step` because the schedule of a resumed run has become longer."""
+    was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
+    if step < before.warmup_iters or now <= 1.1 * was:
+        return []
+    return [
+        f"rate       the learning rate was {was:.1e} at step {step:,} and rises again to {now:.1e}: its decay now "
+        f"ends at step {options.lr_decay_iters:,}; --lr-decay-iters {before.lr_decay_iters} keeps it at "
+        f"{before.learning_rate_at(step):.1e}"
+    ]
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
@@ -90,15 +108,28 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
     """
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
-    options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
-    run_options.options["total_batch_size"] = (
-        options.total_batch_size
-    )  # also when the run is resumed on another number of ranks
+    if options.early_stop and not options.eval_interval:
+        raise UsageError("--early-stop needs evaluations during the run; expected an --eval-interval of 1 or more")
+    if note := options.fit_batch(run_options.options, ranks):
+        run_options.notes.append(f"batch      {note}")
+    if "total_batch_size" not in run_options.options:  # it stays when the run is resumed on another number of ranks
+        run_options.defaults["total_batch_size"] = options.total_batch_size
     if reason := get_backend(options.device).unsupported_reason(options.dtype):
         say(f"--dtype {reason}; computing in float32")
         options.dtype = "float32"
     if options.threads:
         threads.set_count(options.threads)
+
+
+def fit_options(options: Options, run_options: RunOptions, data_tokens: int) -> None:
+    """Limit the defaults of a new run by the size of its data (see fit_to_data)."""
+    given, defaults = run_options.options, run_options.defaults
+    notes = fit_to_data(given, defaults, options.total_batch_size or 1, data_tokens)
+    for name in ("max_iters", *PART_OF_STEPS):
+        setattr(options, name, given.get(name, defaults[name]))
+    options.lr_decay_iters = given.get("lr_decay_iters", options.max_iters)
+    if notes:
+        run_options.notes.append(f"chosen     {', '.join(notes)}")
 
 
 def open_data(options: Options, saved: RunState | None) -> Splits:
@@ -115,7 +146,7 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
     for split in (data, validation):
         split.windows(options.block_size)  # if the split is too short, this raises before the first step
-    if saved and saved.data != data.fingerprint:
+    if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
             f"same one prepared differently. Use another --out-dir, or --fresh to start a new run (the "
@@ -135,7 +166,8 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
-    config = with_vocabulary(config, data[2], source, options.preset)
+    config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
+    data = (*data[:2], tokenizer)
     with explain_memory(config, options):
         model = GPT2(
             config,
@@ -176,20 +208,28 @@ def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim
     raise AssertionError(f"--optimizer {options.optimizer} has no branch here")
 
 
-def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
-    """The config with the vocabulary of the data. Raises UsageError if they differ, except for new BYTE_PRESETS."""
-    if source is None and preset in BYTE_PRESETS:
-        return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    same = config.vocab_size == tokenizer.vocab_size
-    if source is not None and same:
-        same = Tokenizer.for_model(source, config.vocab_size).fingerprint == tokenizer.fingerprint
-    if not same:
-        raise UsageError(
-            f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that "
-            f"of {source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
-            f"tokenizer"
-        )
-    return config
+def with_vocabulary(
+    config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str
+) -> tuple[GPT2Config, Tokenizer]:
+    """The config and the tokenizer of a model that is trained on data of `tokenizer`.
+
+    A new model of BYTE_PRESETS takes the vocabulary of the data. A model that is loaded keeps its vocabulary, its
+    tokenizer and its begin and end ids: it may have added tokens that the data does not use, and more ids than its
+    tokenizer (padding). Raises UsageError if the data's ids are other tokens there.
+    """
+    ends = tokenizer.end_ids
+    if source is None and (preset in BYTE_PRESETS or config.vocab_size == tokenizer.vocab_size):
+        unknown = dataclasses.replace(config, bos_token_id=None, eos_token_id=None, vocab_size=tokenizer.vocab_size)
+        return unknown.with_ids(tokenizer.begin if ends else None, ends), tokenizer
+    if source is not None and tokenizer.vocab_size <= config.vocab_size:
+        own = Tokenizer.for_model(source, config.vocab_size)
+        if own.includes(tokenizer):
+            return config.with_ids(own.begin if own.end_ids else None, own.end_ids), own
+    raise UsageError(
+        f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
+        f"{source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
+        "tokenizer"
+    )
 
 
 @contextmanager
