@@ -467,8 +467,7 @@ def attention_backward(
     sum_j (dO V^T)_ij M_ij P_ij = sum_d dO_id sum_j P_ij M_ij V_jd, so delta_i = sum_d dO_id O_id.
 
     Here P is computed as in the forward pass. lse is for kernels that process part of a row at a time: exp(S - lse)
-    has the rounding error of lse, which is 5e-4 at scores of 10^4 in float32.
-    Returns dqkv.   Source: arXiv:2205.14135, appendix B.
+    has the rounding error of lse, 5e-4 at scores of 10^4 in float32. Returns dqkv.   Source: arXiv:2205.14135, app. B.
     """
     T = qkv.shape[1]
     q, k, v = split_heads(qkv, 3, n_head)

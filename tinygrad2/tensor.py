@@ -8,7 +8,7 @@ from typing import Any, TypeGuard, overload
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd
+from tinygrad2 import arguments, autograd, tracer
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
@@ -132,10 +132,7 @@ class Tensor(Methods["Tensor"], Protocols):
         return record(data, (self,), _astype_backward, saved=(self.dtype,))
 
     def to(self, target: str | DTypeLike) -> Tensor:
-        """The tensor on another device ("cpu" or "cuda"), or in another dtype; the tensor itself if nothing changes.
-
-        The gradient is copied back to the first device.
-        """
+        """The tensor on another device ("cpu" or "cuda") or in another dtype; its gradient is converted back."""
         if target not in DEVICES:
             return self if numpy.dtype(target) == self.dtype else self.astype(target)
         source, backend = self.backend, get_backend(str(target))
@@ -437,6 +434,8 @@ def record(
     This is the only way onto the tape. An operation is two functions, and its forward function ends in record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
+    if tracer.active() is not None:
+        tracer.report(backward, parents, results, saved)
     edges = tuple([parent._edge for parent in parents])
     if any(edges) and autograd.is_recording():
         backend = backend_of(results[0].data)
