@@ -1,4 +1,4 @@
-"""What a Tensor answers to Python's built-in functions, to NumPy's functions, and to the names of other libraries."""
+"""Support of Tensor for Python's built-in functions, NumPy's functions, and the names of other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
-# np.add(a, b) where a or b is a Tensor: the method of the first and, where that is not a Tensor, of the second.
+# np.add(a, b) for a Tensor a or b: the method of the first or, if that is not a Tensor, of the second.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.add: ("__add__", "__radd__"),
     numpy.subtract: ("__sub__", "__rsub__"),
@@ -49,7 +49,7 @@ _SAME_NAMES = """
 """
 UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
-# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments the method takes too.
+# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments are those of the method.
 METHODS = {
     numpy.sum: "sum",
     numpy.mean: "mean",
@@ -95,7 +95,7 @@ METHODS = {
     numpy.dot: "dot",
 }
 
-# Functions that look at values and shapes alone, where there is no gradient to lose: they get the arrays.
+# Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
 ON_ARRAYS = {
     numpy.allclose,
     numpy.array_equal,
@@ -115,7 +115,7 @@ ON_ARRAYS = {
     numpy.size,
 }
 
-# What other libraries call it: a missing attribute of this name is answered with what to use here.
+# Names in other libraries: the error for a missing attribute of this name says what to use here.
 ELSEWHERE = {
     "absolute": "abs(x)",
     "clone": "x + 0, or copy.deepcopy(x)",
@@ -153,7 +153,7 @@ ELSEWHERE = {
 
 
 class Protocols:
-    """The part of Tensor that answers to Python's built-in functions and to NumPy's."""
+    """The part of Tensor that supports the built-in functions of Python and the functions of NumPy."""
 
     __slots__ = ()
 
@@ -184,7 +184,7 @@ class Protocols:
 
     def __iter__(self: Any) -> Iterator[Any]:
         if not self.ndim:
-            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
+            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; use item() for its value")
         return (self[i] for i in range(len(self.data)))
 
     def __contains__(self: Any, value: Any) -> bool:
@@ -205,7 +205,7 @@ class Protocols:
         return int(self)
 
     def __setitem__(self: Any, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
+        raise TypeError("a Tensor cannot be changed in place: write into x.data before the forward pass")
 
     def __getattr__(self: Any, name: str) -> Any:
         ours = ELSEWHERE.get(name)
@@ -215,7 +215,7 @@ class Protocols:
 
     def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
         if self.backend is not get_backend():
-            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
+            raise TypeError("a Tensor on a GPU is not copied to the host implicitly: use .numpy()")
         values = numpy.asarray(self.data, dtype=dtype)
         return values.copy() if copy and values is self.data else values
 
