@@ -230,11 +230,12 @@ class TextPieces:
     The text ends at end-of-text or before the first of the `stop` strings. Bytes of an incomplete character, and text
     that may be the start of a stop string, are held back until more tokens arrive.
 
-    ended  whether the text has ended; further tokens must not be added.
+    ended    whether the text has ended; further tokens must not be added.
+    decoded  the number of characters of all tokens added, those that are held back included.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.ended = False
+        self.ended, self.decoded = False, 0
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -243,13 +244,20 @@ class TextPieces:
         """The text that is final after this token, and was not before."""
         self.ended = token == self._tokenizer.end_of_text
         data = b"" if self.ended else self._tokenizer.decode_bytes([token])
-        text = self._held + self._decoder.decode(data, final=self.ended)
+        new = self._decoder.decode(data, final=self.ended)
+        text = self._held + new
+        self.decoded += len(new)
         found = min((at for s in self._stop if (at := text.find(s)) >= 0), default=None)
         if found is not None or self.ended:
             self.ended, self._held = True, ""
             return text[:found]
         ready, self._held = _split_at_stop(text, self._stop)
         return ready
+
+    @property
+    def holding(self) -> bool:
+        """Whether text or bytes are held back."""
+        return bool(self._held or self._decoder.getstate()[0])
 
     def finish(self) -> str:
         """The text that is held back, after the last token."""

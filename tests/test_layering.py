@@ -35,11 +35,11 @@ MODEL = (
     ("language_model",),
     ("decode",),
     ("generate",),
-    ("formats",),
+    ("completions", "formats"),
     ("model",),
     ("training",),
     ("parity",),
-    ("convert", "doctor", "evaluate", "report", "verify"),  # a command each: python -m gpt2.NAME
+    ("convert", "doctor", "evaluate", "report", "verify", "web"),  # a command each: python -m gpt2.NAME
     ("__init__",),
 )
 RANK = {
