@@ -29,7 +29,7 @@ from gpt2.training.display import (
     start_record,
 )  # fmt: skip
 from gpt2.training.options import Options, OptionValues, parse_options
-from gpt2.training.run import Progress, RunFolder, RunOptions, tensorboard_writer
+from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.setup import (
     build_trainer,
     explain_memory,
@@ -65,7 +65,6 @@ def train(given: OptionValues, comm: Comm) -> int:
         say_finished(folder.path, progress.step)
         return 0
     settle_options(options, run_options, comm.size)
-    board = tensorboard_writer() if options.tensorboard else None
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = open_data(options, saved), load_questions(options, comm)
@@ -73,7 +72,7 @@ def train(given: OptionValues, comm: Comm) -> int:
     if fresh and (aside := folder.set_aside()):
         say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
+    with folder.opened(progress.step), StopRequest(verbose=comm.size == 1) as stop:
         folder.log_start(progress.step, given=run_options.options, **start_record(trainer, machine.describe()))
         comm.from_root(partial(describe_start, trainer))
         written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, say))

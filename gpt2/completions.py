@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt2.generate import TextPieces, check_sampling, generate, next_logits
+from gpt2.generate import TextPieces, check_sampling, generate
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Tensor, no_grad

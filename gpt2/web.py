@@ -122,7 +122,7 @@ class Service:
         return JSONResponse(answer.whole())
 
     async def generate(self, request: HTTPRequest) -> Response:
-        """The page's own form: a line of JSON for the prompt and one for each piece, with alternatives of each token."""
+        """The page's own form: lines of JSON, first the prompt, then each piece with alternatives of its tokens."""
         values = await body_of(request)
         asked = self._parse({**values, "logprobs": CHOICES})
         if len(asked.prompts) > 1 or asked.n > 1 or asked.echo:
@@ -159,9 +159,10 @@ class Service:
         longest = max(map(len, asked.prompts))
         parts = config.memory_to_generate(asked.n, longest, asked.max_tokens, self.model.precision.activation_bytes)
         if (need := sum(parts.values())) > (free := self._memory()):
+            tokens = min(longest + asked.max_tokens, config.n_positions)
             raise RequestError(
-                f"out of memory: {asked.n} choices of {min(longest + asked.max_tokens, config.n_positions):,} tokens need "
-                f"{need / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; ask for fewer",
+                f"out of memory: {asked.n} choices of {tokens:,} tokens need {need / 1e9:,.2f} GB, {free / 1e9:,.2f} "
+                "GB are free; ask for fewer",
                 "n",
                 503,
             )
@@ -266,8 +267,9 @@ async def failed(request: HTTPRequest, error: Exception) -> Response:
     return JSONResponse(told.describe(), told.status)
 
 
-Scope, Message = dict[str, Any], dict[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
@@ -278,7 +280,7 @@ class Guard:
         self._hosts = set(hosts)
         self._origins = {f"http://{host}" for host in hosts}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]

@@ -244,7 +244,7 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
     for module, source in sources().items():
         top = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Import | ast.ImportFrom)]
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
-        optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tensorboardX", "torch", "transformers"}
+        optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "torch", "transformers"}
         assert module.startswith("tinygrad2.kernels.") or not names & optional, module
 
 
@@ -270,7 +270,7 @@ def test_every_module_has_a_test_file_of_its_name():
 
 def test_what_needs_an_extra_says_so():
     """CI runs by its mark what the quick tests skip: `extras("package")`, or `slow`."""
-    extras = ("cupy", "huggingface_hub", "playwright", "pyarrow", "tensorboardX", "tokenizers", "torch", "transformers")
+    extras = ("cupy", "huggingface_hub", "openai", "playwright", "pyarrow", "tokenizers", "torch", "transformers")
     for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         module_marks = [ast.unparse(node) for node in tree.body if "pytestmark" in ast.unparse(node)[:11]]

@@ -31,7 +31,7 @@ def make_run(out, steps=300, evaluate=50, tokens=512, **start):
     first = {
         "step": 0,
         "time": 1.7e9,
-        "given": {"data": "a b", "tensorboard": True},
+        "given": {"data": "a b", "profile": True},
         "options": {"max_iters": steps, "learning_rate": 1e-3, "seed": 1337, "out_dir": str(out)},
         "model": {"n_layer": 4},
         "data": {"path": "data/text"},
@@ -91,7 +91,7 @@ def test_the_page_shows_what_the_run_left(tmp_path):
     assert page.texts["dd"][0] == "2.1100 at step 300"
     assert page.texts["dd"][1] == "2.0101 mean of the last 6"
     assert page.texts["dd"][-1] == "2:30 min in steps"
-    assert page.texts["pre"][-1] == "python train.py '--data=a b' --tensorboard"
+    assert page.texts["pre"][-1] == "python train.py '--data=a b' --profile"
     assert "from step 0 (cpu, a processor, 2 threads)" in page.texts["li"][0]
     assert {"max_iters300", "learning_rate0.001", "seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
         *page.texts["tr"]

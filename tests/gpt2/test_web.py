@@ -142,7 +142,7 @@ def test_the_client_lists_models_and_understands_errors(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-4", prompt="a")
     assert missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match="temperature is -1.0") as wrong:
+    with pytest.raises(openai.BadRequestError, match=r"temperature is -1\.0") as wrong:
         client.completions.create(model=NAME, prompt="a", temperature=-1)
     assert wrong.value.param == "temperature"
 
