@@ -136,6 +136,7 @@ class Part:
     cursor: tuple[int, int, int]
     dropped: str = ""
     digest: int | None = None
+    continues: bool = False  # the document, after another part of it
 
 
 def read_parts(
@@ -152,10 +153,11 @@ def read_parts(
                     yield Part(b"", True, (k, document.after, 0), dropped)
                 else:
                     with document.open() as stream:
+                        continues = offset > 0
                         for data, following, ends in _cut(stream, offset, document.name):
                             after = (k, document.after, 0) if ends else (k, position, following)
-                            yield Part(data, ends, after, "", digest)
-                            digest = None
+                            yield Part(data, ends, after, "", digest, continues)
+                            digest, continues = None, True
                 position, offset = document.after, 0
         position = 0
 
@@ -300,6 +302,7 @@ def prepare(
     drop_wikipedia: bool = False,
     min_bytes: int = 0,
     drop_duplicates: bool = False,
+    special_tokens: bool = False,
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -307,6 +310,8 @@ def prepare(
 
     The work is done in OUT.partial, which is renamed when it is complete. After an interruption the same call resumes
     from the journal in that folder. An existing `out` is an error; with `fresh` it is renamed first.
+
+    special_tokens  the text of each special or added token is that one token; otherwise it is plain text.
 
     Raises ValueError or OSError with one line for an invalid argument or source, and for a full disk.
     """
@@ -329,6 +334,8 @@ def prepare(
         raise FileExistsError(f"{out}: already exists; choose another --out, or use --fresh to rename it")
     begin = time.perf_counter()
     vocabulary = Tokenizer.load(tokenizer)
+    if special_tokens and not vocabulary.added:
+        raise ValueError(f"--special-tokens: the tokenizer {vocabulary.name} has no special tokens")
     found = find_sources(sources, text_key, say)
     job = {
         "format": FORMAT,
@@ -337,6 +344,7 @@ def prepare(
         "tokenizer": vocabulary.describe(),
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
+        **({"special_tokens": True} if special_tokens else {}),  # (without it, as earlier versions wrote it)
     }
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -357,7 +365,7 @@ def prepare(
             _write_tokens(found, total, vocabulary, val_fraction, filters, threads, job, state, shards)
             _fill_validation(val_fraction, job, state, shards)
             if state.documents:
-                _write_manifest(found, vocabulary, val_fraction, filters, state, shards)
+                _write_manifest(found, vocabulary, job, filters, state, shards)
         except OSError as error:
             error.filename = error.filename or str(partial)  # write() does not name the file
             raise
@@ -464,10 +472,14 @@ def _write_tokens(
     shards: Shards,
 ) -> None:
     """Read, split, tokenize (in threads: tiktoken releases the GIL) and append all text after the state's cursor."""
-    end_of_text = np.array([tokenizer.end_of_text])
+    end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
+    special_tokens = "special_tokens" in job
 
     def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
-        return [(side_of(part.data, val_fraction), tokenizer.encode(part.data.decode())) for part in parts]
+        return [
+            (side_of(part.data, val_fraction), tokenizer.encode(part.data.decode(), special_tokens, part.continues))
+            for part in parts
+        ]
 
     unread = read_parts(sources, state.cursor, filters, shards.seen())
     journalled = state.bytes
@@ -542,7 +554,7 @@ def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards:
 
 
 def _write_manifest(
-    sources: list[Source], tokenizer: Tokenizer, val_fraction: float, filters: Filters, state: State, shards: Shards
+    sources: list[Source], tokenizer: Tokenizer, job: JsonObject, filters: Filters, state: State, shards: Shards
 ) -> None:
     tokenizer.save(shards.folder)
     manifest = {
@@ -554,12 +566,13 @@ def _write_manifest(
         "bytes": state.bytes,
         "tokens": shards.tokens,
         "split_rule": {
-            "val_fraction": val_fraction,
+            "val_fraction": job["val_fraction"],
             "text": f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation "
             "where the first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last "
             "tokens change sides",
         },
         "end_of_text": "after each document, and where the next part of a document is in the other split",
+        **{name: value for name, value in job.items() if name == "special_tokens"},
         "sources": [{"source": str(source), "bytes": source.size()} for source in sources],
         "shards": [
             {"file": file.name, "split": split, "tokens": tokens, "sha256": file_sha256(file)}
@@ -610,6 +623,11 @@ def command_line() -> Parser:
     )
     group.add_argument("--fresh", action="store_true", help="rename an existing data set of this name first")
     group.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2, bytes, a .tiktoken file, or a folder")
+    group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="each special token in the text, such as <|endoftext|>, is one token instead of plain text",
+    )
     group.add_argument(
         "--val-fraction",
         type=float,

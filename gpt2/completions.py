@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpt2.generate import TextPieces, check_sampling, generate
+from gpt2.generate import TextPieces, begin_id, check_sampling, end_ids, generate
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Tensor, no_grad
@@ -104,14 +104,14 @@ def parse_json(body: bytes) -> JsonObject:
     return value
 
 
-def parse_request(values: JsonObject, tokenizer: Tokenizer, model_name: str, n_positions: int) -> Request:
+def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer, model_name: str) -> Request:
     """The request in a JSON object of OpenAI's API. Raises RequestError, naming the field, for what is not valid."""
     fields = Fields(values)
     name = fields.text("model", model_name)
     if name != model_name:
         raise RequestError(f"model is {name[:80]!r}; this server has {model_name!r}", "model", 404)
     request = Request(
-        prompts=_prompts(fields.take("prompt"), tokenizer),
+        prompts=_prompts(fields.take("prompt"), tokenizer, begin_id(model, tokenizer)),
         max_tokens=fields.integer("max_tokens", 16, 0, MAX_TOKENS),
         n=fields.integer("n", 1, 1, MAX_CHOICES),
         temperature=fields.number("temperature", 1.0),
@@ -134,7 +134,7 @@ def parse_request(values: JsonObject, tokenizer: Tokenizer, model_name: str, n_p
     if (choices := request.n * len(request.prompts)) > MAX_CHOICES:
         raise RequestError(f"n is {request.n} for {len(request.prompts)} prompts: {choices} choices; expected at most "
                            f"{MAX_CHOICES}", "n")  # fmt: skip
-    longest = max(map(len, request.prompts))
+    longest, n_positions = max(map(len, request.prompts)), model.config.n_positions
     if request.echo and request.logprobs is not None and longest > n_positions:
         raise RequestError(f"prompt has {longest:,} tokens; echo with logprobs needs at most {n_positions:,}", "prompt")
     return request
@@ -193,20 +193,20 @@ def _shown(value: object) -> str:
     return json.dumps(value)[:80] if not isinstance(value, int) or abs(value) < 10**40 else "too large"
 
 
-def _prompts(value: object, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompts(value: object, tokenizer: Tokenizer, begin: int) -> list[list[int]]:
     """The ids of each prompt: a string, a list of strings, a list of ids, or a list of lists of ids."""
     several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
     prompts: list[Any] = value if several else [value]  # type: ignore[assignment]
     if len(prompts) > MAX_PROMPTS:
         raise RequestError(f"prompt is a list of {len(prompts):,} prompts; expected at most {MAX_PROMPTS}", "prompt")
-    return [_prompt(one, tokenizer) for one in prompts]
+    return [_prompt(one, tokenizer, begin) for one in prompts]
 
 
-def _prompt(value: object, tokenizer: Tokenizer) -> list[int]:
+def _prompt(value: object, tokenizer: Tokenizer, begin: int) -> list[int]:
     if value is None or value == "" or value == []:
-        return [tokenizer.end_of_text]  # as at the start of a text
+        return [begin]
     if isinstance(value, str):
-        return tokenizer.encode(value).tolist()
+        return tokenizer.encode_prompt(value).tolist() or [begin]
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
         raise RequestError("prompt: expected a string, a list of strings, or lists of token ids", "prompt")
     outside = [i for i in value if not 0 <= i < tokenizer.vocab_size]
@@ -264,7 +264,7 @@ class Piece:
     choice  its number: prompt * n + sample.
     text    that is final.
     tokens  whose text is complete with this piece.
-    finish  why the continuation ends here: "stop" (end-of-text or a stop string), "length", or None.
+    finish  why the continuation ends here: "stop" (an end-of-text token or a stop string), "length", or None.
     ending  the end-of-text token, if the model generated it: it is not a part of the text.
     echo    whether this is the prompt.
     """
@@ -280,13 +280,12 @@ class Piece:
 class Choice:
     """A continuation on its way: from tokens to pieces. Tokens wait until their text is final.
 
+    ends   the ids that end a text.
     start  the number of characters before it.
     """
 
-    def __init__(self, number: int, tokenizer: Tokenizer, stop: Sequence[str], start: int):
-        self.number = number
-        self.text = TextPieces(tokenizer, stop)
-        self._end_of_text = tokenizer.end_of_text
+    def __init__(self, number: int, text: TextPieces, ends: Sequence[int], start: int = 0):
+        self.number, self.text, self._ends = number, text, ends
         self._start, self._final = start, 0
         self._waiting: list[TokenInfo] = []
 
@@ -294,7 +293,7 @@ class Choice:
         """The piece that a token completes, or None. last: no token follows."""
         token.start = self._start + self.text.decoded
         text = self.text.add(token.id)
-        ending = token if token.id == self._end_of_text else None
+        ending = token if token.id in self._ends else None
         if ending is None:
             self._waiting.append(token)
         finish = "stop" if self.text.ended else None
@@ -324,7 +323,7 @@ def _continuations(
     """The continuations of one prompt."""
     start = 0
     if request.echo:
-        text = "" if prompt == [tokenizer.end_of_text] else tokenizer.decode(prompt)
+        text = "" if prompt == [begin_id(model, tokenizer)] else tokenizer.decode(prompt)
         start = len(text)
         tokens = _prompt_tokens(model, tokenizer, prompt, request.logprobs)
         for i in range(request.n):
@@ -332,7 +331,8 @@ def _continuations(
     elif not request.max_tokens:
         for i in range(request.n):
             yield Piece(first + i, "", [], "length")
-    choices = [Choice(first + i, tokenizer, request.stop, start) for i in range(request.n)]
+    ends = end_ids(model, tokenizer)
+    choices = [Choice(first + i, TextPieces(tokenizer, ends, request.stop), ends, start) for i in range(request.n)]
     latest: list[np.ndarray] = []
     steps = generate(
         model,
@@ -344,6 +344,7 @@ def _continuations(
         top_p=request.top_p,
         seed=request.seed,
         vocab_size=tokenizer.vocab_size,
+        never=tokenizer.unused_ids,
         first_step=request.first_step,
         on_logits=None if request.logprobs is None else latest.append,
     )

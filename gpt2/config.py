@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.precision import Precision, PrecisionLike
@@ -11,7 +11,11 @@ from tinygrad2.precision import Precision, PrecisionLike
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and dropout rates of a GPT-2 model. The defaults are those of the published 124M model."""
+    """Sizes and dropout rates of a GPT-2 model. The defaults are those of the published 124M model.
+
+    The ids with which a text begins and ends belong to the model's vocabulary: None if they are not known. Two configs
+    are equal if their models compute the same function, whatever these ids are.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024  # the context: the largest number of tokens in a sequence
@@ -24,6 +28,10 @@ class GPT2Config:
     resid_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    bos_token_id: int | None = field(default=None, compare=False)
+    eos_token_id: int | tuple[int, ...] | None = field(default=None, compare=False)  # generation ends at any of them
+    # The contents of generation_config.json, whose ids take precedence; None if it has only the ids above.
+    generation_config: JsonObject | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -46,6 +54,12 @@ class GPT2Config:
                 + " and ".join(repr(name) for name in ACTIVATIONS)
             )
 
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            listed = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            if value is not None and not all(type(i) is int for i in listed):
+                raise ValueError(f"config: {name} is {value!r}; expected an id, several of eos_token_id, or null")
+
     @staticmethod
     def preset(name: str) -> GPT2Config:
         """One of PRESETS. Raises ValueError for another name."""
@@ -64,14 +78,50 @@ class GPT2Config:
         inner = values.get("n_inner")
         if inner is not None and inner != 4 * values.get("n_embd", GPT2Config.n_embd):
             raise ValueError(f"config: n_inner is {inner}, which is not supported; expected 4 * n_embd")
-        return GPT2Config(**{f.name: values[f.name] for f in fields(GPT2Config) if f.name in values})
+        names = {f.name for f in fields(GPT2Config)} - {"generation_config"}  # (which is another file)
+        given = {name: value for name, value in values.items() if name in names}
+        if isinstance(given.get("eos_token_id"), list):
+            given["eos_token_id"] = tuple(given["eos_token_id"])
+        return GPT2Config(**given)
 
     def to_dict(self) -> JsonObject:
         """The contents of config.json: these fields, and the others that Hugging Face's loader needs."""
         constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
-        end_of_text = self.vocab_size - 1  # the last id, in GPT-2's vocabulary and in ours
-        ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        return {**constant, **ids, "n_ctx": self.n_positions, **asdict(self)}
+        sizes = {name: value for name, value in asdict(self).items() if name not in ("generation_config", *self.ids())}
+        return {**constant, **self.ids(), "n_ctx": self.n_positions, **sizes}
+
+    def ids(self) -> JsonObject:
+        """The settings bos_token_id and eos_token_id, as JSON has them."""
+        ends = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        return {"bos_token_id": self.bos_token_id, "eos_token_id": ends}
+
+    @property
+    def begin_id(self) -> int | None:
+        """The id with which a text begins: that of generation_config.json, else of config.json, else None."""
+        found = self._given_ids("bos_token_id")
+        return found[0] if found else None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text, from generation_config.json, else from config.json."""
+        return self._given_ids("eos_token_id")
+
+    def _given_ids(self, name: str) -> tuple[int, ...]:
+        for value in ((self.generation_config or {}).get(name), getattr(self, name)):
+            listed = value if isinstance(value, list | tuple) else [value]
+            found = tuple(i for i in listed if type(i) is int and 0 <= i < self.vocab_size)
+            if found:
+                return found
+        return ()
+
+    def with_ids(self, begin: int | None, ends: tuple[int, ...]) -> GPT2Config:
+        """The config with these ids in place of those that are not known."""
+        changes: JsonObject = {}
+        if self.begin_id is None and self.bos_token_id is None and begin is not None:
+            changes["bos_token_id"] = begin
+        if not self.end_ids and self.eos_token_id is None and ends:
+            changes["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        return replace(self, **changes) if changes else self
 
     @property
     def head_size(self) -> int:
@@ -192,15 +242,17 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
 
 # Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are ours, small
 # enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
+BYTES: JsonObject = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
+PUBLISHED: JsonObject = {"vocab_size": GPT2_VOCAB_SIZE, "bos_token_id": 50256, "eos_token_id": 50256}
 PRESETS = {
     "nano": GPT2Config(
-        vocab_size=257, n_positions=64, n_embd=128, n_layer=4, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
+        n_positions=64, n_embd=128, n_layer=4, n_head=4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, **BYTES
     ),
     "micro": GPT2Config(
-        vocab_size=257, n_positions=256, n_embd=192, n_layer=6, n_head=6, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
+        n_positions=256, n_embd=192, n_layer=6, n_head=6, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, **BYTES
     ),
-    "gpt2": GPT2Config(),
-    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
-    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
-    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "gpt2": GPT2Config(**PUBLISHED),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16, **PUBLISHED),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20, **PUBLISHED),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, **PUBLISHED),
 }

@@ -1,7 +1,8 @@
-"""Convert model files: `python -m gpt2.convert SRC DST --to hf|pt|llmc`. PyTorch is not needed."""
+"""Convert model files: `python -m gpt2.convert SRC DST --to hf|pt|llmc|run`. PyTorch is not needed."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,35 +15,54 @@ from gpt2 import console
 from gpt2.config import ACTIVATIONS, GPT2Config
 from gpt2.console import Parser
 from gpt2.formats import huggingface, llmc, torch_file
-from gpt2.formats.model_file import find_model, open_model
+from gpt2.formats.model_file import ModelFile, find_model, open_model, read_training
 from gpt2.formats.stored import Stored
-from gpt2.tokenizer import Tokenizer
+from gpt2.formats.torch_optimizer import TrainingState
+from gpt2.huggingface_tokenizer import GENERATION_FILE, copied_files
+from gpt2.tokenizer import VOCABULARY_FILE, Tokenizer
+from gpt2.training import exchange
 from tinygrad2.checkpoint import write_json
 from tinygrad2.files import atomic_write
 
 FORMATS = {
     "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
-    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args",
+    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer's "
+    "state, so that --init_from=resume continues it",
     "llmc": "a .bin file of llm.c, in float32 or bfloat16",
 }
+RUN_FORMAT = {"run": "the out-dir of a run that train.py resumes, from nanoGPT's ckpt.pt or from a checkpoint of a run"}
+ALL_FORMATS = {**FORMATS, **RUN_FORMAT}
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
+NANOGPT_GELU = (
+    "nanoGPT computes GELU's exact form, and this model has the tanh form: its activations there differ by up to "
+    "5e-4; use nn.GELU(approximate='tanh') in nanoGPT's model.py"
+)
 
 
-def convert(source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = "") -> None:
+def convert(
+    source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = ""
+) -> GPT2Config:
     """Write the model in `source`, in any format that can be read, to `target`, which must not exist yet.
 
-    form        one of FORMATS.
+    form        one of FORMATS or RUN_FORMAT.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
     activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
                 them.
 
-    If it fails or is interrupted, nothing is left at `target`. Raises ValueError or OSError.
+    Returns the config of what was written. The model's begin and end ids are written as they are; those of its
+    tokenizer where it has none. If it fails or is interrupted, nothing is left at `target`. Raises ValueError or
+    OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
         raise FileExistsError(f"{target}: already exists; choose another name, or remove it first")
+    if form == "run" and dtype != "float32":
+        raise ValueError(f"{target}: a run has parameters in float32; remove --dtype {dtype}")
     model = open_model(source)
-    config = replace(model.config, activation_function=activation) if activation else model.config
+    model.say_left_out()
+    tokenizer, config = _with_tokenizer(model, source, form)
+    config = replace(config, activation_function=activation) if activation else config
+    state = _training_state(model, source, form)
     progress = tqdm(total=len(model.arrays), unit=" tensors", disable=None, leave=False)
 
     def counted(name: str) -> np.ndarray:
@@ -55,28 +75,70 @@ def convert(source: str | Path, target: str | Path, form: str, dtype: str = "flo
     }
     with progress, atomic_write(target) as partial:
         if form == "pt":
-            torch_file.write(partial, config, arrays)
+            torch_file.write(partial, config, arrays, state)
         elif form == "llmc":
             llmc.write(partial, config, arrays)
+        elif form == "run":
+            assert state is not None
+            exchange.write_run(partial, config, arrays, tokenizer, state)
         else:
-            _write_folder(partial, config, arrays, source)
+            _write_folder(partial, config, arrays, tokenizer, source)
+    return config
 
 
-def _write_folder(folder: Path, config: GPT2Config, arrays: dict[str, Stored], source: Path) -> None:
-    folder.mkdir()
-    ids = {}
+def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenizer | None, GPT2Config]:
+    """The model's tokenizer, if one is known, and its config with that one's ids where it has none."""
     try:
-        tokenizer = Tokenizer.for_model(source, config.vocab_size)
-        tokenizer.save_hugging_face(folder, config.n_positions)
-        if (
-            Tokenizer.load(folder).fingerprint != tokenizer.fingerprint
-        ):  # it splits text by another pattern than GPT-2's
-            tokenizer.save(folder)
-        ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        write_json(folder / "generation_config.json", ids)
+        tokenizer = Tokenizer.for_model(source, model.config.vocab_size)
     except (ValueError, OSError) as error:
-        console.print_error(f"the tokenizer's files were not written: {console.one_line(error)}")
-    huggingface.write(folder, config, {name: stored.read() for name, stored in arrays.items()}, ids)
+        if form in ("hf", "run"):
+            console.print_error(f"the tokenizer's files were not written: {console.one_line(error)}")
+        return None, model.config
+    begin = tokenizer.begin if tokenizer.end_ids else None
+    return tokenizer, model.config.with_ids(begin, tokenizer.end_ids)
+
+
+def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState | None:
+    """The state of the run that the source is a checkpoint of. Where it has none: None, and for a run an error."""
+    if form not in ("pt", "run"):
+        return None
+    if exchange.is_run(source):
+        try:
+            return exchange.read_run(source, model.config)
+        except ValueError as error:
+            if form == "run":
+                raise
+            console.print_error(f"the state of the run is left out: {console.one_line(error)}")
+            return None
+    if form == "run":
+        return read_training(model)
+    return None
+
+
+def _write_folder(
+    folder: Path, config: GPT2Config, arrays: dict[str, Stored], tokenizer: Tokenizer | None, source: Path
+) -> None:
+    folder.mkdir()
+    if tokenizer is not None:
+        try:
+            _write_tokenizer(folder, config, tokenizer, source)
+        except (ValueError, OSError) as error:
+            console.print_error(f"the tokenizer's files were not written: {console.one_line(error)}")
+    huggingface.write(folder, config, {name: stored.read() for name, stored in arrays.items()})
+    if config.generation_config is None and (config.begin_id is not None or config.end_ids):
+        write_json(folder / GENERATION_FILE, config.ids())
+
+
+def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, source: Path) -> None:
+    """The files of a tokenizer of Hugging Face as they are; those of another one in that layout."""
+    copied = [] if (source / VOCABULARY_FILE).is_file() else copied_files(source)
+    if copied:
+        for file, name in copied:
+            shutil.copyfile(file, folder / name)
+        return
+    tokenizer.save_hugging_face(folder, config.n_positions)
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in a way of its own
+        tokenizer.save(folder)
 
 
 def command_line() -> Parser:
@@ -84,7 +146,7 @@ def command_line() -> Parser:
         "python -m gpt2.convert",
         "Convert a model from one format to another.",
         "SRC DST --to FORMAT",
-        epilog="Formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + ".",
+        epilog="Formats: " + "; ".join(f"{name}: {text}" for name, text in ALL_FORMATS.items()) + ".",
     )
     group = parser.add_argument_group("input")
     group.add_argument(
@@ -100,7 +162,7 @@ def command_line() -> Parser:
     )
     group = parser.add_argument_group("output")
     group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
-    group.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    group.add_argument("--to", required=True, choices=ALL_FORMATS, help="the format to write")
     group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the values written")
     return parser
 
@@ -111,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     with console.on_interrupt(f"{options.target} was not written"):
         source = find_model(Path(options.source), console.print_error)
-        convert(source, options.target, options.to, options.dtype, options.activation or "")
+        config = convert(source, options.target, options.to, options.dtype, options.activation or "")
+    if options.to == "pt" and config.activation_function != "gelu":
+        console.print_error(f"{options.target}: {NANOGPT_GELU}")
     console.say(f"{options.target}: written from {source}")
     return 0
 

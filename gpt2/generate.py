@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -52,6 +52,9 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
 
 
 NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
+
+
+Ends = int | Collection[int] | None  # the id that ends a text, or several
 
 
 class Sampling(TypedDict, total=False):
@@ -146,6 +149,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
+    never: Sequence[int] = (),
     cache: bool = True,
     first_step: int = 0,
     on_logits: Callable[[np.ndarray], object] | None = None,
@@ -156,6 +160,7 @@ def generate(
     The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
     for any number of samples.
     vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
+    never       ids below it that are never sampled, since no token has them.
     cache       False processes the whole text for every token, which is slow; the tests compare with it.
     first_step  the number t of the first step: where a text that was interrupted after t tokens is continued with the
                 same seed, the random numbers are those of the uninterrupted text.
@@ -181,12 +186,16 @@ def generate(
             raise ValueError(NOT_FINITE)
         if on_logits is not None:
             on_logits(logits)
+        if len(never):
+            logits = logits.copy()
+            logits[:, never] = -np.inf
         key = Key(seed, first_step + step, site=random.SAMPLING_SITE)
         draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
-        if temperature == 0 and state is not None and state.decoder is not None and on_logits is None:
+        direct = on_logits is None and not len(never)
+        if temperature == 0 and state is not None and state.decoder is not None and direct:
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
@@ -206,17 +215,19 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 
 
 def complete(
-    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
+    model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
-    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), excluded.
+    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), or the
+    first of several, excluded.
 
     sampling  see `generate`, which yields tokens as they are sampled.
     """
     rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
     ended = [False] * len(rows)
+    ends = () if stop is None else (stop,) if isinstance(stop, int) else stop
     for chosen in generate(model, tokens, max_tokens, **sampling):
         for i, token in enumerate(chosen.tolist()):
-            ended[i] = ended[i] or token == stop
+            ended[i] = ended[i] or token in ends
             if not ended[i]:
                 rows[i].append(token)
         if all(ended):
@@ -227,22 +238,22 @@ def complete(
 class TextPieces:
     """The text of one sample, from its tokens, in pieces that are final.
 
-    The text ends at end-of-text or before the first of the `stop` strings. Bytes of an incomplete character, and text
-    that may be the start of a stop string, are held back until more tokens arrive.
+    The text ends at one of the ids `ends` or before the first of the `stop` strings. Bytes of an incomplete character,
+    and text that may be the start of a stop string, are held back until more tokens arrive.
 
     ended    whether the text has ended; further tokens must not be added.
     decoded  the number of characters of all tokens added, those that are held back included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, ends: Collection[int], stop: Sequence[str] = ()):
         self.ended, self.decoded = False, 0
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._ends, self._stop = tokenizer, ends, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def add(self, token: int) -> str:
         """The text that is final after this token, and was not before."""
-        self.ended = token == self._tokenizer.end_of_text
+        self.ended = token in self._ends
         data = b"" if self.ended else self._tokenizer.decode_bytes([token])
         new = self._decoder.decode(data, final=self.ended)
         text = self._held + new
@@ -275,10 +286,11 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final (see TextPieces).
 
-    A sample ends at end-of-text, before the first of the `stop` strings, or after `max_tokens`.
+    A sample ends at one of `end_ids`, before the first of the `stop` strings, or after `max_tokens`.
     """
-    texts = [TextPieces(tokenizer, stop) for _ in range(sampling.get("samples", 1))]
-    for tokens in generate(model, prompt, max_tokens, vocab_size=tokenizer.vocab_size, **sampling):
+    ends, size, never = end_ids(model, tokenizer), tokenizer.vocab_size, tokenizer.unused_ids
+    texts = [TextPieces(tokenizer, ends, stop) for _ in range(sampling.get("samples", 1))]
+    for tokens in generate(model, prompt, max_tokens, vocab_size=size, never=never, **sampling):
         for i, text in enumerate(texts):
             if not text.ended and (piece := text.add(int(tokens[i]))):
                 yield i, piece
@@ -289,9 +301,20 @@ def stream_text(
             yield i, piece
 
 
+def begin_id(model: LanguageModel, tokenizer: Tokenizer) -> int:
+    """The id with which a text without a prompt begins: the one in the model's config, else the tokenizer's."""
+    known = getattr(model.config, "begin_id", None)
+    return tokenizer.begin if known is None else known
+
+
+def end_ids(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text: those in the model's config, else the tokenizer's."""
+    return getattr(model.config, "end_ids", ()) or tokenizer.end_ids
+
+
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
     """A short text without a prompt, for the evaluations of a training run."""
-    pieces = stream_text(model, tokenizer, [tokenizer.end_of_text], 160, temperature=0.8, top_k=50, seed=seed)
+    pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
 
 

@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike
 
 from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
-from gpt2.generate import Sampling, complete
+from gpt2.generate import Ends, Sampling, complete
 from gpt2.language_model import Cache
+from gpt2.trace import Trace, trace
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
@@ -212,10 +213,15 @@ class GPT2(nn.Module):
         return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
-        self, tokens: Sequence[int], max_tokens: int, stop: int | None = None, **sampling: Unpack[Sampling]
+        self, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
     ) -> list[list[int]]:
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
+
+    def trace(self, tokens: Sequence[int]) -> Trace:
+        """What the model computes for the ids `tokens` (T,): the residual stream before every layer and after the last,
+        what attention and MLP add to it, attention weights, and logits. See gpt2.trace."""
+        return trace(self, tokens)
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
@@ -232,7 +238,7 @@ class GPT2(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
-        huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()}, {})
+        huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
 
 
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:

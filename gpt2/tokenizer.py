@@ -1,4 +1,5 @@
-"""Encoding of text to token ids and decoding, with byte-level BPE vocabularies. tiktoken computes it."""
+"""Encoding of text to token ids and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, where it is
+installed, whatever a folder of Hugging Face describes."""
 
 from __future__ import annotations
 
@@ -7,18 +8,38 @@ import binascii
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"
+from gpt2 import pickles
+from gpt2.file_kinds import printable, read_json
+from gpt2.huggingface_tokenizer import (
+    END_OF_TEXT,
+    HF_CONFIG,
+    HF_MERGES,
+    HF_TOKENIZER,
+    HF_VOCAB,
+    ONLY_PLAIN,
+    OPENAI_MERGES,
+    AddedToken,
+    LibraryEncoding,
+    as_ids,
+    byte_of,
+    is_tokenizer_folder,
+    library,
+    read_files,
+)
+from tinygrad2.checkpoint import JsonObject
+
 VOCABULARY_FILE, RANKS_FILE = "vocabulary.json", "vocabulary.tiktoken"  # written by `save`
-HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
-HF_TOKENIZER = "tokenizer.json"  # of tokenizers and transformers 5: vocabulary, merges, normalizer and pre-tokenizer
+CHARACTERS_FILE = "meta.pkl"  # nanoGPT's, of a vocabulary of characters
 BUILT_IN = ("bytes", "gpt2")
 
 # GPT-2's pre-tokenizer: it splits text before bytes are merged (Radford et al., 2019, section 2.2) into contractions,
@@ -26,28 +47,87 @@ BUILT_IN = ("bytes", "gpt2")
 # tiktoken: the same pieces, faster.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES_PATTERN = r"(?s:.+)"  # no split: this vocabulary has no merges
+NO_ID = (1 << 32) - 1  # in a fingerprint
+
+
+class Encoding(Protocol):
+    """How plain text becomes ids.
+
+    tokens      the bytes of each token, by id.
+    byte_level  whether a text is the bytes of its tokens, one after the other.
+    """
+
+    @property
+    def tokens(self) -> Mapping[int, bytes]: ...
+    @property
+    def byte_level(self) -> bool: ...
+
+    def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
+        """The ids (uint32) of a text. continues: it is a part that follows another part of the same text."""
+
+    def identity(self) -> bytes:
+        """What determines the ids, besides the tokens."""
 
 
 class Tokenizer:
-    """A vocabulary: tokens 0 ... vocab_size - 1 are byte strings, except one, the special token <|endoftext|>.
+    """A vocabulary: ids 0 ... vocab_size - 1, each of a byte string, and how text is divided into these.
 
     name         "bytes", "gpt2", or the name of the file or folder that it was loaded from.
-    vocab_size   the number of ids, the special token included.
-    end_of_text  the id of the special token. `encode` never returns it: "<|endoftext|>" in a text is plain text.
+    vocab_size   the number of ids, those of added tokens included.
+    added        the added tokens, such as <|endoftext|>. `encode` makes plain text of them, unless it is told to
+                 recognize them; in a prompt, each is one token.
+    end_of_text  the id that separates documents, and ends a generated text; None for a vocabulary of characters.
+    end_ids      every id that ends a generated text, end_of_text first.
+    begin        the id with which a text without a prompt begins.
 
     Create one with `Tokenizer.load`.
     """
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding, pattern: str, built_in: bool):
-        self.name = name
-        self.vocab_size = encoding.n_vocab
-        self.end_of_text = encoding.eot_token
-        self._encoding = encoding
-        self._pattern = pattern
-        self._built_in = built_in
+    def __init__(
+        self,
+        name: str,
+        encoding: Encoding,
+        added: Sequence[AddedToken] = (),
+        begin_id: int | None = None,
+        end_ids: Sequence[int] = (),
+        *,
+        built_in: bool = False,
+        plain: BytePairs | None = None,
+        portable: bool = True,
+    ):
+        """plain     the same ids of plain text as `encoding` gives, computed by tiktoken; None if it cannot.
+        portable  tiktoken computes the ids of prompts too, so that it is what `save` writes."""
+        self.name, self.added = name, tuple(added)
+        self._encoding, self._plain, self._built_in, self._portable = encoding, plain, built_in, portable
+        if isinstance(encoding, BytePairs):
+            self._plain = encoding
+        marks = [token.id for token in added if token.content == END_OF_TEXT]
+        self.end_ids = tuple(end_ids) or tuple(marks)
+        self.end_of_text = self.end_ids[0] if self.end_ids else None
+        self._begin_id = begin_id
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
+
+    @cached_property
+    def tokens(self) -> dict[int, bytes]:
+        """The bytes of each token, by id."""
+        return {**self._encoding.tokens, **{token.id: token.content.encode("utf-8", "replace") for token in self.added}}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.tokens) + 1
+
+    @cached_property
+    def unused_ids(self) -> list[int]:
+        """The ids below vocab_size that no token has."""
+        return [] if len(self.tokens) == self.vocab_size else sorted(set(range(self.vocab_size)) - self.tokens.keys())
+
+    @cached_property
+    def begin(self) -> int:
+        known = [i for i in (self._begin_id, self.end_of_text) if i is not None]
+        newlines = (i for i, token in self.tokens.items() if token == b"\n")
+        return known[0] if known else next(newlines, min(self.tokens))
 
     @staticmethod
     def load(name: str | Path) -> Tokenizer:
@@ -55,46 +135,50 @@ class Tokenizer:
 
         "bytes"   256 bytes and <|endoftext|>; needs no file.
         "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
-        a path    a .tiktoken file (lines of base64 token and rank), a folder with vocab.json and merges.txt or with
-                  tokenizer.json, or a folder written by `save`. Text is split by GPT-2's pattern. <|endoftext|> gets
-                  the first id that no token has.
+        a path    a .tiktoken file (lines of base64 token and rank), which is split by GPT-2's pattern and whose
+                  <|endoftext|> gets the first id that no token has; a folder of Hugging Face with tokenizer.json, or
+                  with vocab.json and merges.txt (or encoder.json and vocab.bpe), with its added tokens; nanoGPT's
+                  meta.pkl; or a folder written by `save`.
 
         Raises ValueError or FileNotFoundError for an unknown name and for files that are not a valid vocabulary.
         """
         path = Path(name)
         if name == "bytes":
             ranks = {bytes([byte]): byte for byte in range(256)}
-            return Tokenizer("bytes", _encoding("bytes", ranks, BYTES_PATTERN, 256), BYTES_PATTERN, built_in=True)
+            return _make("bytes", ranks, path, BYTES_PATTERN, built_in=True)
         if name == "gpt2":
-            return Tokenizer("gpt2", _download_gpt2(), GPT2_PATTERN, built_in=True)
+            encoding = BytePairs(_download_gpt2(), GPT2_PATTERN, range(50256))
+            return Tokenizer("gpt2", encoding, [AddedToken(END_OF_TEXT, 50256)], built_in=True)
         if (path / VOCABULARY_FILE).is_file():
             return _load_saved(path)
-        if (path / HF_VOCAB).is_file() and (path / HF_MERGES).is_file():
-            return _make(path.resolve().name, _read_hf_vocab(path), path)
-        file = path if path.is_file() else path / HF_TOKENIZER
-        if file.name == HF_TOKENIZER and file.is_file():
-            return _make(file.resolve().parent.name, _read_hf_tokenizer(file), file)
+        if is_tokenizer_folder(path) or (path.name == HF_TOKENIZER and path.is_file()):
+            return _load_hugging_face(path)
+        characters = path if path.suffix == ".pkl" else path / CHARACTERS_FILE
+        if characters.is_file():
+            return Tokenizer(characters.resolve().parent.name, Characters(_read_characters(characters)))
         if path.is_file():
             return _make(path.stem, _read_ranks(path), path)
         if path.is_dir():
             raise FileNotFoundError(
-                f"tokenizer {path}: the folder has none of {VOCABULARY_FILE}, {HF_VOCAB} with {HF_MERGES}, and "
-                f"{HF_TOKENIZER}"
+                f"tokenizer {path}: the folder has none of {VOCABULARY_FILE}, {HF_TOKENIZER}, {HF_VOCAB} with "
+                f"{HF_MERGES}, and {CHARACTERS_FILE}"
             )
         raise FileNotFoundError(
             f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or of "
-            f"a folder with {HF_VOCAB} and {HF_MERGES} or {HF_TOKENIZER}"
+            f"a folder with {HF_VOCAB} and {HF_MERGES}, {HF_TOKENIZER} or {CHARACTERS_FILE}"
         )
 
     @staticmethod
     def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
         """The tokenizer of the model in `folder`: the one saved there, else the built-in one of this vocabulary size.
 
-        If the model is a file, the tokenizer saved beside it, unless only a built-in one has the right size.
-        Raises ValueError if no tokenizer of this size is known, or if the folder's has more tokens than the model.
+        If the model is a file, the tokenizer saved beside it, unless only a built-in one has the right size. Added
+        tokens whose ids the model does not have are left out. Raises ValueError if no tokenizer of this size is known,
+        or if the folder's has more tokens than the model.
         """
         folder, is_file = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
-        saved = any((folder / name).is_file() for name in (VOCABULARY_FILE, HF_MERGES, HF_TOKENIZER))
+        names = (VOCABULARY_FILE, HF_MERGES, OPENAI_MERGES, HF_TOKENIZER, CHARACTERS_FILE)
+        saved = any((folder / name).is_file() for name in names)
         tokenizer = Tokenizer.load(folder) if saved else None
         if tokenizer is None or (is_file and tokenizer.vocab_size != vocab_size):
             built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)  # the last is padded
@@ -102,108 +186,282 @@ class Tokenizer:
         if tokenizer is None:
             raise ValueError(
                 f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}, "
-                f"or {HF_TOKENIZER}"
+                f"or {HF_TOKENIZER}, or for a model of characters nanoGPT's {CHARACTERS_FILE}"
             )
-        if tokenizer.vocab_size > vocab_size:
+        limited = tokenizer if tokenizer.vocab_size <= vocab_size else tokenizer._limited(vocab_size)
+        if limited.vocab_size > vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
-        return tokenizer
+        return limited
+
+    def _limited(self, vocab_size: int) -> Tokenizer:
+        """The same without the added tokens whose ids are vocab_size or more; <|endoftext|> stays."""
+        dropped = {token.id for token in self.added if token.id >= vocab_size and token.content != END_OF_TEXT}
+        added = [token for token in self.added if token.id not in dropped]
+        encoding = self._encoding.without(dropped) if isinstance(self._encoding, LibraryEncoding) else self._encoding
+        ends = [i for i in self.end_ids if i not in dropped]
+        begin = None if self._begin_id in dropped else self._begin_id
+        return self._with(encoding, added, begin, ends)
+
+    def _with(
+        self, encoding: Encoding, added: Sequence[AddedToken], begin: int | None, ends: Sequence[int]
+    ) -> Tokenizer:
+        kept = {"built_in": self._built_in, "portable": self._portable}
+        return Tokenizer(self.name, encoding, added, begin, ends, plain=self._plain, **kept)
+
+    @property
+    def _written(self) -> Encoding:
+        """What the files that `save` writes describe."""
+        return self._plain if self._plain is not None and self._portable else self._encoding
 
     @cached_property
     def fingerprint(self) -> str:
-        """The identity of the vocabulary: SHA-256 (hex) of the pattern, the tokens in order of their ids, and
-        end_of_text. It depends neither on the name nor on the format of the file."""
-        sha = hashlib.sha256(self._pattern.encode())
-        for i in range(self.vocab_size):
-            token = self._encoding.decode_single_token_bytes(i)
-            sha.update(len(token).to_bytes(4, "little") + token)
-        sha.update(self.end_of_text.to_bytes(4, "little"))
+        """The identity of the vocabulary of plain text: SHA-256 (hex) of the pattern, the tokens in order of their ids,
+        and the id of <|endoftext|>. It depends neither on the name nor on the format of the file, nor on added tokens
+        other than <|endoftext|>."""
+        encoding = self._plain or self._encoding
+        if isinstance(encoding, LibraryEncoding):
+            return hashlib.sha256(encoding.identity()).hexdigest()
+        sha = hashlib.sha256(encoding.identity())
+        mark = next((token.id for token in self.added if token.content == END_OF_TEXT), NO_ID)
+        tokens = {**encoding.tokens, **({mark: END_OF_TEXT.encode()} if mark != NO_ID else {})}
+        for i in range(max(tokens) + 1):
+            token = tokens.get(i)
+            sha.update(NO_ID.to_bytes(4, "little") if token is None else len(token).to_bytes(4, "little") + token)
+        sha.update(mark.to_bytes(4, "little"))
         return sha.hexdigest()
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL."""
+    def includes(self, other: Tokenizer) -> bool:
+        """Whether every id of `other` is the same token here: data made with it suit a model of this tokenizer."""
+        added = {(token.content, token.id) for token in self.added}
+        ids = self.tokens.keys()
+        return self.fingerprint == other.fingerprint and all(
+            (token.content, token.id) in added or (token.content == END_OF_TEXT and token.id not in ids)
+            for token in other.added
+        )
+
+    def encode(self, text: str, special_tokens: bool = False, continues: bool = False) -> np.ndarray:
+        """Ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
+
+        special_tokens  the text of each added token is one token; otherwise it is plain text.
+        continues       the text is a part that follows another part: a tokenizer that puts a space before a text does
+                        not put one here.
+
+        Raises ValueError for a character that a vocabulary of characters does not have.
+        """
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
+            return self._encode(text, special_tokens, continues)
+        except (UnicodeEncodeError, TypeError):  # the types of tiktoken and of tokenizers
             replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encoding.encode_to_numpy(replaced, disallowed_special=())
+            return self._encode(replaced, special_tokens, continues)
+
+    def _encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
+        if isinstance(self._encoding, LibraryEncoding) or not special_tokens or not self.added:
+            return self._encoding.encode(text, special_tokens, continues)
+        pieces = self._added_pattern.split(text)  # plain text and added tokens, alternating
+        ids = [
+            np.array([self._added_ids[piece]], np.uint32) if i % 2 else self._encoding.encode(piece, False, continues)
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
+        return np.concatenate(ids) if ids else np.array([], np.uint32)
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        """Matches an added token, the longest where several begin at the same character."""
+        texts = sorted(self._added_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, texts))})")
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {token.content: token.id for token in self.added}
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids of a prompt: added tokens are recognized, and what the tokenizer's settings put around a text, such as a
+        token that begins it, is there."""
+        if not isinstance(self._encoding, LibraryEncoding):
+            return self.encode(text, special_tokens=True)
+        try:
+            return self._encoding.encode_prompt(text)
+        except TypeError:
+            return self._encoding.encode_prompt(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Bytes that are not valid UTF-8, such as a part of a character, become U+FFFD."""
+        if isinstance(self._encoding, LibraryEncoding) and not self._encoding.byte_level:
+            return self._encoding.decode(self._checked(ids))
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `ids`, for streaming: a character may be spread over several tokens.
+        """The bytes of `ids`, for streaming: a character may be spread over several tokens. Where the tokenizer is not
+        byte-level, those that continue a text.
 
         Raises ValueError for an id outside the vocabulary.
         """
+        return b"".join(self.tokens.get(i, b"") for i in self._checked(ids))
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         outside = array[(array < 0) | (array >= self.vocab_size)]
         if len(outside):
             raise ValueError(
                 f"decode: id {outside[0]} is outside the vocabulary {self.name}, 0 to {self.vocab_size - 1}"
             )
-        return self._encoding.decode_bytes(array.tolist())
+        return array.tolist()
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that `load(folder)` reads: name, fingerprint, and the tokens if they are not built in."""
+        """Write the files that `load(folder)` reads: name, fingerprint, added tokens, and the tokens if they are not
+        built in."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._built_in:
-            tokens = ((i, self._encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size))
-            lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in tokens if i != self.end_of_text)
+        described: JsonObject = self.describe()
+        encoding = self._written
+        marks = [token.id for token in self.added if token.content == END_OF_TEXT]
+        usual = len(self.added) == len(marks) == 1 and marks[0] == _first_free(encoding.tokens)
+        if not usual or isinstance(encoding, LibraryEncoding):
+            described["added_tokens"] = [asdict(token) for token in self.added]
+        if self._begin_id not in (None, self.end_of_text) or self.end_ids != tuple(marks):
+            described |= {"begin_id": self._begin_id, "end_ids": list(self.end_ids)}
+        if isinstance(encoding, Characters):
+            described["characters"] = encoding.characters
+        elif isinstance(encoding, LibraryEncoding):
+            (folder / HF_TOKENIZER).write_text(json.dumps(encoding.document, ensure_ascii=False), encoding="utf-8")
+        elif not self._built_in:
+            lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in sorted(encoding.tokens.items()))
             (folder / RANKS_FILE).write_text("".join(lines), encoding="ascii")
-        text = json.dumps(self.describe(), indent=2)
-        (folder / VOCABULARY_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / VOCABULARY_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, from which transformers makes the same tokenizer.
+        """Write the files from which transformers makes the same tokenizer: vocab.json and merges.txt, or
+        tokenizer.json, and tokenizer_config.json.
 
         Raises ValueError if the vocabulary cannot be built by merging pairs of tokens.
 
         n_positions  the model's context, which transformers stores with the tokenizer.
         """
-        folder = Path(folder)
-        character_of = {byte: character for character, byte in _byte_of().items()}
-        tokens = [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size) if i != self.end_of_text]
-        ranks = {token: i for i, token in enumerate(tokens)}
+        folder, encoding = Path(folder), self._written
+        text_of = {token.id: token.content for token in self.added}
+        end = text_of.get(-1 if self.end_of_text is None else self.end_of_text, END_OF_TEXT)
+        special = {"bos_token": text_of.get(self.begin, end), "eos_token": end, "unk_token": end}
+        if isinstance(encoding, LibraryEncoding):
+            (folder / HF_TOKENIZER).write_text(json.dumps(encoding.document, ensure_ascii=False), encoding="utf-8")
+            del special["unk_token"]
+            kind = "PreTrainedTokenizerFast"
+        elif isinstance(encoding, BytePairs):
+            self._save_vocabulary(folder, encoding)
+            kind = "GPT2Tokenizer"
+        else:
+            raise ValueError(f"the tokenizer {self.name} is of characters, for which transformers has no tokenizer")
+        config: JsonObject = {"tokenizer_class": kind, "model_max_length": n_positions, **special}
+        if len(self.added) > 1:
+            config["added_tokens_decoder"] = {
+                str(token.id): {key: value for key, value in asdict(token).items() if key != "id"}
+                for token in self.added
+            }
+        (folder / HF_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _save_vocabulary(self, folder: Path, encoding: BytePairs) -> None:
+        character_of = {byte: character for character, byte in byte_of().items()}
+        tokens = dict(sorted(encoding.tokens.items()))
+        ranks = {token: i for i, token in enumerate(tokens.values())}
 
         def text(token: bytes) -> str:
             return "".join(character_of[byte] for byte in token)
 
-        merges = [" ".join(map(text, _parts(token, ranks))) for token in tokens if len(token) > 1]
-        ids = range(self.vocab_size)
-        named = {
-            END_OF_TEXT if i == self.end_of_text else text(self._encoding.decode_single_token_bytes(i)): i for i in ids
-        }
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_positions, **special}
+        merges = [" ".join(map(text, _parts(token, ranks))) for token in tokens.values() if len(token) > 1]
+        marks = {token.id: END_OF_TEXT for token in self.added if token.content == END_OF_TEXT}
+        named = {name: i for i, name in sorted([*((i, text(token)) for i, token in tokens.items()), *marks.items()])}
         (folder / HF_VOCAB).write_text(json.dumps(named, ensure_ascii=False), encoding="utf-8")
         (folder / HF_MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-        (folder / HF_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def describe(self) -> dict[str, str | int]:
         """The identity of the tokenizer, as other files record it."""
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
 
 
-def _encoding(name: str, ranks: dict[bytes, int], pattern: str, end_of_text: int) -> tiktoken.Encoding:
-    special = {END_OF_TEXT: end_of_text}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+class BytePairs:
+    """Byte-level BPE, computed by tiktoken.
+
+    pattern  splits text into pieces, within which bytes are merged;  ids  of the tokens that merges make.
+    """
+
+    byte_level = True
+
+    def __init__(self, encoding: tiktoken.Encoding, pattern: str, ids: Sequence[int]):
+        self._encoding, self._pattern, self._ids = encoding, pattern, ids
+
+    @cached_property
+    def tokens(self) -> dict[int, bytes]:
+        return {i: self._encoding.decode_single_token_bytes(i) for i in self._ids}
+
+    def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def identity(self) -> bytes:
+        return self._pattern.encode()
 
 
-def _make(name: str, ranks: dict[bytes, int], path: Path) -> Tokenizer:
-    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first."""
+class Characters:
+    """One token for each character, as in nanoGPT's first example.
+
+    characters  by id.
+    """
+
+    byte_level = True
+
+    def __init__(self, characters: list[str]):
+        self.characters = characters
+        self._ids = {character: i for i, character in enumerate(characters)}
+
+    @cached_property
+    def tokens(self) -> dict[int, bytes]:
+        return {i: character.encode("utf-8", "replace") for i, character in enumerate(self.characters)}
+
+    def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
+        try:
+            return np.array([self._ids[character] for character in text], np.uint32)
+        except KeyError as error:
+            raise ValueError(
+                f"tokenizer: the vocabulary of {len(self.characters)} characters has no {error.args[0]!r}"
+            ) from None
+
+    def identity(self) -> bytes:
+        return b"characters"
+
+
+def _make(
+    name: str, ranks: dict[bytes, int], path: Path, pattern: str = GPT2_PATTERN, built_in: bool = False
+) -> Tokenizer:
+    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first. <|endoftext|> has
+    the first id that none of them has."""
+    mark = AddedToken(END_OF_TEXT, _first_free(ranks.values()))
+    _check_ids(ranks, [mark], path)
+    return Tokenizer(name, _byte_pairs(name, ranks, pattern), [mark], built_in=built_in)
+
+
+def _byte_pairs(name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN) -> BytePairs:
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return BytePairs(encoding, pattern, list(ranks.values()))
+
+
+def _first_free(ids: Iterable[int]) -> int:
+    """The first id that is not among these."""
+    taken = set(ids)
+    return next(i for i in range(len(taken) + 1) if i not in taken)
+
+
+def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path) -> None:
+    """Raise ValueError unless each byte has a token, and each id but those of added tokens one too."""
     ids = set(ranks.values())
-    end_of_text = next(i for i in range(len(ids) + 1) if i not in ids)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; each of the 256 bytes needs one")
-    if len(ids) != len(ranks) or ids | {end_of_text} != set(range(len(ids) + 1)):
+    others = {token.id for token in added}
+    below = {i for i in others if i < max(ids)}
+    if len(ids) != len(ranks) or ids & others or min(ids) < 0 or max(ids) + 1 != len(ids) + len(below):
         raise ValueError(
             f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 on once, "
             f"except at most one, which is that of {END_OF_TEXT}"
         )
-    return Tokenizer(name, _encoding(name, ranks, GPT2_PATTERN, end_of_text), GPT2_PATTERN, built_in=False)
 
 
 def _download_gpt2() -> tiktoken.Encoding:
@@ -217,25 +475,53 @@ def _download_gpt2() -> tiktoken.Encoding:
         ) from None
 
 
+def _load_hugging_face(path: Path) -> Tokenizer:
+    """By `tokenizers` where it is installed. Where tiktoken computes the same ids of plain text, they are saved as for
+    tiktoken, which needs no other package."""
+    files = read_files(path)
+    name = files.file.resolve().parent.name
+    plain, reason, portable = None, None, True
+    try:
+        ranks = files.plain_ranks()
+        if not files.end_ids and all(token.content != END_OF_TEXT for token in files.added):
+            files.added.append(AddedToken(END_OF_TEXT, _first_free([*ranks.values(), *(t.id for t in files.added)])))
+        _check_ids(ranks, files.added, files.file)
+        plain = _byte_pairs(name, ranks)
+        files.check_prompts()
+    except ValueError as error:
+        reason, portable = error, False
+    encoding: Encoding | None = plain if portable else None
+    if library() is not None:
+        try:
+            encoding = LibraryEncoding(files.library_document(), files.file)
+        except ValueError as error:
+            reason = error if reason is None or ONLY_PLAIN in str(reason) else reason
+    if encoding is None:
+        assert reason is not None
+        raise reason
+    return Tokenizer(name, encoding, files.added, files.begin_id, files.end_ids, plain=plain, portable=portable)
+
+
 def _load_saved(folder: Path) -> Tokenizer:
     file = folder / VOCABULARY_FILE
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_json(file)
         name, fingerprint = saved["name"], saved["fingerprint"]
         if not isinstance(name, str) or not isinstance(fingerprint, str) or not fingerprint.isalnum():
             raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError):
+        added = [AddedToken(**values) for values in saved["added_tokens"]] if "added_tokens" in saved else None
+        if not all(isinstance(token.content, str) and type(token.id) is int and token.id >= 0 for token in added or ()):
+            raise TypeError
+        begin, ends, characters = saved.get("begin_id"), as_ids(saved.get("end_ids")), saved.get("characters")
+        if not (begin is None or type(begin) is int) or not (characters is None or _is_characters(characters)):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
             f"tokenizer {file}: expected a JSON object with name and fingerprint; save the tokenizer again"
         ) from None
-    if (folder / RANKS_FILE).is_file():
-        tokenizer = _make(name, _read_ranks(folder / RANKS_FILE), folder / RANKS_FILE)
-    elif name in BUILT_IN:
-        tokenizer = Tokenizer.load(name)
-    else:
-        raise FileNotFoundError(
-            f"tokenizer {folder / RANKS_FILE}: no such file; it is the vocabulary {name[:80]!r} of {VOCABULARY_FILE}"
-        )
+    tokenizer = _saved_vocabulary(folder, name, characters, added)
+    if added is not None or begin is not None or ends:
+        tokenizer = tokenizer._with(tokenizer._encoding, tokenizer.added if added is None else added, begin, ends)
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
@@ -244,24 +530,59 @@ def _load_saved(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _saved_vocabulary(
+    folder: Path, name: str, characters: list[str] | None, added: Sequence[AddedToken] | None
+) -> Tokenizer:
+    """The vocabulary of a folder that `save` wrote, without the added tokens that it lists."""
+    ranks_file = folder / RANKS_FILE
+    if characters is not None:
+        return Tokenizer(name, Characters(characters))
+    if ranks_file.is_file():
+        ranks = _read_ranks(ranks_file)
+        if added is None:
+            return _make(name, ranks, ranks_file)
+        _check_ids(ranks, added, ranks_file)
+        return Tokenizer(name, _byte_pairs(name, ranks), added)
+    if name in BUILT_IN:
+        return Tokenizer.load(name)
+    if (folder / HF_TOKENIZER).is_file():
+        tokenizer = _load_hugging_face(folder / HF_TOKENIZER)
+        tokenizer.name = name
+        return tokenizer
+    raise FileNotFoundError(
+        f"tokenizer {ranks_file}: no such file; it is the vocabulary {printable(name)!r} of {VOCABULARY_FILE}"
+    )
+
+
+def _read_characters(file: Path) -> list[str]:
+    """The characters of nanoGPT's meta.pkl, by id."""
+    meta = pickles.read_plain(file)
+    characters = meta.get("itos") if isinstance(meta, dict) else None
+    listed = [characters.get(i) for i in range(len(characters))] if isinstance(characters, dict) else None
+    if not _is_characters(listed):
+        raise ValueError(f"tokenizer {file}: it has no characters under itos; expected nanoGPT's meta.pkl")
+    return listed
+
+
+def _is_characters(values: object) -> TypeGuard[list[str]]:
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(value, str) and len(value) == 1 for value in values)
+        and len(set(values)) == len(values)
+    )
+
+
 def _read_ranks(file: Path) -> dict[bytes, int]:
     """A .tiktoken file. Not with tiktoken's own reader: it caches by path and misses later changes of a file."""
     ranks = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"tokenizer {file}: line {number} is not a base64 token and a rank") from None
     return ranks
-
-
-def _byte_of() -> dict[str, int]:
-    """The byte that each character in vocab.json and merges.txt represents: printable bytes are the characters of the
-    same number, the others are U+0100, U+0101, ..."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -275,99 +596,3 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         i = pairs.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
-
-def _read_hf_vocab(folder: Path) -> dict[bytes, int]:
-    """vocab.json and merges.txt."""
-    try:
-        vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        vocab = None
-    lines = (folder / HF_MERGES).read_text(encoding="utf-8", errors="replace").split("\n")
-    merges = [
-        (f"line {number} ({line!r})", line.rstrip("\r").split(" "))
-        for number, line in enumerate(lines, 1)
-        if line.strip() and not (number == 1 and line.startswith("#version"))
-    ]
-    return _ranks(vocab, folder / HF_VOCAB, merges, folder / HF_MERGES)
-
-
-def _read_hf_tokenizer(file: Path) -> dict[bytes, int]:
-    """tokenizer.json. Raises ValueError, naming the kind of the tokenizer, if it is not byte-level BPE as GPT-2's."""
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-        model, splitter = contents["model"], contents.get("pre_tokenizer") or {"type": "none"}
-        kinds = [splitter["type"], *(part["type"] for part in splitter.get("pretokenizers", []))]
-        settings = {name: value for part in (contents, splitter, model) for name, value in part.items()}
-        added = {token["content"]: token["id"] for token in contents.get("added_tokens") or []}
-        vocab, merges = model["vocab"], model.get("merges")
-        special = [token for token in added if token in vocab and token != END_OF_TEXT]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"tokenizer {file}: expected one JSON object with a model and its vocabulary") from None
-
-    def refuse(reason: str) -> NoReturn:
-        raise ValueError(f"tokenizer {file}: {reason}; only byte-level BPE with GPT-2's pre-tokenizer is supported")
-
-    kind = model.get("type", "BPE" if merges else "unknown")  # old files have no "type"
-    if kind != "BPE" or kinds != ["ByteLevel"] or not isinstance(merges, list):
-        refuse(f"its model is {str(kind)[:80]!r} and its pre-tokenizer {', '.join(map(str, kinds))[:80]!r}")
-    for name, expected in HF_SETTINGS.items():
-        if (value := settings.get(name, expected)) != expected and (value or expected):
-            refuse(f"its {name} is {str(value)[:80]!r}")
-    if special:
-        refuse(f"its vocabulary has the special token {special[0][:80]!r}")
-
-    parts = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    ranks = _ranks(vocab, file, [(f"merge {i} ({str(pair)[:80]})", pair) for i, pair in enumerate(parts, 1)], file)
-    end = added.get(END_OF_TEXT)
-    if END_OF_TEXT in added and (type(end) is not int or end in ranks.values() or not 0 <= end <= len(ranks)):
-        refuse(f"{END_OF_TEXT} has the id {str(end)[:80]}, which is not the one that its other tokens leave free")
-    return ranks
-
-
-# Settings of tokenizer.json, with the values that are supported (and null, "" or 0 for each that is not True).
-HF_SETTINGS = {
-    "normalizer": None,
-    "add_prefix_space": False,
-    "use_regex": True,
-    "dropout": None,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "ignore_merges": False,
-}
-
-
-def _ranks(
-    vocab: object, vocab_file: Path, merges: Sequence[tuple[str, object]], merges_file: Path
-) -> dict[bytes, int]:
-    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes, and merges, each with its place in
-    the file.
-
-    tiktoken merges the pair of lowest rank first. Raises ValueError if the merges are not in the order of the ids of
-    their results.
-    """
-    byte_of = _byte_of()
-    try:
-        if not isinstance(vocab, dict):
-            raise TypeError
-        ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items() if token != END_OF_TEXT}
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        raise ValueError(f"tokenizer {vocab_file}: expected one JSON object of tokens and ids") from None
-    except KeyError as error:
-        raise ValueError(
-            f"tokenizer {vocab_file}: the character {error} represents no byte; expected a byte-level vocabulary"
-        ) from None
-    previous = -1
-    for place, pair in merges:
-        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-        text = "".join(pair) if is_pair and isinstance(pair, list) else ""
-        token = bytes(byte_of[c] for c in text) if all(c in byte_of for c in text) else b""
-        if ranks.get(token, -1) <= previous:
-            raise ValueError(f"tokenizer {merges_file}: {place} does not make the next token of {vocab_file.name}")
-        previous = ranks[token]
-    if len(merges) + 256 != len(ranks):
-        raise ValueError(
-            f"tokenizer {merges_file}: {len(merges)} merges and 256 bytes make {len(merges) + 256} tokens; "
-            f"{vocab_file.name} has {len(ranks)} besides {END_OF_TEXT}"
-        )
-    return ranks

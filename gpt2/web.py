@@ -155,7 +155,7 @@ class Service:
     def _parse(self, values: JsonObject) -> Request:
         """The request, if there is enough memory for it."""
         config: GPT2Config = self.model.config
-        asked = parse_request(values, self.tokenizer, self.name, config.n_positions)
+        asked = parse_request(values, self.model, self.tokenizer, self.name)
         longest = max(map(len, asked.prompts))
         parts = config.memory_to_generate(asked.n, longest, asked.max_tokens, self.model.precision.activation_bytes)
         if (need := sum(parts.values())) > (free := self._memory()):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -83,10 +84,11 @@ def test_quoted_code_is_the_code():
     assert quoted
     for block in quoted:
         source = (ROOT / block.options["quotes"]).read_text(encoding="utf-8")
-        name = ast.parse(block.code).body[0].name
-        (function,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
+        name = ast.parse(textwrap.dedent(block.code)).body[0].name
+        (function,) = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == name)
         lines = source.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno]
-        assert block.code == re.sub(r'    """.*?"""\n', "", "".join(lines), flags=re.DOTALL), block.name
+        code = re.sub(r' *""".*?"""\n', "", "".join(lines), flags=re.DOTALL)
+        assert textwrap.dedent(block.code) == textwrap.dedent(code), block.name
 
 
 def anchors(page):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision"),
+    ("array", "files", "gpus", "machine", "precision", "trace"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -31,15 +31,18 @@ ENGINE = (
 )
 MODEL = (
     ("interrupts",),
-    ("config", "console", "tokenizer"),
+    ("config", "console", "file_kinds", "page", "pickles"),
+    ("huggingface_tokenizer",),
+    ("tokenizer",),
     ("language_model",),
-    ("decode",),
+    ("decode", "trace"),
     ("generate",),
     ("completions", "formats"),
     ("model",),
     ("training",),
     ("parity",),
-    ("convert", "doctor", "evaluate", "report", "verify", "web"),  # a command each: python -m gpt2.NAME
+    ("convert", "doctor", "evaluate", "inspect", "report", "verify", "web"),  # a command each: python -m gpt2.NAME
+    ("serve",),
     ("__init__",),
 )
 RANK = {
@@ -68,6 +71,7 @@ PUBLIC_MODULES = {
     "profiler",
     "random",
     "threads",
+    "trace",
 }
 ONLY_IN = {"cupy": ("tinygrad2.backend", "tinygrad2.kernels"), "mpi4py": ("tinygrad2.distributed",)}
 
@@ -244,7 +248,15 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
     for module, source in sources().items():
         top = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Import | ast.ImportFrom)]
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
-        optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "torch", "transformers"}
+        optional = {
+            "cupy",
+            "huggingface_hub",
+            "mpi4py",
+            "pyarrow",
+            "tokenizers",
+            "torch",
+            "transformers",
+        }
         assert module.startswith("tinygrad2.kernels.") or not names & optional, module
 
 
@@ -256,6 +268,7 @@ TESTED_BY = {
     "tinygrad2.gpus": "tinygrad2/test_backend.py",
     "tinygrad2.gradient_sum": "tinygrad2/test_distributed.py",
     "tinygrad2.kernels.gemm": "tinygrad2/kernels/test_cuda_gemm.py",
+    "tinygrad2.optim.matrix_blocks": "tinygrad2/optim/test_muon.py",
     "tinygrad2.precision": "tinygrad2/test_params.py",
     "tinygrad2.state": "tinygrad2/test_nn.py",
 }

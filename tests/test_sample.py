@@ -336,3 +336,21 @@ def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
     Path("checkpoint").mkdir()
     Path("model.pt").rename("checkpoint/gpt2.pt")
     assert greedy(capsys).err == "model: checkpoint/gpt2.pt\n"
+
+
+def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
+    """The model always says the added token 258, which is its end."""
+    model = save_model("checkpoint", vocab_size=259, tokenizer=None)
+    Tokenizer.load("bytes").save_hugging_face(Path("checkpoint"), 32)
+    Path("checkpoint", "added_tokens.json").write_text('{"<|user|>": 257, "<|end|>": 258}')
+    Path("checkpoint", "generation_config.json").write_text('{"eos_token_id": [258, 0]}')
+    model.ln_f.weight.data[:] = 0
+    model.ln_f.bias.data[:] = 1
+    model.wte.weight.data[258] = 3
+    model.save_pretrained("checkpoint")
+    assert run(capsys, "-p", "\ufeff<|user|>hello", "-m", "20", "-t", "0").out == "<|user|>hello\n"
+    model.wte.weight.data[257] = 4
+    model.save_pretrained("checkpoint")
+    assert run(capsys, "-p", "<|user|>", "-m", "3", "-t", "0").out == "<|user|>" * 4 + "\n"
+    tokenizer = Tokenizer.for_model("checkpoint", 259)
+    assert tokenizer.encode_prompt("<|user|>hi").tolist() == [257, *b"hi"]

@@ -129,7 +129,7 @@ def write_json(path: Path, values: object) -> None:
 def read_json(path: Path) -> JsonObject:
     """Read a JSON object. Raises CheckpointError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

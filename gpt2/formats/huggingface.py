@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2.config import GPT2Config
+from gpt2.file_kinds import read_json
 from gpt2.formats.stored import Stored, naming_file
-from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
+from tinygrad2.checkpoint import save_arrays, write_json
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE = "config.json", "model.safetensors", "generation_config.json"
+HEADER_LIMIT = 8 << 20  # bytes of the header of a safetensors file; that of GPT-2 XL has 64 KB
 INDEX_SUFFIX = ".index.json"  # of a file that lists shards
 WEIGHTS_FILES = (  # the first that exists is read
     WEIGHTS_FILE,
@@ -25,20 +27,32 @@ NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """The config in config.json of the folder. Raises FileNotFoundError or ValueError, naming the file."""
-    file = folder / CONFIG_FILE
+    """The config in config.json and generation_config.json of the folder. Raises FileNotFoundError or ValueError,
+    naming the file."""
+    file, generation = folder / CONFIG_FILE, folder / GENERATION_FILE
     try:
         with naming_file(file):
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             if not isinstance(values, dict):
                 raise ValueError("it is not a JSON object")
-            return GPT2Config.from_dict(values)
+            config = GPT2Config.from_dict(values)
+        if not generation.is_file():
+            return config
+        with naming_file(generation):
+            settings = read_json(generation)
+            if not isinstance(settings, dict):
+                raise ValueError("it is not a JSON object")
+        return replace(config, generation_config=None if settings == config.ids() else settings)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FileNotFoundError(f"{file}: no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}") from None
 
 
 def read_safetensors(file: Path) -> dict[str, Stored]:
     """The arrays of a .safetensors file. Raises ValueError if it is not one."""
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if HEADER_LIMIT < header < file.stat().st_size:
+        raise ValueError(f"its header has {header:,} bytes; expected at most {HEADER_LIMIT:,}")
     try:
         tensors = safe_open(file, framework="numpy")
     except SafetensorError as error:
@@ -55,7 +69,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
 
 def read_index(index: Path) -> dict[str, str]:
     """The file that holds each tensor, by the tensor's name. Raises ValueError for a file outside the folder."""
-    listed = json.loads(index.read_text(encoding="utf-8"))
+    listed = read_json(index)
     places = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise ValueError("its weight_map does not map each tensor to a file")
@@ -67,10 +81,13 @@ def read_index(index: Path) -> dict[str, str]:
     return places
 
 
-def write(path: str | Path, config: GPT2Config, arrays: dict[str, np.ndarray], changes: JsonObject) -> None:
-    """Write config.json, with `changes` to it, and model.safetensors to the folder `path`, created if missing."""
+def write(path: str | Path, config: GPT2Config, arrays: dict[str, np.ndarray]) -> None:
+    """Write config.json, model.safetensors, and the model's generation_config.json, if it has one, to the folder
+    `path`, created if missing."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     named = {f"transformer.{name}": values for name, values in arrays.items()}
     save_arrays(folder / WEIGHTS_FILE, named, {"format": "pt"})  # transformers requires "pt"
-    write_json(folder / CONFIG_FILE, {**config.to_dict(), "torch_dtype": arrays["wte.weight"].dtype.name, **changes})
+    write_json(folder / CONFIG_FILE, {**config.to_dict(), "torch_dtype": arrays["wte.weight"].dtype.name})
+    if config.generation_config is not None:
+        write_json(folder / GENERATION_FILE, config.generation_config)

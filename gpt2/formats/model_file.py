@@ -7,36 +7,54 @@ checked before a model is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, PRESETS, GPT2Config, is_matrix
+from gpt2.console import print_error
+from gpt2.file_kinds import STATE_OF_TRAINERS, kind_of, kind_of_folder, printable
 from gpt2.formats import hub, huggingface, llmc, torch_file
 from gpt2.formats.huggingface import CONFIG_FILE, WEIGHTS_FILE
 from gpt2.formats.stored import Stored, naming_file
 from gpt2.formats.torch_file import LM_HEAD
+from gpt2.formats.torch_optimizer import TrainingState
 from gpt2.language_model import LanguageModel
 from tinygrad2 import checkpoint
 
 MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
-PREFIXES = ("_orig_mod.", "module.", "transformer.")  # of torch.compile, DistributedDataParallel, and transformers
+PARTS = ("wte", "wpe", "h", "ln_f")  # how the names of parameters begin, after a prefix
+EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is what stands before the first that is there
+# Wrappers, whose names may stand anywhere inside, begin with "_" (_orig_mod of torch.compile, _fsdp_wrapped_module,
+# _checkpoint_wrapped_module, _forward_module of DeepSpeed), except that of DistributedDataParallel:
+PARALLEL = "module"
+NAME_LIMIT = 1000  # characters of a tensor's name
+SHOWN = 5  # names that a line shows
 
 
 @dataclass
 class ModelFile:
     """A model in a file or folder, of which only the sizes have been read.
 
-    file    the file with the parameters, or the index of its shards.
-    config  sizes and rates.
-    arrays  every parameter of gpt2.model.GPT2, under its name and in its shape there.
+    file      the file with the parameters, or the index of its shards.
+    config    sizes and rates.
+    arrays    every parameter of gpt2.model.GPT2, under its name and in its shape there.
+    left_out  the names of tensors of other heads, which are not part of the language model.
     """
 
     file: Path
     config: GPT2Config
     arrays: dict[str, Stored]
+    left_out: list[str] = field(default_factory=list)
+
+    def say_left_out(self) -> None:
+        """Print a line that names the tensors that are left out, if there are any."""
+        if self.left_out:
+            more = f" and {len(self.left_out) - SHOWN:,} more" if len(self.left_out) > SHOWN else ""
+            names = ", ".join(map(printable, self.left_out[:SHOWN]))
+            print_error(f"{self.file}: left out, since they are not part of the language model: {names}{more}")
 
     def read(self, name: str) -> np.ndarray:
         """The values of a parameter, in the file's dtype. Raises ValueError naming the file."""
@@ -63,18 +81,35 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
     for line in damaged:
         say(f"skipping a damaged checkpoint: {line}")
     if folder is None:
-        folder = max(path.glob("*.pt"), key=lambda file: (file.stat().st_mtime, file.name), default=None)
+        files = (file for file in path.glob("*.pt") if not file.name.startswith(STATE_OF_TRAINERS))
+        folder = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
     if folder is None:
-        raise FileNotFoundError(f"{path}: no {'intact ' if damaged else ''}model or checkpoint in this folder")
+        folder = next((path / name for name in huggingface.WEIGHTS_FILES if (path / name).is_file()), None)
+    if folder is None:
+        kind = kind_of_folder(path)
+        raise FileNotFoundError(
+            f"{path}: no {'intact ' if damaged else ''}model or checkpoint in this folder"
+            + (f"; it is {kind}" if kind else "")
+        )
     return folder
+
+
+def default_model(say: Callable[[str], None]) -> Path | None:
+    """The model of a command that is given none: the one in checkpoint/, else the newest one in out/, else None."""
+    for folder in (Path("checkpoint"), Path("out")):
+        if (folder / CONFIG_FILE).is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
+            return find_model(folder, say)
+    return None
 
 
 def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 
-    Accepts names with any of PREFIXES, an output layer if it equals the token embedding, the causal masks of old files,
-    matrices as (in, out) or (out, in), models without biases (which are then zeros), and float64, float32, float16 and
-    bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for arrays.
+    Accepts names with any prefix and with the names of wrappers inside, either name of the token embedding that is
+    tied to the output layer, or both if they are equal, the causal masks of old files, further heads (which are left
+    out), matrices as (in, out) or (out, in), models without biases (which are then zeros), and float64, float32,
+    float16 and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for
+    arrays.
     """
     path = Path(path)
     config = None if path.is_file() else huggingface.read_config(path)
@@ -84,16 +119,33 @@ def open_model(path: str | Path) -> ModelFile:
         else next((path / name for name in huggingface.WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILE)
     )
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}")
+        kind = kind_of_folder(path) if path.is_dir() else ""
+        raise FileNotFoundError(
+            f"{file}: no such file; a model folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
+            + (f", this is {kind}" if kind else "")
+        )
     with naming_file(file):
         embedded, stored = _read(file)
-        stored = _plain_names(stored)
+        stored, left_out = _plain_names(stored)
     config = config or embedded
     if config is None and (file.parent / CONFIG_FILE).is_file():
         config = huggingface.read_config(file.parent)
     with naming_file(file):
         config = config or _published(stored)
-        return ModelFile(file, config, _parameters(config, stored))
+        return ModelFile(file, config, _parameters(config, stored, _size(file)), left_out)
+
+
+def read_training(model: ModelFile) -> TrainingState:
+    """The state of the run that the model's file, a checkpoint of nanoGPT, has beside the parameters.
+
+    Raises ValueError naming the file if it has none.
+    """
+    with naming_file(model.file):
+        with model.file.open("rb") as opened:
+            if opened.read(4) not in (torch_file.ZIP_START, torch_file.LEGACY_START):
+                raise ValueError("it has no state of a run; expected a checkpoint of nanoGPT, or of train.py")
+        names, _ = _plain_names(torch_file.read(model.file)[1])
+        return torch_file.read_training(model.file, model.config, names)
 
 
 def load_config(path: str | Path) -> GPT2Config:
@@ -105,6 +157,7 @@ def load_config(path: str | Path) -> GPT2Config:
 def load_into(model: LanguageModel, path: str | Path) -> None:
     """Load the parameters of the model from the file or folder `path`. Raises as open_model does."""
     source = open_model(path)
+    source.say_left_out()
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         stored = source.arrays.get(name)
@@ -132,9 +185,19 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
         start = opened.read(4)
     if start == llmc.MODEL_MAGIC.to_bytes(4, "little"):
         return llmc.read(file)
+    if start != torch_file.LEGACY_START and (kind := kind_of(file)):
+        raise ValueError(f"it is {kind}")
     if start in (torch_file.ZIP_START, torch_file.LEGACY_START):
         return torch_file.read(file)
     return None, huggingface.read_safetensors(file)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file, or of the shards that an index lists."""
+    files = [file]
+    if file.name.endswith(huggingface.INDEX_SUFFIX):
+        files = [file.with_name(name) for name in set(huggingface.read_index(file).values())]
+    return sum(each.stat().st_size for each in files)
 
 
 def _read_shard(file: Path) -> dict[str, Stored]:
@@ -142,18 +205,44 @@ def _read_shard(file: Path) -> dict[str, Stored]:
         return _read(file)[1]
 
 
-def _plain_names(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The arrays without the prefixes of their names, and without masks."""
-    plain: dict[str, Stored] = {}
+def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """The parameters and the output layer without prefixes and wrappers in their names, and without masks; and the
+    names of the tensors that do not belong to the language model.
+
+    Raises ValueError if two tensors have the same name then, or if there are two models.
+    """
+    unwrapped: dict[str, Stored] = {}
     for name, values in stored.items():
-        short = name
-        while (prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None)) is not None:
-            short = short.removeprefix(prefix)
-        if short in plain:
+        if len(name) > NAME_LIMIT:
+            raise ValueError(f"the name of a tensor has {len(name):,} characters; expected at most {NAME_LIMIT:,}")
+        short = ".".join(part for part in name.split(".") if part != PARALLEL and not part.startswith("_"))
+        if short in unwrapped:
             raise ValueError(f"tensor {short} occurs twice, with and without the prefix of {name}")
-        if not short.endswith(MASK_SUFFIXES):
-            plain[short] = values
-    return plain
+        unwrapped[short] = values
+    prefix = _prefix(unwrapped)
+    plain: dict[str, Stored] = {}
+    left_out = []
+    for name, values in unwrapped.items():
+        inside = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if inside.partition(".")[0] in PARTS:
+            if not inside.endswith(MASK_SUFFIXES):
+                plain[inside] = values
+        elif LM_HEAD not in plain and (name == LM_HEAD or name.endswith(f".{LM_HEAD}")):
+            plain[LM_HEAD] = values
+        else:
+            left_out.append(name)
+    return plain, left_out
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What stands before the name of the token embedding, or of the position embedding where that is absent."""
+    for embedding in EMBEDDINGS:
+        found = [name for name in names if name == embedding or name.endswith(f".{embedding}")]
+        if len(found) > 1:
+            raise ValueError(f"it has {len(found)} models, with {' and '.join(sorted(found)[:SHOWN])}; expected one")
+        if found:
+            return found[0].removesuffix(embedding)
+    return ""
 
 
 def _published(stored: dict[str, Stored]) -> GPT2Config:
@@ -171,14 +260,18 @@ def _published(stored: dict[str, Stored]) -> GPT2Config:
     )
 
 
-def _parameters(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stored]:
+def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dict[str, Stored]:
     """The config's parameters among those stored, in this model's layout. Raises ValueError naming the tensor that is
-    missing, unexpected, or of another shape or dtype."""
+    missing, unexpected, or of another shape or dtype, and if they have more bytes than the `size` of their files: then
+    several tensors share their memory there."""
     stored = dict(stored)
     for name in ("wte.weight", LM_HEAD):
         if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
             stored[name] = stored[name].rows(GPT2_VOCAB_SIZE)
     head = stored.pop(LM_HEAD, None)
+    if head is not None and "wte.weight" not in stored:  # a file with one name of the two that are tied
+        stored["wte.weight"], head = head, None
+    needed = 0
     is_transposed = "h.0.attn.c_attn.weight" in stored and (
         stored["h.0.attn.c_attn.weight"].shape == (3 * config.n_embd, config.n_embd)
     )
@@ -187,14 +280,20 @@ def _parameters(config: GPT2Config, stored: dict[str, Stored]) -> dict[str, Stor
     for name, shape in config.shapes():
         if name not in stored and not (without_biases and name.endswith(".bias")):
             raise ValueError(f"tensor {name} is missing")
-        values = stored.pop(name, None) or _zeros(shape)
+        is_stored, values = name in stored, stored.pop(name, None) or _zeros(shape)
         expected = shape[::-1] if is_transposed and is_matrix(name) else shape
         if values.dtype not in huggingface.NUMPY_DTYPES.values():
             supported = ", ".join(huggingface.NUMPY_DTYPES.values())
             raise ValueError(f"tensor {name} has dtype {values.dtype}; expected one of {supported}")
         if values.shape != expected:
             raise ValueError(f"tensor {name} has shape {values.shape}; expected {expected}")
+        needed += values.nbytes if is_stored else 0
         arrays[name] = values.transposed() if is_transposed and is_matrix(name) else values
+    if needed > size:
+        raise ValueError(
+            f"its tensors need {needed:,} bytes, but it has {size:,}: several share their memory, as those of a model "
+            "do not"
+        )
     if stored:
         raise ValueError(f"tensor {next(iter(stored))} is not a parameter of this model")
     if head is not None and not _equal(head, arrays["wte.weight"]):

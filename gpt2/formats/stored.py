@@ -22,6 +22,11 @@ class Stored:
     dtype: str
     read: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values. Raises TypeError for a dtype that NumPy does not have."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def rows(self, count: int) -> Stored:
         """The first `count` rows."""
         return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])

@@ -1,21 +1,20 @@
 """Files of PyTorch (`torch.save`), read and written without PyTorch. Nothing in a file is ever executed.
 
 Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
-data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. A pickle is a
-program that can make Python's unpickler call any function, so it is not unpickled: `_interpret` implements the opcodes
-for plain data, and accepts only the few names that tensors are built with. Any other name is an error.
+data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. gpt2.pickles
+interprets the pickles, with only the few names that tensors are built with. Any other name is an error.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
-import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -23,11 +22,13 @@ import numpy as np
 
 from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPT2Config, is_matrix
 from gpt2.formats.stored import Stored, read_at
+from gpt2.formats.torch_optimizer import TrainingState, pack, unpack
+from gpt2.pickles import PICKLE_LIMIT, Meanings, interpret
 from tinygrad2.checkpoint import JsonObject
 
+GENERATION, TRAINER = "generation_config", "trainer"  # texts of JSON that only gpt2.convert writes and reads
 LM_HEAD = "lm_head.weight"  # the output layer, tied to the token embedding
 STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of the parameters in a checkpoint
-PICKLE_LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL with its optimizer has less than 1 MB
 ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # first bytes; the second is a pickle of a 10-byte integer
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
@@ -44,8 +45,6 @@ STORAGES = {
 }
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-NUMBER_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-TEXT_OPCODES = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
 CONFIG_SUFFIXES = ("Config", "Namespace")  # of the names of classes whose attributes are read, as a Record
 
 
@@ -63,7 +62,7 @@ class Record:
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that a pickle refers to. It is never looked up: `_call` defines its effect."""
+    """A name that a pickle refers to. It is never looked up: `_Tensors.call` defines its effect."""
 
     text: str
 
@@ -111,7 +110,8 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
             raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
         program = io.BytesIO(archive.read(entries["data.pkl"]))
     places: dict[str, int] = {}
-    tree, storages = _interpret(program, path, places)
+    tensors = _Tensors(path, places)
+    tree, storages = interpret(program, tensors), tensors.storages
     for storage in storages:
         entry = entries.get(f"data/{storage.key}")
         if entry is None:
@@ -128,13 +128,15 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
 def _read_legacy(path: Path, file: BinaryIO) -> object:
     places: dict[str, int] = {}
     file.seek(0)
-    magic, protocol, machine = (_interpret_next(file, path, places)[0] for _ in range(3))
+    tensors = _Tensors(path, places)
+    magic, protocol, machine = (_interpret_next(file, tensors) for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(machine, dict):
         raise ValueError("it is not a file of torch.save")
     if machine.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
-    tree, storages = _interpret_next(file, path, places)
-    keys, _ = _interpret_next(file, path, places)
+    tree = _interpret_next(file, tensors)
+    storages = tensors.storages
+    keys = _interpret_next(file, tensors)
     by_key = {storage.key: storage for storage in storages}
     if not isinstance(keys, list) or any(type(key) is not str for key in keys) or set(keys) != by_key.keys():
         raise ValueError("the list of its tensors' memory is damaged")
@@ -148,11 +150,11 @@ def _read_legacy(path: Path, file: BinaryIO) -> object:
     return tree
 
 
-def _interpret_next(file: BinaryIO, path: Path, places: dict[str, int]) -> tuple[object, list[_Storage]]:
+def _interpret_next(file: BinaryIO, tensors: _Tensors) -> Any:
     """The next of a sequence of pickles. Moves the file's position past it."""
     start = file.tell()
     program = io.BytesIO(file.read(PICKLE_LIMIT))
-    found = _interpret(program, path, places)
+    found = interpret(program, tensors)
     file.seek(start + program.tell())
     return found
 
@@ -165,137 +167,57 @@ def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_St
             raise ValueError(f"it has {size:,} bytes; its storage {storage.key} would end at {end:,}: it is truncated")
 
 
-def _interpret(program: io.BytesIO, path: Path, places: dict[str, int]) -> tuple[object, list[_Storage]]:
-    """The object that a pickle describes, and the storages that it names.
+class _Tensors(Meanings):
+    """The meanings of the names in a file of torch.save: tensors, their storages, and config objects.
 
-    places  will map the key of each storage to its offset in `path`: arrays look it up when they are read.
+    places    will map the key of each storage to its offset in `path`: arrays look it up when they are read.
+    storages  those that the pickle refers to.
     """
-    stack: list[object] = []
-    marks: list[int] = []
-    memo: dict[int, object] = {}
-    storages: dict[_Storage, None] = {}
 
-    def since_mark() -> list[object]:
-        mark = marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
-        return items
+    def __init__(self, path: Path, places: dict[str, int]):
+        self.path, self.places = path, places
+        self._storages: dict[_Storage, None] = {}
 
-    try:
-        for opcode, arg in _opcodes(program):
-            match opcode:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop(), list(storages)
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    stack.append(opcode == "NEWTRUE")
-                case name if name in NUMBER_OPCODES or name in TEXT_OPCODES:
-                    stack.append(arg)
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "MARK":
-                    marks.append(len(stack))
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "APPEND" | "APPENDS":
-                    items = [stack.pop()] if opcode == "APPEND" else since_mark()
-                    target = stack[-1]
-                    if type(target) is not list:
-                        raise ValueError("its pickle is damaged: it appends to an object that is not a list")
-                    target.extend(items)
-                case "SETITEM" | "SETITEMS":
-                    items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
-                    _set_items(stack[-1], items)
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GLOBAL":
-                    stack.append(_name(*arg.split(" ")))
-                case "STACK_GLOBAL":
-                    attribute = stack.pop()
-                    stack.append(_name(stack.pop(), attribute))
-                case "BINPERSID":
-                    storage = _storage(stack.pop())
-                    storages[storage] = None
-                    stack.append(storage)
-                case "REDUCE" | "NEWOBJ":
-                    arguments = stack.pop()
-                    stack.append(_call(stack.pop(), arguments, path, places))
-                case "BUILD":
-                    state = stack.pop()
-                    _build(stack[-1], state)
-                case _:
-                    raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
-    except (IndexError, KeyError, TypeError, AttributeError):  # such as an empty stack, or an unknown memo
-        pass
-    raise ValueError("its pickle is damaged")
+    @property
+    def storages(self) -> list[_Storage]:
+        return list(self._storages)
 
+    def name(self, text: str) -> _Name:
+        known = text in STORAGES or text in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)
+        if known or text.endswith(CONFIG_SUFFIXES):
+            return _Name(text)
+        raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is refused")
 
-def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """The name and the argument of each opcode (a number, text or bytes, which depends on the opcode)."""
-    try:
-        yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
-    except ValueError as error:
-        raise ValueError(f"its pickle is damaged ({error})") from None
+    def stored(self, identity: object) -> _Storage:
+        """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
+        is_storage = type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage"
+        if type(identity) is tuple and is_storage and identity[5:] in ((), (None,)):
+            _, kind, key, _, count = identity[:5]
+            if type(kind) is _Name and kind.text in STORAGES and type(key) is str and _is_count(count):
+                storage = _Storage(key, STORAGES[kind.text], count)
+                self._storages[storage] = None
+                return storage
+        raise ValueError("its pickle describes a tensor's memory in a way that torch.save does not")
 
+    def call(self, function: object, arguments: object) -> object:
+        """The result of a call that a pickle requests. Nothing is called: this returns an equivalent object."""
+        if type(function) is _Name and type(arguments) is tuple:
+            if function.text == ORDERED_DICT and arguments == ():
+                return {}
+            if function.text == REBUILD_TENSOR and len(arguments) >= 4:
+                return _tensor(arguments, self.path, self.places)
+            if function.text == REBUILD_PARAMETER and arguments and type(arguments[0]) is Stored:
+                return arguments[0]
+            if function.text.endswith(CONFIG_SUFFIXES) and arguments == ():
+                return Record(function.text)
+        raise ValueError("its pickle makes a call that torch.save does not write")
 
-def _name(module: object, attribute: object) -> _Name:
-    text = f"{module}.{attribute}"
-    known = text in STORAGES or text in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)
-    if known or text.endswith(CONFIG_SUFFIXES):
-        return _Name(text)
-    raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is refused")
-
-
-def _set_items(target: object, items: list[object]) -> None:
-    keys, values = items[::2], items[1::2]
-    if type(target) is not dict or len(keys) != len(values) or any(type(key) not in (str, int) for key in keys):
-        raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or integers")
-    target.update(zip(keys, values, strict=True))
-
-
-def _storage(identity: object) -> _Storage:
-    """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
-    if type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage" and identity[5:] in ((), (None,)):
-        _, kind, key, _, count = identity[:5]
-        if type(kind) is _Name and kind.text in STORAGES and type(key) is str and _is_count(count):
-            return _Storage(key, STORAGES[kind.text], count)
-    raise ValueError("its pickle describes a tensor's memory in a way that torch.save does not")
-
-
-def _call(name: object, arguments: object, path: Path, places: dict[str, int]) -> object:
-    """The result of a call that a pickle requests. Nothing is called: this returns an equivalent object."""
-    if type(name) is _Name and type(arguments) is tuple:
-        if name.text == ORDERED_DICT and arguments == ():
-            return {}
-        if name.text == REBUILD_TENSOR and len(arguments) >= 4:
-            return _tensor(arguments, path, places)
-        if name.text == REBUILD_PARAMETER and arguments and type(arguments[0]) is Stored:
-            return arguments[0]
-        if name.text.endswith(CONFIG_SUFFIXES) and arguments == ():
-            return Record(name.text)
-    raise ValueError("its pickle makes a call that torch.save does not write")
-
-
-def _build(target: object, state: object) -> None:
-    """Set an object's attributes. Those of dictionaries (`_metadata` of a state dict) are ignored."""
-    if type(target) is Record and type(state) is dict:
-        target.values.update(state)
-    elif type(target) is not dict:
-        raise ValueError("its pickle sets the attributes of an object that is not a config")
+    def build(self, target: object, state: object) -> None:
+        """Set an object's attributes. Those of dictionaries (`_metadata` of a state dict) are ignored."""
+        if type(target) is Record and type(state) is dict:
+            target.values.update(state)
+        elif type(target) is not dict:
+            raise ValueError("its pickle sets the attributes of an object that is not a config")
 
 
 def _tensor(arguments: tuple[object, ...], path: Path, places: dict[str, int]) -> Stored:
@@ -401,7 +323,8 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
         raise ValueError("it has no state dict; expected a dictionary of tensors, or one under the key `model`")
     config = _scalars(tree.get("config"))
     if "model_type" in config:
-        return GPT2Config.from_dict(config), stored
+        settings = _parsed(config.get(GENERATION))
+        return replace(GPT2Config.from_dict(config), generation_config=settings), stored
     values = _scalars(tree.get("model_args")) or config
     if "n_head" not in values:
         return None, stored
@@ -423,17 +346,49 @@ def _scalars(config: object) -> JsonObject:
     """The numbers and texts of a config. Other values become the name of their type, which GPT2Config refuses."""
     values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
     kinds = (str, int, float, type(None))
-    return {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
+    scalars = {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
+    ends = values.get("eos_token_id")
+    is_list = isinstance(ends, list) and all(type(i) is int for i in ends)
+    return scalars | ({"eos_token_id": ends} if is_list else {})
 
 
-def write(path: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
-    """Write a checkpoint that nanoGPT loads, with matrices as in nn.Linear, and our config, which has more settings."""
+def _parsed(text: object) -> JsonObject | None:
+    """The JSON object in a text; None for anything else."""
+    try:
+        values = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def read_training(file: Path, config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
+    """The state of the run in a checkpoint of nanoGPT, for a model of this config.
+
+    names  of the parameters that its state dict has.
+    Raises ValueError if it has none.
+    """
+    tree = read_pickle(file)
+    if not isinstance(tree, dict):
+        raise ValueError(f"it is a pickled {type(tree).__name__}; expected a checkpoint of nanoGPT")
+    return unpack({**tree, TRAINER: _parsed(tree.get(TRAINER))}, config, names)
+
+
+def write(path: Path, config: GPT2Config, arrays: dict[str, Stored], state: TrainingState | None = None) -> None:
+    """Write a checkpoint that nanoGPT loads, with matrices as in nn.Linear, and our config, which has more settings.
+
+    state  of the run, so that nanoGPT can resume it.
+    """
     named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
     sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}
     rates = {"block_size": config.n_positions, "vocab_size": config.vocab_size, "dropout": float(config.resid_pdrop)}
-    checkpoint = {
+    checkpoint: JsonObject = {
         "model": {**named, LM_HEAD: named["transformer.wte.weight"]},
         "model_args": {**sizes, **rates},
         "config": config.to_dict(),
     }
+    if config.generation_config is not None:
+        checkpoint["config"][GENERATION] = json.dumps(config.generation_config)
+    if state is not None:
+        checkpoint["config"] |= state.options
+        checkpoint |= {**pack(config, state), TRAINER: json.dumps(state.trainer)}
     write_pickle(path, checkpoint)

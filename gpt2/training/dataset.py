@@ -4,7 +4,8 @@ A data set is a folder: manifest.json, vocabulary.json (the tokenizer), and the 
 val-00000.bin, ...: raw little-endian ids, uint16, or uint32 if the vocabulary has more than 65536. `data/prepare.py`
 writes it.
 
-A folder without a manifest may contain shards of other GPT-2 programs, uint16 ids of GPT-2's vocabulary:
+A folder without a manifest may contain shards of other GPT-2 programs, uint16 ids of GPT-2's vocabulary, or of the
+characters in nanoGPT's meta.pkl:
 
 nanoGPT        train.bin, val.bin: raw ids
 build-nanogpt  NAME_train_000001.npy, ..., NAME_val_000000.npy: one-dimensional arrays
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2.tokenizer import Tokenizer
+from gpt2.tokenizer import CHARACTERS_FILE, Tokenizer
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.random import DATA_SITE, Key, permutation
 
@@ -117,7 +118,7 @@ class TokenDataset:
         return hashlib.sha256(sums.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the ids: the one saved in the folder, or GPT-2's for shards of another program.
+        """The tokenizer of the ids: the one in the folder, or GPT-2's for shards of another program.
 
         Raises ValueError if the saved one is not the one in the manifest.
         """
@@ -180,7 +181,7 @@ def _read_manifest(path: Path) -> JsonObject:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; make the data set with {PREPARE}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
         version, dtype = manifest["format"], manifest["dtype"]
         if not isinstance(manifest["tokenizer"]["vocab_size"], int):
             raise TypeError("the size of the vocabulary is not an integer")
@@ -230,17 +231,20 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
         )
     if len({file.suffix for file in files}) > 1:
         raise ValueError(f"{path}: the split {split} has .npy and .bin files; keep one kind in the folder")
-    if (path / "meta.pkl").exists():
-        raise ValueError(
-            f"{path / 'meta.pkl'}: the ids are of another vocabulary than GPT-2's; prepare the text itself instead: "
-            f"{PREPARE}"
-        )
+    vocabulary: JsonObject = FOREIGN_VOCABULARY
+    if (path / CHARACTERS_FILE).exists():
+        try:
+            vocabulary = Tokenizer.load(path / CHARACTERS_FILE).describe()
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; the ids are of another vocabulary than GPT-2's: prepare the text itself instead: {PREPARE}"
+            ) from None
     shards = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
     entries = [
         {"file": file.name, "split": split, "tokens": len(shard), "sha256": _sampled_sha256(shard)}
         for file, shard in zip(files, shards, strict=True)
     ]
-    return TokenDataset(path, split, {"tokenizer": FOREIGN_VOCABULARY, "shards": entries}, files, shards)
+    return TokenDataset(path, split, {"tokenizer": vocabulary, "shards": entries}, files, shards)
 
 
 def _open_array(file: Path) -> np.ndarray:

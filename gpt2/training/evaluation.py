@@ -62,7 +62,7 @@ def evaluate_data(
     Raises ValueError if the data set was made with another tokenizer.
     """
     made_with = data.tokenizer()
-    if made_with.fingerprint != tokenizer.fingerprint:
+    if not tokenizer.includes(made_with):
         raise ValueError(
             f"{data.path}: made with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
             f"prepare the data with the model's"
@@ -70,7 +70,7 @@ def evaluate_data(
     count = data.windows(block_size)
     windows = range(count if batches is None else min(count, batches * batch_size))
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
-    length_of[tokenizer.end_of_text] = 0
+    length_of[[i for i in (made_with.end_of_text, tokenizer.end_of_text) if i is not None]] = 0
     tokens, chunk = len(windows) * block_size, 1 << 20
     pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)

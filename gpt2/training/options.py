@@ -306,7 +306,7 @@ def parse_options(argv: Sequence[str] | None, description: str | None) -> Option
 
 def _read_toml(path: Path) -> OptionValues:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error})"
         raise UsageError(f"{path}: {reason}") from None

@@ -103,7 +103,7 @@ class RunFolder:
         for folder in folders:
             try:
                 checkpoint.verify(folder)
-                return _read_state(folder)
+                return read_state(folder)
             except checkpoint.CheckpointError as error:
                 say(f"skipping a damaged checkpoint: {error}")
         if folders:
@@ -218,7 +218,7 @@ class RunFolder:
         return self.path.rename(files.free_name(dated))
 
 
-def _read_state(folder: Path) -> RunState:
+def read_state(folder: Path) -> RunState:
     """Raises CheckpointError if trainer.json does not have the form that RunFolder.save writes."""
     values = checkpoint.read_json(folder / TRAINER)
     try:

@@ -15,6 +15,7 @@ from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, find_dataset
 from gpt2.training.display import say
+from gpt2.training.exchange import UNKNOWN_DATA
 from gpt2.training.options import (
     FIXED_OPTIONS,
     Options,
@@ -115,7 +116,7 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
     for split in (data, validation):
         split.windows(options.block_size)  # if the split is too short, this raises before the first step
-    if saved and saved.data != data.fingerprint:
+    if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
             f"same one prepared differently. Use another --out-dir, or --fresh to start a new run (the "
@@ -135,7 +136,8 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
-    config = with_vocabulary(config, data[2], source, options.preset)
+    config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
+    data = (*data[:2], tokenizer)
     with explain_memory(config, options):
         model = GPT2(
             config,
@@ -176,20 +178,28 @@ def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim
     raise AssertionError(f"--optimizer {options.optimizer} has no branch here")
 
 
-def with_vocabulary(config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str) -> GPT2Config:
-    """The config with the vocabulary of the data. Raises UsageError if they differ, except for new BYTE_PRESETS."""
-    if source is None and preset in BYTE_PRESETS:
-        return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    same = config.vocab_size == tokenizer.vocab_size
-    if source is not None and same:
-        same = Tokenizer.for_model(source, config.vocab_size).fingerprint == tokenizer.fingerprint
-    if not same:
-        raise UsageError(
-            f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that "
-            f"of {source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
-            f"tokenizer"
-        )
-    return config
+def with_vocabulary(
+    config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str
+) -> tuple[GPT2Config, Tokenizer]:
+    """The config and the tokenizer of a model that is trained on data of `tokenizer`.
+
+    A new model of BYTE_PRESETS takes the vocabulary of the data. A model that is loaded keeps its vocabulary, its
+    tokenizer and its begin and end ids: it may have added tokens that the data does not use, and more ids than its
+    tokenizer (padding). Raises UsageError if the data's ids are other tokens there.
+    """
+    ends = tokenizer.end_ids
+    if source is None and (preset in BYTE_PRESETS or config.vocab_size == tokenizer.vocab_size):
+        unknown = dataclasses.replace(config, bos_token_id=None, eos_token_id=None, vocab_size=tokenizer.vocab_size)
+        return unknown.with_ids(tokenizer.begin if ends else None, ends), tokenizer
+    if source is not None and tokenizer.vocab_size <= config.vocab_size:
+        own = Tokenizer.for_model(source, config.vocab_size)
+        if own.includes(tokenizer):
+            return config.with_ids(own.begin if own.end_ids else None, own.end_ids), own
+    raise UsageError(
+        f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
+        f"{source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
+        "tokenizer"
+    )
 
 
 @contextmanager

@@ -118,7 +118,8 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
     items, number = [], 0
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 (used in the error message)
+            for number, line in enumerate(lines, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     items.append(task.item(json.loads(line)))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -170,7 +171,7 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
     """One row for each ending. The first token is only an input, so a row has up to one token more than the context."""
     before = tokenizer.encode(item.context)
     if len(before) == 0:
-        before = np.array([tokenizer.end_of_text], dtype=before.dtype)
+        before = np.array([tokenizer.begin], dtype=before.dtype)
     rows = []
     for ending in item.endings:
         after = tokenizer.encode(ending)

@@ -689,3 +689,53 @@ def test_read_only_folder(tmp_path, capsys):
 def test_without_sources(tmp_path):
     with pytest.raises(ValueError, match="sources: none given"):
         make([], tmp_path / "out")
+
+
+def with_added_token(folder):
+    BYTES.save_hugging_face(folder, 64)
+    (folder / "added_tokens.json").write_text('{"<|user|>": 257}')
+    return folder
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_special_tokens_are_plain_text_unless_they_are_asked_for(special_tokens, tmp_path):
+    (tmp_path / "tok").mkdir()
+    tokenizer = Tokenizer.load(with_added_token(tmp_path / "tok"))
+    text = "a<|user|>b<|endoftext|>c"
+    (tmp_path / "a.txt").write_text(text)
+    make([tmp_path / "a.txt"], tmp_path / "out", tmp_path / "tok", special_tokens=special_tokens, val_fraction=0.01)
+    ids = stream_of(tmp_path / "out")
+    expected = tokenizer.encode(text, special_tokens).tolist()
+    assert sorted(ids) == sorted([*expected, tokenizer.end_of_text])
+    assert (257 in ids) == special_tokens
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest.get("special_tokens", False) == special_tokens
+    assert TokenDataset.open(tmp_path / "out", "train").tokenizer().added == tokenizer.added
+
+
+def test_a_vocabulary_of_characters_separates_nothing_and_has_no_special_tokens(tmp_path):
+    import pickle
+
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("\nabc"))}))
+    (tmp_path / "a.txt").write_text("abc\n" * 9)
+    make([tmp_path / "a.txt"], tmp_path / "out", tmp_path / "meta.pkl", val_fraction=0.2)
+    assert len(stream_of(tmp_path / "out")) == 36
+    with pytest.raises(ValueError, match=r"--special-tokens: the tokenizer .* has no special tokens"):
+        make([tmp_path / "a.txt"], tmp_path / "b", tmp_path / "meta.pkl", special_tokens=True)
+    (tmp_path / "b.txt").write_text("abd")
+    with pytest.raises(ValueError, match="the vocabulary of 4 characters has no 'd'"):
+        make([tmp_path / "b.txt"], tmp_path / "b", tmp_path / "meta.pkl")
+
+
+@pytest.mark.extras("tokenizers")
+def test_a_prefix_space_stands_before_a_document_and_not_before_its_parts(tmp_path):
+    (tmp_path / "tok").mkdir()
+    Tokenizer.load("bytes").save_hugging_face(tmp_path / "tok", 64)
+    config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
+    (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": True}))
+    text = "word\n" * (3 * PART_BYTES // 5)
+    (tmp_path / "a.txt").write_text(text)
+    make([tmp_path / "a.txt"], tmp_path / "out", tmp_path / "tok", val_fraction=1e-9)
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    assert tokenizer.decode(ids_of(tmp_path / "out", "train")).startswith(" word\nword")
+    assert b"".join(tokenizer.decode_bytes([i]) for s in SPLITS for i in ids_of(tmp_path / "out", s)).count(b" ") == 1

@@ -21,7 +21,7 @@ from gpt2.completions import (
     parse_request,
     pieces,
 )
-from gpt2.generate import stream_text
+from gpt2.generate import TextPieces, stream_text
 from tinygrad2 import no_grad
 
 BYTES = Tokenizer.load("bytes")
@@ -37,8 +37,11 @@ def model():
     return model
 
 
+MODEL = GPT2(GPT2Config(vocab_size=257, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2))
+
+
 def parse(**values):
-    return parse_request(values, BYTES, NAME, CONTEXT)
+    return parse_request(values, MODEL, BYTES, NAME)
 
 
 def answer_of(model, **values):
@@ -204,7 +207,7 @@ def test_a_prompt_alone_is_scored(model):
 
 def fed(ids, stop=(), last=None):
     """The pieces of a choice that is given these tokens."""
-    choice = Choice(0, BYTES, stop, 0)
+    choice = Choice(0, TextPieces(BYTES, BYTES.end_ids, stop), BYTES.end_ids)
     return [choice.add(TokenInfo(i, 0), last=at == last) for at, i in enumerate(ids)]
 
 

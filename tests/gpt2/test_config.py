@@ -97,3 +97,40 @@ def test_memory_to_generate_counts_the_cache_and_what_is_read_at_once(prompt, mo
     assert need["activations"] == 19 * 7 * read * 8 * 4
     assert need["logits"] == 7 * 11 * 9
     assert config.memory_to_generate(14, prompt, more) == {name: 2 * size for name, size in need.items()}
+
+
+@pytest.mark.parametrize("ends", [None, 3, (3, 5)])
+def test_begin_and_end_ids_are_written_as_they_are(ends):
+    values = GPT2Config(vocab_size=7, bos_token_id=2, eos_token_id=ends).to_dict()
+    assert values["eos_token_id"] == (list(ends) if isinstance(ends, tuple) else ends)
+    assert "generation_config" not in values
+    found = GPT2Config.from_dict(values)
+    assert (found.bos_token_id, found.eos_token_id, found.to_dict()) == (2, ends, values)
+
+
+def test_ids_are_never_guessed_from_the_size():
+    config = GPT2Config(vocab_size=300)
+    assert (config.to_dict()["bos_token_id"], config.to_dict()["eos_token_id"]) == (None, None)
+    assert (config.begin_id, config.end_ids) == (None, ())
+    assert config.with_ids(4, (5, 6)).ids() == {"bos_token_id": 4, "eos_token_id": [5, 6]}
+    assert config.with_ids(4, (5,)).ids() == {"bos_token_id": 4, "eos_token_id": 5}
+    known = GPT2Config(vocab_size=300, bos_token_id=1, eos_token_id=2)
+    assert known.with_ids(4, (5,)).ids() == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_generation_config_takes_precedence_and_ids_outside_the_vocabulary_do_not_count():
+    config = GPT2Config(
+        vocab_size=9, bos_token_id=1, eos_token_id=2, generation_config={"eos_token_id": [3, 50256], "top_k": 4}
+    )
+    assert (config.begin_id, config.end_ids) == (1, (3,))
+    assert GPT2Config(vocab_size=9, bos_token_id=50256, eos_token_id=50256).end_ids == ()
+    assert config == dataclasses.replace(config, eos_token_id=5, generation_config=None)  # the same function
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bos_token_id", "x"), ("bos_token_id", [1]), ("eos_token_id", [1, "x"]), ("eos_token_id", True)],
+)
+def test_ids_of_another_type_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"config: {name} is .*; expected an id"):
+        GPT2Config.from_dict({name: value})

@@ -1,6 +1,7 @@
 """gpt2/convert.py: model files of every format converted into each other, with their tokenizers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -177,3 +178,80 @@ def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_f
     expected = generated[0, prompt["input_ids"].shape[1] :].tolist()
     assert len(set(expected)) > 1
     assert mine.generate(prompt["input_ids"][0].tolist(), new, temperature=0) == [expected]
+
+
+# Begin and end ids
+
+
+def write_ids(folder, config, generation):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+
+
+def ids_of(folder):
+    """What the two files say of the ids, and all of generation_config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    file = folder / "generation_config.json"
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id")}, json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "generation"),
+    [
+        ({"bos_token_id": 7, "eos_token_id": 9}, {"eos_token_id": [9, 11], "bos_token_id": 7, "top_k": 40}),
+        ({"bos_token_id": 0, "eos_token_id": [0, 5]}, None),
+        ({"bos_token_id": 256, "eos_token_id": 256}, {"_from_model_config": True, "eos_token_id": 3}),
+    ],
+)
+def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
+    """By save_pretrained and by convert, through each format that has a place for them."""
+    model.save_pretrained(tmp_path / "a")
+    write_ids(tmp_path / "a", config, generation)
+    expected = config, generation or config
+    GPT2.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "generation_config.json").exists() == (generation is not None)
+    for source in ("a", "b"):
+        convert.convert(tmp_path / source, tmp_path / f"{source}-hf", "hf")
+        convert.convert(tmp_path / source, tmp_path / f"{source}.pt", "pt")
+        convert.convert(tmp_path / f"{source}.pt", tmp_path / f"{source}-pt-hf", "hf")
+        assert ids_of(tmp_path / f"{source}-hf") == ids_of(tmp_path / f"{source}-pt-hf") == expected
+
+
+def test_a_model_without_ids_gets_those_of_its_tokenizer(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    for name in ("bos_token_id", "eos_token_id"):
+        assert json.loads((tmp_path / "a" / "config.json").read_text())[name] is None
+    convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    assert ids_of(tmp_path / "b") == ({"bos_token_id": 256, "eos_token_id": 256},) * 2
+
+
+def test_the_files_of_a_tokenizer_are_copied(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    Tokenizer.load("bytes").save_hugging_face(tmp_path / "a", 16)
+    for old, new in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        (tmp_path / "a" / old).rename(tmp_path / "a" / new)
+    (tmp_path / "a" / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+    for name in (
+        "encoder.json",
+        "vocab.bpe",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    ):
+        assert (tmp_path / "b" / names.get(name, name)).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_nanogpts_form_of_gelu_is_said(model, tmp_path, capsys):
+    for activation, said in (("gelu_new", True), ("gelu", False)):
+        random_model(activation_function=activation).save_pretrained(tmp_path / activation)
+        run(tmp_path / activation, tmp_path / f"{activation}.pt", "--to", "pt")
+        assert ("nanoGPT computes GELU's exact form" in capsys.readouterr().err) == said
+    x = np.linspace(-8, 8, 100_001)
+    exact = x * np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
+    tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert 4e-4 < np.abs(exact - tanh).max() < 5e-4

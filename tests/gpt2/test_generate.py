@@ -1,10 +1,12 @@
 """gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, Tokenizer
-from gpt2.generate import KVCache, choose, generate, next_logits, stream_text
+from gpt2.generate import KVCache, begin_id, choose, complete, end_ids, generate, next_logits, stream_text
 from tinygrad2 import no_grad
 
 
@@ -243,3 +245,32 @@ def test_what_may_begin_a_stop_string_waits():
 
 def test_samples_end_each_at_its_own_place():
     assert streamed("first", "2", "third.x", stop=[".x"])[0] == ["first", "2", "third"]
+
+
+def test_several_ids_end_a_text():
+    model = make_model()
+    free = complete(model, [1, 2, 3], 12, samples=2, seed=4)
+    ends = (free[0][5], free[1][3])
+    for row, ended in zip(free, complete(model, [1, 2, 3], 12, ends, samples=2, seed=4), strict=True):
+        assert ended == row[: next(i for i, token in enumerate(row) if token in ends)]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 1e6])
+def test_ids_that_no_token_has_are_never_sampled(temperature):
+    model = make_model()
+    never = [i for i in range(50) if i % 7]
+    tokens = list(generate(model, [1, 2], 40, samples=3, temperature=temperature, never=never, vocab_size=50))
+    assert set(np.concatenate(tokens).tolist()) <= set(range(0, 50, 7))
+
+
+class Ends:
+    """A tokenizer's ids of the beginning and the end."""
+
+    begin, end_ids = 5, (6, 7)
+
+
+def test_the_ids_of_the_model_take_precedence_over_the_tokenizers():
+    model = make_model()
+    assert (begin_id(model, Ends), end_ids(model, Ends)) == (5, (6, 7))
+    model.config = dataclasses.replace(model.config, bos_token_id=0, eos_token_id=(1, 2))
+    assert (begin_id(model, Ends), end_ids(model, Ends)) == (0, (1, 2))

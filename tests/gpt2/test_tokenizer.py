@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def gpt2(gpt2_files):
     return Tokenizer.load("gpt2")
+
+
+@pytest.fixture
+def without_tokenizers(monkeypatch):
+    """The package tokenizers is not installed."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
 @pytest.fixture
@@ -220,6 +227,7 @@ def test_damaged_saved_folder(tiny, tmp_path, damage, message):
         (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not make the next token"),
     ],
 )
+@pytest.mark.usefixtures("without_tokenizers")
 def test_bad_hugging_face_files(tiny, file, text, message):
     (tiny / file).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
@@ -322,6 +330,7 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
         ("model.merges", ["t h"], "1 merges and 256 bytes make 257 tokens; tokenizer.json has 258 besides"),
     ],
 )
+@pytest.mark.usefixtures("without_tokenizers")
 def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, message):
     whole = as_one_file(tiny, tmp_path / "alone")
     changed(whole, path, value)

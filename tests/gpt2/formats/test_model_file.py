@@ -1,7 +1,10 @@
 """gpt2/formats/model_file.py: which tensors and sizes a file of any layout must have."""
 
+import time
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gpt2 import GPT2, GPT2Config, convert
 from gpt2.formats import model_file, torch_file
@@ -71,3 +74,120 @@ def test_the_published_sizes_need_no_config():
         config = GPT2Config.preset(name)
         arrays = {key: Stored(shape, "float32", lambda: None) for key, shape in config.shapes()}
         assert model_file._published(arrays) == config
+
+
+# Names
+
+
+def embedding_only(arrays):
+    """The prefix of another trainer, before the token embedding."""
+    return {f"policy.base_model.transformer.{name}": a for name, a in arrays.items()}
+
+
+def wrapped(name):
+    def change(arrays):
+        parts = ((key.split("."), a) for key, a in arrays.items())
+        return {".".join(["transformer", *key[:2], name, *key[2:]]): a for key, a in parts}
+
+    return change
+
+
+def everywhere(arrays):
+    inside = {f"h.{key[2:]}" if key.startswith("h.") else key: a for key, a in arrays.items()}
+    return {f"module._orig_mod.transformer.{key.replace('.', '._orig_mod.', 1)}": a for key, a in inside.items()}
+
+
+def head_only(arrays):
+    renamed = {f"transformer.{key}": a for key, a in arrays.items() if key != "wte.weight"}
+    return renamed | {"lm_head.weight": arrays["wte.weight"]}
+
+
+def head_only_below_a_prefix(arrays):
+    return {f"model.{key}": a for key, a in head_only(arrays).items()}
+
+
+WRAPPERS = (
+    "_orig_mod",
+    "module",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+    "_some_other",
+)
+NAMINGS = [embedding_only, everywhere, head_only, head_only_below_a_prefix, *map(wrapped, WRAPPERS)]
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_names_under_any_prefix_and_wrapper(naming, form, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    arrays = naming(values(model))
+    if form == "model.safetensors":
+        save_file(arrays, tmp_path / form, {"format": "pt"})
+    else:
+        torch_file.write_pickle(tmp_path / form, stored(arrays))
+    assert_equal(model, GPT2.from_pretrained(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "pretrained_model.transformer."])
+def test_further_heads_are_left_out_and_named(prefix, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    outer = prefix.removesuffix("transformer.")
+    more = {f"v_head.summary.{i}": np.ones(8, "float32") for i in range(5)} | {
+        "score.weight": np.ones((2, 8), "float32")
+    }
+    arrays = {prefix + name: a for name, a in values(model).items()} | {f"{outer}{name}": a for name, a in more.items()}
+    save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_equal(model, GPT2.from_pretrained(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"{tmp_path / 'model.safetensors'}: left out, since they are not part of the language model: "
+    )
+    assert f"{outer}v_head.summary.0" in line
+    assert line.endswith(" and 1 more")
+
+
+def test_two_models_in_one_file(model, tmp_path):
+    arrays = {f"{part}.{name}": a for part in ("policy", "reference") for name, a in values(model).items()}
+    torch_file.write_pickle(tmp_path / "x.pt", stored(arrays))
+    with pytest.raises(ValueError, match=r"it has 2 models, with policy.wte.weight and reference.wte.weight"):
+        model_file.open_model(tmp_path / "x.pt")
+
+
+def test_a_name_that_occurs_twice(model, tmp_path):
+    arrays = values(model) | {"module.wpe.weight": values(model)["wpe.weight"]}
+    torch_file.write_pickle(tmp_path / "x.pt", stored(arrays))
+    with pytest.raises(ValueError, match=r"tensor wpe.weight occurs twice"):
+        model_file.open_model(tmp_path / "x.pt")
+
+
+# Files that would take much time or memory
+
+
+def test_a_name_of_millions_of_prefixes_is_refused_at_once(tmp_path):
+    for count, message in ((1_000_000, "has 7,000,010 characters"), (1_500_000, "its header has 10,500,0.. bytes")):
+        save_file({"module." * count + "wte.weight": np.zeros(1, "float32")}, tmp_path / "x.safetensors")
+        begin = time.process_time()
+        with pytest.raises(ValueError, match=message):
+            model_file.open_model(tmp_path / "x.safetensors")
+        assert time.process_time() - begin < 2
+
+
+def test_tensors_that_share_their_memory_are_refused(model, tmp_path):
+    """A thousand layers of one array: small as a file, large in memory."""
+    whole = linear(model, "")
+    arrays = {name: a for name, a in whole.items() if not name.startswith("h.")}
+    parts = {name.removeprefix("h.0."): a for name, a in whole.items() if name.startswith("h.0.")}
+    tree = stored(arrays | parts)
+    layers = 1000
+    tree |= {f"h.{i}.{name}": tree[name] for i in range(layers) for name in parts}
+    for name in parts:
+        del tree[name]
+    sizes = {"n_layer": layers, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 257}
+    torch_file.write_pickle(tmp_path / "x.pt", {"model": tree, "model_args": sizes})
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"its tensors need 3,.* bytes, but it has .*: several share their memory"):
+        model_file.open_model(tmp_path / "x.pt")
+    assert time.process_time() - begin < 5

@@ -14,7 +14,8 @@ import pytest
 from gpt2 import GPT2, GPT2Config, convert
 from gpt2.formats import model_file, torch_file
 from gpt2.formats.stored import Stored
-from gpt2.formats.torch_file import PICKLE_LIMIT, Record, read_pickle, write_pickle
+from gpt2.formats.torch_file import Record, read_pickle, write_pickle
+from gpt2.pickles import PICKLE_LIMIT
 from tests.gpt2.formats.models import (
     NANOGPT,
     NO_DROPOUT,

@@ -47,6 +47,11 @@ def test_every_option_has_both_spellings_and_a_place_in_a_file(f, tmp_path):
         assert given("--config", str(file)) == {f.name: value}
 
 
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "options.toml").write_bytes(b"\xef\xbb\xbfmax-iters = 7\r\n")
+    assert given("--config", str(tmp_path / "options.toml")) == {"max_iters": 7}
+
+
 def test_the_options_that_others_rely_on_exist():
     names = (
         "preset device dtype data out_dir batch_size block_size total_batch_size max_iters eval_interval eval_iters "

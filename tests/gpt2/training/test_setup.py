@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample
 import train
 from data.prepare import prepare
-from gpt2 import GPT2, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, convert
+from gpt2.generate import stream_text
 from gpt2.training import options
 from gpt2.training.tasks import TASKS
 from tests.training_runs import QUICK, TEXT, one_line, rows, run, update_checksums
@@ -255,3 +257,88 @@ def test_the_optimizer_of_a_run_stays(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
     assert "--optimizer adamw; it cannot be resumed with sgd" in capsys.readouterr().err
+
+
+# A model's vocabulary and the data's
+
+
+def save_hugging_face(folder, vocab_size, tokenizer="bytes", added=None, **config):
+    """A model folder with bytes as its vocabulary, its files in the Hugging Face layout."""
+    GPT2(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2, **config)).save_pretrained(
+        folder
+    )
+    Tokenizer.load(tokenizer).save_hugging_face(Path(folder), 16)
+    if added:
+        (Path(folder) / "added_tokens.json").write_text(json.dumps(added))
+    prepare(["data/text.txt"], folder, "data/own")
+
+
+@pytest.fixture
+def own_text(workspace):
+    (workspace / "data" / "text.txt").write_text(TEXT)
+    return workspace
+
+
+def test_a_padded_vocabulary_trains_samples_and_is_written_at_its_size(own_text, capsys):
+    save_hugging_face("hf", 300)
+    assert train.main(["--init", "hf", "--data", "own", *QUICK, "--max-iters", "2"]) == 0
+    assert convert.main(["out", "back", "--to", "hf"]) == 0
+    for folder in (checkpoint.find(Path("out"))[0], Path("back")):
+        model = GPT2.from_pretrained(folder)
+        assert model.config.vocab_size == len(model.wte.weight.data) == 300
+        tokenizer = Tokenizer.for_model(folder, 300)
+        assert tokenizer.vocab_size == 257
+        model.wte.weight.data[257:] = 50  # what padding ids would win by
+        texts = stream_text(model, tokenizer, [1], 30, temperature=2.0, samples=2)
+        assert len("".join(text for _, text in texts)) > 10
+    capsys.readouterr()
+    assert train.main(["--data", "own", *QUICK, "--max-iters", "4"]) == 0  # it resumes, too
+
+
+def test_data_of_the_plain_vocabulary_trains_a_model_with_added_tokens(own_text):
+    """The model keeps its added tokens, and its own end token."""
+    save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258}, bos_token_id=256, eos_token_id=258)
+    Path("plain").mkdir()
+    Tokenizer.load("bytes").save_hugging_face(Path("plain"), 16)
+    prepare(["data/text.txt"], "plain", "data/plain")
+    assert train.main(["--data", "plain", "--init", "hf", *QUICK, "--max-iters", "1"]) == 0
+    folder = checkpoint.find(Path("out"))[0]
+    tokenizer = Tokenizer.for_model(folder, 259)
+    assert [token.content for token in tokenizer.added] == ["<|endoftext|>", "<|user|>", "<|end|>"]
+    assert tokenizer.end_ids == (258,)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, 258)
+
+
+def test_data_with_added_tokens_that_the_model_does_not_have(own_text, capsys):
+    save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258})
+    GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
+    Tokenizer.load("bytes").save_hugging_face(Path("other"), 16)
+    assert train.main(["--init", "other", "--data", "own", *QUICK, "--max-iters", "1"]) == 1
+    assert "prepare the data with the model's tokenizer" in one_line(capsys)
+
+
+def test_a_new_model_takes_the_ids_of_its_data(own_text):
+    save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258}, eos_token_id=(258, 256))
+    run_options = [*QUICK, "--max-iters", "1", "--out-dir", "new"]
+    assert train.main(["--data", "own", *run_options]) == 0
+    config = json.loads((checkpoint.find(Path("new"))[0] / "config.json").read_text())
+    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (259, 256, [258, 256])
+
+
+def test_nanogpts_data_of_characters_is_trained_on(workspace):
+    import pickle
+
+    characters = sorted(set(TEXT))
+    folder = workspace / "data" / "characters"
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(characters), "itos": dict(enumerate(characters))})
+    )
+    ids = np.array([characters.index(c) for c in TEXT], np.uint16)
+    for name, part in (("train", ids[:9000]), ("val", ids[9000:])):
+        part.tofile(folder / f"{name}.bin")
+    assert train.main(["--data", "characters", *QUICK, "--max-iters", "1"]) == 0
+    saved = checkpoint.find(Path("out"))[0]
+    assert Tokenizer.load(saved).decode(ids[:50]) == TEXT[:50]
+    assert sample.main(["--checkpoint", "out", "-m", "3"]) == 0

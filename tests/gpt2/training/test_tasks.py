@@ -259,6 +259,8 @@ def test_load(tmp_path):
     assert len(items) == 10
     assert [item.context for item in load_items(HELLASWAG, file, limit=4)] == ["é0", "é2", "é5", "é7"]
     assert load_items(HELLASWAG, file, limit=11) == items
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte-order mark
+    assert load_items(HELLASWAG, file) == items
 
 
 @pytest.mark.parametrize(

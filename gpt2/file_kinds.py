@@ -1,0 +1,170 @@
+"""What a file or folder is that is not a model: a pointer of Git LFS, a web page, a model of another program, ...
+
+Files come under familiar names with other contents: a clone without git-lfs has pointers, a download may be a web page.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+START_BYTES = 512  # of a file, which tell its kind
+ZIP_START = b"PK\x03\x04"
+TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
+LFS = "a pointer of Git LFS, not the file itself; fetch the file: git lfs install && git lfs pull, in its folder"
+WEB_PAGE = "an HTML page, not the file itself; download the file again, from its `resolve` link (not `blob`), or log in"
+
+# Kinds by the first bytes.
+STARTS = (
+    (b"version https://git-lfs.github.com/spec/", LFS),
+    (b"GGUF", "a GGUF file of llama.cpp; it is not supported, use the model's safetensors"),
+    (b"ggml", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
+    (b"lmgg", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
+    (b"tjgg", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
+    (b"\x89HDF\r\n\x1a\n", f"an HDF5 file of TensorFlow or Keras; it is not supported, {TRANSFORMERS}"),
+    (b"\x93NUMPY", "a NumPy array, not a model"),
+    (b"\x1f\x8b", "a file compressed with gzip; decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "a file compressed with zstd; decompress it first"),
+    (b"BZh", "a file compressed with bzip2; decompress it first"),
+    (b"\xfd7zXZ\x00", "a file compressed with xz; decompress it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"%PDF", "a PDF document, not a model"),
+    (b"PAR1", "a Parquet table, not a model; data/prepare.py reads it"),
+)
+# Kinds by the end of the name, for formats whose first bytes do not tell.
+ENDINGS = (
+    (".gguf", STARTS[1][1]),
+    (".onnx", "an ONNX model; it is not supported, use the model's safetensors or pytorch_model.bin"),
+    (".msgpack", f"a Flax model; it is not supported, {TRANSFORMERS}"),
+    (".h5", STARTS[5][1]),
+    (".keras", "a model of Keras; it is not supported"),
+    (".tflite", "a model of TensorFlow Lite; it is not supported"),
+    (".ckpt.index", "a part of a TensorFlow checkpoint; it is not supported"),
+    (".ckpt.meta", "a part of a TensorFlow checkpoint; it is not supported"),
+    ("saved_model.pb", "a SavedModel of TensorFlow; it is not supported"),
+    (".ot", "a model of rust-bert; it is not supported, use the model's safetensors or pytorch_model.bin"),
+    (".mlmodel", "a model of Core ML; it is not supported"),
+)
+OPENAI_FOLDER = (
+    "a TensorFlow checkpoint, as OpenAI and gpt-2-simple write it; it is not supported: name gpt2, gpt2-medium, "
+    "gpt2-large or gpt2-xl for OpenAI's weights, or convert your own with transformers "
+    "(convert_gpt2_original_tf_checkpoint_to_pytorch)"
+)
+WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+STATE_OF_TRAINERS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocabulary.json", "merges.txt", "vocab.bpe")
+
+
+def kind_of(file: Path) -> str:
+    """What a file is that is not a model or a text of JSON, with what to do, such as "an HTML page, ..."; "" where it
+    has no known kind."""
+    with file.open("rb") as opened:
+        start = opened.read(START_BYTES)
+    if start.startswith(ZIP_START):
+        return _kind_of_zip(file)
+    return _kind_of_start(start, file.name)
+
+
+def _kind_of_start(start: bytes, name: str) -> str:
+    if not start:
+        return "an empty file, without a header; the download or the copy was interrupted"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return WEB_PAGE
+    if text.startswith(b"<?xml"):
+        return "an XML document, not the file itself; a server may have answered with an error: download it again"
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    found = next((kind for begin, kind in STARTS if start.startswith(begin)), "")
+    if found:
+        return found
+    if start[4:8] == b"TFL3":
+        return "a model of TensorFlow Lite; it is not supported"
+    if start[:1] == b"\x08" and start[2:3] == b"\x12" and (b"onnx" in start or b"pytorch" in start):
+        return dict(ENDINGS)[".onnx"]
+    if ".ckpt.data-" in name or ".ckpt-" in name:
+        return "a part of a TensorFlow checkpoint; it is not supported"
+    return next((kind for end, kind in ENDINGS if name.lower().endswith(end)), "")
+
+
+def _kind_of_zip(file: Path) -> str:
+    """The kind of an archive that torch.save did not write; "" if it has torch.save's data.pkl, or is damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+                return "a TorchScript archive (torch.jit.save); it is not supported, save model.state_dict() instead"
+            if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+                return ""
+            if "model.weights.h5" in names:
+                return "a model of Keras; it is not supported"
+            if any(name.endswith(".npy") for name in names):
+                return "an .npz archive of NumPy, not a model"
+            for name in names[:100]:
+                if not name.endswith("/"):
+                    with archive.open(name) as entry:
+                        kind = _kind_of_start(entry.read(START_BYTES), name)
+                    if kind:
+                        return f"a zip archive, in which {printable(name)} is {kind}"
+            held = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", "config.json"))]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError):
+        return ""
+    return f"a zip archive with {printable(held[0])}; unpack it first" if held else ""
+
+
+def kind_of_folder(folder: Path) -> str:
+    """What a folder is that has no model in it, with what to do; "" where it has no known kind."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        base = _base_of(folder / "adapter_config.json")
+        return (
+            f"an adapter (peft, LoRA){base}, not a whole model; merge it with its base model: "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+        )
+    if any(name.startswith("model.ckpt") or ".ckpt-" in name for name in names) or "hparams.json" in names:
+        return OPENAI_FOLDER
+    for name in names:
+        if (folder / name).is_file() and (kind := kind_of(folder / name)):
+            return f"a folder whose {printable(name)} is {kind}"
+    for name in names:
+        inside = folder / name
+        if inside.is_dir() and any((inside / file).is_file() for file in ("config.json", "model.safetensors")):
+            return f"a folder with a model in {printable(name)}/; name {inside}"
+    other = [name for name in names if name.endswith(WEIGHTS_ENDINGS) and not name.startswith(STATE_OF_TRAINERS)]
+    if other:
+        return f"a folder with {printable(other[0])}; name {folder / other[0]}"
+    snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+    if snapshots:
+        return f"a folder of the Hugging Face cache; name {snapshots[-1].parent}"
+    if any(name in names for name in TOKENIZER_FILES):
+        return "a folder with a tokenizer only; the weights (model.safetensors or pytorch_model.bin) are missing"
+    return ""
+
+
+def _base_of(file: Path) -> str:
+    try:
+        base = read_json(file)["base_model_name_or_path"]
+        return f" of {printable(base)}" if isinstance(base, str) else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file that people or other programs wrote, with or without a byte-order mark.
+
+    Raises ValueError, which does not name the file, if it is not valid JSON or is too deeply nested; FileNotFoundError.
+    """
+    content = file.read_bytes()
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        kind = _kind_of_start(content[:START_BYTES], file.name) if content else ""
+        raise ValueError(f"it is {kind}" if kind else f"it is not valid JSON ({error})") from None
+
+
+def printable(text: str) -> str:
+    """`text`, at most 80 characters of it, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:80])

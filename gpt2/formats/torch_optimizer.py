@@ -1,0 +1,173 @@
+"""The state of a run in nanoGPT's checkpoints, beside the parameters: AdamW's moments, the step, the best loss.
+
+nanoGPT's AdamW has two groups: the parameters of two or more axes, with weight decay, and the others. Its state dict
+numbers the parameters in this order, and within a group in the order of the model. Moments have the layout of their
+parameters: matrices as (out, in), as in nn.Linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt2.config import GPT2Config, is_matrix
+from gpt2.formats.stored import Stored
+from tinygrad2.checkpoint import JsonObject
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EPS = 1e-8  # of train.py's AdamW
+NO_LOSS = 1e9  # nanoGPT's best_val_loss before the first evaluation
+SETTINGS: JsonObject = {  # of torch.optim.AdamW, as it writes them
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+@dataclass
+class TrainingState:
+    """The state of a run.
+
+    step, best_val_loss  completed steps, and the lowest validation loss, or None.
+    moments              AdamW's, by the names of tinygrad2.optim: exp_avg.NAME and exp_avg_sq.NAME, in the layout of
+                         gpt2.model.GPT2;  optimizer_steps  that AdamW has made.
+    learning_rate, betas, weight_decay   AdamW's settings.
+    options              nanoGPT's settings of the run, by their names there.
+    trainer              the contents of trainer.json, if the run is one of train.py.
+    """
+
+    step: int
+    best_val_loss: float | None
+    moments: dict[str, Stored]
+    optimizer_steps: int
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    options: JsonObject
+    trainer: JsonObject | None = None
+
+
+def numbered(config: GPT2Config, names: Mapping[str, object] | None = None) -> tuple[list[str], list[str]]:
+    """The parameters in the order of nanoGPT's AdamW: those with weight decay, and the others.
+
+    names  of the parameters that the model has, if it lacks some (biases).
+    """
+    shapes = {name: shape for name, shape in config.shapes() if names is None or name in names}
+    return [n for n, shape in shapes.items() if len(shape) > 1], [n for n, shape in shapes.items() if len(shape) == 1]
+
+
+def pack(config: GPT2Config, state: TrainingState) -> JsonObject:
+    """The entries optimizer, iter_num and best_val_loss of a checkpoint of nanoGPT."""
+    decay, others = numbered(config)
+    steps = np.array(state.optimizer_steps, np.float32)
+
+    def moment(kind: str, name: str) -> Stored:
+        stored = state.moments[f"{kind}.{name}"].cast("float32")
+        return stored.transposed() if is_matrix(name) else stored
+
+    moments = {
+        i: {
+            "step": Stored((), "float32", lambda: steps),
+            **{kind: moment(kind, name) for kind in MOMENTS},
+        }
+        for i, name in enumerate([*decay, *others])
+    }
+    settings = {"lr": state.learning_rate, "betas": state.betas, "eps": EPS}
+    numbers = list(range(len(moments)))
+    groups = [
+        {**settings, "weight_decay": weight_decay, **SETTINGS, "params": part}
+        for weight_decay, part in ((state.weight_decay, numbers[: len(decay)]), (0.0, numbers[len(decay) :]))
+    ]
+    best = NO_LOSS if state.best_val_loss is None else state.best_val_loss
+    optimizer = {"state": moments, "param_groups": groups}
+    return {"optimizer": optimizer, "iter_num": state.step, "best_val_loss": best}
+
+
+def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
+    """The state in a checkpoint of nanoGPT, for a model of this config.
+
+    names  of the parameters that its state dict has: the moments of the others are zero.
+    Raises ValueError if it has no state of AdamW with nanoGPT's two groups, or one of another shape.
+    """
+    step = _number(tree.get("iter_num"), "iter_num")
+    optimizer = tree.get("optimizer")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    states = optimizer.get("state") if isinstance(optimizer, dict) else None
+    decay, others = numbered(config, names)
+    order = list(range(len(decay) + len(others)))
+    expected = [order[: len(decay)], order[len(decay) :]]
+    if not isinstance(groups, list) or not isinstance(states, dict) or not all(isinstance(g, dict) for g in groups):
+        raise ValueError("it has no optimizer state; expected nanoGPT's entry `optimizer`")
+    if [group.get("params") for group in groups] != expected:
+        raise ValueError(
+            f"its optimizer has {len(groups)} groups of parameters; expected nanoGPT's two, of {len(decay)} and "
+            f"{len(others)}"
+        )
+    for group in groups:
+        for name, value in (("amsgrad", False), ("maximize", False), ("eps", EPS)):
+            if group.get(name, value) != value:
+                raise ValueError(f"its optimizer has {name} {group[name]}; train.py's AdamW has {value}")
+    shapes = dict(config.shapes())
+    moments = {f"{kind}.{name}": _zeros(shape) for kind in MOMENTS for name, shape in shapes.items()}
+    steps = {0}
+    for i, name in enumerate([*decay, *others]):
+        if states:  # (empty before the first step)
+            state = states.get(i)
+            if not isinstance(state, dict):
+                raise ValueError(f"its optimizer has no state of parameter {i}, {name}")
+            steps.add(round(_number(state.get("step"), "step")))
+            for kind in MOMENTS:
+                moments[f"{kind}.{name}"] = _moment(state.get(kind), f"{kind} of {name}", shapes[name], is_matrix(name))
+    return TrainingState(
+        step=round(step),
+        best_val_loss=_best(tree.get("best_val_loss")),
+        moments=moments,
+        optimizer_steps=max(steps),
+        learning_rate=_number(groups[0].get("lr"), "lr"),
+        betas=_betas(groups[0].get("betas")),
+        weight_decay=_number(groups[0].get("weight_decay"), "weight_decay"),
+        options=dict(tree["config"]) if isinstance(tree.get("config"), dict) else {},
+        trainer=tree["trainer"] if isinstance(tree.get("trainer"), dict) else None,
+    )
+
+
+def _moment(stored: object, what: str, shape: tuple[int, ...], transposed: bool) -> Stored:
+    """A moment in the layout of gpt2.model.GPT2; rows of a padded vocabulary are left out, as those of the weights."""
+    if not isinstance(stored, Stored):
+        raise ValueError(f"its optimizer has no {what}")
+    stored = stored.transposed() if transposed else stored
+    if len(stored.shape) == len(shape) == 2 and not transposed and stored.shape[0] > shape[0]:
+        stored = stored.rows(shape[0])
+    if stored.shape != shape:
+        raise ValueError(f"its optimizer's {what} has shape {stored.shape}; expected {shape}")
+    return stored.cast("float32")
+
+
+def _zeros(shape: tuple[int, ...]) -> Stored:
+    return Stored(shape, "float32", lambda: np.zeros(shape, np.float32))
+
+
+def _number(value: object, what: str) -> float:
+    """A number, or a tensor of one."""
+    if isinstance(value, Stored) and value.shape == ():
+        value = value.read().item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 53:
+        raise ValueError(f"its {what} is {type(value).__name__} {str(value)[:40]}; expected a number of 0 or more")
+    return value
+
+
+def _best(value: object) -> float | None:
+    best = NO_LOSS if value is None else _number(value, "best_val_loss")
+    return best if best < NO_LOSS else None
+
+
+def _betas(value: object) -> tuple[float, float]:
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return _number(value[0], "beta1"), _number(value[1], "beta2")
+    raise ValueError("its optimizer has no betas; expected those of AdamW")

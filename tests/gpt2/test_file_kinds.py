@@ -1,0 +1,153 @@
+"""gpt2/file_kinds.py: what a file or folder is that is not a model, as the commands say it."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from gpt2 import GPT2, convert
+from gpt2.file_kinds import kind_of, kind_of_folder, read_json
+from gpt2.formats.model_file import find_model
+from tests.gpt2.formats.models import random_model
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 548105171\n"
+
+
+def archive(**entries):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return content.getvalue()
+
+
+def tar():
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as file:
+        file.addfile(tarfile.TarInfo("model.safetensors"))
+    return content.getvalue()
+
+
+def array():
+    content = io.BytesIO()
+    np.save(content, np.zeros(3))
+    return content.getvalue()
+
+
+FILES = {
+    "pointer.safetensors": (POINTER, "a pointer of Git LFS, not the file itself; fetch the file: git lfs install"),
+    "page.bin": (b"\n <!DOCTYPE html><html>", "an HTML page"),
+    "page.pt": (b"\xef\xbb\xbf<html lang='en'>", "an HTML page"),
+    "error.pt": (b"<?xml version='1.0'?><Error>", "an XML document"),
+    "model.gguf": (b"GGUF\x03\0\0\0", "a GGUF file of llama.cpp"),
+    "model.bin": (b"lmgg" + bytes(60), "a GGML file of llama.cpp"),
+    "model.onnx": (b"\x08\x07\x12\x07pytorch\x1a", "an ONNX model"),
+    "renamed.pt": (b"\x08\x07\x12\x07pytorch\x1a", "an ONNX model"),
+    "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file of TensorFlow or Keras"),
+    "model.tflite": (b"\x1c\0\0\0TFL3", "a model of TensorFlow Lite"),
+    "model.ckpt.data-00000-of-00001": (bytes(64), "a part of a TensorFlow checkpoint"),
+    "model.ckpt.index": (bytes(64), "a part of a TensorFlow checkpoint"),
+    "saved_model.pb": (bytes(64), "a SavedModel of TensorFlow"),
+    "flax_model.msgpack": (b"\x82\xa6params", "a Flax model"),
+    "a.npy": (array(), "a NumPy array"),
+    "a.npz": (archive(**{"a.npy": array()}), "an .npz archive of NumPy"),
+    "a.tar": (tar(), "a tar archive; unpack it first"),
+    "a.gz": (b"\x1f\x8b\x08" + bytes(9), "compressed with gzip; decompress it first"),
+    "empty.safetensors": (b"", "an empty file"),
+    "lfs.zip": (archive(**{"m/pytorch_model.bin": POINTER}), "in which m/pytorch_model.bin is a pointer of Git LFS"),
+    "whole.zip": (archive(**{"m/model.safetensors": bytes(99)}), "a zip archive with m/model.safetensors; unpack it"),
+    "script.pt": (archive(**{"m/constants.pkl": b"", "m/data.pkl": b""}), "a TorchScript archive"),
+    "a.keras": (archive(**{"config.json": "{}", "model.weights.h5": b"x"}), "a model of Keras"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_named_for_what_it_is(name, tmp_path, capsys):
+    content, kind = FILES[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert kind in kind_of(file)
+    assert convert.main([str(file), str(tmp_path / "out"), "--to", "hf"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpt2.convert: error: {file}: it is ")
+    assert kind in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["pointer.safetensors", "page.bin", "lfs.zip"])
+def test_such_a_file_in_a_model_folder(name, kind, tmp_path):
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(FILES[kind][0])
+    with pytest.raises(ValueError, match=FILES[kind][1]) as error:
+        GPT2.from_pretrained(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+
+
+def test_models_have_no_such_kind(tmp_path):
+    random_model().save_pretrained(tmp_path / "hf")
+    for form in ("pt", "llmc"):
+        convert.convert(tmp_path / "hf", tmp_path / form, form)
+        assert kind_of(tmp_path / form) == ""
+    assert kind_of(tmp_path / "hf" / "model.safetensors") == ""
+
+
+FOLDERS = {
+    "adapter": (
+        {"adapter_config.json": json.dumps({"base_model_name_or_path": "gpt2"}), "adapter_model.safetensors": "x"},
+        "an adapter (peft, LoRA) of gpt2, not a whole model; merge it",
+    ),
+    "openai": ({"hparams.json": "{}", "model.ckpt.index": "x", "encoder.json": "{}"}, "a TensorFlow checkpoint"),
+    "flax": ({"flax_model.msgpack": "x", "vocab.json": "{}"}, "flax_model.msgpack is a Flax model"),
+    "onnx": ({"decoder_model.onnx": "x"}, "decoder_model.onnx is an ONNX model"),
+    "clone": ({"weights.safetensors": POINTER.decode()}, "weights.safetensors is a pointer of Git LFS"),
+    "tokenizer": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "a folder with a tokenizer only"),
+    "inside": ({"sub/config.json": "{}"}, "a folder with a model in sub/; name "),
+    "cache": ({"snapshots/607a/config.json": "{}", "refs/main": "607a"}, "a folder of the Hugging Face cache; name "),
+    "other name": ({"gpt2.safetensors": "{", "optimizer.pt": "x"}, "a folder with gpt2.safetensors; name "),
+    "nothing": ({"readme.md": "x"}, ""),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_folder_is_named_for_what_it_is(case, with_config, tmp_path, capsys):
+    files, kind = FOLDERS[case]
+    folder = tmp_path / "folder"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    assert kind_of_folder(folder).find(kind) >= 0
+    if with_config:
+        random_model().save_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+    assert convert.main([str(folder), str(tmp_path / "out"), "--to", "hf"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert kind in line
+    assert str(folder) in line
+
+
+def test_weights_without_a_config_are_found(tmp_path):
+    """Published sizes need none; others are told so."""
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert find_model(tmp_path, print) == tmp_path / "model.safetensors"
+
+
+def test_json_with_and_without_a_byte_order_mark(tmp_path):
+    file = tmp_path / "a.json"
+    for content in (b'{"a": "\xc3\xa9"}', b'\xef\xbb\xbf{"a": "\xc3\xa9"}'):
+        file.write_bytes(content)
+        assert read_json(file) == {"a": "é"}
+    for content, message in (
+        (POINTER, "it is a pointer of Git LFS"),
+        (b"<html>", "it is an HTML page"),
+        (b"{", "it is not valid JSON"),
+        (b"[" * 100_000, "it is not valid JSON"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_json(file)

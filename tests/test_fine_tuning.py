@@ -1,0 +1,88 @@
+"""A model of transformers with added tokens and an end token of its own is fine-tuned, sampled, and given back."""
+
+import itertools
+import json
+
+import pytest
+
+import sample
+import train
+from data import prepare
+from gpt2 import Tokenizer, convert
+from gpt2.training.run import read_log
+
+SENTENCES = [
+    f"{one} {two} {three} {four}."
+    for one, two, three, four in itertools.product(
+        ("the", "a"),
+        ("red", "small", "old"),
+        ("house", "bird", "river", "bridge"),
+        ("sings", "stands by the road", "fell"),
+    )
+]
+QUICK = ["--batch-size", "8", "--block-size", "32", "--eval-iters", "2", "--warmup-iters", "5", "--log-interval", "40"]
+
+
+def make_folder(folder):
+    """Two layers, a vocabulary trained on the text, two added tokens, of which one ends a text."""
+    import tokenizers
+    import transformers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(SENTENCES, trainer)
+    folder.mkdir()
+    made.model.save(str(folder))
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"], "eos_token": "<|end|>"})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=end, bos_token_id=end
+    )
+    transformers.set_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return end
+
+
+@pytest.mark.slow
+@pytest.mark.extras("torch", "transformers", "tokenizers")
+def test_a_model_of_transformers_learns_to_stop_at_its_own_end_token(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    end = make_folder(tmp_path / "hf")
+    lines = [json.dumps({"text": f"<|user|>{sentence}"}) for sentence in SENTENCES * 3]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    assert prepare.main(["own.jsonl", "--tokenizer", "hf", "--special-tokens", "--val-fraction", "0.2"]) == 0
+    tokens = Tokenizer.load("hf")
+    assert tokens.end_ids == (end,)
+
+    run = ["--init", "hf", "--data", "own", "--out-dir", "out", *QUICK]
+    assert train.main([*run, "--max-iters", "120", "--learning-rate", "5e-3", "--eval-interval", "60"]) == 0
+    losses = [row["val_loss"] for row in read_log(tmp_path / "out" / "log.jsonl") if "val_loss" in row]
+    assert losses[-1] < 1 < 5 < read_log(tmp_path / "out" / "log.jsonl")[0]["loss"]
+    assert convert.main(["out", "back", "--to", "hf"]) == 0
+
+    for name in ("generation_config.json", "config.json"):
+        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("back", "hf"))
+        assert (
+            (ours["bos_token_id"], ours["eos_token_id"])
+            == (theirs["bos_token_id"], theirs["eos_token_id"])
+            == (end, end)
+        )
+    words = transformers.AutoTokenizer.from_pretrained("back")
+    model = transformers.GPT2LMHeadModel.from_pretrained("back").eval()
+    assert words.eos_token_id == model.generation_config.eos_token_id == end
+    for prompt in ("<|user|>the red", "<|user|>a", "<|user|>the old river"):
+        inputs = words(prompt, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == tokens.encode_prompt(prompt).tolist()
+        generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=end)[0].tolist()
+        assert generated[-1] == end
+        for folder in ("out", "back"):
+            capsys.readouterr()
+            assert sample.main(["--checkpoint", folder, "-p", prompt, "-t", "0", "-m", "40"]) == 0
+            assert capsys.readouterr().out == words.decode(generated[:-1]) + "\n"
