@@ -333,6 +333,9 @@ def _continuations(
             yield Piece(first + i, "", [], "length")
     ends = end_ids(model, tokenizer)
     choices = [Choice(first + i, TextPieces(tokenizer, ends, request.stop), ends, start) for i in range(request.n)]
+    if not request.echo:
+        for choice in choices:
+            choice.text.after(tokenizer.decode_bytes(prompt[-4:]))
     latest: list[np.ndarray] = []
     steps = generate(
         model,

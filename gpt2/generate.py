@@ -265,6 +265,10 @@ class TextPieces:
         ready, self._held = _split_at_stop(text, self._stop)
         return ready
 
+    def after(self, data: bytes) -> None:
+        """Continue a text that ends with these bytes, which may be the start of a character."""
+        self._decoder.decode(data)
+
     @property
     def holding(self) -> bool:
         """Whether text or bytes are held back."""

@@ -169,8 +169,11 @@ class Service:
         return asked
 
     def _shown(self, token: TokenInfo) -> JsonObject:
-        """A token as the page gets it."""
-        top = [[i, self._label(i), logprob] for i, logprob in token.top]
+        """A token as the page gets it. top: id, label, log-probability, and the characters that are complete in it."""
+        top = [
+            [i, self._label(i), logprob, self.tokenizer.decode_bytes([i]).decode("utf-8", "ignore")]
+            for i, logprob in token.top
+        ]
         return {"id": token.id, "label": self._label(token.id), "logprob": token.logprob, "top": top}
 
     def _run(self, request: HTTPRequest, start: Callable[[], Iterator[object]]) -> AsyncIterator[Any]:
