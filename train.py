@@ -27,6 +27,7 @@ from gpt2.training.display import (
     say_step,
     say_tasks,
     start_record,
+    typed_command,
 )  # fmt: skip
 from gpt2.training.options import Options, OptionValues, parse_options
 from gpt2.training.run import Progress, RunFolder, RunOptions
@@ -50,11 +51,12 @@ from tinygrad2.distributed import Comm
 def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
     comm.silence_other_ranks()
-    return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
+    given = comm.from_root(lambda: parse_options(arguments, __doc__))
+    return train(given, comm, typed_command(arguments, comm.size))
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
-def train(given: OptionValues, comm: Comm) -> int:
+def train(given: OptionValues, comm: Comm, command: str) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
     folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
@@ -73,8 +75,9 @@ def train(given: OptionValues, comm: Comm) -> int:
         say(f"{folder.path}/ renamed to {aside}/")
 
     with folder.opened(progress.step), StopRequest(verbose=comm.size == 1) as stop:
-        folder.log_start(progress.step, given=run_options.options, **start_record(trainer, machine.describe()))
-        comm.from_root(partial(describe_start, trainer))
+        start = comm.from_root(partial(start_record, trainer, command, machine.describe()))
+        folder.log_start(progress.step, given=run_options.options, **start)
+        comm.from_root(partial(describe_start, trainer, start["baselines"]))
         written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, say))
     say_end(trainer, written, folder.path / report.REPORT)
     return 0
@@ -112,7 +115,7 @@ def training_loop(
             say_sample(row["val_loss"], is_best, text)
             folder.log_sample(step, text)
         if evaluating or trainer.stopping:
-            comm.from_root(partial(page.update, always=last or trainer.stopping))
+            comm.from_root(partial(page.update, last=last or trainer.stopping))
         if evaluating or saving:
             trainer.restart_clock()
     return written

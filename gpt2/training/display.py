@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2 import console
 from gpt2.console import clock
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.dataset import TokenDataset, baselines
+from gpt2.training.dataset import TokenDataset, baselines, bytes_per_token
 from gpt2.training.evaluation import describe_task
 from gpt2.training.options import Options
 from gpt2.training.tasks import Questions
@@ -29,7 +32,7 @@ def say(line: str) -> None:
         discard_stdout()
 
 
-def describe_start(trainer: Trainer) -> None:
+def describe_start(trainer: Trainer, baseline_losses: dict[str, float]) -> None:
     """Print the model, the data, the batch and the schedule before training starts."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     per_step, count = options.total_batch_size or 0, threads.count()
@@ -61,8 +64,8 @@ def describe_start(trainer: Trainer) -> None:
         f"output     {trainer.folder.path}/: a checkpoint {_interval(options.save_interval)} (the last {options.keep} "
         f"and the best are kept), an evaluation {_interval(options.eval_interval)}"
     )
-    if trainer.progress.step == 0:
-        losses = ", ".join(f"{key} {value:.4f}" for key, value in baselines(train, trainer.validation).items())
+    if baseline_losses:
+        losses = ", ".join(f"{key} {value:.4f}" for key, value in baseline_losses.items())
         say(f"baselines  validation loss of n-gram models, in nats per token: {losses}")
 
 
@@ -84,10 +87,13 @@ def _interval(steps: int) -> str:
     return f"every {_plural(steps, 'step')}" if steps > 1 else "every step" if steps else "at the end"
 
 
-def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObject]:
-    """The options, model, data and machine of this start, for the report."""
+def start_record(trainer: Trainer, command: str, machine: dict[str, str]) -> JsonObject:
+    """The command, options, model, data and machine of this start, for the report; of the first start, the losses of
+    n-gram models too."""
     model, train = trainer.model, trainer.train
     return {
+        "command": command,
+        "baselines": {} if trainer.progress.step else baselines(train, trainer.validation),
         "options": dataclasses.asdict(trainer.options),
         "model": {"parameters": f"{model.n_parameters():,}", **dataclasses.asdict(model.config)},
         "data": {
@@ -95,6 +101,8 @@ def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObj
             "tokens": f"{train.tokens:,}",
             "validation tokens": f"{trainer.validation.tokens:,}",
             "tokenizer": trainer.tokenizer.name,
+            "tokenizer fingerprint": trainer.tokenizer.fingerprint,
+            "bytes per token": bytes_per_token(trainer.validation, trainer.tokenizer),
             "fingerprint": train.fingerprint,
         },
         "machine": {
@@ -104,6 +112,24 @@ def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObj
             **machine,
         },
     }
+
+
+def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
+    """The command line of this run as it was typed, with the launcher of several ranks.
+
+    arguments  those given to main; None for those of the process.
+    """
+    own = sys.orig_argv if arguments is None else ["python", "train.py", *arguments]
+    if ranks == 1:
+        return shlex.join(own)
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:  # not Linux, or not allowed
+        words = [""]
+    launcher = Path(words[0]).name
+    if launcher in ("prterun", "mpirun", "mpiexec", "orterun", "mpiexec.hydra", "srun"):
+        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5's own name for it
+    return shlex.join(["srun" if "SLURM_STEP_ID" in os.environ else "mpirun", "-n", str(ranks), *own])
 
 
 def say_step(row: JsonObject, trainer: Trainer) -> None:
