@@ -25,7 +25,7 @@ from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, generate
-from gpt2.inspect import Vocabulary, check_weights, inspect
+from gpt2.inspection import Vocabulary, check_weights, inspect
 from gpt2.model import GPT2
 from gpt2.page import page, resource
 from gpt2.tokenizer import Tokenizer

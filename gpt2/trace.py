@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2.language_model import LanguageModel
 from tinygrad2 import Tensor, no_grad, tracing
-from tinygrad2.trace import Operation
+from tinygrad2.tracer import Operation
 
 ATTENTION_N_HEAD = 4  # the index of n_head in what ops.attention saves
 

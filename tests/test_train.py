@@ -100,7 +100,7 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert starts[1]["command"].endswith("--max-iters 12 --batch-size 4 --total-batch-size 64")
     assert 0 < starts[0]["baselines"]["bigram"] < starts[0]["baselines"]["unigram"] < 6
     assert starts[1]["baselines"] == {}
-    assert starts[0]["data"]["bytes per token"] == 1
+    assert 0.99 < starts[0]["data"]["bytes per token"] < 1  # an end-of-text token has none
     assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "12 of 12 steps" in page

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tinygrad2.gradient_checkpointing import recompute
     from tinygrad2.random import Key
     from tinygrad2.tensor import Tensor, record
-    from tinygrad2.trace import tracing
+    from tinygrad2.tracer import tracing
 
 __version__ = "0.9.0"
 
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "no_grad": "autograd",
     "recompute": "gradient_checkpointing",
     "record": "tensor",
-    "tracing": "trace",
+    "tracing": "tracer",
 }
 
 

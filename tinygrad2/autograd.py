@@ -18,7 +18,7 @@ import numpy
 
 from tinygrad2.array import Array, may_share_memory
 from tinygrad2.precision import sum_dtype
-from tinygrad2.trace import operation_name
+from tinygrad2.tracer import operation_name
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tinygrad2 import Tensor, no_grad, ops, recompute, record, trace, tracing
+from tinygrad2 import Tensor, no_grad, ops, recompute, record, tracer, tracing
 
 
 def forward(x, weight):
@@ -70,7 +70,7 @@ def test_nothing_is_called_outside_of_the_context_or_in_another_thread(operands,
         thread.join()
     with pytest.raises(ZeroDivisionError), tracing(found.append):
         raise ZeroDivisionError
-    monkeypatch.setattr(trace, "report", lambda *_: pytest.fail("an operation was reported"))
+    monkeypatch.setattr(tracer, "report", lambda *_: pytest.fail("an operation was reported"))
     forward(*operands).sum().backward()
     assert found == []
 
