@@ -68,7 +68,8 @@ class Run:
 
     def values(self, key: str, x: str = "step") -> list[tuple[float, float]]:
         """(x, value) of every row that has both as finite numbers."""
-        pairs = ((row.get(x), row.get(key)) for row in self.rows)
+        first = self.starts[:1] if key == "val_loss" and x == "step" else []  # the loss before the first step
+        pairs = ((row.get(x), row.get(key)) for row in [*first, *self.rows])
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
@@ -101,7 +102,8 @@ class Run:
 
     def best(self) -> tuple[float, float] | None:
         """The (step, loss) of the lowest validation loss."""
-        return min(self.values("val_loss"), key=lambda point: point[1], default=None)
+        trained = (point for point in self.values("val_loss") if point[0] > 0)
+        return min(trained, key=lambda point: point[1], default=None)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TextIO, TypedDict
 
@@ -56,10 +56,14 @@ class Progress:
 
 @dataclass
 class RunOptions:
-    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others."""
+    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
+
+    notes  lines on what was chosen and why, for the start of the run.
+    """
 
     options: OptionValues
     defaults: OptionValues
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def test_killed_in_the_middle_nothing_is_lost(workspace):
 
 
 def test_newest_best_and_the_last_few_are_kept(workspace, monkeypatch):
-    values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
+    values = iter([2.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before the first step there is no checkpoint
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
     assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
