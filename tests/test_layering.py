@@ -63,6 +63,7 @@ PUBLIC_MODULES = {
     "checkpoint",
     "distributed",
     "files",
+    "functional",
     "gradcheck",
     "gradient_sum",
     "machine",
