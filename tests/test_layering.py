@@ -60,6 +60,7 @@ PUBLIC_MODULES = {
     "checkpoint",
     "distributed",
     "files",
+    "functional",
     "gradcheck",
     "gradient_sum",
     "machine",
