@@ -50,7 +50,7 @@ def test_the_script_finds_the_data_and_nothing_else_runs(browser, tmp_path):
 
 
 def test_only_a_live_page_may_send_requests_and_only_to_its_server():
-    still, live = page("t", "", "", ""), page("t", "", "", "", live=True)
+    still, live = page.page("t", "", "", ""), page.page("t", "", "", "", live=True)
     assert "connect-src" not in still
     assert "connect-src 'self'; form-action 'none'; base-uri 'none'\">" in live
     assert "It loads nothing from the network" in still
@@ -58,5 +58,5 @@ def test_only_a_live_page_may_send_requests_and_only_to_its_server():
 
 
 def test_a_page_loads_itself_again_where_it_is_told_to():
-    assert "refresh" not in page("t", "", "", "")
-    assert '<meta http-equiv="refresh" content="7">' in page("t", "", "", "", refresh=7)
+    assert "refresh" not in page.page("t", "", "", "")
+    assert '<meta http-equiv="refresh" content="7">' in page.page("t", "", "", "", refresh=7)
