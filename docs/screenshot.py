@@ -45,10 +45,11 @@ def play(page: Page) -> None:
     page.get_by_label("Prompt").fill("Return the list of")
     page.get_by_label("Length").fill("120")
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_selector(".inspector")
+    page.wait_for_selector(".inspector", timeout=120_000)
     page.wait_for_selector('[data-play="waiting"]', state="hidden")
-    page.locator(".piece").nth(4).click()
+    page.locator(".piece").nth(5).click()
     page.evaluate("document.querySelector('[data-play=count]').remove()")  # the speed of this machine
+    page.evaluate("document.querySelector('.play').scrollTop = 0")
     page.wait_for_timeout(500)  # the inspector fades in
 
 
@@ -57,7 +58,7 @@ def main(file: str) -> None:
         installed = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         if file.startswith("http://"):
-            page = browser.new_page(viewport={"width": 1280, "height": 1080})
+            page = browser.new_page(viewport={"width": 1400, "height": 960})
             page.goto(file)
             play(page)
             page.screenshot(path=Path(__file__).parent / "serve.png")
