@@ -238,8 +238,9 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final.
 
-    A sample ends at one of `end_ids`, before the first of the `stop` strings, or after `max_tokens`. Bytes of an
-    incomplete character, and text that may be the start of a stop string, are held back until more tokens arrive.
+    A sample ends at one of `end_ids`, before a `stop` string, or after `max_tokens`. Of several stop strings the one
+    that is complete first counts, whatever the tokens' borders are. Bytes of an incomplete character, and text that may
+    be the start of a stop string, are held back until more tokens arrive.
     """
     samples = sampling.get("samples", 1)
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
@@ -250,7 +251,7 @@ def stream_text(
         for i in sorted(running):
             ended = int(tokens[i]) in ends
             held[i] += decoders[i].decode(b"" if ended else tokenizer.decode_bytes([int(tokens[i])]), final=bool(ended))
-            found = min((at for s in stop if (at := held[i].find(s)) >= 0), default=None)
+            found = _stop_at(held[i], stop)
             if found is not None or ended:
                 running.discard(i)
                 ready, held[i] = (held[i] if found is None else held[i][:found]), ""
@@ -281,6 +282,12 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
     """A short text without a prompt, for the evaluations of a training run."""
     pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
+
+
+def _stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the text ends: before the stop string that is complete first, read character by character; else None."""
+    found = ((at + len(s), at) for s in stop if (at := text.find(s)) >= 0)
+    return min(found, default=(0, None))[1]
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:
