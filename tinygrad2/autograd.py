@@ -18,6 +18,7 @@ import numpy
 
 from tinygrad2.array import Array, may_share_memory
 from tinygrad2.precision import sum_dtype
+from tinygrad2.tracer import operation_name
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -127,8 +128,8 @@ class Node:
 
     @property
     def operation(self) -> str:
-        """The name of the operation: that of its backward function, without what says that it is one."""
-        return self.name.removesuffix("_backward").lstrip("_") or self.name
+        """The name of the operation."""
+        return operation_name(self.name)
 
 
 Edge = tuple[Node | Leaf, int]

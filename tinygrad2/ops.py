@@ -260,6 +260,8 @@ def softmax(x: Tensor) -> Tensor:
     _check_tensors("softmax", x)
     if x.size == 0:
         return _empty(x.shape, x)
+    if x.ndim == 0:
+        return softmax(x.reshape(1)).reshape(())
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), "softmax_backward", saved=(y,))
 

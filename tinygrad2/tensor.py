@@ -8,7 +8,7 @@ from typing import Any, TypeGuard, overload
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd
+from tinygrad2 import arguments, autograd, tracer
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
@@ -437,6 +437,8 @@ def record(
     This is the only way onto the tape: an operation of your own is two functions, its forward ending in record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
+    if tracer.active() is not None:
+        tracer.report(backward, parents, results, saved)
     edges = tuple([parent._edge for parent in parents])
     if any(edges) and autograd.is_recording():
         backend = backend_of(results[0].data)

@@ -203,7 +203,9 @@ def test_what_bfloat16_costs(tmp_path):
 def test_a_mistake_is_one_line(main, options, said, capsys):
     with pytest.raises(SystemExit):
         main(options)
-    assert re.fullmatch(rf"\w+\.py: {re.escape(said)} \(\w+\.py --help lists the options\)\n", capsys.readouterr().err)
+    file = r"tests/benchmarks/\w+\.py"
+    line = rf"{file}: error: {re.escape(said)} \(python {file} --help lists the options\)\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 def test_what_is_wrong_with_the_files_is_a_line_too(monkeypatch, capsys):
