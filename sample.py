@@ -34,7 +34,7 @@ MODELS = (
 
 
 def command_line() -> Parser:
-    parser = Parser("python sample.py", __doc__, familiar=familiar_options.SAMPLE)
+    parser = Parser(console.script("sample"), __doc__, familiar=familiar_options.SAMPLE)
     group = parser.add_argument_group("text")
     group.add_argument(
         "-p",
@@ -92,7 +92,7 @@ def command_line() -> Parser:
     return parser
 
 
-@console.command("sample.py")
+@console.command(console.script_name("sample"))
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
@@ -207,8 +207,8 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
         print_error(
-            f"no trained model in checkpoint/ or out/ (python train.py trains one): sampling from an untrained model"
-            f"{weights}"
+            f"no trained model in checkpoint/ or out/ ({console.script('train')} trains one): sampling from an untrained "
+            f"model{weights}"
         )
         precision = to_generate(options.dtype, get_backend(options.device))
         return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")

@@ -726,7 +726,7 @@ def _sync(stream: BinaryIO) -> None:
 
 def command_line() -> Parser:
     parser = Parser(
-        "python data/prepare.py",
+        console.script("prepare"),
         "Turn text into a token data set for train.py. An interrupted preparation resumes when the same command is "
         "given again.",
         "SOURCE...",
@@ -794,7 +794,7 @@ def command_line() -> Parser:
     return parser
 
 
-@console.command("data/prepare.py")
+@console.command(console.script_name("prepare"))
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 0, or 1 if the data set could not be made."""
     parser = command_line()
@@ -806,7 +806,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
         out = prepare(**options, say=console.say)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    console.say(f"next: python train.py --data {shlex.quote(str(name))}")
+    console.say(f"next: {console.script('train')} --data {shlex.quote(str(name))}")
     return 0
 
 

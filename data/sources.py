@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.console import first_line
+from tinygrad2.machine import install_command
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -702,7 +703,7 @@ def require(module: str, source: object) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         library = module.split(".")[0]
-        raise ValueError(f'{source}: reading it needs {library}; install it with pip install -e ".[data]"') from None
+        raise ValueError(f"{source}: reading it needs {library}; install it with {install_command('data')}") from None
 
 
 def _no_column(source: object, column: str, names: Sequence[str]) -> str:

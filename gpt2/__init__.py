@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gpt2 import interrupts
+from tinygrad2 import __version__
 
 if TYPE_CHECKING:
     from gpt2.config import GPT2Config
     from gpt2.model import GPT2
     from gpt2.tokenizer import Tokenizer
 
-__all__ = ["GPT2", "GPT2Config", "Tokenizer"]
+__all__ = ["GPT2", "GPT2Config", "Tokenizer", "__version__"]
 
 if interrupts.starting_a_command():
     interrupts.exit_silently_on_ctrl_c()

@@ -24,6 +24,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn, TextIO
 
@@ -157,6 +158,20 @@ def terminal_width() -> int:
 
 
 # How a command starts and ends
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.py"}
+
+
+def script_name(name: str) -> str:
+    """The name of a script in messages: its file in the repository, or its module in the installed package."""
+    return SCRIPTS[name] if (ROOT / SCRIPTS[name]).is_file() else f"gpt2.{name}"
+
+
+def script(name: str) -> str:
+    """The command that starts a script: `python train.py`, or `python -m gpt2.train` from the installed package."""
+    found = script_name(name)
+    return f"python {found}" if found.endswith(".py") else f"python -m {found}"
 
 
 def _fail(line: str, status: int) -> int:

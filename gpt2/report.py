@@ -449,7 +449,7 @@ def configuration(run: Run) -> str:
         ]
         parts.append(f"<div><h3>{title}</h3>{table([], rows)}</div>")
     starts = "".join(f"<li>{escape(start(row))}</li>" for row in run.starts)
-    command = escape(printable(" ".join(["python train.py", *words])))
+    command = escape(printable(" ".join([console.script("train"), *words])))
     return f'<pre class="command">{command}</pre><ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
 
 

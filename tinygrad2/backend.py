@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import gpus, reference
+from tinygrad2 import gpus, machine, reference
 from tinygrad2.array import Array
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, tensor_cores_take
 from tinygrad2.precision import Precision, PrecisionLike
@@ -443,8 +443,8 @@ def _import_cupy() -> Library:
     except ImportError as error:
         missing = "CuPy is not installed" if error.name == "cupy" else f"CuPy cannot be imported ({error})"
         raise ValueError(
-            f"device 'cuda': {missing}; pip install -e \".[cuda13]\" (or cuda12, for a driver of CUDA 12: nvidia-smi "
-            f"names the version)"
+            f"device 'cuda': {missing}; {machine.install_command('cuda13')} (or cuda12, for a driver of CUDA 12: "
+            f"nvidia-smi names the version)"
         ) from None
     try:
         devices = cupy.cuda.runtime.getDeviceCount()

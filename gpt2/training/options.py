@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from gpt2 import familiar_options
+from gpt2 import console, familiar_options
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
@@ -313,7 +313,7 @@ def command_line(description: str | None) -> Parser:
         f"Of two defaults, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run keeps its "
         "options, except those given again."
     )
-    parser = Parser("python train.py", description, epilog=note, familiar=familiar_options.TRAIN)
+    parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
     by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)

@@ -16,6 +16,7 @@ from gpt2.training.options import DERIVED_OPTIONS, Options, OptionValues, UsageE
 from tinygrad2 import checkpoint, files, optim
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.distributed import Comm, SoloComm
+from tinygrad2.machine import install_command
 
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
@@ -289,5 +290,5 @@ def tensorboard_writer() -> OpenTensorBoard:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UsageError('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"') from None
+        raise UsageError(f"--tensorboard: tensorboardX is not installed; {install_command('tensorboard')}") from None
     return SummaryWriter

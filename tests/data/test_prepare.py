@@ -736,7 +736,7 @@ def small_texts():
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2])
-@pytest.mark.parametrize("text", small_texts())
+@pytest.mark.parametrize("text", list(small_texts()))
 def test_the_validation_split_of_a_small_text_is_its_fraction(tmp_path, text, fraction):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     found = split_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
