@@ -207,8 +207,8 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
         print_error(
-            f"no trained model in checkpoint/ or out/ ({console.script('train')} trains one): sampling from an untrained "
-            f"model{weights}"
+            f"no trained model in checkpoint/ or out/ ({console.script('train')} trains one): sampling from an "
+            f"untrained model{weights}"
         )
         precision = to_generate(options.dtype, get_backend(options.device))
         return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")

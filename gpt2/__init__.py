@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gpt2 import interrupts
-from tinygrad2 import __version__
 
 if TYPE_CHECKING:
     from gpt2.config import GPT2Config
     from gpt2.model import GPT2
     from gpt2.tokenizer import Tokenizer
+
+    __version__: str
 
 __all__ = ["GPT2", "GPT2Config", "Tokenizer", "__version__"]
 
@@ -18,6 +19,8 @@ if interrupts.starting_a_command():
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("tinygrad2").__version__
     modules = {"GPT2": "model", "GPT2Config": "config", "Tokenizer": "tokenizer"}
     if name not in modules:
         raise AttributeError(f"module 'gpt2' has no attribute {name!r}")

@@ -449,8 +449,8 @@ def _join(size: int, rank: int) -> MPIComm:
         if not any(os.environ.get(name) for name, _ in LAUNCHERS[:-1]):
             raise ValueError(
                 f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in a shell "
-                f"of srun --pty use `srun --overlap -n {size} python ...`, or unset SLURM_STEP_NUM_TASKS for one process; "
-                f"in a job use srun --mpi=pmix, or the mpirun of that MPI"
+                f"of srun --pty use `srun --overlap -n {size} python ...`, or for one process unset "
+                f"SLURM_STEP_NUM_TASKS; in a job use srun --mpi=pmix, or the mpirun of that MPI"
             )
         raise ValueError(
             f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: it is not the "

@@ -193,6 +193,11 @@ def install_command(extra: str) -> str:
     return f'pip install -e ".[{extra}]"' if repository else f'pip install "tinygrad2[{extra}]"'
 
 
+def user() -> str:
+    """The number of the user, for the name of a folder of its own; "" where users have none (Windows)."""
+    return str(os.getuid()) if hasattr(os, "getuid") else ""
+
+
 def home() -> Path:
     """The user's home directory, or the folder of temporary files if the user is unknown, as in some containers."""
     try:

@@ -181,8 +181,8 @@ class TokenDataset:
             if piece.max() >= self.vocab_size:
                 raise ValueError(
                     f"{self._shards[k].file}: contains the id {piece.max()}, but the vocabulary has {self.vocab_size} "
-                    f"ids ({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, recreate "
-                    f"the data set: {PREPARE} --fresh"
+                    f"ids ({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, "
+                    f"recreate the data set: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
