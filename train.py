@@ -28,7 +28,9 @@ from tinygrad2 import distributed, machine
 from tinygrad2.distributed import Comm
 
 
-@console.command("train.py", closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail)
+@console.command(
+    console.script_name("train"), closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail
+)
 def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
     comm.silence_other_ranks()

@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from gpt2.console import script_name
+
 START_BYTES = 512  # of a file, which tell its kind
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
@@ -32,7 +34,7 @@ STARTS = (
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"%PDF", "a PDF document, not a model"),
-    (b"PAR1", "a Parquet table, not a model; data/prepare.py reads it"),
+    (b"PAR1", f"a Parquet table, not a model; {script_name('prepare')} reads it"),
 )
 # Kinds by the end of the name, for formats whose first bytes do not tell.
 ENDINGS = (

@@ -238,8 +238,9 @@ def complete(
 class TextPieces:
     """The text of one sample, from its tokens, in pieces that are final.
 
-    The text ends at one of the ids `ends` or before the first of the `stop` strings. Bytes of an incomplete character,
-    and text that may be the start of a stop string, are held back until more tokens arrive.
+    The text ends at one of the ids `ends` or before a `stop` string. Of several stop strings the one that is complete
+    first counts, whatever the tokens' borders are. Bytes of an incomplete character, and text that may be the start of
+    a stop string, are held back until more tokens arrive.
 
     ended    whether the text has ended; further tokens must not be added.
     decoded  the number of characters of all tokens added, those that are held back included.
@@ -258,7 +259,7 @@ class TextPieces:
         new = self._decoder.decode(data, final=self.ended)
         text = self._held + new
         self.decoded += len(new)
-        found = min((at for s in self._stop if (at := text.find(s)) >= 0), default=None)
+        found = _stop_at(text, self._stop)
         if found is not None or self.ended:
             self.ended, self._held = True, ""
             return text[:found]
@@ -290,7 +291,7 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final (see TextPieces).
 
-    A sample ends at one of `end_ids`, before the first of the `stop` strings, or after `max_tokens`.
+    A sample ends at one of `end_ids`, before a `stop` string, or after `max_tokens`.
     """
     ends, size, never = end_ids(model, tokenizer), tokenizer.vocab_size, tokenizer.unused_ids
     texts = [TextPieces(tokenizer, ends, stop) for _ in range(sampling.get("samples", 1))]
@@ -320,6 +321,12 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
     """A short text without a prompt, for the evaluations of a training run."""
     pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
+
+
+def _stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the text ends: before the stop string that is complete first, read character by character; else None."""
+    found = ((at + len(s), at) for s in stop if (at := text.find(s)) >= 0)
+    return min(found, default=(0, None))[1]
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:

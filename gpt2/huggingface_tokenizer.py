@@ -22,6 +22,7 @@ import numpy as np
 
 from gpt2.file_kinds import printable, read_json
 from tinygrad2.checkpoint import JsonObject
+from tinygrad2.machine import install_command
 
 END_OF_TEXT = "<|endoftext|>"
 HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -30,7 +31,7 @@ OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 ID_LIMIT = 1 << 24  # of added tokens
-INSTALL = 'pip install -e ".[tokenizers]"'
+INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
 GPT2_CLASSES = (  # of tokenizers that split text as GPT-2 does; "Fast" is left out of the names
     "GPT2Tokenizer",

@@ -532,7 +532,7 @@ def configuration(run: Run) -> str:
         return ""
     given, command = run.started("given"), run.starts[-1].get("command")
     if not isinstance(command, str):  # of an earlier version
-        command = shlex.join(["python", "train.py", *(word(name, value) for name, value in given.items())])
+        command = shlex.join([*console.script("train").split(), *(word(name, value) for name, value in given.items())])
     parts = []
     for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
         rows = [

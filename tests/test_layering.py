@@ -31,7 +31,8 @@ ENGINE = (
 )
 MODEL = (
     ("interrupts",),
-    ("config", "console", "file_kinds", "page", "pickles"),
+    ("config", "console", "familiar_options", "page", "pickles"),
+    ("file_kinds",),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
@@ -262,6 +263,8 @@ def test_what_may_be_missing_is_imported_where_it_is_used():
 
 # Modules without a test file of their own name, and the file that tests them (mypy alone checks array.py's protocol).
 TESTED_BY = {
+    "gpt2.familiar_options": "test_wrong_inputs.py",
+    "setup": "test_packages.py",
     "gpt2.formats.stored": "gpt2/formats/test_model_file.py",
     "tinygrad2.array": "",
     "tinygrad2.diagnose": "gpt2/test_doctor.py",

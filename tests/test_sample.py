@@ -1,5 +1,6 @@
 """sample.py, as a user runs it."""
 
+import io
 import os
 import re
 import subprocess
@@ -354,3 +355,69 @@ def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
     assert run(capsys, "-p", "<|user|>", "-m", "3", "-t", "0").out == "<|user|>" * 4 + "\n"
     tokenizer = Tokenizer.for_model("checkpoint", 259)
     assert tokenizer.encode_prompt("<|user|>hi").tolist() == [257, *b"hi"]
+
+
+# Where the prompt comes from
+
+
+class Typed:
+    """stdin with these bytes; `terminal` makes it a terminal."""
+
+    def __init__(self, text, terminal=False):
+        self.buffer, self.lines, self.isatty = io.BytesIO(text), iter(text.decode().splitlines()), lambda: terminal
+
+
+@pytest.mark.parametrize("options", [["-p", "-"], ["--prompt-file", "-"], ["--prompt-file", "prompt.txt"]])
+@pytest.mark.parametrize("text", ["twelve", "twelve\n", "twelve\r\n", "\ufefftwelve"])
+def test_a_prompt_from_a_file_or_stdin(user, capsys, monkeypatch, options, text):
+    save_model("checkpoint")
+    expected = run(capsys, "-p", "twelve", "-m", "4").out
+    Path("prompt.txt").write_bytes(text.encode())
+    monkeypatch.setattr(sys, "stdin", Typed(text.encode()))
+    assert run(capsys, *options, "-m", "4").out == expected
+
+
+def interactive(monkeypatch, capsys, lines, *options, code=0):
+    typed = iter(lines)
+
+    def read(prompt=""):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Typed(b"", terminal=True))
+    return run(capsys, "-i", "-m", "4", "-t", "0", *options, code=code)
+
+
+def test_interactive(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    texts = [run(capsys, "-p", prompt, "-m", "4", "-t", "0").out for prompt in ("first", "one", "two")]
+    said = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
+    assert said.out == "".join(texts)
+    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in said.err
+    assert interactive(monkeypatch, capsys, ["one", "two"]).out == "".join(texts[1:])
+    assert "interrupted" in interactive(monkeypatch, capsys, [KeyboardInterrupt], code=130).err
+
+
+def test_control_c_ends_a_text_and_not_the_session(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    expected = run(capsys, "-p", "two", "-m", "4", "-t", "0").out
+    original = sample.print_samples
+
+    def interrupted(model, tokenizer, options):
+        if options.prompt == "one":
+            raise KeyboardInterrupt
+        original(model, tokenizer, options)
+
+    monkeypatch.setattr(sample, "print_samples", interrupted)
+    assert interactive(monkeypatch, capsys, ["one", "two"]).out == expected
+
+
+def test_the_same_prompt_typed_again_gets_another_text(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    first, second = interactive(monkeypatch, capsys, ["one", "one"], "-t", "2", "-m", "12").out.splitlines()[:2]
+    assert first != second

@@ -221,9 +221,9 @@ def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
 
 def sample_command(out: Path, prompt: str = "") -> str:
     """The command that samples from a run."""
-    return f"python sample.py --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
+    return f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
 
 
 def resume_command(out: Path) -> str:
     """The command that resumes a run."""
-    return "python train.py" + ("" if out == Path(Options.out_dir) else f" --out-dir {shlex.quote(str(out))}")
+    return console.script("train") + ("" if out == Path(Options.out_dir) else f" --out-dir {shlex.quote(str(out))}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from gpt2 import console, familiar_options
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
@@ -312,7 +313,7 @@ def command_line(description: str | None) -> Parser:
         f"Of two defaults, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run keeps its "
         "options, except those given again."
     )
-    parser = Parser("python train.py", description, epilog=note)
+    parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
     by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -362,7 +363,8 @@ def _read_toml(path: Path) -> OptionValues:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in names:
-            raise UsageError(f"{path}: unknown option {key}{nearest(name, names)}")
+            advice = familiar_options.TRAIN.get(flag(name))
+            raise UsageError(f"{path}: unknown option {key}{f'; {advice}' if advice else nearest(name, names)}")
         kind = next(f.metadata["kind"] for f in fields(Options) if f.name == name)
         if kind is float and type(value) is int:
             value = float(value)

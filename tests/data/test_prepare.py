@@ -188,7 +188,8 @@ def test_equal_parts_never_stand_in_both_splits(tmp_path):
     assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
-def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_path):
+def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
     runs = []
@@ -204,8 +205,9 @@ def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_pat
 
 @pytest.mark.parametrize("fraction", [ALL_TRAIN, 0.25, 1 - 1e-12])
 @pytest.mark.parametrize("shard_tokens", [7, 1000])
-def test_neither_split_stays_empty(tmp_path, fraction, shard_tokens):
+def test_neither_split_stays_empty(tmp_path, monkeypatch, fraction, shard_tokens):
     """One part goes to one side; the other gets its share of the tokens."""
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("a" * 99)
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction, shard_tokens=shard_tokens)
     tokens = {split: TokenDataset.open(out, split).tokens for split in SPLITS}
@@ -390,6 +392,7 @@ def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
 @pytest.mark.parametrize("where", ["append", "_save_journal", "restore", "_write_manifest"])
 @pytest.mark.parametrize("fraction", [0.25, 1 - 1e-12])
 def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, fraction):
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("abcde" * 20)
     options = {"val_fraction": fraction, "shard_tokens": 9}
     expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected", **options))
@@ -582,7 +585,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert main(["my.txt", "--tokenizer", "bytes", "--val-fraction", "0.1"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"data/my: 1 documents, 451 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
+        r"data/my: 1 documents, 452 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
     )
     assert output[1] == "next: python train.py --data my"
     Path("in.d").mkdir()
@@ -626,17 +629,32 @@ def test_two_at_once(tmp_path):
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text in them"),
-    ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv or .parquet file in this folder"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"),
     ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is not UTF-8 (0xbf)"),
-    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "source a.txt: not text"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; name the --encoding, such as cp1252"),
+    ({"a.txt": "some text".encode("utf-16-be")}, ["a.txt"], "a.txt: UTF-16, not UTF-8"),
+    (
+        {"a.txt": b"\xe9", "b.txt": b"b"},
+        ["a.txt", "b.txt", "--encoding", "utf-32"],
+        "byte 0 is not UTF-32 (0xe9); name an",
+    ),
+    ({"a.txt": b"a"}, ["a.txt", "--encoding", "latin-0"], "--encoding latin-0: unknown; expected a name that Python"),
+    ({"a.txt": b"a"}, ["a.txt", "--encoding", "base64"], "--encoding base64: unknown; expected a name that Python"),
+    ({"a.csv": b"text"}, ["a.csv", "--delimiter", ";;"], "--delimiter is ';;'; expected one character, or tab"),
+    ({"a.csv": b"id;txt\n1;a\n"}, ["a.csv"], "a.csv: no column 'text' (--text-column); the columns are 'id', 'txt'"),
+    (
+        {"d/a.txt": b"\xe9", "d/b.txt": b"ok", "d/c.txt": "text".encode("utf-16"), "d/e.jsonl": b'{"text": "\xe9"}'},
+        ["d"],
+        "3 of 4 files are not UTF-8: d/a.txt (byte 0 is not UTF-8 (0xe9)), d/c.txt (UTF-16, not UTF-8), d/e.jsonl (",
+    ),
     ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
     ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
     ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),
     ({"a.jsonl": b'"text"'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
-    ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
+    ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: byte 10 is not UTF-8 (0xff)"),
     ({"a.txt": b"a"}, ["a.txt", "--tokenizer", "gpt5"], "tokenizer 'gpt5' is unknown; choose bytes, gpt2"),
     ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "1"], "--val-fraction is 1.0; expected 0 < fraction < 1"),
     ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "nan"], "--val-fraction is nan; expected 0 < fraction < 1"),
@@ -695,6 +713,88 @@ def with_added_token(folder):
     BYTES.save_hugging_face(folder, 64)
     (folder / "added_tokens.json").write_text('{"<|user|>": 257}')
     return folder
+
+
+# Small texts
+
+
+def split_of(folder):
+    """The text of each split, without end-of-text."""
+    return {split: "".join(texts_of(ids_of(folder, split))) for split in SPLITS}
+
+
+def small_texts():
+    rng = np.random.default_rng(5)
+    words = ["der", "Fluss", "house", "größer", "日本語", "and", "x" * 30]
+    for size in (3_000, 20_000, 100_000, 289_000, 900_000):
+        text = ""
+        while len(text.encode()) < size:
+            text += " ".join(rng.choice(words, rng.integers(3, 80))) + "\n" * int(rng.integers(1, 3))
+        yield pytest.param(text, id=f"{size} bytes")
+    yield pytest.param("word " * 40_000, id="one line")
+    yield pytest.param("日本語の文章です。" * 5_000, id="no white space")
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2])
+@pytest.mark.parametrize("text", list(small_texts()))
+def test_the_validation_split_of_a_small_text_is_its_fraction(tmp_path, text, fraction):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = split_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
+    sizes = {split: len(part.encode()) for split, part in found.items()}
+    assert sum(sizes.values()) == len(text.encode())
+    assert sizes["val"] == pytest.approx(fraction * len(text.encode()), rel=0.1)
+    assert "\ufffd" not in found["val"] + found["train"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "the last of them is cut there" in manifest["split_rule"]["text"]
+
+
+def test_equal_documents_of_a_small_text_stay_on_one_side(tmp_path):
+    documents = [f"document {i % 40} of forty different ones, several times" for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
+    train, val = (set(texts_of(ids_of(out, split))) for split in SPLITS)
+    assert not train & val
+    size = len("".join(split_of(out)["val"]))
+    assert size == pytest.approx(0.1 * len("".join(documents)), rel=0.1)
+
+
+def test_a_text_of_a_million_bytes_is_split_as_before(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(1_100_000), encoding="utf-8", newline="")
+    out = make([tmp_path / "a.txt"], tmp_path / "out")
+    parts = read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0])
+    expected = "".join(part.data.decode() for part in parts if side_of(part.data, 0.05) == "val")
+    assert split_of(out)["val"] == expected
+
+
+@pytest.mark.parametrize("calls", [1, 20, 60])
+def test_an_interruption_does_not_change_the_split_of_a_small_text(tmp_path, monkeypatch, calls):
+    (tmp_path / "a.txt").write_text(varied_text(200_000), encoding="utf-8", newline="")
+    expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
+    monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(module, "BATCH_PARTS", 1)
+    original, left = module.Shards.append, calls
+    with monkeypatch.context() as patch:
+
+        def failing(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        patch.setattr(module.Shards, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            make([tmp_path / "a.txt"], tmp_path / "out")
+    assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == expected
+
+
+def test_stdin_is_split_as_a_file_is(tmp_path):
+    text = varied_text(150_000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    make([tmp_path / "a.txt"], tmp_path / "file")
+    command = [sys.executable, ROOT / "data" / "prepare.py", "-", "--tokenizer", "bytes", "--out", tmp_path / "stdin"]
+    subprocess.run(command, input=text.encode(), check=True, capture_output=True)
+    assert split_of(tmp_path / "stdin") == split_of(tmp_path / "file")
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])

@@ -1,6 +1,7 @@
 """gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -232,10 +233,42 @@ def test_a_character_cut_off_by_the_end_is_replaced():
         ("abcabd", ["abd", "zz"], "abc"),
         ("x END y", ["y", " END"], "x"),
         ("né€", ["€"], "né"),
+        ("xabcdy", ["abcd", "bc"], "xa"),  # complete first
+        ("xabcy", ["bc", "abc"], "x"),  # complete at once: the longer one
     ],
 )
 def test_stop_strings_end_the_text_before_them(text, stop, expected):
     assert streamed(text, stop=stop)[0] == [expected]
+
+
+def character_by_character(text, stop):
+    read = ""
+    for c in text:
+        read += c
+        found = [s for s in stop if read.endswith(s)]
+        if found:
+            return read[: -max(map(len, found))]
+    return read
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_borders_of_tokens_do_not_decide_where_a_text_ends(seed):
+    """Tokens of several letters against a reading character by character."""
+    rng = np.random.default_rng(seed)
+    text = "".join(rng.choice(list("abc"), 12))
+    stop = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
+    cuts = sorted({0, len(text), *rng.integers(1, len(text), 3).tolist()})
+    words = [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+    class Words:
+        vocab_size, end_of_text, end_ids, unused_ids = 257, 256, (256,), ()
+
+        def decode_bytes(self, ids):
+            return words[ids[0]].encode()
+
+    model = Scripted([*range(len(words)), 256])
+    pieces = stream_text(model, Words(), [0], 20, stop=stop, cache=False)
+    assert "".join(piece for _, piece in pieces) == character_by_character(text, stop)
 
 
 def test_what_may_begin_a_stop_string_waits():
