@@ -389,8 +389,8 @@ SINGLE = {bytes([b]): b for b in range(256)}
         ("AA== 0\nnot a line\n", "line 2"),
         ("%%% 0\n", "line 1"),
         (ranks_file({b"a": 0}), "byte 0 has no token"),
-        (ranks_file(SINGLE | {b"ab": 258, b"abc": 260}), "expected every id from 0 on once"),
-        (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 on once"),
+        (ranks_file(SINGLE | {b"ab": 258, b"abc": 260}), "expected every id from 0 once"),
+        (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 once"),
     ],
 )
 def test_bad_tiktoken_file(tmp_path, text, message):
