@@ -37,12 +37,18 @@ def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
     return numpy.promote_types(a, b)
 
 
+def of_numpy(value: Any) -> Any:
+    """An array of another library, such as PyTorch, as one of NumPy; whatever else there is, as it is."""
+    return value if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype) else numpy.asarray(value)
+
+
 def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
     """A number, list or array combined with a Tensor of `dtype`, as an array of the dtype by the rules above."""
     if type(value) is float or type(value) is int:
         array_dtype = dtype if is_float(dtype) else DEFAULT_FLOAT if type(value) is float else None
         if array_dtype is not None:
             return backend.asarray(value, dtype=array_dtype)
+    value = of_numpy(value)
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     array = value if is_array else numpy_array(op, value)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":

@@ -30,12 +30,14 @@ from tinygrad2.arguments import DEFAULT_FLOAT, axes_of
 from tinygrad2.array import Array
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import Backend, backend_of
+from tinygrad2.protocols import takes_pytorch_names
 
 T = TypeVar("T", bound="Methods[Any]")  # Tensor, which this file cannot import: Tensor is made of it
 Axis = int | tuple[int, ...] | None
 Function = Callable[[Any, Any], Any]  # of the array library and an array
 
 
+@takes_pytorch_names
 class Methods(Generic[T]):
     """The base class of Tensor: every method here gives Tensors, which the type variable stands for."""
 

@@ -114,10 +114,9 @@ def divide_forward(a: Array, b: Array) -> Array:
 def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """The derivative of a / b by a is 1 / b, and by b it is -a / b^2 (the power rule for b^-1). So
 
-    da = dy / b,    db = -dy a / b^2 = -da a / b.
+    da = dy / b,    db = -dy (a / b) / b, where b^2 would vanish or overflow before the quotients do.
     """
-    da = dy / b
-    return unbroadcast(da, a.shape), unbroadcast(-da * a / b, b.shape)
+    return unbroadcast(dy / b, a.shape), unbroadcast(-dy * (a / b / b), b.shape)
 
 
 def power_forward(x: Array, exponent: float) -> Array:
@@ -127,8 +126,10 @@ def power_forward(x: Array, exponent: float) -> Array:
 
 def power_backward(dy: Array, x: Array, exponent: float) -> Array:
     """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
-    formula gives 0 times infinity.
+    formula gives 0 times infinity. For 0.5, y is the square root, which -inf has none of: dx is NaN there, as y is.
     """
+    if exponent == 0.5:
+        return dy * (0.5 / np.sqrt(x))
     return dy * (exponent * x ** (exponent - 1)) if exponent else np.zeros_like(dy)
 
 

@@ -13,12 +13,13 @@ from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
 from tinygrad2.methods import Methods
-from tinygrad2.protocols import Protocols
+from tinygrad2.protocols import Protocols, takes_pytorch_names
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
 HostArray = numpy.ndarray  # (inside the class, the type checker takes `numpy` for the method)
 
 
+@takes_pytorch_names
 class Tensor(Methods["Tensor"], Protocols):
     """An array and, if it needs a gradient, its node on the tape.
 
@@ -37,7 +38,7 @@ class Tensor(Methods["Tensor"], Protocols):
     __slots__ = ("data", "_edge")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
-        data = data.data if isinstance(data, Tensor) else data
+        data = data.data if isinstance(data, Tensor) else arguments.of_numpy(data)
         if not _is_array(data):
             if dtype is None and not isinstance(data, numpy.generic):
                 dtype = arguments.DEFAULT_FLOAT

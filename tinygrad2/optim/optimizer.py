@@ -136,7 +136,8 @@ class Optimizer(ABC):
         """The Euclidean norm of all gradients together, as a 0-d array."""
         backend = self.arena.backend
         squares = [backend.kernels.squared_norm(part.grads) for part in self.parts]
-        total = reduce(operator.add, squares or [self._zeros(3)])
+        with numpy.errstate(over="ignore"):  # norm() takes the sum that has not overflowed
+            total = reduce(operator.add, squares or [self._zeros(3)])
         if self.shared_by is not None:
             if nccl := self.shared_by.nccl(backend):
                 nccl.start_sum(total)
