@@ -37,7 +37,7 @@ def run(capsys, *options, code=0):
     return capsys.readouterr()
 
 
-def test_it_says_which_model_it_takes(user, capsys):
+def test_it_prints_which_model_it_uses(user, capsys):
     assert "sampling from an untrained model" in run(capsys, "-m", "2").err
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000010")
@@ -48,7 +48,7 @@ def test_it_says_which_model_it_takes(user, capsys):
     assert run(capsys, "-m", "2").err == "model: checkpoint (your own: --checkpoint out)\n"
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
+def test_a_damaged_newest_checkpoint_is_skipped(user, capsys):
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
@@ -75,7 +75,7 @@ def test_both_spellings_and_every_option(user, capsys):
     assert run(capsys, *short).out == run(capsys, *long).out
 
 
-def test_several_samples_stand_one_after_the_other_and_the_first_is_the_only_one(user, capsys):
+def test_several_samples_are_printed_in_order_and_the_first_does_not_depend_on_their_number(user, capsys):
     save_model("checkpoint")
     one = run(capsys, "-p", "x", "-m", "30").out
     three = run(capsys, "-p", "x", "-m", "30", "-n", "3").out
@@ -291,7 +291,7 @@ def test_a_closed_pipe_ends_it_silently(user):
     assert process.wait(60) == 0
 
 
-def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys, monkeypatch):
+def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user, capsys, monkeypatch):
     save_model("checkpoint")
     monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))

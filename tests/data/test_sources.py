@@ -190,7 +190,7 @@ def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", parameters(FORMATS))
-def test_text_size_is_about_that_of_the_text(tmp_path, name):
+def test_text_size_is_approximately_right(tmp_path, name):
     texts = varied_documents(400, seed=4)
     (source,) = find_sources([str(write(tmp_path, name, texts))], "text", silent)
     assert source.text_size() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.5)
@@ -561,7 +561,7 @@ def test_shakespeare(play, tmp_path, monkeypatch):
         (lambda play: play.socket.close(), "could not be downloaded (<urlopen error "),
     ],
 )
-def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, message):
+def test_shakespeare_errors(play, tmp_path, monkeypatch, capsys, change, message):
     if "urlopen" in message:
         monkeypatch.setattr(module, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")
     else:
@@ -582,7 +582,7 @@ def test_pydoc_corpus():
 
 
 @pytest.mark.slow
-def test_pydoc_imports_nothing():
+def test_pydoc_imports_no_modules():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"
         "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
@@ -605,7 +605,7 @@ def test_pydoc_data_set(tmp_path, monkeypatch):
     assert texts_of(out) == ["one", "two " * 9000, "three"]
 
 
-def test_texts_are_made_once():
+def test_texts_are_created_once():
     made = []
     source = Texts("name", lambda: made.append(1) or ["é", "b"])
     assert source.size() == source.text_size() == 3

@@ -65,7 +65,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_named_for_what_it_is(name, tmp_path, capsys):
+def test_a_file_is_identified(name, tmp_path, capsys):
     content, kind = FILES[name]
     file = tmp_path / name
     file.write_bytes(content)
@@ -87,7 +87,7 @@ def test_such_a_file_in_a_model_folder(name, kind, tmp_path):
     assert str(error.value).startswith(f"{tmp_path / name}: ")
 
 
-def test_models_have_no_such_kind(tmp_path):
+def test_models_are_not_identified_as_other_files(tmp_path):
     random_model().save_pretrained(tmp_path / "hf")
     for form in ("pt", "llmc"):
         convert.convert(tmp_path / "hf", tmp_path / form, form)
@@ -114,7 +114,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_folder_is_named_for_what_it_is(case, with_config, tmp_path, capsys):
+def test_a_folder_is_identified(case, with_config, tmp_path, capsys):
     files, kind = FOLDERS[case]
     folder = tmp_path / "folder"
     for name, content in files.items():
