@@ -138,7 +138,7 @@ def violations(modules):
 
 
 def forbidden(module, package, top, target, name):
-    """Why a module may not import a name from another one, or None where it may."""
+    """Why a module may not import a name from another one, or None if it may."""
     if top in ONLY_IN and not module.startswith(ONLY_IN[top]):
         return f"only {' and '.join(ONLY_IN[top])} may"
     if top not in PACKAGES:

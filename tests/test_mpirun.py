@@ -310,7 +310,7 @@ checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
 
 
 def test_a_suspended_job_continues(user):
-    """A laptop that slept, a batch system that suspends: no rank counts that against the others."""
+    """After a suspension, by a laptop or a batch system, no rank takes the others for dead."""
     job = Job(2, *LONG, patch=PIDS + "distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0")
     wait_for(lambda: steps_made() >= 3)
     for number in (signal.SIGSTOP, signal.SIGCONT):

@@ -116,7 +116,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
 def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     assert "an untrained model, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
-    for p in model.parameters():  # larger, so that rounding shows
+    for p in model.parameters():  # larger, so that rounding has an effect
         p.data = 3 * p.data
     model.save_pretrained("checkpoint")
     options = ["-p", "ab", "-m", "60", "-n", "20", "-t", "1", "--seed", "3"]
@@ -305,7 +305,7 @@ def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
     monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
-    monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not say
+    monkeypatch.setattr(machine, "memory", lambda: None)  # unknown to the system
     run(capsys, "-p", "abc", "-n", "1000")
 
 
@@ -339,7 +339,7 @@ def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
 
 
 def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
-    """The model always says the added token 258, which is its end."""
+    """The model always generates the added token 258, which is its end token."""
     model = save_model("checkpoint", vocab_size=259, tokenizer=None)
     Tokenizer.load("bytes").save_hugging_face(Path("checkpoint"), 32)
     Path("checkpoint", "added_tokens.json").write_text('{"<|user|>": 257, "<|end|>": 258}')

@@ -104,7 +104,7 @@ def test_the_table():
     assert lines[0] == "P, 2 threads, D, 2 rounds, load average before 0.25"
     step = lines.index(next(line for line in lines if line.startswith("step")))
     assert lines[step].split() == ["step", "median", "ms", "min", "max", "tokens/s", "GFLOP/s", "of", "sgemm"]
-    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # against the fastest
+    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # compared with the fastest
     assert "GB/s" not in lines[step]
     assert lines[-2].split() == ["ours", "5.00", "GB"]
     assert lines[-1] == "FAILED  fast: gone"

@@ -36,7 +36,7 @@ def test_a_case_is_reproducible(tmp_path):
         assert contents[0] == contents[1]
 
 
-CASES = {  # what a reader does, and what is to be said of it
+CASES = {  # the behaviour of a reader, and the expected verdict
     "an exception of another kind": ("raise KeyError('x')", "wrong", "KeyError"),
     "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
     "an error that names no file": ("raise ValueError('it is damaged')", "wrong", "it is damaged"),

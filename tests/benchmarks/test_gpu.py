@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and the whole of it at a tiny size on the stand-in for CuPy."""
+"""The benchmark's arithmetic, and the whole benchmark at a tiny size on the stand-in for CuPy."""
 
 import json
 import re
@@ -50,7 +50,7 @@ class Gemm:
 
 @pytest.fixture
 def device(monkeypatch):
-    """The stand-in for CuPy. TF32 and products by cublasLt are not to be had there."""
+    """The stand-in for CuPy, which supports neither TF32 nor products by cublasLt."""
     monkeypatch.setattr(CudaBackend, "unsupported_reason", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
@@ -246,7 +246,7 @@ def test_pytorch_computes_the_same_model(precision):
 def test_the_results_of_a_step_are_saved_at_once(device, monkeypatch):
     class Killed:
         def __init__(self, *given):
-            """In the place of PyTorch's step, which is not everywhere."""
+            """Replaces PyTorch's step, as PyTorch may not be installed."""
 
         def timed(self, steps):
             raise KeyboardInterrupt

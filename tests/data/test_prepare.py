@@ -1,4 +1,4 @@
-"""data/prepare.py: what the shards hold, whatever the threads and interruptions, and errors in one line."""
+"""data/prepare.py: the contents of the shards with any threads and interruptions, and errors in one line."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def stream_of(folder):
 
 
 def texts_of(ids):
-    """What stands between end-of-texts."""
+    """The texts between end-of-text tokens."""
     pieces = np.split(ids, np.flatnonzero(ids == BYTES.end_of_text) + 1)
     assert len(pieces[-1]) == 0
     return [BYTES.decode(piece[:-1]) for piece in pieces[:-1]]
@@ -82,7 +82,7 @@ def tiny_jobs(folder):
     return folder
 
 
-# What the shards hold.
+# The contents of the shards.
 
 
 def test_documents_in_order_with_end_of_text_after_each(tmp_path):
@@ -344,7 +344,7 @@ def test_too_small_a_disk_is_reported_first(tmp_path, monkeypatch, capsys):
     )
 
 
-# The same bytes, whatever happens.
+# The same bytes in all circumstances.
 
 
 def test_threads_do_not_matter(tmp_path):
@@ -356,7 +356,7 @@ def test_threads_do_not_matter(tmp_path):
 @pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 30, 44))])
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
 def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
-    """Interrupted again and again after so many appends, until it is done."""
+    """Interrupted repeatedly after a number of appends, until it is complete."""
     tiny_jobs(tmp_path / "in")
     write_filtered(tmp_path / "in" / "filtered")
     options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
@@ -619,7 +619,7 @@ def test_two_at_once(tmp_path):
             make([tmp_path / "a.txt"], tmp_path / "out")
     finally:
         other.communicate(b"\n")
-    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that is no more is taken over
+    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that has ended is taken over
     assert not (tmp_path / "out" / "lock").exists()
 
 

@@ -344,7 +344,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, capsys):
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers as the hub does: what a revision holds, and, after a redirection, ranges of the files.
+    """Answers like the hub: the contents of a revision and, after a redirection, ranges of the files.
 
     files     contents by path.
     asked     (path, range) of every request for a file.
@@ -442,7 +442,7 @@ def hub(tmp_path):
 
 
 def prepare_in_process(endpoint, tmp_path, *arguments, code=""):
-    """data/prepare.py as a process of its own (the hub's address is read when its library is loaded)."""
+    """data/prepare.py as a separate process (the hub's address is read when its library is loaded)."""
     small = "s = p.HUB_SETS; s.update({k: dataclasses.replace(v, text=500_000) for k, v in s.items()});"
     imports = "import dataclasses, sys; from data import prepare as p, sources;"
     code = f"{imports} {small} {code}\nsys.exit(p.main(sys.argv[1:]))"

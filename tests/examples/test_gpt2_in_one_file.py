@@ -1,4 +1,4 @@
-"""examples/gpt2_in_one_file.py beside the engine, finite differences and transformers, and its command line."""
+"""examples/gpt2_in_one_file.py against the engine, finite differences and transformers, and its command line."""
 
 import ast
 import doctest
@@ -47,7 +47,7 @@ def test_the_example_in_its_docstring():
     assert doctest.testmod(one_file).failed == 0
 
 
-# Each backward pass beside central differences, in float64: every element of every input.
+# Each backward pass against central differences, in float64: every element of every input.
 
 
 def arrays(*shapes):
@@ -173,7 +173,7 @@ def test_logits_loss_and_gradients_equal_the_engines(config):
     assert model.parameters.keys() == parameters.keys()
     norm = max(np.abs(parameter.grad).max() for parameter in parameters.values())
     for name, parameter in parameters.items():
-        # The gradient of the key bias is zero but for rounding, so errors are measured against the largest gradient.
+        # The gradient of the key bias is zero except for rounding, so errors are measured against the largest gradient.
         assert np.abs(model.parameters[name].grad - parameter.grad).max() < 1e-12 * norm, name
 
 

@@ -191,7 +191,7 @@ def write_ids(folder, config, generation):
 
 
 def ids_of(folder):
-    """What the two files say of the ids, and all of generation_config.json."""
+    """The ids in the two files, and all of generation_config.json."""
     config = json.loads((folder / "config.json").read_text())
     file = folder / "generation_config.json"
     return {name: config[name] for name in ("bos_token_id", "eos_token_id")}, json.loads(file.read_text())

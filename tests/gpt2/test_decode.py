@@ -1,4 +1,4 @@
-"""gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
+"""gpt2/decode.cu: one token in one launch equals the separate operations, at any position, for any number of texts.
 
 The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
@@ -17,7 +17,7 @@ from tests.stand_ins.faults import plant_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
-# 3 C is no multiple of a tile's columns, V no multiple of anything; heads of 32.
+# 3 C is not a multiple of a tile's columns, V is not a multiple of anything; heads of 32.
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
 SOURCE = Path(decode.__file__).with_suffix(".cu")
 BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
@@ -196,7 +196,7 @@ def test_the_next_launch_does_not_wait_for_the_host(device):
     assert 1 <= device.launches - before < kernels
     assert device.syncs == syncs, "nothing waits for the whole device"
     tokens.close()
-    device.finish()  # what is still on its way lands in memory that nobody has freed
+    device.finish()  # pending copies are written to memory that has not been freed
 
 
 def test_of_equal_logits_the_first_token_is_chosen(device):

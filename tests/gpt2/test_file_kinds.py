@@ -1,4 +1,4 @@
-"""gpt2/file_kinds.py: what a file or folder is that is not a model, as the commands say it."""
+"""gpt2/file_kinds.py: files and folders that are not models are identified in the errors of the commands."""
 
 import io
 import json
@@ -131,7 +131,7 @@ def test_a_folder_is_identified(case, with_config, tmp_path, capsys):
 
 
 def test_weights_without_a_config_are_found(tmp_path):
-    """Published sizes need none; others are told so."""
+    """Published sizes need none; for others the error says so."""
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     assert find_model(tmp_path, print) == tmp_path / "model.safetensors"

@@ -164,7 +164,7 @@ def by_definition(logits, draw, top_k=None, top_p=None):
 def test_choose_sorts_no_more_than_necessary(spread, sampling):
     R = np.random.default_rng(0)
     logits = (spread * R.standard_normal((20, 5000))).astype(np.float32)
-    logits[::2] = np.round(logits[::2], 1)  # many ties, where the first token of the vocabulary comes first
+    logits[::2] = np.round(logits[::2], 1)  # many ties, of which the first token of the vocabulary comes first
     draws = R.random(20)
     expected = [by_definition(*row, **sampling) for row in zip(logits, draws, strict=True)]
     assert choose(logits, draws, **sampling).tolist() == expected
@@ -182,7 +182,7 @@ def test_choose_rejects_parameters_out_of_range(bad):
 
 
 class Scripted:
-    """A model whose logits make each sample say its text, byte by byte."""
+    """A model whose logits make each sample generate its text, byte by byte."""
 
     def __init__(self, *texts):
         from tinygrad2 import Tensor

@@ -55,7 +55,7 @@ def distance(a, b):
 
 
 def needs(backend, precision):
-    """Skip the test where the GPU does not compute so."""
+    """Skip the test if the GPU does not support the precision."""
     if reason := backend.unsupported_reason(precision):
         pytest.skip(reason)
 
@@ -143,7 +143,7 @@ def test_a_step_does_not_wait_for_the_gpu():
             optimizer.zero_grad()
 
 
-B, T, C, H, V = 2, 200, 768, 12, 1003  # a layer of the 124M model; T is no multiple of a tile
+B, T, C, H, V = 2, 200, 768, 12, 1003  # a layer of the 124M model; T is not a multiple of a tile
 KEY = Key(7, step=3, first_sample=5, site=2)
 
 
@@ -287,7 +287,7 @@ def test_uploads_are_complete(cuda):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nccl_accepts_the_calls(cuda, dtype):
-    """One rank alone, whose sums change nothing; what it computes before and after is ordered all the same."""
+    """A single rank, whose sums change nothing; computations before and after are ordered nevertheless."""
     if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
     sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())

@@ -233,7 +233,7 @@ def test_unknown_recompute_option():
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("head_rows", [None, 64])
 def test_a_step_saves_as_much_memory_as_the_config_counts(recompute, head_rows):
-    """The block that is computed again takes its memory in the backward pass only; chunks of logits are not kept."""
+    """A recomputed block takes its memory in the backward pass only; chunks of logits are not kept."""
     config = GPT2Config(vocab_size=500, n_positions=128, n_embd=128, n_layer=6, n_head=4)
     model = GPT2(config, recompute=recompute, head_rows=head_rows)
     tokens, targets = np.random.default_rng(0).integers(0, 500, (2, 4, 128))

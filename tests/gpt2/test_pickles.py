@@ -1,4 +1,4 @@
-"""gpt2/pickles.py: plain data is read, anything else is refused, in little time and memory. Tensors and hostile files:
+"""gpt2/pickles.py: plain data is read, anything else is rejected, in little time and memory. Tensors and hostile files:
 tests/gpt2/formats/test_torch_file.py."""
 
 import os

@@ -366,7 +366,7 @@ def test_files_that_tokenizers_writes_are_read(tmp_path):
 
 @pytest.mark.extras("transformers")
 def test_files_that_transformers_writes_are_read(hugging_face, tmp_path):
-    """Version 5 writes tokenizer.json alone."""
+    """Version 5 writes only tokenizer.json."""
     import transformers
 
     theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)

@@ -166,7 +166,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
 
     def wrong(*arguments):
         results = right(*arguments)
-        if kernel == "attention_cached":  # the text changes only where another token becomes the likeliest one
+        if kernel == "attention_cached":  # the text changes only if another token becomes the most probable one
             return -results
         return (results[0] * 1.001, *results[1:]) if isinstance(results, tuple) else results * 1.001
 

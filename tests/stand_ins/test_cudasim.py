@@ -1,4 +1,4 @@
-"""The simulator finds what it is there for: each fault that it is said to see is planted here in a small kernel."""
+"""The simulator detects the faults that it is meant for: each kind is planted here in a small kernel."""
 
 import re
 

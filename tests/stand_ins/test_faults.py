@@ -1,4 +1,4 @@
-"""Every fault that a test plants still has its place; planting finds it by function, whatever the layout."""
+"""Every fault that a test plants still matches the source; it is found by function, independent of the layout."""
 
 import importlib
 from pathlib import Path

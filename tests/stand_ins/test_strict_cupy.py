@@ -1,4 +1,4 @@
-"""The stand-in for CuPy: what it does with bfloat16, kernels and streams (test_backend.py has the rest)."""
+"""The stand-in for CuPy: bfloat16, kernels and streams (test_backend.py has the rest)."""
 
 import ctypes
 

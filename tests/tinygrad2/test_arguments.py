@@ -64,7 +64,7 @@ def test_a_python_integer_takes_the_integer_dtype():
 
 
 def test_a_float32_tensor_keeps_its_dtype_with_a_float64_array():
-    """An array is a constant: see the docstring of arguments.py. A Tensor of float64 is refused."""
+    """An array is a constant: see the docstring of arguments.py. A Tensor of float64 is rejected."""
     x = tensor("float32", requires_grad=True)
     y = np.array([0.1, 0.2, 0.3]) * x
     assert y.dtype == "float32"

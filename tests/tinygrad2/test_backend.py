@@ -118,7 +118,7 @@ def test_every_operation_gives_numpys_bits(checked_device):
 
 
 def test_options_that_save_memory_give_numpys_bits_without_waiting(checked_device):
-    """Blocks that are computed again, and the output layer's rows in parts."""
+    """Recomputed blocks, and the output layer's rows in parts."""
     for options in ({"recompute": "block"}, {"head_rows": 50}, {"recompute": "block", "head_rows": 7}):
         models = [GPT2(CONFIG, device=name, **options) for name in ("cpu", "cuda")]
         losses = []
@@ -249,7 +249,7 @@ def test_uploads_share_few_buffers_and_stay_right(device):
     arrived = [place.upload(values) for values in sent]
     assert device.pinned <= CudaBackend.PINNED
     assert device.syncs == 0
-    assert device.waits == 100 - CudaBackend.PINNED  # nothing was ready before somebody waited
+    assert device.waits == 100 - CudaBackend.PINNED  # nothing was complete before a wait
     device.finish()
     for values, array in zip(sent, arrived, strict=True):
         np.testing.assert_array_equal(place.to_host(array), values)
@@ -321,7 +321,7 @@ def test_a_fetch_may_be_dropped(device):
         place.fetch(place.asarray(np.float32(1)))
     device.finish()
     assert place.fetch(place.asarray(np.float32(2))).get() == [2.0]
-    assert len(place._fetched) == 1  # what has arrived is not kept
+    assert len(place._fetched) == 1  # completed fetches are not kept
     place.fetch(place.asarray(np.float32(3)))
     place._fetched.clear()
     with pytest.raises(RaceError, match="freed before the copy"):
@@ -392,7 +392,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
     assert "cuda, float32" in capsys.readouterr().out
     assert log("host") == log("device")
     assert_same(saved("host"), saved("device"))
-    # A run that stood on one device goes on on the other.
+    # A run that was stopped on one device resumes on the other.
     for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
         shutil.copytree("host" if first == "cpu" else "device", f"{first}-{second}")
         run(f"{first}-{second}", second, 6, *options)
@@ -460,7 +460,7 @@ def test_cupys_out_of_memory_error_is_a_memory_error():
     assert issubclass(pytest.importorskip("cupy").cuda.memory.OutOfMemoryError, MemoryError)
 
 
-# A device that is not there ------------------------------------------------------------------------------------------
+# A missing device ------------------------------------------------------------------------------------------
 
 
 class DriverError(RuntimeError):
@@ -525,7 +525,7 @@ def test_an_unknown_device_is_named():
 
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_pass_on_the_stand_in():
-    """Nobody can mend a test where it needs a GPU: its mistakes are to be found here."""
+    """Tests that need a GPU are run here on the stand-in, so that their errors are found without one."""
     # The first needs a device's memory, those in float64 ran above, bfloat16 and the launch that makes a token need the
     # CUDA kernels, NCCL a GPU.
     which = "not memory_is_counted and not float64 and not bfloat16 and not one_launch and not nccl"

@@ -62,7 +62,7 @@ def test_mkl_is_used_only_if_it_is_installed(monkeypatch):
 
     monkeypatch.setattr(blas.metadata, "files", missing)
     assert blas._mkl() is None
-    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but nobody knows its files
+    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but its files are unknown
     assert blas._mkl() is None
 
 
@@ -76,7 +76,7 @@ def test_mkl_can_be_disabled(monkeypatch):
 
 
 def test_matrices_in_layouts_that_blas_does_not_support():
-    """Distances that are no whole number of elements, and bytes in the other order."""
+    """Strides that are not a whole number of elements, and bytes in the other order."""
     records = np.zeros(5, dtype=[("row", np.float32, (6,)), ("mark", np.int16)])
     records["row"] = np.arange(30).reshape(5, 6)
     b = np.arange(24, dtype=np.float32).reshape(6, 4)

@@ -333,7 +333,8 @@ def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
 
 
 def test_on_a_gpu_gradients_pass_through_pinned_memory():
-    """On the stand-in for CuPy, whose copies are late: nothing is read before it has come, or changed on its way."""
+    """On the stand-in for CuPy, whose copies are late: no data is read before it is complete, or changed while
+    copied."""
 
     def steps(device):
         model = GPT2(CONFIG, device=device)
@@ -362,7 +363,7 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 
 
 class DirectEcho(Echo):
-    """Two ranks, each with a GPU of its own; the other one always has the same values."""
+    """Two ranks, each with its own GPU; the other one always has the same values."""
 
     def __init__(self, sums=NcclComm):
         super().__init__()
@@ -433,7 +434,7 @@ def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
         last.on_final = lambda: left.update(then=len(nccl.calls)) or before()
         loss.backward()
         assert 0 < left["then"] < len(nccl.calls) == len(arena.buckets)
-        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # nobody may read them yet
+        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # they must not be read yet
         sums.finish()
         assert not any(np.isnan(region.grads.get()).any() for region in arena.regions)
 
@@ -571,7 +572,7 @@ def mpi_rank(others):
         ([lambda place: place and place.replace("0000:00", "0000:01"), lambda place: "elsewhere"], True),
         ([lambda place: place], False),  # two ranks on one GPU
         ([lambda place: "elsewhere", lambda place: "elsewhere"], False),
-        ([lambda place: None], False),  # a rank that lacks NCCL
+        ([lambda place: None], False),  # a rank without NCCL
     ],
 )
 def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct):

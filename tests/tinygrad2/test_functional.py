@@ -1,4 +1,4 @@
-"""Every operation of gradcheck's table beside PyTorch's; the functions of functional.py; errors."""
+"""Every operation of gradcheck's table against PyTorch's; the functions of functional.py; errors."""
 
 import inspect
 

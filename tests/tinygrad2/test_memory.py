@@ -144,5 +144,5 @@ def test_out_of_memory_frees_unused_memory_and_retries(pool, monkeypatch, capsys
     limit = 800_000
     first, second = memory.empty((100_000,), np.uint8), memory.empty((400_000,), np.uint8)
     del first
-    assert memory.empty((250_000,), np.uint8).size == 250_000  # in the place of what was free
+    assert memory.empty((250_000,), np.uint8).size == 250_000  # in memory that was free
     assert second.size == 400_000

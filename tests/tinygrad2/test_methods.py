@@ -1,4 +1,4 @@
-"""The methods of Tensor beside PyTorch's, in float64: tensors of any shape, edge values, digits.
+"""The methods of Tensor against PyTorch's, in float64: tensors of any shape, edge values, accuracy.
 
 Their gradients against finite differences, every memory layout, float32 and the stand-in for CuPy: the table of
 tinygrad2/gradcheck.py, which other tests go through.

@@ -1,4 +1,4 @@
-"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch where it is installed; models in them."""
+"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch if it is installed; models in them."""
 
 import copyreg
 import os
@@ -207,7 +207,7 @@ def test_a_hostile_file_is_rejected_and_nothing_is_executed(case, file, monkeypa
 
 
 def test_the_hostile_programs_are_hostile(file, monkeypatch):
-    """What is refused above does run in Python's unpickler, or the tests would show nothing."""
+    """The programs rejected above do run in Python's unpickler, otherwise the tests would prove nothing."""
     monkeypatch.chdir(file.parent)
     for case in ("os.system", "builtins.eval", "builtins.exec", "nested"):
         program, _ = HOSTILE[case]
@@ -312,7 +312,7 @@ def test_damaged_files_from_before_zip(change, message, file):
 
 
 def test_a_large_claimed_size_takes_no_memory(file):
-    """In a process of its own with 1 GiB of address space beyond what it starts with."""
+    """In a separate process with 1 GiB of address space beyond its initial size."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
         "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import read_pickle\n"

@@ -124,7 +124,7 @@ def error(result, expected):
 
 
 def results(returned, given, name):
-    """Everything that a kernel gives back: what it returns, and what it changed."""
+    """All results of a kernel: those that it returns, and the arguments that it changed."""
     returned = returned if isinstance(returned, tuple) else (returned,)
     if name == "squared_norm":
         returned = (reference.norm(returned[0]),)

@@ -89,7 +89,7 @@ def test_unsupported_arguments_go_to_the_reference(dtype, D):
 
 
 FAULTS = [
-    ("attention_forward", "cp_async_wait<0>", "cp_async_wait<1>"),  # reads what has not arrived
+    ("attention_forward", "cp_async_wait<0>", "cp_async_wait<1>"),  # reads before the copy is complete
     ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "cp_async_wait<0>();"),
     ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "__syncthreads(); cp_async_wait<0>();"),
     ("store_rows", "__syncwarp();", ""),

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every GPU that matters, and keeps its numbers in registers (see tests/nvrtc.py)."""
+"""Every CUDA kernel compiles for every supported GPU, and spills no registers (see tests/nvrtc.py)."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Models of several precisions in one process, on the stand-ins for CuPy and cublasLt: each computes what it says."""
+"""Models of several precisions in one process, on the stand-ins for CuPy and cublasLt: each computes in its own
+precision."""
 
 import ctypes
 import itertools

@@ -36,7 +36,7 @@ def ranges(n):
 
 
 def usable(parts=3):
-    """Whether the pool computes parts at the same time, each on a thread of its own."""
+    """Whether the pool computes parts at the same time, each on its own thread."""
     meeting, seen = threading.Barrier(parts, timeout=20), []
 
     def task(start, stop):
