@@ -26,7 +26,7 @@ SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its res
 
 
 class _Placement(TypedDict):
-    """Where a layer's parameters are allocated, and what it computes in."""
+    """The device and the precision of a layer."""
 
     device: str
     precision: Precision
@@ -239,8 +239,8 @@ class GPT2(nn.Module):
 
 
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
-    """The precision of this name to generate and to evaluate in: where the device does not compute in bfloat16,
-    "bfloat16" means weights in bfloat16 and activations in float32, if the device has that."""
+    """The precision of this name to generate and to evaluate in: if the device does not support bfloat16,
+    "bfloat16" means weights in bfloat16 and activations in float32, if the device supports that."""
     precision = Precision.of(dtype)
     weights_only = precision == BFLOAT16 and backend.unsupported_reason(BFLOAT16)
     return BFLOAT16_WEIGHTS if weights_only and not backend.unsupported_reason(BFLOAT16_WEIGHTS) else precision

@@ -141,7 +141,7 @@ def violations(modules):
 
 
 def forbidden(module, package, top, target, name):
-    """Why a module may not import a name from another one, or None where it may."""
+    """Why a module may not import a name from another one, or None if it may."""
     if top in ONLY_IN and not module.startswith(ONLY_IN[top]):
         return f"only {' and '.join(ONLY_IN[top])} may"
     if top not in PACKAGES:
@@ -247,11 +247,11 @@ def test_a_planted_import_is_found(module, line, reason):
         ("gpt2.model", "from tinygrad2 import nn, record"),
     ],
 )
-def test_an_allowed_import_is_not(module, line):
+def test_an_allowed_import_is_accepted(module, line):
     assert found_by_planting(module, line) == []
 
 
-def test_what_may_be_missing_is_imported_where_it_is_used():
+def test_optional_packages_are_imported_where_they_are_used():
     for module, source in sources().items():
         top = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Import | ast.ImportFrom)]
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
@@ -284,7 +284,7 @@ def test_every_module_has_a_test_file_of_its_name():
         assert name == "__init__" or (ROOT / "tests" / TESTED_BY.get(module, file)).exists(), f"no tests/{file}"
 
 
-def test_what_needs_an_extra_says_so():
+def test_a_file_that_needs_an_extra_is_marked():
     """CI runs by its mark what the quick tests skip: `extras("package")`, or `slow`."""
     extras = ("cupy", "huggingface_hub", "openai", "playwright", "pyarrow", "tokenizers", "torch", "transformers")
     for path in (ROOT / "tests").rglob("test_*.py"):

@@ -66,7 +66,7 @@ def test_other_optimizers_resume_to_the_same_bits(workspace, capsys, optimizer):
 
 
 @pytest.mark.slow
-def test_shards_of_another_program_are_trained_on_as_they_are(workspace, gpt2_files, capsys):
+def test_shards_of_another_program_are_trained_on_directly(workspace, gpt2_files, capsys):
     (workspace / "data" / "theirs").mkdir()
     for split in ("train", "val"):
         Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(workspace / "data" / "theirs" / f"{split}.bin")
@@ -123,7 +123,7 @@ def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkey
     assert steps == [4, 8, 10, 11]
 
 
-def test_a_report_that_fails_does_not_end_the_run(workspace, capsys, monkeypatch):
+def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):
     monkeypatch.setattr(report, "report_page", lambda *given: 1 / 0)
     run("--max-iters", "4")
     assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out

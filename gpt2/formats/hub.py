@@ -16,7 +16,7 @@ FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def download(name: str) -> Path:
-    """The folder with the published model `name`, one of REVISIONS, downloaded with a progress bar if not in the cache.
+    """The folder with the published model `name`, one of REVISIONS. Downloads it, with a progress bar, if needed.
 
     Raises FileNotFoundError if it is not in the cache and cannot be downloaded.
     """
@@ -26,7 +26,7 @@ def download(name: str) -> Path:
         raise FileNotFoundError(f"{name}: to download it, install huggingface_hub: {install_command('hub')}") from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", revision=REVISIONS[name], allow_patterns=FILES))
-    except Exception as error:  # their types differ between versions of huggingface_hub and of its dependencies
+    except Exception as error:  # the types depend on the versions of huggingface_hub and its dependencies
         raise FileNotFoundError(
             f"{name}: it could not be downloaded from the Hugging Face hub ({type(error).__name__}); connect once, or "
             f"name a folder that has {', '.join(FILES)}"

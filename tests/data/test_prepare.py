@@ -1,4 +1,4 @@
-"""data/prepare.py: what the shards hold, whatever the threads and interruptions, and errors in one line."""
+"""data/prepare.py: the contents of the shards with any threads and interruptions, and errors in one line."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def stream_of(folder):
 
 
 def texts_of(ids):
-    """What stands between end-of-texts."""
+    """The texts between end-of-text tokens."""
     pieces = np.split(ids, np.flatnonzero(ids == BYTES.end_of_text) + 1)
     assert len(pieces[-1]) == 0
     return [BYTES.decode(piece[:-1]) for piece in pieces[:-1]]
@@ -82,7 +82,7 @@ def tiny_jobs(folder):
     return folder
 
 
-# What the shards hold.
+# The contents of the shards.
 
 
 def test_documents_in_order_with_end_of_text_after_each(tmp_path):
@@ -177,7 +177,7 @@ def test_parts_end_before_the_white_space_at_a_line_end(tmp_path):
 # The two splits.
 
 
-def test_equal_parts_never_stand_in_both_splits(tmp_path):
+def test_equal_parts_are_never_in_both_splits(tmp_path):
     lines = [json.dumps({"text": f"document {i % 700}"}) for i in range(2000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
@@ -188,7 +188,7 @@ def test_equal_parts_never_stand_in_both_splits(tmp_path):
     assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
-def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_path, monkeypatch):
+def test_end_of_text_separates_parts_of_a_document_in_different_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
@@ -205,7 +205,7 @@ def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_pat
 
 @pytest.mark.parametrize("fraction", [ALL_TRAIN, 0.25, 1 - 1e-12])
 @pytest.mark.parametrize("shard_tokens", [7, 1000])
-def test_neither_split_stays_empty(tmp_path, monkeypatch, fraction, shard_tokens):
+def test_neither_split_is_empty(tmp_path, monkeypatch, fraction, shard_tokens):
     """One part goes to one side; the other gets its share of the tokens."""
     monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("a" * 99)
@@ -219,7 +219,7 @@ def test_neither_split_stays_empty(tmp_path, monkeypatch, fraction, shard_tokens
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 4096, 10**9])
-def test_shards_hold_at_most_so_many_tokens(tmp_path, shard_tokens):
+def test_shards_have_at_most_a_given_number_of_tokens(tmp_path, shard_tokens):
     out = make([tiny_jobs(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
     whole = make([tmp_path / "in"], tmp_path / "whole")
     shards = json.loads((out / MANIFEST).read_text())["shards"]
@@ -308,7 +308,7 @@ def test_each_filter_alone(tmp_path, option):
     assert json.loads((out / MANIFEST).read_text())["dropped"]["documents"] == {reason: expected}
 
 
-def test_nothing_left_by_the_filters(tmp_path):
+def test_nothing_passes_the_filters(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(ValueError, match=r"no text in them, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
@@ -333,7 +333,7 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     assert float(free) > 0
 
 
-def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, capsys):
+def test_too_small_a_disk_is_reported_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text " * 20_000)
     monkeypatch.setattr(module, "ESTIMATE_BYTES", 1)
     usage = type(shutil.disk_usage("/"))(total=10**6, used=10**6 - 150_000, free=150_000)
@@ -346,7 +346,7 @@ def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, cap
     )
 
 
-# The same bytes, whatever happens.
+# The same bytes in all circumstances.
 
 
 def test_threads_do_not_matter(tmp_path):
@@ -358,7 +358,7 @@ def test_threads_do_not_matter(tmp_path):
 @pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 30, 44))])
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
 def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
-    """Interrupted again and again after so many appends, until it is done."""
+    """Interrupted repeatedly after a number of appends, until it is complete."""
     tiny_jobs(tmp_path / "in")
     write_filtered(tmp_path / "in" / "filtered")
     options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
@@ -503,7 +503,7 @@ def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
     )
 
 
-def test_as_a_script_it_finds_what_lies_beside_it(tmp_path):
+def test_as_a_script_it_finds_its_modules(tmp_path):
     """Without an installed package, from another folder."""
     (tmp_path / "a.txt").write_text("text")
     code = (
@@ -594,7 +594,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert Path("data/in.d/manifest.json").is_file()
 
 
-def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
+def test_existing_data_set_is_rejected_or_renamed(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("old text")
     arguments = [str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -622,7 +622,7 @@ def test_two_at_once(tmp_path):
             make([tmp_path / "a.txt"], tmp_path / "out")
     finally:
         other.communicate(b"\n")
-    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that is no more is taken over
+    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that has ended is taken over
     assert not (tmp_path / "out" / "lock").exists()
 
 
@@ -798,7 +798,7 @@ def test_stdin_is_split_as_a_file_is(tmp_path):
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
-def test_special_tokens_are_plain_text_unless_they_are_asked_for(special_tokens, tmp_path):
+def test_special_tokens_are_plain_text_by_default(special_tokens, tmp_path):
     (tmp_path / "tok").mkdir()
     tokenizer = Tokenizer.load(with_added_token(tmp_path / "tok"))
     text = "a<|user|>b<|endoftext|>c"
@@ -828,7 +828,7 @@ def test_a_vocabulary_of_characters_separates_nothing_and_has_no_special_tokens(
 
 
 @pytest.mark.extras("tokenizers")
-def test_a_prefix_space_stands_before_a_document_and_not_before_its_parts(tmp_path):
+def test_a_prefix_space_is_added_before_a_document_but_not_before_its_parts(tmp_path):
     (tmp_path / "tok").mkdir()
     Tokenizer.load("bytes").save_hugging_face(tmp_path / "tok", 64)
     config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())

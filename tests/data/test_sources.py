@@ -255,7 +255,7 @@ def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", parameters(FORMATS))
-def test_text_size_is_about_that_of_the_text(tmp_path, name):
+def test_text_size_is_approximately_right(tmp_path, name):
     texts = varied_documents(400, seed=4)
     (source,) = find_sources([str(write(tmp_path, name, texts))], "text", silent)
     assert source.text_size() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.5)
@@ -409,7 +409,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, capsys):
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers as the hub does: what a revision holds, and, after a redirection, ranges of the files.
+    """Answers like the hub: the contents of a revision and, after a redirection, ranges of the files.
 
     files     contents by path.
     asked     (path, range) of every request for a file.
@@ -507,7 +507,7 @@ def hub(tmp_path):
 
 
 def prepare_in_process(endpoint, tmp_path, *arguments, code=""):
-    """data/prepare.py as a process of its own (the hub's address is read when its library is loaded)."""
+    """data/prepare.py as a separate process (the hub's address is read when its library is loaded)."""
     small = "s = p.HUB_SETS; s.update({k: dataclasses.replace(v, text=500_000) for k, v in s.items()});"
     imports = "import dataclasses, sys; from data import prepare as p, sources;"
     code = f"{imports} {small} {code}\nsys.exit(p.main(sys.argv[1:]))"
@@ -626,7 +626,7 @@ def test_shakespeare(play, tmp_path, monkeypatch):
         (lambda play: play.socket.close(), "could not be downloaded (<urlopen error "),
     ],
 )
-def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, message):
+def test_shakespeare_errors(play, tmp_path, monkeypatch, capsys, change, message):
     if "urlopen" in message:
         monkeypatch.setattr(module, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")
     else:
@@ -647,7 +647,7 @@ def test_pydoc_corpus():
 
 
 @pytest.mark.slow
-def test_pydoc_imports_nothing():
+def test_pydoc_imports_no_modules():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"
         "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
@@ -670,7 +670,7 @@ def test_pydoc_data_set(tmp_path, monkeypatch):
     assert texts_of(out) == ["one", "two " * 9000, "three"]
 
 
-def test_texts_are_made_once():
+def test_texts_are_created_once():
     made = []
     source = Texts("name", lambda: made.append(1) or ["é", "b"])
     assert source.size() == source.text_size() == 3

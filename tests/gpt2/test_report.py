@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, that nothing in it is executed or fetched, and how it looks to a real browser."""
+"""The page of a run: its contents, that nothing in it is executed or fetched, and its layout in a real browser."""
 
 import html.parser
 import itertools
