@@ -1,4 +1,4 @@
-"""What a Tensor answers to Python's built-in functions, to NumPy's functions, and to the names of other libraries."""
+"""Support of Tensor for Python's built-in functions, NumPy's functions, and the names of other libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
-# np.add(a, b) where a or b is a Tensor: the method of the first and, where that is not a Tensor, of the second.
+# np.add(a, b) for a Tensor a or b: the method of the first or, if that is not a Tensor, of the second.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.add: ("__add__", "__radd__"),
     numpy.subtract: ("__sub__", "__rsub__"),
@@ -51,7 +51,7 @@ _SAME_NAMES = """
 """
 UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
-# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments the method takes too.
+# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments are those of the method.
 METHODS = {
     numpy.sum: "sum",
     numpy.mean: "mean",
@@ -97,11 +97,8 @@ METHODS = {
     numpy.dot: "dot",
 }
 
-NUMPY_NAMES = {
-    "a_min": "min",
-    "a_max": "max",
-    "k": "offset",
-}  # arguments, where NumPy's functions and our methods differ
+# Arguments that NumPy's functions and our methods name differently.
+NUMPY_NAMES = {"a_min": "min", "a_max": "max", "k": "offset"}
 
 
 @functools.cache
@@ -111,7 +108,7 @@ def _functions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-# Functions that look at values and shapes alone, where there is no gradient to lose: they get the arrays.
+# Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
 ON_ARRAYS = {
     numpy.allclose,
     numpy.array_equal,
@@ -131,7 +128,7 @@ ON_ARRAYS = {
     numpy.size,
 }
 
-# What other libraries call it: a missing attribute of this name is answered with what to use here.
+# Names in other libraries: the error for a missing attribute of this name says what to use here.
 ELSEWHERE = {
     "absolute": "abs(x)",
     "clone": "x + 0, or copy.deepcopy(x)",
@@ -189,7 +186,7 @@ def takes_pytorch_names(cls: K) -> K:
 
 
 class Protocols:
-    """The part of Tensor that answers to Python's built-in functions and to NumPy's."""
+    """The part of Tensor that supports the built-in functions of Python and the functions of NumPy."""
 
     __slots__ = ()
 
@@ -220,7 +217,7 @@ class Protocols:
 
     def __iter__(self: Any) -> Iterator[Any]:
         if not self.ndim:
-            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
+            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; use item() for its value")
         return (self[i] for i in range(len(self.data)))
 
     def __contains__(self: Any, value: Any) -> bool:
@@ -241,7 +238,7 @@ class Protocols:
         return int(self)
 
     def __setitem__(self: Any, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
+        raise TypeError("a Tensor cannot be changed in place: write into x.data before the forward pass")
 
     if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
 
@@ -253,7 +250,7 @@ class Protocols:
 
     def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
         if self.backend is not get_backend():
-            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
+            raise TypeError("a Tensor on a GPU is not copied to the host implicitly: use .numpy()")
         values = numpy.asarray(self.data, dtype=dtype)
         return values.copy() if copy and values is self.data else values
 

@@ -327,6 +327,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     from tinygrad2 import threads
 
     parser = Parser(f"python tests/benchmarks/{prog}", description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often each does it [%(default)s]")
     parser.add_argument(
         "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpt2 import Tokenizer
-from gpt2.training.display import describe_schedule, say_sample, suggested_prompt
+from gpt2.training import display
+from gpt2.training.display import describe_schedule, say_sample, suggested_prompt, typed_command
 from gpt2.training.options import Options
 from tests.training_runs import QUICK, ROOT, run
 from tinygrad2 import checkpoint
@@ -35,7 +36,7 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
 
 def test_the_opening_lines(workspace, capsys):
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:9])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
     assert lines["device"] == "cpu, float32, 1 thread"
     data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
@@ -44,7 +45,7 @@ def test_the_opening_lines(workspace, capsys):
     assert lines["steps"] == "4, which is 0.01 epochs"
     assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
     assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
-    output = "out/: a checkpoint every 500 steps (the last 2 and the best are kept), an evaluation every 4 steps"
+    output = "out/: a checkpoint every 2 steps (the last 2 and the best are kept), an evaluation every 4 steps"
     assert lines["output"] == output
     assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
 
@@ -101,3 +102,15 @@ def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
         "    generated no visible text",
         "    before its end)",
     ]
+
+
+def test_the_command_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr(display.sys, "orig_argv", ["python3", "train.py", "--data", "a b"])
+    assert typed_command(None, 1) == "python3 train.py --data 'a b'"
+    assert typed_command(["--max-iters", "3"], 1) == "python train.py --max-iters 3"
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert typed_command(["--fresh"], 4) == "mpirun -n 4 python train.py --fresh"  # pytest's parent is not a launcher
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert typed_command(["--fresh"], 4) == "srun -n 4 python train.py --fresh"
+    monkeypatch.setattr(display.Path, "read_bytes", lambda self: b"/usr/bin/prterun\0-n\0002\0python\0train.py\0")
+    assert typed_command(["--fresh"], 2) == "mpirun -n 2 python train.py"
