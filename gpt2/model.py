@@ -15,7 +15,7 @@ from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import Ends, Sampling, complete
 from gpt2.language_model import Cache
-from gpt2.trace import Trace, trace
+from gpt2.trace import trace as trace_model
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
@@ -218,10 +218,7 @@ class GPT2(nn.Module):
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
 
-    def trace(self, tokens: Sequence[int]) -> Trace:
-        """The intermediate results for the ids `tokens` (T,): the residual stream before every layer and after the
-        last, the outputs of attention and MLP, attention weights, and logits. See gpt2.trace."""
-        return trace(self, tokens)
+    trace = trace_model  # model.trace(tokens): every layer's activations and attention weights; see gpt2.trace.trace
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "gpu": "an NVIDIA GPU",
     "network": "a network",
     "cluster": "several machines",
+    "terminal": "a second terminal, while a server runs",
     "hours": "minutes to days of computing",
 }
 

@@ -1,6 +1,7 @@
 """train.py under a real mpirun: equal results on any layout, elastic resume, and no rank that outlives a dead one."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -552,3 +553,10 @@ def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts):
     _, err = job.kill()
     assert "has not responded for" in err
     assert_goes_on()
+
+
+def test_the_record_of_a_start_has_the_command_with_mpirun():
+    program = "from gpt2.training.display import typed_command; print(typed_command(None, 2))"
+    command = [MPIRUN, "-n", "2", "--oversubscribe", sys.executable, "-c", program]
+    told = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    assert told == [shlex.join(["mpirun", *command[1:]])] * 2

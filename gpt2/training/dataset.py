@@ -354,6 +354,15 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
     }
 
 
+def bytes_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
+    """The mean number of bytes of a target, as `baselines` counts targets: loss / (log(2) * bytes_per_token) is in bits
+    per byte, which runs with different tokenizers have in common."""
+    counts = _counts(data, 1)
+    ids = np.flatnonzero(counts)
+    sizes = np.array([0 if i in tokenizer.end_ids else len(tokenizer.decode_bytes([int(i)])) for i in ids])
+    return float((counts[ids] * sizes).sum() / counts.sum())
+
+
 def _counts(data: TokenDataset, order: int) -> np.ndarray:
     """How often each target occurs in `data`, shape (V,), or each pair of an id and its target, shape (V, V)."""
     if data.tokens < 2:

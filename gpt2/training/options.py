@@ -129,7 +129,6 @@ class Options:
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
     keep: int = _positive(2, int, "N", "number of checkpoints to keep, besides the best")
-    tensorboard: bool = _option(False, bool, "", "also write a TensorBoard log to the out-dir")
     learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
     min_lr: float = _at_least_0(
         None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
@@ -266,6 +265,7 @@ RECIPES: dict[str, OptionValues] = {
     },
 }
 
+REMOVED_OPTIONS = ("tensorboard",)  # of earlier versions, which checkpoints still name
 MODEL_SIZES = ("n_layer", "n_head", "n_embd")
 # Follow from other options or from the model if they are not given.
 DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
@@ -295,7 +295,7 @@ GROUPS = {
     "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
     "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
-    "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "tensorboard", "profile"),
+    "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
     "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
     "sets of options": ("recipe",),
 }
