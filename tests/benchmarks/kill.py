@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kill.py             20 runs of 4 ranks, in about five minutes
 
-The same training is done once without interruption. At the end the log of the killed runs must have every step once, with
+The same training runs once uninterrupted. At the end the log of the killed runs must have every step once, with
 the very same loss: a sample that was lost or repeated would change it.
 """
 
