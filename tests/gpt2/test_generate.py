@@ -1,7 +1,7 @@
 """gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
 
-import itertools
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
