@@ -25,7 +25,7 @@ from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
 from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
-from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.backend import DEVICES, get_backend, silence_compile_notice
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
@@ -180,6 +180,7 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
     )
     # The first two tokens call all kernels: any message that they are being compiled comes before the text.
     pieces = chain(list(islice(pieces, options.samples + 1)), pieces)
+    silence_compile_notice()  # a long text may need more kernels
     continuations = [""] * options.samples
 
     def print_heading(i: int) -> None:

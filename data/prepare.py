@@ -806,7 +806,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
         out = prepare(**options, say=console.say)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    console.say(f"next: {console.script('train')} --data {shlex.quote(str(name))}")
+    console.say(
+        f"next: {console.script('train')} --data {shlex.quote(str(name))} --out-dir out-{shlex.quote(out.name)}"
+    )
     return 0
 
 

@@ -202,8 +202,21 @@ def test_a_run_on_four_ranks_resumes_on_one_two_or_three(user):
         assert sorted(i for first, count in pairs for i in range(first, first + count)) == list(range(26 * 12))
 
 
+def test_a_new_run_takes_the_same_tokens_a_step_on_any_number_of_ranks(user):
+    common = ["--max-iters", "3", "--dtype", "float64", "--dropout", "0"]
+    for ranks in (1, 2, 4):
+        out, _ = run(ranks, *common, "--out-dir", f"n{ranks}")
+        assert "batch      128 tokens per step" in out
+        assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [128, 256, 384]
+        np.testing.assert_allclose(losses(f"n{ranks}"), losses("n1"), rtol=1e-9)
+    out, _ = run(3, *common, "--out-dir", "n3")
+    assert "batch      8 sequences per step do not divide over 3 ranks: 9 are used" in out
+    run(2, "--max-iters", "5", "--out-dir", "n4")  # on fewer ranks
+    assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 128
+
+
 def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):
-    run(2, "--batch-size", "2", "--max-iters", "2")
+    run(2, "--batch-size", "2", "--total-batch-size", "64", "--max-iters", "2")
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
         "train.py: error: --total-batch-size 64 is not a multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 "

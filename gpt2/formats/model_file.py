@@ -62,6 +62,9 @@ class ModelFile:
             return self.arrays[name].read()
 
 
+RUN_LOG = "log.jsonl"  # in the out-dir of a run
+
+
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
     """The model file or folder that `path` refers to: itself if it is a model; in the folder of a run, the newest
     intact checkpoint, else the newest .pt file; for a name in gpt2.formats.hub, the folder of OpenAI's downloaded
@@ -86,6 +89,11 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
         folder = max(files, key=lambda file: (file.stat().st_mtime, file.name), default=None)
     if folder is None:
         folder = next((path / name for name in huggingface.WEIGHTS_FILES if (path / name).is_file()), None)
+    if folder is None and not damaged and (path / RUN_LOG).is_file():
+        raise FileNotFoundError(
+            f"{path}: this run has not saved a checkpoint yet; train.py saves one at its first evaluation, or when "
+            f"Ctrl-C stops it"
+        )
     if folder is None:
         kind = kind_of_folder(path)
         raise FileNotFoundError(

@@ -13,14 +13,17 @@ SignalHandler = Callable[[int, FrameType | None], object] | int | None  # as sig
 
 
 class StopRequest:
-    """Sets `requested` at the first Ctrl-C, SIGTERM or SIGUSR1; a second one has its usual effect immediately.
+    """Sets `requested` at the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (the terminal was closed; nohup ignores it); a
+    second one has its usual effect immediately.
 
     Only the main thread can install signal handlers: in other threads `requested` stays False.
 
     verbose  acknowledge the request on standard error.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+    )
 
     def __init__(self, verbose: bool):
         self.verbose = verbose
@@ -29,7 +32,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before: dict[int, SignalHandler] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # which shells ignore after &
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -556,7 +556,7 @@ def test_stdin(tmp_path):
     )
     output, _ = process.communicate(text, timeout=30)
     assert process.returncode == 0
-    assert output.splitlines()[-1] == "next: python train.py --data stdin"
+    assert output.splitlines()[-1] == "next: python train.py --data stdin --out-dir out-stdin"
     assert "".join(texts_of(stream_of(tmp_path / "data" / "stdin"))) == text
 
 
@@ -587,7 +587,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert re.fullmatch(
         r"data/my: 1 documents, 452 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
     )
-    assert output[1] == "next: python train.py --data my"
+    assert output[1] == "next: python train.py --data my --out-dir out-my"
     Path("in.d").mkdir()
     Path("in.d/a").write_text("text")
     assert main(["in.d", "--tokenizer", "bytes"]) == 0

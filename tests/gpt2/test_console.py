@@ -44,7 +44,7 @@ def test_a_terminal_without_all_characters_is_not_an_error(tmp_path):
     program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
     ended = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "next: python train.py --data 'caf?'" in ended.stdout
+    assert "next: python train.py --data 'caf?' --out-dir" in ended.stdout
 
 
 def test_a_closed_pipe_is_not_an_error(handler, capfd):

@@ -56,7 +56,7 @@ class _Notice(event.Listener):
     def on_start(self, compiling: event.Event) -> None:
         if not self.said and compiling.data["dispatcher"].py_func.__module__ == __name__:
             self.said = True
-            print("compiling kernels for this processor (once, some 10 s) ...", file=sys.stderr, flush=True)
+            print("compiling kernels for this processor (the first time, 10 to 60 s) ...", file=sys.stderr, flush=True)
 
     def on_end(self, compiling: event.Event) -> None:
         pass

@@ -191,3 +191,10 @@ def test_tensors_that_share_their_memory_are_rejected(model, tmp_path):
     with pytest.raises(ValueError, match=r"its tensors need 3,.* bytes, but it has .*: several share their memory"):
         model_file.open_model(tmp_path / "x.pt")
     assert time.process_time() - begin < 5
+
+
+def test_a_run_without_a_checkpoint_is_not_called_damaged(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="this run has not saved a checkpoint yet"):
+        model_file.find_model(tmp_path, print)

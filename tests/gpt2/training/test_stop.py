@@ -15,7 +15,9 @@ from tests.training_runs import QUICK, ROOT, rows
 from tinygrad2 import checkpoint
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(workspace, number):
     options = ["--data", "text", *QUICK, "--max-iters", "100000", "--out-dir", "stopped"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
