@@ -62,7 +62,7 @@ def test_every_method_is_a_function():
     own = {name for name, value in vars(methods.Methods).items() if inspect.isfunction(value) and name[0] != "_"}
     assert {name for name in own if not hasattr(functional, name)} == {"view", "permute"} - vars(functional).keys()
     for name in own & vars(functional).keys():
-        assert getattr(functional, name).__doc__
+        assert getattr(functional, name).__doc__, f"{name} has no docstring"
 
 
 def test_functions_take_arrays_numbers_and_lists():
