@@ -32,8 +32,8 @@ def test_mean_loss_counts_every_window_alike(folder):
     assert max(losses) > min(losses) + 0.01
     assert mean_loss(model, data, 2, 16, 3) == pytest.approx(np.mean(losses[:6]), rel=1e-6)
     windows = data.windows(16)
-    assert windows % 5 != 0  # the last batch is not full
-    whole = mean_loss(model, data, 5, 16, 10**6)
+    assert windows % 7 != 0  # the last batch is not full
+    whole = mean_loss(model, data, 7, 16, 10**6)
     assert whole == pytest.approx(mean_loss(model, data, 1, 16, windows), rel=1e-6)
     parts = [summed_loss(model, data, range(windows)[part::3], 4, 16) for part in range(3)]
     assert sum(parts) / (windows * 16) == pytest.approx(whole, rel=1e-6)

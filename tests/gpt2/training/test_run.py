@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_renamed_and_never_counts_as_the_newest(workspac
 
 
 def test_a_checkpoint_with_an_option_of_earlier_versions_is_resumed(workspace):
-    run("--max-iters", "2")
+    run("--max-iters", "2", "--save-interval", "0")
     (state,) = Path("out").glob("ckpt-*/trainer.json")
     values = json.loads(state.read_text())
     for part in ("options", "defaults"):

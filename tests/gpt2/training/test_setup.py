@@ -113,7 +113,7 @@ BAD = {
         r"train-00000\.bin: the shard has [\d,]+ bytes, expected",
     ),
     "a changed shard": (
-        lambda folder: damage_shard(folder, lambda data: data[:-1] + b"\x01"),
+        lambda folder: damage_shard(folder, lambda data: bytes([data[0] ^ 1]) + data[1:]),
         [],
         r"train-00000\.bin: the shard's checksum differs",
     ),
