@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from tests.stand_ins import cudasim
-from tinygrad2 import autograd, threads
+from tinygrad2 import autograd, backend, threads
 from tinygrad2.kernels import gemm
 
 # `pytest -m quick`, in less than a minute: the mathematics, the tape, operations, layers, optimizers, the model,
@@ -36,6 +36,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    backend.silence_compile_notice()  # on stderr, where tests expect a command's messages alone
     if config.getoption("--ptx"):
         from tests.stand_ins import ptxsim
 
