@@ -101,7 +101,7 @@ def choose(
 def _choose(
     logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int | np.integer:
-    """The first token at which the probabilities, added up in descending order, exceed `draw`."""
+    """The first token, in descending order of probability, whose cumulative probability exceeds `draw`."""
     # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is faster in the
     # logits' float32 than in float64.
     with np.errstate(over="ignore"):
@@ -133,7 +133,7 @@ def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
-    """The indices of the values from `lowest` on, in descending order of the values; ties in order of the index."""
+    """The indices of the values >= `lowest`, in descending order of value; ties are in order of index."""
     tokens = np.flatnonzero(values >= lowest)
     return tokens[np.argsort(-values[tokens], kind="stable")]
 
@@ -236,14 +236,14 @@ def complete(
 
 
 class TextPieces:
-    """The text of one sample, from its tokens, in pieces that are final.
+    """Decodes the tokens of one sample incrementally, into pieces of text that will not change.
 
     The text ends at one of the ids `ends` or before a `stop` string. Of several stop strings the one that is complete
     first counts, whatever the tokens' borders are. Bytes of an incomplete character, and text that may be the start of
     a stop string, are held back until more tokens arrive.
 
     ended    whether the text has ended; further tokens must not be added.
-    decoded  the number of characters of all tokens added, those that are held back included.
+    decoded  the number of characters in all tokens added, including those held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int], stop: Sequence[str] = ()):
@@ -253,7 +253,7 @@ class TextPieces:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that is final after this token, and was not before."""
+        """Add a token. Returns the text that it makes final."""
         self.ended = token in self._ends
         data = b"" if self.ended else self._tokenizer.decode_bytes([token])
         new = self._decoder.decode(data, final=self.ended)

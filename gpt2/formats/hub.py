@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinygrad2.machine import install_command
 
-REVISIONS = {  # of openai-community/NAME
+REVISIONS = {  # the commit of openai-community/NAME
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",

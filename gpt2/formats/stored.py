@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file: its shape and the NumPy name of its dtype are known, its values are read on demand."""
+    """An array in a file: its shape and the NumPy name of its dtype are known; its values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -1,4 +1,4 @@
-"""The state of a run in nanoGPT's checkpoints, beside the parameters: AdamW's moments, the step, the best loss.
+"""What a nanoGPT checkpoint holds besides the parameters: AdamW's moments, the step and the best loss.
 
 nanoGPT's AdamW has two groups: the parameters of two or more axes, with weight decay, and the others. Its state dict
 numbers the parameters in this order, and within a group in the order of the model. Moments have the layout of their
@@ -18,9 +18,9 @@ from gpt2.formats.stored import Stored
 from tinygrad2.checkpoint import JsonObject
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EPS = 1e-8  # of train.py's AdamW
+EPS = 1e-8  # AdamW's eps in train.py
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before the first evaluation
-SETTINGS: JsonObject = {  # of torch.optim.AdamW, as it writes them
+SETTINGS: JsonObject = {  # the other entries of a param group of torch.optim.AdamW
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -63,7 +63,7 @@ def numbered(config: GPT2Config, names: Mapping[str, object] | None = None) -> t
 
 
 def pack(config: GPT2Config, state: TrainingState) -> JsonObject:
-    """The entries optimizer, iter_num and best_val_loss of a checkpoint of nanoGPT."""
+    """The entries optimizer, iter_num and best_val_loss of a nanoGPT checkpoint."""
     decay, others = numbered(config)
     steps = np.array(state.optimizer_steps, np.float32)
 

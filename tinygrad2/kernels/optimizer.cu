@@ -22,7 +22,7 @@ __device__ __forceinline__ void store4(float* p, long long i, long long n, bool 
 
 __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long long)p % 16 == 0; }
 
-// partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th run of 4096 numbers.
+// partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th chunk of 4096 elements.
 // One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
 // Each of a thread's four sums runs over every fourth number that it reads. The number of blocks is a function of n
 // alone: the same sum on every device.
@@ -51,7 +51,7 @@ square_partials(const float* x, float* partial, long long n) {
   for (int u = 0; u < UNITS; u++) {
     const float total = block_sum<8>((sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
     if (threadIdx.x == 0) partial[u * gridDim.x + blockIdx.x] = total;
-    __syncthreads();  // block_sum's memory is used again
+    __syncthreads();  // the next iteration reuses block_sum's shared memory
   }
 }
 
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* part
   if (threadIdx.x == 0) total[blockIdx.x] = sum;
 }
 
-// One step of AdamW, four numbers a thread:
+// One step of AdamW, four elements per thread:
 //   g = grad * scale;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
 //   value = value (1 - lr decay) - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps).
 // Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
