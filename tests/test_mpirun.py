@@ -186,7 +186,8 @@ SampleOrder.indices = seen
 
 
 def test_a_run_on_four_ranks_resumes_on_one_two_or_three(user):
-    common = ["--batch-size", "1", "--total-batch-size", "192", "--dropout", "0.1", "--lr-decay-iters", "26"]
+    schedule = ["--lr-decay-iters", "26", "--warmup-iters", "2"]  # whose defaults depend on --max-iters
+    common = ["--batch-size", "1", "--total-batch-size", "192", "--dropout", "0.1", *schedule]
     run(4, *common, "--max-iters", "26", "--out-dir", "whole", "--zero")
     run(4, *common, "--max-iters", "6", "--out-dir", "cut", patch=SEEN)
     whole = losses("whole")
