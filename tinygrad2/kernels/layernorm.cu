@@ -81,7 +81,8 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
         }
     row_sums(squares, square_slots);
     bool overflow = squares[0] > 3e38f;
-    float r = (overflow ? SMALL : 1.f) / sqrtf(squares[overflow] * (1.f / C) + (overflow ? 0.f : eps));
+    float square = overflow ? squares[1] : squares[0];  // not squares[overflow], which would be in local memory
+    float r = (overflow ? SMALL : 1.f) / sqrtf(square * (1.f / C) + (overflow ? 0.f : eps));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int c = (i * LANES + lane) * VEC;
