@@ -234,6 +234,7 @@ def test_binary_files_do_not_look_like_text_in_utf16():
     assert not module.looks_like_utf16(b"plain text")
 
 
+@with_pyarrow
 def test_a_folder_of_all_formats(tmp_path):
     for i, name in enumerate(FORMATS):
         write(tmp_path / "in", f"{i}{name}", [f"{name} {k}" for k in range(3)])
