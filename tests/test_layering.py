@@ -26,7 +26,7 @@ ENGINE = (
     ("gradient_checkpointing", "ops", "params"),
     ("functional", "state"),
     ("nn",),
-    ("optim", "gradient_sum", "gradcheck", "diagnose"),
+    ("optim", "gradient_sum", "gradcheck", "diagnose", "not_finite"),
     ("__init__",),
 )
 MODEL = (
@@ -41,7 +41,7 @@ MODEL = (
     ("model",),
     ("training",),
     ("parity",),
-    ("convert", "doctor", "evaluate", "inspect", "report", "verify"),  # a command each: python -m gpt2.NAME
+    ("convert", "doctor", "evaluate", "inspect", "replay", "report", "verify"),  # a command each: python -m gpt2.NAME
     ("__init__",),
 )
 RANK = {
@@ -64,6 +64,7 @@ PUBLIC_MODULES = {
     "gradient_sum",
     "machine",
     "nn",
+    "not_finite",
     "ops",
     "optim",
     "precision",

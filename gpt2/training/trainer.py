@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.bad_step import BadStep, Batch, explain
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
@@ -29,6 +30,7 @@ from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
 SHOW_AFTER = 2.0  # seconds until a step or an evaluation shows its progress
+MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
 
 
 class Trainer:
@@ -59,6 +61,8 @@ class Trainer:
         self.stopping = False  # a rank was requested to stop
         self.loss_before: float | None = None  # the validation loss before the first step of a new run
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
+        self.first_skipped: int | None = None  # the first step that was skipped since this start
+        self.explanation: list[str] = []  # of that step
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
@@ -80,20 +84,27 @@ class Trainer:
                 self.stopping = True
                 return False
             loss, step_tokens, stopping = summed
+            # On a GPU the loss of the step before arrives at the latest now. If that step was skipped, the weights
+            # still are those that it had.
+            for launched in self._launched:
+                self._receive(launched)
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
             # 3. Clip by the global norm, and update the parameters.
             before = self.model.backend.timestamp() if self.profiler else None
-            norm = self.optimizer.step(max_norm=self.options.grad_clip or None)
+            norm = self.optimizer.step(max_norm=self.options.grad_clip or None, loss=loss)
             after = self.model.backend.timestamp() if self.profiler else None
             self.optimizer.zero_grad()
             pending = self.model.backend.fetch(loss, norm)
         self.stopping = bool(stopping)
+        samples = self.progress.samples
         self.progress.step += 1
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
         lr, tokens = self.optimizer.lr, self.progress.tokens
-        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending, (before, after)))
+        update = before, after
+        launched = LaunchedStep(self.progress.step, samples, lr, int(step_tokens), tokens, pending, update)
+        self._launched.append(launched)
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
         return True
@@ -109,12 +120,8 @@ class Trainer:
         for micro in tqdm(range(micro_steps), "micro-steps", leave=False, delay=SHOW_AFTER, disable=hidden):
             if micro and self.comm.all_gather(np.array(stop_requested())).any():
                 return None
-            # The position of this batch in the global batch of the step determines its samples and dropout masks.
-            first_sample = (micro * size + rank) * options.batch_size
-            indices = self.order.indices(self.progress.samples + first_sample, options.batch_size)
-            tokens, targets = self.train.batch(indices, options.block_size)
-            key = Key(options.seed, self.progress.step, first_sample)
-            part = self.model.loss(tokens, targets, key) * (1 / (micro_steps * size))
+            batch = self.batch(self.progress.step, self.progress.samples, micro * size + rank)
+            part = self.model.loss(batch.tokens, batch.targets, batch.key) * (1 / (micro_steps * size))
             if micro == micro_steps - 1:
                 self.gradient_sum.start()  # the all-reduce of final gradients overlaps with the backward pass
             part.backward()
@@ -123,23 +130,29 @@ class Trainer:
         mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested())
         return mean_loss, step_tokens, stopping
 
+    def batch(self, step: int, samples: int, position: int) -> Batch:
+        """A micro-step's batch. Its position in the global batch determines its samples and dropout masks.
+
+        step, samples  completed before the step.
+        """
+        first_sample = position * self.options.batch_size
+        indices = self.order.indices(samples + first_sample, self.options.batch_size)
+        tokens, targets = self.train.batch(indices, self.options.block_size)
+        return Batch(Key(self.options.seed, step, first_sample), tokens, targets)
+
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
         """A row for the log for each step whose loss has arrived; on a GPU one step later, unless `wait`.
 
-        Raises ValueError if the loss or the norm of the gradient is not finite: the optimizer has skipped such a step.
+        The row of a step that the optimizer has skipped, since its loss or the norm of its gradient is not finite, has
+        "skipped". `explanation` says what went wrong in the first one.
+        Raises ValueError after `max_bad_steps` of them in a row.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
             now_waited = self.comm.waited
             launched = self._launched.popleft()
-            loss, norm = launched.result.get()
-            if not math.isfinite(norm) or not math.isfinite(loss):
-                raise ValueError(
-                    f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was "
-                    f"skipped, the weights are unchanged. {self.folder.last_checkpoint()} Try a lower "
-                    f"--learning-rate (it was {launched.lr:.2e})"
-                )
+            self._receive(launched)
             seconds = time.perf_counter() - self._mark
-            row = launched.row(loss, norm, seconds, now_waited - self._waited)
+            row = launched.row(seconds, now_waited - self._waited)
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
                 row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has its own GPU
@@ -148,6 +161,65 @@ class Trainer:
             self.restart_clock()
             self.progress.seconds += row["seconds"]
             yield row
+            if self.progress.bad_steps >= self.options.max_bad_steps:
+                raise ValueError(self._too_many(launched))
+
+    def _receive(self, launched: LaunchedStep) -> None:
+        """Wait for the loss and the norm of a step, before the parameters are updated again. All ranks get the same."""
+        if launched.numbers is not None:
+            return
+        loss, norm = launched.numbers = tuple(launched.result.get())
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.progress.bad_steps = 0
+            return
+        self.progress.bad_steps += 1
+        if self.first_skipped is None:
+            self.first_skipped, self.explanation = launched.step, self._explain(launched)
+
+    def _explain(self, launched: LaunchedStep) -> list[str]:
+        """Write a skipped step to the out-dir, if it is the first one there, and run it again with checks."""
+        options, comm = self.options, self.comm
+        count = options.micro_steps(comm.size) * comm.size
+        backend, regions = self.model.backend, self.model.arena().regions
+
+        def batches(positions: range) -> Iterator[Batch]:
+            return (self.batch(launched.step - 1, launched.samples, position) for position in positions)
+
+        def write() -> list[str]:
+            loss, norm = launched.numbers or (math.nan, math.nan)
+            step = BadStep(launched.step, loss, norm, launched.lr, asdict(options), list(batches(range(count))))
+            try:
+                folder = step.write(self.folder.path, self.model, self.tokenizer)
+            except OSError as error:
+                return [str(error)]
+            return [f"python -m gpt2.replay {folder} runs the step again with checks"] if folder else []
+
+        found = False
+        lines: list[str]
+        try:
+            grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
+            try:
+                found, lines = explain(self.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
+            finally:
+                for region, values in zip(regions, grads, strict=True):
+                    region.grads[...] = backend.asarray(values)
+        except MemoryError:
+            lines = ["out of memory when the step is run again with checks"]
+        text = "\n".join(lines).encode()[: MESSAGE - 1]
+        packed = np.frombuffer(bytes([found]) + text.ljust(MESSAGE - 1), np.uint8)
+        reports = [row.tobytes() for row in comm.all_gather(packed)]
+        report = next((report for report in reports if report[0]), reports[0])  # of the first rank that found it
+        return report[1:].decode(errors="ignore").strip().splitlines() + comm.from_root(write)
+
+    def _too_many(self, launched: LaunchedStep) -> str:
+        """The error after too many skipped steps in a row."""
+        loss, norm = launched.numbers or (math.nan, math.nan)
+        count, limit, finding = self.progress.bad_steps, self.options.max_bad_steps, "; ".join(self.explanation)
+        return (
+            f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was skipped, the "
+            f"weights are unchanged. This is number {count} in a row, and --max-bad-steps is {limit}. "
+            f"{self.folder.last_checkpoint()} The first skipped step: {finding}"
+        )
 
     def elapsed(self) -> float:
         """Seconds since this start."""
@@ -173,7 +245,7 @@ class Trainer:
             results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
-        if best is None or found["val_loss"] < best["val_loss"]:
+        if math.isfinite(found["val_loss"]) and (best is None or found["val_loss"] < best["val_loss"]):
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
         return found
 
@@ -185,17 +257,25 @@ class Trainer:
 
 @dataclass
 class LaunchedStep:
-    """A step whose loss and gradient norm have not arrived from the device yet."""
+    """A step whose loss and gradient norm may not have arrived from the device yet.
+
+    samples  before the step.
+    numbers  the loss and the norm, once they have arrived.
+    """
 
     step: int
+    samples: int
     lr: float
     step_tokens: int
     tokens: int
     result: PendingScalars
     update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
+    numbers: tuple[float, ...] | None = None
 
-    def row(self, loss: float, norm: float, seconds: float, waited: float) -> JsonObject:
+    def row(self, seconds: float, waited: float) -> JsonObject:
         """Its row in log.jsonl."""
+        assert self.numbers is not None
+        loss, norm = self.numbers
         return {
             "step": self.step,
             "loss": loss,
@@ -205,4 +285,5 @@ class LaunchedStep:
             "comm_seconds": round(waited, 6),
             "tokens_per_s": round(self.step_tokens / seconds, 1),
             "tokens": self.tokens,
+            **({} if math.isfinite(loss) and math.isfinite(norm) else {"skipped": True}),
         }
