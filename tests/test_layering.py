@@ -40,7 +40,10 @@ MODEL = (
     ("formats",),
     ("model",),
     ("training",),
-    ("parity",),
+    (
+        "inspection",
+        "parity",
+    ),
     ("convert", "doctor", "evaluate", "inspect", "replay", "report", "verify"),  # a command each: python -m gpt2.NAME
     ("__init__",),
 )
@@ -60,6 +63,7 @@ PUBLIC_MODULES = {
     "checkpoint",
     "distributed",
     "files",
+    "functional",
     "gradcheck",
     "gradient_sum",
     "machine",

@@ -5,7 +5,8 @@ const KIND_CLASS = { previous: "c0", first: "c1", word: "c2", same: "c3", induct
 const MOST_BITS = 10; // the surprise that gets the strongest colour
 const LENS_COLUMNS = 128; // columns of the logit lens at most, around the chosen token
 const SMALL = 44; // rows of a small map at most
-const AXIS_LABELS = 40; // up to how many tokens are written along a map
+const AXIS_LABELS = 24; // up to how many tokens are written along a map
+const SHORT = 40; // up to how many tokens a text is short: all of them are among the arcs, and written larger
 
 let redraw = () => {};
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
@@ -13,7 +14,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redr
 function inspector(root, data) {
   const text = reader(data);
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
-  root.classList.toggle("short", text.T <= AXIS_LABELS);
+  root.classList.toggle("short", text.T <= SHORT);
   const state = { token: text.T > 1 ? text.mostSurprising : 0, layer: 0, head: 0, order: "" };
   [state.layer, state.head] = text.clearestHead;
   const views = [titleView, textView, mapsView, headView, arcsView, lensView, sizesView, neighboursView];
@@ -232,10 +233,10 @@ function expected(text, t) {
   const p = 2 ** -data.surprise[t], own = data.tokens[t], rows = text.choices(t).map(([id, p]) => [text.id(id), p, id === own]);
   if (!rows.some(([, , actual]) => actual)) rows.push([text.id(own), p, true]);
   const first = data.rank[t] === 1 ? "It was the first choice" : `It was choice number ${number(data.rank[t])}`;
-  const said = make("p", {}, `Surprise ${data.surprise[t].toFixed(2)} bits: the model gave it ${percent(p)}. ${first} of ` +
-    `${number(data.model.vocabulary)} possible tokens.`);
-  const tokens = [make("h4", {}, "Expected here, one token"), bars(rows)], words = expectedWords(text, t);
-  return words.likely ? [title, said, ...words.shown, ...tokens] : [title, said, ...tokens, ...words.shown];
+  const about = make("div", {}, title, make("p", {}, `Surprise ${data.surprise[t].toFixed(2)} bits: the model gave it ` +
+    `${percent(p)}. ${first} of ${number(data.model.vocabulary)} possible tokens.`));
+  const tokens = make("div", {}, make("h4", {}, "Expected here, one token"), bars(rows)), words = expectedWords(text, t);
+  return words.likely ? [about, ...words.shown, tokens] : [about, tokens, ...words.shown];
 }
 
 // What the model expected instead of a whole word that token t is a part of; `likely` where it expected a word at all.
@@ -247,7 +248,7 @@ function expectedWords({ data, label }, t) {
   if (!rows.some(([, , same]) => same)) rows.push([actual, word.p, true]);
   const title = likely ? `Expected instead of the whole word \u201c${actual}\u201d`
     : `Of words, to which it gave only ${percent(word.begins)} where \u201c${actual}\u201d begins`;
-  return { likely, shown: [make("h4", {}, title), bars(rows)] };
+  return { likely, shown: [make("div", {}, make("h4", {}, title), bars(rows))] };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -350,14 +351,16 @@ function mapsView(text, part, choose) {
 function description(text, layer, head) {
   if (head === text.H) return [make("p", {}, "The mean of the attention of all heads of this layer.")];
   const measured = text.measures(layer, head), kind = measured.kind;
-  const dot = make("i", { class: `dot ${kindClass(kind)}` });
+  const dot = make("i", { class: `dot ${kindClass(kind)}` }), [id, share, even] = measured.most;
+  const most = text.T < 2 ? "" : ` Over the whole text it prefers \u201c${text.id(id)}\u201d, which gets ${percent(share)} of its attention ` +
+    `(evenly: ${percent(even)}).`;
   if (kind === "spreads")
     return [make("p", {}, dot, make("strong", {}, "Spreads: "), `no single pattern stands out on this text. Its attention is ` +
-      `spread over about ${measured.spread.toFixed(1)} tokens.`)];
-  const [share, even, queries] = measured[kind], [name, what] = text.data.patterns[kind];
+      `spread over about ${measured.spread.toFixed(1)} tokens.${most}`)];
+  const [part, chance, queries] = measured[kind], [name, what] = text.data.patterns[kind];
   return [make("p", {}, dot, make("strong", {}, `${name[0].toUpperCase()}${name.slice(1)}: `),
-    `it looks at ${what}. ${percent(share)} of its attention goes there; spread evenly it would be ${percent(even)}. ` +
-    `Measured on ${number(queries)} token${queries === 1 ? "" : "s"} of this text.`)];
+    `it looks at ${what}. ${percent(part)} of its attention goes there; spread evenly it would be ${percent(chance)}. ` +
+    `Measured on ${number(queries)} token${queries === 1 ? "" : "s"} of this text.${most}`)];
 }
 
 function measureTable(text, layer, head) {
@@ -412,7 +415,7 @@ function arcsView(text, part, choose) {
   const strip = make("div", { role: "listbox", "aria-label": "The token that looks" }, svg, ...options);
   box.replaceChildren(strip);
   keyboard(strip, options, { ArrowLeft: -1, ArrowRight: 1 }, (token) => choose({ token }));
-  part("arcs-note").textContent = text.T <= AXIS_LABELS ? "" : "Tokens that have no part in this are left out.";
+  part("arcs-note").textContent = text.T <= SHORT ? "" : "Tokens that have no part in this are left out.";
   return (state) => {
     const { layer, head, token } = state, links = text.links(layer, head, token);
     const drawnLinks = links.filter(([, w]) => w >= 0.01).slice(0, 16), weight = new Map(drawnLinks);
@@ -422,7 +425,7 @@ function arcsView(text, part, choose) {
     const kept = new Set([...near(token, 2), ...drawnLinks.flatMap(([key]) => near(key, 1))]);
     let before = -1;
     options.forEach((option, t) => {
-      option.hidden = text.T > AXIS_LABELS && !kept.has(t);
+      option.hidden = text.T > SHORT && !kept.has(t);
       if (option.hidden) return;
       option.classList.toggle("after-gap", t !== before + 1);
       option.style.setProperty("--s", weight.get(t) ?? 0);
@@ -487,8 +490,9 @@ function lensView(text, part, choose) {
     let since = L;
     while (since > 0 && text.lens(since - 1, token)[0] === final) since--;
     const says = (layer) => `\u201c${text.id(text.lens(layer, token)[0])}\u201d (${percent(text.lens(layer, token)[1])})`;
-    hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. It has predicted this since ` +
-      `${since ? `layer ${since}, where it is ${says(since)}` : "the embedding, before any layer"}.` +
+    const when = since === L ? `${L > 1 ? `Layer ${L - 1}` : "The embedding alone"} would say ${says(L - 1)}.`
+      : `It has predicted this since ${since ? `layer ${since}, with ${percent(text.lens(since, token)[1])}` : "the embedding, before any layer"}.`;
+    hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. ${when}` +
       (T > LENS_COLUMNS ? ` Shown are ${LENS_COLUMNS} of ${number(T)} tokens, around the chosen one.` : "");
   };
 }

@@ -8,8 +8,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config
 from gpt2.trace import attention_weights, trace
-from tinygrad2 import Tensor, nn, ops
-from tinygrad2 import tracer as engine_trace
+from tinygrad2 import Tensor, nn, ops, tracer
 
 CONFIG = GPT2Config(n_layer=3, n_head=4, n_embd=32, n_positions=24, vocab_size=61)
 TOKENS = np.random.default_rng(3).integers(61, size=20)
@@ -108,7 +107,7 @@ def test_recomputed_blocks_and_weights_in_bfloat16_are_traced():
 
 def test_it_is_off_afterwards():
     GPT2(CONFIG, seed=1).trace(TOKENS)
-    assert engine_trace.active() is None
+    assert tracer.active() is None
 
 
 @pytest.mark.parametrize(
