@@ -435,7 +435,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
 
     monkeypatch.setattr(Trainer, "accumulate_gradients", launched)
     monkeypatch.setattr(backend.CudaPendingScalars, "get", lambda given: order.append("logged") or get(given))
-    run("out", "cuda", 5, "--eval-interval", "0")
+    run("out", "cuda", 5, "--eval-interval", "0", "--save-interval", "0")
     assert order == ["launched", *["launched", "logged"] * 4, "logged"]
     assert len(syncs) == 1  # nothing waited between the first step's launch and the last one's
 
