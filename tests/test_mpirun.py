@@ -353,7 +353,7 @@ from gpt2 import GPT2
 loss = GPT2.loss
 def broken(self, *args):
     result = loss(self, *args)
-    return result * float("nan") if comm.rank == 1 and args[2].step == 2 else result
+    return result * float("nan") if comm.rank == 1 and len(args) > 2 and args[2].step == 2 else result
 GPT2.loss = broken
 """
     options = ["--batch-size", "1", "--max-iters", "6", *more]
