@@ -20,7 +20,7 @@ from gpt2 import report
 from gpt2.generate import sample_text
 from gpt2.training import display, setup
 from gpt2.training.options import Options, OptionValues, parse_options
-from gpt2.training.run import Progress, RunFolder, RunOptions, tensorboard_writer
+from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.stop import StopRequest
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
@@ -28,15 +28,18 @@ from tinygrad2 import distributed, machine
 from tinygrad2.distributed import Comm
 
 
-@console.command("train.py", closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail)
+@console.command(
+    console.script_name("train"), closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail
+)
 def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
     comm.silence_other_ranks()
-    return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
+    given = comm.from_root(lambda: parse_options(arguments, __doc__))
+    return train(given, comm, display.typed_command(arguments, comm.size))
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps that are not finite are skipped
-def train(given: OptionValues, comm: Comm) -> int:
+def train(given: OptionValues, comm: Comm, command: str) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
     folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
@@ -48,7 +51,6 @@ def train(given: OptionValues, comm: Comm) -> int:
         display.say_finished(folder.path, progress.step)
         return 0
     setup.settle_options(options, run_options, comm.size)
-    board = tensorboard_writer() if options.tensorboard else None
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = setup.open_data(options, saved), setup.load_questions(options, comm)
@@ -58,13 +60,15 @@ def train(given: OptionValues, comm: Comm) -> int:
     if fresh and (aside := folder.set_aside()):
         display.say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
-        comm.from_root(partial(display.describe_start, trainer, run_options.notes))
+    with folder.opened(progress.step), StopRequest(verbose=comm.size == 1) as stop:
+        baselines = comm.from_root(partial(display.baseline_losses, trainer))
+        comm.from_root(partial(display.describe_start, trainer, run_options.notes, baselines))
         if progress.step == 0:
             with setup.explain_memory(config, options):
                 trainer.loss_before = trainer.validation_loss()
             display.say_first_loss(trainer.loss_before)
-        folder.log_start(progress.step, given=run_options.options, **display.start_record(trainer, machine.describe()))
+        start = display.start_record(trainer, command, machine.describe(), baselines)
+        folder.log_start(progress.step, given=run_options.options, **start)
         written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, display.say))
     display.say_end(trainer, written, folder.path / report.REPORT)
     return 0
@@ -104,7 +108,7 @@ def training_loop(
             display.say_sample(row["val_loss"], is_best, text)
             folder.log_sample(step, text)
         if evaluating or trainer.stopping:
-            comm.from_root(partial(page.update, always=last or early or trainer.stopping))
+            comm.from_root(partial(page.update, last=last or early or trainer.stopping))
         if early:
             display.say_early_stop(trainer)
             break

@@ -6,19 +6,25 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.options import Options
+from gpt2.training.run import Progress, RunFolder
 from tinygrad2 import Key, checkpoint
 from tinygrad2.array import Array
+from tinygrad2.backend import PendingScalars, Timestamp
 from tinygrad2.checkpoint import CheckpointError, JsonObject
+from tinygrad2.distributed import Comm
 from tinygrad2.files import write_error
 from tinygrad2.not_finite import LARGE, Checker, Place, largest
 
+MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
 STEP, BATCH = "step.json", "batch.safetensors"
 PATTERN = "bad-step-*"
 GROWN = 1e3  # an absolute value that weights which train well do not reach
@@ -32,6 +38,20 @@ class Batch:
     key: Key
     tokens: Array
     targets: Array
+
+
+class Training(Protocol):
+    """What is needed of a Trainer."""
+
+    model: LanguageModel
+    options: Options
+    tokenizer: Tokenizer
+    folder: RunFolder
+    comm: Comm
+    progress: Progress
+    explanation: list[str]
+
+    def batch(self, step: int, samples: int, position: int) -> Batch: ...
 
 
 @dataclass
@@ -141,3 +161,84 @@ def _cause(origin: Place, model: LanguageModel, lr: float) -> str:
     if math.isnan(origin.value):
         return f"an error in {function}, or an overflow inside it if gpt2.replay --dtype float64 finds no such value"
     return f"an overflow if gpt2.replay --dtype float64 finds no such value, with {lower}; else an error in {function}"
+
+
+def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
+    """Write a skipped step to the out-dir, if it is the first one there, and run it again with checks."""
+    options, comm = trainer.options, trainer.comm
+    count = options.micro_steps(comm.size) * comm.size
+    backend, regions = trainer.model.backend, trainer.model.arena().regions
+
+    def batches(positions: range) -> Iterator[Batch]:
+        return (trainer.batch(launched.step - 1, launched.samples, position) for position in positions)
+
+    def write() -> list[str]:
+        loss, norm = launched.numbers or (math.nan, math.nan)
+        step = BadStep(launched.step, loss, norm, launched.lr, asdict(options), list(batches(range(count))))
+        try:
+            folder = step.write(trainer.folder.path, trainer.model, trainer.tokenizer)
+        except OSError as error:
+            return [str(error)]
+        return [f"python -m gpt2.replay {folder} runs the step again with checks"] if folder else []
+
+    found = False
+    lines: list[str]
+    try:
+        grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
+        try:
+            found, lines = explain(trainer.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
+        finally:
+            for region, values in zip(regions, grads, strict=True):
+                region.grads[...] = backend.asarray(values)
+    except MemoryError:
+        lines = ["out of memory when the step is run again with checks"]
+    text = "\n".join(lines).encode()[: MESSAGE - 1]
+    packed = np.frombuffer(bytes([found]) + text.ljust(MESSAGE - 1), np.uint8)
+    reports = [row.tobytes() for row in comm.all_gather(packed)]
+    report = next((report for report in reports if report[0]), reports[0])  # of the first rank that found it
+    return report[1:].decode(errors="ignore").strip().splitlines() + comm.from_root(write)
+
+
+def too_many(trainer: Training, launched: LaunchedStep) -> str:
+    """The error after too many skipped steps in a row."""
+    loss, norm = launched.numbers or (math.nan, math.nan)
+    count, limit, finding = trainer.progress.bad_steps, trainer.options.max_bad_steps, "; ".join(trainer.explanation)
+    return (
+        f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was skipped, the "
+        f"weights are unchanged. This is number {count} in a row, and --max-bad-steps is {limit}. "
+        f"{trainer.folder.last_checkpoint()} The first skipped step: {finding}"
+    )
+
+
+@dataclass
+class LaunchedStep:
+    """A step whose loss and gradient norm may not have arrived from the device yet.
+
+    samples  before the step.
+    numbers  the loss and the norm, once they have arrived.
+    """
+
+    step: int
+    samples: int
+    lr: float
+    step_tokens: int
+    tokens: int
+    result: PendingScalars
+    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
+    numbers: tuple[float, ...] | None = None
+
+    def row(self, seconds: float, waited: float) -> JsonObject:
+        """Its row in log.jsonl."""
+        assert self.numbers is not None
+        loss, norm = self.numbers
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "seconds": round(seconds, 6),
+            "comm_seconds": round(waited, 6),
+            "tokens_per_s": round(self.step_tokens / seconds, 1),
+            "tokens": self.tokens,
+            **({} if math.isfinite(loss) and math.isfinite(norm) else {"skipped": True}),
+        }

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol, TextIO, TypedDict
+from typing import TextIO, TypedDict
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.options import DERIVED_OPTIONS, Options, OptionValues, UsageError, validate_options
+from gpt2.training.options import (
+    DERIVED_OPTIONS,
+    REMOVED_OPTIONS,
+    Options,
+    OptionValues,
+    UsageError,
+    validate_options,
+)
 from tinygrad2 import checkpoint, files, optim
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
-TRAINER, OPTIMIZER, LOCK, TENSORBOARD = "trainer.json", "optimizer.safetensors", ".lock", "tensorboard"
+TRAINER, OPTIMIZER, LOCK = "trainer.json", "optimizer.safetensors", ".lock"
 
 
 class Best(TypedDict):
@@ -78,16 +85,6 @@ class RunState:
     defaults: OptionValues | None = None
 
 
-class TensorBoardWriter(Protocol):
-    """The methods of tensorboardX.SummaryWriter that are used."""
-
-    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
-    def add_text(self, tag: str, text: str, step: int, /) -> object: ...
-
-
-OpenTensorBoard = Callable[..., AbstractContextManager[TensorBoardWriter]]
-
-
 class RunFolder:
     """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
 
@@ -101,7 +98,6 @@ class RunFolder:
         self.keep = keep
         self.comm = comm
         self._log: TextIO | None = None
-        self._board: TensorBoardWriter | None = None
 
     def resume(self, say: Callable[[str], None]) -> RunState | None:
         """The state in the newest intact checkpoint, or None if there is no checkpoint. Damaged ones are reported."""
@@ -128,13 +124,11 @@ class RunFolder:
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
-    def opened(self, step: int, writer: OpenTensorBoard | None = None) -> Iterator[None]:
+    def opened(self, step: int) -> Iterator[None]:
         """Lock the folder for a run that continues after `step`, and open its log.
 
         Rows after `step` are removed from the logs, since these steps will be repeated. Later checkpoints are damaged;
         they are renamed, so that none of them counts as the newest.
-
-        writer  tensorboard_writer(), to log for TensorBoard too.
         """
         if self.comm.rank:
             yield
@@ -148,12 +142,7 @@ class RunFolder:
                 kept = [row for row in read_log(log) if row["step"] <= step]
                 with files.atomic_write(log) as partial:
                     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            # Its files are named by the time in seconds: the suffix distinguishes two starts within one second.
-            options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
-            board: AbstractContextManager[TensorBoardWriter | None] = (
-                writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
-            )
-            with (self.path / LOG).open("a", encoding="utf-8") as self._log, board as self._board:
+            with (self.path / LOG).open("a", encoding="utf-8") as self._log:
                 yield
 
     def save(
@@ -208,16 +197,10 @@ class RunFolder:
         row = checkpoint.finite_json(row)
         self._log.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._log.flush()
-        if self._board:
-            for key, value in row.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
 
     def log_sample(self, step: int, text: str) -> None:
         """Append the text that was sampled after `step`."""
         self._append(SAMPLES, step=step, text=text)
-        if self._board:
-            self._board.add_text("sample", text, step)
 
     def log_start(self, step: int, **details: object) -> None:
         """Append a record of a start after `step`, for the report: options, model, data, machine."""
@@ -247,6 +230,9 @@ def read_state(folder: Path) -> RunState:
     values = checkpoint.read_json(folder / TRAINER)
     try:
         defaults = values["defaults"] if "defaults" in values else _first_defaults(folder.parent)
+        for removed in REMOVED_OPTIONS:
+            values["options"].pop(removed, None)
+            (defaults or {}).pop(removed, None)
         progress = Progress(**values["progress"])
         state = RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults)
         counts = (progress.step, progress.samples, progress.tokens, progress.bad_steps, state.optimizer_steps)
@@ -259,7 +245,7 @@ def read_state(folder: Path) -> RunState:
         validate_options(state.options)
         validate_options(state.defaults or {})
         return state
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise checkpoint.CheckpointError(f"{folder / TRAINER}: not a valid file of train.py") from None
 
 
@@ -285,12 +271,3 @@ def read_log(path: Path) -> list[JsonObject]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
-
-
-def tensorboard_writer() -> OpenTensorBoard:
-    """tensorboardX.SummaryWriter. Raises UsageError if it is not installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"') from None
-    return SummaryWriter

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.bad_step import BadStep, Batch, explain
+from gpt2.training.bad_step import Batch, LaunchedStep, explain_step, too_many
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
@@ -23,14 +22,12 @@ from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
 from tinygrad2.array import Array
-from tinygrad2.backend import PendingScalars, Timestamp
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
 SHOW_AFTER = 2.0  # seconds until a step or an evaluation shows its progress
-MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
 
 
 class Trainer:
@@ -71,21 +68,18 @@ class Trainer:
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  on this rank, asked after each micro-step; one such rank sets `stopping` on all of them.
-
-        Returns whether the step was made: a stop drops a step that has more micro-steps to do.
+        stop_requested  on this rank, asked after each micro-step: one such rank sets `stopping` on all of them, and
+                        an incomplete step is dropped. Returns whether the step was made.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
             # 1. Forward and backward: gradients of the mean loss are summed over the micro-steps and the ranks.
-            summed = self.accumulate_gradients(stop_requested)
-            if summed is None:
+            if (summed := self.accumulate_gradients(stop_requested)) is None:
                 self.optimizer.zero_grad()
                 self.stopping = True
                 return False
             loss, step_tokens, stopping = summed
-            # On a GPU the loss of the step before arrives at the latest now. If that step was skipped, the weights
-            # still are those that it had.
+            # (If the step before was skipped, the weights still are those that it had.)
             for launched in self._launched:
                 self._receive(launched)
             # 2. The learning rate of this step.
@@ -101,18 +95,16 @@ class Trainer:
         self.progress.step += 1
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
-        lr, tokens = self.optimizer.lr, self.progress.tokens
-        update = before, after
-        launched = LaunchedStep(self.progress.step, samples, lr, int(step_tokens), tokens, pending, update)
-        self._launched.append(launched)
+        counts = int(step_tokens), self.progress.tokens
+        step = LaunchedStep(self.progress.step, samples, self.optimizer.lr, *counts, pending, (before, after))
+        self._launched.append(step)
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
         return True
 
     def accumulate_gradients(self, stop_requested: Callable[[], bool]) -> tuple[Array | float, float, float] | None:
         """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
-        tokens, and the number of ranks that were requested to stop; None if one of them was before the last
-        micro-step."""
+        tokens and that of ranks requested to stop; None if a rank was requested before the last micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0
@@ -131,10 +123,7 @@ class Trainer:
         return mean_loss, step_tokens, stopping
 
     def batch(self, step: int, samples: int, position: int) -> Batch:
-        """A micro-step's batch. Its position in the global batch determines its samples and dropout masks.
-
-        step, samples  completed before the step.
-        """
+        """A batch of the step after these steps and samples, by its position in the global batch, like its dropout."""
         first_sample = position * self.options.batch_size
         indices = self.order.indices(samples + first_sample, self.options.batch_size)
         tokens, targets = self.train.batch(indices, self.options.block_size)
@@ -162,64 +151,17 @@ class Trainer:
             self.progress.seconds += row["seconds"]
             yield row
             if self.progress.bad_steps >= self.options.max_bad_steps:
-                raise ValueError(self._too_many(launched))
+                raise ValueError(too_many(self, launched))
 
     def _receive(self, launched: LaunchedStep) -> None:
         """Wait for the loss and the norm of a step, before the parameters are updated again. All ranks get the same."""
         if launched.numbers is not None:
             return
-        loss, norm = launched.numbers = tuple(launched.result.get())
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.progress.bad_steps = 0
-            return
-        self.progress.bad_steps += 1
-        if self.first_skipped is None:
-            self.first_skipped, self.explanation = launched.step, self._explain(launched)
-
-    def _explain(self, launched: LaunchedStep) -> list[str]:
-        """Write a skipped step to the out-dir, if it is the first one there, and run it again with checks."""
-        options, comm = self.options, self.comm
-        count = options.micro_steps(comm.size) * comm.size
-        backend, regions = self.model.backend, self.model.arena().regions
-
-        def batches(positions: range) -> Iterator[Batch]:
-            return (self.batch(launched.step - 1, launched.samples, position) for position in positions)
-
-        def write() -> list[str]:
-            loss, norm = launched.numbers or (math.nan, math.nan)
-            step = BadStep(launched.step, loss, norm, launched.lr, asdict(options), list(batches(range(count))))
-            try:
-                folder = step.write(self.folder.path, self.model, self.tokenizer)
-            except OSError as error:
-                return [str(error)]
-            return [f"python -m gpt2.replay {folder} runs the step again with checks"] if folder else []
-
-        found = False
-        lines: list[str]
-        try:
-            grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
-            try:
-                found, lines = explain(self.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
-            finally:
-                for region, values in zip(regions, grads, strict=True):
-                    region.grads[...] = backend.asarray(values)
-        except MemoryError:
-            lines = ["out of memory when the step is run again with checks"]
-        text = "\n".join(lines).encode()[: MESSAGE - 1]
-        packed = np.frombuffer(bytes([found]) + text.ljust(MESSAGE - 1), np.uint8)
-        reports = [row.tobytes() for row in comm.all_gather(packed)]
-        report = next((report for report in reports if report[0]), reports[0])  # of the first rank that found it
-        return report[1:].decode(errors="ignore").strip().splitlines() + comm.from_root(write)
-
-    def _too_many(self, launched: LaunchedStep) -> str:
-        """The error after too many skipped steps in a row."""
-        loss, norm = launched.numbers or (math.nan, math.nan)
-        count, limit, finding = self.progress.bad_steps, self.options.max_bad_steps, "; ".join(self.explanation)
-        return (
-            f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was skipped, the "
-            f"weights are unchanged. This is number {count} in a row, and --max-bad-steps is {limit}. "
-            f"{self.folder.last_checkpoint()} The first skipped step: {finding}"
-        )
+        launched.numbers = tuple(launched.result.get())
+        finite = all(map(math.isfinite, launched.numbers))
+        self.progress.bad_steps = 0 if finite else self.progress.bad_steps + 1
+        if not finite and self.first_skipped is None:
+            self.first_skipped, self.explanation = launched.step, explain_step(self, launched)
 
     def elapsed(self) -> float:
         """Seconds since this start."""
@@ -233,16 +175,14 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """The mean loss on the first --eval-iters batches of the validation split, in nats per token."""
-        options = self.options
-        sizes = options.batch_size, options.block_size, options.eval_iters
+        sizes = self.options.batch_size, self.options.block_size, self.options.eval_iters
         return mean_loss(self.model, self.validation, *sizes, self.comm, SHOW_AFTER)
 
     def evaluate(self, questions: Questions) -> dict[str, float]:
         """The validation loss `val_loss`, and the tasks' metrics; updates `progress.best`."""
-        options = self.options
         found = {"val_loss": self.validation_loss()}
         for task, items in questions:
-            results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
+            results = evaluate_task(task, self.model, self.tokenizer, items, self.options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
         if math.isfinite(found["val_loss"]) and (best is None or found["val_loss"] < best["val_loss"]):
@@ -253,37 +193,3 @@ class Trainer:
         """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run uses."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
         return self.folder.save(*state, run_options, self.train.fingerprint)
-
-
-@dataclass
-class LaunchedStep:
-    """A step whose loss and gradient norm may not have arrived from the device yet.
-
-    samples  before the step.
-    numbers  the loss and the norm, once they have arrived.
-    """
-
-    step: int
-    samples: int
-    lr: float
-    step_tokens: int
-    tokens: int
-    result: PendingScalars
-    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
-    numbers: tuple[float, ...] | None = None
-
-    def row(self, seconds: float, waited: float) -> JsonObject:
-        """Its row in log.jsonl."""
-        assert self.numbers is not None
-        loss, norm = self.numbers
-        return {
-            "step": self.step,
-            "loss": loss,
-            "lr": self.lr,
-            "grad_norm": norm,
-            "seconds": round(seconds, 6),
-            "comm_seconds": round(waited, 6),
-            "tokens_per_s": round(self.step_tokens / seconds, 1),
-            "tokens": self.tokens,
-            **({} if math.isfinite(loss) and math.isfinite(norm) else {"skipped": True}),
-        }

@@ -1,8 +1,8 @@
-"""Kill a rank at a random moment, again and again: every run must end by itself, and the next one must go on from it.
+"""Kill a rank at random moments, repeatedly: every run must end by itself, and the next one must resume from it.
 
     python tests/benchmarks/kill.py             20 runs of 4 ranks, in about five minutes
 
-The same training is done once without a break. At the end the log of the killed runs must have every step once, with
+The same training is done once without interruption. At the end the log of the killed runs must have every step once, with
 the very same loss: a sample that was lost or repeated would change it.
 """
 
@@ -55,7 +55,7 @@ def start(ranks: int, out: str, steps: int) -> subprocess.Popen:
 
 
 def finish(job: subprocess.Popen, limit: float) -> str:
-    """What the job says on its way to the end; a job that does not end is a failure."""
+    """The output of the job; a job that does not end is a failure."""
     try:
         return job.communicate(timeout=limit)[1].decode()
     except subprocess.TimeoutExpired:
@@ -86,7 +86,7 @@ def main() -> None:
         job = start(given.ranks, "whole", given.steps)
         said = finish(job, 600)
         if job.returncode:
-            raise SystemExit(f"FAILED: the run without a break ended with {job.returncode}\n{said}")
+            raise SystemExit(f"FAILED: the uninterrupted run ended with {job.returncode}\n{said}")
         slowest, reached = 0.0, 0
         for run in range(1, given.runs + 1):
             for file in Path().glob("pid-*"):
@@ -128,10 +128,10 @@ def main() -> None:
         }
         os.chdir(ROOT)
     if rows["killed"] != rows["whole"]:
-        raise SystemExit("FAILED: the losses are not those of the run without a break")
+        raise SystemExit("FAILED: the losses differ from those of the uninterrupted run")
     print(
         f"{run} runs killed, each ended within {slowest:.1f} s; all {given.steps} steps are there once, with the very "
-        f"losses of a run without a break"
+        f"losses of an uninterrupted run"
     )
 
 

@@ -32,7 +32,7 @@ def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path):
     assert entries(tmp_path / "model" / "inside") == ["new"]
 
 
-def test_a_link_is_replaced_also_where_it_leads_nowhere(tmp_path):
+def test_a_link_is_replaced_even_if_it_is_broken(tmp_path):
     for name in ("nowhere", "elsewhere"):
         with files.atomic_write(tmp_path / "best") as partial:
             partial.symlink_to(name)
@@ -111,12 +111,12 @@ def test_free_name_counts_from_1(tmp_path):
     assert files.free_name(tmp_path / "out", separator=".") == tmp_path / "out.1"
 
 
-def test_folders_that_are_not_there_yet_are_not_made(tmp_path):
+def test_missing_folders_are_not_created(tmp_path):
     assert files.write_error(tmp_path / "a" / "b") == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_held_by_a_process_that_runs_and_not_by_one_that_has_ended(tmp_path):
+def test_a_lock_is_held_by_a_running_process_only(tmp_path):
     lock = f"files.Lock(files.Path({str(tmp_path / 'lock')!r}), 'out')"
     code = f"from tinygrad2 import files; {lock}.__enter__()"
     owner = subprocess.Popen([sys.executable, "-c", f"{code}; print(flush=True); input()"], stdin=-1, stdout=-1)

@@ -177,7 +177,7 @@ def test_no_memory_for_the_checks_does_not_end_the_run(workspace, monkeypatch, c
     def too_much(*given):
         raise MemoryError
 
-    monkeypatch.setattr(trainer, "explain", too_much)
+    monkeypatch.setattr(bad_step, "explain", too_much)
     spoil_steps(monkeypatch, 2)
     run("--max-iters", "4", "--save-interval", "4")
     assert "  out of memory when the step is run again with checks" in capsys.readouterr().out
