@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return train(given, comm, display.typed_command(arguments, comm.size))
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps that are not finite are skipped
 def train(given: OptionValues, comm: Comm, command: str) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
@@ -92,7 +92,8 @@ def training_loop(
         saving = last or trainer.stopping or every(options.save_interval, step)
 
         for row in trainer.finished_steps(wait=evaluating or saving):
-            if row["step"] in (trainer.first_step, options.max_iters) or every(options.log_interval, row["step"]):
+            printed = row["step"] in (trainer.first_step, options.max_iters) or "skipped" in row
+            if printed or every(options.log_interval, row["step"]):
                 display.say_step(row, trainer)
             if evaluating and row["step"] == step:
                 row |= trainer.evaluate(questions)

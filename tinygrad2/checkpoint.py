@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -124,6 +125,15 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def write_json(path: Path, values: object) -> None:
     """Write `values` as readable JSON. NaN and infinities, which JSON cannot represent, are an error."""
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite_json(values: Any) -> Any:
+    """The values with None for NaN and infinities, which JSON cannot represent."""
+    if isinstance(values, dict):
+        return {key: finite_json(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite_json(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_json(path: Path) -> JsonObject:

@@ -40,11 +40,12 @@ class Best(TypedDict):
 class Progress:
     """How far a run has trained.
 
-    step     number of completed steps.
-    samples  number of sequences trained on: the position in the data order, for any batch size.
-    tokens   number of tokens trained on.
-    seconds  time spent in steps.
-    best     the best evaluation so far, or None.
+    step       number of completed steps.
+    samples    number of sequences trained on: the position in the data order, for any batch size.
+    tokens     number of tokens trained on.
+    seconds    time spent in steps.
+    best       the best evaluation so far, or None.
+    bad_steps  number of skipped steps in a row, up to the last step.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     best: Best | None = None
+    bad_steps: int = 0
 
 
 @dataclass
@@ -189,10 +191,11 @@ class RunFolder:
             raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, step: int, **row: object) -> None:
-        """Append the row of a step to the log."""
+        """Append the row of a step to the log; null stands for a number that is not finite."""
         if self._log is None:
             return
-        self._log.write(json.dumps({"step": step, **row}) + "\n")
+        row = checkpoint.finite_json(row)
+        self._log.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._log.flush()
 
     def log_sample(self, step: int, text: str) -> None:
@@ -232,7 +235,7 @@ def read_state(folder: Path) -> RunState:
             (defaults or {}).pop(removed, None)
         progress = Progress(**values["progress"])
         state = RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults)
-        counts = (progress.step, progress.samples, progress.tokens, state.optimizer_steps)
+        counts = (progress.step, progress.samples, progress.tokens, progress.bad_steps, state.optimizer_steps)
         if not all(isinstance(count, int) for count in counts):
             raise TypeError
         if not isinstance(state.options, dict) or not isinstance(state.defaults, dict | None):
