@@ -9,7 +9,7 @@ from gpt2 import console  # first: Ctrl-C during the other imports ends silently
 
 # isort: split
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import numpy as np
 from data.prepare import prepare
 from gpt2 import report
 from gpt2.generate import sample_text
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
 from gpt2.training.display import (
     describe_start,
     say,
@@ -34,6 +36,7 @@ from gpt2.training.setup import (
     build_trainer,
     explain_memory,
     load_questions,
+    load_trained,
     new_run,
     open_data,
     resumed_run,
@@ -53,15 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return train(comm.from_root(lambda: parse_options(arguments, __doc__)), comm)
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
 def train(given: OptionValues, comm: Comm) -> int:
+    """Train in the out-dir, which is taken before anything in it is read."""
+    folder = RunFolder(given.get("out_dir", Options.out_dir), comm, say)
+    with folder.taken():
+        return train_in(folder, given, comm)
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
+def train_in(folder: RunFolder, given: OptionValues, comm: Comm) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
-    folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
     saved = None if fresh else folder.resume(say)
     options, config, run_options = resumed_run(given, saved) if saved else new_run(given)
     progress = saved.progress if saved else Progress()
-    if progress.step >= options.max_iters:
+    page = report.Writer(folder.path, say)
+    if saved and progress.step >= options.max_iters:
+        with folder.opened(progress, run_options):
+            comm.from_root(
+                partial(catch_up, folder, page, options, progress.step, partial(load_trained, saved, options))
+            )
         say_finished(folder.path, progress.step)
         return 0
     settle_options(options, run_options, comm.size)
@@ -73,10 +87,13 @@ def train(given: OptionValues, comm: Comm) -> int:
     if fresh and (aside := folder.set_aside()):
         say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress.step, board), StopRequest(verbose=comm.size == 1) as stop:
+    with folder.opened(progress, run_options, board), StopRequest(verbose=comm.size == 1) as stop:
+        comm.from_root(
+            partial(catch_up, folder, page, options, progress.step, lambda: (trainer.model, trainer.tokenizer))
+        )
         folder.log_start(progress.step, given=run_options.options, **start_record(trainer, machine.describe()))
         comm.from_root(partial(describe_start, trainer))
-        written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, say))
+        written = training_loop(trainer, questions, run_options, stop, page)
     say_end(trainer, written, folder.path / report.REPORT)
     return 0
 
@@ -117,6 +134,20 @@ def training_loop(
         if evaluating or saving:
             trainer.restart_clock()
     return written
+
+
+def catch_up(
+    folder: RunFolder,
+    page: report.Writer,
+    options: Options,
+    step: int,
+    load: Callable[[], tuple[LanguageModel, Tokenizer]],
+) -> None:
+    """Do what a process that was killed after the checkpoint of `step` had still to do: the sample, and the report."""
+    if folder.lacks_sample:
+        folder.log_sample(step, sample_text(*load(), options.seed + step))
+    if folder.lacks_sample or folder.unfinished:
+        page.update(always=True)
 
 
 def every(interval: int, step: int) -> bool:

@@ -148,11 +148,12 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
     if progress.step < trainer.options.max_iters:
         say(f"stopped after step {progress.step:,}, saved in {written}; {resume_command(out)} resumes the run")
         return
-    assert progress.best is not None
-    say(
-        f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, best validation loss "
-        f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}, saved in {written}"
+    best = (
+        f"best validation loss {progress.best['val_loss']:.4f} at step {progress.best['step']:,}"
+        if progress.best
+        else "no validation loss was finite"
     )
+    say(f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, {best}, saved in {written}")
     say(f"report: {page} (curves and samples)")
     say(f"next: {sample_command(out, suggested_prompt(trainer.validation, trainer.tokenizer))}")
 

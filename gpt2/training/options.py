@@ -367,11 +367,13 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: those given, else the defaults, else derived from other options.
+    """All options: those given, else the defaults, else derived from other options. Those of another version, which a
+    resumed run may have, are left out.
 
     defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
     values.setdefault("min_lr", values["learning_rate"] / 10)
-    return Options(**values)
+    known = {f.name for f in fields(Options)}
+    return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others

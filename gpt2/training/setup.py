@@ -155,6 +155,12 @@ def build_trainer(
         return Trainer(model, optimizer, options, data, folder, saved.progress if saved else Progress())
 
 
+def load_trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
+    """The model in a checkpoint as it computes in its run, and its tokenizer."""
+    dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
+    return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
+
+
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
     """The optimizer that --optimizer names, for the model's parameters."""
     shared_by = comm if options.zero else None

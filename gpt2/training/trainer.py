@@ -151,7 +151,7 @@ class Trainer:
             results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
-        if best is None or found["val_loss"] < best["val_loss"]:
+        if math.isfinite(found["val_loss"]) and (best is None or found["val_loss"] < best["val_loss"]):
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
         return found
 
