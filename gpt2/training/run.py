@@ -62,7 +62,7 @@ class RunOptions:
     @property
     def keep(self) -> int:
         """The number of checkpoints to keep."""
-        return int({**self.defaults, **self.options}["keep"])
+        return int({**self.defaults, **self.options}.get("keep", Options.keep))
 
 
 @dataclass
@@ -387,7 +387,7 @@ def read_state(folder: Path) -> RunState:
             raise ValueError(f"progress.seconds is {progress.seconds!r:.80}; expected a number of at least 0")
         progress.best = _read_best(progress.best)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{file}: {error}") from None
+        raise checkpoint.CheckpointError(f"{file}: not a valid file of train.py: {error}") from None
     names = {f.name for f in fields(RunState)} - {"folder", "unknown"}
     unknown = {
         "": {name: value for name, value in values.items() if name not in names},

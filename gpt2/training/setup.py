@@ -13,6 +13,7 @@ from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel, ModelConfig
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
+from gpt2.training import ranks
 from gpt2.training.dataset import TokenDataset, find_dataset
 from gpt2.training.display import say
 from gpt2.training.exchange import UNKNOWN_DATA
@@ -135,6 +136,7 @@ def build_trainer(
     options: Options, config: GPT2Config, data: Splits, folder: RunFolder, saved: RunState | None
 ) -> Trainer:
     """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
+    ranks.compare(folder.comm, options, data[:2])
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
     data = (*data[:2], tokenizer)
