@@ -21,7 +21,7 @@ from pathlib import Path
 from gpt2 import GPT2, GPT2Config, Tokenizer
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, TextPrinter, print_error
-from gpt2.formats.model_file import find_model
+from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
 from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
@@ -150,7 +150,7 @@ def sample(options: argparse.Namespace) -> int:
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
     """The model that the options name, and its tokenizer."""
-    folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model()
+    folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model(print_error)
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
         print_error(
@@ -187,14 +187,6 @@ def check_memory(model: GPT2, samples: int, prompt: int, new: int) -> None:
         f"{sum(need.values()) / 1e9:,.2f} GB; {free / 1e9:,.2f} of {total / 1e9:,.2f} GB are free; "
         + (f"-n {fitting} fits" if fitting else "not even one fits: use a smaller --max-tokens or a shorter prompt")
     )
-
-
-def default_model() -> Path | None:
-    """The model in checkpoint/, else the newest one in out/, else None."""
-    for folder in (Path("checkpoint"), Path("out")):
-        if (folder / "config.json").is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
-            return find_model(folder, print_error)
-    return None
 
 
 if __name__ == "__main__":

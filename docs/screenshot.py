@@ -1,8 +1,10 @@
-"""Takes the README's picture: `python docs/screenshot.py out/report.html`, after `python train.py`.
+"""Takes the pictures of the documents: `python docs/screenshot.py PAGE`, for a page of gpt2.report or of gpt2.inspect.
 
-Writes docs/report.png and, in the page's dark colours, docs/report-dark.png: the loss, and below it the first, a middle
-and the last sample, from left to right; the rest of the page is hidden. Needs the extra [browser] and a Chromium: the
-system's, or `playwright install chromium`.
+The report, out/report.html after `python train.py`: docs/report.png and, in the page's dark colours,
+docs/report-dark.png. They show the loss, and below it the first, a middle and the last sample, from left to right.
+The inspector, after `python -m gpt2.inspect -p "Return the list of lines"`: docs/inspect.png shows the surprise of the
+tokens, what was expected, and the attention of a head. The rest of a page is hidden. Needs the extra [browser] and a
+Chromium: the system's, or `playwright install chromium`.
 """
 
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-ARRANGE = """() => {
+ARRANGE_REPORT = """() => {
     const loss = document.querySelector('figure.linear')
     const shown = [...document.querySelectorAll('section')].find(s => s.querySelector('h2').textContent == 'Samples')
     const samples = [...shown.lastElementChild.children].reverse()
@@ -24,15 +26,28 @@ ARRANGE = """() => {
     document.querySelector('main').style.padding = '16px'
 }"""
 
+ARRANGE_INSPECTOR = """() => {
+    const [tokens, attention] = document.querySelectorAll('.inspector section')
+    document.querySelector('[aria-label^="layer 2, head 4"]').click()
+    for (const hidden of document.querySelectorAll('.hint, h2, section > p, details, .readout')) hidden.remove()
+    document.querySelector('.inspector').replaceChildren(tokens, attention)
+    document.querySelector('main').replaceChildren(document.querySelector('.inspector'))
+    tokens.style.marginTop = '0'
+    attention.style.marginTop = '20px'
+    document.querySelector('main').style.padding = '16px'
+}"""
 
-def main(report: str) -> None:
+
+def main(file: str) -> None:
     with sync_playwright() as playwright:
         installed = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        for scheme, name in (("light", "report.png"), ("dark", "report-dark.png")):
+        inspector = 'class="inspector"' in Path(file).read_text(encoding="utf-8")
+        pictures = [("light", "report.png"), ("dark", "report-dark.png")]
+        for scheme, name in [("light", "inspect.png")] if inspector else pictures:
             page = browser.new_page(viewport={"width": 1040, "height": 400}, color_scheme=scheme)
-            page.goto(Path(report).resolve().as_uri())
-            page.evaluate(ARRANGE)
+            page.goto(Path(file).resolve().as_uri())
+            page.evaluate(ARRANGE_INSPECTOR if inspector else ARRANGE_REPORT)
             page.locator("main").screenshot(path=Path(__file__).parent / name)
         browser.close()
 

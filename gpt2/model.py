@@ -15,6 +15,7 @@ from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import Ends, Sampling, complete
 from gpt2.language_model import Cache
+from gpt2.trace import Trace, trace
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
@@ -216,6 +217,11 @@ class GPT2(nn.Module):
     ) -> list[list[int]]:
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
+
+    def trace(self, tokens: Sequence[int]) -> Trace:
+        """What the model computes for the ids `tokens` (T,): the residual stream before every layer and after the last,
+        what attention and MLP add to it, attention weights, and logits. See gpt2.trace."""
+        return trace(self, tokens)
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:

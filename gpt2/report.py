@@ -2,14 +2,12 @@
 
 `python -m gpt2.report OUT` writes the report of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A
 curve has at most BINS points, each the mean of the values in its interval of the axis. The table below a chart contains
-the same values; the readout under the pointer is taken from it. All text is escaped, and a Content-Security-Policy with
-the hashes of this file's style and script forbids everything else, so that no sample can ever be executed.
+the same values; the readout under the pointer is taken from it. All text is escaped, and the page's
+Content-Security-Policy (see page.py) forbids every script but its own, so that no sample can ever be executed.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import shlex
 import sys
@@ -22,10 +20,10 @@ from typing import TypeGuard
 
 from gpt2 import console
 from gpt2.console import Parser, clock
+from gpt2.page import page, printable, resource, write
 from gpt2.training.options import flag
 from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
 from tinygrad2.checkpoint import JsonObject
-from tinygrad2.files import atomic_write
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 BINS, DOTS = 200, 40  # points per curve; with at most DOTS points each is marked by a dot
@@ -68,7 +66,8 @@ class Run:
 
     def values(self, key: str, x: str = "step") -> list[tuple[float, float]]:
         """(x, value) of every row that has both as finite numbers."""
-        pairs = ((row.get(x), row.get(key)) for row in self.rows)
+        first = self.starts[:1] if key == "val_loss" and x == "step" else []  # the loss before the first step
+        pairs = ((row.get(x), row.get(key)) for row in [*first, *self.rows])
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
@@ -86,7 +85,8 @@ class Run:
 
     def best(self) -> tuple[float, float] | None:
         """The (step, loss) of the lowest validation loss."""
-        return min(self.values("val_loss"), key=lambda point: point[1], default=None)
+        trained = (point for point in self.values("val_loss") if point[0] > 0)
+        return min(trained, key=lambda point: point[1], default=None)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -320,7 +320,7 @@ def report_page(run: Run) -> str:
         section("Samples", samples(run)),
         section("Configuration", configuration(run)),
     )
-    return page(f"{run.name}: training run", "".join(body))
+    return page(f"{run.name}: training run", "".join(body), resource("report.css"), resource("report.js"))
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
@@ -336,7 +336,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         section("Curves", losses, others),
         section("Last samples", last),
     )
-    return page(f"{len(runs)} runs compared", "".join(body))
+    return page(f"{len(runs)} runs compared", "".join(body), resource("report.css"), resource("report.js"))
 
 
 def boxes(kind: str, parts: Iterable[str]) -> str:
@@ -435,11 +435,6 @@ def sample(title: str, row: JsonObject) -> str:
     return f'<article><h3>{escape(title)}</h3><pre dir="auto">{escape(text)}</pre></article>'
 
 
-def printable(text: str) -> str:
-    """The text with U+FFFD in place of each control character, which could change the page."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
 def configuration(run: Run) -> str:
     """The command, the options and the machine of the run, and a line for each start."""
     if not run.starts:
@@ -486,145 +481,8 @@ def shown(value: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole page
-# ---------------------------------------------------------------------------------------------------------------------
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #fbfaf8; --card: #fff; --ink: #1d2430; --soft: #626b79; --rule: #e5e2dc;
-  --accent: #2456c7; --c0: #2456c7; --c1: #d3540b; --c2: #0b7f6f; --c3: #8a3ffc; --c4: #b8860b; --c5: #c2185b;
-  --c6: #5a7d0a; --c7: #5b6676 }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1b1f26; --ink: #e7e9ee; --soft: #99a2b1;
-  --rule: #2c323c; --accent: #8ab0ff; --c0: #7ea8ff; --c1: #ff9d57; --c2: #4fd0bd; --c3: #c4a1ff; --c4: #e6c14d;
-  --c5: #ff86b3; --c6: #a9d05b; --c7: #aab4c4 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
-  -webkit-text-size-adjust: 100% }
-main { max-width: 68rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 4rem }
-h1, h2, h3, p, dl, dd, ol, pre, figure { margin: 0 }
-h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere }
-h2 { font-size: 1.25rem; letter-spacing: -.01em; margin-bottom: 1.25rem }
-h3 { font-size: .9375rem; font-weight: 600; overflow-wrap: anywhere }
-header { display: grid; gap: .375rem; margin-bottom: 2rem }
-header p, footer, small, summary, .over, .switch, section > p { color: var(--soft); font-size: .875rem }
-progress { width: 100%; height: .375rem; margin-top: .5rem; appearance: none; border: 0; border-radius: 1rem;
-  overflow: hidden; background: var(--rule) }
-progress::-webkit-progress-bar { background: var(--rule) }
-progress::-webkit-progress-value { background: var(--accent); border-radius: 1rem }
-progress::-moz-progress-bar { background: var(--accent); border-radius: 1rem }
-section { margin-top: 3.5rem }
-section > * + * { margin-top: 1.25rem }
-.tiles { display: flex; flex-wrap: wrap; gap: 1px;
-  background: var(--rule); border: 1px solid var(--rule); border-radius: .75rem; overflow: hidden }
-.tiles > div { flex: 1 1 9rem; background: var(--card); padding: 1rem 1.25rem }
-dt { color: var(--soft); font-size: .8125rem }
-dd { font-size: 1.5rem; line-height: 1.3; letter-spacing: -.01em; font-variant-numeric: tabular-nums }
-dd small { display: block; font-size: .8125rem; letter-spacing: 0 }
-.parts { columns: 19rem; column-gap: 2.5rem }
-.parts > div { break-inside: avoid; margin-bottom: 2rem }
-.charts, .samples { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); align-items: start }
-figure, article, .command { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem;
-  padding: 1.125rem 1.25rem; min-width: 0 }
-figcaption { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: baseline }
-.key { display: flex; flex-wrap: wrap; gap: .125rem 1rem; font-size: .875rem }
-.key > .scroll { flex: 1; min-width: 0 }
-.key > .scroll th, .key > .scroll td { white-space: nowrap }
-p.key span { overflow-wrap: anywhere }
-.key span::before { content: ""; display: inline-block; width: .875rem; height: .1875rem; border-radius: 1rem;
-  margin-right: .5rem; vertical-align: .25em; background: var(--c) }
-.key .dashed::before { background: linear-gradient(90deg, var(--c) 40%, transparent 40% 60%, var(--c) 60%) }
-.frame { padding: 1rem .25rem 1.75rem 3rem }
-.plot { display: block; width: 100%; height: 11rem; overflow: visible; touch-action: pan-y }
-.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-.wide .plot { height: clamp(13rem, 34vw, 21rem) }
-.plot svg { overflow: visible }
-.ground { fill: transparent }
-.grid line { stroke: var(--rule) }
-.grid text { fill: var(--soft); font-size: .75rem; font-variant-numeric: tabular-nums }
-.y { text-anchor: end }
-.x { text-anchor: middle }
-.over { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.6em; padding-left: 3rem;
-  font-variant-numeric: tabular-nums }
-.over, .over span { font-size: .75rem }
-.line, .dots { fill: none; stroke: var(--c); stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round;
-  vector-effect: non-scaling-stroke }
-.dashed { stroke-dasharray: 5 4 }
-.dots { stroke-width: 6.5; stroke-dasharray: none }
-.spread { fill: var(--c); opacity: .16 }
-.cross { stroke: var(--soft); stroke-dasharray: 2 3; pointer-events: none; visibility: hidden }
-.plot:hover .cross { visibility: visible }
-.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) } .c3 { --c: var(--c3) }
-.c4 { --c: var(--c4) } .c5 { --c: var(--c5) } .c6 { --c: var(--c6) } .c7 { --c: var(--c7) }
-.switch { display: flex; gap: .5rem; align-items: center; justify-content: flex-end; margin-bottom: .5rem }
-input { accent-color: var(--accent) }
-div:has(> .switch :checked) .linear, div:not(:has(> .switch :checked)) > .logarithmic { display: none }
-summary { cursor: pointer; margin-top: .5rem; font-size: .8125rem }
-.scroll { overflow: auto }
-figure .scroll { max-height: 24rem; margin-top: .5rem }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .375rem 1.25rem .375rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--rule) }
-thead th { color: var(--soft); font-weight: 500; font-size: .8125rem }
-tbody th { font-weight: 400 }
-td small { display: block }
-.parts th { color: var(--soft) }
-.parts td { overflow-wrap: anywhere }
-.parts .scroll { margin-top: .375rem }
-.best th, .best td, .given th, .given td { font-weight: 600; color: var(--ink) }
-pre { font: .8125rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-article pre { margin-top: .625rem }
-ol { padding-left: 1.25rem; font-size: .875rem }
-footer { margin-top: 4rem }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-@media print { .switch, summary, .readout { display: none } section { break-inside: avoid } }
-"""
-
-# The values under the pointer: the nearest row of the figure's table.
-SCRIPT = """
-for (const figure of document.querySelectorAll("figure")) {
-  const plot = figure.querySelector(".plot"), cross = plot.querySelector(".cross");
-  const readout = figure.querySelector(".readout"), rows = [...figure.querySelectorAll("tbody tr")];
-  const heads = [...figure.querySelectorAll("thead th")].map((head) => head.textContent);
-  const show = (event) => {
-    const box = plot.getBoundingClientRect(), x = (event.clientX - box.left) / box.width;
-    const distance = (row) => Math.abs(row.dataset.x - x);
-    const row = rows.reduce((best, row) => (distance(row) < distance(best) ? row : best));
-    for (const end of ["x1", "x2"]) cross.setAttribute(end, 100 * row.dataset.x + "%");
-    const cells = [...row.cells].map((cell, i) => (cell.textContent ? heads[i] + " " + cell.textContent : ""));
-    readout.textContent = cells.filter(Boolean).join(" \\u00b7 ");
-  };
-  plot.addEventListener("pointermove", show);
-  plot.addEventListener("pointerdown", show);
-  plot.addEventListener("pointerleave", () => (readout.textContent = ""));
-}
-"""
-
-
-def page(title: str, body: str) -> str:
-    """A complete HTML document that loads nothing else and runs only its own script."""
-    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}"
-        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the "
-        f"network.</footer></main><script>{SCRIPT}</script></body></html>\n"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def write(text: str, file: Path) -> None:
-    """Write a page atomically: a reader sees the old or the new content."""
-    with atomic_write(file) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 class Writer:

@@ -21,8 +21,8 @@ from tinygrad2.kernels import gemm
 QUICK = (
     "tinygrad2/test_reference.py", "tinygrad2/test_gradcheck.py", "tinygrad2/test_autograd.py",
     "tinygrad2/test_tensor.py", "tinygrad2/test_ops.py", "tinygrad2/test_nn.py", "tinygrad2/test_params.py",
-    "tinygrad2/test_random.py", "tinygrad2/optim", "gpt2/test_config.py", "gpt2/test_model.py",
-    "gpt2/training/test_options.py", "test_sample.py", "test_layering.py", "test_reading_path.py",
+    "tinygrad2/test_random.py", "tinygrad2/test_programs.py", "tinygrad2/optim", "gpt2/test_config.py",
+    "gpt2/test_model.py", "gpt2/training/test_options.py", "test_sample.py", "test_layering.py", "test_reading_path.py",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
-    ("array", "files", "gpus", "machine", "precision"),
+    ("array", "files", "gpus", "machine", "precision", "tracer"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
@@ -31,17 +31,20 @@ ENGINE = (
 )
 MODEL = (
     ("interrupts",),
-    ("config", "console", "file_kinds", "pickles"),
+    ("config", "console", "file_kinds", "page", "pickles"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
-    ("decode",),
+    ("decode", "trace"),
     ("generate",),
     ("formats",),
     ("model",),
     ("training",),
-    ("parity",),
-    ("convert", "doctor", "evaluate", "report", "verify"),  # a command each: python -m gpt2.NAME
+    (
+        "inspection",
+        "parity",
+    ),
+    ("convert", "doctor", "evaluate", "inspect", "report", "verify"),  # a command each: python -m gpt2.NAME
     ("__init__",),
 )
 RANK = {
@@ -60,6 +63,7 @@ PUBLIC_MODULES = {
     "checkpoint",
     "distributed",
     "files",
+    "functional",
     "gradcheck",
     "gradient_sum",
     "machine",
@@ -70,6 +74,7 @@ PUBLIC_MODULES = {
     "profiler",
     "random",
     "threads",
+    "tracer",
 }
 ONLY_IN = {"cupy": ("tinygrad2.backend", "tinygrad2.kernels"), "mpi4py": ("tinygrad2.distributed",)}
 

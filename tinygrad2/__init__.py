@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from tinygrad2.gradient_checkpointing import recompute
     from tinygrad2.random import Key
     from tinygrad2.tensor import Tensor, record
+    from tinygrad2.tracer import tracing
 
 __version__ = "0.9.0"
 
-__all__ = ["Key", "Tensor", "functional", "nn", "no_grad", "ops", "optim", "recompute", "record"]
+__all__ = ["Key", "Tensor", "functional", "nn", "no_grad", "ops", "optim", "recompute", "record", "tracing"]
 
 _MODULE_OF = {
     "Key": "random",
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "no_grad": "autograd",
     "recompute": "gradient_checkpointing",
     "record": "tensor",
+    "tracing": "tracer",
 }
 
 

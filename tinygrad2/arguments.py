@@ -1,11 +1,11 @@
-"""What operators and methods of a Tensor accept besides Tensors: numbers and arrays, axes, indices, shapes.
+"""Arguments of operators and methods of a Tensor other than Tensors: numbers and arrays, axes, indices, shapes.
 
 Types are promoted as in PyTorch, with float32 as the default float:
-  - integers and booleans that meet a floating-point array are converted to its dtype;
+  - integers and booleans combined with a floating-point array are converted to its dtype;
   - an integer or boolean array and a Python float give float32, and so does the quotient of integers;
-  - two integer types give the one that NumPy gives;
-  - two Tensors of different floating-point types are refused: convert one;
-  - a number or an array that meets a floating-point Tensor is a constant, and is converted to the Tensor's dtype. So a
+  - two integer types give the same type as in NumPy;
+  - two Tensors of different floating-point types are an error: convert one;
+  - a number or an array combined with a floating-point Tensor is a constant, and is converted to its dtype. So a
     float32 Tensor times a float64 array is float32: NumPy's arrays are float64 by default, and one of them must not
     turn a whole model into float64. (PyTorch's tensors would give float64 here.)
 """
@@ -29,7 +29,7 @@ def is_float(dtype: numpy.dtype) -> bool:
 
 
 def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
-    """The dtype in which two Tensors of different dtypes meet. Raises TypeError for two floating-point types."""
+    """The common dtype of two Tensors of different dtypes. Raises TypeError for two floating-point types."""
     if is_float(a) and is_float(b):
         raise TypeError(f"{op}: the operands have dtypes {a} and {b}; convert one: x.astype({b.name!r})")
     if is_float(a) or is_float(b):
@@ -37,21 +37,27 @@ def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
     return numpy.promote_types(a, b)
 
 
+def of_numpy(value: Any) -> Any:
+    """An array of another library, such as PyTorch, as one of NumPy; whatever else there is, as it is."""
+    return value if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype) else numpy.asarray(value)
+
+
 def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
-    """A number, list or array that meets a Tensor of `dtype`, as an array of the dtype that the rules above give it."""
+    """A number, list or array combined with a Tensor of `dtype`, as an array of the dtype by the rules above."""
     if type(value) is float or type(value) is int:
         array_dtype = dtype if is_float(dtype) else DEFAULT_FLOAT if type(value) is float else None
         if array_dtype is not None:
             return backend.asarray(value, dtype=array_dtype)
+    value = of_numpy(value)
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     array = value if is_array else numpy_array(op, value)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{op}: an operand has dtype {array.dtype}; expected floats, integers or booleans")
     if is_float(dtype):
         return backend.asarray(array, dtype=dtype)
-    if is_float(array.dtype):  # lists of Python floats are of the default type, arrays have a type of their own
+    if is_float(array.dtype):  # lists of Python floats have the default type, arrays keep their own
         return backend.asarray(array, dtype=None if is_array else DEFAULT_FLOAT)
-    if type(value) is int and dtype.kind in "iu":  # a Python integer takes the dtype of integers that it fits in
+    if type(value) is int and dtype.kind in "iu":  # a Python integer takes the integer dtype if it fits
         if not numpy.iinfo(dtype).min <= value <= numpy.iinfo(dtype).max:
             raise OverflowError(f"{op}: {value} does not fit in the other operand's dtype, {dtype}")
         return backend.asarray(value, dtype=dtype)
@@ -63,16 +69,16 @@ def numpy_array(op: str, value: Any) -> numpy.ndarray:
     try:
         array = numpy.asarray(value)
     except ValueError:
-        raise ValueError(f"{op}: nested lists of different lengths; expected a rectangle of numbers") from None
+        raise ValueError(f"{op}: nested lists of different lengths; expected lists of equal lengths") from None
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{op}: expected a Tensor, an array or numbers, got {type(value).__name__}")
     return array
 
 
 def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
-    """`axis` (an axis, several, or None for all) as axes from 0 to ndim - 1. Without axes, 0 and -1 name none.
+    """`axis` (an axis, several, or None for all) as axes from 0 to ndim - 1. If ndim is 0, 0 and -1 are ignored.
 
-    Raises ValueError for an axis out of range or named twice, TypeError for what is not an integer.
+    Raises ValueError for an axis out of range or given twice, TypeError for anything but integers.
     """
     if axis is None:
         return tuple(range(ndim))
@@ -84,7 +90,7 @@ def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
             raise ValueError(f"{op}: axis {i} is out of range for a tensor of {ndim} axes")
     axes = tuple(int(i) % ndim for i in given) if ndim else ()
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{op}: axis {axis!r} names an axis of a tensor of {ndim} axes twice")
+        raise ValueError(f"{op}: axis {axis!r} gives an axis of a tensor of {ndim} axes twice")
     return axes
 
 
@@ -97,9 +103,9 @@ def lengths(op: str, given: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def plain_index(index: Any) -> Index:
-    """An index with its lists as arrays and its Tensors as their data. Arrays are copied: the backward pass needs them.
+    """An index with lists and Tensors converted to arrays. Arrays are copied, since the backward pass needs them.
 
-    Raises TypeError for what no array can be indexed with.
+    Raises TypeError for anything that cannot index an array.
     """
     if type(index) is int or type(index) is slice:
         return index
@@ -116,10 +122,10 @@ def _plain(index: Any) -> Index:
     if array.dtype.kind in "iub":
         return array.copy()
     if array.size == 0 and not hasattr(index, "dtype"):
-        return array.astype(numpy.int64)  # [] has no numbers that would say so
+        return array.astype(numpy.int64)  # an empty list has no integers to tell
     raise TypeError(
         f"indexing: an index of dtype {array.dtype}; expected integers or booleans"
-        + (": a Tensor of a list is float32; give the list, or Tensor(list, dtype='int64')" * is_tensor)
+        + (": a Tensor of a list is float32; pass the list, or Tensor(list, dtype='int64')" * is_tensor)
     )
 
 

@@ -1,7 +1,7 @@
-"""The tape: nodes, the backward pass over them, and no_grad(). Independent of ops, Tensors, array library and device.
+"""The tape: nodes, the backward pass over them, and no_grad(). It is independent of operations, Tensors and devices.
 
-A forward pass leaves a graph of nodes behind. Each node knows the nodes that its inputs came from, and how to compute
-their gradients from its own. Nodes are numbered as they are created, so visiting them from the highest number to the
+A forward pass records a graph of nodes. Each node refers to the nodes that computed its inputs, and can compute their
+gradients from its own. Nodes are numbered as they are created, so visiting them from the highest number to the
 lowest reaches every node after all nodes that used its results: the backward pass is one sorted loop, no recursion.
 """
 
@@ -18,24 +18,25 @@ import numpy
 
 from tinygrad2.array import Array, may_share_memory
 from tinygrad2.precision import sum_dtype
+from tinygrad2.tracer import operation_name
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 def new_number() -> int:
-    """A number above that of every node so far."""
+    """A number greater than that of every node so far."""
     return next(_numbers)
 
 
 def is_recording() -> bool:
-    """Whether operations are recorded on the tape at the moment."""
+    """Whether operations are being recorded on the tape."""
     return _recording.get()
 
 
 @contextmanager
 def recording(on: bool) -> Iterator[None]:
-    """Inside this context operations are recorded on the tape, or are not."""
+    """Turn recording on the tape on or off inside this context."""
     token = _recording.set(on)
     try:
         yield
@@ -44,27 +45,27 @@ def recording(on: bool) -> Iterator[None]:
 
 
 def no_grad() -> AbstractContextManager[None]:
-    """Inside this context nothing is recorded and nothing is saved for a backward pass."""
+    """Inside this context, operations are not recorded and save nothing for a backward pass."""
     return recording(False)
 
 
-# What a gradient must be like: the type of array, shape and dtype of the result that it belongs to; and the `zeros` of
+# The form of a gradient: the array type, shape and dtype of the result that it belongs to, and the `zeros` function of
 # its array library. (A plain tuple, since one is made for every result.)
 Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any], Array]]
 
 
 def zeros(form: Form) -> Array:
-    """A buffer that gradients of this form are summed in."""
+    """A buffer in which gradients of this form are summed."""
     _, shape, dtype, library_zeros = form
     return library_zeros(shape, sum_dtype(dtype))
 
 
 class Leaf:
-    """The node of a parameter, or of an input whose gradient is wanted: it has no parents.
+    """The node of a parameter, or of an input that needs a gradient. It has no parents.
 
     grad      the gradient summed so far, or None before the first contribution.
     forms     the form of the gradient, alone in a tuple as in a Node of one result.
-    on_final  called without arguments when one backward pass has added its last contribution to `grad`.
+    on_final  called without arguments when a backward pass has added its last contribution to `grad`.
     written   when the leaf's data was last changed in place, as a number in the order of Node.number; -1 for never.
     memory    the arrays that were changed then.
     """
@@ -79,13 +80,13 @@ class Leaf:
         self.memory: tuple[Array, ...] = ()
 
     def buffer(self) -> Array:
-        """The array that gradients are added to; zeroed when it is first asked for."""
+        """The array that gradients are added to; created and zeroed at the first call."""
         if self.grad is None:
             self.grad = zeros(self.forms[0])
         return self.grad
 
     def mark_written(self, *memory: Array) -> None:
-        """Note that these arrays have just been changed in place: what an earlier operation saved of them is lost."""
+        """Note that these arrays have just been changed in place, so that what earlier operations saved is invalid."""
         self.written, self.memory = next(_numbers), memory
 
 
@@ -96,14 +97,14 @@ Gradients = Sequence[Array | None]  # one for each parent
 class Node:
     """One recorded operation.
 
-    parents   an edge (node, which of its outputs) for each input, or None for an input that wants no gradient.
+    parents   an edge (node, which of its outputs) for each input, or None for an input that needs no gradient.
     backward  backward(saved, dy, into) -> a gradient or None for each parent; see `record` in tensor.py.
     saved     what backward needs from the forward pass.
     forms     the form of each output.
     name      of the backward function.
     kernel    backward is a kernel instead: kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
 
-    A node never holds its own output: the output holds the node, so there is no reference cycle to collect.
+    A node never refers to its own output; the output refers to the node, so there is no reference cycle to collect.
     """
 
     __slots__ = ("parents", "backward", "saved", "forms", "name", "kernel", "number")
@@ -127,8 +128,8 @@ class Node:
 
     @property
     def operation(self) -> str:
-        """The name of the operation: that of its backward function, without what says that it is one."""
-        return self.name.removesuffix("_backward").lstrip("_") or self.name
+        """The name of the operation."""
+        return operation_name(self.name)
 
 
 Edge = tuple[Node | Leaf, int]
@@ -144,7 +145,7 @@ class GradientBuffers:
         self._parents = parents
 
     def __call__(self, i: int) -> Array | None:
-        """The buffer to add parent i's gradient to, or None where that gradient is not wanted."""
+        """The buffer to add parent i's gradient to, or None if it needs no gradient."""
         edge = self._parents[i]
         return None if edge is None else self._pending.buffer(edge)
 
@@ -156,7 +157,7 @@ class _PendingGradients:
     """Gradients of nodes whose backward function has not run yet.
 
     The first gradient to arrive at an output is borrowed: it may be shared with another output, so it is never written
-    to. The second makes a sum in an array of its own, and later ones are added to that in place (as in HIPS autograd).
+    to. The second is added to it in a new array, and later ones are added to that in place (as in HIPS autograd).
     """
 
     def __init__(self) -> None:
@@ -199,19 +200,19 @@ class _PendingGradients:
 
 
 def as_array(value: Any) -> Any:
-    """The value; a scalar, which NumPy returns from arithmetic with arrays without axes, as such an array again."""
+    """The value; a scalar, which NumPy returns for arithmetic on arrays without axes, is made such an array."""
     return numpy.asarray(value) if isinstance(value, numpy.generic) else value
 
 
 def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None) -> None:
-    """Compute the gradient of every leaf behind some outputs, given the gradients of these: pairs (edge, dy).
+    """Compute the gradients of all leaves that some outputs depend on, given pairs (edge, dy) for the outputs.
 
-    Gradients are summed into `Leaf.grad` until they are cleared. What a node saved is freed as soon as its backward
-    function has run, so a graph can be used once.
+    Gradients are summed into `Leaf.grad` until they are cleared. The data that a node saved is freed as soon as its
+    backward function has run, so a graph can be used once.
 
     recomputed  the graph is that of an operation with this number, recorded again for its backward pass.
-    Raises RuntimeError where a part of the graph has been used before, and where data that it needs has been changed
-    since; TypeError or ValueError where a backward function returns what are not the gradients of its parents.
+    Raises RuntimeError if a part of the graph has been used before, or if data that it needs has been changed since;
+    TypeError or ValueError if a backward function returns something other than the gradients of its parents.
     """
     nodes, uses = _reachable([edge[0] for edge, _ in gradients], recomputed)
     pending = _PendingGradients()
@@ -222,7 +223,7 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
     for node in sorted(nodes, key=lambda node: node.number, reverse=True):
         parents = node.parents
         _run(node, pending)
-        for parent in reversed(parents):  # the order of the arena: last registered, first final
+        for parent in reversed(parents):  # the order of the arena: the last registered is final first
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
                 if not uses[parent[0]]:
@@ -265,7 +266,7 @@ def _wrong_results(node: Node, results: Any, n: int) -> Exception:
 
 
 def _checked(node: Node, i: int, returned: Any, form: Form) -> Array:
-    """A gradient that is not exactly of the form of parent i: as an array, if that form is near enough."""
+    """Convert a gradient that does not have exactly the form of parent i, or raise an error if it cannot be."""
     kind, shape, dtype, _ = form
     what, gradient = f"{node.operation}: backward returned for parent {i}", as_array(returned)
     array_type: type[Any] = numpy.ndarray if issubclass(kind, numpy.ndarray) else kind
@@ -286,7 +287,7 @@ def _call_on_final(leaf: Leaf) -> None:
 
 
 def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[Node], Counter[Leaf]]:
-    """Every node behind the roots, and how many edges lead to each leaf."""
+    """Every node that is reachable from the roots, and the number of edges that lead to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Leaf] = Counter()
     written: set[Leaf] = set()
@@ -297,7 +298,7 @@ def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[No
             continue
         if node.backward is None:
             raise RuntimeError(
-                "backward: an earlier backward() went through this graph and freed what it had saved; "
+                "backward: an earlier backward() used this graph and freed the data that it had saved; "
                 "run the forward pass again, or add the losses and call backward once"
             )
         nodes.add(node)
@@ -315,7 +316,7 @@ def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[No
 
 
 def _check_saved(nodes: set[Node], written: set[Leaf], recomputed: int | None) -> None:
-    """Raise RuntimeError where a node saved an array of a leaf, or a view of one, that was changed in place since."""
+    """Raise RuntimeError if a node saved an array of a leaf, or a view of one, that has been changed in place since."""
     if recomputed is not None:
         raise RuntimeError(f"backward: recompute: a parameter of the function {_CHANGED}")
     for node in nodes:

@@ -1,7 +1,7 @@
 """Operations as functions: tinygrad2.relu(x), tinygrad2.maximum(a, b), tinygrad2.concatenate([a, b]).
 
-Each method of Tensor (tensor.py, methods.py) has a function of its name here, which takes an array, a number or nested
-lists in the place of a Tensor too. Beside them, what joins several tensors, creates one, or is made for networks:
+Each method of Tensor (tensor.py, methods.py) has a function of the same name here, which also accepts an array, a
+number or nested lists instead of a Tensor. Further functions join several tensors, create one, or are for networks:
 
     join        concatenate (cat) stack vstack hstack dstack meshgrid
     products    einsum matmul vdot kron
@@ -68,7 +68,7 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
     if not values:
         raise ValueError(f"{op}: the list is empty; expected at least one tensor")
     like = next((value for value in values if isinstance(value, Tensor)), _tensor(values[0]))
-    for value in values:  # promotes it where a dtype is wider
+    for value in values:  # promotes it if a dtype is wider
         like = like._operands(op, value, broadcast=False)[0]
     return [like._operands(op, value, broadcast=False)[1] for value in values]
 
@@ -104,7 +104,7 @@ def vstack(tensors: Sequence[Operand]) -> Tensor:
 
 
 def hstack(tensors: Sequence[Operand]) -> Tensor:
-    """Tensors joined along the second axis, vectors along their only one."""
+    """Tensors joined along the second axis, vectors along their only axis."""
     given = [x if x.ndim else x.reshape(1) for x in _tensors("hstack", tensors)]
     return methods.concatenate(given, builtins.min(1, given[0].ndim - 1))
 
@@ -132,11 +132,11 @@ def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
 
 
 def einsum(subscripts: str, *operands: Operand) -> Tensor:
-    """The sum of products that the subscripts say, as NumPy's einsum: "ij,jk->ik" is a matrix product.
+    """The sum of products given by the subscripts, as in NumPy's einsum: "ij,jk->ik" is a matrix product.
 
-    Each operand has a letter for each axis, "..." for further axes that broadcast. Letters that the result does not
-    have are summed over; without "->", it has those that appear once, in alphabetical order. Operands are multiplied
-    from the left to the right, two at a time, as matrix products.
+    Each operand has a letter for each axis, and "..." for further axes, which broadcast. Letters that are not in the
+    result are summed over; without "->", the result has those that appear once, in alphabetical order. Operands are
+    multiplied from left to right, two at a time, as matrix products.
     """
     tensors = _tensors("einsum", operands)
     terms, result = _parse_einsum(subscripts, [x.ndim for x in tensors])
@@ -185,12 +185,12 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
     else:
         result = "".join(dots) + "".join(sorted(x for x in letters if "".join(terms).count(x) == 1))
     if len(set(result)) != len(result) or not set(result) <= {*"".join(terms)}:
-        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must be there once, and in an operand")
+        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must appear in it once, and in an operand")
     return terms, result
 
 
 def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """The diagonal of every letter that a term has twice, and the sum over those that are not kept."""
+    """Take the diagonal of every letter that appears twice in a term, and sum over those that are not kept."""
     for letter in dict.fromkeys(term):
         while term.count(letter) > 1:
             first, second = term.index(letter), term.rindex(letter)
@@ -201,7 +201,7 @@ def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
 
 
 def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """The product of two terms: letters of both are batch axes where they are kept, else summed over."""
+    """The product of two terms: letters that are in both are batch axes if they are kept, else summed over."""
     lengths = dict(zip(a, x.shape, strict=True))
     for letter, n in zip(b, y.shape, strict=True):
         lengths[letter] = n if lengths.get(letter, 1) == 1 else lengths[letter]
@@ -245,7 +245,7 @@ def kron(a: Operand, b: Operand) -> Tensor:
 
 
 def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias (C,) are 1 and 0 where None."""
+    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias (C,) are 1 and 0 if None."""
     x = _tensor(x)
     if x.ndim == 0:
         raise ValueError("layernorm: x has shape (); expected (..., C)")
@@ -255,9 +255,9 @@ def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) where given (arXiv:1910.07467, eq. 4).
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) if given (arXiv:1910.07467, eq. 4).
 
-    Of x in 16 bits, it is computed in float32.
+    If x has 16 bits, it is computed in float32.
     """
     x = _tensor(x)
     if x.ndim == 0 or (weight is not None and weight.shape != x.shape[-1:]):
@@ -272,11 +272,11 @@ def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 def rotary_embedding(
     x: Operand, positions: ArrayLike | int = 0, base: float = 10000.0, interleaved: bool = False
 ) -> Tensor:
-    """Each pair (u, v) of the last axis turned by the angle position base^(-2 i / D), i its number (arXiv:2104.09864).
+    """Rotate pair i, (u, v), of the last axis by the angle position base^(-2 i / D) (arXiv:2104.09864).
 
     x (..., T, D), D even -> (..., T, D): queries or keys. (u cos - v sin, v cos + u sin).
     positions    of the T tokens (T,), or the first one.
-    interleaved  pairs are elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as Llama's files have them.
+    interleaved  pairs are elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as in Llama's files.
     """
     x = _tensor(x)
     if x.ndim < 2 or x.shape[-1] % 2:
@@ -308,13 +308,13 @@ def scaled_dot_product_attention(
     """softmax(query key^T scale + mask) value (arXiv:1706.03762, eq. 1).
 
     query (..., H, T, D), key (..., K, S, D), value (..., K, S, E) -> (..., H, T, E). H is a multiple of K: H / K
-    queries in a row share a key and a value (arXiv:2305.13245). Three axes (H, T, D) or two (T, D) will do.
-    attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may see a key, or numbers that are added to
-                 the scores. A query that sees no key gets 0.
-    is_causal    query t sees the keys 0 ... t.
-    scale        1 / sqrt(D) where it is None.
-    dropout_key  with it, dropout acts on the attention weights at the rate dropout_p.
-    Keeps (..., H, T, S) arrays; `attention` is for packed causal self-attention in memory that grows as T.
+    consecutive queries share a key and a value (arXiv:2305.13245). The shapes (H, T, D) and (T, D) are allowed too.
+    attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may attend to a key, or numbers
+                 that are added to the scores. A query that may attend to no key gets 0.
+    is_causal    query t attends to the keys 0 ... t.
+    scale        1 / sqrt(D) if None.
+    dropout_key  if given, dropout acts on the attention weights at the rate dropout_p.
+    Saves (..., H, T, S) arrays; `attention` computes packed causal self-attention in memory linear in T.
     """
     B, H, K = _check_attention(query, key, value)
     T, S, D = query.shape[-2], key.shape[-2], query.shape[-1]
@@ -335,7 +335,7 @@ def scaled_dot_product_attention(
     if is_causal:
         below = query.backend.np.tri(T, S, dtype=bool)
         visible = below if visible is None else visible & below
-    if visible is not None:  # a finite number, so that a row without any key gives no NaN on its way to 0
+    if visible is not None:  # a finite number, so that a row without any key does not produce NaN
         scores = scores.where(visible, float(numpy.finfo(query.dtype).min) / 2)
     p = scores.softmax(-1)
     if visible is not None:
@@ -421,13 +421,13 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...) integers or (..., V) shares.
+    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...), or (..., V) if probabilities.
 
-    weight           of each class (V,): the mean is over the weights of the targets (over the rows, with shares).
-    ignore_index     a target that does not count.
+    weight           of each class (V,): the mean is weighted by those of the targets (not if they are probabilities).
+    ignore_index     a target that is ignored.
     reduction        "mean", "sum", or "none": the loss of each row (...).
-    label_smoothing  e: the target counts 1 - e more than the e / V of every class (arXiv:1512.00567, section 7).
-    Without these, and with integers, it is ops.cross_entropy, which keeps less. Raises ValueError for a target outside
+    label_smoothing  e: the target has 1 - e more than the e / V of every class (arXiv:1512.00567, section 7).
+    Without these, and with integers, it is ops.cross_entropy, which saves less. Raises ValueError for a target outside
     [0, V).
     """
     logits = _tensor(logits)
@@ -452,7 +452,7 @@ def cross_entropy(
     counted = values == values if ignore_index is None else values != ignore_index
     ids = _tensor(values).where(counted, 0)
     if ids.size and not (ids.min().item() >= 0 and ids.max().item() < V):
-        raise ValueError(f"cross_entropy: targets hold {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
+        raise ValueError(f"cross_entropy: targets are {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
     rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
     rows = (rows + terms.sum(-1) * (label_smoothing / V)).where(counted, 0.0)
     if reduction == "mean":
@@ -497,7 +497,7 @@ def _shape(op: str, shape: tuple[Any, ...]) -> tuple[int, ...]:
 def full(
     shape: Shape, value: float, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
-    """A tensor of one value."""
+    """A tensor filled with one value."""
     array = get_backend(device).np.full(_shape("full", (shape,)), value, dtype=dtype)
     return Tensor(array, requires_grad)
 
@@ -513,18 +513,18 @@ def ones(*shape: Shape, dtype: DTypeLike = "float32", device: str = "cpu", requi
 
 
 def full_like(x: Operand, value: float) -> Tensor:
-    """A tensor of one value, of x's shape, dtype and device; no gradient is wanted."""
+    """A tensor filled with one value, with x's shape, dtype and device; it needs no gradient."""
     x = _tensor(x)
     return full(x.shape, value, x.dtype, x.backend.device)
 
 
 def zeros_like(x: Operand) -> Tensor:
-    """A tensor of zeros, of x's shape, dtype and device; no gradient is wanted."""
+    """A tensor of zeros with x's shape, dtype and device; it needs no gradient."""
     return full_like(x, 0)
 
 
 def ones_like(x: Operand) -> Tensor:
-    """A tensor of ones, of x's shape, dtype and device; no gradient is wanted."""
+    """A tensor of ones with x's shape, dtype and device; it needs no gradient."""
     return full_like(x, 1)
 
 
@@ -536,9 +536,9 @@ def eye(n: int, m: int | None = None, dtype: DTypeLike = "float32", device: str 
 def arange(
     start: float, stop: float | None = None, step: float = 1, dtype: DTypeLike | None = None, device: str = "cpu"
 ) -> Tensor:
-    """start, start + step, ... up to `stop`, which is left out; from 0 where only one number is given.
+    """start, start + step, ... up to but not including `stop`; from 0 if only one number is given.
 
-    Integers (int64) where all numbers are integers, else float32.
+    Integers (int64) if all numbers are integers, else float32.
     """
     if step == 0:
         raise ValueError("arange: step is 0; expected another number")
@@ -549,7 +549,7 @@ def arange(
 
 
 def linspace(start: float, stop: float, num: int = 50, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
-    """`num` values from `start` to `stop`, both included, at equal distances."""
+    """`num` values from `start` to `stop`, both included, evenly spaced."""
     return Tensor(get_backend(device).asarray(numpy.linspace(start, stop, num).astype(dtype)))
 
 

@@ -35,8 +35,8 @@ _construction = _Construction()
 
 
 def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site of the layer's own in its
-    model: they depend on the structure of the model alone, not on what was constructed before."""
+    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site that is unique in
+    the model: they depend only on the structure of the model, not on what was constructed before."""
     if key is not None:
         return _NormalInit(std, key, False)
     site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
@@ -64,8 +64,8 @@ class ModuleType(type):
 
 
 def _separate_sites(module: Any, sites: Iterator[int]) -> None:
-    """Draw the initial values again, at a free site, of layers that drew at the site of an earlier layer: they were
-    constructed apart from each other. Values that were changed in the meantime stay."""
+    """Redraw the initial values of layers that share a site with an earlier layer, at a free site: such layers were
+    constructed separately. Values that were changed in the meantime are kept."""
     modules: dict[int, Any] = {id(m): m for m in module.modules()}  # each once
     layers = [m for m in modules.values() if getattr(vars(m).get("init"), "movable", False)]
     occupied = {layer.init.key.site for layer in layers}

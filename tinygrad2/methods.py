@@ -30,12 +30,14 @@ from tinygrad2.arguments import DEFAULT_FLOAT, axes_of
 from tinygrad2.array import Array
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import Backend, backend_of
+from tinygrad2.protocols import takes_pytorch_names
 
 T = TypeVar("T", bound="Methods[Any]")  # Tensor, which this file cannot import: Tensor is made of it
 Axis = int | tuple[int, ...] | None
 Function = Callable[[Any, Any], Any]  # of the array library and an array
 
 
+@takes_pytorch_names
 class Methods(Generic[T]):
     """The base class of Tensor: every method here gives Tensors, which the type variable stands for."""
 
@@ -117,7 +119,7 @@ class Methods(Generic[T]):
         return self._map("ceil", lambda np, x: np.ceil(x))
 
     def round(self) -> T:
-        """The nearest integer, of two the even one; the gradient is 0."""
+        """The nearest integer, ties to even; the gradient is 0."""
         return self._map("round", lambda np, x: np.rint(x))
 
     def trunc(self) -> T:
@@ -145,11 +147,11 @@ class Methods(Generic[T]):
         return self._float()._map("exp2", lambda np, x: np.exp2(x), lambda np, y: y * math.log(2), of_result=True)
 
     def expm1(self) -> T:
-        """e^x - 1, exact near 0."""
+        """e^x - 1, accurate near 0."""
         return self._float()._map("expm1", lambda np, x: np.expm1(x), lambda np, y: y + 1, of_result=True)
 
     def log1p(self) -> T:
-        """ln(1 + x), exact near 0."""
+        """ln(1 + x), accurate near 0."""
         return self._float()._map("log1p", lambda np, x: np.log1p(x), lambda np, x: 1 / (1 + x))
 
     def log2(self) -> T:
@@ -219,15 +221,15 @@ class Methods(Generic[T]):
         )
 
     def isnan(self) -> T:
-        """Where x is not a number: booleans, without a gradient."""
+        """Whether x is NaN: booleans, without a gradient."""
         return self._constant(self.backend.np.isnan(self.data))
 
     def isinf(self) -> T:
-        """Where x is infinite: booleans, without a gradient."""
+        """Whether x is infinite: booleans, without a gradient."""
         return self._constant(self.backend.np.isinf(self.data))
 
     def isfinite(self) -> T:
-        """Where x is neither infinite nor NaN: booleans, without a gradient."""
+        """Whether x is neither infinite nor NaN: booleans, without a gradient."""
         return self._constant(self.backend.np.isfinite(self.data))
 
     def nan_to_num(self, nan: float = 0.0) -> T:
@@ -271,7 +273,7 @@ class Methods(Generic[T]):
         return self.elu(1.6732632423543772848170429916717) * 1.0507009873554804934193349852946
 
     def sigmoid(self) -> T:
-        """1 / (1 + e^-x), which neither overflows nor loses digits for x of either sign."""
+        """1 / (1 + e^-x), which neither overflows nor loses precision for x of either sign."""
 
         def forward(np: Any, x: Array) -> Array:
             e = np.exp(-np.abs(x))
@@ -308,7 +310,7 @@ class Methods(Generic[T]):
         return self / (self.abs() + 1.0)
 
     def hardtanh(self, min_val: float = -1.0, max_val: float = 1.0) -> T:
-        """x limited to [min_val, max_val]; the gradient at both is 0."""
+        """x limited to [min_val, max_val]; the gradient at both bounds is 0."""
         min_val, max_val = float(min_val), float(max_val)  # (a NumPy scalar would promote the result)
         _check(min_val <= max_val, f"hardtanh: min_val is {min_val} and max_val {max_val}; expected min_val <= max_val")
         return self._float()._map(
@@ -330,18 +332,18 @@ class Methods(Generic[T]):
     # Two operands -----------------------------------------------------------------------------------------------------
 
     def maximum(self, other: Any) -> T:
-        """The larger of two elements, with broadcasting; two equal ones get half of the gradient each."""
+        """The larger of two elements, with broadcasting; equal elements get half of the gradient each."""
         a, b = self._operands("maximum", other)
         y = self.backend.np.maximum(a.data, b.data)
         return self._record(y, (a, b), _maximum_backward, saved=(a.data, b.data))
 
     def minimum(self, other: Any) -> T:
-        """The smaller of two elements, with broadcasting; two equal ones get half of the gradient each."""
+        """The smaller of two elements, with broadcasting; equal elements get half of the gradient each."""
         a, b = self._operands("minimum", other)
         return self._record(self.backend.np.minimum(a.data, b.data), (a, b), _minimum_backward, saved=(a.data, b.data))
 
     def power(self, exponent: Any) -> T:
-        """x^exponent, both tensors. The gradient of the exponent, y ln x, is taken to be 0 where x = 0 <= exponent."""
+        """x^exponent, both tensors. The gradient of the exponent, y ln x, is taken to be 0 if x = 0 <= exponent."""
         a, b = self._operands("power", exponent)
         np = self.backend.np
         if b.dtype.kind == "i" and b.size and bool((b.data < 0).any()):
@@ -351,7 +353,7 @@ class Methods(Generic[T]):
         return self._record(y, (a, b), _power_backward, saved=(a.data, b.data, y if wanted[1] else None, wanted))
 
     def remainder(self, other: Any) -> T:
-        """x - other floor(x / other), of the sign of `other`: Python's and NumPy's %."""
+        """x - other floor(x / other), with the sign of `other`: Python's and NumPy's %."""
         a, b = self._operands("remainder", other)
         y = self.backend.np.remainder(a.data, b.data)
         return self._record(y, (a, b), _remainder_backward, saved=(a.data, b.data))
@@ -363,7 +365,7 @@ class Methods(Generic[T]):
         return self._record(y, (a, b), _logaddexp_backward, saved=(a.data, b.data))
 
     def arctan2(self, other: Any) -> T:
-        """The angle of the point (other, x) with the first axis, in [-pi, pi]; the gradient at the origin is 0."""
+        """The angle between the point (other, x) and the first axis, in [-pi, pi]; the gradient at the origin is 0."""
         a, b = self._float()._operands("arctan2", other)
         y = self.backend.np.arctan2(a.data, b.data)
         return self._record(y, (a, b), _arctan2_backward, saved=(a.data, b.data))
@@ -405,7 +407,7 @@ class Methods(Generic[T]):
         """`values` as a boolean array of this tensor's backend."""
         array = values.data if isinstance(values, Methods) else self.backend.asarray(values)
         if array.dtype.kind != "b":
-            raise TypeError(f"{op}: {name} is of dtype {array.dtype}; expected booleans, as comparisons give")
+            raise TypeError(f"{op}: {name} is of dtype {array.dtype}; expected booleans")
         return array
 
     # Reductions -------------------------------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ class Methods(Generic[T]):
         return -(-self).max(axis, keepdims)
 
     def prod(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """The product over `axis` (an axis, several, or None for all). The gradient is right where elements are 0."""
+        """The product over `axis` (an axis, several, or None for all). The gradient is correct if elements are 0."""
         axes, x = axes_of("prod", axis, self.ndim), self._wide()
         y = self.backend.np.prod(x.data, axis=axes, keepdims=keepdims, dtype=x.dtype)
         return self._record(y, (x,), _prod_backward, saved=(x.data, axes))
@@ -425,7 +427,7 @@ class Methods(Generic[T]):
         return self._constant(self.data.astype("int64")) if self.dtype.kind in "biu" else self
 
     def var(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The mean of (x - mean)^2 over `axis`, with n - ddof in the place of n. NumPy's default is ddof = 0,
+        """The mean of (x - mean)^2 over `axis`, with n - ddof instead of n. NumPy's default is ddof = 0,
         PyTorch's is 1, which it calls `correction`."""
         axes, x = axes_of("var", axis, self.ndim), self._float()
         centred = x - x.mean(axes, keepdims=True)
@@ -433,11 +435,11 @@ class Methods(Generic[T]):
         return centred.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
 
     def std(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The square root of var(); the gradient is 0 where it is 0."""
+        """The square root of var(); where it is 0, so is the gradient."""
         return self.var(axis, keepdims, ddof, correction)._root()
 
     def norm(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """sqrt(sum x^2) over `axis`; the gradient is 0 where it is 0."""
+        """sqrt(sum x^2) over `axis`; where it is 0, so is the gradient."""
         return self._float().square().sum(axes_of("norm", axis, self.ndim), keepdims)._root()
 
     def _root(self) -> T:
@@ -484,7 +486,7 @@ class Methods(Generic[T]):
         if not all(self.shape[i] for i in axes):
             return x.sum(axes, keepdims).log()
         largest = x.detach().max(axes, keepdims=True)
-        largest = largest.masked_fill(np.isinf(largest.data), 0)  # infinity less infinity would be NaN
+        largest = largest.masked_fill(np.isinf(largest.data), 0)  # infinity minus infinity would be NaN
         total = (x - largest).exp().sum(axes, keepdims).log()
         return total + largest.reshape(total.shape)
 
@@ -497,7 +499,7 @@ class Methods(Generic[T]):
         return inverse(self._record(y, (last,), "softmax_backward", saved=(y,)))
 
     def log_softmax(self, axis: int = -1) -> T:
-        """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which keeps its digits at any offset."""
+        """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which is accurate at any offset."""
         last, inverse = self._to_last("log_softmax", axis)
         if not self.size:
             return inverse(last)
@@ -525,7 +527,7 @@ class Methods(Generic[T]):
         return self._record(y, (x,), _cumsum_backward, saved=(along,))
 
     def diff(self, n: int = 1, axis: int = -1) -> T:
-        """The differences of neighbours along `axis`, n times over."""
+        """The differences of neighbours along `axis`, taken n times."""
         along = axis_of("diff", axis, self.ndim)
         _check(
             self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape} and n is {n}; expected an axis, n >= 0"
@@ -536,7 +538,7 @@ class Methods(Generic[T]):
         return y
 
     def cumprod(self, axis: int | None = None) -> T:
-        """The products of the first 1, 2, ... elements along `axis`, or of the flattened tensor; time n^2."""
+        """The products of the first 1, 2, ... elements along `axis`, or of the flattened tensor, in O(n^2) time."""
         if axis is None:
             return self.ravel().cumprod(0)
         along = axis_of("cumprod", axis, self.ndim)
@@ -555,7 +557,7 @@ class Methods(Generic[T]):
         return self._constant(self.backend.np.flip(order, along) if descending else order)
 
     def sort(self, axis: int = -1, descending: bool = False) -> Sorted[T]:
-        """(values, indices): the elements in order along `axis`, and where each was, as PyTorch's sort."""
+        """(values, indices): the elements in order along `axis`, and their old positions, as in PyTorch."""
         order = self.argsort(axis, descending)
         return Sorted(self._gather(axis_of("sort", axis, self.ndim), order.data), order)
 
@@ -572,7 +574,7 @@ class Methods(Generic[T]):
     # Shapes -----------------------------------------------------------------------------------------------------------
 
     def squeeze(self, axis: Axis = None) -> T:
-        """Without the axes of length 1, or without `axis` where its length is 1 (as PyTorch)."""
+        """Without the axes of length 1, or without `axis` if its length is 1 (as in PyTorch)."""
         axes = axes_of("squeeze", axis, self.ndim)
         return self.reshape(tuple(n for i, n in enumerate(self.shape) if n != 1 or i not in axes))
 
@@ -582,7 +584,7 @@ class Methods(Generic[T]):
         return self.reshape((*self.shape[:at], 1, *self.shape[at:]))
 
     def expand_dims(self, axis: int) -> T:
-        """NumPy's name of unsqueeze."""
+        """NumPy's name for unsqueeze."""
         return self.unsqueeze(axis)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> T:
@@ -596,7 +598,7 @@ class Methods(Generic[T]):
         return self.reshape((self.size,))
 
     def view(self, *shape: int | tuple[int, ...]) -> T:
-        """PyTorch's name of reshape."""
+        """PyTorch's name for reshape."""
         return self.reshape(*shape)
 
     def unflatten(self, axis: int, shape: tuple[int, ...]) -> T:
@@ -605,7 +607,7 @@ class Methods(Generic[T]):
         return self.reshape((*self.shape[:at], *shape, *self.shape[at + 1 :]))
 
     def permute(self, *axes: int | tuple[int, ...]) -> T:
-        """PyTorch's name of transpose with all axes given."""
+        """PyTorch's name for transpose with all axes given."""
         return self.transpose(*axes)
 
     def swapaxes(self, axis1: int, axis2: int) -> T:
@@ -617,7 +619,7 @@ class Methods(Generic[T]):
         return self.transpose(tuple(order))
 
     def moveaxis(self, source: int, destination: int) -> T:
-        """The axis `source` moved to `destination`, the others in their order."""
+        """The axis `source` moved to `destination`, the others in their old order."""
         i, j = axis_of("moveaxis", source, self.ndim), axis_of("moveaxis", destination, self.ndim)
         order = [axis for axis in range(self.ndim) if axis != i]
         order.insert(j, i)
@@ -631,7 +633,7 @@ class Methods(Generic[T]):
     def roll(self, shift: int | tuple[int, ...], axis: Axis = None) -> T:
         """The elements moved by `shift` along `axis`, those past the end to the front; None rolls the flattened x."""
         if axis is None:
-            _check(isinstance(shift, int), f"roll: shift is {shift}; expected an integer where axis is None")
+            _check(isinstance(shift, int), f"roll: shift is {shift}; expected an integer if axis is None")
             return self.ravel().roll(shift, 0).reshape(self.shape) if self.size else self[...]
         axes = axes_of("roll", axis, self.ndim)
         shifts = (shift,) * len(axes) if isinstance(shift, int) else tuple(shift)
@@ -654,7 +656,7 @@ class Methods(Generic[T]):
         return self._record(y, (self,), _broadcast_to_backward, saved=(self.shape,))
 
     def expand(self, *shape: int | tuple[int, ...]) -> T:
-        """PyTorch's name of broadcast_to."""
+        """PyTorch's name for broadcast_to."""
         return self.broadcast_to(*shape)
 
     def repeat(self, repeats: int | Sequence[int], axis: int | None = None) -> T:
@@ -680,7 +682,7 @@ class Methods(Generic[T]):
         return repeated.reshape(tuple(r * n for r, n in zip(counts, shape, strict=True)))
 
     def split(self, size: int | Sequence[int], axis: int = 0) -> tuple[T, ...]:
-        """Parts along `axis`: of length `size` (the last may be shorter), or of the lengths listed, as PyTorch."""
+        """Parts along `axis`: of length `size` (the last may be shorter), or of the lengths listed, as in PyTorch."""
         along = axis_of("split", axis, self.ndim)
         n = self.shape[along] if self.ndim else 0
         _check(self.ndim > 0, "split: the tensor has shape (); expected an axis to split")
@@ -696,7 +698,7 @@ class Methods(Generic[T]):
         )
 
     def chunk(self, chunks: int, axis: int = 0) -> tuple[T, ...]:
-        """At most `chunks` parts of equal length along `axis`, the last may be shorter, as PyTorch."""
+        """At most `chunks` parts of equal length along `axis`, the last may be shorter, as in PyTorch."""
         _check(chunks > 0, f"chunk: chunks is {chunks}; expected 1 or more")
         return self.split(max(1, -(-self.shape[axis_of("chunk", axis, self.ndim)] // chunks)) if self.ndim else 1, axis)
 
@@ -735,7 +737,7 @@ class Methods(Generic[T]):
     # Elements ---------------------------------------------------------------------------------------------------------
 
     def take(self, indices: Any, axis: int | None = None) -> T:
-        """x[..., indices, ...], the indices (of any shape) in the place of `axis`, or into the flattened x."""
+        """x[..., indices, ...], the indices (of any shape) in place of `axis`, or into the flattened x."""
         if axis is None:
             return self.ravel().take(indices, 0)
         along = axis_of("take", axis, self.ndim)
@@ -744,7 +746,7 @@ class Methods(Generic[T]):
         return self[(*(slice(None),) * along, at)]
 
     def gather(self, axis: int, index: Any) -> T:
-        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and likewise for others; y has index's shape, as PyTorch."""
+        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and likewise for others; y has index's shape (PyTorch)."""
         along = axis_of("gather", axis, self.ndim)
         at = self._indices("gather", index, self.shape[along] if self.ndim else 1)
         fits = at.ndim == self.ndim and all(
@@ -836,7 +838,7 @@ class Methods(Generic[T]):
         return (left @ right).reshape((*rows, *columns))
 
     def dot(self, other: Any) -> T:
-        """NumPy's dot: the sum over the last axis of x and the last but one (or the only one) of `other`."""
+        """NumPy's dot: the sum over the last axis of x and the second to last (or the only) axis of `other`."""
         a, b = self._operands("dot", other, broadcast=False)
         if a.ndim == 0 or b.ndim == 0:
             return a * b
@@ -861,7 +863,7 @@ class Sorted(NamedTuple, Generic[T]):
 
 
 def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
-    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it."""
+    """Tensors of one dtype, and of equal shapes except for `axis`, joined along it."""
     first = tensors[0]
     along = axis_of("concatenate", axis, first.ndim)
     for i, x in enumerate(tensors):
@@ -897,7 +899,7 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _as(x: Array, value: float) -> Any:
-    """A number of x's dtype: as the only float beside booleans, a Python number would give float64."""
+    """A number of x's dtype: a Python float combined with booleans would give float64."""
     return x.dtype.type(value)
 
 
@@ -946,7 +948,7 @@ def _where_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
 
 
 def _cumsum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """x_j is in y_i for every i >= j: dx_j is the sum of these dy_i, the sums of dy from the end."""
+    """x_j is in y_i for every i >= j: dx_j is the sum of these dy_i, a cumulative sum from the end."""
     (axis,) = saved
     np = backend_of(dy).np
     return (np.flip(np.cumsum(np.flip(dy, axis), axis=axis), axis),)
@@ -998,7 +1000,7 @@ def _hypot_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
 
 
 def _prod_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """dx_j = dy times the product of the other elements: of those before it and of those after it, no division."""
+    """dx_j = dy times the product of the other elements: of those before it and those after it, without a division."""
     x, axes = saved
     np = backend_of(dy).np
     kept = [i for i in range(x.ndim) if i not in axes]

@@ -1,4 +1,4 @@
-"""Modules: they hold parameters and call operations on them. The operations are in ops.py, the math in reference.py."""
+"""Modules: parameters, and the operations on them. The operations are in ops.py, the math in reference.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinygrad2.tensor import Tensor
 
 
 class Module(State, metaclass=ModuleType):
-    """Holds parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
+    """Has parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
@@ -33,13 +33,13 @@ class Module(State, metaclass=ModuleType):
         return (parameter for _, parameter in self.named_parameters())
 
     def arena(self) -> ParameterArena:
-        """The flat buffers that hold the parameters; the first call moves the parameters there."""
+        """The flat buffers that contain the parameters; the first call moves the parameters there."""
         if "_arena" not in vars(self) or not self._arena.valid:
             self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. Raises TypeError where an array would replace a parameter, or one that is in an arena."""
+        """Set an attribute. Raises TypeError if an array would replace a parameter, or if that is in an arena."""
         old = vars(self).get(name)
         if isinstance(old, Parameter) and old is not value:
             if value is not None and not isinstance(value, Parameter):
@@ -55,8 +55,8 @@ class Module(State, metaclass=ModuleType):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle contains: all but the arena, as the copied parameters get one of their own, and the
-        initializer, which may be a lambda."""
+        """What a copy or a pickle contains: everything but the arena, as the copied parameters get their own, and
+        the initializer, which may be a lambda."""
         return {name: value for name, value in vars(self).items() if name not in ("_arena", "init")}
 
     def modules(self) -> Iterator[Module]:
@@ -65,15 +65,15 @@ class Module(State, metaclass=ModuleType):
         yield from modules_in(self)
 
     def unsupported_reason(self, backend: Backend, precision: Precision) -> str | None:
-        """Why this module does not compute in a precision on a device; None if it does."""
+        """Why this module does not support a precision on a device; None if it does."""
         return backend.unsupported_reason(precision)
 
     def to(self, device: str | None = None, precision: PrecisionLike | None = None) -> Self:
         """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
 
-        Values are rounded to their new dtype, and copies are recreated where the precision has them. Gradients whose
-        dtype changes are dropped. Returns the module. Its optimizer needs no call.
-        Raises ValueError where the device does not compute in the precision; nothing is then changed.
+        Values are rounded to their new dtype, and copies are recreated if the precision has them. Gradients whose
+        dtype changes are dropped. Returns the module. Its optimizer follows by itself.
+        Raises ValueError if the device does not support the precision; nothing is changed then.
         """
         target = None if device is None else get_backend(device)
         wanted = None if precision is None else Precision.of(precision)
@@ -82,7 +82,7 @@ class Module(State, metaclass=ModuleType):
             for layer in layers:
                 if reason := layer.unsupported_reason(backend, wanted or layer.precision):
                     raise ValueError(
-                        f"{type(layer).__name__}: {reason}; give another precision too, as in to('cpu', 'float32')"
+                        f"{type(layer).__name__}: {reason}; pass another precision too, as in to('cpu', 'float32')"
                     )
         if wanted is not None:
             for layer in layers:
@@ -106,10 +106,10 @@ class Module(State, metaclass=ModuleType):
 
 
 class Layer(Module):
-    """A module with parameters of its own.
+    """A module with its own parameters.
 
     device     of its parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
-    precision  what it computes in: a Precision, or the name of one. Its input must have the dtype of its activations.
+    precision  to compute in: a Precision, or the name of one. The input must have the dtype of the activations.
     """
 
     def __init__(self, device: str, precision: PrecisionLike):
@@ -144,7 +144,7 @@ class Linear(Layer):
 
 
 class LayerNorm(Layer):
-    """Normalises the last axis of length n, then y = weight xhat + bias; weight starts at 1, bias at 0."""
+    """Normalises the last axis, of length n; then y = weight xhat + bias. weight starts at 1, bias at 0."""
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
@@ -199,7 +199,7 @@ class ReLU(Module):
 
 
 class GELU(Module):
-    """GELU in its tanh form, which GPT-2 uses, or with `exact` with the error function (arXiv:1606.08415)."""
+    """GELU in its tanh form, as in GPT-2, or, if `exact`, with the error function (arXiv:1606.08415)."""
 
     def __init__(self, exact: bool = False):
         self.exact = exact
@@ -218,7 +218,7 @@ class SiLU(Module):
 class Dropout(Module):
     """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without, the input itself."""
 
-    sites = 1  # how many streams of random numbers a module draws from
+    sites = 1  # the number of random streams that a module draws from
 
     def __init__(self, rate: float):
         if not 0 <= rate < 1:
@@ -230,14 +230,14 @@ class Dropout(Module):
 
 
 class Sequential(Module):
-    """The layers one after the other. A key, given to train, is passed to each Dropout, at a site of its own."""
+    """The layers one after the other. A key, given in training, is passed to each Dropout, with its own site."""
 
     def __init__(self, *layers: Callable[..., Tensor]):
         self.layers = list(layers)
 
     @property
     def sites(self) -> int:
-        """How many Dropouts there are."""
+        """The number of Dropout layers."""
         return sum(getattr(layer, "sites", 0) for layer in self.layers)
 
     def __call__(self, x: Tensor, key: random.Key | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The operations that GPT-2 is made of, on Tensors.
 
 Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records its
-backward pass: the name of a kernel or, where that adds to gradient buffers of parameters, the function below it.
+backward pass: the name of a kernel or, if that adds to gradient buffers of parameters, the function below it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {w.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, w.shape[1:])
-    if x.size == 0 or w.size == 0:  # kernels take no empty arrays
+    if x.size == 0 or w.size == 0:  # kernels do not support empty arrays
         return x @ weight if bias is None else x @ weight + bias
     k = backend_of(x.data).kernels_for(tf32)
     parents = (x, weight) if bias is None else (x, weight, bias)
@@ -50,7 +50,7 @@ def _linear_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradient
 
 
 def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
-    """y = x W^T: an output layer whose matrix is an embedding.
+    """y = x W^T: an output layer whose matrix is the token embedding.
 
     x (..., C), weight (V, C) -> (..., V). Saves x and weight.
     tf32  multiply float32 in TF32, here and in the backward pass.
@@ -82,8 +82,8 @@ def embedding(
     """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
 
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
-    dtype  of the result, in which the tables are read; None means that of wte, but float32 where it is bfloat16.
-    Saves the tokens, on the host. Raises ValueError for a token outside [0, V) and for a position past P.
+    dtype  of the result, in which the tables are read; None means that of wte, but float32 if that is bfloat16.
+    Saves the tokens, on the host. Raises ValueError for a token outside [0, V) or a position beyond P.
     """
     _check_tensors("embedding", wte)
     dtype = sum_dtype(wte.dtype) if dtype is None else dtype
@@ -113,10 +113,10 @@ def _embedding_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 
 
 def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
-    """y = x m / (1 - rate) with m Bernoulli(1 - rate); x itself where key is None or rate is 0.
+    """y = x m / (1 - rate) with m ~ Bernoulli(1 - rate); x itself if key is None or rate is 0.
 
-    x (samples, ...). The mask is a function of the key and of the element's index in the global batch alone; the
-    backward pass computes it again, so only the key is saved. Raises ValueError for a rate outside [0, 1).
+    x (samples, ...). The mask is a function of only the key and the element's index in the global batch; the
+    backward pass recomputes it, so only the key is saved. Raises ValueError for a rate outside [0, 1).
     """
     rate = _check_rate("dropout", rate)
     if key is None or rate == 0:
@@ -192,7 +192,7 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
     no T x T array.
     tf32  multiply float32 in TF32, here and in the backward pass.
-    Raises ValueError where qkv does not divide into heads, and where the device has no TF32.
+    Raises ValueError if qkv does not divide into heads, or if the device has no TF32.
     """
     rate = _check_rate("attention", rate)
     _check_tensors("attention", qkv)
@@ -216,10 +216,10 @@ def _attention_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: bool = False) -> Tensor:
     """Causal attention of new tokens, whose keys and values are added to `cache`; for generation, without gradients.
 
-    qkv (B, T, 3 * n_head * D) of the positions from `length` on; cache (2, B, n_head, capacity, D), written to
+    qkv (B, T, 3 * n_head * D) of the positions from `length`; cache (2, B, n_head, capacity, D), written to
     -> (B, T, n_head * D).
     tf32  multiply float32 in TF32.
-    Raises RuntimeError where a gradient would be recorded: use no_grad().
+    Raises RuntimeError if a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
         raise RuntimeError("attention_cached: there is no backward pass; call it inside no_grad()")
@@ -260,6 +260,8 @@ def softmax(x: Tensor) -> Tensor:
     _check_tensors("softmax", x)
     if x.size == 0:
         return _empty(x.shape, x)
+    if x.ndim == 0:
+        return softmax(x.reshape(1)).reshape(())
     y = backend_of(x.data).kernels.softmax_forward(x.data)
     return record(y, (x,), "softmax_backward", saved=(y,))
 
@@ -346,7 +348,7 @@ def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) 
 
 
 def _check_tensors(op: str, *tensors: Tensor) -> None:
-    """Check that all are Tensors of one floating-point dtype: there is no type promotion."""
+    """Check that all are Tensors of one floating-point dtype: types are not promoted."""
     for tensor in tensors:
         _check_is_tensor(op, tensor)
     dtypes = {tensor.dtype for tensor in tensors}
@@ -361,7 +363,7 @@ def _check_is_tensor(op: str, value: object) -> None:
 
 
 def _read(op: str, name: str, parameter: Tensor, dtype: DTypeLike) -> Array:
-    """The values of a parameter as the op reads them, where its activations have this dtype: see Tensor.read_as."""
+    """The values of a parameter for an op whose activations have this dtype: see Tensor.read_as."""
     _check_is_tensor(op, parameter)
     return parameter.read_as(dtype, f"{op}: {name}")
 
@@ -371,8 +373,8 @@ def _read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLik
 
 
 def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
-    """The result of an operation on arrays without elements, which kernels do not take: it has no elements, or is the
-    mean of none, NaN. The gradients of what it was computed from are zeros."""
+    """The result of an operation on empty arrays, which kernels do not support: it is empty too, or the mean of no
+    elements, NaN. The gradients of its parents are zeros."""
     wanted = tuple(parent for parent in parents if parent is not None)
     backend, dtype = wanted[0].backend, wanted[0].data.dtype
     zeros = tuple(parent.data.shape for parent in wanted)
@@ -404,15 +406,15 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
         try:
             values = numpy.asarray(values)
         except ValueError:
-            raise ValueError(f"{op}: {name} are rows of different lengths; expected a rectangle of integers") from None
+            raise ValueError(f"{op}: {name} are rows of different lengths; expected rows of equal lengths") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:  # (an empty list has no integers that would say that it is one of integers)
+    if values.size == 0:  # (an empty list has no integers to tell its type)
         return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)
     low, high = int(host.min()), int(host.max())
     if low < 0 or high >= limit:
-        raise ValueError(f"{op}: {name} hold {low if low < 0 else high}; expected integers in [0, {limit})")
+        raise ValueError(f"{op}: {name} contain {low if low < 0 else high}; expected integers in [0, {limit})")
     return host.astype(numpy.int64)

@@ -1,4 +1,4 @@
-"""Parameters, and the arena that keeps them in flat buffers."""
+"""Parameters, and the arena, which stores them in flat buffers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
 from tinygrad2.tensor import Tensor, form_of, gradient_array
 
-BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, where a parameter has no more
+BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, unless a parameter has more
 
 
 class Parameter(Tensor):
@@ -31,7 +31,7 @@ class Parameter(Tensor):
     copy  dtype of a copy of the data, kept equal to it, or None. Layers whose activations have that dtype read the
           copy, while the optimizer adds its small updates to the data.
 
-    A parameter in bfloat16 without wider data can only be read, inside no_grad().
+    A parameter with only bfloat16 data can only be read, inside no_grad().
     """
 
     __slots__ = ("_data", "_copy", "_arena")
@@ -64,7 +64,7 @@ class Parameter(Tensor):
 
     @property
     def copy_dtype(self) -> numpy.dtype | None:
-        """The dtype of the copy, or None where there is none."""
+        """The dtype of the copy, or None if there is none."""
         return None if self._copy is None else self._copy.dtype
 
     def read_as(self, dtype: DTypeLike, what: str) -> Array:
@@ -72,7 +72,7 @@ class Parameter(Tensor):
             return self._copy
         if self._data.dtype == bfloat16 and self.ndim >= 2:
             if is_recording():
-                raise TypeError(f"{what} is held in bfloat16 alone and has no gradient; compute inside no_grad()")
+                raise TypeError(f"{what} is stored in bfloat16 only and has no gradient; compute inside no_grad()")
             return self._data
         return super().read_as(dtype, what)
 
@@ -100,7 +100,7 @@ class Parameter(Tensor):
         self._arena = None
 
     def mark_written(self) -> None:
-        """Note that the values have been changed in place; a backward pass that needs the old ones then raises."""
+        """Note that the values have been changed in place, so that a backward pass that needs the old ones raises."""
         self._leaf.mark_written(*(array for array in (self._data, self._copy) if array is not None))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,7 +115,7 @@ class Parameter(Tensor):
 
     def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:
         """Move the values to a backend and a dtype, with a copy in another dtype or none. The parameter leaves its
-        arena. The gradient moves too, but is dropped where the dtype changes."""
+        arena. The gradient moves too, but is dropped if the dtype changes."""
         old, grad = backend_of(self._data), self._leaf.grad
         same, values = self._data.dtype == dtype, old.to_host(self._data)
         self._data = backend.asarray(values if same else values.astype(dtype))
@@ -127,7 +127,7 @@ class Parameter(Tensor):
     def place(self, arena: ParameterArena, data: Array, grad: Array, copy: Array | None = None) -> None:
         """Move the values to the memory `data`, `grad` and `copy` of an arena (views of the parameter's shape).
 
-        copy  given exactly where the parameter has a copy.
+        copy  given if and only if the parameter has a copy.
         """
         data[...] = self._data
         if self._leaf.grad is not None:
@@ -140,7 +140,7 @@ class Parameter(Tensor):
 def _rebuild_parameter(
     function: Callable[..., Parameter], arguments: tuple[Any, ...], copy: DTypeLike | None
 ) -> Parameter:
-    """The copy of a parameter, outside of any arena, see Parameter.__reduce__."""
+    """Make the copy of a parameter, outside of any arena; see Parameter.__reduce__."""
     parameter = function(*arguments)
     parameter._copy = _rounded(parameter._data, copy)
     return parameter
@@ -180,14 +180,14 @@ class Bucket:
 
 
 class HasParameters(Protocol):
-    """What an optimizer asks of a model; an nn.Module has it."""
+    """The interface that an optimizer needs from a model; an nn.Module has it."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def arena(self) -> ParameterArena: ...
 
 
 class ParameterList:
-    """Parameters without their module, as an optimizer takes them too; their names are their positions."""
+    """Parameters without their module, for an optimizer; their names are their positions."""
 
     def __init__(self, parameters: Iterable[Parameter]):
         self._parameters = list(parameters) if isinstance(parameters, Iterable) else [parameters]
@@ -210,7 +210,7 @@ class ParameterList:
 
 
 def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterArena:
-    """The arena that exactly these parameters are in already, or a new one."""
+    """The arena that already contains exactly these parameters, or a new one."""
     named = list(named_parameters)
     arena = named[0][1].arena if named else None
     if arena and arena.valid and {id(p) for p in arena.parameters.values()} == {id(p) for _, p in named}:
@@ -221,10 +221,10 @@ def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterAren
 class ParameterArena:
     """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
 
-    Clearing the gradients is one memset per region, the optimizer one kernel per region, and ranks sum any run of
-    final gradients as one slice. For that, parameters stand in the order in which the backward pass finishes their
-    gradients: the last registered is the first to be final. An embedding that is tied to the output layer is registered
-    first and final last.
+    Clearing the gradients is one memset per region, the optimizer one kernel per region, and ranks sum a sequence of
+    final gradients as one slice. For that, parameters are in the order in which the backward pass finishes their
+    gradients: the last registered is final first. An embedding that is tied to the output layer is registered first and
+    final last.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]):
@@ -235,9 +235,9 @@ class ParameterArena:
             if parameter.arena is not None:
                 raise ValueError(
                     f"ParameterArena: {name} is in the arena of another module or optimizer, with other parameters; "
-                    f"make one optimizer for all of them"
+                    f"create one optimizer for all of them"
                 )
-        self.valid = True  # until a parameter leaves, to another device for example
+        self.valid = True  # until a parameter leaves, for example for another device
         self.parameters = dict(backward_order)
         self.backend: Backend = backend_of(backward_order[0][1].data)
         self.dtype = backward_order[0][1].dtype
@@ -279,15 +279,15 @@ class ParameterArena:
             parameter.mark_written()
 
     def refresh_copies(self) -> None:
-        """Round the values to the copies again, after they were changed in the flat buffers."""
+        """Update the copies after the values were changed in the flat buffers."""
         for region in self.regions:
             if region.copies is not None:
                 region.copies[...] = region.values.astype(region.copies.dtype)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The regions in runs of whole parameters, in the order in which the backward pass finishes them. A run has up
-        to BUCKET_SIZE elements; a larger parameter is a bucket of its own."""
+        """The regions cut into buckets of whole parameters, in the order in which the backward pass finishes them. A
+        bucket has up to BUCKET_SIZE elements, or one larger parameter."""
         buckets: list[Bucket] = []
         for region in self.regions:
             for name, (start, stop) in region.where.items():
@@ -304,13 +304,13 @@ class ParameterArena:
         """Raise ValueError naming the first parameter that is not bitwise equal on all ranks."""
         if comm.size == 1:
             return
-        names = list(self.parameters)[::-1]  # as they were registered
+        names = list(self.parameters)[::-1]  # in the order of registration
         host = (self.backend.to_host(self.parameters[name].data) for name in names)
         checksums = comm.all_gather(numpy.array([zlib.crc32(numpy.asarray(values, order="C").data) for values in host]))
         differs = checksums != checksums[0]
         if differs.any():
             first = int(differs.any(axis=0).argmax())
             raise ValueError(
-                f"the ranks have diverged: {names[first]} on rank {differs[:, first].argmax()} differs from rank 0, by "
-                f"its checksum. The machines may differ, or one may be faulty; resume from a checkpoint"
+                f"the ranks have diverged: {names[first]} on rank {differs[:, first].argmax()} differs from rank 0, "
+                f"compared by checksum. The machines may differ, or one may be faulty; resume from a checkpoint"
             )

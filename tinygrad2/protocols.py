@@ -1,9 +1,11 @@
-"""What a Tensor answers to Python's built-in functions, to NumPy's functions, and to the names of other libraries."""
+"""Support of Tensor for Python's built-in functions, NumPy's functions, and the names of other libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy
 from numpy.typing import DTypeLike
@@ -11,7 +13,7 @@ from numpy.typing import DTypeLike
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
-# np.add(a, b) where a or b is a Tensor: the method of the first and, where that is not a Tensor, of the second.
+# np.add(a, b) for a Tensor a or b: the method of the first or, if that is not a Tensor, of the second.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.add: ("__add__", "__radd__"),
     numpy.subtract: ("__sub__", "__rsub__"),
@@ -49,7 +51,7 @@ _SAME_NAMES = """
 """
 UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
-# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments the method takes too.
+# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments are those of the method.
 METHODS = {
     numpy.sum: "sum",
     numpy.mean: "mean",
@@ -95,7 +97,7 @@ METHODS = {
     numpy.dot: "dot",
 }
 
-# Functions that look at values and shapes alone, where there is no gradient to lose: they get the arrays.
+# Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
 ON_ARRAYS = {
     numpy.allclose,
     numpy.array_equal,
@@ -115,7 +117,7 @@ ON_ARRAYS = {
     numpy.size,
 }
 
-# What other libraries call it: a missing attribute of this name is answered with what to use here.
+# Names in other libraries: the error for a missing attribute of this name says what to use here.
 ELSEWHERE = {
     "absolute": "abs(x)",
     "clone": "x + 0, or copy.deepcopy(x)",
@@ -152,8 +154,46 @@ ELSEWHERE = {
 }
 
 
+PYTORCH_NAMES = {"dim": "axis", "keepdim": "keepdims", "dim0": "axis1", "dim1": "axis2"}
+DIFFERS_FROM_PYTORCH = {  # methods that give other results than PyTorch's, so that its names are answered with ours
+    "max": "PyTorch's gives values and indices: use max(axis=...) and argmax(axis=...)",
+    "min": "PyTorch's gives values and indices: use min(axis=...) and argmin(axis=...)",
+    "var": "PyTorch's divides by n - 1: use var(axis=..., correction=1), or correction=0",
+    "std": "PyTorch's divides by n - 1: use std(axis=..., correction=1), or correction=0",
+}
+C = TypeVar("C", bound=Callable[..., Any])
+K = TypeVar("K", bound=type[Any])
+
+
+def pytorch_names(function: C) -> C:
+    """A function with arguments axis and keepdims which takes them by PyTorch's names too, dim and keepdim."""
+    accepted = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if options and not options.keys() <= accepted.keys():
+            if "dim" in options and "correction" not in options and function.__name__ in DIFFERS_FROM_PYTORCH:
+                raise TypeError(f"{function.__name__}: dim: {DIFFERS_FROM_PYTORCH[function.__name__]}")
+            options = {PYTORCH_NAMES.get(name, name): value for name, value in options.items()}
+            for name in options.keys() - accepted.keys():
+                expected = ", ".join(name for name in accepted if name != "self")
+                raise TypeError(f"{function.__name__}: there is no argument {name}; expected {expected}")
+        return function(*args, **options)
+
+    return cast(C, call)
+
+
+def takes_pytorch_names(cls: K) -> K:
+    """The class, with pytorch_names applied to its public methods that have such arguments."""
+    for name, method in list(vars(cls).items()):
+        public = inspect.isfunction(method) and not name.startswith("_")
+        if public and set(PYTORCH_NAMES.values()) & inspect.signature(method).parameters.keys():
+            setattr(cls, name, pytorch_names(method))
+    return cls
+
+
 class Protocols:
-    """The part of Tensor that answers to Python's built-in functions and to NumPy's."""
+    """The part of Tensor that supports the built-in functions of Python and the functions of NumPy."""
 
     __slots__ = ()
 
@@ -184,7 +224,7 @@ class Protocols:
 
     def __iter__(self: Any) -> Iterator[Any]:
         if not self.ndim:
-            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; its value is item()")
+            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; use item() for its value")
         return (self[i] for i in range(len(self.data)))
 
     def __contains__(self: Any, value: Any) -> bool:
@@ -205,19 +245,28 @@ class Protocols:
         return int(self)
 
     def __setitem__(self: Any, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor is not changed in place: write into x.data before the forward pass")
+        raise TypeError("a Tensor cannot be changed in place: write into x.data before the forward pass")
 
-    def __getattr__(self: Any, name: str) -> Any:
-        ours = ELSEWHERE.get(name)
-        raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
+    if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+
+        def __getattr__(self, name):
+            ours = ELSEWHERE.get(name)
+            raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
 
     __array_priority__ = 1000  # cupy_array * tensor calls Tensor.__rmul__
 
     def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
         if self.backend is not get_backend():
-            raise TypeError("a Tensor on a GPU is not copied to the host without being asked: use .numpy()")
+            raise TypeError("a Tensor on a GPU is not copied to the host implicitly: use .numpy()")
         values = numpy.asarray(self.data, dtype=dtype)
         return values.copy() if copy and values is self.data else values
+
+    def __dlpack__(self: Any, **options: Any) -> Any:
+        """For torch.tensor(x), cupy.from_dlpack(x) and others: the values, without a copy where that is possible."""
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self: Any) -> tuple[int, int]:
+        return self.data.__dlpack_device__()
 
     def __array_ufunc__(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         forward, reflected = UFUNCS.get(ufunc, ("", None))
@@ -249,4 +298,4 @@ class Protocols:
 def _as_numpy(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map(_as_numpy, value))
-    return value.numpy() if isinstance(value, Protocols) else value
+    return cast(Any, value).numpy() if isinstance(value, Protocols) else value

@@ -2,12 +2,12 @@
 
 Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
 GPT-2 needs them, with its formula and the derivation of its gradient. The same functions are the reference that faster
-kernels are tested against, and the fallback where there is no faster kernel.
+kernels are tested against, and the fallback if there is no faster kernel.
 
 Conventions
     L               the loss, a number; dx is dL/dx, of x's shape, and dy = dL/dy is given.
     B T C V H D     batch, time, channels, vocabulary, heads, head size (C = H * D); N = B * T rows.
-    dweight, dbias  are *added to* (a parameter may be used more than once); None means not wanted.
+    dweight, dbias  are *added to* (a parameter may be used more than once); None means not needed.
     dx              is *returned*, as a new array. Inputs are never changed, except where a docstring says so.
     dtype           of the results is that of the inputs (float32 to train, float64 to check); indices are integers.
 
@@ -15,7 +15,7 @@ How a gradient is derived
     By the chain rule, dx_j = sum_i dy_i (dy_i / dx_j), where the fraction is the derivative of y_i with respect to x_j.
     So each derivation says which results y_i change with x_j, and by how much. delta_ij is 1 where i = j, else 0.
 
-Only functions that CuPy has too are used from the array library, and every constructor is passed a dtype.
+Only functions that CuPy also has are used from the array library, and every constructor is passed a dtype.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def row_sum(x: Array) -> Array:
 
 
 def _sum(x: Array, axis: tuple[int, ...], keepdims: bool = False) -> Array:
-    """np.sum, but by row_sum where NumPy does not sum pairwise: it does over the last axes of a contiguous array."""
+    """np.sum, but row_sum where NumPy does not sum pairwise. It does over the last axes of a contiguous array."""
     if math.prod(x.shape[i] for i in axis) <= MAX_RUN or (x.flags.c_contiguous and min(axis) == x.ndim - len(axis)):
         return np.sum(x, axis=axis, keepdims=keepdims)
     total = x
@@ -114,10 +114,9 @@ def divide_forward(a: Array, b: Array) -> Array:
 def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """The derivative of a / b by a is 1 / b, and by b it is -a / b^2 (the power rule for b^-1). So
 
-    da = dy / b,    db = -dy a / b^2 = -da a / b.
+    da = dy / b,    db = -dy (a / b) / b, where b^2 would vanish or overflow before the quotients do.
     """
-    da = dy / b
-    return unbroadcast(da, a.shape), unbroadcast(-da * a / b, b.shape)
+    return unbroadcast(dy / b, a.shape), unbroadcast(-dy * (a / b / b), b.shape)
 
 
 def power_forward(x: Array, exponent: float) -> Array:
@@ -127,8 +126,10 @@ def power_forward(x: Array, exponent: float) -> Array:
 
 def power_backward(dy: Array, x: Array, exponent: float) -> Array:
     """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
-    formula gives 0 times infinity.
+    formula gives 0 times infinity. For 0.5, y is the square root, which -inf has none of: dx is NaN there, as y is.
     """
+    if exponent == 0.5:
+        return dy * (0.5 / np.sqrt(x))
     return dy * (exponent * x ** (exponent - 1)) if exponent else np.zeros_like(dy)
 
 
@@ -179,9 +180,9 @@ def max_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 
 
 def max_backward(dy: Array, x: Array, y: Array, axis: tuple[int, ...]) -> Array:
-    """y changes with the largest element alone: dx = dy there and 0 elsewhere.
+    """y depends only on the largest element: dx = dy there and 0 elsewhere.
 
-    Where n elements are equal and largest, there is no derivative; each gets dy / n (as PyTorch's amax does).
+    If n elements are equally large, there is no derivative; each gets dy / n (as in PyTorch's amax).
     """
     kept = tuple(1 if i in axis else n for i, n in enumerate(x.shape))
     largest = x == y.reshape(kept)
@@ -197,13 +198,13 @@ def getitem_forward(x: Array, index: Index) -> Array:
 def getitem_backward(dy: Array, index: Index, dx: Array) -> None:
     """Each y_i is a copy of one x_j, so dx_j is the sum of dy_i over its copies: dx[index] += dy.
 
-    Where an element was taken several times, x[index] += dy would add only one of them; np.add.at adds all.
+    If an element was taken several times, dx[index] += dy would add only one of them; np.add.at adds all.
     """
     plain = index if isinstance(index, tuple) else (index,)
     if all(isinstance(i, int | slice) or i is None or i is Ellipsis for i in plain):
         dx[index] += dy
     else:
-        np.add.at(dx, index, dy)  # type: ignore[arg-type]  # (NumPy's own type hints know no other array)
+        np.add.at(dx, index, dy)  # type: ignore[arg-type]  # (NumPy's type hints accept only NumPy arrays)
 
 
 # reshape and transpose are views; their backward passes are the inverse view, in tensor.py.
@@ -219,7 +220,7 @@ def matmul_forward(a: Array, b: Array) -> Array:
 
 
 def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """With y_ij = sum_k a_ik b_kj, moving a_ik moves row i of y (y_ij by b_kj), moving b_kj column j (y_ij by a_ik):
+    """In y_ij = sum_k a_ik b_kj, a_ik affects row i of y (dy_ij / da_ik = b_kj), and b_kj column j (by a_ik):
 
     da_ik = sum_j dy_ij b_kj = (dy b^T)_ik,    db_kj = sum_i a_ik dy_ij = (a^T dy)_kj.
     """
@@ -229,7 +230,7 @@ def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
-    """y = x W + b: x (..., C_in), W (C_in, C_out) as OpenAI ships it, b (C_out,) or None -> (..., C_out).
+    """y = x W + b: x (..., C_in), W (C_in, C_out) as in OpenAI's files, b (C_out,) or None -> (..., C_out).
 
     W may be bfloat16, for generation: it is converted to x's dtype.
     """
@@ -273,13 +274,13 @@ def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_positi
 def embedding_backward(
     dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
 ) -> None:
-    """Moving row v of wte moves every y[b, t] with tokens[b, t] = v; moving row p of wpe moves y[b, p - first_position]
-    for every b. Both derivatives are 1:
+    """Row v of wte is added to every y[b, t] with tokens[b, t] = v, and row p of wpe to y[b, p - first_position] for
+    every b. Both derivatives are 1:
 
-    dwte[v] += the sum of dy[b, t] where tokens[b, t] = v,    dwpe[first_position + t] += the sum of dy[b, t] over b.
+    dwte[v] += the sum of dy[b, t] with tokens[b, t] = v,    dwpe[first_position + t] += the sum of dy[b, t] over b.
 
-    tokens  a NumPy array, whatever the array library: equal tokens are found on the host, without waiting for the
-            device. (np.add.at(dwte, tokens, dy) is the same sum, but on a GPU its order differs from run to run.)
+    tokens  a NumPy array in every array library: equal tokens are found on the host, without waiting for the
+                    device. (np.add.at(dwte, tokens, dy) is the same sum, but on a GPU its order varies between runs.)
     """
     if dwte is not None:
         rows, flat = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
@@ -311,7 +312,7 @@ def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: 
 
 
 def dropout_forward(x: Array, rate: float, key: Key) -> Array:
-    """y = x m / (1 - rate), m Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
+    """y = x m / (1 - rate), m ~ Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
 
     The first axis of x counts samples; key.first_sample is the position of the first one in the global batch.
     Source: Srivastava et al., JMLR 15 (2014), in the inverted form.
@@ -322,7 +323,7 @@ def dropout_forward(x: Array, rate: float, key: Key) -> Array:
 def dropout_backward(dy: Array, rate: float, key: Key) -> Array:
     """y = f x, where the factor f = m / (1 - rate) does not depend on x: dx = f dy.
 
-    The key gives the same f again, so the backward pass is the forward pass, of dy.
+    The key reproduces f, so the backward pass is the forward pass applied to dy.
     """
     return dropout_forward(dy, rate, key)
 
@@ -348,7 +349,7 @@ def inverse_rms(x: Array, eps: float) -> Array:
     operation, so that squares do not overflow or underflow."""
     largest = np.max(np.abs(x), axis=-1, keepdims=True)
     exponent = np.frexp(np.maximum(largest, math.sqrt(eps) or 2.0**-120))[1]
-    scale = np.ldexp(np.ones(largest.shape, dtype=x.dtype), -exponent)  # of the size of 1 / largest
+    scale = np.ldexp(np.ones(largest.shape, dtype=x.dtype), -exponent)  # about 1 / largest
     scaled = x * scale
     return scale / np.sqrt(np.mean(scaled * scaled, axis=-1, keepdims=True) + eps * scale * scale)
 
@@ -356,14 +357,14 @@ def inverse_rms(x: Array, eps: float) -> Array:
 def layernorm_backward(
     dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
 ) -> Array:
-    """With xhat = (x - mean) rstd, y = w xhat + b; g = dy w is the gradient of xhat. Moving x_j moves every xhat_i of
+    """With xhat = (x - mean) rstd, y = w xhat + b; g = dy w is the gradient of xhat. x_j affects every xhat_i of
     its row: directly, through mean (by 1 / C) and through rstd (by -rstd^2 xhat_j / C):
 
     dxhat_i / dx_j = rstd (delta_ij - 1 / C - xhat_i xhat_j / C), so
     dx_j = sum_i g_i (dxhat_i / dx_j) = rstd (g_j - mean(g) - xhat_j mean(g xhat));
     dw += the sum of dy xhat over the rows,    db += the sum of dy over the rows.
 
-    xhat is computed again from x and the two statistics of each row instead of being saved.
+    xhat is not saved; it is recomputed from x and the two statistics of each row.
     """
     rows = tuple(range(dy.ndim - 1))
     xhat = (x - mean) * rstd
@@ -378,7 +379,7 @@ def layernorm_backward(
 def add_layernorm_forward(
     x: Array, delta: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """s = x + delta;  y = LayerNorm(s): a residual connection and the normalisation that reads it, in one pass.
+    """s = x + delta;  y = LayerNorm(s): a residual connection and the normalisation after it, in one pass.
 
     Returns s, y, mean, rstd.
     """
@@ -391,7 +392,7 @@ def add_layernorm_backward(
 ) -> Array:
     """s is used twice: as a result, whose gradient is ds, and by the LayerNorm, which adds its own gradient.
 
-    x and delta move s alike: dx = ddelta = ds + LayerNorm's dx. Returns the one array.
+    x and delta affect s equally: dx = ddelta = ds + LayerNorm's dx. Returns one array for both.
     """
     return ds + layernorm_backward(dy, s, weight, mean, rstd, dweight, dbias)
 
@@ -400,7 +401,7 @@ def add_layernorm_backward(
 # Causal softmax attention
 # ---------------------------------------------------------------------------------------------------------------------
 
-QUERY_ROWS = 128  # rows of the score matrix at a time: memory grows as T, and blocks above the diagonal are skipped
+QUERY_ROWS = 128  # rows of the score matrix at a time: memory is linear in T, and blocks above the diagonal are skipped
 
 
 def query_blocks(T: int) -> list[tuple[slice, slice]]:
@@ -435,7 +436,7 @@ def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> 
 
     qkv (B, T, 3 C), queries, keys and values side by side, the heads side by side in each; key None means no dropout.
     Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that a
-    backward pass in tiles needs to compute the weights again, so that no T x T array is kept.
+    tiled backward pass needs to recompute the weights, so that no T x T array is kept.
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
@@ -463,12 +464,11 @@ def attention_backward(
     O and S are matrix products, and P M is elementwise, so their gradients are those of matmul and multiply:
 
     dV = (P M)^T dO,    dP = (dO V^T) M,    dQ = dS K / sqrt(D),    dK = dS^T Q / sqrt(D);
-    dS is softmax's: dS_ij = P_ij (dP_ij - delta_i), delta_i = sum_j dP_ij P_ij. That needs no second pass over j:
+    By softmax, dS_ij = P_ij (dP_ij - delta_i), delta_i = sum_j dP_ij P_ij, which needs no second pass over j:
     sum_j (dO V^T)_ij M_ij P_ij = sum_d dO_id sum_j P_ij M_ij V_jd, so delta_i = sum_d dO_id O_id.
 
-    Here P is computed as in the forward pass. lse is for kernels that see part of a row at a time: exp(S - lse) has the
-    rounding error of lse, which is 5e-4 at scores of 10^4 in float32.
-    Returns dqkv.   Source: arXiv:2205.14135, appendix B.
+    Here P is computed as in the forward pass. lse is for kernels that process part of a row at a time: exp(S - lse)
+    has the rounding error of lse, 5e-4 at scores of 10^4 in float32. Returns dqkv.   Source: arXiv:2205.14135, app. B.
     """
     T = qkv.shape[1]
     q, k, v = split_heads(qkv, 3, n_head)
@@ -495,10 +495,10 @@ def attention_backward(
 
 
 def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-    """Attention of new tokens to themselves and to all before them, for generation: there is no backward pass.
+    """Attention of new tokens to themselves and to all earlier ones, for generation. It has no backward pass.
 
     qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) holds the keys
-    and values of the positions before, and those of the new tokens are written to it. Returns out (B, T, C).
+    and values of earlier positions, and those of the new tokens are written to it. Returns out (B, T, C).
     """
     B, T, width = qkv.shape
     q, k, v = split_heads(qkv, 3, n_head)
@@ -523,7 +523,7 @@ def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Arra
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
-_GELU_LIMIT = 100.0  # from here on GELU is u or 0, and its slope 1 or 0; the powers of a larger u could overflow
+_GELU_LIMIT = 100.0  # beyond this GELU is u or 0, and its slope 1 or 0; the powers of a larger u could overflow
 
 
 def gelu_forward(x: Array, bias: Array | None) -> Array:
@@ -537,7 +537,7 @@ def gelu_forward(x: Array, bias: Array | None) -> Array:
 
 
 def gelu_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
-    """With z = a (u + c u^3), a = sqrt(2 / pi), c = 0.044715, and t = tanh z, y = u (1 + t) / 2. Moving u moves y
+    """With z = a (u + c u^3), a = sqrt(2 / pi), c = 0.044715, and t = tanh z, y = u (1 + t) / 2. u affects y
     directly and through t, whose derivative is (1 - t^2) dz/du = (1 - t^2) a (1 + 3 c u^2). By the product rule,
 
     dy/du = (1 + t) / 2 + u (1 - t^2) a (1 + 3 c u^2) / 2,    dx = dy (dy/du).
@@ -635,7 +635,7 @@ def softmax_forward(x: Array) -> Array:
 
 
 def softmax_backward(dy: Array, y: Array) -> Array:
-    """Moving x_j moves the numerator of y_j, and the denominator of every y_i (by exp(x_j)):
+    """x_j affects the numerator of y_j, and the denominator of every y_i (by exp(x_j)):
 
     dy_i / dx_j = y_i (delta_ij - y_j), so
     dx_j = sum_i dy_i y_i (delta_ij - y_j) = y_j (dy_j - sum_i dy_i y_i).
@@ -647,7 +647,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
     """loss = the mean over the rows of log sum_j exp(z_j) - z[target]: logits z (..., V), targets (...) integers.
 
     Returns the loss (0-d, in nats) and log_total (..., 1), each row's log sum_j exp(z_j - largest): relative to the
-    largest logit, so that an offset that all share costs no digits.
+    largest logit, so that an offset common to all logits costs no precision.
     """
     shifted = logits - np.max(logits, axis=-1, keepdims=True)
     log_total = np.log(_sum(np.exp(shifted), (shifted.ndim - 1,), keepdims=True))
@@ -657,7 +657,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, log_total: Array) -> Array:
     """The derivative of log sum_j exp(z_j) by z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of -z[target]
-    is -1 at the target. Each row has 1 / rows of the mean:
+    is -1 at the target. Each row has weight 1 / rows in the mean:
 
     dlogits = dloss (softmax(logits) - onehot(target)) / rows,    softmax(z) = exp((z - largest) - log_total).
     """
@@ -671,8 +671,8 @@ def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Arr
     """The loss of softmax(x W^T) against targets, fused: x (..., C), W (V, C), targets (...) integers.
 
     The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1; see cross_entropy_backward)
-    in place: the largest array of the whole step exists once. Returns the loss (0-d, mean over the rows, in nats) and
-    dlogits (N, V). W may be bfloat16, for evaluation.
+    in place: there is only one array of this size, the largest of the step. Returns the loss (0-d, mean over the rows,
+    in nats) and dlogits (N, V). W may be bfloat16, for evaluation.
     """
     logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype, copy=False).T)
     row, target = np.arange(len(logits), dtype=np.int64), targets.reshape(-1)
@@ -725,7 +725,7 @@ def adamw_step(
 
     g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
     value = value - lr (m^ / (sqrt(v^) + eps) + weight_decay value);  step counts from 1.
-    scale, lr and step are 0-d arrays of value's dtype. scale is the clipping factor; where it is NaN, nothing changes.
+    scale, lr and step are 0-d arrays of value's dtype. scale is the clipping factor; if it is NaN, nothing changes.
     Source: arXiv:1711.05101, algorithm 2; eps as in PyTorch.
     """
     g = scale * grad
@@ -743,7 +743,7 @@ def sgd_step(
     """One step of stochastic gradient descent on flat arrays; value and buffer are changed in place.
 
     g = scale grad + weight_decay value;  buffer = momentum buffer + g
-    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g where buffer is None.
+    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g if buffer is None.
     scale and lr as for adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
     """
     g = scale * grad + weight_decay * value
@@ -756,7 +756,7 @@ def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> 
     """The direction that Muon orthogonalizes, of flat arrays; buffer is changed in place.
 
     g = scale grad;  buffer = momentum buffer + (1 - momentum) g;  direction = momentum buffer + (1 - momentum) g
-    In direction, buffer is the new one (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
+    direction uses the new buffer (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
     """
     g = (1 - momentum) * scale * grad
     _assign(scale, (buffer, momentum * buffer + g))
@@ -764,11 +764,11 @@ def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> 
 
 
 def orthogonalize(*matrices: Array) -> None:
-    """Replace each matrix X = U S V^T (its singular value decomposition) by about U V^T, in place.
+    """Replace each matrix X = U S V^T (its singular value decomposition) by an approximation of U V^T, in place.
 
     X = X / ||X||, so that no singular value is above 1. Then five times (Newton-Schulz), with A = X X^T:
-    X <- a X + (b A + c A^2) X = U (a S + b S^3 + c S^5) V^T. The singular vectors stay; a, b and c drive all but tiny
-    singular values to between 0.7 and 1.2. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    X <- a X + (b A + c A^2) X = U (a S + b S^3 + c S^5) V^T. The singular vectors are unchanged; a, b and c bring all
+    but tiny singular values into [0.7, 1.2]. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     for matrix in matrices:
@@ -781,20 +781,20 @@ def orthogonalize(*matrices: Array) -> None:
 
 
 def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
-    """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value), of a matrix, in place.
+    """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value) for a matrix, in place.
 
-    The factor gives updates AdamW's root mean square, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
+    The factor gives updates the root mean square of AdamW's, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
     """
     _assign(scale, (value, value - lr * (0.2 * math.sqrt(max(value.shape)) * direction + weight_decay * value)))
 
 
 def _bias_correction(beta: float, step: Array) -> Array:
-    """1 - beta^step, as -expm1(step log(beta)): in float32 the difference itself would keep few digits."""
+    """1 - beta^step, as -expm1(step log(beta)): in float32 the subtraction would lose precision."""
     return -np.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 def _assign(scale: Array, *pairs: tuple[Array, Array]) -> None:
-    """Store each new array in the old one, or nothing where scale is NaN: the optimizer skips a step that way whose
-    gradients are not finite, without waiting for the device."""
+    """Copy each new array to the old one, unless scale is NaN. In this way the optimizer skips a step whose gradients
+    are not finite, without waiting for the device."""
     for old, new in pairs:
         old[...] = np.where(np.isnan(scale), old, new)

@@ -15,7 +15,7 @@ from tinygrad2.params import Parameter
 
 
 class State:
-    """The base class of nn.Module: what can be said of its parameters by their names alone."""
+    """The base class of nn.Module: everything that needs only the names of its parameters."""
 
     if TYPE_CHECKING:
 
@@ -28,7 +28,7 @@ class State:
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Set every parameter to the array (or Tensor) of its name; returns the module.
 
-        Raises ValueError where a name is missing or is not one of a parameter, or a shape differs; nothing is changed.
+        Raises ValueError if a name is missing or unknown, or a shape differs; nothing is changed then.
         """
         parameters = dict(self.named_parameters())
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
@@ -46,12 +46,12 @@ class State:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the parameters to a file in the format safetensors, completely or not at all."""
+        """Write the parameters to a safetensors file, completely or not at all."""
         with atomic_write(Path(path)) as partial:
             save_file(self.state_dict(), partial)
 
     def load(self, path: str | Path) -> Self:
-        """Read the parameters from a file in the format safetensors; returns the module. Raises as load_state_dict."""
+        """Read the parameters from a safetensors file; returns the module. Raises the errors of load_state_dict."""
         try:
             state = load_file(path)
         except SafetensorError as error:
@@ -63,7 +63,7 @@ class State:
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a module, list, tuple or dict consists of, by name."""
+    """The members of a module, list, tuple or dict, by name."""
     if isinstance(value, State):
         yield from vars(value).items()
     elif isinstance(value, list | tuple):
@@ -90,7 +90,7 @@ def modules_in(value: Any) -> Iterator[Any]:
 
 
 def _tree(value: Any) -> str:
-    """A module as text: its numbers and the shapes of its parameters, and the modules in it, indented."""
+    """A module as text: its numbers, the shapes of its parameters, and its modules, indented."""
     inside, modules = [], []
     for name, member in _members(value):
         if isinstance(member, Parameter):

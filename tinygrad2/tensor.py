@@ -1,4 +1,4 @@
-"""Tensor: an array and, where a gradient is wanted, its node on the tape. record() puts an operation on the tape."""
+"""Tensor: an array and, if it needs a gradient, its node on the tape. record() puts an operation on the tape."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from typing import Any, TypeGuard, overload
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd
+from tinygrad2 import arguments, autograd, tracer
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
 from tinygrad2.methods import Methods
-from tinygrad2.protocols import Protocols
+from tinygrad2.protocols import Protocols, takes_pytorch_names
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
-HostArray = numpy.ndarray  # (in the class, `numpy` is a method's name to the type checker)
+HostArray = numpy.ndarray  # (inside the class, the type checker takes `numpy` for the method)
 
 
+@takes_pytorch_names
 class Tensor(Methods["Tensor"], Protocols):
-    """An array and, where a gradient is wanted, its node on the tape.
+    """An array and, if it needs a gradient, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
     requires_grad  makes this a leaf: backward() sums the gradient of the loss into `.grad`, an array of data's shape.
 
-    Operators: + - * / @ ** and unary -, comparisons, indexing, and the methods below, with NumPy's broadcasting. How
-    types are promoted is said in arguments.py. Only floating-point Tensors have gradients; these are arrays, so there
-    are no gradients of gradients. Comparisons, & | ~ // and % are without gradient.
+    Operators: + - * / @ ** and unary -, comparisons, indexing, and the methods below, with NumPy's broadcasting. Type
+    promotion is described in arguments.py. Only floating-point Tensors have gradients. Gradients are arrays;
+    second-order gradients are not supported. Comparisons, & | ~ // and % have no gradient.
 
-    Operations save arrays for the backward pass, and do not copy them. Assigning to `.data` of a Tensor gives it
+    Operations save arrays for the backward pass without copying them. Assigning to `.data` of a Tensor gives it
     another array; a Parameter is changed in place, and a backward pass that needed the old values raises an error.
-    A write into the array itself, x.data[...] = y, is not noticed: make it before the forward pass or after backward().
+    A write into the array itself, x.data[...] = y, is not detected: write before the forward pass or after backward().
     """
 
     __slots__ = ("data", "_edge")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
-        data = data.data if isinstance(data, Tensor) else data
+        data = data.data if isinstance(data, Tensor) else arguments.of_numpy(data)
         if not _is_array(data):
             if dtype is None and not isinstance(data, numpy.generic):
                 dtype = arguments.DEFAULT_FLOAT
-            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is a float too, but has a dtype of its own)
+            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is a float too, but has its own dtype)
         elif data.dtype.kind not in "biuf" and data.dtype.name != "bfloat16":
             raise TypeError(f"Tensor: data has dtype {data.dtype}; expected floats, integers or booleans")
         if dtype is not None or isinstance(data, numpy.generic):
@@ -54,9 +55,9 @@ class Tensor(Methods["Tensor"], Protocols):
             self._edge = (autograd.Leaf(form_of(data)), 0)
 
     def read_as(self, dtype: DTypeLike, what: str) -> Array:
-        """The values as an operation reads them whose activations have this dtype: there is no type promotion.
+        """The values for an operation whose activations have this dtype; there is no type promotion.
 
-        what  names them in the error, such as "linear: weight". Raises TypeError where they have another dtype.
+        what  their name in the error, such as "linear: weight". Raises TypeError if they have another dtype.
         """
         if self.data.dtype != dtype:
             raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, as the activations require")
@@ -93,17 +94,17 @@ class Tensor(Methods["Tensor"], Protocols):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether backward() sends a gradient to or through this tensor."""
+        """Whether backward() computes a gradient for this tensor."""
         return self._edge is not None
 
     @property
     def leaf(self) -> autograd.Leaf | None:
-        """The leaf of the tape that belongs to this tensor, or None for a result and for a constant."""
+        """This tensor's leaf on the tape, or None for a result or a constant."""
         return self._edge[0] if self._edge is not None and isinstance(self._edge[0], autograd.Leaf) else None
 
     @property
     def grad(self) -> Array | None:
-        """The gradient summed so far, or None before the first backward() and if this tensor is not a leaf."""
+        """The gradient summed so far, or None before the first backward() or if this tensor is not a leaf."""
         return None if self.leaf is None else self.leaf.grad
 
     @grad.setter
@@ -132,10 +133,7 @@ class Tensor(Methods["Tensor"], Protocols):
         return record(data, (self,), _astype_backward, saved=(self.dtype,))
 
     def to(self, target: str | DTypeLike) -> Tensor:
-        """The tensor on another device ("cpu" or "cuda"), or in another dtype; itself where it is already.
-
-        The gradient is copied back to the first device.
-        """
+        """The tensor on another device ("cpu" or "cuda") or in another dtype; its gradient is converted back."""
         if target not in DEVICES:
             return self if numpy.dtype(target) == self.dtype else self.astype(target)
         source, backend = self.backend, get_backend(str(target))
@@ -151,16 +149,16 @@ class Tensor(Methods["Tensor"], Protocols):
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
 
         dy  the gradient of the loss with respect to this tensor; may be left out for a scalar (then it is 1).
-        create_graph  must be False: gradients of gradients are not offered.
-        Raises RuntimeError where nothing is recorded, where an earlier backward() went through the same graph, and
-        where a parameter that it needs was changed since the forward pass.
+        create_graph  must be False: second-order gradients are not supported.
+        Raises RuntimeError if nothing is recorded, if an earlier backward() used the same graph, or if a parameter that
+        it needs has changed since the forward pass.
         """
         if create_graph:
-            raise NotImplementedError("backward: create_graph: gradients of gradients (second order) are not offered")
+            raise NotImplementedError("backward: create_graph: second-order gradients are not supported")
         if self._edge is None:
             raise RuntimeError(
                 "backward: nothing is recorded here: no input has requires_grad, or no_grad() is active "
-                "(a .grad is an array: gradients of gradients are not offered)"
+                "(a .grad is an array: second-order gradients are not supported)"
             )
         if dy is None:
             if self.size != 1:
@@ -178,7 +176,7 @@ class Tensor(Methods["Tensor"], Protocols):
         grad = None if self.grad is None else self.backend.to_host(self.grad)
         return _rebuild, (type(self), self.numpy(), self.device, self.requires_grad, grad)
 
-    # Comparisons and logic: elementwise, without gradient -----------------------------------------------------------
+    # Comparisons and logic: elementwise, without a gradient -----------------------------------------------------------
 
     __hash__ = object.__hash__  # by identity, so that a Tensor can be a key
 
@@ -228,7 +226,7 @@ class Tensor(Methods["Tensor"], Protocols):
         return b % a
 
     def _elementwise(self, op: str, ufunc: Any, other: Operand) -> Any:
-        """The result of a ufunc of the array library, without gradient; NotImplemented where Python is to decide."""
+        """The result of a ufunc of the array library, without a gradient; NotImplemented for an unknown operand."""
         if not hasattr(other, "dtype") and not isinstance(other, int | float | list | tuple):
             return NotImplemented
         a, b = _operands(op, self, other)
@@ -397,7 +395,7 @@ class Tensor(Methods["Tensor"], Protocols):
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
-    # What methods.py is made of, beside the operators and methods above: it is imported by this file ----------------
+    # Used by methods.py, which this file imports, beside the operators and methods above ---------- ----------------
 
     def _record(
         self, data: Any, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
@@ -423,20 +421,22 @@ def record(
 def record(
     data: Array | tuple[Array, ...], parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
 ) -> Tensor | tuple[Tensor, ...]:
-    """Make an operation's result a Tensor, and put it on the tape if a parent wants a gradient.
+    """Make an operation's result a Tensor, and put it on the tape if a parent needs a gradient.
 
     data      the result: an array, or a tuple of arrays for an operation with several results.
     parents   the Tensors it was computed from.
     backward  backward(saved, dy, into) -> a tuple with a gradient or None for each parent. dy is the gradient of the
-              result (a tuple, None where none arrived, for several). Instead of returning a gradient it may add it to
-              the buffer `into(i)`, which is None where parent i wants no gradient, and return None for it.
-              A string names a kernel (a function of reference.py) that is all of the backward pass:
+              result; for several results, a tuple of gradients and None. Instead of returning a gradient it may add it
+              to the buffer `into(i)`, which is None if parent i needs no gradient, and return None for it.
+              A string names a kernel (a function of reference.py) that is the whole backward pass:
               kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
-    saved     what backward needs; only kept where a gradient is wanted. Backward must not change it.
+    saved     the data that backward needs; only kept if a gradient is needed. Backward must not change it.
 
-    This is the only way onto the tape: an operation of your own is two functions, its forward ending in record().
+    This is the only way onto the tape. An operation is two functions, and its forward function ends in record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
+    if tracer.active() is not None:
+        tracer.report(backward, parents, results, saved)
     edges = tuple([parent._edge for parent in parents])
     if any(edges) and autograd.is_recording():
         backend = backend_of(results[0].data)
@@ -470,7 +470,7 @@ def form_of(data: Array) -> autograd.Form:
 
 
 def _constant(data: Array) -> Tensor:
-    """Tensor(data) for an array, or for the scalar that NumPy makes of one without axes, in less time."""
+    """Tensor(data), but faster, for an array, or for a scalar that NumPy returned for an array without axes."""
     result = _new(Tensor)
     result.data = autograd.as_array(data)
     result._edge = None
@@ -481,7 +481,7 @@ _new = object.__new__
 
 
 def _rebuild(kind: type[Tensor], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Tensor:
-    """The copy of a Tensor, see Tensor.__reduce__."""
+    """Make the copy of a Tensor; see Tensor.__reduce__."""
     data = get_backend(device).asarray(values)
     copy = kind(data, requires_grad=True) if requires_grad and kind is Tensor else kind(data)
     if grad is not None:
@@ -490,7 +490,7 @@ def _rebuild(kind: type[Tensor], values: numpy.ndarray, device: str, requires_gr
 
 
 def _float(x: Tensor) -> Tensor:
-    """x, or for integers and booleans their values in the default floating-point type."""
+    """x, with integers and booleans converted to the default floating-point type."""
     return _constant(x.data.astype(arguments.DEFAULT_FLOAT)) if x.data.dtype.kind in "biu" else x
 
 
@@ -515,7 +515,7 @@ def _no_product(a: Tensor, b: Tensor) -> ValueError:
 
 
 def _vector_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b where one has a single axis, as in NumPy: a row on the left, a column on the right; that axis goes away."""
+    """a @ b if one is a vector, as in NumPy: a row on the left, a column on the right; that axis is then removed."""
     if not (a.ndim and b.ndim) or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
         raise ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) or (k,) @ (..., k, n) or (k,)")
     y = (a if a.ndim > 1 else a.reshape(1, -1)) @ (b if b.ndim > 1 else b.reshape(-1, 1))

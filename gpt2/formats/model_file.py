@@ -111,6 +111,14 @@ def _best_checkpoint(out: Path) -> Path | None:
     return best
 
 
+def default_model(say: Callable[[str], None]) -> Path | None:
+    """The model of a command that is given none: the one in checkpoint/, else the newest one in out/, else None."""
+    for folder in (Path("checkpoint"), Path("out")):
+        if (folder / CONFIG_FILE).is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
+            return find_model(folder, say)
+    return None
+
+
 def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 

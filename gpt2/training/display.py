@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2 import console
+from gpt2.config import GPT2Config
 from gpt2.console import clock
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, baselines
 from gpt2.training.evaluation import describe_task
-from gpt2.training.options import Options
+from gpt2.training.options import MODEL_SIZES, Options
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
 from tinygrad2 import threads
@@ -29,11 +31,14 @@ def say(line: str) -> None:
         discard_stdout()
 
 
-def describe_start(trainer: Trainer) -> None:
-    """Print the model, the data, the batch and the schedule before training starts."""
+def describe_start(trainer: Trainer, notes: Sequence[str]) -> None:
+    """Print the model, the data, the batch and the schedule before training starts, and notes on what was chosen."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     per_step, count = options.total_batch_size or 0, threads.count()
-    say(f"model      {options.init or options.preset}: {model.n_parameters():,} parameters ({model.config.summary()})")
+    preset = GPT2Config.preset(options.preset)
+    own = any(getattr(options, name) != getattr(preset, name) for name in MODEL_SIZES)
+    name = options.init or options.preset + (" with other sizes" if own else "")
+    say(f"model      {name}: {model.n_parameters():,} parameters ({model.config.summary()})")
     each = f" on each of {comm.size} ranks" if comm.size > 1 else ""
     say(f"device     {model.backend.device}, {options.dtype}, {_plural(count, 'thread')}{each}")
     if comm.size > 1 and model.backend.cuda:
@@ -61,6 +66,8 @@ def describe_start(trainer: Trainer) -> None:
         f"output     {trainer.folder.path}/: a checkpoint {_interval(options.save_interval)} (the last {options.keep} "
         f"and the best are kept), an evaluation {_interval(options.eval_interval)}"
     )
+    for note in notes:
+        say(note)
     if trainer.progress.step == 0:
         losses = ", ".join(f"{key} {value:.4f}" for key, value in baselines(train, trainer.validation).items())
         say(f"baselines  validation loss of n-gram models, in nats per token: {losses}")
@@ -84,11 +91,12 @@ def _interval(steps: int) -> str:
     return f"every {_plural(steps, 'step')}" if steps > 1 else "every step" if steps else "at the end"
 
 
-def start_record(trainer: Trainer, machine: dict[str, str]) -> dict[str, JsonObject]:
-    """The options, model, data and machine of this start, for the report."""
+def start_record(trainer: Trainer, machine: dict[str, str]) -> JsonObject:
+    """The options, model, data and machine of this start, and the validation loss before a new run, for the report."""
     model, train = trainer.model, trainer.train
     return {
         "options": dataclasses.asdict(trainer.options),
+        **({} if trainer.loss_before is None else {"val_loss": trainer.loss_before}),
         "model": {"parameters": f"{model.n_parameters():,}", **dataclasses.asdict(model.config)},
         "data": {
             "path": str(train.path),
@@ -119,6 +127,11 @@ def say_step(row: JsonObject, trainer: Trainer) -> None:
     )
 
 
+def say_first_loss(loss: float) -> None:
+    """Print the validation loss before the first step."""
+    say(f"step 0: validation loss {loss:.4f}, before training")
+
+
 def say_tasks(row: JsonObject, questions: Questions) -> None:
     """Print a line with each task's results in a row of the log."""
     for task, _ in questions:
@@ -140,20 +153,29 @@ def say_finished(out: Path, steps: int) -> None:
     say(f"--max-iters {2 * steps} continues it, --fresh starts a new run (the folder is renamed, not deleted).")
 
 
+def say_early_stop(trainer: Trainer) -> None:
+    """Print why training ends before the last step."""
+    stop, best = _plural(trainer.options.early_stop, "evaluation"), trainer.progress.best
+    assert best is not None
+    say(f"early stop: no lower validation loss in {stop} since step {best['step']:,}; --early-stop 0 would continue")
+
+
 def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
     """Print how training ended, and what to do next."""
     progress, out = trainer.progress, trainer.folder.path
     if trainer.profiler and trainer.profiler.steps:
         say("\n".join(trainer.profiler.table()))
-    if progress.step < trainer.options.max_iters:
-        say(f"stopped after step {progress.step:,}, saved in {written}; {resume_command(out)} resumes the run")
+    if trainer.stopping:
+        kept = f"saved in {written}; {resume_command(out)} resumes the run" if written else "nothing to save"
+        say(f"stopped after step {progress.step:,}, {kept}")
         return
     best = (
         f"best validation loss {progress.best['val_loss']:.4f} at step {progress.best['step']:,}"
         if progress.best
         else "no validation loss was finite"
     )
-    say(f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, {best}, saved in {written}")
+    before = "" if trainer.loss_before is None else f" ({trainer.loss_before:.4f} before training)"
+    say(f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, {best}{before}, saved in {written}")
     say(f"report: {page} (curves and samples)")
     say(f"next: {sample_command(out, suggested_prompt(trainer.validation, trainer.tokenizer))}")
 

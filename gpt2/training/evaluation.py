@@ -19,20 +19,35 @@ ALONE = SoloComm()
 
 
 def summed_loss(
-    model: LanguageModel, data: TokenDataset, windows: range, batch_size: int, block_size: int, progress: bool = False
+    model: LanguageModel,
+    data: TokenDataset,
+    windows: range,
+    batch_size: int,
+    block_size: int,
+    show_after: float | None = None,
 ) -> float:
-    """The loss in nats, summed over all targets of these windows (not averaged, so that sums of ranges add up)."""
+    """The loss in nats, summed over all targets of these windows (not averaged, so that sums of ranges add up).
+
+    show_after  seconds after which a terminal shows the progress; None: never.
+    """
     total = 0.0
     firsts = range(0, len(windows), batch_size)
     with no_grad():
-        for first in tqdm(firsts, data.split, unit=" batches", leave=False, disable=None if progress else True):
+        hidden = None if show_after is not None else True  # None: shown on a terminal
+        for first in tqdm(firsts, data.split, unit=" batches", leave=False, delay=show_after or 0, disable=hidden):
             indices = windows[first : first + batch_size]
             total += model.loss(*data.batch(indices, block_size)).item() * len(indices) * block_size
     return total
 
 
 def mean_loss(
-    model: LanguageModel, data: TokenDataset, batch_size: int, block_size: int, batches: int, comm: Comm = ALONE
+    model: LanguageModel,
+    data: TokenDataset,
+    batch_size: int,
+    block_size: int,
+    batches: int,
+    comm: Comm = ALONE,
+    show_after: float | None = None,
 ) -> float:
     """The mean loss in nats per token over the first `batches` batches of windows, or all windows if there are fewer.
 
@@ -40,7 +55,8 @@ def mean_loss(
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
     own = windows[slice(*share(len(windows), comm.rank, comm.size))]
-    total = comm.all_gather(np.array(summed_loss(model, data, own, batch_size, block_size))).sum()
+    shown = show_after if comm.rank == 0 else None
+    total = comm.all_gather(np.array(summed_loss(model, data, own, batch_size, block_size, shown))).sum()
     return float(total) / (len(windows) * block_size)
 
 
@@ -74,7 +90,7 @@ def evaluate_data(
     tokens, chunk = len(windows) * block_size, 1 << 20
     pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
-    nats = summed_loss(model, data, windows, batch_size, block_size, progress=True)
+    nats = summed_loss(model, data, windows, batch_size, block_size, show_after=0)
     if not math.isfinite(nats):
         raise ValueError(f"{data.path}: the model's loss is {nats}; its weights are damaged")
     return {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -72,6 +73,9 @@ class Options:
     options whose type includes None may stay None."""
 
     preset: str = _one_of("nano", "NAME", "sizes of the model: {}", tuple(PRESETS))
+    n_layer: int = _positive(None, int, "N", "layers of a new model [default: the preset's]")
+    n_head: int = _positive(None, int, "N", "attention heads of a new model [default: the preset's]")
+    n_embd: int = _positive(None, int, "N", "embedding size of a new model [default: the preset's]")
     recipe: str | None = _one_of(
         None, "NAME", "published training options, as defaults: {} [default: none]", ("paper", "modern")
     )
@@ -91,8 +95,15 @@ class Options:
     )
     out_dir: str = _text("out", "FOLDER", "folder of the checkpoints, the log and the report")
     fresh: bool = _option(False, bool, "", "rename an existing out-dir and start a new run, instead of resuming")
-    batch_size: int = _positive(None, int, "SEQUENCES", "sequences per micro-step and rank")
-    block_size: int = _positive(None, int, "TOKENS", "tokens per sequence [default: the model's context]")
+    batch_size: int = _positive(
+        None,
+        int,
+        "SEQUENCES",
+        "sequences per micro-step and rank; without --total-batch-size, per step, shared by the ranks",
+    )
+    block_size: int = _positive(
+        None, int, "TOKENS", "tokens per sequence; a new model gets at least this context [default: the preset's]"
+    )
     recompute: str = _one_of("none", "NAME", "what to recompute in the backward pass, to save memory: {}", RECOMPUTE)
     head_rows: int | None = _positive(
         None, int, "ROWS", "tokens whose logits are computed at a time; fewer save memory [default: all]"
@@ -103,12 +114,17 @@ class Options:
         "TOKENS",
         "tokens per step, which sets the number of micro-steps (gradient accumulation) [default: one micro-step]",
     )
-    max_iters: int = _positive(None, int, "STEPS", "number of steps of the whole run")
+    max_iters: int = _positive(
+        None, int, "STEPS", "number of steps of the whole run; with --init at most 3 epochs of the data"
+    )
     eval_interval: int = _at_least_0(None, int, "STEPS", "steps between evaluations; 0: only at the end")
     eval_iters: int = _positive(None, int, "BATCHES", "batches per evaluation of the validation loss")
     eval: str | None = _some_of(None, "NAME", "tasks to score at each evaluation: {} [default: none]", tuple(TASKS))
     eval_items: int | None = _positive(
         None, int, "N", "use only N items of each task, spread evenly over its file [default: all]"
+    )
+    early_stop: int = _at_least_0(
+        0, int, "N", "stop after N evaluations in a row without a lower validation loss; 0: never"
     )
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
@@ -118,7 +134,7 @@ class Options:
     min_lr: float = _at_least_0(
         None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
     )
-    warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up")
+    warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up; at most a tenth of the steps")
     lr_decay_iters: int = _positive(None, int, "STEP", "step at which it reaches min-lr [default: max-iters]")
     optimizer: str = _one_of(
         "adamw",
@@ -160,6 +176,30 @@ class Options:
                 f"--total-batch-size {total:,} is not a multiple of {step}; the nearest multiple is {near}{other}"
             )
         return total // micro
+
+    def fit_batch(self, given: OptionValues, ranks: int) -> str:
+        """Set the tokens per step, if they are not set, and fit the batch of a rank to them. Returns a note, or "".
+
+        A step has the same tokens on any number of ranks: --batch-size sequences, rounded up to a multiple of the
+        ranks. A rank takes its share. Only a --batch-size that is given together with --total-batch-size stays.
+        Raises UsageError if the batch does not divide the tokens per step.
+        """
+        note = ""
+        if self.total_batch_size is None:
+            sequences = math.ceil(self.batch_size / ranks) * ranks
+            self.total_batch_size = sequences * self.block_size
+            if sequences > self.batch_size:
+                note = f"{self.batch_size} sequences per step do not divide over {ranks} ranks: {sequences} are used"
+        if not {"batch_size", "total_batch_size"} <= given.keys():
+            total, unit = self.total_batch_size, self.block_size * ranks
+            fitting = (batch for batch in range(self.batch_size, 0, -1) if total % (batch * unit) == 0)
+            self.batch_size = next(fitting, self.batch_size)
+        self.micro_steps(ranks)
+        return note
+
+    def stops_early(self, step: int, best_step: int) -> bool:
+        """Whether --early-stop ends the run after the evaluation at `step`; the best one was at `best_step`."""
+        return 0 < self.early_stop <= (step - best_step) / max(1, self.eval_interval)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear warm-up, then cosine decay."""
@@ -226,7 +266,14 @@ RECIPES: dict[str, OptionValues] = {
     },
 }
 
-DERIVED_OPTIONS = ("lr_decay_iters", "min_lr")  # follow from other options if they are not given
+MODEL_SIZES = ("n_layer", "n_head", "n_embd")
+# Follow from other options or from the model if they are not given.
+DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
+
+FINE_TUNING_EPOCHS = 3
+# Defaults that are limited by the number of steps: at most this part of them. (A whole run of nano has 3000 steps, an
+# evaluation every 500 and 100 of warm-up.)
+PART_OF_STEPS = {"warmup_iters": 10, "eval_interval": 5, "save_interval": 2, "log_interval": 10}
 
 # Options that only some optimizers use.
 OPTIMIZER_OPTIONS = {
@@ -238,16 +285,16 @@ OPTIMIZER_OPTIONS = {
 # A run can only be resumed with the same values of these. For dtype only the dtype of the parameters must be the same:
 # the precision of the computation may change, and so may the device. The data must be the same too; it is identified by
 # its fingerprint, so its folder may be renamed.
-FIXED_OPTIONS = ("preset", "init", "block_size", "dtype", "seed", "optimizer")
+FIXED_OPTIONS = ("preset", *MODEL_SIZES, "init", "block_size", "dtype", "seed", "optimizer")
 
 
 # The groups of `train.py --help`.
 GROUPS = {
-    "model": ("preset", "init", "dropout"),
+    "model": ("preset", *MODEL_SIZES, "init", "dropout"),
     "data and batches": ("data", "batch_size", "block_size", "total_batch_size", "max_iters"),
     "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
     "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
-    "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items"),
+    "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
     "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "tensorboard", "profile"),
     "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
     "sets of options": ("recipe",),
@@ -359,6 +406,42 @@ def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
     return {**general, **by_size, **recipe}
 
 
+def model_config(given: OptionValues) -> GPT2Config:
+    """The config of a new model: the preset's, with the sizes given, and a context of at least --block-size."""
+    config = GPT2Config.preset(given.get("preset", Options.preset))
+    sizes = {name: given[name] for name in MODEL_SIZES if name in given}
+    heads, size = (sizes.get(name, getattr(config, name)) for name in ("n_head", "n_embd"))
+    if size % heads:
+        raise UsageError(
+            f"--n-embd {size} is not a multiple of --n-head {heads}; the nearest multiple is {_nearest(size, heads)}"
+        )
+    return replace(config, n_positions=max(config.n_positions, given.get("block_size", 1)), **sizes)
+
+
+def _nearest(number: int, factor: int) -> int:
+    """The multiple of `factor` nearest to `number`, at least `factor`."""
+    return max(1, round(number / factor)) * factor
+
+
+def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, data_tokens: int) -> list[str]:
+    """Limit the defaults of a new run by its data and its number of steps. Returns a note on each that has changed.
+
+    Fine-tuning takes at most FINE_TUNING_EPOCHS epochs; see PART_OF_STEPS for the other limits.
+    """
+    notes = []
+    epochs = max(1, math.ceil(FINE_TUNING_EPOCHS * data_tokens / step_tokens))
+    if "init" in given and "max_iters" not in given and epochs < defaults["max_iters"]:
+        defaults["max_iters"] = epochs
+        notes.append(f"{flag('max_iters')} {epochs:,} ({FINE_TUNING_EPOCHS} epochs)")
+    steps = int(given.get("max_iters") or defaults["max_iters"])
+    for name, part in PART_OF_STEPS.items():
+        most = steps // part if name == "warmup_iters" else max(1, steps // part)
+        if name not in given and defaults[name] > most:
+            defaults[name] = most
+            notes.append(f"{flag(name)} {most:,} (1/{part} of the steps)")
+    return notes
+
+
 def check_optimizer(given: OptionValues, optimizer: str) -> None:
     """Raise UsageError if an option is given that only other optimizers use."""
     for name, users in OPTIMIZER_OPTIONS.items():
@@ -375,5 +458,7 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
     values.setdefault("min_lr", values["learning_rate"] / 10)
+    for name in MODEL_SIZES:
+        values.setdefault(name, getattr(config, name))
     known = {f.name for f in fields(Options)}
     return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others

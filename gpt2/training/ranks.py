@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-import gpt2
 import tinygrad2
 from gpt2.training.dataset import TokenDataset
 from gpt2.training.options import Options, UsageError, flag
 from tinygrad2.distributed import Comm
 
+PACKAGES = (Path(str(tinygrad2.__file__)).parent, Path(__file__).parents[1])  # tinygrad2 and gpt2
 SHOWN_BYTES = 160  # of a value, in the message
 
 
@@ -61,8 +61,7 @@ def _cut(text: str) -> bytes:
 def code_version() -> str:
     """The version of the code: Python's, and the first digits of the SHA-256 of all its files."""
     sha = hashlib.sha256()
-    for package in (tinygrad2, gpt2):
-        folder = Path(str(package.__file__)).parent
+    for folder in PACKAGES:
         for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
             sha.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return f"version {tinygrad2.__version__}, SHA-256 {sha.hexdigest()[:16]}, Python {platform.python_version()}"

@@ -51,13 +51,22 @@ class Progress:
     seconds: float = 0.0
     best: Best | None = None
 
+    @property
+    def best_step(self) -> int:
+        """The step of the best evaluation; this step if there is none."""
+        return self.best["step"] if self.best else self.step
+
 
 @dataclass
 class RunOptions:
-    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others."""
+    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
+
+    notes  lines on what was chosen and why, for the start of the run.
+    """
 
     options: OptionValues
     defaults: OptionValues
+    notes: list[str] = field(default_factory=list)
 
     @property
     def keep(self) -> int:
@@ -124,13 +133,14 @@ class RunFolder:
             raise UsageError(f"--out-dir {self.path} is a file; name a folder")
         self.comm, self.say = comm, say
         self.unfinished = self.lacks_sample = False
+        self._opened_at = 0
         self._lock: files.Lock | None = None
         self._unknown: dict[str, JsonObject] = {}
         self._log: TextIO | None = None
         self._board: TensorBoardWriter | None = None
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> Iterator[RunFolder]:
         """Keep other processes out of the folder, before anything in it is read. Makes the folder if there is none.
 
         Raises ValueError if another process has taken it.
@@ -138,7 +148,7 @@ class RunFolder:
         made = not self.path.exists()
         self.comm.from_root(self._take)
         try:
-            yield
+            yield self
         finally:
             if self._lock:
                 self._lock.release()
@@ -198,7 +208,7 @@ class RunFolder:
         if self.comm.rank:
             yield
             return
-        step = progress.step
+        self._opened_at = step = progress.step
         for folder in checkpoint.find(self.path):
             if checkpoint.step_of(folder) > step:
                 folder.rename(files.free_name(folder.with_name(f"damaged-{folder.name}")))
@@ -218,6 +228,21 @@ class RunFolder:
             finally:
                 self._log.close()
                 self._log = None
+
+    def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
+        """Do what a process that was killed after the checkpoint at which the folder was opened had still to do.
+
+        sample         gives the text that this checkpoint's model samples with a seed.
+        seed           of the run; that of a sample is seed + step.
+        update_report  writes the report; its argument is True: always.
+        """
+        self.comm.from_root(lambda: self._catch_up(sample, seed, update_report))
+
+    def _catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
+        if self.lacks_sample:
+            self.log_sample(self._opened_at, sample(seed + self._opened_at))
+        if self.lacks_sample or self.unfinished:
+            update_report(True)
 
     def _cut(self, name: str, step: int) -> JsonObject:
         """Remove the rows of a log after `step`. Returns the last row; empty if there is none.

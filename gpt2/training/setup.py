@@ -15,16 +15,20 @@ from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training import ranks
 from gpt2.training.dataset import TokenDataset, find_dataset
-from gpt2.training.display import say
+from gpt2.training.display import say, say_first_loss
 from gpt2.training.exchange import UNKNOWN_DATA
 from gpt2.training.options import (
     FIXED_OPTIONS,
+    MODEL_SIZES,
+    PART_OF_STEPS,
     Options,
     OptionValues,
     UsageError,
     check_optimizer,
     default_options,
+    fit_to_data,
     flag,
+    model_config,
     resolve_options,
 )
 from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
@@ -41,11 +45,11 @@ Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
     """The options and the model's config of a new run, from the options given."""
     if "init" in given:
-        if "preset" in given:
-            raise UsageError("--init determines the sizes of the model; remove --preset")
+        if extra := [flag(name) for name in ("preset", *MODEL_SIZES) if name in given]:
+            raise UsageError(f"--init determines the sizes of the model; remove {' and '.join(extra)}")
         config = model_file.load_config(model_file.find_model(Path(given["init"]), say))
     else:
-        config = GPT2Config.preset(given.get("preset", Options.preset))
+        config = model_config(given)
     defaults = default_options(given, config)
     options = resolve_options(given, config, defaults)
     check_optimizer(given, options.optimizer)
@@ -74,7 +78,20 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
-    return options, _with_dropout(config, options), RunOptions(merged, defaults)
+    notes = [] if "learning_rate" in given else _rate_notes(before, options, saved.progress.step)
+    return options, _with_dropout(config, options), RunOptions(merged, dict(defaults), notes)
+
+
+def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
+    """A note if the learning rate rises after `step` because the schedule of a resumed run has become longer."""
+    was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
+    if step < before.warmup_iters or now <= 1.1 * was:
+        return []
+    return [
+        f"rate       the learning rate was {was:.1e} at step {step:,} and rises again to {now:.1e}: its decay now "
+        f"ends at step {options.lr_decay_iters:,}; --lr-decay-iters {before.lr_decay_iters} keeps it at "
+        f"{before.learning_rate_at(step):.1e}"
+    ]
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
@@ -92,15 +109,28 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
     """
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
-    options.total_batch_size = options.micro_steps(ranks) * ranks * options.batch_size * options.block_size
-    run_options.options["total_batch_size"] = (
-        options.total_batch_size
-    )  # also when the run is resumed on another number of ranks
+    if options.early_stop and not options.eval_interval:
+        raise UsageError("--early-stop needs evaluations during the run; expected an --eval-interval of 1 or more")
+    if note := options.fit_batch(run_options.options, ranks):
+        run_options.notes.append(f"batch      {note}")
+    if "total_batch_size" not in run_options.options:  # it stays when the run is resumed on another number of ranks
+        run_options.defaults["total_batch_size"] = options.total_batch_size
     if reason := get_backend(options.device).unsupported_reason(options.dtype):
         say(f"--dtype {reason}; computing in float32")
         options.dtype = "float32"
     if options.threads:
         threads.set_count(options.threads)
+
+
+def fit_options(options: Options, run_options: RunOptions, data_tokens: int) -> None:
+    """Limit the defaults of a new run by the size of its data (see fit_to_data)."""
+    given, defaults = run_options.options, run_options.defaults
+    notes = fit_to_data(given, defaults, options.total_batch_size or 1, data_tokens)
+    for name in ("max_iters", *PART_OF_STEPS):
+        setattr(options, name, given.get(name, defaults[name]))
+    options.lr_decay_iters = given.get("lr_decay_iters", options.max_iters)
+    if notes:
+        run_options.notes.append(f"chosen     {', '.join(notes)}")
 
 
 def open_data(options: Options, saved: RunState | None) -> Splits:
@@ -157,10 +187,18 @@ def build_trainer(
         return Trainer(model, optimizer, options, data, folder, saved.progress if saved else Progress())
 
 
-def load_trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
+def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
     """The model in a checkpoint as it computes in its run, and its tokenizer."""
     dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
     return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
+
+
+def measure_first_loss(trainer: Trainer) -> None:
+    """Print the validation loss of a new run before its first step, and keep it for the record of the start."""
+    if trainer.progress.step == 0:
+        with explain_memory(trainer.model.config, trainer.options):
+            trainer.loss_before = trainer.validation_loss()
+        say_first_loss(trainer.loss_before)
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Signals that request a run to finish its step, save and stop."""
+"""Signals that request a run to finish its micro-step, save and stop."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ class StopRequest:
         signal.signal(number, self._before[number])
         if self.verbose:
             with suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(2, b"finishing this step, then saving (repeat to stop at once)\n")
+                os.write(2, b"stopping after this micro-step, then saving (repeat to stop at once)\n")

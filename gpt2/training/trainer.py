@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
@@ -25,6 +28,7 @@ from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
 COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
+SHOW_AFTER = 2.0  # seconds until a step or an evaluation shows its progress
 
 
 class Trainer:
@@ -53,21 +57,29 @@ class Trainer:
         self.first_step = progress.step + 1  # since this start
         self.profiler = Profiler(model.backend) if options.profile else None
         self.stopping = False  # a rank was requested to stop
+        self.loss_before: float | None = None  # the validation loss before the first step of a new run
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
         self._mark, self._waited = self._started, self.comm.waited
 
-    def step(self, stop_requested: bool = False) -> None:
+    def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  on this rank; one such rank sets `stopping` on all of them.
+        stop_requested  on this rank, asked after each micro-step; one such rank sets `stopping` on all of them.
+
+        Returns whether the step was made: a stop drops a step that has more micro-steps to do.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
             # 1. Forward and backward: gradients of the mean loss are summed over the micro-steps and the ranks.
-            loss, step_tokens, stopping = self.accumulate_gradients(stop_requested)
+            summed = self.accumulate_gradients(stop_requested)
+            if summed is None:
+                self.optimizer.zero_grad()
+                self.stopping = True
+                return False
+            loss, step_tokens, stopping = summed
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
             # 3. Clip by the global norm, and update the parameters.
@@ -84,14 +96,19 @@ class Trainer:
         self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending, (before, after)))
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
+        return True
 
-    def accumulate_gradients(self, stop_requested: bool) -> tuple[Array | float, float, float]:
+    def accumulate_gradients(self, stop_requested: Callable[[], bool]) -> tuple[Array | float, float, float] | None:
         """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
-        tokens, and the number of ranks that were requested to stop."""
+        tokens, and the number of ranks that were requested to stop; None if one of them was before the last
+        micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0
-        for micro in range(micro_steps):
+        hidden = True if rank or micro_steps == 1 else None  # None: shown on a terminal
+        for micro in tqdm(range(micro_steps), "micro-steps", leave=False, delay=SHOW_AFTER, disable=hidden):
+            if micro and self.comm.all_gather(np.array(stop_requested())).any():
+                return None
             # The position of this batch in the global batch of the step determines its samples and dropout masks.
             first_sample = (micro * size + rank) * options.batch_size
             indices = self.order.indices(self.progress.samples + first_sample, options.batch_size)
@@ -103,7 +120,7 @@ class Trainer:
             part.backward()
             loss = loss + part.data
         own_tokens = micro_steps * options.batch_size * options.block_size
-        mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested)
+        mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested())
         return mean_loss, step_tokens, stopping
 
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
@@ -142,11 +159,16 @@ class Trainer:
         if self.progress.step < self.first_step:
             self._started = self._mark
 
-    def evaluate(self, questions: Questions) -> dict[str, float]:
-        """The validation loss `val_loss`, in nats per token, and the tasks' metrics; updates `progress.best`."""
+    def validation_loss(self) -> float:
+        """The mean loss on the first --eval-iters batches of the validation split, in nats per token."""
         options = self.options
         sizes = options.batch_size, options.block_size, options.eval_iters
-        found = {"val_loss": mean_loss(self.model, self.validation, *sizes, self.comm)}
+        return mean_loss(self.model, self.validation, *sizes, self.comm, SHOW_AFTER)
+
+    def evaluate(self, questions: Questions) -> dict[str, float]:
+        """The validation loss `val_loss`, and the tasks' metrics; updates `progress.best`."""
+        options = self.options
+        found = {"val_loss": self.validation_loss()}
         for task, items in questions:
             results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}

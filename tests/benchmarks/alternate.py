@@ -326,7 +326,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     from gpt2.console import Parser
     from tinygrad2 import threads
 
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(f"python tests/benchmarks/{prog}", description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often each does it [%(default)s]")
     parser.add_argument(
         "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"

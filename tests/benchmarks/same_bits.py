@@ -25,13 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens")
 OPTIONS = ["--dropout", "0.1", "--max-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "2",
-           "--save-interval", "20", "--log-interval", "20", "--keep", "9", "--device", "cpu"]  # fmt: skip
+           "--save-interval", "20", "--log-interval", "20", "--keep", "9", "--device", "cpu",
+           "--warmup-iters", "100"]  # fmt: skip
+TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (their defaults were other ones in earlier versions)
 CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
     "float32": (1, []),
     "float64": (1, ["--dtype", "float64"]),
     "recompute block": (1, ["--recompute", "block"]),
-    "2 ranks": (2, []),
-    "2 ranks, --zero": (2, ["--zero"]),
+    "2 ranks": (2, TWO_RANKS),
+    "2 ranks, --zero": (2, ["--zero", *TWO_RANKS]),
 }
 
 

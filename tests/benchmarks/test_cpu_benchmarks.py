@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests.benchmarks import alternate, decode, ops, train_step
+from tests.benchmarks import alternate, decode, ops, small, train_step
 from tests.benchmarks.alternate import Contender, Measured, Work
 
 TINY = GPT2Config(
@@ -127,6 +127,30 @@ def test_pytorch_makes_the_same_steps():
     np.testing.assert_allclose(losses, [theirs() for _ in range(20)], rtol=2e-5)
 
 
+@pytest.mark.extras("torch")
+def test_pytorch_makes_the_same_small_steps():
+    import torch
+
+    torch.manual_seed(0)
+    ours, theirs = small.our_steps(), small.torch_steps()
+    np.testing.assert_allclose(
+        [ours["GRU, SGD"]() for _ in range(20)], [theirs["GRU, SGD"]() for _ in range(20)], rtol=1e-4
+    )
+    for step in (*ours.values(), *theirs.values()):
+        first = step()
+        assert [step() for _ in range(200)][-1] < first
+
+
+@pytest.mark.slow
+def test_small_work(small_limits, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "LEAST", 0.0)
+    out = tmp_path / "small.json"
+    assert small.main(["--rounds", "1", "--json", str(out)]) == 0
+    tasks = json.loads(out.read_text())["tasks"]
+    assert tasks.keys() == set(small.TASKS)
+    assert all("tinygrad2" in by_name for by_name in tasks.values())
+
+
 @pytest.mark.extras("transformers")
 def test_ctranslate2_gets_the_same_model(tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")  # in no extra: a benchmark's contender
@@ -203,7 +227,9 @@ def test_what_bfloat16_costs(tmp_path):
 def test_a_mistake_is_one_line(main, options, said, capsys):
     with pytest.raises(SystemExit):
         main(options)
-    assert re.fullmatch(rf"\w+\.py: {re.escape(said)} \(\w+\.py --help lists the options\)\n", capsys.readouterr().err)
+    file = r"tests/benchmarks/\w+\.py"
+    line = rf"{file}: error: {re.escape(said)} \(python {file} --help lists the options\)\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 def test_what_is_wrong_with_the_files_is_a_line_too(monkeypatch, capsys):

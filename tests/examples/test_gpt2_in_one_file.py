@@ -305,7 +305,8 @@ def text(tmp_path):
     return path
 
 
-def test_it_trains_saves_and_samples(text, tmp_path, capsys):
+def test_it_trains_saves_and_samples(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     assert one_file.main(["train", str(text), "--steps", "20", "--batch-size", "4", "--out", str(out)]) == 0
     losses = [float(loss) for loss in re.findall(r"unseen text (\S+)", capsys.readouterr().out)]

@@ -99,7 +99,7 @@ def test_generate_refuses_what_makes_no_sense():
     for arguments, message in [
         (([], 3), "no tokens"),
         (([1], -1), "at least 1 and 0"),
-        (([61], 3), "tokens hold 61"),
+        (([61], 3), "tokens contain 61"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.generate(*arguments)

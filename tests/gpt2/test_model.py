@@ -178,8 +178,8 @@ def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
         (np.zeros((1, 2, 3), int), ValueError, r"tokens have shape \(1, 2, 3\); expected \(B, T\)"),
         (np.zeros((1, 12), int), ValueError, "12 tokens given; the model's context is 11"),
         (np.zeros((2, 0), int), ValueError, r"tokens have shape \(2, 0\), which is empty"),
-        ([[0, 29]], ValueError, r"tokens hold 29; expected integers in \[0, 29\)"),
-        ([[0, -1]], ValueError, r"tokens hold -1; expected integers in \[0, 29\)"),
+        ([[0, 29]], ValueError, r"tokens contain 29; expected integers in \[0, 29\)"),
+        ([[0, -1]], ValueError, r"tokens contain -1; expected integers in \[0, 29\)"),
         ([[0.0, 1.0]], TypeError, "tokens are of dtype float64; expected integers"),
     ],
 )
@@ -189,7 +189,7 @@ def test_tokens_that_do_not_fit_are_refused(model, tokens, error, message):
 
 
 def test_targets_that_do_not_fit_are_refused(model, text):
-    with pytest.raises(ValueError, match=r"targets hold 29; expected integers in \[0, 29\)"):
+    with pytest.raises(ValueError, match=r"targets contain 29; expected integers in \[0, 29\)"):
         model.loss(text, np.full_like(text, 29))
     with pytest.raises(ValueError, match=r"targets has shape \(3, 7\); expected \(3, 8\)"):
         model.loss(text, text[:, 1:])

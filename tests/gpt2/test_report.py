@@ -6,16 +6,13 @@ import json
 import math
 import os
 import re
-import shutil
 
 import pytest
 
 from gpt2 import report
 from gpt2.training.run import LOG, SAMPLES, STARTS
+from tests.browsing import HOSTILE, opened
 
-HOSTILE = (
-    "</pre></script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"> & \x1b[2J"
-)
 VOID = {"meta", "link", "input"}
 
 
@@ -324,33 +321,6 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, message
 
 
 # In a browser --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium: one that is installed, or Playwright's own."""
-    from playwright import sync_api as api
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    installed = next((path for name in names if (path := shutil.which(name))), None)
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"needs Chromium, such as from `playwright install chromium`: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
-def opened(browser, file, width=360, scheme="light"):
-    """(the page, what its console said, what it asked for)."""
-    page = browser.new_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(file.as_uri())
-    return page, said, asked
 
 
 @pytest.fixture

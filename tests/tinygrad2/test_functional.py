@@ -139,7 +139,7 @@ ERRORS = [
     (lambda: functional.scaled_dot_product_attention(X, X, X[0]), ValueError, r"attention: value has shape \(3,\)"),
     (lambda: functional.scaled_dot_product_attention(X, X[:, :2], X), ValueError, "attention: query has shape"),
     (lambda: functional.scaled_dot_product_attention(X, X, X, np.ones(3, bool)), ValueError, "attention: attn_mask"),
-    (lambda: functional.cross_entropy(X, [0, 9], ignore_index=1), ValueError, "cross_entropy: targets hold 0 to 9"),
+    (lambda: functional.cross_entropy(X, [0, 9], ignore_index=1), ValueError, "cross_entropy: targets are 0 to 9"),
     (
         lambda: functional.cross_entropy(X, [0, 1], [1.0]),
         ValueError,

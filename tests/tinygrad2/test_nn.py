@@ -171,7 +171,7 @@ def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(placed):
 def test_weights_in_bfloat16_cannot_be_trained():
     model = Small().to(precision="bfloat16_weights")
     with pytest.raises(
-        TypeError, match=r"^embedding: wte is held in bfloat16 alone and has no gradient; compute inside no_grad\(\)$"
+        TypeError, match=r"^embedding: wte is stored in bfloat16 only and has no gradient; compute inside no_grad\(\)$"
     ):
         model([[1, 2]])
     with pytest.raises(TypeError, match=r"^ParameterArena: .* use one dtype$"):
@@ -188,12 +188,12 @@ def test_a_device_that_lacks_a_precision_is_named_and_nothing_changes():
             ),
             ("bfloat16", "bfloat16 needs the CUDA kernels"),
         ):
-            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; give another precision too, as in to"):
+            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; pass another precision too, as in to"):
                 model.to(precision=precision)
         assert {p.dtype.name for p in model.parameters()} == {"float32"}
         assert model.table.precision is FLOAT32
         model.to(precision="tf32")
-        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; give another precision too"):
+        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; pass another precision too"):
             model.to("cpu")
         assert {p.backend.device for p in model.parameters()} == {"cuda"}
         assert model.to("cpu", "bfloat16_weights").table.weight.dtype.name == "bfloat16"

@@ -229,12 +229,12 @@ def ones(*shape):
         (
             lambda: ops.embedding([[0, 4]], ones(4, 3)),
             ValueError,
-            "embedding: tokens hold 4; expected integers in [0, 4)",
+            "embedding: tokens contain 4; expected integers in [0, 4)",
         ),
         (
             lambda: ops.embedding([[0, -1]], ones(4, 3)),
             ValueError,
-            "embedding: tokens hold -1; expected integers in [0, 4)",
+            "embedding: tokens contain -1; expected integers in [0, 4)",
         ),
         (lambda: ops.embedding(np.ones((1, 2)), ones(4, 3)), TypeError, "embedding: tokens are of dtype float64"),
         (
@@ -290,7 +290,7 @@ def ones(*shape):
         (
             lambda: ops.cross_entropy(ones(2, 3), [0, 3]),
             ValueError,
-            "cross_entropy: targets hold 3; expected integers in [0, 3)",
+            "cross_entropy: targets contain 3; expected integers in [0, 3)",
         ),
         (
             lambda: ops.cross_entropy(ones(2, 3), [0]),
@@ -303,7 +303,7 @@ def ones(*shape):
             ValueError,
             "lm_head: x has shape (2, 3), weight (3, 4); expected (..., C) and (V, C)",
         ),
-        (lambda: ops.lm_head(ones(2, 3), ones(4, 3), [0, 4]), ValueError, "lm_head: targets hold 4"),
+        (lambda: ops.lm_head(ones(2, 3), ones(4, 3), [0, 4]), ValueError, "lm_head: targets contain 4"),
         (
             lambda: ops.lm_head(ones(2, 3), ones(4, 3), [0]),
             ValueError,
@@ -420,7 +420,7 @@ def test_weights_in_bfloat16_have_no_gradients(requires_grad):
     ):
         with pytest.raises(TypeError) as error:
             call()
-        assert str(error.value) == f"{what} is held in bfloat16 alone and has no gradient; compute inside no_grad()"
+        assert str(error.value) == f"{what} is stored in bfloat16 only and has no gradient; compute inside no_grad()"
 
 
 def test_only_matrices_may_be_in_bfloat16_alone():

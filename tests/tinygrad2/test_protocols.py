@@ -232,7 +232,7 @@ def test_what_other_libraries_call_it_is_answered():
 
 def test_nothing_is_changed_in_place():
     a = leaf(A)
-    with pytest.raises(TypeError, match="a Tensor is not changed in place"):
+    with pytest.raises(TypeError, match="a Tensor cannot be changed in place"):
         a[0] = 1
     b = a
     b += 1

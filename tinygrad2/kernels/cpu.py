@@ -9,6 +9,7 @@ each.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from numba.core import event
 from numba.core.base import BaseContext
 from numba.core.typing import Context, Signature
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import from_dtype
 
 from tinygrad2 import blas, memory, random, reference, threads
 from tinygrad2.array import Array
@@ -282,11 +284,61 @@ def _product_task() -> pool.CompiledTask:
 
 _product_tasks: list[pool.CompiledTask] = []  # one, compiled at the first use
 
+SMALL_PRODUCT = 1 << 18  # multiplications of a product up to which OpenBLAS does not use its own threads
+
+
+@_compiled
+def _small_product(address, wide, a, b, out, add):
+    """out = a @ b, or out += a @ b, on this thread; False where BLAS does not take the matrices in place."""
+    size = out.itemsize
+    (m, n), k = out.shape, a.shape[1]
+    if a.strides[1] == size and a.strides[0] >= k * size:
+        ta, lda = _PLAIN, a.strides[0]
+    elif a.strides[0] == size and a.strides[1] >= m * size:
+        ta, lda = _TRANSPOSED, a.strides[1]
+    else:
+        return False
+    if b.strides[1] == size and b.strides[0] >= n * size:
+        tb, ldb = _PLAIN, b.strides[0]
+    elif b.strides[0] == size and b.strides[1] >= k * size:
+        tb, ldb = _TRANSPOSED, b.strides[1]
+    else:
+        return False
+    if out.strides[1] != size or out.strides[0] < n * size or (lda | ldb | out.strides[0]) % size != 0:
+        return False
+    one, library, place = out.dtype.type(1), (address, wide), out.ctypes.data
+    beta, lda, ldb, ldc = one if add else out.dtype.type(0), lda // size, ldb // size, out.strides[0] // size
+    _gemm(library, ta, tb, m, n, k, one, a.ctypes.data, lda, b.ctypes.data, ldb, beta, place, ldc)
+    return True
+
+
+@functools.cache
+def _small_products() -> dict[np.dtype, Callable[..., bool]]:
+    """_small_product by dtype, with BLAS's address. One compiled function for each dtype takes every memory layout:
+    otherwise Numba would compile one for each combination of layouts."""
+    dispatcher: Any = _small_product
+    for dtype in _BLAS:
+        read, written = (types.Array(from_dtype(dtype), 2, "A", readonly=readonly) for readonly in (True, False))
+        dispatcher.compile((types.int64, types.boolean, read, read, written, types.boolean))
+    dispatcher.disable_compile()
+    return {dtype: functools.partial(_small_product, *library) for dtype, library in _BLAS.items()}
+
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
     threads would spin on the cores that the pool's threads use."""
     (m, n), k = out.shape, a.shape[1]
+    grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
+    in_one_part = max(m, n) < 2 * grain or threads.count() == 1
+    if in_one_part and out.dtype in _BLAS and m and n and k and a.flags.aligned and b.flags.aligned:
+        product = _small_products()[out.dtype]
+        if blas.USES_MKL or m * n * k <= SMALL_PRODUCT:
+            done = product(a, b, out, add)
+        else:
+            with threads.blas_on_one_thread():
+                done = product(a, b, out, add)
+        if done:
+            return
     left, right, result = blas.layout(a), blas.layout(b), blas.layout(out)
     if out.dtype not in _BLAS or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
         blas.gemm(a, b, out, add)
@@ -297,7 +349,6 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     matrices = (blas.address(a), left[1], blas.address(b), right[1], blas.address(out), result[1])
     flags = (wide, out.itemsize == 8, m >= n, add)
     arguments = np.array([address, *flags, left[0], right[0], m, n, k, *matrices], dtype=np.int64)
-    grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
     with threads.blas_on_one_thread():
         pool.each_compiled(_product_tasks[0], arguments, threads.parts(max(m, n), grain))
 
@@ -866,8 +917,55 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The language-model head
+# Cross-entropy, and the language-model head
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _cross_entropy_rows(logits, targets, picked, log_total):
+    """picked is each row's target less the largest; the compiler might subtract in another order, which loses digits
+    under a common offset, so the loss is computed outside."""
+    V = logits.shape[1]
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        largest = _largest(row, V)
+        total = logits.dtype.type(0)
+        for j in range(V):
+            total += _exp(row[j] - largest)
+        log_total[i] = np.log(total)
+        picked[i] = row[targets[i]] - largest
+
+
+@_compiled
+def _cross_entropy_rows_backward(logits, targets, log_total, factor, dlogits):
+    V = logits.shape[1]
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        largest, share = _largest(row, V), factor / np.exp(log_total[i])
+        for j in range(V):
+            dlogits[i, j] = _exp(row[j] - largest) * share
+        dlogits[i, targets[i]] -= factor
+
+
+def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray) -> tuple[np.floating, np.ndarray]:
+    rows, target = _rows(logits), np.ascontiguousarray(targets).reshape(-1)
+    picked, log_total = np.empty((2, len(rows)), dtype=logits.dtype)
+    pool.each(
+        lambda a, b: _cross_entropy_rows(rows[a:b], target[a:b], picked[a:b], log_total[a:b]), _row_parts(*rows.shape)
+    )
+    return np.mean(log_total - picked), log_total.reshape(*targets.shape, 1)
+
+
+def cross_entropy_backward(
+    dloss: np.ndarray, logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray
+) -> np.ndarray:
+    rows, target, totals = _rows(logits), np.ascontiguousarray(targets).reshape(-1), log_total.reshape(-1)
+    dlogits, factor = memory.empty(rows.shape, logits.dtype), logits.dtype.type(dloss / target.size)
+    pool.each(
+        lambda a, b: _cross_entropy_rows_backward(rows[a:b], target[a:b], totals[a:b], factor, dlogits[a:b]),
+        _row_parts(*rows.shape),
+    )
+    return dlogits.reshape(logits.shape)
 
 
 @_compiled

@@ -38,7 +38,7 @@ class MatrixBlocks:
     """Blocks of columns of a model's matrices. Each is computed by one call on one rank, and an all-gather distributes
     the results, so that they have the same bits on any number of ranks.
 
-    matrices  the names of the matrices, and into how many blocks each is divided.
+    matrices  the names of the matrices, and the number of blocks that each is divided into.
     """
 
     def __init__(self, model: HasParameters, matrices: Mapping[str, int], ranks: Comm):
@@ -57,7 +57,7 @@ class MatrixBlocks:
             blocks += [Block(name, first, first + width, rows) for first in range(0, columns, width)]
         blocks.sort(key=lambda block: -block.size * min(block.rows, block.last - block.first))
         lengths = [0] * ranks.size
-        for i, block in enumerate(blocks):  # the most expensive first, one rank after the other
+        for i, block in enumerate(blocks):  # the most expensive first, one rank after another
             block.rank = i % ranks.size
             block.start = lengths[block.rank]
             lengths[block.rank] += block.size
@@ -69,9 +69,9 @@ class MatrixBlocks:
     def map(
         self, arena: ParameterArena, inputs: Callable[[Bucket], Array], function: Callable[..., None]
     ) -> Iterator[tuple[Array, Array]]:
-        """The values of each block, a view, and the result for it.
+        """Pairs of the values of each block, a view, and the result for it.
 
-        inputs    gives the flat array of a bucket that the blocks in it are computed from; all ranks call it.
+        inputs    returns the flat array of a bucket that its blocks are computed from; all ranks call it.
         function  replaces each of its arguments, the blocks of this rank, by the result.
         """
         own = [block for block in self._blocks if block.rank == self._ranks.rank]

@@ -43,11 +43,11 @@ class Optimizer(ABC):
     model         a module, or an iterable of parameters such as `model.parameters()`.
     lr            learning rate; it may be changed from step to step.
     weight_decay  of matrices (parameters of two or more axes); biases and gains have none.
-    shared_by     ranks that shard the state: each keeps the state of its share of every bucket and updates that, and
-                  the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). `step`, `state` and
-                  `load_state` are then called by all of them.
+    shared_by     ranks that shard the state: each stores the state of its share of every bucket and updates that, and
+                  the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). All of them must call
+                  `step`, `state` and `load_state`.
 
-    The state is flat arrays in the order of the model's arena.
+    The state consists of flat arrays in the order of the model's arena.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Optimizer(ABC):
         self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
         self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
         self._arena = self.model.arena()
-        self._steps = self._zeros(1)  # on the device, which decides whether a step is skipped
+        self._steps = self._zeros(1)  # on the device, where it is decided whether a step is skipped
         self.parts = [
             Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
             for region, start, stop, names in self._runs()
@@ -67,13 +67,13 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_names(self, parameter: str) -> tuple[str, ...]:
-        """The names of the state arrays of the parameter of this name."""
+        """The names of the state arrays of this parameter."""
 
     @abstractmethod
     def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
         """Update the values and the state of a part in place, by its gradients times `scale`.
 
-        scale, lr and step (from 1) are 0-d arrays on the device. Where scale is NaN, the step is skipped: no value and
+        scale, lr and step (from 1) are 0-d arrays on the device. If scale is NaN, the step is skipped: no value and
         no state may change.
         """
 
@@ -101,7 +101,7 @@ class Optimizer(ABC):
         return self._arena.backend.zeros((n,), self._arena.dtype)
 
     def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
-        """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, divided
+        """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, split
         where the names of the state change between parameters."""
         regions = [(region, 0, len(region.values)) for region in self._arena.regions]
         for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
@@ -136,7 +136,8 @@ class Optimizer(ABC):
         """The Euclidean norm of all gradients together, as a 0-d array."""
         backend = self.arena.backend
         squares = [backend.kernels.squared_norm(part.grads) for part in self.parts]
-        total = reduce(operator.add, squares or [self._zeros(3)])
+        with numpy.errstate(over="ignore"):  # norm() takes the sum that has not overflowed
+            total = reduce(operator.add, squares or [self._zeros(3)])
         if self.shared_by is not None:
             if nccl := self.shared_by.nccl(backend):
                 nccl.start_sum(total)
@@ -181,7 +182,7 @@ class Optimizer(ABC):
             all_gather(self.shared_by, self._arena.backend, values)
 
     def state(self) -> dict[str, numpy.ndarray]:
-        """The state by parameter name, such as `exp_avg.NAME`, on the host; `steps` is kept beside it.
+        """The state by parameter name, such as `exp_avg.NAME`, on the host; without `steps`.
 
         If it is sharded, rank 0 gets all of it, and the other ranks get an empty dictionary.
         """
@@ -196,7 +197,7 @@ class Optimizer(ABC):
         return arrays
 
     def _gathered(self, region: Region, kind: str) -> Iterator[tuple[int, numpy.ndarray]]:
-        """(start, flat host array) of the state of this name, of whole parameters; nothing on ranks other than 0."""
+        """(start, flat host array) of a state array, for whole parameters; nothing on ranks other than 0."""
         to_host = self._arena.backend.to_host
         parts = [part for part in self.parts if part.region is region and kind in part.state_names]
         states = [(part, part.state[part.state_names.index(kind)]) for part in parts]

@@ -35,7 +35,7 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
 
 def test_the_opening_lines(workspace, capsys):
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:9])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
     assert lines["device"] == "cpu, float32, 1 thread"
     data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
@@ -44,7 +44,7 @@ def test_the_opening_lines(workspace, capsys):
     assert lines["steps"] == "4, which is 0.01 epochs"
     assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
     assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
-    output = "out/: a checkpoint every 500 steps (the last 2 and the best are kept), an evaluation every 4 steps"
+    output = "out/: a checkpoint every 2 steps (the last 2 and the best are kept), an evaluation every 4 steps"
     assert lines["output"] == output
     assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
 

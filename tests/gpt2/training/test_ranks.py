@@ -77,7 +77,8 @@ def test_the_version_of_the_code_covers_every_file(tmp_path, monkeypatch):
     (package / "training").mkdir(parents=True)
     for name in ("__init__.py", "decode.cu", "training/run.py"):
         (package / name).write_text("a")
-    monkeypatch.setattr(ranks.gpt2, "__file__", str(package / "__init__.py"))
+    assert [folder.name for folder in ranks.PACKAGES] == ["tinygrad2", "gpt2"]
+    monkeypatch.setattr(ranks, "PACKAGES", [package])
     found = {ranks.code_version()}
     for name in ("__init__.py", "decode.cu", "training/run.py"):
         (package / name).write_text("b")

@@ -54,7 +54,7 @@ def test_killed_in_the_middle_nothing_is_lost(workspace):
 
 
 def test_newest_best_and_the_last_few_are_kept(workspace, monkeypatch):
-    values = iter([5.0, 3.0, 4.0, 6.0, 7.0])
+    values = iter([2.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before the first step there is no checkpoint
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
     assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
@@ -235,7 +235,7 @@ FIRST_WRITES_AFTER_A_CHECKPOINT = {
 @pytest.mark.parametrize("name", FIRST_WRITES_AFTER_A_CHECKPOINT)
 def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspace, name, steps):
     """Killed after the checkpoint of step 4, which is the last one or not."""
-    options = ["--max-iters", str(steps), "--keep", "1"]
+    options = ["--max-iters", str(steps), "--save-interval", "4", "--keep", "1"]
     run(*options, "--out-dir", "whole")
     killed_at(*FIRST_WRITES_AFTER_A_CHECKPOINT[name], *options)
     assert Path("out/ckpt-000004").is_dir()
@@ -256,7 +256,7 @@ def test_a_finished_run_is_left_as_it_is(workspace):
 
 
 def test_the_best_checkpoint_is_found_without_its_link(workspace, monkeypatch):
-    values = iter([3.0, 4.0])
+    values = iter([9.0, 3.0, 4.0])  # the first one is before training
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "8")
     best = Path("out/ckpt-000004")
@@ -368,7 +368,7 @@ def test_a_wrong_field_is_one_line(tmp_path, part, name, value, message):
 
 def test_a_validation_loss_that_is_not_finite_keeps_no_run_from_saving(workspace, monkeypatch, capsys):
     for losses, best in (([math.nan, 3.0, math.inf], 8), ([math.nan, math.nan, -math.inf], None)):
-        values = iter(losses)
+        values = iter([math.nan, *losses])  # the first one is before training
         monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args, values=values: next(values))
         out = f"out-{best}"
         run("--max-iters", "12", "--out-dir", out)
@@ -385,7 +385,8 @@ def test_a_validation_loss_that_is_not_finite_keeps_no_run_from_saving(workspace
 
 
 def test_an_error_of_the_disk_is_named_and_the_checkpoint_written_again(workspace, capsys, monkeypatch):
-    run("--max-iters", "4", "--out-dir", "whole")
+    options = ["--max-iters", "4", "--save-interval", "4"]
+    run(*options, "--out-dir", "whole")
     fsync, errors = os.fsync, iter([5])
 
     def fail_once(handle):
@@ -395,7 +396,7 @@ def test_an_error_of_the_disk_is_named_and_the_checkpoint_written_again(workspac
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", fail_once)
-    run("--max-iters", "4")
+    run(*options)
     line = (
         "out/.ckpt-000004.partial/optimizer.safetensors: Input/output error; writing the checkpoint of step 4 again\n"
     )

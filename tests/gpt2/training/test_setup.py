@@ -128,8 +128,8 @@ BAD = {
         r"manifest\.json: not a valid manifest",
     ),
     "a context longer than the model's": (
-        None,
-        ["--block-size", "65"],
+        lambda folder: GPT2(GPT2Config.preset("nano")).save_pretrained("short"),
+        ["--init", "short", "--block-size", "65"],
         "65 is longer than the model's context of 64",
     ),
     "too little data": (
@@ -166,6 +166,21 @@ BAD = {
         lambda folder: (folder / "taken").write_text("x"),
         ["--out-dir", "taken", "--fresh"],
         r"--out-dir taken is a file; name a folder",
+    ),
+    "init with sizes": (
+        None,
+        ["--init", "x", "--n-layer", "2", "--n-embd", "8"],
+        "--init determines the sizes of the model; remove --n-layer and --n-embd",
+    ),
+    "heads that do not divide": (
+        None,
+        ["--n-embd", "100", "--n-head", "3"],
+        "--n-embd 100 is not a multiple of --n-head 3; the nearest multiple is 99",
+    ),
+    "early stop without evaluations": (
+        None,
+        ["--early-stop", "2", "--eval-interval", "0"],
+        "--early-stop needs evaluations during the run; expected an --eval-interval of 1 or more",
     ),
     "a rate that ends above its peak": (
         None,

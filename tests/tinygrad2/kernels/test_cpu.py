@@ -67,6 +67,11 @@ def arguments(name, shape, seed=0):
         ],
         "gelu_forward": [[3 * x, array(C)], [3 * x, None]],
         "gelu_backward": [[array(B, T, C), 3 * x, array(C), array(C)], [array(B, T, C), 3 * x, None, None]],
+        "cross_entropy_forward": [[3 * array(B, T, V), tokens]],
+        "cross_entropy_backward": [
+            [np.float64(0.5), logits, tokens, reference.cross_entropy_forward(logits, tokens)[1]]
+            for logits in [3 * array(B, T, V)]
+        ],
         "lm_head_forward": [[x, weight, tokens]],
         "lm_head_backward": [[np.float64(0.5), dlogits, x, weight, array(V, C)]],
         "squared_norm": [[flat[0]]],

@@ -1,0 +1,104 @@
+"""A multilayer perceptron separates the arms of a spiral, and its decision regions are drawn.
+
+    python examples/spiral_mlp.py
+
+Three classes of 200 points each lie on the arms of a spiral, so that no straight line separates them. Two hidden layers
+of 64 units with ReLU learn the regions in 400 steps, in a few seconds. It ends with this line, or one close to it:
+
+    accuracy 0.998 on 600 training points, 0.980 on 600 new ones
+
+and draws spiral_mlp.png: the points, and the class that the network gives to every place of the plane.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from tinygrad2 import Tensor, nn, no_grad, ops, optim
+
+COLORS = ("#1b9e77", "#d95f02", "#7570b3")
+CLASSES = len(COLORS)
+
+
+def spiral(points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """`points` points of each class, (N, 2), and their classes, (N,). Each arm turns by 6 radians, with noise."""
+    radius = np.linspace(0.05, 1, points)
+    places, classes = [], []
+    for arm in range(CLASSES):
+        angle = 2 * np.pi * arm / CLASSES + 6 * radius + rng.normal(0, 0.4, points)
+        places.append(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1))
+        classes.append(np.full(points, arm))
+    return np.concatenate(places).astype(np.float32), np.concatenate(classes)
+
+
+def predict(model: nn.Sequential, x: np.ndarray) -> np.ndarray:
+    """The most probable class of each point, (N,)."""
+    with no_grad():
+        return model(Tensor(x)).numpy().argmax(axis=1)
+
+
+def accuracy(model: nn.Sequential, x: np.ndarray, y: np.ndarray) -> float:
+    return float((predict(model, x) == y).mean())
+
+
+def train(model: nn.Sequential, x: np.ndarray, y: np.ndarray, steps: int) -> None:
+    """Every step uses all of the points: the set is small."""
+    optimizer = optim.AdamW(model, lr=0.01, weight_decay=0.01)
+    for step in range(1, steps + 1):
+        loss = ops.cross_entropy(model(Tensor(x)), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1 or step % 50 == 0 or step == steps:
+            print(f"step {step:4}  loss {loss.item():.4f}  accuracy {accuracy(model, x, y):.3f}", flush=True)
+
+
+def draw(model: nn.Sequential, x: np.ndarray, y: np.ndarray, file: Path) -> None:
+    """The class of each place of the plane, as colors, and the points."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+        return
+    pyplot.switch_backend("Agg")  # draws into files, without a screen
+    axis = np.linspace(-1.2, 1.2, 300, dtype=np.float32)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1)  # (300, 300, 2)
+    regions = predict(model, grid.reshape(-1, 2)).reshape(300, 300)
+    figure, axes = pyplot.subplots(figsize=(6, 6))
+    axes.contourf(axis, axis, regions, levels=np.arange(CLASSES + 1) - 0.5, colors=COLORS, alpha=0.3)
+    axes.scatter(x[:, 0], x[:, 1], c=np.take(COLORS, y), s=12)
+    axes.set(title=f"Decision regions, accuracy {accuracy(model, x, y):.3f}", aspect="equal")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    print(f"picture: {file}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, help="[%(default)s]")
+    parser.add_argument("--picture", type=Path, default=Path("spiral_mlp.png"), help="[%(default)s]")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; expected 1 or more")
+    rng = np.random.default_rng(0)
+    x, y = spiral(200, rng)
+    new_x, new_y = spiral(200, rng)
+    model = nn.Sequential(
+        nn.Linear(2, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, CLASSES),  # no ReLU after it: the logits of the classes may have any sign
+    )
+    train(model, x, y, options.steps)
+    print(
+        f"accuracy {accuracy(model, x, y):.3f} on {len(y)} training points, "
+        f"{accuracy(model, new_x, new_y):.3f} on {len(new_y)} new ones"
+    )
+    draw(model, x, y, options.picture)
+
+
+if __name__ == "__main__":
+    main()

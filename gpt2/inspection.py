@@ -1,0 +1,464 @@
+"""What the inspector shows of a text: probabilities, attention and what each head does, words, the logit lens.
+
+`inspect` returns all of it as JSON for the script pages/inspect.js, and `inspector_page` makes a page of that.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from gpt2.console import visible
+from gpt2.generate import NOT_FINITE, KVCache
+from gpt2.model import GPT2
+from gpt2.page import page, resource
+from gpt2.tokenizer import Tokenizer
+from gpt2.trace import Trace
+from tinygrad2 import Tensor, no_grad
+from tinygrad2.checkpoint import JsonObject
+
+CHOICES, NEIGHBOURS, WORDS = 10, 8, 6  # how many of each are shown
+EXACT = 128  # tokens; of a longer text only the strongest LINKS of each query, and an overview of GRID x GRID
+LINKS, GRID = 8, 64
+ROWS = 128  # positions whose logits are computed at a time
+BEAM, LONGEST = 12, 16  # words: hypotheses that are followed, and tokens of a word
+STANDS_OUT, ENOUGH = 0.2, 3  # from what score, and from how many queries on, a pattern describes a head
+
+# What a head may do, in the order in which equal scores are decided: name, and what it looks at.
+PATTERNS = {
+    "previous": ("previous token", "the token just before"),
+    "first": ("first token", "the first token of the text; heads often rest there when they have nothing to add"),
+    "word": ("start of the word", "where the current word began: the space before it, or its first token"),
+    "same": ("same token earlier", "earlier occurrences of the same token"),
+    "induction": (
+        "induction",
+        "what followed the same token earlier; a model copies a repeated sequence with such heads",
+    ),
+    "itself": ("itself", "the token itself"),
+}
+SPREADS = "spreads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probabilities
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """softmax(logits) over the last axis, in float64."""
+    p = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def in_chunks(length: int) -> Iterator[slice]:
+    """Slices of at most ROWS that together are range(length): an array (T, V) is large."""
+    return (slice(first, min(first + ROWS, length)) for first in range(0, length, ROWS))
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The indices of the `count` largest values of each row, in descending order of the values."""
+    count = min(count, values.shape[-1])
+    found = np.argpartition(-values, count - 1, axis=-1)[..., :count]
+    order = np.argsort(-np.take_along_axis(values, found, -1), axis=-1, kind="stable")
+    return np.take_along_axis(found, order, -1)
+
+
+def predictions(trace: Trace) -> JsonObject:
+    """For each token its surprise, -log2 of its probability, and its rank among all; and after each position the most
+    probable next tokens with their probabilities. Nothing predicts the first token."""
+    surprise: list[float | None] = [None]
+    rank: list[int | None] = [None]
+    ids, p = [], []
+    for rows in in_chunks(len(trace.tokens)):
+        probability = probabilities(trace.logits[rows])
+        best = largest(probability, CHOICES)
+        ids.append(best)
+        p.append(np.take_along_axis(probability, best, -1))
+        following = trace.tokens[rows.start + 1 : rows.stop + 1]
+        actual = probability[np.arange(len(following)), following]
+        with np.errstate(divide="ignore"):
+            bits = np.minimum(-np.log2(actual), 1074)  # (a probability below the least of float64 is 0)
+        surprise += [float(f"{value:.6g}") for value in bits]
+        rank += (1 + (probability[: len(following)] > actual[:, None]).sum(axis=-1)).tolist()
+    return {
+        "surprise": surprise,
+        "rank": rank,
+        "choices": {"ids": packed(np.concatenate(ids), "int32"), "p": packed(np.concatenate(p), "float32")},
+    }
+
+
+def lens(model: GPT2, trace: Trace) -> JsonObject:
+    """The logit lens: the most probable next token and its probability, if the model ended before each layer, and after
+    the last: the final LayerNorm and the output layer applied to the residual stream. Both (L + 1, T)."""
+    streams = [layer.stream for layer in trace.layers] + [trace.stream]
+    ids = np.empty((len(streams), len(trace.tokens)), dtype=np.int32)
+    p = np.empty(ids.shape, dtype=np.float32)
+    for i, stream in enumerate(streams):
+        for rows in in_chunks(len(trace.tokens)):
+            if i == len(trace.layers):
+                logits = trace.logits[rows]
+            else:
+                x = Tensor(model.backend.asarray(stream[rows], dtype=model.precision.activations))
+                with no_grad():
+                    logits = model.head(model.ln_f(x)).numpy().astype(np.float32)
+            highest = logits.max(axis=-1, keepdims=True)
+            ids[i, rows] = logits.argmax(axis=-1)
+            p[i, rows] = 1 / np.exp(logits - highest).sum(axis=-1, dtype=np.float64)
+    return {"ids": packed(ids, "int32"), "p": packed(p, "float32")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarray]:
+    """For each of PATTERNS, which keys a query looks at if its head follows it: (query, key), booleans.
+
+    begins_word  (T,), whether a token begins with what is not part of a word, as a space.
+    """
+    T = len(tokens)
+    query, key = np.arange(T)[:, None], np.arange(T)[None]
+    start = np.maximum.accumulate(np.where(begins_word, np.arange(T), 0))
+    same = tokens[:, None] == tokens[None]
+    after_same = np.zeros((T, T), dtype=bool)
+    after_same[:, 1:] = same[:, :-1]
+    earlier = key < query
+    found = {
+        "previous": key == query - 1,
+        "first": (key == 0) & earlier,
+        "word": (key == start[:, None]) & earlier,
+        "same": same & earlier,
+        "induction": after_same & earlier,
+        "itself": (key == query) & (query > 0),
+    }
+    return {name: found[name] for name in PATTERNS}
+
+
+def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np.ndarray) -> list[JsonObject]:
+    """What each head of a layer does: weights (H, T, T), the keys of each pattern (T, T), and the ids (T,).
+
+    For each pattern [share, even, queries]: the part of a query's attention that goes to its keys, the part that would
+    if attention were spread evenly, both as means over the queries that have such keys, and how many these are.
+    kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS where none stands out.
+    spread  over how many tokens attention is spread: 2 to the power of its entropy in bits, as a mean over the queries.
+    most    [id, share, even]: of all the ids in the text, the one whose share exceeds the even one by most.
+    """
+    T = weights.shape[-1]
+    seen = np.arange(1, T + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(weights > 0, weights * np.log2(weights), 0).sum(axis=-1)
+    ids, which = np.unique(tokens, return_inverse=True)
+    evenly = np.bincount(which, (np.tri(T) / seen[:, None]).mean(axis=0))
+    heads: list[JsonObject] = []
+    for own, spread in zip(weights, np.exp2(entropy).mean(axis=-1), strict=True):
+        shares = np.bincount(which, own.mean(axis=0))
+        best = int((shares - evenly).argmax())
+        most = [int(ids[best]), round(float(shares[best]), 5), round(float(evenly[best]), 5)]
+        heads.append({"kind": SPREADS, "score": 0.0, "spread": round(float(spread), 3), "most": most})
+    for name, mask in masks.items():
+        queries = np.flatnonzero(mask.any(axis=-1))
+        if not len(queries):
+            continue
+        even = float((mask[queries].sum(axis=-1) / seen[queries]).mean())
+        for head, own in zip(heads, weights, strict=True):
+            share = float((own[queries] * mask[queries]).sum(axis=-1).mean())
+            head[name] = [round(share, 5), round(even, 5), len(queries)]
+            score = (share - even) / (1 - even) if even < 1 else 0.0
+            if len(queries) >= ENOUGH and score >= STANDS_OUT and score > head["score"]:
+                head["kind"], head["score"] = name, round(score, 5)
+    return heads
+
+
+def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
+    """The weights of every head, and in each layer after the last head their mean; and what each head does."""
+    T = len(trace.tokens)
+    heads, parts = [], []
+    for layer in trace.layers:
+        weights = layer.weights()
+        heads.append(describe_heads(weights, masks, trace.tokens))
+        weights = np.concatenate((weights, weights.mean(axis=0, keepdims=True)))
+        parts.append((weights[:, np.tri(T, dtype=bool)],) if T <= EXACT else strongest_links(weights))
+    arrays = [np.stack(part) for part in zip(*parts, strict=True)]
+    if T <= EXACT:
+        return {"heads": heads, "exact": True, "weights": packed(arrays[0], "float32")}
+    keys, links, overview = arrays
+    return {
+        "heads": heads,
+        "exact": False,
+        "keys": packed(keys, "uint16"),
+        "weights": packed(links, "uint8"),
+        "overview": packed(overview, "uint8"),
+        "grid": GRID,
+    }
+
+
+def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of weights (H, T, T): the keys of the LINKS largest of each query and their weights, (H, T, LINKS), and an
+    overview (H, GRID, GRID): queries and keys in GRID groups, the part of the attention of a group of queries that goes
+    to a group of keys. Weights are in units of 1/255."""
+    T = weights.shape[-1]
+    keys = largest(weights, LINKS)
+    links = np.take_along_axis(weights, keys, -1)
+    first = np.linspace(0, T, GRID, endpoint=False).astype(int)
+    sizes = np.diff(first, append=T)
+    overview = np.add.reduceat(np.add.reduceat(weights, first, axis=2), first, axis=1) / sizes[:, None]
+    return keys, np.rint(255 * links), np.rint(255 * overview)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens and words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Vocabulary:
+    """The tokens of a model as text, and which of them form words.
+
+    tokenizer  of the model.
+    size       the number of the model's ids, which may be more than the tokenizer has.
+    """
+
+    tokenizer: Tokenizer
+    size: int
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The added tokens, such as the one that ends a text, by id."""
+        return {token.id: token.content for token in self.tokenizer.added}
+
+    def token(self, i: int) -> bytes:
+        return self.tokenizer.tokens.get(i, b"")
+
+    def label(self, i: int) -> str:
+        """A token as it is shown: line ends and tabs as symbols, invisible characters and parts of a character as
+        escape sequences."""
+        if i in self.special:
+            return visible(self.special[i])
+        if i not in self.tokenizer.tokens:
+            return f"<unused {i}>"
+        try:
+            text = self.token(i).decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(chr(b) if 32 < b < 127 else f"\\x{b:02x}" for b in self.token(i))
+        text = visible(text.replace("\n", "↵").replace("\t", "⇥"))
+        return text.replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")
+
+    @cached_property
+    def begins_word(self) -> np.ndarray:
+        """(size,) whether a token ends the word before it: a space, punctuation, an added token."""
+        return np.array([i in self.special or not _in_word(self.token(i)[:1]) for i in range(self.size)])
+
+    @cached_property
+    def ends_in_word(self) -> np.ndarray:
+        """(size,) whether the last character of a token is part of a word, which the next token may continue."""
+        return np.array([i not in self.special and _in_word(self.token(i)[-1:]) for i in range(self.size)])
+
+    def word_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """(T,) whether a word, or what is between two words, begins at a token."""
+        after_word = np.concatenate(([False], self.ends_in_word[tokens[:-1]]))
+        starts = self.begins_word[tokens] | ~after_word
+        starts[:1] = True
+        return starts
+
+    def words(self, tokens: np.ndarray) -> list[slice]:
+        """The words that consist of several tokens, except for one that begins the text: nothing predicts its start."""
+        starts = np.flatnonzero(self.word_starts(tokens))
+        ends = np.append(starts[1:], len(tokens))
+        return [
+            slice(int(start), int(end))
+            for start, end in zip(starts, ends, strict=True)
+            if start > 0 and end - start > 1 and self.ends_in_word[tokens[start]]
+        ]
+
+
+def _in_word(byte: bytes) -> bool:
+    return byte.isalnum() or byte == b"_" or byte >= b"\x80"
+
+
+def expected_words(model: GPT2, vocabulary: Vocabulary, trace: Trace) -> JsonObject:
+    """What the model expected where a word of the text has several tokens: by the position of its first token
+
+    end     the position after its last token.
+    begins  the probability that any word begins there.
+    p       that of the word itself: the product of the probabilities of its tokens and of ending there.
+    words   [word, probability] of the most probable words that a beam search finds.
+
+    Nothing for a text of more than EXACT tokens.
+    """
+    words = vocabulary.words(trace.tokens) if len(trace.tokens) <= EXACT else []
+    if not words:
+        return {}
+    read = KVCache(model, 1, len(trace.tokens))
+    with no_grad():
+        model.features(trace.tokens[None], cache=read)
+    found: JsonObject = {}
+    probability = probabilities(trace.logits)
+    for word in words:
+        tokens = trace.tokens[word]
+        p = probability[np.arange(word.start, word.stop) - 1, tokens].prod()
+        p *= probability[word.stop - 1, vocabulary.begins_word].sum()
+        best = beam_search(model, vocabulary, read, word.start, probability[word.start - 1])
+        texts = [[word_label(vocabulary, ids), float(f"{value:.6g}")] for value, ids in best]
+        begins = probability[word.start - 1, vocabulary.ends_in_word].sum()
+        figures = {"begins": float(f"{begins:.6g}"), "p": float(f"{p:.6g}")}
+        found[str(word.start)] = {"end": word.stop, **figures, "words": texts}
+    return found
+
+
+def word_label(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    return visible(vocabulary.tokenizer.decode(tokens).strip())
+
+
+def beam_search(
+    model: GPT2, vocabulary: Vocabulary, read: KVCache, start: int, first: np.ndarray
+) -> list[tuple[float, list[int]]]:
+    """The most probable words at a position, each with its probability: [(p, tokens)], in descending order of p.
+
+    read   keys and values of the text.   start  the position.   first  probabilities (V,) of the first token.
+    """
+    room = min(start + LONGEST, model.config.n_positions) - start
+    cache = KVCache(model, 1, start + room)
+    for layer, full in zip(cache.layers, read.layers, strict=True):
+        layer[:, :, :, :start] = full[:, :, :, :start]
+    cache.length = start
+    possible = np.where(vocabulary.ends_in_word, first, 0)
+    beam = [(float(possible[token]), [int(token)]) for token in largest(possible, BEAM) if possible[token] > 0]
+    rows = np.zeros(len(beam), dtype=np.int64)
+    finished: list[tuple[float, list[int]]] = []
+    for _ in range(room):
+        if not beam or (len(finished) >= WORDS and beam[0][0] <= finished[WORDS - 1][0]):
+            break
+        taken = model.backend.asarray(rows)
+        cache.layers = [model.backend.np.take(layer, taken, axis=1) for layer in cache.layers]
+        with no_grad():
+            last = np.array([tokens[-1:] for _, tokens in beam])
+            following = probabilities(model.head(model.features(last, cache=cache)[:, -1]).numpy())
+        p = np.array([p for p, _ in beam])[:, None]
+        ended = (p[:, 0] * following[:, vocabulary.begins_word].sum(axis=-1)).tolist()
+        finished += [(value, tokens) for value, (_, tokens) in zip(ended, beam, strict=True)]
+        finished.sort(key=lambda word: -word[0])
+        continued = (p * np.where(vocabulary.begins_word | ~vocabulary.ends_in_word, 0, following)).ravel()
+        best = [int(i) for i in largest(continued, BEAM) if continued[i] > 0]
+        rows = np.array([i // vocabulary.size for i in best], dtype=np.int64)
+        beam = [(float(continued[i]), [*beam[i // vocabulary.size][1], i % vocabulary.size]) for i in best]
+    return finished[:WORDS]
+
+
+def neighbours(model: GPT2, vocabulary: Vocabulary, tokens: np.ndarray) -> dict[str, list[list[float]]]:
+    """For each token of the text [id, cosine] of those whose embeddings point most nearly in the same direction."""
+    table = model.wte.weight.numpy().astype(np.float32)[: vocabulary.tokenizer.vocab_size]
+    table = table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
+    ids = np.unique(tokens)
+    found: dict[str, list[list[float]]] = {}
+    for rows in in_chunks(len(ids)):
+        cosine = table[ids[rows]] @ table.T
+        cosine[np.arange(len(cosine)), ids[rows]] = -2  # itself
+        for i, best, own in zip(ids[rows], largest(cosine, min(NEIGHBOURS, len(table) - 1)), cosine, strict=True):
+            found[str(i)] = [[int(j), round(float(own[j]), 4)] for j in best]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data of a page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inspect(model: GPT2, tokenizer: Tokenizer, tokens: Sequence[int], prompt: int, name: str) -> JsonObject:
+    """What the page shows of a text: everything that its script, pages/inspect.js, is given as JSON.
+
+    tokens  the ids, at most as many as the model's context.
+    prompt  how many of them were given; the model generated the others.
+    name    of the model.
+    Raises ValueError where a result is not finite, naming the first.
+    """
+    trace = model.trace(tokens)
+    check_activations(trace)
+    vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
+    predicted, seen = predictions(trace), lens(model, trace)
+    near = neighbours(model, vocabulary, trace.tokens)
+    shown = {int(i) for i in trace.tokens} | {int(j) for pairs in near.values() for j, _ in pairs}
+    shown |= {*unpacked(predicted["choices"]["ids"]).ravel().tolist(), *unpacked(seen["ids"]).ravel().tolist()}
+    sizes = [len(vocabulary.token(int(i))) for i in trace.tokens]
+    bits = sum(value or 0.0 for value in predicted["surprise"])
+    return {
+        "model": {
+            "name": visible(name),
+            "parameters": model.n_parameters(),
+            "layers": len(trace.layers),
+            "heads": model.config.n_head,
+            "width": model.config.n_embd,
+            "context": model.config.n_positions,
+            "vocabulary": model.config.vocab_size,
+        },
+        "text": visible(tokenizer.decode(trace.tokens)),
+        "tokens": trace.tokens.tolist(),
+        "prompt": prompt,
+        "labels": {str(i): vocabulary.label(i) for i in sorted(shown)},
+        "bits_per_byte": bits / sum(sizes[1:]) if sum(sizes[1:]) else None,
+        **predicted,
+        "words": expected_words(model, vocabulary, trace),
+        "patterns": {key: list(texts) for key, texts in PATTERNS.items()},
+        "attention": attention(trace, patterns(trace.tokens, vocabulary.begins_word[trace.tokens])),
+        "lens": seen,
+        "sizes": {
+            "stream": packed(np.stack([rms(layer.stream) for layer in trace.layers] + [rms(trace.stream)]), "float32"),
+            "attention": packed(np.stack([rms(layer.attention) for layer in trace.layers]), "float32"),
+            "mlp": packed(np.stack([rms(layer.mlp) for layer in trace.layers]), "float32"),
+        },
+        "neighbours": near,
+    }
+
+
+def rms(x: np.ndarray | None) -> np.ndarray:
+    """The root mean square of each row: (T, C) -> (T,)."""
+    assert x is not None
+    return np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=-1))
+
+
+def packed(values: np.ndarray, dtype: str) -> JsonObject:
+    """An array as JSON: its shape, its dtype, and its bytes, little-endian, in base64."""
+    data = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+    return {"shape": list(values.shape), "dtype": dtype, "base64": base64.b64encode(data).decode("ascii")}
+
+
+def unpacked(data: JsonObject) -> np.ndarray:
+    """The array of `packed`."""
+    dtype = np.dtype(data["dtype"]).newbyteorder("<")
+    return np.frombuffer(base64.b64decode(data["base64"]), dtype).reshape(data["shape"])
+
+
+def check_weights(model: GPT2, name: str) -> None:
+    """Raise ValueError, naming the tensor, where a parameter has values that are not finite."""
+    for tensor, parameter in model.named_parameters():
+        values = parameter.numpy()
+        bad = int(values.size - np.isfinite(values).sum())
+        if bad:
+            raise ValueError(
+                f"{name}: {bad:,} of {values.size:,} values of tensor {tensor} are not finite numbers; the model is "
+                f"damaged: convert or train it again"
+            )
+
+
+def check_activations(trace: Trace) -> None:
+    """Raise ValueError, naming what was computed, at the first result that is not finite."""
+    for i, layer in enumerate(trace.layers, 1):
+        for name, values in (("attention", layer.attention), ("MLP", layer.mlp)):
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(
+                    f"the {name} of layer {i} gives values that are not finite numbers; the model's weights are damaged"
+                )
+    if not np.isfinite(trace.logits).all():
+        raise ValueError(NOT_FINITE.replace("generate", "inspect"))
+
+
+def inspector_page(data: JsonObject) -> str:
+    """The page of a text, from the data of `inspect`."""
+    shortened = data["text"][:60].replace("\n", " ")
+    script = resource("inspect.js") + resource("inspect_page.js")
+    return page(f"Inside the model: {shortened}", resource("inspect.html"), resource("inspect.css"), script, data)

@@ -1,0 +1,64 @@
+"""A page in one HTML file, with its style, script and data, which needs no server, network or library.
+
+A Content-Security-Policy with the hashes of the page's own style and script forbids everything else, so that no text in
+it can ever be executed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from functools import cache
+from html import escape
+from pathlib import Path
+
+from tinygrad2.checkpoint import JsonObject
+from tinygrad2.files import atomic_write
+
+FOLDER = Path(__file__).parent / "pages"
+
+
+@cache
+def resource(name: str) -> str:
+    """The text of a file in gpt2/pages/."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def page(title: str, body: str, style: str, script: str, data: JsonObject | None = None) -> str:
+    """A whole HTML document.
+
+    title  plain text.
+    body   markup, in which every text from elsewhere is escaped.
+    style  CSS, after the colours, fonts and tables of pages/page.css.
+    data   what the script finds as JSON in the element #data.
+    """
+    style = resource("page.css") + style
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    policy = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*hashes)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
+        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the "
+        f"network.</footer></main>{'' if data is None else data_block(data)}<script>{script}</script></body></html>\n"
+    )
+
+
+def data_block(data: JsonObject) -> str:
+    """The element #data with `data` as JSON, which is not executed and cannot end early: it has no "<"."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="data">{text}</script>'
+
+
+def write(text: str, file: Path) -> None:
+    """Write a page atomically: a reader sees the old or the new content."""
+    with atomic_write(file) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD in place of each control character, which could change the page."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

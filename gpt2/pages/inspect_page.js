@@ -1,0 +1,1 @@
+inspector(document.querySelector(".inspector"), JSON.parse(document.querySelector("#data").textContent));

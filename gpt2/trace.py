@@ -1,0 +1,153 @@
+"""What a model computes on its way from a text to the probabilities of the next token: trace(model, tokens).
+
+`tinygrad2.tracing` reports every operation of the forward pass. The tracer follows one value through them: the residual
+stream, which starts as the embedding of the tokens and to which every attention and every MLP adds its result. It works
+for every model that is made of the engine's operations and adds to its stream by `+` or `ops.add_layernorm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpt2.language_model import LanguageModel
+from tinygrad2 import Tensor, no_grad, tracing
+from tinygrad2.tracer import Operation
+
+ATTENTION_N_HEAD = 4  # the index of n_head in what ops.attention saves
+
+
+@dataclass
+class LayerTrace:
+    """One layer of a trace, for the T tokens of a text. The next layer reads stream + attention + mlp.
+
+    stream     (T, C), the residual stream that the layer reads.
+    attention  (T, C), what its attention adds to the stream; None where the layer has none.
+    mlp        (T, C), what its MLP (or whatever follows the attention) adds; None where the layer has none.
+    """
+
+    stream: np.ndarray
+    attention: np.ndarray | None = None
+    mlp: np.ndarray | None = None
+    _weights: Callable[[], np.ndarray] | None = None
+
+    def weights(self) -> np.ndarray:
+        """The attention weights, (H, T, T): head, query, key. Each row of a query adds up to 1; keys after it get 0.
+
+        No attention kernel ever has them all, so they are computed here, at every call, from the queries and keys of
+        the trace. Raises ValueError where the layer has no attention.
+        """
+        if self._weights is None:
+            raise ValueError("trace: this layer has no attention, so it has no attention weights")
+        return self._weights()
+
+
+@dataclass
+class Trace:
+    """What a model computed for a text of T tokens, as NumPy arrays on the host, in the precision of the model's
+    activations (float32 where that is bfloat16).
+
+    tokens     (T,), the ids.
+    embedding  (T, C), the embedding of the tokens, with that of their positions where the model adds one.
+    layers     one LayerTrace for each layer, in order.
+    stream     (T, C), the residual stream after the last layer.
+    features   (T, C), the input of the output layer: the stream, normalised.
+    logits     (T, V); softmax(logits[t]) are the probabilities of token t + 1.
+    """
+
+    tokens: np.ndarray
+    embedding: np.ndarray
+    layers: list[LayerTrace]
+    stream: np.ndarray
+    features: np.ndarray
+    logits: np.ndarray
+
+
+def trace(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> Trace:
+    """The activations of `model` for the ids `tokens` (T,), without dropout and without gradients.
+
+    Raises ValueError where `tokens` is empty, is not one text, or is longer than the model's context, and for a model
+    without an embedding.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(f"trace: tokens have shape {ids.shape}; expected (T,), the ids of one text, with T >= 1")
+    tracer = _Tracer(len(ids))
+    with no_grad(), tracing(tracer):
+        features = model.features(ids[None])
+    with no_grad():
+        logits = model.head(features)
+    if tracer.stream is None or tracer.embedding is None:
+        raise ValueError(f"trace: {type(model).__name__} has no embedding; expected a model that begins with one")
+    stream, embedding = _on_host(tracer.stream), _on_host(tracer.embedding)
+    return Trace(ids, embedding, tracer.layers, stream, _on_host(features), _on_host(logits))
+
+
+def attention_weights(qkv: np.ndarray, n_head: int) -> np.ndarray:
+    """softmax(q k^T / sqrt(D)) over the keys up to each query, as `ops.attention` computes it without dropout.
+
+    qkv (T, 3 n_head D): queries, keys and values side by side -> (n_head, T, T).
+    Source: arXiv:1706.03762, eq. 1.
+    """
+    T, width = qkv.shape
+    D = width // (3 * n_head)
+    q, k, _ = qkv.reshape(T, 3, n_head, D).transpose(1, 2, 0, 3)  # each (n_head, T, D)
+    scores = q @ k.transpose(0, 2, 1) / math.sqrt(D)
+    scores[:, ~np.tri(T, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
+
+
+@dataclass
+class _Tracer:
+    """Follows the residual stream of a text of `length` tokens from operation to operation, and keeps what is added.
+
+    A layer begins with what an attention adds. What is added after it, without an attention, is its MLP.
+    """
+
+    length: int
+    stream: Tensor | None = None
+    embedding: Tensor | None = None
+    layers: list[LayerTrace] = field(default_factory=list)
+    _embeddings: list[Tensor] = field(default_factory=list)
+    _weights: Callable[[], np.ndarray] | None = None  # of an attention whose result is not yet added to the stream
+
+    def __call__(self, operation: Operation) -> None:
+        result = operation.results[0]
+        if operation.name == "embedding":
+            self._embeddings.append(result)
+            if self.stream is None:
+                self.stream = self.embedding = result
+        elif operation.name == "attention":
+            qkv, n_head = _on_host(operation.parents[0]), operation.saved[ATTENTION_N_HEAD]
+            self._weights = lambda: attention_weights(qkv, n_head)
+        elif operation.name == "softmax" and result.shape[2:] == (self.length, self.length):  # (1, H, T, T)
+            weights = _on_host(result)
+            self._weights = lambda: weights
+        elif operation.name in ("add", "add_layernorm") and result.shape == getattr(self.stream, "shape", None):
+            first, second = operation.parents[:2]
+            if self.stream is first or self.stream is second:
+                self._add(second if self.stream is first else first, result)
+
+    def _add(self, added: Tensor, total: Tensor) -> None:
+        assert self.stream is not None
+        if any(added is one for one in self._embeddings):  # of the positions
+            self.embedding = total
+        elif self._weights is None and self.layers and self.layers[-1].mlp is None:
+            self.layers[-1].mlp = _on_host(added)
+        elif self._weights is None:
+            self.layers.append(LayerTrace(_on_host(self.stream), mlp=_on_host(added)))
+        else:
+            self.layers.append(LayerTrace(_on_host(self.stream), _on_host(added), _weights=self._weights))
+            self._weights = None
+        self.stream = total
+
+
+def _on_host(x: Tensor) -> np.ndarray:
+    """The values (1, ...) of one text as a NumPy array (...)."""
+    values = x.numpy()[0]
+    return values.astype(np.float32) if values.dtype.itemsize < 4 else values

@@ -1,0 +1,32 @@
+"""What every script in examples/ that draws a picture has in common."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("spiral_mlp", "name_gru", "seq2seq_attention", "llama")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_matplotlib_it_says_so_and_ends_well(name, run, prepared_text, tmp_path):
+    printed = run(name, "--steps", 1, *(("--data", prepared_text) if name == "llama" else ()))
+    assert printed.splitlines()[-1] == ('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.extras("matplotlib")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_draws(name, run, prepared_text, tmp_path):
+    data = ("--data", prepared_text) if name == "llama" else ()
+    printed = run(name, "--steps", 6, "--picture", "made.png", *data, pictures=True)
+    assert printed.splitlines()[-1] == "picture: made.png"
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_student_reads_it_in_ten_minutes(name):
+    lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250

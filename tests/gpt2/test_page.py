@@ -1,0 +1,49 @@
+"""A page in one file: its policy, its data, and that it is written whole."""
+
+import base64
+import hashlib
+import json
+import re
+
+import pytest
+
+from gpt2 import page
+from tests.browsing import HOSTILE, opened
+
+
+def test_the_policy_names_the_style_and_the_script_that_are_in_the_page():
+    text = page.page("<title>", "<p>body</p>", ".own { color: red }", "let own;", {"a": 1})
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    style, script = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1], "let own;"
+    assert style == page.resource("page.css") + ".own { color: red }"
+    for kind, contents in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(contents.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "<title>&lt;title&gt;</title>" in text
+    assert f"<script>{script}</script></body></html>\n" in text
+
+
+def test_data_cannot_end_its_element():
+    data = {"text": HOSTILE, "<!--": "</SCRIPT><!-- é \u2028 \ud800"}
+    block = page.data_block(data)
+    inside = re.fullmatch(r'<script type="application/json" id="data">(.*)</script>', block)[1]
+    assert "<" not in inside
+    assert json.loads(inside) == data
+    assert 'id="data"' not in page.page("", "", "", "")
+
+
+def test_numbers_that_json_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        page.data_block({"x": float("nan")})
+
+
+@pytest.mark.extras("playwright")
+def test_the_script_finds_the_data_and_nothing_else_runs(browser, tmp_path):
+    script = "document.title = JSON.parse(document.getElementById('data').textContent).text.length"
+    body = '<p id="here">text</p><script>document.title = "taken"</script><img src="http://127.0.0.1:9/">'
+    page.write(page.page("", body, "#here { width: 123px }", script, {"text": HOSTILE}), tmp_path / "page.html")
+    shown, said, _ = opened(browser, tmp_path / "page.html")
+    assert shown.title() == str(len(HOSTILE))
+    assert shown.evaluate("getComputedStyle(document.getElementById('here')).width") == "123px"
+    assert len([line for line in said if "Content Security Policy" in line]) == len(said) == 2
