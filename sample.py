@@ -1,9 +1,9 @@
 """Continue a prompt with a trained model.
 
-Without --checkpoint: the model in checkpoint/, else the newest checkpoint of a training run in out/, else an untrained
-model. The text may be longer than the model's context: the first half of the context is then dropped, and the rest
-processed again. A sample ends at the model's end-of-text token, even if that comes first; where the model added no
-visible text, a line on stderr says so.
+The prompt is an argument, a file, stdin, or typed line by line (-i). Without --checkpoint: the model in checkpoint/,
+else the newest checkpoint of a training run in out/, else an untrained model. The text may be longer than the model's
+context: the first half of the context is then dropped, and the rest processed again. A sample ends at the model's
+end-of-text token, even if that comes first; where the model added no visible text, a line on stderr says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer
+from gpt2 import GPT2, GPT2Config, Tokenizer, familiar_options
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
@@ -34,10 +34,24 @@ MODELS = (
 
 
 def command_line() -> Parser:
-    parser = Parser("python sample.py", __doc__)
+    parser = Parser(console.script("sample"), __doc__, familiar=familiar_options.SAMPLE)
     group = parser.add_argument_group("text")
     group.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="text to continue [default: none: the model begins a new text]"
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="text to continue, - for stdin [default: none: the model begins a new text]",
+    )
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="continue the text in a file in UTF-8, - for stdin; its last line end is left out [default: none]",
+    )
+    group.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="continue each line that is typed, until Ctrl-D; Ctrl-C ends the text that is being printed",
     )
     group.add_argument("-m", "--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most")
     group.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="number of continuations")
@@ -78,12 +92,12 @@ def command_line() -> Parser:
     return parser
 
 
-@console.command("sample.py")
+@console.command(console.script_name("sample"))
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     options.threads = threads.count() if options.threads is None else options.threads
-    options.prompt, options.stop = options.prompt or "", options.stop or []
+    options.stop = options.stop or []
     for name, value, least in (
         ("--max-tokens", options.max_tokens, 0),
         ("--samples", options.samples, 1),
@@ -93,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{name} is {value}; expected {least} or more")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed is {options.seed}; expected 0 to 2**64 - 1")
+    if options.prompt is not None and options.prompt_file is not None:
+        parser.error("--prompt and --prompt-file are both given; expected one of them")
+    if options.interactive and "-" in (options.prompt, options.prompt_file):
+        parser.error("--interactive and a prompt from stdin (-) exclude each other; use --prompt-file FILE")
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
     if "" in options.stop:
@@ -101,13 +119,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
+    options.prompt = read_prompt(options)
     return sample(options)
 
 
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt: the argument, a file's text, or stdin's. Raises ValueError for a file that is not in UTF-8."""
+    file = "-" if options.prompt == "-" else options.prompt_file
+    if file is None:
+        return (options.prompt or "").removeprefix("\ufeff")
+    if file == "-" and sys.stdin is None:
+        raise ValueError("prompt -: stdin is closed; pipe the text in, or use --prompt-file FILE")
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt {file}: byte {error.start} is not UTF-8 (0x{data[error.start]:02x}); convert the text to UTF-8, "
+            f"for example with iconv"
+        ) from None
+
+
 def sample(options: argparse.Namespace) -> int:
+    """Print the samples that the options describe, then with --interactive those of each line that is typed."""
     threads.set_count(options.threads)
     model, tokenizer = load_model(options)
-    options.prompt = options.prompt.removeprefix("\ufeff")  # a byte-order mark, of a prompt from a file
+    if options.prompt or not options.interactive:
+        print_samples(model, tokenizer, options)
+    if options.interactive:
+        print_error("type a prompt and Enter; an empty line begins a new text, Ctrl-D ends")
+    while options.interactive:
+        try:
+            options.prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        options.seed = (options.seed + 1) % 2**64  # another text for the same prompt
+        try:
+            print_samples(model, tokenizer, options)
+        except KeyboardInterrupt:
+            continue
+    return 0
+
+
+def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     prompt = tokenizer.encode_prompt(options.prompt).tolist() or [begin_id(model, tokenizer)]
     if len(prompt) > (context := model.config.n_positions):
         print_error(f"the prompt has {len(prompt):,} tokens; the model reads only the last {context:,}")
@@ -145,7 +199,6 @@ def sample(options: argparse.Namespace) -> int:
         with TextPrinter() as printer:
             printer.write(options.prompt + text)
         report_empty(i, continuations, options)
-    return 0
 
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
@@ -154,8 +207,8 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
         print_error(
-            f"no trained model in checkpoint/ or out/ (python train.py trains one): sampling from an untrained model"
-            f"{weights}"
+            f"no trained model in checkpoint/ or out/ ({console.script('train')} trains one): sampling from an "
+            f"untrained model{weights}"
         )
         precision = to_generate(options.dtype, get_backend(options.device))
         return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")

@@ -20,7 +20,7 @@ from gpt2 import report
 from gpt2.generate import sample_text
 from gpt2.training import display, setup
 from gpt2.training.options import Options, OptionValues, parse_options
-from gpt2.training.run import Progress, RunFolder, RunOptions, tensorboard_writer
+from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.stop import StopRequest
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
@@ -28,17 +28,20 @@ from tinygrad2 import distributed, machine
 from tinygrad2.distributed import Comm
 
 
-@console.command("train.py", closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail)
+@console.command(
+    console.script_name("train"), closed_pipe=None, kept="earlier checkpoints are intact", fail=distributed.fail
+)
 def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
     comm.silence_other_ranks()
     given = comm.from_root(lambda: parse_options(arguments, __doc__))
+    command = display.typed_command(arguments, comm.size)
     with RunFolder(given.get("out_dir", Options.out_dir), comm, display.say).taken() as folder:
-        return train(folder, given, comm)
+        return train(folder, given, comm, command)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
-def train(folder: RunFolder, given: OptionValues, comm: Comm) -> int:
+def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
     saved = None if fresh else folder.resume(display.say)
@@ -50,7 +53,6 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm) -> int:
         display.say_finished(folder.path, progress.step)
         return 0
     setup.settle_options(options, run_options, comm.size)
-    board = tensorboard_writer() if options.tensorboard else None
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = setup.open_data(options, saved), setup.load_questions(options, comm)
@@ -60,10 +62,12 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm) -> int:
     if fresh and (aside := folder.set_aside()):
         display.say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress, run_options, board), StopRequest(verbose=comm.size == 1) as stop:
-        comm.from_root(partial(display.describe_start, trainer, run_options.notes))
+    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop:
+        baselines = comm.from_root(partial(display.baseline_losses, trainer))
+        comm.from_root(partial(display.describe_start, trainer, run_options.notes, baselines))
         setup.measure_first_loss(trainer)
-        folder.log_start(progress.step, given=run_options.options, **display.start_record(trainer, machine.describe()))
+        start = display.start_record(trainer, command, machine.describe(), baselines)
+        folder.log_start(progress.step, given=run_options.options, **start)
         folder.catch_up(partial(sample_text, trainer.model, trainer.tokenizer), options.seed, page.update)
         written = training_loop(trainer, questions, run_options, stop, page)
     display.say_end(trainer, written, folder.path / report.REPORT)
@@ -103,7 +107,7 @@ def training_loop(
             display.say_sample(row["val_loss"], is_best, text)
             folder.log_sample(step, text)
         if evaluating or trainer.stopping:
-            comm.from_root(partial(page.update, always=last or early or trainer.stopping))
+            comm.from_root(partial(page.update, last=last or early or trainer.stopping))
         if early:
             display.say_early_stop(trainer)
             break

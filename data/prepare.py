@@ -1,7 +1,7 @@
 """Turn text into a token data set: `python data/prepare.py SOURCE... [--tokenizer gpt2|bytes|PATH] [--out data/NAME]`.
 
-A source is a text file in UTF-8, a .jsonl file (one document per line), a .csv or .parquet file (one per row), a folder
-of such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python), `shakespeare`,
+A source is a text file, a .jsonl file (one document per line), a .csv, .tsv or .parquet file (one per row), a folder of
+such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python), `shakespeare`,
 `openwebtext`, `fineweb-edu`. All files but .parquet may be compressed as .gz or .zst. gpt2/training/dataset.py reads
 the result, whose bytes do not depend on the number of threads or on interruptions.
 
@@ -10,6 +10,9 @@ last line end: GPT-2's pattern never joins a character and the white space after
 unsplit text. (Without a line end it ends before the last white space, and without that, at 16 KiB, within a word.) The
 SHA-256 of its text decides whether a part is for training or for validation, so that equal parts are never in both.
 An end-of-text token follows a part unless its continuation is next in the same split.
+
+In a text of less than SMALL_TEXT bytes the parts are smaller. Those with the first SHA-256 values are for validation,
+as many as the fraction takes of the bytes; the last of them is cut where the fraction is reached, in all of its copies.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches its folder only
     import gpt2  # noqa: F401 - first: Ctrl-C during the other imports ends silently
 
+import codecs
 import hashlib
 import json
 import os
@@ -45,6 +49,7 @@ from data.sources import (
     NAMES,
     VAL_FRACTIONS,
     Document,
+    HubParquet,
     Source,
     decoded,
     explained,
@@ -52,7 +57,7 @@ from data.sources import (
     skip,
     unpacked_name,
 )
-from gpt2 import console
+from gpt2 import console, familiar_options
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
@@ -68,6 +73,9 @@ JOURNAL_BYTES = 16 << 20  # bytes of text between two writes of the journal; an 
 ESTIMATE_BYTES = 64 << 20  # for larger inputs, disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05
+SMALL_TEXT = 1_000_000  # bytes; the validation split of a smaller text is exact
+SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text, and the bytes of one at least
+CUT_TOLERANCE = 0.05  # of the validation split, to cut at a line end or at white space
 WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
 WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # in the first bytes of its pages
 JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT.partial
@@ -140,9 +148,13 @@ class Part:
 
 
 def read_parts(
-    sources: Sequence[Source], cursor: Sequence[int], filters: Filters = NO_FILTERS, seen: set[int] | None = None
+    sources: Sequence[Source],
+    cursor: Sequence[int],
+    filters: Filters = NO_FILTERS,
+    seen: set[int] | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> Iterator[Part]:
-    """All parts starting at `cursor`; `seen` contains the digests of the documents before it."""
+    """All parts starting at `cursor`, of at most `part_bytes`; `seen` contains the digests of the documents before."""
     seen = set() if seen is None else seen
     first, position, offset = cursor
     for k, source in enumerate(sources[first:], first):
@@ -154,7 +166,7 @@ def read_parts(
                 else:
                     with document.open() as stream:
                         continues = offset > 0
-                        for data, following, ends in _cut(stream, offset, document.name):
+                        for data, following, ends in _cut(stream, offset, document.name, part_bytes):
                             after = (k, document.after, 0) if ends else (k, position, following)
                             yield Part(data, ends, after, "", digest, continues)
                             digest, continues = None, True
@@ -162,7 +174,7 @@ def read_parts(
         position = 0
 
 
-def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int, bool]]:
+def _cut(stream: BinaryIO, offset: int, name: str, part_bytes: int) -> Iterator[tuple[bytes, int, bool]]:
     """(part, offset after it, whether it is the last) of a document, starting at byte `offset`; a BOM is skipped."""
     if offset:
         skip(stream, offset)
@@ -172,21 +184,27 @@ def _cut(stream: BinaryIO, offset: int, name: str) -> Iterator[tuple[bytes, int,
         if data == BOM:
             data, offset = b"", len(BOM)
     while True:
-        data += stream.read(PART_BYTES + 1 - len(data))
+        data += stream.read(part_bytes + 1 - len(data))
         if not data:
             return  # the document is empty
-        if len(data) <= PART_BYTES:
+        if len(data) <= part_bytes:
             decoded(data, offset, name)
             yield data, offset + len(data), True
             return
-        end = PART_BYTES
-        while end > PART_BYTES - 3 and data[end] & 0xC0 == 0x80:  # within a character
-            end -= 1
+        end = _character_start(data, part_bytes)
         text = decoded(data[:end], offset, name)
         part = text[: _cut_point(text)].encode()
         offset += len(part)
         yield part, offset, False
         data = data[len(part) :]
+
+
+def _character_start(data: bytes, end: int) -> int:
+    """The largest start of a character in UTF-8 up to `end`."""
+    start = end
+    while start > max(0, end - 3) and data[start] & 0xC0 == 0x80:
+        start -= 1
+    return start
 
 
 def _cut_point(text: str) -> int:
@@ -196,6 +214,91 @@ def _cut_point(text: str) -> int:
         return at_line_end
     words = text.rsplit(maxsplit=1)  # [all but the last word, the last word]
     return len(words[0]) if len(words) == 2 else len(text)
+
+
+# The splits.
+
+
+@dataclass(frozen=True)
+class HashSplit:
+    """The split of a large text: a part is validation if the first 8 bytes of its SHA-256 are below
+    val_fraction * 2**64."""
+
+    val_fraction: float
+    part_bytes: int = PART_BYTES
+
+    rule = (
+        f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation where the "
+        "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens change sides"
+    )
+
+    def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
+        """(split, text) of each piece of a part: the whole part."""
+        return [(side_of(data, self.val_fraction), data)]
+
+
+@dataclass(frozen=True)
+class ExactSplit:
+    """The split of a small text.
+
+    validation  the SHA-256 of the parts for validation.
+    cut         the SHA-256 of the part of which the first `cut_bytes` are for validation, in each of its copies.
+    """
+
+    part_bytes: int
+    validation: frozenset[bytes]
+    cut: bytes
+    cut_bytes: int
+
+    rule = (
+        f"documents are cut at line ends into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
+        "SHA-256 values are validation, val_fraction of the bytes, and the last of them is cut there"
+    )
+
+    def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
+        digest = hashlib.sha256(data).digest()
+        if digest == self.cut and self.cut_bytes:
+            return [("val", data[: self.cut_bytes]), ("train", data[self.cut_bytes :])]
+        return [("val" if digest in self.validation else "train", data)]
+
+
+def choose_split(sources: Sequence[Source], filters: Filters, val_fraction: float) -> HashSplit | ExactSplit:
+    """The split of all text in the sources, which depends on nothing but the text and the fraction. Reads a small text
+    twice, and the beginning of a large one."""
+    large = (isinstance(s, HubParquet) or (s.text_size() or 0) > 64 * SMALL_TEXT for s in sources)
+    if any(large):  # (some sizes are estimates)
+        return HashSplit(val_fraction)
+    total = 0
+    for part in read_parts(sources, (0, 0, 0), filters):
+        total += len(part.data)
+        if total >= SMALL_TEXT:
+            return HashSplit(val_fraction)
+    part_bytes = max(SMALLEST_PART, min(PART_BYTES, total // SMALL_PARTS))
+    copies: dict[bytes, list[bytes]] = {}
+    for part in read_parts(sources, (0, 0, 0), filters, None, part_bytes):
+        if part.data:
+            copies.setdefault(hashlib.sha256(part.data).digest(), []).append(part.data)
+    left = target = round(val_fraction * total)
+    validation: set[bytes] = set()
+    for digest in sorted(copies):
+        same = copies[digest]
+        if left < len(same) * len(same[0]):
+            cut_bytes = _nearest_cut(same[0], left // len(same), CUT_TOLERANCE * target / len(same))
+            return ExactSplit(part_bytes, frozenset(validation), digest, cut_bytes)
+        validation.add(digest)
+        left -= len(same) * len(same[0])
+    return ExactSplit(part_bytes, frozenset(validation), b"", 0)
+
+
+def _nearest_cut(data: bytes, size: int, tolerance: float) -> int:
+    """Where a text is cut near its byte `size`: before the white space at a line end or between words, if that is at
+    most `tolerance` bytes before, else between characters."""
+    text = data[: _character_start(data, size)].decode()
+    for shorter in (text[: text.rfind("\n") + 1].rstrip(), text.rsplit(maxsplit=1)[0] if " " in text.strip() else ""):
+        cut = len(shorter.encode())
+        if size - cut <= tolerance:
+            return cut
+    return len(text.encode())
 
 
 # The job.
@@ -300,6 +403,8 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     threads: int | None = None,
     text_key: str = "text",
+    delimiter: str = "",
+    encoding: str = "",
     drop_wikipedia: bool = False,
     min_bytes: int = 0,
     drop_duplicates: bool = False,
@@ -312,6 +417,8 @@ def prepare(
     The work is done in OUT.partial, whose folder `data` is renamed when it is complete. After an interruption the same
     call resumes from the journal in OUT.partial. An existing `out` is an error; with `fresh` it is renamed first.
 
+    delimiter       between the fields of .csv and .tsv files: one character, or "tab"; "" finds it from the header.
+    encoding        of the files that are not in UTF-8.
     special_tokens  the text of each special or added token is that one token; otherwise it is plain text.
 
     Raises ValueError or OSError with one line for an invalid argument or source, and for a full disk.
@@ -327,6 +434,10 @@ def prepare(
             raise ValueError(f"{option} is {value}; expected at least 1")
     if min_bytes < 0:
         raise ValueError(f"--min-bytes is {min_bytes}; expected at least 0")
+    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+    if len(delimiter) > 1 or delimiter in ('"', "\n", "\r"):
+        raise ValueError(f"--delimiter is {delimiter!r}; expected one character, or tab")
+    _check_encoding(encoding)
     filters = Filters(drop_wikipedia, min_bytes, drop_duplicates)
     if "-" in sources and filters != NO_FILTERS:
         raise ValueError("source -: filters read a document twice, and stdin can be read only once; save it to a file")
@@ -336,7 +447,7 @@ def prepare(
     vocabulary = Tokenizer.load(tokenizer)
     if special_tokens and not vocabulary.added:
         raise ValueError(f"--special-tokens: the tokenizer {vocabulary.name} has no special tokens")
-    found = find_sources(sources, text_key, say)
+    found = find_sources(sources, text_key, say, delimiter, encoding)
     job = {
         "format": FORMAT,
         "sources": [source.identity() for source in found],
@@ -363,10 +474,11 @@ def prepare(
         total = None if None in sizes else sum(size or 0 for size in sizes)
         _estimate(found, total, vocabulary, threads, state, shards, say)
         try:
-            _write_tokens(found, total, vocabulary, val_fraction, filters, threads, job, state, shards)
+            split = choose_split(found, filters, val_fraction)
+            _write_tokens(found, total, vocabulary, split, filters, threads, job, state, shards)
             _fill_validation(val_fraction, job, state, shards)
             if state.documents:
-                _write_manifest(found, vocabulary, job, filters, state, shards)
+                _write_manifest(found, vocabulary, job, split, filters, state, shards)
         except OSError as error:
             error.filename = error.filename or str(partial)  # write() does not name the file
             raise
@@ -392,6 +504,17 @@ def prepare(
 def _check_new(out: Path, fresh: bool) -> None:
     if os.path.lexists(out) and not fresh:
         raise FileExistsError(f"{out}: already exists; choose another --out, or use --fresh to rename it")
+
+
+def _check_encoding(name: str) -> None:
+    """Raise ValueError unless Python knows an encoding of this name, or the name is ""."""
+    try:
+        codecs.lookup(name or "utf-8")
+        "".encode(name or "utf-8")
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"--encoding {name}: unknown; expected a name that Python knows, such as cp1252, utf-16 or shift_jis"
+        ) from None
 
 
 def _counted(dropped: dict[str, int]) -> str:
@@ -468,7 +591,7 @@ def _write_tokens(
     sources: list[Source],
     total: int | None,
     tokenizer: Tokenizer,
-    val_fraction: float,
+    split: HashSplit | ExactSplit,
     filters: Filters,
     threads: int,
     job: JsonObject,
@@ -479,32 +602,38 @@ def _write_tokens(
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
     special_tokens = "special_tokens" in job
 
-    def tokenize_parts(parts: list[Part]) -> list[tuple[str, np.ndarray]]:
+    def tokenize(part: Part) -> list[tuple[str, np.ndarray]]:
+        pieces = enumerate(split.pieces(part.data))
         return [
-            (side_of(part.data, val_fraction), tokenizer.encode(part.data.decode(), special_tokens, part.continues))
-            for part in parts
+            (side, tokenizer.encode(text.decode(), special_tokens, part.continues or i > 0))
+            for i, (side, text) in pieces
         ]
 
-    unread = read_parts(sources, state.cursor, filters, shards.seen())
+    def tokenize_parts(parts: list[Part]) -> list[list[tuple[str, np.ndarray]]]:
+        return [tokenize(part) for part in parts]
+
+    unread = read_parts(sources, state.cursor, filters, shards.seen(), split.part_bytes)
     journalled = state.bytes
     with (
         tqdm(total=total, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         for parts, encoded in _in_order(pool, tokenize_parts, unread, 2 * threads + BATCHES_AHEAD):
-            for part, (side, ids) in zip(parts, encoded, strict=True):
+            for part, pieces in zip(parts, encoded, strict=True):
                 if part.dropped:
                     state.dropped[part.dropped] = state.dropped.get(part.dropped, 0) + 1
                     continue
                 if part.digest is not None:
                     shards.remember(part.digest)
                     state.seen += 1
-                if state.side not in (None, side):
-                    shards.append(str(state.side), end_of_text)
-                shards.append(side, ids)
+                for side, ids in pieces:
+                    if state.side not in (None, side):
+                        shards.append(str(state.side), end_of_text)
+                    shards.append(side, ids)
+                    state.side = side
                 if part.ends:
-                    shards.append(side, end_of_text)
-                state.side = None if part.ends else side
+                    shards.append(str(state.side), end_of_text)
+                    state.side = None
                 state.documents += part.ends
                 state.bytes += len(part.data)
                 bar.update(len(part.data))
@@ -558,7 +687,13 @@ def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards:
 
 
 def _write_manifest(
-    sources: list[Source], tokenizer: Tokenizer, job: JsonObject, filters: Filters, state: State, shards: Shards
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    job: JsonObject,
+    split: HashSplit | ExactSplit,
+    filters: Filters,
+    state: State,
+    shards: Shards,
 ) -> None:
     tokenizer.save(shards.folder)
     manifest = {
@@ -571,9 +706,7 @@ def _write_manifest(
         "tokens": shards.tokens,
         "split_rule": {
             "val_fraction": job["val_fraction"],
-            "text": f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation "
-            "where the first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last "
-            "tokens change sides",
+            "text": split.rule,
         },
         "end_of_text": "after each document, and where the next part of a document is in the other split",
         **{name: value for name, value in job.items() if name == "special_tokens"},
@@ -597,25 +730,38 @@ def _sync(stream: BinaryIO) -> None:
 
 def command_line() -> Parser:
     parser = Parser(
-        "python data/prepare.py",
+        console.script("prepare"),
         "Turn text into a token data set for train.py. An interrupted preparation resumes when the same command is "
         "given again.",
         "SOURCE...",
+        familiar=familiar_options.PREPARE,
     )
     group = parser.add_argument_group("input")
     group.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a file (text, .jsonl, .csv, .parquet; all but the last also as .gz or .zst), a folder of such files, - "
-        "for stdin, or a named data set: " + ", ".join(NAMES),
+        help="a file (text, .jsonl, .csv, .tsv, .parquet; all but the last also as .gz or .zst), a folder of such "
+        "files, - for stdin, or a named data set: " + ", ".join(NAMES),
     )
     group.add_argument(
         "--text-key",
         "--text-column",
         default="text",
         metavar="NAME",
-        help="the key (.jsonl) or column (.csv, .parquet) that contains the text",
+        help="the key (.jsonl) or column (.csv, .tsv, .parquet) that contains the text",
+    )
+    group.add_argument(
+        "--delimiter",
+        default="",
+        metavar="CHARACTER",
+        help="between the fields of .csv and .tsv files, or tab [default: found from the header]",
+    )
+    group.add_argument(
+        "--encoding",
+        default="",
+        metavar="NAME",
+        help="encoding of the files that are not in UTF-8, such as cp1252 or utf-16 [default: none: they are refused]",
     )
     group = parser.add_argument_group("filters")
     group.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
@@ -652,7 +798,7 @@ def command_line() -> Parser:
     return parser
 
 
-@console.command("data/prepare.py")
+@console.command(console.script_name("prepare"))
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 0, or 1 if the data set could not be made."""
     parser = command_line()
@@ -664,7 +810,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
         out = prepare(**options, say=console.say)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    console.say(f"next: python train.py --data {shlex.quote(str(name))}")
+    console.say(f"next: {console.script('train')} --data {shlex.quote(str(name))}")
     return 0
 
 

@@ -1,13 +1,15 @@
 """Sources of documents: files, named data sets, the documentation that comes with Python, stdin.
 
-The name of a file determines its format: .jsonl and .ndjson (one JSON object per line), .csv (with a header), .parquet;
-any other file is one document of plain text. All but .parquet may be compressed as .gz or .zst. Reading .zst and
-.parquet needs pyarrow, and the data sets on the Hugging Face hub need huggingface_hub (the extra "data").
+The name of a file determines its format: .jsonl and .ndjson (one JSON object per line), .csv and .tsv (with a header),
+.parquet; any other file is one document of plain text. All but .parquet may be compressed as .gz or .zst. Reading .zst
+and .parquet needs pyarrow, and the data sets on the Hugging Face hub need huggingface_hub (the extra "data"). Text that
+is not UTF-8 needs the name of its encoding.
 """
 
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import gzip
 import hashlib
@@ -23,14 +25,15 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.console import first_line
+from tinygrad2.machine import install_command
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -40,8 +43,12 @@ LINE_BYTES = 256 << 20  # the longest line of JSON or CSV, which is read into me
 SAMPLE_BYTES = 1 << 20  # bytes of a compressed file's text, from which the size of all of it is estimated
 ROWS = 64  # rows of a Parquet file per read
 HUB_BLOCK_BYTES = 16 << 20  # the smallest request to the hub
-JSON_LINES, CSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".parquet", (".gz", ".zst")
-NOT_TEXT = (".json", ".tiktoken")  # and files with a zero byte near their beginning
+HEAD_BYTES = 4 << 20  # bytes of stdin that are kept, so that a small text can be read twice
+JSON_LINES, CSV, TSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".tsv", ".parquet", (".gz", ".zst")
+NOT_TEXT = (".json", ".tiktoken")  # and files with a zero byte near their beginning, unless they look like UTF-16
+UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # tried in this order
+NAMED_FILES = 100  # files that one error message names
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
 
 
@@ -72,6 +79,7 @@ class TextFile:
     """One file, one document; position 0 is the document and 1 the end."""
 
     path: Path
+    encoding: str = field(default="utf-8", kw_only=True)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -90,11 +98,17 @@ class TextFile:
             return len(stream.read(SAMPLE_BYTES)) * size // max(1, raw.tell())
 
     def identity(self) -> Identity:
-        return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns]
+        other = [] if self.encoding == "utf-8" else [self.encoding]
+        return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns, *other]
+
+    def stream(self) -> BinaryIO:
+        """The text of the file, decompressed if necessary, in UTF-8."""
+        stream = opened(self.path)
+        return stream if self.encoding == "utf-8" else io.BufferedReader(_Recoded(stream, self.encoding))
 
     def documents(self, start: int) -> Iterator[Document]:
         if start == 0:
-            yield Document(1, str(self), lambda: opened(self.path))
+            yield Document(1, str(self), self.stream)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class JsonLines(TextFile):
         return [*super().identity(), self.key]
 
     def documents(self, start: int) -> Iterator[Document]:
-        with opened(self.path) as stream:
+        with self.stream() as stream:
             skip(stream, start)
             for line in _lines(stream, start, str(self)):
                 begin, start = start, start + len(line)
@@ -125,7 +139,7 @@ class JsonLines(TextFile):
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{self.path}: line {_line_number(self.path, begin)}: expected a JSON object with a string under "
+                f"{self.path}: line {_line_number(self, begin)}: expected a JSON object with a string under "
                 f"{self.key!r} (--text-key), got {line[:40]!r} ({reason})"
             ) from None
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates become U+FFFD
@@ -134,29 +148,43 @@ class JsonLines(TextFile):
 
 @dataclass(frozen=True)
 class Csv(TextFile):
-    """One document per record: the field under the header `column`. Fields are separated by commas, and quotes within
-    quotes are doubled (RFC 4180). A position is a byte offset in the uncompressed file, 0 that of the header."""
+    """One document per record: the field under the header `column`. Quotes within quotes are doubled (RFC 4180). A
+    position is a byte offset in the uncompressed file, 0 that of the header.
+
+    delimiter  between fields; "" for the first of DELIMITERS with which the header contains the column.
+    """
 
     column: str
+    delimiter: str = field(default="", kw_only=True)
 
     def identity(self) -> Identity:
-        return [*super().identity(), self.column]
+        return [*super().identity(), self.column, *([self.delimiter] if self.delimiter else [])]
+
+    def _sniff(self) -> str:
+        """The delimiter."""
+        headers = {}
+        for delimiter in (self.delimiter,) if self.delimiter else DELIMITERS:
+            with self.stream() as stream:
+                headers[delimiter], _ = next(self._records(stream, 0, delimiter), ([], 0))
+        found = [delimiter for delimiter, header in headers.items() if self.column in header]
+        if not found:
+            raise ValueError(_no_column(self, self.column, max(headers.values(), key=len)))
+        return found[0]
 
     def documents(self, start: int) -> Iterator[Document]:
         csv.field_size_limit(LINE_BYTES)
-        with opened(self.path) as stream:
-            header, begin = next(self._records(stream, 0), ([], 0))
-            if self.column not in header:
-                raise ValueError(_no_column(self, self.column, header))
+        delimiter = self._sniff()
+        with self.stream() as stream:
+            header, begin = next(self._records(stream, 0, delimiter), ([], 0))
             text, url = header.index(self.column), header.index("url") if "url" in header else None
             skip(stream, start - begin)
-            for record, after in self._records(stream, max(begin, start)):
+            for record, after in self._records(stream, max(begin, start), delimiter):
                 if len(record) != len(header):
-                    raise self._no_csv(after, f"{len(record)} fields, the header has {len(header)}")
+                    raise self._no_csv(after, delimiter, f"{len(record)} fields, the header has {len(header)}")
                 where = "" if url is None else record[url]
                 yield Document(after, str(self), partial(io.BytesIO, record[text].encode()), where)
 
-    def _records(self, stream: BinaryIO, offset: int) -> Iterator[tuple[list[str], int]]:
+    def _records(self, stream: BinaryIO, offset: int, delimiter: str) -> Iterator[tuple[list[str], int]]:
         """(record, offset after it) of each record that is not empty, from a stream at byte `offset`."""
 
         def lines() -> Iterator[str]:
@@ -166,16 +194,17 @@ class Csv(TextFile):
                 yield decoded(line, begin, str(self)).removeprefix("" if begin else "\ufeff")
 
         try:
-            for record in csv.reader(lines(), strict=True):
+            for record in csv.reader(lines(), delimiter=delimiter, strict=True):
                 if record:
                     yield record, offset
         except csv.Error as error:
-            raise self._no_csv(offset, str(error)) from None
+            raise self._no_csv(offset, delimiter, str(error)) from None
 
-    def _no_csv(self, offset: int, reason: str) -> ValueError:
+    def _no_csv(self, offset: int, delimiter: str, reason: str) -> ValueError:
+        marks = DELIMITERS.get(delimiter, repr(delimiter))
         return ValueError(
-            f"{self.path}: line {_line_number(self.path, offset - 1)}: not valid CSV ({reason}); expected fields "
-            f"separated by commas, as many as in the header, in quotes if they contain commas, quotes or line ends"
+            f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected fields separated "
+            f"by {marks}, as many as in the header, in quotes if they contain {marks}, quotes or line ends"
         )
 
 
@@ -268,10 +297,24 @@ class HubParquet(Parquet):
 
 @dataclass(frozen=True)
 class Stdin:
-    """stdin, one document. It cannot be read again, so an interrupted job starts over."""
+    """stdin, one document. It cannot be read again, except for its first bytes, so an interrupted job starts over."""
+
+    encoding: str = ""  # of text that is not UTF-8, if it is named
 
     def __str__(self) -> str:
         return "-"
+
+    @cached_property
+    def _head(self) -> bytes:
+        if sys.stdin is None:
+            raise ValueError("-: stdin is closed; pipe the text in, or name a file")
+        return sys.stdin.buffer.read(HEAD_BYTES)
+
+    def stream(self) -> BinaryIO:
+        """The text in UTF-8. A second one may be opened if not more than HEAD_BYTES were read from the first."""
+        stream = io.BufferedReader(_Rejoined(self._head, sys.stdin.buffer))
+        wrong = self.encoding and _not_utf8(io.BytesIO(self._head), whole=len(self._head) < HEAD_BYTES)
+        return io.BufferedReader(_Recoded(stream, self.encoding)) if wrong else stream
 
     def size(self) -> None:
         """Unknown."""
@@ -284,9 +327,7 @@ class Stdin:
 
     def documents(self, start: int) -> Iterator[Document]:
         if start == 0:
-            if sys.stdin is None:
-                raise ValueError("-: stdin is closed; pipe the text in, or name a file")
-            yield Document(1, "-", lambda: sys.stdin.buffer)
+            yield Document(1, "-", self.stream)
 
 
 @dataclass(frozen=True)
@@ -436,8 +477,15 @@ def shakespeare() -> list[str]:
 # From names to sources.
 
 
-def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]) -> list[Source]:
-    """The sources with these names. A folder is replaced by the files in it, sorted, without hidden ones."""
+def find_sources(
+    names: Sequence[str], text_key: str, say: Callable[[str], None], delimiter: str = "", encoding: str = ""
+) -> list[Source]:
+    """The sources with these names. A folder is replaced by the files in it, sorted, without hidden ones.
+
+    text_key   the key or column with the text.
+    delimiter  of .csv and .tsv files (see Csv).
+    encoding   of the files that are not UTF-8 (see with_encoding).
+    """
     sources: list[Source] = []
     for name in names:
         path = Path(name)
@@ -450,15 +498,17 @@ def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]
         elif name == "-":
             if "-" in map(str, sources):
                 raise ValueError("source -: stdin is named twice, but can be read only once")
-            sources.append(Stdin())
+            sources.append(Stdin(encoding))
         elif path.is_dir():
             found, skipped = _files_in(path)
             if not found:
-                raise ValueError(f"source {path}: no text, Markdown, .jsonl, .csv or .parquet file in this folder")
+                raise ValueError(
+                    f"source {path}: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"
+                )
             if skipped:
                 some = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
                 say(f"{path}: skipped {len(skipped)} files that are not text: {some}")
-            sources += [_file_source(file, text_key) for file in found]
+            sources += [_file_source(file, text_key, delimiter) for file in found]
         elif not path.exists():
             raise FileNotFoundError(
                 f"source {name}: no such file or folder; expected a path, '-' (stdin), or one of {', '.join(NAMES)}"
@@ -468,15 +518,81 @@ def find_sources(names: Sequence[str], text_key: str, say: Callable[[str], None]
         elif not _is_readable(path):
             raise ValueError(f"source {name}: not text; expected text in UTF-8, JSON lines (.jsonl), .csv or .parquet")
         else:
-            sources.append(_file_source(path, text_key))
-    return sources
+            sources.append(_file_source(path, text_key, delimiter))
+    return with_encoding(sources, encoding)
 
 
-def _file_source(path: Path, text_key: str) -> TextFile:
+def _file_source(path: Path, text_key: str, delimiter: str) -> TextFile:
     suffix = unpacked_name(path).suffix.lower()
     if suffix in JSON_LINES:
         return JsonLines(path, text_key)
-    return Csv(path, text_key) if suffix == CSV else Parquet(path, text_key) if suffix == PARQUET else TextFile(path)
+    if suffix in (CSV, TSV):
+        return Csv(path, text_key, delimiter=delimiter or ("\t" if suffix == TSV else ""))
+    return Parquet(path, text_key) if suffix == PARQUET else TextFile(path)
+
+
+def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
+    """The sources, where files that are not UTF-8 are read in `encoding`. Every file is read to find out.
+
+    Raises ValueError that names all files that are not UTF-8, if no encoding is given, or not in the one given.
+    """
+    found, wrong = list(sources), []
+    texts = [(i, s) for i, s in enumerate(found) if isinstance(s, TextFile) and not isinstance(s, Parquet)]
+    for i, source in texts:
+        with explained(source, OSError), opened(source.path) as stream:
+            reason = _not_utf8(stream)
+        if reason and encoding:
+            found[i] = replace(source, encoding=encoding)
+            with explained(source, OSError), opened(source.path) as stream:
+                reason = _not_in(stream, encoding)
+        if reason:
+            wrong.append((source, reason))
+    if wrong:
+        expected = (encoding or "UTF-8").upper()
+        listed = ", ".join(f"{source} ({reason})" for source, reason in wrong[:NAMED_FILES])
+        more = ", ..." if len(wrong) > NAMED_FILES else ""
+        several = f"{len(wrong)} of {len(texts)} files are not {expected}: {listed}{more}"
+        advice = "name another --encoding" if encoding else "name the --encoding, such as cp1252 or utf-16"
+        raise ValueError(
+            (several if len(wrong) > 1 else f"{wrong[0][0]}: {wrong[0][1]}")
+            + f"; {advice}, or convert the text to UTF-8, for example with iconv"
+        )
+    return found
+
+
+def _not_utf8(stream: BinaryIO, whole: bool = True) -> str:
+    """Why the bytes are not text in UTF-8, or "". Without `whole` the last character may be incomplete."""
+    head = stream.read(4096)
+    if looks_like_utf16(head):
+        return "UTF-16, not UTF-8"
+    return _not_in(stream, "utf-8", head, whole)
+
+
+def _not_in(stream: BinaryIO, encoding: str, head: bytes = b"", whole: bool = True) -> str:
+    """The first byte of `head` and the stream that is not text in this encoding, in words, or ""."""
+    decoder, offset, block = codecs.getincrementaldecoder(encoding)(), 0, head or stream.read(1 << 20)
+    while True:
+        kept = len(decoder.getstate()[0])  # bytes of an incomplete character before this block
+        try:
+            decoder.decode(block, final=whole and not block)
+        except UnicodeDecodeError as error:
+            at = offset - kept + error.start
+            return f"byte {at} is not {encoding.upper()} (0x{error.object[error.start]:02x})"
+        if not block:
+            return ""
+        offset, block = offset + len(block), stream.read(1 << 20)
+
+
+def looks_like_utf16(head: bytes) -> bool:
+    """Whether the first bytes of a file are text in UTF-16: a byte-order mark, or zero bytes in every other place."""
+    if head[:2] in UTF_16:
+        return True
+    halves = [head[0::2], head[1::2]]
+    zeros = [half.count(0) / max(1, len(half)) for half in halves]
+    if min(zeros) > 0.01 or max(zeros) < 0.4:
+        return False
+    text = head[: len(head) // 2 * 2].decode("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "replace")
+    return sum(c.isprintable() or c in "\t\r\n" for c in text) > 0.98 * len(text)
 
 
 def unpacked_name(path: Path) -> Path:
@@ -502,7 +618,8 @@ def _is_readable(path: Path) -> bool:
     if suffix == PARQUET:
         return suffix == path.suffix.lower()
     with explained(path, OSError), opened(path) as stream:
-        return suffix not in NOT_TEXT and b"\0" not in stream.read(4096)
+        head = stream.read(4096)
+        return suffix not in NOT_TEXT and (b"\0" not in head or looks_like_utf16(head))
 
 
 # Reading.
@@ -517,6 +634,45 @@ def _decompressed(file: Path | BinaryIO, path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     return io.BufferedReader(require("pyarrow", path).input_stream(file, compression="zstd"))
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of text in an encoding, read as UTF-8."""
+
+    def __init__(self, stream: BinaryIO, encoding: str):
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+        self._ready, self._ended = b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            block = self._stream.read(1 << 16)
+            self._ended = not block
+            self._ready = self._decoder.decode(block, final=self._ended).encode()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Rejoined(io.RawIOBase):
+    """The bytes that were read from a stream, then the rest of it. The stream stays open."""
+
+    def __init__(self, head: bytes, stream: BinaryIO):
+        self._head, self._stream = io.BytesIO(head), stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head.read(len(buffer)) or self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def skip(stream: BinaryIO, count: int) -> None:
@@ -547,7 +703,7 @@ def require(module: str, source: object) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         library = module.split(".")[0]
-        raise ValueError(f'{source}: reading it needs {library}; install it with pip install -e ".[data]"') from None
+        raise ValueError(f"{source}: reading it needs {library}; install it with {install_command('data')}") from None
 
 
 def _no_column(source: object, column: str, names: Sequence[str]) -> str:
@@ -574,9 +730,9 @@ def decoded(data: bytes, offset: int, name: str) -> str:
         ) from None
 
 
-def _line_number(path: Path, offset: int) -> int:
-    """The number of the line that contains byte `offset`."""
-    with opened(path) as stream:
+def _line_number(source: TextFile, offset: int) -> int:
+    """The number of the line that contains byte `offset` of a file's text."""
+    with source.stream() as stream:
         left, number = offset, 1
         while left and (block := stream.read(min(1 << 20, left))):
             left, number = left - len(block), number + block.count(b"\n")

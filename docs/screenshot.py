@@ -1,17 +1,19 @@
-"""Takes the pictures of the documents: `python docs/screenshot.py PAGE`, for a page of gpt2.report or of gpt2.inspect.
+"""Takes the pictures of the documents: `python docs/screenshot.py PAGE`, for a page of gpt2.report, inspect or serve.
 
 The report, out/report.html after `python train.py`: docs/report.png and, in the page's dark colours,
 docs/report-dark.png. They show the loss, and below it the first, a middle and the last sample, from left to right.
 The inspector, after `python -m gpt2.inspect -p "Return the list of lines"`: docs/inspect.png shows the surprise of the
-tokens, what was expected, and the attention of a head. The rest of a page is hidden. Needs the extra [browser] and a
-Chromium: the system's, or `playwright install chromium`.
+tokens, what was expected, and the attention of a head. The rest of a page is hidden.
+The page of gpt2.serve, by its address, while `python -m gpt2.serve` runs: docs/serve.png is a text with the
+alternatives of a token, and the inspector beside it.
+Needs the extra [browser] and a Chromium: the system's, or `playwright install chromium`.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 ARRANGE_REPORT = """() => {
     const loss = document.querySelector('figure.linear')
@@ -38,10 +40,29 @@ ARRANGE_INSPECTOR = """() => {
 }"""
 
 
+def play(page: Page) -> None:
+    """Generate a text and choose a token of it."""
+    page.get_by_label("Prompt").fill("Return the list of")
+    page.get_by_label("Length").fill("120")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector(".inspector", timeout=120_000)
+    page.wait_for_selector('[data-play="waiting"]', state="hidden")
+    page.locator(".piece").nth(5).click()
+    page.evaluate("document.querySelector('[data-play=count]').remove()")  # the speed of this machine
+    page.evaluate("document.querySelector('.play').scrollTop = 0")
+    page.wait_for_timeout(500)  # the inspector fades in
+
+
 def main(file: str) -> None:
     with sync_playwright() as playwright:
         installed = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        if file.startswith("http://"):
+            page = browser.new_page(viewport={"width": 1400, "height": 960})
+            page.goto(file)
+            play(page)
+            page.screenshot(path=Path(__file__).parent / "serve.png")
+            return
         inspector = 'class="inspector"' in Path(file).read_text(encoding="utf-8")
         pictures = [("light", "report.png"), ("dark", "report-dark.png")]
         for scheme, name in [("light", "inspect.png")] if inspector else pictures:

@@ -44,15 +44,15 @@ END_OF_TEXT = 256  # the token id after those of the 256 bytes
 # Training minimizes a loss L: one number, computed from millions of parameters. The gradient of L with respect to an
 # array x has the shape of x, and this file calls it dx:
 #
-#     dx[i] = ∂L/∂x[i]        how much L grows per unit that x[i] grows, while everything else stays as it is
+#     dx[i] = ∂L/∂x[i]        how much L grows per unit that x[i] grows, while everything else is unchanged
 #
 # One could measure it: change x[i] by a small h and compute L again, once for every parameter. The chain rule gives all
-# of dx in a single run, backwards. Where y = f(x), and L depends on x only through y,
+# of dx in a single backward pass. If y = f(x), and L depends on x only through y,
 #
 #     dx[i] = sum_j dy[j] ∂y[j]/∂x[i]
 #
 # so an operation f only has to turn dy, the gradient of its result, into dx, the gradient of its input. That is its
-# backward pass; section 2 derives one for each operation. Where x is used several times, each use contributes a dx, and
+# backward pass; section 2 derives one for each operation. If x is used several times, each use contributes a dx, and
 # the contributions are added.
 #
 # The tape is the record of what was computed from what: each result keeps its inputs and its backward pass. Running the
@@ -104,7 +104,7 @@ class Tensor:
                 found[tensor.number] = tensor
                 stack += tensor.parents
         self.grad = np.ones_like(self.data)  # dL / dL
-        # From the last number to the first: when a tensor's turn comes, all tensors computed from it have had theirs,
+        # From the last number to the first: when a tensor is visited, all tensors computed from it have been visited,
         # and its gradient is complete.
         for number in sorted(found, reverse=True):
             tensor = found.pop(number)
@@ -120,12 +120,12 @@ def freed(dy: Array) -> tuple[Array, ...]:
 
 # 2. The operations ----------------------------------------------------------------------------------------------------
 #
-# Each one computes y, and defines `backward`, which sees what the forward pass computed and turns dy into the gradients
-# of the inputs. The derivations write out one element and read the matrix form from it.
+# Each one computes y, and defines `backward`, which can use the results of the forward pass and turns dy into the
+# gradients of the inputs. The derivations write out one element and then give the matrix form.
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """y = a + b. b may lack leading axes of a: it is then added to every row, as a bias is."""
+    """y = a + b. b may lack leading axes of a: it is then added to every row, like a bias."""
     # y[n,i] = a[n,i] + b[i]. Its derivatives are 1, so da = dy. b[i] is used in every row n, so db[i] = sum_n dy[n,i].
     axes = tuple(range(a.data.ndim - b.data.ndim))
     if a.data.shape[len(axes) :] != b.data.shape:
@@ -159,7 +159,7 @@ def embedding(ids: Array, table: Tensor) -> Tensor:
     # y[n] is a copy of row v = ids[n] of the table, so dtable[v] is the sum of dy[n] over all n where ids[n] = v.
     def backward(dy: Array) -> tuple[Array, ...]:
         dtable = np.zeros_like(table.data)
-        np.add.at(dtable, ids, dy)  # unlike dtable[ids] += dy, it adds an id's rows up where the id occurs twice
+        np.add.at(dtable, ids, dy)  # unlike dtable[ids] += dy, it sums the rows of an id that occurs twice
         return (dtable,)
 
     return Tensor(table.data[ids], (table,), backward)
@@ -209,7 +209,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def softmax(x: Array) -> Array:
     """p[i] = exp(x[i]) / sum_j exp(x[j]) along the last axis: any numbers -> probabilities."""
-    e = np.exp(x - x.max(axis=-1, keepdims=True))  # a common shift cancels, and keeps exp from overflowing
+    e = np.exp(x - x.max(axis=-1, keepdims=True))  # a common shift cancels, and prevents overflow of exp
     return e / e.sum(axis=-1, keepdims=True)
 
 
@@ -265,8 +265,8 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 # 3. The model ---------------------------------------------------------------------------------------------------------
 #
 # A language model reads tokens and predicts, at each position, which token comes next. GPT-2 represents a position by a
-# vector of C channels, at first the sum of an embedding of its token and one of its place. Each layer adds to it twice:
-# what attention finds at earlier positions, and what the MLP computes from the vector itself. At the end, its dot
+# vector of C channels, at first the sum of an embedding of its token and one of its position. Each layer adds to it
+# twice: the result of attention to earlier positions, and the MLP's result for the vector itself. At the end, its dot
 # products with the embeddings of all tokens are the logits, from which softmax makes probabilities.
 
 
@@ -304,7 +304,7 @@ class GPT2:
         """A model to train: small random matrices, biases 0, gains 1."""
         arrays = {}
         for name, shape in config.shapes():
-            # 2 n_layer matrices add to the vector; the smaller scale keeps its variance from growing with n_layer.
+            # 2 n_layer matrices add to the vector; the smaller scale keeps its variance independent of n_layer.
             std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
             ones_or_zeros = np.full(shape, float(name.endswith("weight")))
             arrays[name] = (ones_or_zeros if len(shape) == 1 else rng.normal(0, std, shape)).astype(np.float32)
@@ -378,7 +378,7 @@ class AdamW:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """The rate of a step, counted from 0: up to `peak` in a line, then down to peak / 10 in half a cosine."""
+    """The rate of a step, counted from 0: linearly up to `peak`, then down to peak / 10 as half a cosine."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -411,7 +411,7 @@ def read_safetensors(file: Path) -> dict[str, Array]:
 
 
 def write_safetensors(file: Path, arrays: dict[str, Array]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     start = 0
     for name, array in arrays.items():
         header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, start + 4 * array.size]}
@@ -445,7 +445,7 @@ def load(folder: Path) -> GPT2:
 
 
 def save(folder: Path, model: GPT2) -> None:
-    """Write what `load` reads, and GPT2LMHeadModel.from_pretrained in transformers."""
+    """Write the files that `load` and GPT2LMHeadModel.from_pretrained in transformers read."""
     folder.mkdir(parents=True, exist_ok=True)
     constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     end, rates = ("bos_token_id", "eos_token_id"), ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -475,7 +475,7 @@ def train_step(model: GPT2, optimizer: AdamW, ids: Array, targets: Array, lr: fl
 
 @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite is an error below
 def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng) -> None:
-    """Train on all of the ids but the last tenth, which shows how well the model predicts text that it has not seen."""
+    """Train on all ids but the last tenth, which is used to measure how well the model predicts unseen text."""
     T, n = model.config.n_positions, len(ids) - len(ids) // 10
     if len(ids) // 10 <= T:
         raise ValueError(f"the text has {len(ids):,} bytes; expected at least {10 * (T + 1):,} for a context of {T}")
@@ -498,8 +498,8 @@ def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng)
 def sample(model: GPT2, ids: Sequence[int], temperature: float, top_k: int | None, rng: Rng) -> Iterator[int]:
     """Continue `ids` without end: predict the next token, draw one, append it, repeat.
 
-    temperature  divides the logits: below 1 the more probable tokens gain, and 0 always takes the most probable.
-    top_k        draw only from this many most probable tokens; None: from all.
+    temperature  divides the logits: below 1, probable tokens become more probable; 0 always takes the most probable.
+    top_k        draw only from the top_k most probable tokens; None: from all.
     """
     ids = list(ids)
     while True:
@@ -540,7 +540,7 @@ def run_sample(options: argparse.Namespace) -> None:
     print(text.decode(prompt), end="", flush=True)
     new = sample(model, [*prompt] or [END_OF_TEXT], options.temperature, options.top_k, rng)
     for i in itertools.takewhile(lambda i: i != END_OF_TEXT, itertools.islice(new, options.tokens)):
-        print(text.decode(bytes([i])), end="", flush=True)  # a character is printed when its last byte has come
+        print(text.decode(bytes([i])), end="", flush=True)  # a character is printed once its last byte is known
     print(text.decode(b"", final=True))
 
 
@@ -566,7 +566,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling.set_defaults(run=run_sample)
     sampling.add_argument("-p", "--prompt", default="", help="the text [none: begin a new one]")
     sampling.add_argument("--model", type=Path, default=TRAINED, metavar="FOLDER", help="[%(default)s]")
-    sampling.add_argument("--tokens", type=int, default=200, help="how many to add [%(default)s]")
+    sampling.add_argument("--tokens", type=int, default=200, help="number of new tokens [%(default)s]")
     sampling.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token [%(default)s]")
     sampling.add_argument("--top-k", type=int, help="choose among the k most probable tokens only [all]")
     for command in (training, sampling):

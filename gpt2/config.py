@@ -13,8 +13,8 @@ from tinygrad2.precision import Precision, PrecisionLike
 class GPT2Config:
     """Sizes and dropout rates of a GPT-2 model. The defaults are those of the published 124M model.
 
-    The ids with which a text begins and ends belong to the model's vocabulary: None if they are not known. Two configs
-    are equal if their models compute the same function, whatever these ids are.
+    The ids that begin and end a text belong to the model's vocabulary; None if they are not known. Two configs are
+    equal if their models compute the same function, even if these ids differ.
     """
 
     vocab_size: int = 50257
@@ -85,19 +85,19 @@ class GPT2Config:
         return GPT2Config(**given)
 
     def to_dict(self) -> JsonObject:
-        """The contents of config.json: these fields, and the others that Hugging Face's loader needs."""
+        """The contents of config.json: these fields, and others that Hugging Face's loader needs."""
         constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
         sizes = {name: value for name, value in asdict(self).items() if name not in ("generation_config", *self.ids())}
         return {**constant, **self.ids(), "n_ctx": self.n_positions, **sizes}
 
     def ids(self) -> JsonObject:
-        """The settings bos_token_id and eos_token_id, as JSON has them."""
+        """The settings bos_token_id and eos_token_id, as in JSON."""
         ends = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         return {"bos_token_id": self.bos_token_id, "eos_token_id": ends}
 
     @property
     def begin_id(self) -> int | None:
-        """The id with which a text begins: that of generation_config.json, else of config.json, else None."""
+        """The id that begins a text: that of generation_config.json, else of config.json, else None."""
         found = self._given_ids("bos_token_id")
         return found[0] if found else None
 
@@ -115,7 +115,7 @@ class GPT2Config:
         return ()
 
     def with_ids(self, begin: int | None, ends: tuple[int, ...]) -> GPT2Config:
-        """The config with these ids in place of those that are not known."""
+        """The config with these ids for those that are not known."""
         changes: JsonObject = {}
         if self.begin_id is None and self.bos_token_id is None and begin is not None:
             changes["bos_token_id"] = begin
@@ -142,7 +142,7 @@ class GPT2Config:
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name and shape of every parameter, in the model's order.
 
-        An iterator, because a damaged file may claim more layers than a list of their names could hold in memory.
+        An iterator, because a damaged file may claim so many layers that a list of their names would not fit in memory.
         """
         C = self.n_embd
         yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
@@ -221,12 +221,12 @@ def is_matrix(name: str) -> bool:
 
 
 GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
-PADDED_VOCAB_SIZE = 50304  # the same, padded by nanoGPT and build-nanogpt; the added ids never occur in text
+PADDED_VOCAB_SIZE = 50304  # padded by nanoGPT and build-nanogpt; the added ids never occur in text
 
 WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation; see model.to_generate
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
-ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name of the first
+ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name for the first
 
 BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes has the vocabulary of its data
 
@@ -240,8 +240,8 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 
-# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are ours, small
-# enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are this
+# project's, small enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
 BYTES: JsonObject = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
 PUBLISHED: JsonObject = {"vocab_size": GPT2_VOCAB_SIZE, "bos_token_id": 50256, "eos_token_id": 50256}
 PRESETS = {

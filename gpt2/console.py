@@ -22,8 +22,10 @@ import io
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn, TextIO
 
 from gpt2 import interrupts
@@ -157,6 +159,20 @@ def terminal_width() -> int:
 
 # How a command starts and ends
 
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.py"}
+
+
+def script_name(name: str) -> str:
+    """The name of a script in messages: its file in the repository, or its module in the installed package."""
+    return SCRIPTS[name] if (ROOT / SCRIPTS[name]).is_file() else f"gpt2.{name}"
+
+
+def script(name: str) -> str:
+    """The command that starts a script: `python train.py`, or `python -m gpt2.train` from the installed package."""
+    found = script_name(name)
+    return f"python {found}" if found.endswith(".py") else f"python -m {found}"
+
 
 def _fail(line: str, status: int) -> int:
     print_error(line)
@@ -283,9 +299,17 @@ class Parser(argparse.ArgumentParser):
 
     command      as it is typed, such as "python -m gpt2.verify".
     positionals  its arguments without a flag, for the usage line.
+    familiar     flags of other programs, each with what to use instead.
     """
 
-    def __init__(self, command: str, description: str | None, positionals: str = "", epilog: str | None = None):
+    def __init__(
+        self,
+        command: str,
+        description: str | None,
+        positionals: str = "",
+        epilog: str | None = None,
+        familiar: Mapping[str, str] = MappingProxyType({}),
+    ):
         usage = " ".join(filter(None, (command, positionals, "[OPTIONS]"))).replace("%", "%%")
         super().__init__(
             prog=command,
@@ -295,6 +319,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        self._familiar = familiar
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.split()[-1]  # as in the other lines of a command
@@ -307,9 +332,10 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args([*map(_with_dashes, given[:end]), *given[end:]], namespace)
         if unknown:
             known = [text for action in self._actions for text in action.option_strings]
+            name = unknown[0].split("=")[0]
             if not unknown[0].startswith("-"):
                 self.error(f"unexpected argument {unknown[0][:80]!r}")
-            self.error(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+            self.error(f"unknown option {unknown[0]}{suggestion(name, known, self._familiar)}")
         return found
 
 
@@ -323,3 +349,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """A question that suggests the most similar of the `known` words, or "" if none is similar."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def suggestion(flag: str, known: Sequence[str], familiar: Mapping[str, str]) -> str:
+    """What to use instead of an unknown flag: the answer for a flag of another program, or the most similar flag."""
+    plain = flag.replace("--no-", "--", 1)
+    if plain in familiar:
+        return f"; {familiar[plain]}"
+    match = difflib.get_close_matches(plain, [*known, *familiar], n=1, cutoff=0.7)
+    return f"; {familiar[match[0]]}" if match and match[0] in familiar else nearest(flag, known)

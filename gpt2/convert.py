@@ -26,7 +26,7 @@ from tinygrad2.files import atomic_write
 
 FORMATS = {
     "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
-    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer's "
+    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer "
     "state, so that --init_from=resume continues it",
     "llmc": "a .bin file of llm.c, in float32 or bfloat16",
 }
@@ -42,20 +42,19 @@ NANOGPT_GELU = (
 def convert(
     source: str | Path, target: str | Path, form: str, dtype: str = "float32", activation: str = ""
 ) -> GPT2Config:
-    """Write the model in `source`, in any format that can be read, to `target`, which must not exist yet.
+    """Write the model in `source`, in any supported format, to `target`, which must not exist.
 
     form        one of FORMATS or RUN_FORMAT.
     dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
     activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
                 them.
 
-    Returns the config of what was written. The model's begin and end ids are written as they are; those of its
-    tokenizer where it has none. If it fails or is interrupted, nothing is left at `target`. Raises ValueError or
-    OSError.
+    Returns the config that was written. The model's begin and end ids are written unchanged, or those of its tokenizer
+    if it has none. If it fails or is interrupted, nothing is left at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise FileExistsError(f"{target}: already exists; choose another name, or remove it first")
+        raise FileExistsError(f"{target}: already exists; choose another name, or remove it")
     if form == "run" and dtype != "float32":
         raise ValueError(f"{target}: a run has parameters in float32; remove --dtype {dtype}")
     model = open_model(source)
@@ -87,7 +86,7 @@ def convert(
 
 
 def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenizer | None, GPT2Config]:
-    """The model's tokenizer, if one is known, and its config with that one's ids where it has none."""
+    """The model's tokenizer, if one is known, and its config, with the tokenizer's ids if it has none."""
     try:
         tokenizer = Tokenizer.for_model(source, model.config.vocab_size)
     except (ValueError, OSError) as error:
@@ -99,7 +98,7 @@ def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenize
 
 
 def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState | None:
-    """The state of the run that the source is a checkpoint of. Where it has none: None, and for a run an error."""
+    """The state of the run that the source is a checkpoint of. If it has none: None, or for --to run an error."""
     if form not in ("pt", "run"):
         return None
     if exchange.is_run(source):
@@ -130,14 +129,14 @@ def _write_folder(
 
 
 def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, source: Path) -> None:
-    """The files of a tokenizer of Hugging Face as they are; those of another one in that layout."""
+    """Copy the files of a Hugging Face tokenizer unchanged; write those of any other tokenizer in that layout."""
     copied = [] if (source / VOCABULARY_FILE).is_file() else copied_files(source)
     if copied:
         for file, name in copied:
             shutil.copyfile(file, folder / name)
         return
     tokenizer.save_hugging_face(folder, config.n_positions)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in a way of its own
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in its own way
         tokenizer.save(folder)
 
 
@@ -161,7 +160,7 @@ def command_line() -> Parser:
         help="the form of GELU, if the file names the wrong one [default: as in SRC]",
     )
     group = parser.add_argument_group("output")
-    group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist yet")
+    group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist")
     group.add_argument("--to", required=True, choices=ALL_FORMATS, help="the format to write")
     group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the values written")
     return parser

@@ -3,18 +3,19 @@
 // One token of GPT-2 for each of B texts, from the token's id to the logits, in one launch.
 //
 // A token reads every weight once and computes two operations on it, so memory bandwidth is the limit: 124M in bf16 is
-// 248 MB, 58 us at 4.3 TB/s. With a launch for each operation it would take several times that, since each of 100
-// kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and what limits them is how
-// fast they exchange results: among all of them twice a layer, within a cluster up to four times in between.
+// 248 MB, 58 us at 4.3 TB/s. With a launch for each operation it would take several times as long, since each of
+// 100 kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and the limit is how
+// fast they exchange results: among all blocks twice a layer, within a cluster up to four times in between.
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
 //             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without,
 //             they write to each other's part of global memory.
 //   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
-//             rank hold the same numbers in every cluster.
-//   message   8 bytes: a float32 and a 32-bit tag, written in one access. Tags count up with every half of a layer: a
-//             reader that sees the tag it expects has the number. No barrier of all blocks and no fence is needed.
+//             rank have the same values in every cluster.
+//   message   8 bytes: a float32 and a 32-bit tag, written in one access. The tag is incremented with every
+//             half of a layer: a reader that sees the expected tag has the number. Neither a barrier of
+//             all blocks nor a fence is needed.
 //   mailbox   the messages that a block receives from its cluster; an entry for each.
 //   results   the messages that every cluster sends to all blocks of a rank: its contribution to x.
 //   half      half a layer: attention or the MLP.
@@ -33,14 +34,14 @@
 //        |
 //        +----> results, for all clusters
 //
-// An entry is reused only when its readers have sent another message, after reading, that the writer waited for.
-// (Clusters without heads send none in attention: results have room for four halves, two of each kind, in rotation.)
+// An entry is reused only after its readers have read it and sent another message, for which the writer waited.
+// (Clusters without heads send none in attention, so results have room for four halves, two of each kind, in rotation.)
 //
 // Weights are prefetched. Each block knows its parts of all matrices, and copies them to shared memory PREFETCH
 // accesses before it needs them (Stream): after waiting for a message, it finds the next matrix there.
 //
-// Sums are f32, in a fixed order, and nothing is rounded in between but keys and values, as the cache holds them. All
-// blocks have to run at the same time, so there may be at most as many as the GPU has room for.
+// Sums are f32, in a fixed order, and only keys and values are rounded in between, to the type of the cache. All blocks
+// must run at the same time, so there can be at most as many as fit on the GPU.
 constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = CLUSTERS * RANKS, D = C / H, OWN = C / RANKS;
 constexpr int WIDTH = HEADS * D;                        // columns of a cluster's heads
 constexpr int ATTENTION_CLUSTERS = (H + HEADS - 1) / HEADS;      // clusters that have heads
@@ -72,7 +73,7 @@ struct Tokens {
 };
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, a number a thread
+constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, one number per thread
 constexpr __host__ __device__ bool first_of_half(int matrix) { return matrix == QKV || matrix == MLP_IN; }
 constexpr __host__ __device__ int inputs(int matrix) { return matrix == MLP_OUT ? 4 * C : C; }
 constexpr __host__ __device__ int outputs(int matrix) { return matrix == QKV ? 3 * C : matrix == MLP_IN ? 4 * C : C; }
@@ -129,7 +130,7 @@ __device__ __forceinline__ void receive(float (&number)[N], const Message* entry
     for (int i = 0; i < N; i++) all &= received(entry + i * stride, tag, number[i]);
     if (all) return;
     backoff();
-    if (polls >> 26) __trap();  // after seconds: an error is better than a GPU that hangs
+    if (polls >> 26) __trap();  // after seconds: fail instead of hanging
   }
 }
 template <int N>
@@ -143,7 +144,7 @@ __device__ __forceinline__ float receive_sum(const Message* entry, int stride, u
 
 // What one thread reads of a block's part of a matrix: rows first, first + at_once, ..., in VEC columns.
 struct Share {
-  int first, last, column;  // in the whole matrix; without rows, first >= last
+  int first, last, column;  // in the whole matrix; if there are no rows, first >= last
   __device__ __forceinline__ explicit Share(int matrix) {
     int lane = threadIdx.x % (columns(matrix) / VEC) * VEC, row = threadIdx.x / (columns(matrix) / VEC), end;
     bool idle = row >= at_once(matrix);
@@ -164,7 +165,7 @@ struct Share {
   }
 };
 
-// A thread's Share as an offset and a stride, computed once: the divisions take longer than some accesses.
+// A thread's Share as an offset and a stride, computed once, since the divisions take longer than some accesses.
 struct Traversal {
   int first, stride;  // the offset of its first access, and from one to the next
   int steps, rows;    // of the block; and those in which this thread has a row
@@ -176,8 +177,8 @@ struct Traversal {
   }
 };
 
-// The prefetch of the block's parts of all matrices, one after the other, into a ring in shared memory. A thread copies
-// what it will use itself, so that it waits for no other thread.
+// The prefetch of the block's parts of all matrices, one after the other, into a ring in shared memory. Each thread
+// copies the weights that it will use, so that it does not wait for other threads.
 struct Stream {
   const Layer* layers;
   Access* ring;  // PREFETCH accesses of each thread
@@ -208,7 +209,7 @@ struct Stream {
         weight += stride;
         left--;
       }
-      cp_async_commit();  // empty groups too: waiting counts groups
+      cp_async_commit();  // also for empty groups, since waiting counts groups
       slot = slot + THREADS == PREFETCH * THREADS ? 0 : slot + THREADS;
     }
   }
@@ -259,13 +260,13 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
   stream.fetch(ALL - (ALL - 1) / PART * PART);  // last, since other blocks wait for the sums
 }
 
-// LayerNorm of the own columns (B, OWN) in shared memory, each thread those that it wrote there.
+// LayerNorm of the block's own columns (B, OWN) in shared memory; each thread handles those that it wrote.
 __device__ __forceinline__ void layernorm(float* here, const float (&weight)[repeats(B * OWN)],
                                           const float (&bias)[repeats(B * OWN)], float eps, Message* mailbox,
                                           unsigned tag) {
   int lane = threadIdx.x % 32, text = threadIdx.x / 32;
   __syncthreads();
-  if (text < B) {  // mean and squares in this block, of differences from one of the numbers, which lose no digits
+  if (text < B) {  // mean and squares in this block, of differences from one of the numbers, which avoids cancellation
     float origin = here[text * OWN], sum = 0.f, squares = 0.f;
     for (int c = lane; c < OWN; c += 32) {
       float x = here[text * OWN + c] - origin;
@@ -296,8 +297,8 @@ __device__ __forceinline__ void layernorm(float* here, const float (&weight)[rep
 }
 
 // Attention of the tokens at `position`, in each block over the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH)
-// holds queries, keys and values. The block's part of each head goes to its cluster: D values, the largest score, and
-// the sum.
+// contains queries, keys and values. The block's part of each head goes to its cluster: D values, the largest score,
+// and the sum.
 __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
                                        Message* mailbox, unsigned tag) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;
@@ -317,7 +318,7 @@ __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* mem
         int at = (p * GROUP + member) * VEC + e;
         q[p][e] = at < D ? query[at] : 0.f;
       }
-    for (int start = 0; start < count; start += GROUPS) {  // as often in all threads: shuffles need whole warps
+    for (int start = 0; start < count; start += GROUPS) {  // the same count in all threads: shuffles need whole warps
       int i = rank() + (start + group) * RANKS;
       Access k[EACH], v[EACH];
 #pragma unroll
@@ -433,7 +434,7 @@ struct Choice {
 // logits (B, V) = x wte^T, each warp for some rows of wte; not stored where `logits` is null. best (B, WARPS): each
 // warp's choice among its rows below `choices`.
 __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices, const float* x, const REAL* wte) {
-  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // rows, as the registers allow
+  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // rows, limited by the registers
   int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
   best += threadIdx.x / 32;
   if (lane < B) best[lane * WARPS].none();
@@ -536,8 +537,8 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
     int column = cluster() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
     bias[k] = c < COLUMNS && column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
   }
-  // Each block adds up some of the columns and sends the totals to the cluster: two exchanges, with an eighth of the
-  // messages of one.
+  // Each block sums some of the columns and sends the totals to the cluster: two exchanges, with an eighth of the
+  // messages of one exchange.
   Message *sums = mailbox + PARTIAL_SUMS, *totals = mailbox + TOTALS;
   product<FIRST>(stream, here, work, [&](int b, int c, float sum) {
     send(mailbox_of(sums + (rank() * B + b) * SLOTS + c % SLOTS, c / SLOTS), sum, tag);
@@ -560,7 +561,7 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
   });
 }
 
-// The tokens are `previous` (B), chosen by an earlier launch, or where that is null `tokens`; they are at `position` in
+// The tokens are `previous` (B), chosen by an earlier launch, or if that is null, `tokens`; they are at `position` in
 // their texts. Either logits (B, V) or chosen (B), chosen among the first `choices` tokens, may be null.
 // results (4, CLUSTERS, B, C): messages to all blocks of a rank; behind them (B, BLOCKS, 2) to block 0.
 // mailbox (BLOCKS, MAILBOX): used without hardware clusters.

@@ -88,10 +88,10 @@ class LaunchPlan:
 
 
 class Decoder:
-    """The logits of the next token from one more token of each text and a key-value cache: generate.next_logits for
+    """The logits of the next token, given one more token of each text and a key-value cache: generate.next_logits for
     T = 1, in one launch. The parameters must stay at the addresses that they have at the first call."""
 
-    first_tag = 1  # of the messages of the first launch; 0 is what memory contains before it is written
+    first_tag = 1  # of the messages of the first launch; 0 is the value of memory that has not been written
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
@@ -188,7 +188,7 @@ class Decoder:
         kernel((plan.blocks,), (THREADS,), arguments, shared_mem=plan.shared)
 
     def _compile(self) -> Callable[..., None]:
-        """Compile the kernel for as many blocks as can run at a time, and make the arguments common to all launches."""
+        """Compile the kernel for as many blocks as can run concurrently, and make the common arguments."""
         model, config, backend, cuda = self._model, self._config, self._model.backend, self._cuda
         limits, itemsize = cuda.limits(), self._layers[0].dtype.itemsize
         assert limits is not None
@@ -196,7 +196,7 @@ class Decoder:
             plan = self._plan
             constants = {"REAL": cuda.type_name(model.precision.activations), **plan.constants(config)}
             kernel = cuda.kernel(Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, **constants)
-            # Multiprocessors are in groups of different sizes, and some of a group may be left over by whole clusters.
+            # Multiprocessors are in groups of different sizes, and whole clusters may leave some of a group unused.
             launch = kernel, plan.blocks, THREADS, plan.shared
             at_once = cuda.clusters_at_once(*launch) if plan.hardware_clusters else plan.clusters
             if at_once >= plan.clusters:
@@ -228,5 +228,5 @@ class Decoder:
 
 
 def _matrix(model: LanguageModel, parameter: Parameter) -> Array:
-    """The matrix as the kernel reads it; vectors are read in the dtype of the parameters."""
+    """The matrix in the dtype that the kernel reads; vectors are read in the dtype of the parameters."""
     return parameter.read_as(model.precision.activations, "decode: a matrix")

@@ -34,6 +34,9 @@ OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not insta
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
 
+REPOSITORY = (ROOT / "pyproject.toml").is_file()  # or the installed package
+SOURCE = f"-e {shlex.quote(str(ROOT))}" if REPOSITORY else "tinygrad2"
+
 # Code that `ask` runs in a separate process.
 BLAS = "from tinygrad2 import diagnose; result = diagnose.blas()"
 KERNELS = "from tinygrad2 import diagnose; result = diagnose.compiled_kernels()"
@@ -52,6 +55,11 @@ class Finding(NamedTuple):
     remedy: str = ""  # suggested if the verdict is not OK
     needed: bool = False  # train.py cannot run without it
     facts: dict[str, Any] = {}  # noqa: RUF012 - threads, gpus and mpirun, for the command at the end
+
+
+def with_extra(extra: str) -> str:
+    """What pip installs for an extra."""
+    return f'-e "{ROOT}[{extra}]"' if REPOSITORY else f'"tinygrad2[{extra}]"'
 
 
 def first(*cases: tuple[Any, ...]) -> Finding:
@@ -91,7 +99,7 @@ def probe_packages() -> Finding:
     result = {name: ask(f"import {name}; result = {{}}") for name in installed}
     bad += [f"{name}: {answer['error']}" for name, answer in result.items() if answer]
     listed = ", ".join(f"{name} {version}" for name, version in installed.items())
-    install = f"{PIP} --upgrade -e {shlex.quote(str(ROOT))}"
+    install = f"{PIP} --upgrade {SOURCE}"
     return first((bad, WRONG, "; ".join(bad), install, True), (True, OK, listed))
 
 
@@ -204,9 +212,9 @@ def probe_gpu() -> Finding:
     seen = f"{gpus} GPU{'s' * (gpus > 1)}, driver of {cuda}"
     cupy = f"CuPy ({', '.join(wheels)}) is installed" if wheels else "CuPy is not installed"
     gpu = f"{result.get('name')}, {result['free'] / 1e9:,.1f} of {result['total'] / 1e9:,.1f} GB free"
-    get_driver = 'needed for a GPU only: install NVIDIA\'s driver, then pip install -e ".[cuda13]"'
+    get_driver = "needed for a GPU only: install NVIDIA's driver, then " + machine.install_command("cuda13")
     hides = "CUDA_VISIBLE_DEVICES hides it" if "CUDA_VISIBLE_DEVICES" in os.environ else "run nvidia-smi for details"
-    install = f'{PIP} -e "{ROOT}[{"cuda13" if version >= 13000 else "cuda12"}]"'
+    install = f"{PIP} {with_extra('cuda13' if version >= 13000 else 'cuda12')}"
     swap = f"{PYTHON} -m pip uninstall -y {' '.join(wheels)}, then {install}"
     no_gpu = f"the driver ({cuda}) reports no GPU (status {status})"
     return first(
@@ -224,7 +232,7 @@ def probe_gpu() -> Finding:
 
 def probe_mpi() -> Finding:
     """mpi4py, its MPI library, and whether an mpirun belongs to that library, so that two ranks see each other."""
-    install = f'needed for several processes only: {PIP} -e "{ROOT}[mpi]"'
+    install = f"needed for several processes only: {PIP} {with_extra('mpi')}"
     try:
         version = f"mpi4py {metadata.version('mpi4py')}"
     except metadata.PackageNotFoundError:
@@ -275,7 +283,9 @@ def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) ->
 def training_command(findings: dict[str, Finding]) -> str:
     """The command that trains on this machine: on all of its GPUs, if it has several and MPI works."""
     facts = {key: value for finding in findings.values() for key, value in finding.facts.items()}
-    script = "train.py" if Path("train.py").is_file() else shlex.quote(str(ROOT / "train.py"))
+    installed = not (ROOT / "train.py").is_file()
+    here = Path("train.py").is_file() and not installed
+    script = "-m gpt2.train" if installed else "train.py" if here else shlex.quote(str(ROOT / "train.py"))
     line = f"{PYTHON} {script}" + (f" --threads {facts['threads']}" if "threads" in facts else "")
     ranks = facts.get("gpus", 1) if "mpirun" in facts else 1
     return f"{shlex.join(machine.mpirun_command(facts['mpirun'], ranks))} {line}" if ranks > 1 else line

@@ -1,6 +1,6 @@
-"""What a file or folder is that is not a model: a pointer of Git LFS, a web page, a model of another program, ...
+"""Identify files and folders that are not models: pointers of Git LFS, web pages, models of other programs, ...
 
-Files come under familiar names with other contents: a clone without git-lfs has pointers, a download may be a web page.
+A file with a familiar name may have other contents: a clone without git-lfs has pointers, a download may be a web page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-START_BYTES = 512  # of a file, which tell its kind
+from gpt2.console import script_name
+
+START_BYTES = 512  # at the start of a file, which identify its kind
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
 LFS = "a pointer of Git LFS, not the file itself; fetch the file: git lfs install && git lfs pull, in its folder"
@@ -32,9 +34,9 @@ STARTS = (
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"%PDF", "a PDF document, not a model"),
-    (b"PAR1", "a Parquet table, not a model; data/prepare.py reads it"),
+    (b"PAR1", f"a Parquet table, not a model; {script_name('prepare')} reads it"),
 )
-# Kinds by the end of the name, for formats whose first bytes do not tell.
+# Kinds by the end of the name, for formats that the first bytes do not identify.
 ENDINGS = (
     (".gguf", STARTS[1][1]),
     (".onnx", "an ONNX model; it is not supported, use the model's safetensors or pytorch_model.bin"),
@@ -49,7 +51,7 @@ ENDINGS = (
     (".mlmodel", "a model of Core ML; it is not supported"),
 )
 OPENAI_FOLDER = (
-    "a TensorFlow checkpoint, as OpenAI and gpt-2-simple write it; it is not supported: name gpt2, gpt2-medium, "
+    "a TensorFlow checkpoint, as OpenAI and gpt-2-simple write it; it is not supported: use gpt2, gpt2-medium, "
     "gpt2-large or gpt2-xl for OpenAI's weights, or convert your own with transformers "
     "(convert_gpt2_original_tf_checkpoint_to_pytorch)"
 )
@@ -59,8 +61,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocabulary.j
 
 
 def kind_of(file: Path) -> str:
-    """What a file is that is not a model or a text of JSON, with what to do, such as "an HTML page, ..."; "" where it
-    has no known kind."""
+    """The kind of a file that is neither a model nor JSON, and what to do, such as "an HTML page, ..."; "" if it is
+    unknown."""
     with file.open("rb") as opened:
         start = opened.read(START_BYTES)
     if start.startswith(ZIP_START):
@@ -116,7 +118,7 @@ def _kind_of_zip(file: Path) -> str:
 
 
 def kind_of_folder(folder: Path) -> str:
-    """What a folder is that has no model in it, with what to do; "" where it has no known kind."""
+    """The kind of a folder without a model, and what to do; "" if it is unknown."""
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         base = _base_of(folder / "adapter_config.json")
@@ -153,7 +155,7 @@ def _base_of(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The contents of a JSON file that people or other programs wrote, with or without a byte-order mark.
+    """The contents of a JSON file written by people or other programs, with or without a byte-order mark.
 
     Raises ValueError, which does not name the file, if it is not valid JSON or is too deeply nested; FileNotFoundError.
     """

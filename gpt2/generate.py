@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -151,6 +151,8 @@ def generate(
     vocab_size: int | None = None,
     never: Sequence[int] = (),
     cache: bool = True,
+    first_step: int = 0,
+    on_logits: Callable[[np.ndarray], object] | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
 
@@ -160,6 +162,9 @@ def generate(
     vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
     never       ids below it that are never sampled, since no token has them.
     cache       False processes the whole text for every token, which is slow; the tests compare with it.
+    first_step  the number t of the first step: where a text that was interrupted after t tokens is continued with the
+                same seed, the random numbers are those of the uninterrupted text.
+    on_logits   called with the logits (samples, vocab_size) of each step before its tokens are yielded.
 
     Raises ValueError for an empty prompt, and if the model's logits are not finite.
     """
@@ -179,15 +184,18 @@ def generate(
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
             raise ValueError(NOT_FINITE)
+        if on_logits is not None:
+            on_logits(logits)
         if len(never):
             logits = logits.copy()
             logits[:, never] = -np.inf
-        key = Key(seed, step, site=random.SAMPLING_SITE)
+        key = Key(seed, first_step + step, site=random.SAMPLING_SITE)
         draws = np.zeros(samples) if temperature == 0 else random.uniform(key, samples)
         token = choose(logits, draws, temperature, top_k, top_p)
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
-        if temperature == 0 and state is not None and state.decoder is not None and not len(never):
+        direct = on_logits is None and not len(never)
+        if temperature == 0 and state is not None and state.decoder is not None and direct:
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
@@ -227,6 +235,51 @@ def complete(
     return rows
 
 
+class TextPieces:
+    """The text of one sample, from its tokens, in pieces that are final.
+
+    The text ends at one of the ids `ends` or before a `stop` string. Of several stop strings the one that is complete
+    first counts, whatever the tokens' borders are. Bytes of an incomplete character, and text that may be the start of
+    a stop string, are held back until more tokens arrive.
+
+    ended    whether the text has ended; further tokens must not be added.
+    decoded  the number of characters of all tokens added, those that are held back included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: Collection[int], stop: Sequence[str] = ()):
+        self.ended, self.decoded = False, 0
+        self._tokenizer, self._ends, self._stop = tokenizer, ends, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that is final after this token, and was not before."""
+        self.ended = token in self._ends
+        data = b"" if self.ended else self._tokenizer.decode_bytes([token])
+        new = self._decoder.decode(data, final=self.ended)
+        text = self._held + new
+        self.decoded += len(new)
+        found = _stop_at(text, self._stop)
+        if found is not None or self.ended:
+            self.ended, self._held = True, ""
+            return text[:found]
+        ready, self._held = _split_at_stop(text, self._stop)
+        return ready
+
+    def after(self, data: bytes) -> None:
+        """Continue a text that ends with these bytes, which may be the start of a character."""
+        self._decoder.decode(data)
+
+    @property
+    def holding(self) -> bool:
+        """Whether text or bytes are held back."""
+        return bool(self._held or self._decoder.getstate()[0])
+
+    def finish(self) -> str:
+        """The text that is held back, after the last token."""
+        return "" if self.ended else self._held + self._decoder.decode(b"", final=True)
+
+
 def stream_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -236,34 +289,21 @@ def stream_text(
     stop: Sequence[str] = (),
     **sampling: Unpack[Sampling],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final.
+    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final (see TextPieces).
 
-    A sample ends at one of `end_ids`, before the first of the `stop` strings, or after `max_tokens`. Bytes of an
-    incomplete character, and text that may be the start of a stop string, are held back until more tokens arrive.
+    A sample ends at one of `end_ids`, before a `stop` string, or after `max_tokens`.
     """
-    samples = sampling.get("samples", 1)
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(samples)]
-    held = [""] * samples
-    running = set(range(samples))
     ends, size, never = end_ids(model, tokenizer), tokenizer.vocab_size, tokenizer.unused_ids
+    texts = [TextPieces(tokenizer, ends, stop) for _ in range(sampling.get("samples", 1))]
     for tokens in generate(model, prompt, max_tokens, vocab_size=size, never=never, **sampling):
-        for i in sorted(running):
-            ended = int(tokens[i]) in ends
-            held[i] += decoders[i].decode(b"" if ended else tokenizer.decode_bytes([int(tokens[i])]), final=bool(ended))
-            found = min((at for s in stop if (at := held[i].find(s)) >= 0), default=None)
-            if found is not None or ended:
-                running.discard(i)
-                ready, held[i] = (held[i] if found is None else held[i][:found]), ""
-            else:
-                ready, held[i] = _split_at_stop(held[i], stop)
-            if ready:
-                yield i, ready
-        if not running:
+        for i, text in enumerate(texts):
+            if not text.ended and (piece := text.add(int(tokens[i]))):
+                yield i, piece
+        if all(text.ended for text in texts):
             return
-    for i in sorted(running):
-        rest = held[i] + decoders[i].decode(b"", final=True)
-        if rest:
-            yield i, rest
+    for i, text in enumerate(texts):
+        if piece := text.finish():
+            yield i, piece
 
 
 def begin_id(model: LanguageModel, tokenizer: Tokenizer) -> int:
@@ -281,6 +321,12 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
     """A short text without a prompt, for the evaluations of a training run."""
     pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
+
+
+def _stop_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the text ends: before the stop string that is complete first, read character by character; else None."""
+    found = ((at + len(s), at) for s in stop if (at := text.find(s)) >= 0)
+    return min(found, default=(0, None))[1]
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:

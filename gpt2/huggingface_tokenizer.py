@@ -5,7 +5,7 @@ vocab.json, merges.txt                vocabulary and merges; OpenAI names them e
 tokenizer_config.json                 settings that take precedence, the names of special tokens, added tokens by id
 special_tokens_map.json               the names of special tokens
 added_tokens.json                     ids of added tokens
-generation_config.json, config.json   ids of the tokens with which a text begins and ends
+generation_config.json, config.json   ids of the tokens that begin and end a text
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from gpt2.file_kinds import printable, read_json
 from tinygrad2.checkpoint import JsonObject
+from tinygrad2.machine import install_command
 
 END_OF_TEXT = "<|endoftext|>"
 HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -30,15 +31,15 @@ OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 ID_LIMIT = 1 << 24  # of added tokens
-INSTALL = 'pip install -e ".[tokenizers]"'
+INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
-GPT2_CLASSES = (  # of tokenizers that split text as GPT-2 does; "Fast" is left out of the names
+GPT2_CLASSES = (  # of tokenizers that split text as GPT-2 does; without "Fast" in the name
     "GPT2Tokenizer",
     "CodeGenTokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-# Settings of tokenizer.json that change ids, with GPT-2's values (and null, "" or 0 for each that is not True).
+# Settings of tokenizer.json that change ids, with GPT-2's values (null, "" or 0 are allowed too for those not True).
 HF_SETTINGS = {
     "normalizer": None,
     "add_prefix_space": False,
@@ -53,9 +54,9 @@ MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token tha
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside those that merges make: its text is one token where special tokens are recognized.
+    """A token that is not the result of a merge: its text is one token where special tokens are recognized.
 
-    The other fields are those of `tokenizers`: whether it marks structure (special) or is a word, and what it matches.
+    The other fields are those of `tokenizers`: whether it marks structure (special) or is a word, and how it matches.
     """
 
     content: str
@@ -69,13 +70,13 @@ class AddedToken:
 
 @dataclass
 class TokenizerFiles:
-    """What the files of a folder say.
+    """The contents of the files of a folder.
 
-    file       the one that errors name: tokenizer.json, or vocab.json.
-    merges     each pair with its place in the file;  vocab  may be anything where the file is damaged.
-    document   the contents of tokenizer.json, or None.
-    config     the contents of tokenizer_config.json;  added  every added token.
-    begin_id, end_ids   of a text; None and () if no file has them.
+    file       the one to name in errors: tokenizer.json, or vocab.json.
+    merges     each pair with its place in the file;  vocab  may be anything if the file is damaged.
+        document   the contents of tokenizer.json, or None.
+        config     the contents of tokenizer_config.json;  added  every added token.
+        begin_id, end_ids   of a text; None and () if no file has them.
     """
 
     folder: Path
@@ -93,9 +94,9 @@ class TokenizerFiles:
         return ValueError(f"tokenizer {file or self.file}: {reason}; {ONLY_PLAIN}")
 
     def plain_ranks(self) -> dict[bytes, int]:
-        """The tokens that merges make and their ids, if this is byte-level BPE as GPT-2's, which tiktoken computes.
+        """The results of the merges and their ids, if this is byte-level BPE like GPT-2's, which tiktoken computes.
 
-        Raises ValueError naming the setting that changes the ids, or the fault of a file.
+        Raises ValueError naming the setting that changes the ids, or the error in a file.
         """
         if self.document is not None:
             self._check_document(self.document)
@@ -138,7 +139,7 @@ class TokenizerFiles:
                 raise self.refuse(f"its {name} is {str(value)[:80]!r}")
 
     def library_document(self) -> JsonObject:
-        """The contents of a tokenizer.json with everything that the files say. Raises ValueError where the files do not
+        """The contents of a tokenizer.json with the settings of all files. Raises ValueError if the files do not
         determine it."""
         document = dict(self.document) if self.document is not None else self._own_document()
         document |= {"truncation": None, "padding": None, "added_tokens": [asdict(token) for token in self.added]}
@@ -191,7 +192,8 @@ class TokenizerFiles:
 
 
 def copied_files(folder: Path) -> list[tuple[Path, str]]:
-    """The files of a tokenizer in the folder, each with its name in the Hugging Face layout; none if it has none."""
+    """The files of a tokenizer in the folder, each with its name in the Hugging Face layout; empty if there are
+    none."""
     if not is_tokenizer_folder(folder):
         return []
     pair = _pair_of_files(folder) or ()
@@ -211,7 +213,7 @@ def _pair_of_files(folder: Path) -> tuple[Path, Path] | None:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """The files in the folder `path`, or of the file tokenizer.json and those beside it. Raises ValueError."""
+    """The files in the folder `path`, or the file tokenizer.json and those beside it. Raises ValueError."""
     folder, alone = (path.parent, path) if path.is_file() else (path, path / HF_TOKENIZER)
     config = _read_object(folder / HF_CONFIG)
     document, places = None, _pair_of_files(folder)
@@ -283,8 +285,8 @@ def _read_merges(file: Path) -> list[tuple[str, Any]]:
 def _added_tokens(
     file: Path, folder: Path, document: JsonObject | None, config: JsonObject, vocab: Mapping[str, object]
 ) -> list[AddedToken]:
-    """Every added token, in order of the ids, from all places that have them. A special token without an id gets the
-    next free one, as transformers gives it."""
+    """Every added token, in order of the ids, from all files that list them. A special token without an id gets the
+    next free one, as in transformers."""
     found: dict[str, AddedToken] = {}
     texts: dict[int, str] = {}
     of_vocab = {i: token for token, i in _integers(vocab).items()}
@@ -336,7 +338,7 @@ FLAGS = ("special", *MATCHING, "normalized")
 
 
 def _special_tokens(config: JsonObject, special: JsonObject) -> Iterator[str | JsonObject]:
-    """The special tokens that the two files name: bos_token and so on, and lists of more."""
+    """The special tokens in the two files: bos_token and so on, and lists of further ones."""
     for values in (config, special):
         for key, value in values.items():
             if key.endswith("_token") and isinstance(value, str | dict):
@@ -358,14 +360,14 @@ def _named(config: JsonObject, folder: Path, key: str) -> str:
 
 
 def _begin_and_ends(folder: Path, config: JsonObject, ids: Mapping[str, int]) -> tuple[int | None, tuple[int, ...]]:
-    """The ids with which a text begins and ends: those of generation_config.json, else of config.json, else of the
+    """The ids that begin and end a text: those of generation_config.json, else of config.json, else of the
     special tokens bos_token and eos_token."""
     begin: int | None = None
     ends: tuple[int, ...] = ()
     for name in (GENERATION_FILE, MODEL_FILE):
         try:
             values = read_json(folder / name) if (folder / name).is_file() else {}
-        except ValueError:  # not a file of the tokenizer: who reads the model names its fault
+        except ValueError:  # not a file of the tokenizer: reading the model reports the error
             values = {}
         if isinstance(values, dict):
             begin = begin if begin is not None else next(iter(as_ids(values.get("bos_token_id"))), None)
@@ -398,7 +400,7 @@ def _ranks(
     vocab: object, vocab_file: Path, merges: list[tuple[str, Any]], merges_file: Path, others: set[str]
 ) -> dict[bytes, int]:
     """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes, and merges, each with its place in
-    the file. `others` are the texts of tokens that no merges make.
+    the file. `others` are the texts of tokens that are not the result of a merge.
 
     tiktoken merges the pair of lowest rank first. Raises ValueError if the merges are not in the order of the ids of
     their results.
@@ -461,7 +463,7 @@ def with_prefix_space(splitter: Any, wanted: bool) -> Any:
 
 
 class LibraryEncoding:
-    """Text to ids by `tokenizers`, as the document, the contents of a tokenizer.json, describes it.
+    """Text to ids by `tokenizers`, as described by the document, the contents of a tokenizer.json.
 
     Raises ValueError, naming the file, if the library is not installed or cannot read the document, or gives an added
     token another id.
@@ -503,7 +505,7 @@ class LibraryEncoding:
 
     @cached_property
     def _continuing(self) -> tuple[Any, Any]:
-        """Without a space before the text: one that recognizes added tokens, and one that does not."""
+        """Two encoders without a space before the text: one that recognizes added tokens, and one that does not."""
         kinds = ("pre_tokenizer", "normalizer")
         changes = {kind: with_prefix_space(self.document.get(kind), False) for kind in kinds}
         if all(changes[kind] == self.document.get(kind) for kind in kinds):
@@ -519,7 +521,7 @@ class LibraryEncoding:
         return np.array(encoding.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """The ids of a text, with what the post-processor adds to it."""
+        """The ids of a text, including those that the post-processor adds."""
         return np.array(self._recognizing.encode(text).ids, np.uint32)
 
     def decode(self, ids: list[int]) -> str:
@@ -527,13 +529,14 @@ class LibraryEncoding:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether a text is the bytes of its tokens, one after the other."""
+        """Whether a text is the concatenation of the bytes of its tokens."""
         decoder = self.document.get("decoder") or {}
         return "ByteLevel" in [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))]
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
-        """The bytes of each token, by id: where it is not byte-level, what it adds to a text after another token."""
+        """The bytes of each token, by id: if it is not byte-level, the bytes that it adds to a text after another
+        token."""
         added = {token["content"]: token["id"] for token in self.document["added_tokens"]}
         vocab = self._recognizing.get_vocab(with_added_tokens=True)
         if self.byte_level:

@@ -15,7 +15,7 @@ from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import Ends, Sampling, complete
 from gpt2.language_model import Cache
-from gpt2.trace import Trace, trace
+from gpt2.trace import trace as trace_model
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend, get_backend
@@ -26,7 +26,7 @@ SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its res
 
 
 class _Placement(TypedDict):
-    """Where a layer's parameters are allocated, and what it computes in."""
+    """The device and the precision of a layer."""
 
     device: str
     precision: Precision
@@ -218,10 +218,7 @@ class GPT2(nn.Module):
         """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
 
-    def trace(self, tokens: Sequence[int]) -> Trace:
-        """What the model computes for the ids `tokens` (T,): the residual stream before every layer and after the last,
-        what attention and MLP add to it, attention weights, and logits. See gpt2.trace."""
-        return trace(self, tokens)
+    trace = trace_model  # model.trace(tokens): every layer's activations and attention weights; see gpt2.trace.trace
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
@@ -242,8 +239,8 @@ class GPT2(nn.Module):
 
 
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
-    """The precision of this name to generate and to evaluate in: where the device does not compute in bfloat16,
-    "bfloat16" means weights in bfloat16 and activations in float32, if the device has that."""
+    """The precision of this name to generate and to evaluate in: if the device does not support bfloat16,
+    "bfloat16" means weights in bfloat16 and activations in float32, if the device supports that."""
     precision = Precision.of(dtype)
     weights_only = precision == BFLOAT16 and backend.unsupported_reason(BFLOAT16)
     return BFLOAT16_WEIGHTS if weights_only and not backend.unsupported_reason(BFLOAT16_WEIGHTS) else precision

@@ -26,24 +26,40 @@ def resource(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def page(title: str, body: str, style: str, script: str, data: JsonObject | None = None) -> str:
+def page(
+    title: str,
+    body: str,
+    style: str,
+    script: str,
+    data: JsonObject | None = None,
+    *,
+    refresh: int | None = None,
+    live: bool = False,
+) -> str:
     """A whole HTML document.
 
-    title  plain text.
-    body   markup, in which every text from elsewhere is escaped.
-    style  CSS, after the colours, fonts and tables of pages/page.css.
-    data   what the script finds as JSON in the element #data.
+    title    plain text.
+    body     markup, in which every text from elsewhere is escaped.
+    style    CSS, after the colours, fonts and tables of pages/page.css.
+    data     what the script finds as JSON in the element #data.
+    refresh  seconds after which the browser loads the page again; None for never.
+    live     the page is sent by gpt2.serve, and its script may send requests there.
     """
     style = resource("page.css") + style
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
     policy = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*hashes)
+    policy += "; connect-src 'self'; form-action 'none'; base-uri 'none'" if live else ""
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">'
+    written = f"Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the network."
+    footer = "Served by tinygrad2 on this machine. The page sends no request to any other." if live else written
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{again}<link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
-        f"<footer>Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the "
-        f"network.</footer></main>{'' if data is None else data_block(data)}<script>{script}</script></body></html>\n"
+        f"<footer>{footer}</footer></main>{'' if data is None else data_block(data)}<script>{script}</script></body>"
+        "</html>\n"
     )
 
 

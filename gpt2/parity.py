@@ -25,6 +25,7 @@ from gpt2.config import GPT2Config
 from gpt2.console import first_line
 from gpt2.model import GPT2
 from tinygrad2 import no_grad, ops
+from tinygrad2.machine import install_command
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f'{error.name} is not installed: pip install -e ".[parity]", or compare --against FILE, which '
+            f"{error.name} is not installed: {install_command('parity')}, or compare --against FILE, which "
             f"--record FILE writes on a machine that has it"
         ) from None
     transformers.utils.logging.set_verbosity_error()

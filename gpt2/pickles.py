@@ -1,8 +1,8 @@
 """Pickles read without Python's unpickler, which can be made to call any function. Nothing in a file is executed.
 
 A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, text and numbers.
-The names that a program refers to, the calls that it makes and the objects that it stores elsewhere have the meanings
-that a subclass of `Meanings` gives them; by default, each is an error.
+A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
+stores elsewhere; by default, each is an error.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PICKLE_LIMIT = 2 << 20  # bytes of a pickle; that of GPT-2 XL with its optimizer has less than 1 MB
-KEY_LIMIT = 1 << 31  # integers that are keys are less: larger ones can be chosen to have equal hashes
+PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has less than 1 MB
+KEY_LIMIT = 1 << 31  # bound on integers that are keys: larger ones can be chosen to have equal hashes
 NUMBER_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 TEXT_OPCODES = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
 
@@ -24,7 +24,7 @@ class Meanings:
 
     def name(self, text: str) -> object:
         """The object that stands for a name, such as `collections.OrderedDict`."""
-        raise ValueError(f"its pickle refers to {text}, which is not plain data; the file is refused")
+        raise ValueError(f"its pickle refers to {text}, which is not plain data; the file is rejected")
 
     def call(self, function: object, arguments: object) -> object:
         """The result of a call."""
@@ -120,7 +120,7 @@ def interpret(program: io.BytesIO, meanings: Meanings) -> Any:
                     meanings.build(stack[-1], state)
                 case _:
                     raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
-    except (IndexError, KeyError, TypeError, AttributeError):  # such as an empty stack, or an unknown memo
+    except (IndexError, KeyError, TypeError, AttributeError):  # for example an empty stack, or an unknown memo
         pass
     raise ValueError("its pickle is damaged")
 

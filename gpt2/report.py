@@ -9,11 +9,12 @@ Content-Security-Policy (see page.py) forbids every script but its own, so that 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TypeGuard
@@ -30,6 +31,7 @@ BINS, DOTS = 200, 40  # points per curve; with at most DOTS points each is marke
 SAMPLES_SHOWN = 20
 COLOURS = 8  # as in the style sheet; further curves repeat them, dashed
 SHARE = 0.01  # of a run's time that may be spent on its report
+REFRESH = 30  # seconds after which a browser loads the page of a run that trains again
 
 LABELS = {
     "loss": "Training loss, nats per token",
@@ -82,6 +84,21 @@ class Run:
     def step(self) -> int:
         """The last step that was logged."""
         return self.rows[-1]["step"] if self.rows else 0
+
+    def baselines(self) -> dict[str, float]:
+        """The losses of n-gram models of the data, by name, from the record of the first start."""
+        found = self.starts[0].get("baselines") if self.starts else None
+        return {name: y for name, y in found.items() if is_number(y)} if isinstance(found, dict) else {}
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats per token as bits per byte of the validation text; None if its bytes are not recorded."""
+        size = self.started("data").get("bytes per token")
+        return loss / (math.log(2) * size) if is_number(size) and size > 0 else None
+
+    def tokenizer(self) -> object:
+        """What identifies the tokenizer: its fingerprint, or its name in the records of earlier versions."""
+        data = self.started("data")
+        return data.get("tokenizer fingerprint", data.get("tokenizer"))
 
     def best(self) -> tuple[float, float] | None:
         """The (step, loss) of the lowest validation loss."""
@@ -172,12 +189,21 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points, the number of its colour, and whether the spread of each bin is shown."""
+    """A named curve: its points and the number of its colour.
+
+    spread  whether the spread of each bin is shown.
+    level   whether it is a constant, which a dashed line from the first point to the last shows.
+    """
 
     name: str
     points: list[tuple[float, float]]
     colour: int = 0
     spread: bool = False
+    level: bool = False
+
+    def classes(self) -> str:
+        """The classes of its colour and its line."""
+        return colour(self.colour) + " level" * self.level
 
 
 @dataclass
@@ -222,8 +248,8 @@ def chart(
     width of the lines; the labels are placed by percentages, so that they keep their size.
     """
     curves = [curve for curve in curves if curve.points]
-    if not curves:
-        return ""
+    if len({x for curve in curves if not curve.level for x, _ in curve.points}) < 2:
+        return ""  # nothing to see
     x_axis = Axis.over([x for curve in curves for x, _ in curve.points], log_x)
     drawn = [binned(curve.points, x_axis) for curve in curves]
     pairs = [(curve, group) for curve, bins in zip(curves, drawn, strict=True) for group in bins.values()]
@@ -240,8 +266,8 @@ def chart(
             above = [point(b.x, max(b.ys)) for b in bins.values()]
             below = [point(b.x, min(b.ys)) for b in bins.values()]
             paths.append(f'<path class="spread {colour(curve.colour)}" d="M{" ".join((*above, *reversed(below)))}Z"/>')
-        paths.append(f'<path class="line {colour(curve.colour)}" d="M{" ".join(line)}"/>')
-        if len(line) <= DOTS:
+        paths.append(f'<path class="line {curve.classes()}" d="M{" ".join(line)}"/>')
+        if len(line) <= DOTS and not curve.level:
             paths.append(f'<path class="dots {colour(curve.colour)}" d="{"".join(f"M{place}h0" for place in line)}"/>')
 
     grid = []
@@ -257,13 +283,16 @@ def chart(
         here = [bins.get(index) for bins in drawn]
         xs = [x for group in here if group for x in group.xs]
         where = number(min(xs)) + (f" to {number(max(xs))}" if max(xs) > min(xs) else "")
-        cells = [number(group.y) if group else "" for group in here]
+        cells = [
+            number(curve.points[0][1]) if curve.level else number(group.y) if group else ""
+            for curve, group in zip(curves, here, strict=True)
+        ]
         rows.append((f'data-x="{x_axis.at(sum(xs) / len(xs)):.4f}"', [where, *cells]))
 
     names = [escape(curve.name) for curve in curves]
     values = [f"{curve.name} {number(curve.points[0][1])} to {number(curve.points[-1][1])}" for curve in curves]
     label = f"{title}: {'; '.join(values)}"
-    key = "".join(f'<span class="{colour(curve.colour)}">{escape(curve.name)}</span>' for curve in curves)
+    key = "".join(f'<span class="{curve.classes()}">{escape(curve.name)}</span>' for curve in curves)
     return (
         f'<figure class="{kind}"><figcaption><h3>{escape(title)}</h3>'
         + (f'<p class="key">{key}</p>' if kind else "")
@@ -299,15 +328,18 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def report_page(run: Run) -> str:
-    """The page of one run."""
+def report_page(run: Run, previous: Run | None = None, refresh: int | None = None) -> str:
+    """The page of one run.
+
+    previous  an earlier run of the same data, which the loss is compared with.
+    refresh   seconds after which the browser loads the page again.
+    """
     total = run.started("options").get("max_iters")
     steps, bar = f"{run.step:,} steps", ""
     if is_number(total) and total > 0:
         steps = f"{run.step:,} of {total:,} steps"
         bar = f'<progress max="{total}" value="{run.step}">{steps}</progress>'
-    training = Curve("training", run.values("loss"), spread=True)
-    loss = [training, Curve("validation", run.values("val_loss"), colour=1)]
+    loss = loss_curves(run, previous)
     title = "Loss, nats per token"
     linear = chart(title, loss, "step", kind="wide linear")
     logarithmic = chart(title, loss, "step", log_x=True, log_y=True, kind="wide logarithmic")
@@ -320,13 +352,60 @@ def report_page(run: Run) -> str:
         section("Samples", samples(run)),
         section("Configuration", configuration(run)),
     )
-    return page(f"{run.name}: training run", "".join(body), resource("report.css"), resource("report.js"))
+    return page(
+        f"{run.name}: training run", "".join(body), resource("report.css"), resource("report.js"), refresh=refresh
+    )
+
+
+def loss_curves(run: Run, previous: Run | None) -> list[Curve]:
+    """The losses of a run, the validation loss of an earlier one over steps with as many tokens, and the baselines."""
+    training = run.values("loss")
+    curves = [Curve("training", training, spread=True), Curve("validation", run.values("val_loss"), colour=1)]
+    if not training:
+        return curves
+    ends, tokens = (training[0][0], training[-1][0]), run.values("tokens")
+    if previous is not None and tokens and tokens[-1][1]:
+        steps_per_token = tokens[-1][0] / tokens[-1][1]
+        last = max(ends[1], total) if is_number(total := run.started("options").get("max_iters")) else ends[1]
+        earlier = [(x * steps_per_token, y) for x, y in previous.values("val_loss", "tokens")]
+        points = [point for point in earlier if point[0] <= last]
+        curves.append(Curve(f"validation of {previous.name}", points, colour=2))
+    for i, (name, value) in enumerate(run.baselines().items()):
+        curves.append(Curve(f"{name} model", [(x, value) for x in ends], colour=6 + i, level=True))
+    return curves
+
+
+def previous_run(out: Path) -> Run | None:
+    """The latest earlier run of the same data in a folder beside `out`, or None."""
+    own = read_log(out / STARTS)
+    data = _data_fingerprint(own)
+    if data is None:
+        return None
+    found: list[tuple[float, Path]] = []
+    for file in out.resolve().parent.glob(f"*/{STARTS}"):
+        starts = read_log(file)
+        same = file.parent != out.resolve() and _data_fingerprint(starts) == data
+        if same and (file.parent / LOG).is_file() and _time(starts) < _time(own):
+            found.append((_time(starts), file.parent))
+    return replace(Run.load(max(found)[1]), name=max(found)[1].name) if found else None
+
+
+def _data_fingerprint(starts: Sequence[JsonObject]) -> object:
+    data = starts[0].get("data") if starts else None
+    return data.get("fingerprint") if isinstance(data, dict) else None
+
+
+def _time(starts: Sequence[JsonObject]) -> float:
+    """When a run was started, in seconds since 1970."""
+    moment = starts[0].get("time")
+    return moment if is_number(moment) else 0.0
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """The page that compares runs: results, differences of their options, curves, last samples."""
     keys = dict.fromkeys(key for run in runs for key in run.others())
-    losses = boxes("charts large", (chart_of(key, runs, "wide") for key in ("val_loss", "loss")))
+    in_bytes = len({run.tokenizer() for run in runs}) > 1 and all(run.bits_per_byte(1.0) for run in runs)
+    losses = boxes("charts large", (chart_of(key, runs, "wide", in_bytes) for key in ("val_loss", "loss")))
     others = boxes("charts", (chart_of(key, runs, "run") for key in keys))
     last = boxes("samples", (sample(run.name, run.samples[-1]) for run in runs if run.samples))
     body = (
@@ -349,14 +428,21 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if any(parts) else ""
 
 
-def chart_of(key: str, runs: Sequence[Run], kind: str = "") -> str:
-    """The chart of a number of the log, over steps, or over tokens if the runs have steps of different size."""
+def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = False) -> str:
+    """The chart of a number of the log, over steps, or over tokens if the runs have steps of different size.
+
+    in_bytes  it is a loss in nats per token, and is shown in bits per byte.
+    """
     ends = [point for run in runs for point in run.values("tokens")[-1:]]
     over = "tokens" if len({round(tokens / max(step, 1)) for step, tokens in ends}) > 1 else "step"
     single = len(runs) == 1
     curves = [Curve(key if single else run.name, run.values(key, over), i, spread=single) for i, run in enumerate(runs)]
+    if in_bytes:
+        for curve, run in zip(curves, runs, strict=True):
+            curve.points = [(x, run.bits_per_byte(y) or 0.0) for x, y in curve.points]
+    label = LABELS.get(key, key)
     return chart(
-        LABELS.get(key, key),
+        label.replace("nats per token", "bits per byte") if in_bytes else label,
         curves,
         over,
         log_y=key == "grad_norm",
@@ -370,11 +456,12 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
     last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
     tokens, seconds = run.values("tokens"), sum(y for _, y in run.values("seconds"))
+    in_bytes = f", {bits:.4f} bits per byte" if best and (bits := run.bits_per_byte(best[1])) else ""
     of_last = f"mean of the last {len(last):,}" if len(last) > 1 else "at the last step"
     return [
         (
             "best validation loss",
-            *((f"{best[1]:.4f}", f"at step {number(best[0])}") if best else ("-", "not measured")),
+            *((f"{best[1]:.4f}", f"at step {number(best[0])}{in_bytes}") if best else ("-", "not measured")),
         ),
         ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
         ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
@@ -389,8 +476,12 @@ def tile(figure: tuple[str, str, str]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """The table of the runs' results; the lowest validation loss is marked."""
+    """The table of the runs' results. The best one is marked: by bits per byte if the tokenizers differ, else by
+    validation loss."""
     losses = [best[1] if (best := run.best()) else math.inf for run in runs]
+    if len({run.tokenizer() for run in runs}) > 1:
+        bits = [run.bits_per_byte(loss) for run, loss in zip(runs, losses, strict=True)]
+        losses = [math.inf if None in bits or bit is None else bit for bit in bits]
     rows = []
     for i, run in enumerate(runs):
         name = f'<span class="{colour(i)}">{escape(run.name)}</span>'
@@ -439,8 +530,9 @@ def configuration(run: Run) -> str:
     """The command, the options and the machine of the run, and a line for each start."""
     if not run.starts:
         return ""
-    given = run.started("given")
-    words = [shlex.quote(word(name, value)) for name, value in given.items()]
+    given, command = run.started("given"), run.starts[-1].get("command")
+    if not isinstance(command, str):  # of an earlier version
+        command = shlex.join([*console.script("train").split(), *(word(name, value) for name, value in given.items())])
     parts = []
     for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
         rows = [
@@ -449,8 +541,8 @@ def configuration(run: Run) -> str:
         ]
         parts.append(f"<div><h3>{title}</h3>{table([], rows)}</div>")
     starts = "".join(f"<li>{escape(start(row))}</li>" for row in run.starts)
-    command = escape(printable(" ".join(["python train.py", *words])))
-    return f'<pre class="command">{command}</pre><ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
+    shown_command = f'<pre class="command">{escape(printable(command))}</pre>'
+    return f'{shown_command}<ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
 
 
 def word(name: str, value: object) -> str:
@@ -474,9 +566,11 @@ def start(row: JsonObject) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of the configuration as text."""
+    """A value of the configuration as text; of a fingerprint the first digits."""
     if value is None:
         return "-"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value):
+        return value[:12]
     return printable(number(value) if isinstance(value, float) and is_number(value) else str(value))
 
 
@@ -494,14 +588,21 @@ class Writer:
     def __init__(self, out: Path, say: Callable[[str], None]):
         self.out, self.say = out, say
         self.cost, self.written = 0.0, -math.inf
+        self.previous: Run | None = None
 
-    def update(self, always: bool = False) -> None:
-        """Write the page, unless the last update was too recent for the time it took."""
+    def update(self, last: bool = False) -> None:
+        """Write the page, unless the last update was too recent for the time it took.
+
+        last  write it in any case; from then on browsers do not load it again by themselves.
+        """
         began = time.perf_counter()
-        if not always and began - self.written < self.cost / SHARE:
+        if not last and began - self.written < self.cost / SHARE:
             return
         try:
-            write(report_page(Run.load(self.out)), self.out / REPORT)
+            if self.written == -math.inf:
+                self.previous = previous_run(self.out)
+            text = report_page(Run.load(self.out), self.previous, None if last else REFRESH)
+            write(text, self.out / REPORT)
         except Exception as error:  # a failure to write the report must not end the run
             self.say(f"{self.out / REPORT} was not written: {type(error).__name__}: {error}")
         self.written = time.perf_counter()
@@ -527,7 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     runs = [Run.load(out) for out in options.out]
     file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
-    write(report_page(runs[0]) if len(runs) == 1 else comparison_page(runs), file)
+    write(report_page(runs[0], previous_run(options.out[0])) if len(runs) == 1 else comparison_page(runs), file)
     console.say(str(file))
     return 0
 

@@ -1,5 +1,5 @@
-"""Encoding of text to token ids and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, where it is
-installed, whatever a folder of Hugging Face describes."""
+"""Encoding of text to token ids and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, if it
+is installed, computes any tokenizer in a folder of Hugging Face."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gpt2.huggingface_tokenizer import (
 from tinygrad2.checkpoint import JsonObject
 
 VOCABULARY_FILE, RANKS_FILE = "vocabulary.json", "vocabulary.tiktoken"  # written by `save`
-CHARACTERS_FILE = "meta.pkl"  # nanoGPT's, of a vocabulary of characters
+CHARACTERS_FILE = "meta.pkl"  # of nanoGPT, for a vocabulary of characters
 BUILT_IN = ("bytes", "gpt2")
 
 # GPT-2's pre-tokenizer: it splits text before bytes are merged (Radford et al., 2019, section 2.2) into contractions,
@@ -54,7 +54,7 @@ class Encoding(Protocol):
     """How plain text becomes ids.
 
     tokens      the bytes of each token, by id.
-    byte_level  whether a text is the bytes of its tokens, one after the other.
+    byte_level  whether a text is the concatenation of the bytes of its tokens.
     """
 
     @property
@@ -63,14 +63,14 @@ class Encoding(Protocol):
     def byte_level(self) -> bool: ...
 
     def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
-        """The ids (uint32) of a text. continues: it is a part that follows another part of the same text."""
+        """The ids (uint32) of a text. continues: the text follows another part of the same text."""
 
     def identity(self) -> bytes:
-        """What determines the ids, besides the tokens."""
+        """The text that, with the tokens, determines the ids."""
 
 
 class Tokenizer:
-    """A vocabulary: ids 0 ... vocab_size - 1, each of a byte string, and how text is divided into these.
+    """A vocabulary: ids 0 ... vocab_size - 1, each for a byte string, and the rule that divides text into these.
 
     name         "bytes", "gpt2", or the name of the file or folder that it was loaded from.
     vocab_size   the number of ids, those of added tokens included.
@@ -95,8 +95,8 @@ class Tokenizer:
         plain: BytePairs | None = None,
         portable: bool = True,
     ):
-        """plain     the same ids of plain text as `encoding` gives, computed by tiktoken; None if it cannot.
-        portable  tiktoken computes the ids of prompts too, so that it is what `save` writes."""
+        """plain     an encoding by tiktoken that gives the same ids of plain text as `encoding`; None if there is none.
+        portable  tiktoken computes the ids of prompts too, so `save` writes its files."""
         self.name, self.added = name, tuple(added)
         self._encoding, self._plain, self._built_in, self._portable = encoding, plain, built_in, portable
         if isinstance(encoding, BytePairs):
@@ -136,7 +136,7 @@ class Tokenizer:
         "bytes"   256 bytes and <|endoftext|>; needs no file.
         "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
         a path    a .tiktoken file (lines of base64 token and rank), which is split by GPT-2's pattern and whose
-                  <|endoftext|> gets the first id that no token has; a folder of Hugging Face with tokenizer.json, or
+                  <|endoftext|> gets the first unused id; a folder of Hugging Face with tokenizer.json, or
                   with vocab.json and merges.txt (or encoder.json and vocab.bpe), with its added tokens; nanoGPT's
                   meta.pkl; or a folder written by `save`.
 
@@ -210,7 +210,7 @@ class Tokenizer:
 
     @property
     def _written(self) -> Encoding:
-        """What the files that `save` writes describe."""
+        """The contents of the files that `save` writes."""
         return self._plain if self._plain is not None and self._portable else self._encoding
 
     @cached_property
@@ -231,7 +231,7 @@ class Tokenizer:
         return sha.hexdigest()
 
     def includes(self, other: Tokenizer) -> bool:
-        """Whether every id of `other` is the same token here: data made with it suit a model of this tokenizer."""
+        """Whether every id of `other` is the same token here: its data suits a model of this tokenizer."""
         added = {(token.content, token.id) for token in self.added}
         ids = self.tokens.keys()
         return self.fingerprint == other.fingerprint and all(
@@ -243,8 +243,8 @@ class Tokenizer:
         """Ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
 
         special_tokens  the text of each added token is one token; otherwise it is plain text.
-        continues       the text is a part that follows another part: a tokenizer that puts a space before a text does
-                        not put one here.
+        continues       the text follows another part of a text: a tokenizer that puts a space before a text does not
+                                        put one here.
 
         Raises ValueError for a character that a vocabulary of characters does not have.
         """
@@ -267,7 +267,7 @@ class Tokenizer:
 
     @cached_property
     def _added_pattern(self) -> re.Pattern[str]:
-        """Matches an added token, the longest where several begin at the same character."""
+        """Matches an added token, the longest if several begin at the same character."""
         texts = sorted(self._added_ids, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, texts))})")
 
@@ -276,8 +276,8 @@ class Tokenizer:
         return {token.content: token.id for token in self.added}
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Ids of a prompt: added tokens are recognized, and what the tokenizer's settings put around a text, such as a
-        token that begins it, is there."""
+        """Ids of a prompt: added tokens are recognized, and tokens that the tokenizer's settings put around a text,
+        such as one that begins it, are included."""
         if not isinstance(self._encoding, LibraryEncoding):
             return self.encode(text, special_tokens=True)
         try:
@@ -292,7 +292,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `ids`, for streaming: a character may be spread over several tokens. Where the tokenizer is not
+        """The bytes of `ids`, for streaming: a character may be spread over several tokens. If the tokenizer is not
         byte-level, those that continue a text.
 
         Raises ValueError for an id outside the vocabulary.
@@ -331,7 +331,7 @@ class Tokenizer:
         (folder / VOCABULARY_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
-        """Write the files from which transformers makes the same tokenizer: vocab.json and merges.txt, or
+        """Write the files from which transformers creates the same tokenizer: vocab.json and merges.txt, or
         tokenizer.json, and tokenizer_config.json.
 
         Raises ValueError if the vocabulary cannot be built by merging pairs of tokens.
@@ -350,7 +350,7 @@ class Tokenizer:
             self._save_vocabulary(folder, encoding)
             kind = "GPT2Tokenizer"
         else:
-            raise ValueError(f"the tokenizer {self.name} is of characters, for which transformers has no tokenizer")
+            raise ValueError(f"the tokenizer {self.name} is of characters; transformers has no such tokenizer")
         config: JsonObject = {"tokenizer_class": kind, "model_max_length": n_positions, **special}
         if len(self.added) > 1:
             config["added_tokens_decoder"] = {
@@ -374,14 +374,14 @@ class Tokenizer:
         (folder / HF_MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
     def describe(self) -> dict[str, str | int]:
-        """The identity of the tokenizer, as other files record it."""
+        """The identity of the tokenizer, as recorded in other files."""
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
 
 
 class BytePairs:
     """Byte-level BPE, computed by tiktoken.
 
-    pattern  splits text into pieces, within which bytes are merged;  ids  of the tokens that merges make.
+    pattern  splits text into pieces, within which bytes are merged;  ids  of the results of the merges.
     """
 
     byte_level = True
@@ -432,7 +432,7 @@ def _make(
     name: str, ranks: dict[bytes, int], path: Path, pattern: str = GPT2_PATTERN, built_in: bool = False
 ) -> Tokenizer:
     """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first. <|endoftext|> has
-    the first id that none of them has."""
+    the first id that is not used by them."""
     mark = AddedToken(END_OF_TEXT, _first_free(ranks.values()))
     _check_ids(ranks, [mark], path)
     return Tokenizer(name, _byte_pairs(name, ranks, pattern), [mark], built_in=built_in)
@@ -450,7 +450,7 @@ def _first_free(ids: Iterable[int]) -> int:
 
 
 def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path) -> None:
-    """Raise ValueError unless each byte has a token, and each id but those of added tokens one too."""
+    """Raise ValueError unless each byte has a token, and so has each id except those of added tokens."""
     ids = set(ranks.values())
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
@@ -459,7 +459,7 @@ def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path)
     below = {i for i in others if i < max(ids)}
     if len(ids) != len(ranks) or ids & others or min(ids) < 0 or max(ids) + 1 != len(ids) + len(below):
         raise ValueError(
-            f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 on once, "
+            f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 once, "
             f"except at most one, which is that of {END_OF_TEXT}"
         )
 
@@ -470,13 +470,13 @@ def _download_gpt2() -> tiktoken.Encoding:
     except (OSError, ValueError) as error:  # no network, a cache that cannot be written, a wrong checksum
         raise FileNotFoundError(
             f"tokenizer gpt2: its vocabulary could not be downloaded ({type(error).__name__}); connect once, or set "
-            f"TIKTOKEN_CACHE_DIR to a folder that has tiktoken's two files, or name a folder with {HF_VOCAB} and "
+            f"TIKTOKEN_CACHE_DIR to a folder that has tiktoken's two files, or pass a folder with {HF_VOCAB} and "
             f"{HF_MERGES}"
         ) from None
 
 
 def _load_hugging_face(path: Path) -> Tokenizer:
-    """By `tokenizers` where it is installed. Where tiktoken computes the same ids of plain text, they are saved as for
+    """Use `tokenizers` if it is installed. If tiktoken computes the same ids of plain text, they are saved for
     tiktoken, which needs no other package."""
     files = read_files(path)
     name = files.file.resolve().parent.name
@@ -550,7 +550,7 @@ def _saved_vocabulary(
         tokenizer.name = name
         return tokenizer
     raise FileNotFoundError(
-        f"tokenizer {ranks_file}: no such file; it is the vocabulary {printable(name)!r} of {VOCABULARY_FILE}"
+        f"tokenizer {ranks_file}: no such file; it contains the vocabulary {printable(name)!r} of {VOCABULARY_FILE}"
     )
 
 
@@ -574,7 +574,8 @@ def _is_characters(values: object) -> TypeGuard[list[str]]:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """A .tiktoken file. Not with tiktoken's own reader: it caches by path and misses later changes of a file."""
+    """Read a .tiktoken file. tiktoken's own reader is not used: it caches by path and misses later changes of a
+    file."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:

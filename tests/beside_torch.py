@@ -190,7 +190,7 @@ def compare(t, ours, theirs, arrays, rtol=1e-12, atol=1e-13):
 
 @np.errstate(all="ignore")
 def differences(t, ours, other, arrays):
-    """Where a result ("value") or a gradient is not PyTorch's: the inputs at these places."""
+    """Where a result ("value") or a gradient differs from PyTorch's: the inputs at these positions."""
     found = {}
     ours_in = [Tensor(array, requires_grad=True) for array in arrays]
     theirs_in = [t.tensor(array, requires_grad=True) for array in arrays]

@@ -1,4 +1,4 @@
-"""A page in a real browser: what it said and what it asked for."""
+"""A page in a real browser: its console output and its requests."""
 
 HOSTILE = (
     "</pre></script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"> & \x1b[2J"
@@ -6,7 +6,7 @@ HOSTILE = (
 
 
 def opened(browser, file, width=360, scheme="light"):
-    """(the page, what its console said, what it asked for)."""
+    """(the page, its console output, its requests)."""
     page = browser.new_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))

@@ -17,7 +17,7 @@ from tinygrad2 import autograd, threads
 from tinygrad2.kernels import gemm
 
 # `pytest -m quick`, in less than a minute: the mathematics, the tape, operations, layers, optimizers, the model,
-# sampling, and the rules of the house. Paths are relative to this folder; a folder stands for all files in it.
+# sampling, and the rules of the repository. Paths are relative to this folder; a folder stands for all files in it.
 QUICK = (
     "tinygrad2/test_reference.py", "tinygrad2/test_gradcheck.py", "tinygrad2/test_autograd.py",
     "tinygrad2/test_tensor.py", "tinygrad2/test_ops.py", "tinygrad2/test_nn.py", "tinygrad2/test_params.py",
@@ -31,7 +31,7 @@ def pytest_addoption(parser):
         "--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/stand_ins/ptxsim.py)"
     )
     parser.addoption(
-        "--require-extras", action="store_true", help="fail, instead of skipping, where a package is not installed"
+        "--require-extras", action="store_true", help="fail, instead of skipping, if a package is not installed"
     )
 
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """Skip a test that is marked `extras("package", ...)` where one of these packages is not installed."""
+    """Skip a test that is marked `extras("package", ...)` if one of these packages is not installed."""
     for package in (name for mark in item.iter_markers("extras") for name in mark.args):
         if importlib.util.find_spec(package) is None:
             (pytest.fail if item.config.getoption("--require-extras") else pytest.skip)(f"needs the package {package}")
@@ -81,7 +81,7 @@ def _read_only(value):
 
 @pytest.fixture(autouse=True)
 def saved_is_read_only(monkeypatch):
-    """A backward function gets what was saved, and the gradient that comes in, as read-only views: writing raises."""
+    """A backward function gets the saved data and the incoming gradient as read-only views: writing raises."""
     node = autograd.Node
 
     def guarded(parents, backward, saved, forms, name, kernel=False):

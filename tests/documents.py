@@ -7,7 +7,7 @@ The first word after the fence is the language: `sh` and `python` blocks run, `t
 which a rendered page does not show, say what a block needs:
 
     continues        the block continues the block before it, in the same copy
-    needs=NAME,...   a package (skipped where it is not installed), or something in ELSEWHERE, which no test has
+    needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which no test has
     quotes=FILE      an excerpt: its lines are those of FILE, where a function's docstring may be left out
 """
 
@@ -27,6 +27,7 @@ ELSEWHERE = {
     "gpu": "an NVIDIA GPU",
     "network": "a network",
     "cluster": "several machines",
+    "terminal": "a second terminal, while a server runs",
     "hours": "minutes to days of computing",
 }
 

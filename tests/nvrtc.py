@@ -88,7 +88,7 @@ class Usage:
 
 
 class CompileError(RuntimeError):
-    """A source that NVRTC refuses, with its messages."""
+    """A source that NVRTC rejects, with its messages."""
 
 
 def families() -> dict[str, Path]:
@@ -153,7 +153,7 @@ def _usages(log: str) -> Iterator[Usage]:
         # Functions that were not inlined have a frame of their own.
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         if name is None or used is None or not frames:
-            raise CompileError(f"ptxas reports in words that are not known here: {part}")
+            raise CompileError(f"unknown output of ptxas: {part}")
         stack, *spills = (sum(map(int, column)) for column in zip(*frames, strict=True))
         yield Usage(name[1], int(used[1]), int(shared[1]) if shared else 0, stack, sum(spills))
 

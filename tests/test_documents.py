@@ -51,7 +51,7 @@ def test_a_block_runs_alone_in_a_fresh_copy(block, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_a_block_that_fails_is_seen(tmp_path):
+def test_a_block_that_fails_is_reported(tmp_path):
     """The runner itself: a command that fails in the middle, and a block that continues another."""
     page = ROOT / "docs" / "a-page-of-the-tests.md"
     text = "```sh\ntrue\n```\n\n```sh continues needs=gpu\nfalse | true\n```\n"
@@ -100,7 +100,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text)
     for link in (a or b for a, b in links):

@@ -1,4 +1,4 @@
-"""A model of transformers with added tokens and an end token of its own is fine-tuned, sampled, and given back."""
+"""A model of transformers with added tokens and its own end token is fine-tuned, sampled, and exported."""
 
 import itertools
 import json

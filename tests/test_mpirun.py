@@ -1,6 +1,7 @@
 """train.py under a real mpirun: equal results on any layout, elastic resume, and no rank that outlives a dead one."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -184,7 +185,7 @@ SampleOrder.indices = seen
 """
 
 
-def test_a_run_on_four_ranks_goes_on_with_one_two_or_three(user):
+def test_a_run_on_four_ranks_resumes_on_one_two_or_three(user):
     common = ["--batch-size", "1", "--total-batch-size", "192", "--dropout", "0.1", "--lr-decay-iters", "26"]
     run(4, *common, "--max-iters", "26", "--out-dir", "whole", "--zero")
     run(4, *common, "--max-iters", "6", "--out-dir", "cut", patch=SEEN)
@@ -201,7 +202,7 @@ def test_a_run_on_four_ranks_goes_on_with_one_two_or_three(user):
         assert sorted(i for first, count in pairs for i in range(first, first + count)) == list(range(26 * 12))
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic(user):
+def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):
     run(2, "--batch-size", "2", "--max-iters", "2")
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
@@ -215,7 +216,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_arithmetic(user):
     assert len(losses("out")) == 4
 
 
-def test_sharing_the_moments_out_can_begin_and_end_at_any_checkpoint(user):
+def test_zero_can_be_turned_on_and_off_at_any_checkpoint(user):
     common = ["--batch-size", "1", "--total-batch-size", "64", "--lr-decay-iters", "8", "--dtype", "float64"]
     run(1, *common, "--max-iters", "8", "--out-dir", "whole")
     run(2, *common, "--max-iters", "2", "--out-dir", "a")
@@ -257,7 +258,7 @@ def assert_goes_on(out="out"):
         ("ValueError('data: a bad shard')", "train.py: error: data: a bad shard\n"),
     ],
 )
-def test_an_error_on_one_rank_ends_all_and_is_on_the_screen(user, rank, error, said):
+def test_an_error_on_one_rank_ends_all_and_is_printed(user, rank, error, said):
     code = f"""
 indices = SampleOrder.indices
 def failing(self, first, count):
@@ -290,7 +291,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
     assert_goes_on()
 
 
-def test_slow_saves_and_steps_are_no_failures(user):
+def test_slow_saves_and_steps_are_not_failures(user):
     """Rank 0 saves for six seconds, rank 1 computes for six: more than the silence that is allowed here."""
     code = """
 distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0
@@ -309,8 +310,8 @@ checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
     assert_goes_on()
 
 
-def test_a_job_that_was_stopped_as_a_whole_goes_on(user):
-    """A laptop that slept, a batch system that suspends: no rank counts that against the others."""
+def test_a_suspended_job_continues(user):
+    """After a suspension, by a laptop or a batch system, no rank takes the others for dead."""
     job = Job(2, *LONG, patch=PIDS + "distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0")
     wait_for(lambda: steps_made() >= 3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -360,7 +361,7 @@ GPT2.loss = broken
     assert len(losses("out")) == 2
 
 
-def test_ranks_that_drift_apart_are_found(user):
+def test_ranks_that_diverge_are_detected(user):
     code = """
 trainer.COMPARE_INTERVAL = 4
 step = optim.AdamW.step
@@ -380,7 +381,7 @@ optim.AdamW.step = drifting
 # How it is started ----------------------------------------------------------------------------------------------------
 
 
-def test_one_voice_and_one_writer(user):
+def test_only_one_rank_prints_and_writes(user):
     out, _ = run(4, "--batch-size", "1", "--max-iters", "2", patch=None)
     assert [line.split()[0] for line in out.splitlines()].count("model") == 1
     assert "64 tokens per step = 1 sequence x 16 tokens x 1 micro-step x 4 ranks" in out
@@ -390,7 +391,7 @@ def test_one_voice_and_one_writer(user):
     assert all(0 < row["comm_seconds"] <= row["seconds"] for row in rows)
 
 
-def test_one_rank_says_that_all_compile(user):
+def test_one_rank_prints_that_all_compile(user):
     patch = """
 from tinygrad2.backend import get_backend
 get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4))
@@ -429,7 +430,7 @@ atexit.register(count)
         assert ("of this machine idle" in out) == (binding == "core" and cores > 2)
 
 
-def test_an_mpirun_of_another_mpi_is_refused(user):
+def test_an_mpirun_of_another_mpi_is_rejected(user):
     """As MPICH's mpiexec starts a Python whose mpi4py uses Open MPI: as many jobs of one rank."""
     _, err = run(2, "--max-iters", "1", launcher=[], env={"PMI_SIZE": "2", "PMI_RANK": "0"}, patch=None, status=1)
     assert "train.py: error: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
@@ -542,7 +543,7 @@ def test_two_hosts_compute_what_one_computes(user, two_hosts):
     assert sent() > 2 * 10 * parameters  # in each step, each host sends half of the gradients' parts, and of their sums
 
 
-def test_a_cable_that_is_cut_ends_the_ranks_of_both_hosts(user, two_hosts):
+def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts):
     """mpirun itself waits on for the daemon that it cannot reach any more; here it is helped to its end."""
     launcher, cut, _ = two_hosts
     job = Job(4, *LONG, launcher=launcher, patch=PIDS)
@@ -552,3 +553,10 @@ def test_a_cable_that_is_cut_ends_the_ranks_of_both_hosts(user, two_hosts):
     _, err = job.kill()
     assert "has not responded for" in err
     assert_goes_on()
+
+
+def test_the_record_of_a_start_has_the_command_with_mpirun():
+    program = "from gpt2.training.display import typed_command; print(typed_command(None, 2))"
+    command = [MPIRUN, "-n", "2", "--oversubscribe", sys.executable, "-c", program]
+    told = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    assert told == [shlex.join(["mpirun", *command[1:]])] * 2

@@ -1,5 +1,6 @@
 """sample.py, as a user runs it."""
 
+import io
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ def run(capsys, *options, code=0):
     return capsys.readouterr()
 
 
-def test_it_says_which_model_it_takes(user, capsys):
+def test_it_prints_which_model_it_uses(user, capsys):
     assert "sampling from an untrained model" in run(capsys, "-m", "2").err
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000010")
@@ -48,7 +49,7 @@ def test_it_says_which_model_it_takes(user, capsys):
     assert run(capsys, "-m", "2").err == "model: checkpoint (your own: --checkpoint out)\n"
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(user, capsys):
+def test_a_damaged_newest_checkpoint_is_skipped(user, capsys):
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
@@ -75,7 +76,7 @@ def test_both_spellings_and_every_option(user, capsys):
     assert run(capsys, *short).out == run(capsys, *long).out
 
 
-def test_several_samples_stand_one_after_the_other_and_the_first_is_the_only_one(user, capsys):
+def test_several_samples_are_printed_in_order_and_the_first_does_not_depend_on_their_number(user, capsys):
     save_model("checkpoint")
     one = run(capsys, "-p", "x", "-m", "30").out
     three = run(capsys, "-p", "x", "-m", "30", "-n", "3").out
@@ -116,7 +117,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
 def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     assert "an untrained model, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
-    for p in model.parameters():  # larger, so that rounding shows
+    for p in model.parameters():  # larger, so that rounding has an effect
         p.data = 3 * p.data
     model.save_pretrained("checkpoint")
     options = ["-p", "ab", "-m", "60", "-n", "20", "-t", "1", "--seed", "3"]
@@ -291,7 +292,7 @@ def test_a_closed_pipe_ends_it_silently(user):
     assert process.wait(60) == 0
 
 
-def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys, monkeypatch):
+def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user, capsys, monkeypatch):
     save_model("checkpoint")
     monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
@@ -305,7 +306,7 @@ def test_more_samples_than_memory_holds_are_refused_with_what_fits(user, capsys,
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
     monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
-    monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not say
+    monkeypatch.setattr(machine, "memory", lambda: None)  # unknown to the system
     run(capsys, "-p", "abc", "-n", "1000")
 
 
@@ -339,7 +340,7 @@ def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
 
 
 def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
-    """The model always says the added token 258, which is its end."""
+    """The model always generates the added token 258, which is its end token."""
     model = save_model("checkpoint", vocab_size=259, tokenizer=None)
     Tokenizer.load("bytes").save_hugging_face(Path("checkpoint"), 32)
     Path("checkpoint", "added_tokens.json").write_text('{"<|user|>": 257, "<|end|>": 258}')
@@ -354,3 +355,69 @@ def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
     assert run(capsys, "-p", "<|user|>", "-m", "3", "-t", "0").out == "<|user|>" * 4 + "\n"
     tokenizer = Tokenizer.for_model("checkpoint", 259)
     assert tokenizer.encode_prompt("<|user|>hi").tolist() == [257, *b"hi"]
+
+
+# Where the prompt comes from
+
+
+class Typed:
+    """stdin with these bytes; `terminal` makes it a terminal."""
+
+    def __init__(self, text, terminal=False):
+        self.buffer, self.lines, self.isatty = io.BytesIO(text), iter(text.decode().splitlines()), lambda: terminal
+
+
+@pytest.mark.parametrize("options", [["-p", "-"], ["--prompt-file", "-"], ["--prompt-file", "prompt.txt"]])
+@pytest.mark.parametrize("text", ["twelve", "twelve\n", "twelve\r\n", "\ufefftwelve"])
+def test_a_prompt_from_a_file_or_stdin(user, capsys, monkeypatch, options, text):
+    save_model("checkpoint")
+    expected = run(capsys, "-p", "twelve", "-m", "4").out
+    Path("prompt.txt").write_bytes(text.encode())
+    monkeypatch.setattr(sys, "stdin", Typed(text.encode()))
+    assert run(capsys, *options, "-m", "4").out == expected
+
+
+def interactive(monkeypatch, capsys, lines, *options, code=0):
+    typed = iter(lines)
+
+    def read(prompt=""):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Typed(b"", terminal=True))
+    return run(capsys, "-i", "-m", "4", "-t", "0", *options, code=code)
+
+
+def test_interactive(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    texts = [run(capsys, "-p", prompt, "-m", "4", "-t", "0").out for prompt in ("first", "one", "two")]
+    said = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
+    assert said.out == "".join(texts)
+    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in said.err
+    assert interactive(monkeypatch, capsys, ["one", "two"]).out == "".join(texts[1:])
+    assert "interrupted" in interactive(monkeypatch, capsys, [KeyboardInterrupt], code=130).err
+
+
+def test_control_c_ends_a_text_and_not_the_session(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    expected = run(capsys, "-p", "two", "-m", "4", "-t", "0").out
+    original = sample.print_samples
+
+    def interrupted(model, tokenizer, options):
+        if options.prompt == "one":
+            raise KeyboardInterrupt
+        original(model, tokenizer, options)
+
+    monkeypatch.setattr(sample, "print_samples", interrupted)
+    assert interactive(monkeypatch, capsys, ["one", "two"]).out == expected
+
+
+def test_the_same_prompt_typed_again_gets_another_text(user, capsys, monkeypatch):
+    save_model("checkpoint")
+    first, second = interactive(monkeypatch, capsys, ["one", "one"], "-t", "2", "-m", "12").out.splitlines()[:2]
+    assert first != second

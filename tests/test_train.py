@@ -66,7 +66,7 @@ def test_other_optimizers_resume_to_the_same_bits(workspace, capsys, optimizer):
 
 
 @pytest.mark.slow
-def test_shards_of_another_program_are_trained_on_as_they_are(workspace, gpt2_files, capsys):
+def test_shards_of_another_program_are_trained_on_directly(workspace, gpt2_files, capsys):
     (workspace / "data" / "theirs").mkdir()
     for split in ("train", "val"):
         Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(workspace / "data" / "theirs" / f"{split}.bin")
@@ -96,17 +96,24 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert [(start["step"], start["options"]["batch_size"]) for start in starts] == [(0, 2), (6, 4)]
     assert starts[1]["given"] == {**starts[0]["given"], "max_iters": 12, "batch_size": 4, "total_batch_size": 64}
     assert starts[0]["machine"]["device"] == "cpu"
+    assert starts[1]["command"].startswith("python train.py ")
+    assert starts[1]["command"].endswith("--max-iters 12 --batch-size 4 --total-batch-size 64")
+    assert 0 < starts[0]["baselines"]["bigram"] < starts[0]["baselines"]["unigram"] < 6
+    assert starts[1]["baselines"] == {}
+    assert 0.99 < starts[0]["data"]["bytes per token"] < 1  # an end-of-text token has none
     assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "12 of 12 steps" in page
     assert all(f"<h3>step {step}</h3>" in page for step in (4, 6, 8, 12))
     assert page.count("from step 6 (") == 1
+    assert ">bigram model</span>" in page
+    assert 'http-equiv="refresh"' not in page
 
 
 def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkeypatch):
     steps = []
     page = report.report_page
-    monkeypatch.setattr(report, "report_page", lambda run: steps.append(run.step) or page(run))
+    monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
     monkeypatch.setattr(report, "SHARE", 1e9)
     run("--max-iters", "10")
     assert steps == [4, 8, 10]
@@ -116,8 +123,8 @@ def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkey
     assert steps == [4, 8, 10, 11]
 
 
-def test_a_report_that_fails_does_not_end_the_run(workspace, capsys, monkeypatch):
-    monkeypatch.setattr(report, "report_page", lambda run: 1 / 0)
+def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(report, "report_page", lambda *given: 1 / 0)
     run("--max-iters", "4")
     assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out
 

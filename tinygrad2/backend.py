@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import tempfile
 import time
 import warnings
 from collections import deque
@@ -21,8 +22,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import gpus, reference
+from tinygrad2 import gpus, machine, reference
 from tinygrad2.array import Array
+from tinygrad2.files import write_error
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, tensor_cores_take
 from tinygrad2.precision import Precision, PrecisionLike
 
@@ -438,13 +440,16 @@ def get_backend(device: str = "cpu") -> Backend:
 
 
 def _import_cupy() -> Library:
+    if write_error(machine.cache_folders()["CUPY_CACHE_DIR"]):  # CuPy cannot be imported without it
+        os.environ["CUPY_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"cupy-{machine.user()}")
     try:
         import cupy
-    except ImportError as error:
-        missing = "CuPy is not installed" if error.name == "cupy" else f"CuPy cannot be imported ({error})"
+    except (ImportError, OSError) as error:
+        no_cupy = isinstance(error, ImportError) and error.name == "cupy"
+        missing = "CuPy is not installed" if no_cupy else f"CuPy cannot be imported ({error})"
         raise ValueError(
-            f"device 'cuda': {missing}; pip install -e \".[cuda13]\" (or cuda12, for a driver of CUDA 12: nvidia-smi "
-            f"names the version)"
+            f"device 'cuda': {missing}; {machine.install_command('cuda13')} (or cuda12, for a driver of CUDA 12: "
+            f"nvidia-smi names the version)"
         ) from None
     try:
         devices = cupy.cuda.runtime.getDeviceCount()

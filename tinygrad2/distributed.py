@@ -35,7 +35,7 @@ from tinygrad2 import backend, threads
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend
 from tinygrad2.files import discard_stdout
-from tinygrad2.machine import cores
+from tinygrad2.machine import cores, install_command
 
 T = TypeVar("T")
 
@@ -441,11 +441,17 @@ def _join(size: int, rank: int) -> MPIComm:
         with warnings.catch_warnings(action="ignore"):  # about another MPI's mpirun, which is reported below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f'rank {rank} of {size}: mpi4py does not work ({error}); pip install -e ".[mpi]"') from None
+        raise ValueError(f"rank {rank} of {size}: mpi4py does not work ({error}); {install_command('mpi')}") from None
     if MPI.COMM_WORLD.size != size:
         if rank:
             raise SystemExit(1)  # every process sees a job of one rank; the first one reports it
         library = MPI.Get_library_version().split(",")[0]
+        if not any(os.environ.get(name) for name, _ in LAUNCHERS[:-1]):
+            raise ValueError(
+                f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in a shell "
+                f"of srun --pty use `srun --overlap -n {size} python ...`, or for one process unset "
+                f"SLURM_STEP_NUM_TASKS; in a job use srun --mpi=pmix, or the mpirun of that MPI"
+            )
         raise ValueError(
             f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: it is not the "
             f"MPI of the mpirun that started them; use the mpirun of that MPI, or install only one of the two"

@@ -187,10 +187,29 @@ def requirements(root: Path) -> list[tuple[str, ...]]:
     return [match.groups() for match in found if match]
 
 
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra: of the repository, or of the package where there is none."""
+    repository = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    return f'pip install -e ".[{extra}]"' if repository else f'pip install "tinygrad2[{extra}]"'
+
+
+def user() -> str:
+    """The number of the user, for the name of a folder of its own; "" where users have none (Windows)."""
+    return str(os.getuid()) if hasattr(os, "getuid") else ""
+
+
+def home() -> Path:
+    """The user's home directory, or the folder of temporary files if the user is unknown, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
+
+
 def cache_folders() -> dict[str, Path]:
     """The folders that libraries write to, by the environment variable that overrides each."""
     temporary = Path(tempfile.gettempdir())
     tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
-    libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
-    folders = ("TMPDIR", temporary), *libraries, ("HF_HOME", "~/.cache/huggingface")
-    return {name: Path(os.environ.get(name) or default).expanduser() for name, default in folders}
+    libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", home() / ".cupy" / "kernel_cache"))
+    folders = ("TMPDIR", temporary), *libraries, ("HF_HOME", home() / ".cache" / "huggingface")
+    return {name: Path(os.path.expanduser(os.environ.get(name) or default)) for name, default in folders}

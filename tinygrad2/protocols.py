@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -40,7 +41,6 @@ UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.minimum: ("minimum", "minimum"),
     numpy.logaddexp: ("logaddexp", "logaddexp"),
     numpy.hypot: ("hypot", "hypot"),
-    numpy.arctan2: ("arctan2", None),
     numpy.absolute: ("abs", None),
     numpy.rint: ("round", None),
 }
@@ -97,6 +97,17 @@ METHODS = {
     numpy.dot: "dot",
 }
 
+# Arguments that NumPy's functions and our methods name differently.
+NUMPY_NAMES = {"a_min": "min", "a_max": "max", "k": "offset"}
+
+
+@functools.cache
+def _functions() -> dict[Any, Callable[..., Any]]:
+    """The table of numpy_functions.py, imported when it is first used: that file imports Tensor, which imports this."""
+    table: dict[Any, Callable[..., Any]] = importlib.import_module("tinygrad2.numpy_functions").FUNCTIONS
+    return table
+
+
 # Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
 ON_ARRAYS = {
     numpy.allclose,
@@ -121,34 +132,16 @@ ON_ARRAYS = {
 ELSEWHERE = {
     "absolute": "abs(x)",
     "clone": "x + 0, or copy.deepcopy(x)",
-    "contiguous": "x itself: operations take any memory layout",
     "copy": "copy.deepcopy(x)",
     "cpu": 'x.to("cpu")',
     "cuda": 'x.to("cuda")',
-    "dim": "x.ndim",
-    "double": 'x.astype("float64")',
     "element_size": "x.data.itemsize",
-    "float": 'x.astype("float32")',
     "grad_fn": "repr(x), which names the operation",
-    "half": 'x.astype("float16")',
-    "int": 'x.astype("int32")',
     "is_leaf": "x.leaf is not None",
-    "long": 'x.astype("int64")',
-    "matmul": "x @ y",
-    "mm": "x @ y",
-    "mul": "x * y",
-    "add": "x + y",
-    "sub": "x - y",
-    "div": "x / y",
-    "neg": "-x",
     "nelement": "x.size",
-    "numel": "x.size",
-    "pow": "x**y",
     "requires_grad_": "Tensor(x.data, requires_grad=True)",
     "retain_grad": "a leaf: a Tensor created with requires_grad=True",
     "register_hook": "x.leaf.on_final",
-    "t": "x.T",
-    "tolist": "x.numpy().tolist()",
     "type": "x.astype(dtype)",
     "zero_grad": "x.grad = None",
 }
@@ -271,6 +264,8 @@ class Protocols:
     def __array_ufunc__(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         forward, reflected = UFUNCS.get(ufunc, ("", None))
         if method == "__call__" and not options:
+            if ufunc not in UFUNCS and ufunc in _functions():
+                return _functions()[ufunc](*inputs)
             first, *others = inputs
             if isinstance(first, Protocols):
                 function = getattr(type(first), forward, None)
@@ -285,8 +280,17 @@ class Protocols:
     def __array_function__(
         self: Any, function: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        if function in METHODS and isinstance(arguments[0], Protocols):
-            return getattr(arguments[0], METHODS[function])(*arguments[1:], **options)
+        if function in _functions():
+            return _functions()[function](*arguments, **options)
+        if function in METHODS and arguments and isinstance(arguments[0], Protocols):
+            x: Any = arguments[0]
+            if options.get("dtype") is not None:
+                x = x.to(options["dtype"])
+            given = {n: v for n, v in options.items() if n != "dtype" and not (n == "out" and v is None)}
+            method = getattr(x, METHODS[function])
+            if not given.keys() <= inspect.signature(method).parameters.keys():
+                given = {NUMPY_NAMES.get(name, name): value for name, value in given.items()}
+            return method(*arguments[1:], **given)
         if function in ON_ARRAYS:
             return function(*map(_as_numpy, arguments), **{name: _as_numpy(value) for name, value in options.items()})
         raise TypeError(

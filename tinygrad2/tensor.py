@@ -13,6 +13,7 @@ from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
 from tinygrad2.methods import Methods
+from tinygrad2.names import PyTorchNames
 from tinygrad2.protocols import Protocols, takes_pytorch_names
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
@@ -20,7 +21,7 @@ HostArray = numpy.ndarray  # (inside the class, the type checker takes `numpy` f
 
 
 @takes_pytorch_names
-class Tensor(Methods["Tensor"], Protocols):
+class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
     """An array and, if it needs a gradient, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).

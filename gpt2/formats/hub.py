@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinygrad2.machine import install_command
+
 REVISIONS = {  # of openai-community/NAME
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
@@ -14,17 +16,17 @@ FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def download(name: str) -> Path:
-    """The folder with the published model `name`, one of REVISIONS, downloaded with a progress bar if not in the cache.
+    """The folder with the published model `name`, one of REVISIONS. Downloads it, with a progress bar, if needed.
 
     Raises FileNotFoundError if it is not in the cache and cannot be downloaded.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(f'{name}: to download it, install huggingface_hub: pip install -e ".[hub]"') from None
+        raise FileNotFoundError(f"{name}: to download it, install huggingface_hub: {install_command('hub')}") from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", revision=REVISIONS[name], allow_patterns=FILES))
-    except Exception as error:  # their types differ between versions of huggingface_hub and of its dependencies
+    except Exception as error:  # the types depend on the versions of huggingface_hub and its dependencies
         raise FileNotFoundError(
             f"{name}: it could not be downloaded from the Hugging Face hub ({type(error).__name__}); connect once, or "
             f"name a folder that has {', '.join(FILES)}"

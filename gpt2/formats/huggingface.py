@@ -15,9 +15,9 @@ from gpt2.formats.stored import Stored, naming_file
 from tinygrad2.checkpoint import save_arrays, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE = "config.json", "model.safetensors", "generation_config.json"
-HEADER_LIMIT = 8 << 20  # bytes of the header of a safetensors file; that of GPT-2 XL has 64 KB
+HEADER_LIMIT = 8 << 20  # bytes of a safetensors header; GPT-2 XL's has 64 KB
 INDEX_SUFFIX = ".index.json"  # of a file that lists shards
-WEIGHTS_FILES = (  # the first that exists is read
+WEIGHTS_FILES = (  # the first of these that exists is read
     WEIGHTS_FILE,
     WEIGHTS_FILE + INDEX_SUFFIX,
     "pytorch_model.bin",
@@ -68,7 +68,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file that holds each tensor, by the tensor's name. Raises ValueError for a file outside the folder."""
+    """The file that contains each tensor, by the tensor's name. Raises ValueError for a file outside the folder."""
     listed = read_json(index)
     places = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):

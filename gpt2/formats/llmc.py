@@ -23,7 +23,7 @@ LAYER_NORM_EPSILON = 1e-5
 
 def read(file: Path) -> tuple[GPT2Config, dict[str, Stored]]:
     """The config and the arrays, by the names of gpt2.model.GPT2 and in its layout. Raises ValueError if the size of
-    the file is not the one that follows from its header."""
+    the file does not agree with its header."""
     magic, version, T, V, L, H, C, padded = read_at(file, "<i4", 0, (HEADER_INTS,))[:8].tolist()
     if magic != MODEL_MAGIC or version not in DTYPE_OF_VERSION:
         raise ValueError(

@@ -25,9 +25,9 @@ from gpt2.language_model import LanguageModel
 from tinygrad2 import checkpoint
 
 MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
-PARTS = ("wte", "wpe", "h", "ln_f")  # how the names of parameters begin, after a prefix
-EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is what stands before the first that is there
-# Wrappers, whose names may stand anywhere inside, begin with "_" (_orig_mod of torch.compile, _fsdp_wrapped_module,
+PARTS = ("wte", "wpe", "h", "ln_f")  # the first part of a parameter's name, after any prefix
+EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the first of these that exists
+# Names of wrappers, which may occur anywhere inside, begin with "_" (_orig_mod of torch.compile, _fsdp_wrapped_module,
 # _checkpoint_wrapped_module, _forward_module of DeepSpeed), except that of DistributedDataParallel:
 PARALLEL = "module"
 NAME_LIMIT = 1000  # characters of a tensor's name
@@ -37,7 +37,7 @@ TRAINER, BEST = "trainer.json", "best"  # in a run: the state in each checkpoint
 
 @dataclass
 class ModelFile:
-    """A model in a file or folder, of which only the sizes have been read.
+    """A model in a file or folder, of which only the sizes have been read so far.
 
     file      the file with the parameters, or the index of its shards.
     config    sizes and rates.
@@ -112,7 +112,7 @@ def _best_checkpoint(out: Path) -> Path | None:
 
 
 def default_model(say: Callable[[str], None]) -> Path | None:
-    """The model of a command that is given none: the one in checkpoint/, else the newest one in out/, else None."""
+    """The default model of a command: the one in checkpoint/, else the newest one in out/, else None."""
     for folder in (Path("checkpoint"), Path("out")):
         if (folder / CONFIG_FILE).is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
             return find_model(folder, say)
@@ -122,10 +122,10 @@ def default_model(say: Callable[[str], None]) -> Path | None:
 def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 
-    Accepts names with any prefix and with the names of wrappers inside, either name of the token embedding that is
-    tied to the output layer, or both if they are equal, the causal masks of old files, further heads (which are left
-    out), matrices as (in, out) or (out, in), models without biases (which are then zeros), and float64, float32,
-    float16 and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for
+    Accepts names with any prefix and with names of wrappers inside; either name of the token embedding that is tied to
+    the output layer, or both if they are equal; the causal masks of old files; further heads (which are left out);
+    matrices as (in, out) or (out, in); models without biases (which are then zeros); and float64, float32, float16 and
+    bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for
     arrays.
     """
     path = Path(path)
@@ -153,7 +153,7 @@ def open_model(path: str | Path) -> ModelFile:
 
 
 def read_training(model: ModelFile) -> TrainingState:
-    """The state of the run that the model's file, a checkpoint of nanoGPT, has beside the parameters.
+    """The state of the run in a checkpoint of nanoGPT, the model's file.
 
     Raises ValueError naming the file if it has none.
     """
@@ -210,7 +210,7 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _size(file: Path) -> int:
-    """Bytes of a file, or of the shards that an index lists."""
+    """The bytes of a file, or of the shards that an index lists."""
     files = [file]
     if file.name.endswith(huggingface.INDEX_SUFFIX):
         files = [file.with_name(name) for name in set(huggingface.read_index(file).values())]
@@ -226,7 +226,7 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
     """The parameters and the output layer without prefixes and wrappers in their names, and without masks; and the
     names of the tensors that do not belong to the language model.
 
-    Raises ValueError if two tensors have the same name then, or if there are two models.
+    Raises ValueError if two tensors then have the same name, or if there are two models.
     """
     unwrapped: dict[str, Stored] = {}
     for name, values in stored.items():
@@ -252,7 +252,7 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What stands before the name of the token embedding, or of the position embedding where that is absent."""
+    """The prefix of the name of the token embedding, or of the position embedding if that is absent."""
     for embedding in EMBEDDINGS:
         found = [name for name in names if name == embedding or name.endswith(f".{embedding}")]
         if len(found) > 1:
@@ -279,14 +279,14 @@ def _published(stored: dict[str, Stored]) -> GPT2Config:
 
 def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dict[str, Stored]:
     """The config's parameters among those stored, in this model's layout. Raises ValueError naming the tensor that is
-    missing, unexpected, or of another shape or dtype, and if they have more bytes than the `size` of their files: then
-    several tensors share their memory there."""
+    missing, unexpected, or of another shape or dtype, or if the tensors have more bytes than the `size` of their files,
+    which means that several share their memory."""
     stored = dict(stored)
     for name in ("wte.weight", LM_HEAD):
         if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
             stored[name] = stored[name].rows(GPT2_VOCAB_SIZE)
     head = stored.pop(LM_HEAD, None)
-    if head is not None and "wte.weight" not in stored:  # a file with one name of the two that are tied
+    if head is not None and "wte.weight" not in stored:  # a file with only this one of the two tied names
         stored["wte.weight"], head = head, None
     needed = 0
     is_transposed = "h.0.attn.c_attn.weight" in stored and (

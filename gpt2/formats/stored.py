@@ -51,7 +51,7 @@ def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.n
 
 @contextmanager
 def naming_file(file: Path) -> Iterator[None]:
-    """Add the file's name to errors that are about its contents, as one line (they may quote text from the file)."""
+    """Add the file's name to errors about its contents, in one line (they may quote text from the file)."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:

@@ -2,7 +2,7 @@
 
 Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
 data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. gpt2.pickles
-interprets the pickles, with only the few names that tensors are built with. Any other name is an error.
+interprets the pickles, with only the few names that tensors are built from. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpt2.formats.torch_optimizer import TrainingState, pack, unpack
 from gpt2.pickles import PICKLE_LIMIT, Meanings, interpret
 from tinygrad2.checkpoint import JsonObject
 
-GENERATION, TRAINER = "generation_config", "trainer"  # texts of JSON that only gpt2.convert writes and reads
+GENERATION, TRAINER = "generation_config", "trainer"  # JSON texts that only gpt2.convert writes and reads
 LM_HEAD = "lm_head.weight"  # the output layer, tied to the token embedding
 STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of the parameters in a checkpoint
 ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # first bytes; the second is a pickle of a 10-byte integer
@@ -45,7 +45,7 @@ STORAGES = {
 }
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-CONFIG_SUFFIXES = ("Config", "Namespace")  # of the names of classes whose attributes are read, as a Record
+CONFIG_SUFFIXES = ("Config", "Namespace")  # of names of classes whose attributes are read, as a Record
 
 
 # Raised by zipfile, struct and seek for a damaged file.
@@ -94,7 +94,7 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
     with zipfile.ZipFile(file) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
-            name = info.filename.partition("/")[2]  # all entries are in one folder
+            name = info.filename.partition("/")[2]  # all entries are in a common folder
             if name in entries:
                 raise ValueError(f"its archive has the entry {name} twice")
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
@@ -170,7 +170,7 @@ def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_St
 class _Tensors(Meanings):
     """The meanings of the names in a file of torch.save: tensors, their storages, and config objects.
 
-    places    will map the key of each storage to its offset in `path`: arrays look it up when they are read.
+    places    maps the key of each storage to its offset in `path`, once known: arrays look it up when they are read.
     storages  those that the pickle refers to.
     """
 
@@ -186,7 +186,7 @@ class _Tensors(Meanings):
         known = text in STORAGES or text in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)
         if known or text.endswith(CONFIG_SUFFIXES):
             return _Name(text)
-        raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is refused")
+        raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is rejected")
 
     def stored(self, identity: object) -> _Storage:
         """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
@@ -221,8 +221,8 @@ class _Tensors(Meanings):
 
 
 def _tensor(arguments: tuple[object, ...], path: Path, places: dict[str, int]) -> Stored:
-    """A tensor: the elements of a storage from `offset` on, in the given shape and strides. They must not overlap, so
-    that no tensor is larger than its file."""
+    """A tensor: the elements of a storage starting at `offset`, in the given shape and strides. They must not
+    overlap, so that no tensor is larger than its file."""
     storage, offset, shape, strides = arguments[:4]
     if (
         type(storage) is not _Storage
@@ -256,12 +256,12 @@ def _is_count(number: object) -> TypeGuard[int]:
 
 def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
     """Write a file for `torch.load`, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
-    tensors. An array that occurs several times is stored once. Holds one array in memory at a time."""
+    tensors. An array that occurs several times is stored once. Only one array is in memory at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("data.pkl", program), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980: equal models, equal files
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980: equal models give equal files
         for key, stored in storages.values():
             with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as entry:
                 entry.write(np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data)
@@ -343,7 +343,7 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _scalars(config: object) -> JsonObject:
-    """The numbers and texts of a config. Other values become the name of their type, which GPT2Config refuses."""
+    """The numbers and texts of a config. Other values become the name of their type, which GPT2Config rejects."""
     values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
     kinds = (str, int, float, type(None))
     scalars = {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}

@@ -56,7 +56,7 @@ class TrainingState:
 def numbered(config: GPT2Config, names: Mapping[str, object] | None = None) -> tuple[list[str], list[str]]:
     """The parameters in the order of nanoGPT's AdamW: those with weight decay, and the others.
 
-    names  of the parameters that the model has, if it lacks some (biases).
+    names  of the parameters that the model has, if some (biases) are missing.
     """
     shapes = {name: shape for name, shape in config.shapes() if names is None or name in names}
     return [n for n, shape in shapes.items() if len(shape) > 1], [n for n, shape in shapes.items() if len(shape) == 1]
@@ -93,7 +93,7 @@ def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, obje
     """The state in a checkpoint of nanoGPT, for a model of this config.
 
     names  of the parameters that its state dict has: the moments of the others are zero.
-    Raises ValueError if it has no state of AdamW with nanoGPT's two groups, or one of another shape.
+    Raises ValueError if it has no state of AdamW with nanoGPT's two groups, or a state of another shape.
     """
     step = _number(tree.get("iter_num"), "iter_num")
     optimizer = tree.get("optimizer")
@@ -138,7 +138,7 @@ def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, obje
 
 
 def _moment(stored: object, what: str, shape: tuple[int, ...], transposed: bool) -> Stored:
-    """A moment in the layout of gpt2.model.GPT2; rows of a padded vocabulary are left out, as those of the weights."""
+    """A moment in the layout of gpt2.model.GPT2; rows of a padded vocabulary are dropped, as in the weights."""
     if not isinstance(stored, Stored):
         raise ValueError(f"its optimizer has no {what}")
     stored = stored.transposed() if transposed else stored

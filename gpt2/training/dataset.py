@@ -19,10 +19,12 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from gpt2 import console
 from gpt2.tokenizer import CHARACTERS_FILE, Tokenizer
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.random import DATA_SITE, Key, permutation
@@ -31,7 +33,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest
 SPLITS = ("train", "val")
 CHECKED_BYTES = 256 << 20  # the checksums of splits up to this size are verified whenever they are opened
-PREPARE = "python data/prepare.py SOURCE..."
+PREPARE = f"{console.script('prepare')} SOURCE..."
 FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
 FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
 LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 20240801
@@ -71,8 +73,36 @@ def _foreign_files(folder: Path, split: str) -> list[Path]:
     return [file for match, file in named if match and match[1] == split]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """`tokens` ids of a data set in a file, from byte `offset` on.
+
+    They are read from the file each time, since a process that reads a memory map of a file that has shrunk is killed.
+    """
+
+    file: Path
+    dtype: np.dtype
+    tokens: int
+    offset: int = 0
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """At most `count` ids from position `start` on. Raises ValueError if the file has become shorter."""
+        count = min(count, self.tokens - start)
+        ids = np.fromfile(self.file, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
+        if len(ids) < count:
+            expected = self.offset + self.tokens * self.dtype.itemsize
+            raise ValueError(
+                f"{self.file}: the shard has shrunk from {expected} to {self.file.stat().st_size} bytes since it was "
+                f"opened; do not change the data during a run: put the file back, or prepare the data again"
+            )
+        return ids
+
+
 class TokenDataset:
-    """One split of a data set, memory-mapped: a sequence of `tokens` ids, cut into windows of block_size + 1.
+    """One split of a data set: a sequence of `tokens` ids, cut into windows of block_size + 1.
 
     path        the folder.
     manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents, bytes,
@@ -82,11 +112,11 @@ class TokenDataset:
     vocab_size  the number of ids; `read` raises for ids outside.
     """
 
-    def __init__(self, path: Path, split: str, manifest: JsonObject, files: list[Path], shards: list[np.ndarray]):
+    def __init__(self, path: Path, split: str, manifest: JsonObject, shards: list[Shard]):
         self.path, self.split, self.manifest = path, split, manifest
         self.tokens = sum(len(shard) for shard in shards)
         self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
-        self._files, self._shards = files, shards
+        self._shards = shards
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     @staticmethod
@@ -107,9 +137,8 @@ class TokenDataset:
         verify = sum(entry["tokens"] for entry in entries) * dtype.itemsize <= CHECKED_BYTES
         if not entries:
             raise ValueError(f"{path}: the split {split} is empty; recreate the data set with more text: {PREPARE}")
-        files = [path / entry["file"] for entry in entries]
-        shards = [_open_shard(file, entry, dtype, verify) for file, entry in zip(files, entries, strict=True)]
-        return TokenDataset(path, split, manifest, files, shards)
+        shards = [_open_shard(path / entry["file"], entry, dtype, verify) for entry in entries]
+        return TokenDataset(path, split, manifest, shards)
 
     @property
     def fingerprint(self) -> str:
@@ -148,16 +177,16 @@ class TokenDataset:
         pieces = []
         k = int(np.searchsorted(self._starts, start, side="right")) - 1
         while count > 0:
-            piece = self._shards[k][start - self._starts[k] :][:count]
+            piece = self._shards[k].read(start - int(self._starts[k]), count)
             if piece.max() >= self.vocab_size:
                 raise ValueError(
-                    f"{self._files[k]}: contains the id {piece.max()}, but the vocabulary has {self.vocab_size} ids "
-                    f"({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, recreate "
-                    f"the data set: {PREPARE} --fresh"
+                    f"{self._shards[k].file}: contains the id {piece.max()}, but the vocabulary has {self.vocab_size} "
+                    f"ids ({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, "
+                    f"recreate the data set: {PREPARE} --fresh"
                 )
             pieces.append(piece)
             start, count, k = start + len(piece), count - len(piece), k + 1
-        return np.concatenate(pieces) if pieces else self._shards[0][:0]
+        return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
 
     def batch(self, indices: Sequence[int] | np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows -> (tokens, targets), int64 of shape (len(indices), block_size); targets are one position ahead.
@@ -207,7 +236,7 @@ def _read_manifest(path: Path) -> JsonObject:
     return manifest
 
 
-def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) -> np.ndarray:
+def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) -> Shard:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: the shard is missing; recreate the data set: {PREPARE} --fresh")
     got, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
@@ -220,7 +249,7 @@ def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) ->
         raise ValueError(
             f"{file}: the shard's checksum differs from the one in {MANIFEST}; recreate the data set: {PREPARE} --fresh"
         )
-    return np.memmap(file, dtype=dtype, mode="r")
+    return Shard(file, dtype, entry["tokens"])
 
 
 def _open_foreign(path: Path, split: str) -> TokenDataset:
@@ -239,15 +268,15 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
             raise ValueError(
                 f"{error}; the ids are of another vocabulary than GPT-2's: prepare the text itself instead: {PREPARE}"
             ) from None
-    shards = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
+    shards: list[Shard] = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
     entries = [
         {"file": file.name, "split": split, "tokens": len(shard), "sha256": _sampled_sha256(shard)}
         for file, shard in zip(files, shards, strict=True)
     ]
-    return TokenDataset(path, split, {"tokenizer": vocabulary, "shards": entries}, files, shards)
+    return TokenDataset(path, split, {"tokenizer": vocabulary, "shards": entries}, shards)
 
 
-def _open_array(file: Path) -> np.ndarray:
+def _open_array(file: Path) -> Shard:
     """A shard of build-nanogpt. Raises ValueError unless it is a one-dimensional array of uint16."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -255,13 +284,13 @@ def _open_array(file: Path) -> np.ndarray:
         raise
     except Exception as error:  # NumPy's header parser raises errors of many types
         raise ValueError(f"{file}: not a valid .npy file, or truncated ({type(error).__name__})") from None
-    if not isinstance(array, np.ndarray) or array.dtype != "<u2" or array.ndim != 1 or not array.size:
+    if not isinstance(array, np.memmap) or array.dtype != "<u2" or array.ndim != 1 or not array.size:
         got = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
         raise ValueError(f"{file}: {got}; expected a one-dimensional array of uint16, as build-nanogpt writes")
-    return array
+    return Shard(file, array.dtype, len(array), array.offset)
 
 
-def _open_bin(file: Path) -> np.ndarray:
+def _open_bin(file: Path) -> Shard:
     """A shard of llm.c if it starts with its magic number, which is not a pair of GPT-2 ids, else raw ids of nanoGPT.
     Raises ValueError if the size of the file is wrong."""
     size = file.stat().st_size
@@ -272,22 +301,22 @@ def _open_bin(file: Path) -> np.ndarray:
     if magic != LLMC_TOKENS_MAGIC:
         if size % 2 or not size:
             raise ValueError(f"{file}: {size} bytes; expected raw uint16 ids, two bytes each")
-        return np.memmap(file, dtype="<u2", mode="r")
+        return Shard(file, np.dtype("<u2"), size // 2)
     version, tokens = (int(value) for value in header[1:3]) if len(header) == 256 else (0, 0)
     if version != 1 or tokens < 1 or size != LLMC_HEADER_BYTES + 2 * tokens:
         raise ValueError(
             f"{file}: llm.c's header says version {version} and {tokens} ids, in {size} bytes; expected version 1 and "
             f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged, copy it again"
         )
-    return np.memmap(file, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
+    return Shard(file, np.dtype("<u2"), tokens, LLMC_HEADER_BYTES)
 
 
-def _sampled_sha256(shard: np.ndarray) -> str:
+def _sampled_sha256(shard: Shard) -> str:
     """SHA-256 (hex) of the number of ids and 16 blocks of 4 KiB, evenly spaced from the first to the last."""
     sha = hashlib.sha256(len(shard).to_bytes(8, "little"))
-    block = FINGERPRINT_BLOCK_BYTES // shard.itemsize
+    block = FINGERPRINT_BLOCK_BYTES // shard.dtype.itemsize
     for start in np.linspace(0, max(0, len(shard) - block), FINGERPRINT_BLOCKS).astype(int):
-        sha.update(shard[start : start + block].tobytes())
+        sha.update(shard.read(int(start), block).tobytes())
     return sha.hexdigest()
 
 
@@ -352,6 +381,15 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
         "unigram": cross_entropy(train_counts.sum(axis=0), val_counts.sum(axis=0)),
         "bigram": cross_entropy(train_counts, val_counts),
     }
+
+
+def bytes_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
+    """The mean number of bytes of a target, as `baselines` counts targets: loss / (log(2) * bytes_per_token) is in bits
+    per byte, which runs with different tokenizers have in common."""
+    counts = _counts(data, 1)
+    ids = np.flatnonzero(counts)
+    sizes = np.array([0 if i in tokenizer.end_ids else len(tokenizer.decode_bytes([int(i)])) for i in ids])
+    return float((counts[ids] * sizes).sum() / counts.sum())
 
 
 def _counts(data: TokenDataset, order: int) -> np.ndarray:

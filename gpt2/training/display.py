@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gpt2 import console
 from gpt2.config import GPT2Config
 from gpt2.console import clock
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.dataset import TokenDataset, baselines
+from gpt2.training.dataset import TokenDataset, baselines, bytes_per_token
 from gpt2.training.evaluation import describe_task
 from gpt2.training.options import MODEL_SIZES, Options
 from gpt2.training.tasks import Questions
@@ -31,8 +33,14 @@ def say(line: str) -> None:
         discard_stdout()
 
 
-def describe_start(trainer: Trainer, notes: Sequence[str]) -> None:
-    """Print the model, the data, the batch and the schedule before training starts, and notes on what was chosen."""
+def baseline_losses(trainer: Trainer) -> dict[str, float]:
+    """The losses of n-gram models by name, where a run begins; they are recorded once."""
+    return {} if trainer.progress.step else baselines(trainer.train, trainer.validation)
+
+
+def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, float]) -> None:
+    """Print the model, the data, the batch and the schedule before training starts, notes on what was chosen, and the
+    `losses` of n-gram models."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     per_step, count = options.total_batch_size or 0, threads.count()
     preset = GPT2Config.preset(options.preset)
@@ -68,9 +76,9 @@ def describe_start(trainer: Trainer, notes: Sequence[str]) -> None:
     )
     for note in notes:
         say(note)
-    if trainer.progress.step == 0:
-        losses = ", ".join(f"{key} {value:.4f}" for key, value in baselines(train, trainer.validation).items())
-        say(f"baselines  validation loss of n-gram models, in nats per token: {losses}")
+    if losses:
+        listed = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        say(f"baselines  validation loss of n-gram models, in nats per token: {listed}")
 
 
 def describe_schedule(options: Options) -> str:
@@ -91,10 +99,13 @@ def _interval(steps: int) -> str:
     return f"every {_plural(steps, 'step')}" if steps > 1 else "every step" if steps else "at the end"
 
 
-def start_record(trainer: Trainer, machine: dict[str, str]) -> JsonObject:
-    """The options, model, data and machine of this start, and the validation loss before a new run, for the report."""
+def start_record(trainer: Trainer, command: str, machine: dict[str, str], losses: dict[str, float]) -> JsonObject:
+    """The command, options, model, data and machine of this start, the validation loss before a new run and the
+    `losses` of n-gram models, for the report."""
     model, train = trainer.model, trainer.train
     return {
+        "command": command,
+        "baselines": losses,
         "options": dataclasses.asdict(trainer.options),
         **({} if trainer.loss_before is None else {"val_loss": trainer.loss_before}),
         "model": {"parameters": f"{model.n_parameters():,}", **dataclasses.asdict(model.config)},
@@ -103,6 +114,8 @@ def start_record(trainer: Trainer, machine: dict[str, str]) -> JsonObject:
             "tokens": f"{train.tokens:,}",
             "validation tokens": f"{trainer.validation.tokens:,}",
             "tokenizer": trainer.tokenizer.name,
+            "tokenizer fingerprint": trainer.tokenizer.fingerprint,
+            "bytes per token": bytes_per_token(trainer.validation, trainer.tokenizer),
             "fingerprint": train.fingerprint,
         },
         "machine": {
@@ -112,6 +125,24 @@ def start_record(trainer: Trainer, machine: dict[str, str]) -> JsonObject:
             **machine,
         },
     }
+
+
+def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
+    """The command line of this run as it was typed, with the launcher of several ranks.
+
+    arguments  those given to main; None for those of the process.
+    """
+    own = sys.orig_argv if arguments is None else ["python", "train.py", *arguments]
+    if ranks == 1:
+        return shlex.join(own)
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:  # not Linux, or not allowed
+        words = [""]
+    launcher = Path(words[0]).name
+    if launcher in ("prterun", "mpirun", "mpiexec", "orterun", "mpiexec.hydra", "srun"):
+        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5's own name for it
+    return shlex.join(["srun" if "SLURM_STEP_ID" in os.environ else "mpirun", "-n", str(ranks), *own])
 
 
 def say_step(row: JsonObject, trainer: Trainer) -> None:
@@ -191,9 +222,9 @@ def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
 
 def sample_command(out: Path, prompt: str = "") -> str:
     """The command that samples from a run."""
-    return f"python sample.py --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
+    return f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
 
 
 def resume_command(out: Path) -> str:
     """The command that resumes a run."""
-    return "python train.py" + ("" if out == Path(Options.out_dir) else f" --out-dir {shlex.quote(str(out))}")
+    return console.script("train") + ("" if out == Path(Options.out_dir) else f" --out-dir {shlex.quote(str(out))}")

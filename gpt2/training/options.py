@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from gpt2 import console, familiar_options
 from gpt2.config import BYTE_PRESETS, PRESETS, RECOMPUTE, GPT2Config
 from gpt2.console import Parser, nearest
 from gpt2.training.tasks import TASKS
@@ -129,7 +130,6 @@ class Options:
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
     keep: int = _positive(2, int, "N", "number of checkpoints to keep, besides the best")
-    tensorboard: bool = _option(False, bool, "", "also write a TensorBoard log to the out-dir")
     learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
     min_lr: float = _at_least_0(
         None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
@@ -266,6 +266,7 @@ RECIPES: dict[str, OptionValues] = {
     },
 }
 
+REMOVED_OPTIONS = ("tensorboard",)  # of earlier versions, which checkpoints still name
 MODEL_SIZES = ("n_layer", "n_head", "n_embd")
 # Follow from other options or from the model if they are not given.
 DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
@@ -295,7 +296,7 @@ GROUPS = {
     "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
     "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
-    "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "tensorboard", "profile"),
+    "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
     "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
     "sets of options": ("recipe",),
 }
@@ -312,7 +313,7 @@ def command_line(description: str | None) -> Parser:
         f"Of two defaults, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run keeps its "
         "options, except those given again."
     )
-    parser = Parser("python train.py", description, epilog=note)
+    parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
     by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -362,7 +363,8 @@ def _read_toml(path: Path) -> OptionValues:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in names:
-            raise UsageError(f"{path}: unknown option {key}{nearest(name, names)}")
+            advice = familiar_options.TRAIN.get(flag(name))
+            raise UsageError(f"{path}: unknown option {key}{f'; {advice}' if advice else nearest(name, names)}")
         kind = next(f.metadata["kind"] for f in fields(Options) if f.name == name)
         if kind is float and type(value) is int:
             value = float(value)

@@ -7,23 +7,30 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol, TextIO, TypedDict
+from typing import TextIO, TypedDict
 
 from gpt2 import console
 from gpt2.formats.model_file import BEST, TRAINER
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.options import DERIVED_OPTIONS, Options, OptionValues, UsageError, validate_options
+from gpt2.training.options import (
+    DERIVED_OPTIONS,
+    REMOVED_OPTIONS,
+    Options,
+    OptionValues,
+    UsageError,
+    validate_options,
+)
 from tinygrad2 import checkpoint, files, optim
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
-OPTIMIZER, LOCK, TENSORBOARD = "optimizer.safetensors", ".lock", "tensorboard"
+OPTIMIZER, LOCK = "optimizer.safetensors", ".lock"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # where writing again does not help
 
 
@@ -107,16 +114,6 @@ class RunState:
         return names + [f"{part}.{name}".lstrip(".") for part, values in self.unknown.items() for name in values]
 
 
-class TensorBoardWriter(Protocol):
-    """The methods of tensorboardX.SummaryWriter that are used."""
-
-    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
-    def add_text(self, tag: str, text: str, step: int, /) -> object: ...
-
-
-OpenTensorBoard = Callable[..., AbstractContextManager[TensorBoardWriter]]
-
-
 class RunFolder:
     """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
 
@@ -137,7 +134,6 @@ class RunFolder:
         self._lock: files.Lock | None = None
         self._unknown: dict[str, JsonObject] = {}
         self._log: TextIO | None = None
-        self._board: TensorBoardWriter | None = None
 
     @contextmanager
     def taken(self) -> Iterator[RunFolder]:
@@ -194,16 +190,12 @@ class RunFolder:
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
-    def opened(
-        self, progress: Progress, run_options: RunOptions, writer: OpenTensorBoard | None = None
-    ) -> Iterator[None]:
+    def opened(self, progress: Progress, run_options: RunOptions) -> Iterator[None]:
         """Put the folder in order for a run that continues after `progress`, and open its log.
 
         Rows after that step are removed from the logs, since these steps will be repeated; so is the record of a start
         from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. What
         a killed process had still to do after a checkpoint is done: the link to the best, and the deletion of old ones.
-
-        writer  tensorboard_writer(), to log for TensorBoard too.
         """
         if self.comm.rank:
             yield
@@ -216,18 +208,12 @@ class RunFolder:
         row, sample = self._cut(LOG, step), self._cut(SAMPLES, step)
         self.lacks_sample = "val_loss" in row and row["step"] == step and sample.get("step") != step
         self._tidy(progress, run_options)
-        # Its files are named by the time in seconds: the suffix distinguishes two starts within one second.
-        options = {"purge_step": step + 1, "filename_suffix": f".{step}"}
-        board: AbstractContextManager[TensorBoardWriter | None] = (
-            writer(str(self.path / TENSORBOARD), **options) if writer else nullcontext()
-        )
-        with board as self._board:
-            self._log = (self.path / LOG).open("a", encoding="utf-8")
-            try:
-                yield
-            finally:
-                self._log.close()
-                self._log = None
+        self._log = (self.path / LOG).open("a", encoding="utf-8")
+        try:
+            yield
+        finally:
+            self._log.close()
+            self._log = None
 
     def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
         """Do what a process that was killed after the checkpoint at which the folder was opened had still to do.
@@ -344,16 +330,10 @@ class RunFolder:
         with files.naming(self.path / LOG):
             self._log.write(checkpoint.to_json({"step": step, **row}) + "\n")
             self._log.flush()
-        if self._board:
-            for key, value in row.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
 
     def log_sample(self, step: int, text: str) -> None:
         """Append the text that was sampled after `step`."""
         self._append(SAMPLES, step=step, text=text)
-        if self._board:
-            self._board.add_text("sample", text, step)
 
     def log_start(self, step: int, **details: object) -> None:
         """Append a record of a start after `step`, for the report: options, model, data, machine."""
@@ -401,6 +381,9 @@ def read_state(folder: Path) -> RunState:
         defaults = values["defaults"] if "defaults" in values else _first_defaults(folder.parent)
         if not isinstance(defaults, dict | None):
             raise ValueError(f"defaults is {defaults!r:.80}; expected a value of type dict")
+        for removed in REMOVED_OPTIONS:
+            values["options"].pop(removed, None)
+            (defaults or {}).pop(removed, None)
         validate_options(values["options"])
         validate_options(defaults or {})
         known = {f.name for f in fields(Progress)}
@@ -462,12 +445,3 @@ def read_log(path: Path) -> list[JsonObject]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
-
-
-def tensorboard_writer() -> OpenTensorBoard:
-    """tensorboardX.SummaryWriter. Raises UsageError if it is not installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"') from None
-    return SummaryWriter

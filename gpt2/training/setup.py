@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from gpt2 import console
 from gpt2.config import BYTE_PRESETS, GPT2Config
 from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel, ModelConfig
@@ -140,8 +141,8 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     """
     if options.data is None:
         raise UsageError(
-            "--data is missing: make a data set, such as `python data/prepare.py my.txt --out data/mine`, then use "
-            "--data mine"
+            f"--data is missing: make a data set, such as `{console.script('prepare')} my.txt --out data/mine`, then "
+            f"use --data mine"
         )
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from tinygrad2 import no_grad
+from tinygrad2 import machine, no_grad
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 
@@ -104,7 +104,7 @@ def perplexity(nats: float) -> float:
 
 def cache_folder() -> Path:
     """The folder of downloaded files: tinygrad2/ in XDG_CACHE_HOME, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygrad2"
+    return Path(os.environ.get("XDG_CACHE_HOME") or machine.home() / ".cache") / "tinygrad2"
 
 
 def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
@@ -153,8 +153,8 @@ def _download(task: Task) -> Path:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
-            f"{task.name}: {task.url} could not be downloaded ({reason}); connect to the network once, or save the "
-            f"file as {path}"
+            f"{task.name}: {task.url} could not be downloaded ({reason}); connect to the network once, save the "
+            f"file as {path}, or set XDG_CACHE_HOME to another folder of downloads"
         ) from None
     return path
 

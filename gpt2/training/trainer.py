@@ -67,15 +67,13 @@ class Trainer:
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  on this rank, asked after each micro-step; one such rank sets `stopping` on all of them.
-
-        Returns whether the step was made: a stop drops a step that has more micro-steps to do.
+        stop_requested  on this rank, asked after each micro-step: one such rank sets `stopping` on all of them, and
+                        an incomplete step is dropped. Returns whether the step was made.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
             # 1. Forward and backward: gradients of the mean loss are summed over the micro-steps and the ranks.
-            summed = self.accumulate_gradients(stop_requested)
-            if summed is None:
+            if (summed := self.accumulate_gradients(stop_requested)) is None:
                 self.optimizer.zero_grad()
                 self.stopping = True
                 return False
@@ -100,8 +98,7 @@ class Trainer:
 
     def accumulate_gradients(self, stop_requested: Callable[[], bool]) -> tuple[Array | float, float, float] | None:
         """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
-        tokens, and the number of ranks that were requested to stop; None if one of them was before the last
-        micro-step."""
+        tokens and that of ranks requested to stop; None if a rank was requested before the last micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0
@@ -161,16 +158,14 @@ class Trainer:
 
     def validation_loss(self) -> float:
         """The mean loss on the first --eval-iters batches of the validation split, in nats per token."""
-        options = self.options
-        sizes = options.batch_size, options.block_size, options.eval_iters
+        sizes = self.options.batch_size, self.options.block_size, self.options.eval_iters
         return mean_loss(self.model, self.validation, *sizes, self.comm, SHOW_AFTER)
 
     def evaluate(self, questions: Questions) -> dict[str, float]:
         """The validation loss `val_loss`, and the tasks' metrics; updates `progress.best`."""
-        options = self.options
         found = {"val_loss": self.validation_loss()}
         for task, items in questions:
-            results = evaluate_task(task, self.model, self.tokenizer, items, options.batch_size, self.comm)
+            results = evaluate_task(task, self.model, self.tokenizer, items, self.options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
         if math.isfinite(found["val_loss"]) and (best is None or found["val_loss"] < best["val_loss"]):

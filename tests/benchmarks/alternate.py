@@ -1,9 +1,9 @@
-"""Contenders measured in alternation, for the CPU's benchmarks beside this file.
+"""Programs measured in alternation, for the CPU benchmarks in this folder.
 
 Figures taken one after the other compare the hours of a shared machine as much as the programs. So every contender is a
 process of its own, which is kept, and each round lets one after the other do the same task: A B C, A B C. What counts
 are the ratios within a round. A contender answers only when its threads have gone to sleep, and then waits for its next
-turn in a read: no thread pool computes, or looks for work, beside another one's.
+turn in a read: no thread pool computes, or spins, while another one is measured.
 
 The machine's limits (a matrix product, reading and copying memory) are measured in the same rounds.
 
@@ -94,7 +94,7 @@ def _begin(make: Callable[..., Tasks], arguments: tuple) -> None:
 
 
 def _measure(task: str, least: float) -> float:
-    """The median of the seconds that the task takes, done again until `least` seconds have passed."""
+    """The median of the seconds that the task takes, repeated until `least` seconds have passed."""
     seconds = [_tasks[task]()]
     while sum(seconds) < least:
         seconds.append(_tasks[task]())
@@ -151,7 +151,7 @@ def limits(count: int, matrix: int, nbytes: int) -> Tasks:
 
 
 def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
-    """A process that begins from nothing, and ends at Ctrl-C without a word."""
+    """A new process, which exits silently at Ctrl-C."""
     return stack.enter_context(
         ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
@@ -160,7 +160,7 @@ def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments) in a process of its own, so that this one stays small."""
+    """function(*arguments) in a separate process, so that this one stays small."""
     with contextlib.ExitStack() as stack:
         return _process(stack).submit(function, *arguments).result()
 
@@ -187,7 +187,7 @@ def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) 
         processes: dict[str, ProcessPoolExecutor] = {}
 
         def ask(contender: Contender, function: Callable, *arguments: Any) -> Any:
-            """What the contender's process answers, or None where it fails or has failed."""
+            """The answer of the program's process, or None if it fails or has failed."""
             bar.set_description(contender.name)
             try:
                 if contender.name not in found.errors:
@@ -310,7 +310,7 @@ def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def command(main: Callable[[], int]) -> int:
-    """main(), where a mistake is a line and no traceback, and so is Ctrl-C."""
+    """main(), with one line instead of a traceback for errors and Ctrl-C."""
     try:
         return main()
     except (ValueError, OSError, BrokenExecutor) as error:
@@ -353,7 +353,7 @@ def new_file(text: str) -> Path:
 def report(
     name: str, options: argparse.Namespace, contenders: Sequence[Contender], least: float = 0.0, **more: Any
 ) -> int:
-    """Measure, write the JSON and print the table: 0 where nothing failed, else 1.
+    """Measure, write the JSON and print the table: 0 if nothing failed, else 1.
 
     name  of the benchmark, for the file.  more  what else the record is to hold.
     """

@@ -1,4 +1,4 @@
-"""Generating text on the CPU, beside other programs: python tests/benchmarks/decode.py [--json FILE]
+"""Text generation on the CPU, compared with other programs: python tests/benchmarks/decode.py [--json FILE]
 
 Tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for one text and for several
 at once, and the reading of a prompt of 512 tokens: by this project with weights in float32 and bfloat16, by
@@ -84,7 +84,7 @@ def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int]
 
 
 def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
-    """Its model in a loop, without what its generate adds."""
+    """Its model in a loop, without the overhead of generate."""
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--preset", default="gpt2", choices=tuple(PRESETS), help="sizes of the model [%(default)s]")
     add("--batch", type=positive, nargs="+", default=[1, 5], metavar="B", help="texts at once [1 5]")
     add("--prompt", type=positive, default=512, metavar="T", help="tokens of the prompt that is read [%(default)s]")
-    add("--checkpoint", metavar="DIR", help="a trained model: what does bfloat16 cost it?")
+    add("--checkpoint", metavar="DIR", help="a trained model, to measure the effect of bfloat16 on its loss")
     add("--data", metavar="NAME", help="on this data set: a name under data/, or a folder")
     add("--windows", type=positive, default=20, metavar="N", help="on the first N windows of it [%(default)s]")
     given = options.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Every reader against damaged and hostile files: python tests/benchmarks/fuzz.py [--cases 10000] [--seed 0]
+"""Test every reader with damaged and hostile files: python tests/benchmarks/fuzz.py [--cases 10000] [--seed 0]
 
 Each case takes one good input (a model file of some format, a data set, a tokenizer, a checkpoint), changes one of its
 files, and reads it. Right is a ValueError or OSError of one line that names the file or its folder, or a result that is
@@ -57,7 +57,7 @@ LONGEST = 1000  # characters of an error
 CONFIG = GPT2Config(vocab_size=257, n_positions=8, n_embd=4, n_layer=2, n_head=2)
 TEXT = "It was 7 o'clock, naïve 🙂\n\tand then"
 
-# What a reader has no reason to do: Python's names of the events (see "Audit events" in its documentation).
+# Actions that no reader needs: Python's names of the events (see "Audit events" in its documentation).
 FORBIDDEN = {
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.chmod", "os.putenv"),
@@ -312,7 +312,7 @@ def change_json(rng: random.Random, file: Path) -> None:
 
 
 def changed_json(rng: random.Random, text: str) -> str:
-    """A value, key or whole document exchanged; now and then nested beyond what a parser can follow."""
+    """A value, key or whole document replaced; occasionally nested too deeply for a parser."""
     tree = {"": json.loads(text)}
     places = list(nodes(tree))
     for _ in range(rng.choice((1, 1, 2))):
@@ -376,7 +376,7 @@ def changed_pickle(rng: random.Random, program: bytes) -> bytes:
         program = program[:start] + part + program[stop:]
         try:
             starts = [position for _, _, position in pickletools.genops(program)]
-        except ValueError:  # the bytes are no opcodes any more
+        except ValueError:  # the bytes are not opcodes any more
             break
     if rng.random() < 0.3:
         damaged = bytearray(program)
@@ -459,7 +459,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int) -> None:
             seen.append(f"{event} {arguments!r}"[:200])
 
     for name, target in TARGETS.items():
-        target.read(originals / name)  # whatever is imported at the first use is imported here
+        target.read(originals / name)  # modules that are imported at the first use are imported here
     sys.addaudithook(watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -510,7 +510,7 @@ def fuzz(seed: int, first: int, count: int) -> tuple[dict[str, Counter[str]], li
                         if outcome == "wrong":
                             wrong.append(f"case {number} ({name}): {said}")
                 code = worker.wait()
-                if code:  # it was ended in the middle of a case; the next worker goes on behind it
+                if code:  # it was killed in the middle of a case; the next worker continues after it
                     if outcome != "started":
                         raise RuntimeError(f"the worker failed outside of a case, with status {code}")
                     outcomes[name]["wrong"] += 1

@@ -7,7 +7,7 @@ table last and writes JSON.
 
 Time on a GPU is dear, and a kernel's fault takes a process's access to the GPU with it. So each part runs in a process
 of its own, what it finds is printed and written at once, and a part that fails is recorded with its error, or with the
-time at which it was ended. The parts that tell most go first; all end within --seconds, 570 unless told otherwise.
+time at which it was ended. The most informative parts run first; all end within --seconds, 570 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
 PARTS = ("launch", "step", "kernels", "attention", "gemm", "decode", "wide_step", "product", "copy")
 SECONDS, CHECKS_SECONDS = 570, 240  # for everything, and for pytest among it
-GPU_LOST = 2  # pytest's status where a test lost the GPU (tests/gpt2/test_gpu.py)
+GPU_LOST = 2  # pytest's exit status if a test lost the GPU (tests/gpt2/test_gpu.py)
 COMPILING = 90  # seconds that PyTorch may take until its first step
 Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why there are none, or not all}}
 
@@ -107,7 +107,7 @@ QUICK = Sizes(
 
 
 class Bench:
-    """The measurements on one device; each method named in PARTS gives its figures, and stands for itself.
+    """The measurements on one device; each method named in PARTS returns its figures, independently of the others.
 
     seconds  after which nothing long is begun.
     keep     called with the figures so far whenever there are new ones.
@@ -371,7 +371,7 @@ class Bench:
                 if batch_size == self.sizes.batch_sizes[-1]:
                     raise
             self.release()
-        raise AssertionError("there are no batch sizes")
+        raise AssertionError("no batch sizes")
 
     def watched_steps(self, batch_size: int) -> dict[str, Any]:
         step = self.our_step(self.sizes.precisions[0], batch_size)
@@ -400,7 +400,7 @@ class Bench:
         return {"ms": total, "outside_ms": outside, "kernels": rows}
 
     def decode(self) -> dict[str, Any]:
-        """Tokens per second of one text, and how many could be: as often as the weights can be read."""
+        """Tokens per second of one text, and the upper bound: the rate at which the weights can be read."""
         config = self.sizes.model
         figures = self.results["decode"] = {}
         for precision in self.sizes.precisions:
@@ -428,7 +428,9 @@ class Bench:
             repeats, launch = 5 * self.sizes.repeats, None
             if decoder is not None:
                 seconds = self.timed(lambda: decoder(last[:, 0], length), repeats)[1]
-                launch = self.against_floor(seconds, nbytes, nbytes)  # a multiplication and an addition for two bytes
+                launch = self.against_floor(
+                    seconds, nbytes, nbytes
+                )  # one multiplication and one addition per two bytes
             cache.decoder = None
 
             def operations() -> None:
@@ -659,12 +661,12 @@ def step_figures(
 
 
 def run_checks(seconds: float = CHECKS_SECONDS) -> dict[str, Any]:
-    """pytest -m gpu in a process of its own: its exit status, its last line, and the names of what failed.
+    """pytest -m gpu in a separate process: its exit status, its last line, and the names of what failed.
 
     Where a test lost the GPU, those behind it run in another process.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rpfEs", "--tb=short", "--continue-on-collection-errors"]
-    command += ["-o", "faulthandler_timeout=60", "tests"]  # says where a test hangs
+    command += ["-o", "faulthandler_timeout=60", "tests"]  # reports where a test hangs
     started, statuses, seen, failed = time.monotonic(), [GPU_LOST], [], []
     while statuses[-1] == GPU_LOST:
         left = max(1, seconds - (time.monotonic() - started))
@@ -795,7 +797,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two minutes or three: smaller sizes, fewer repetitions")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
-    parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), metavar="PART", help="these parts alone")
+    parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), metavar="PART", help="only these parts")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part; --out is required
     options = parser.parse_args(arguments)
@@ -823,7 +825,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def in_a_process(part: str, seconds: float, quick: bool) -> Found:
-    """What a part finds, by a process that has so many seconds; what it found before it ended counts."""
+    """The results of a part, from a process with a time limit in seconds; partial results are kept."""
     found: Found = {"results": {}, "errors": {}}
     if seconds < 10:
         return {"results": {}, "errors": {part: "no time was left for it"}}
@@ -877,7 +879,7 @@ def measure(
 
 
 def write(out: Path, record: Any) -> None:
-    """Replace the file in one go: whoever ends this process leaves what was there."""
+    """Replace the file atomically, so that a killed process leaves the old one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(out.name + ".new")
     new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -200,7 +200,7 @@ def start_ranks(ranks: int, out: str, steps: int) -> subprocess.Popen:
 
 
 def finish(job: subprocess.Popen, limit: float) -> str:
-    """What the job says on its way to the end; a job that does not end is a failure."""
+    """The output of the job; a job that does not end is a failure."""
     try:
         return job.communicate(timeout=limit)[1].decode()
     except subprocess.TimeoutExpired:

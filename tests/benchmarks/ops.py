@@ -1,4 +1,4 @@
-"""Single operations on the CPU, beside PyTorch's: python tests/benchmarks/ops.py [--json FILE]
+"""Single operations on the CPU, compared with PyTorch's: python tests/benchmarks/ops.py [--json FILE]
 
 The operations of a training step of the 124M model on one sequence of 1,024 tokens, forward and backward, in float32:
 by this project's kernels, by reference.py on NumPy, and by PyTorch, where that is installed, in alternation.
@@ -107,7 +107,7 @@ def ready(functions: dict[str, Callable[[], Any]]) -> Tasks:
 
 
 def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
-    """PyTorch's: autograd's backward pass alone, on a graph that is kept."""
+    """PyTorch's: only autograd's backward pass, on a retained graph."""
     import torch
     from torch.nn import functional
 

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
 
 
 def train(tree: Path, out: Path, ranks: int, options: list[str]) -> None:
-    """Run train.py of a tree; ends this program where it fails."""
+    """Run train.py of a tree; exits if it fails."""
     command = [sys.executable, "train.py", "--out-dir", str(out), *OPTIONS, *options]
     if ranks > 1:
         mpirun = str(Path(sys.executable).with_name("mpirun"))

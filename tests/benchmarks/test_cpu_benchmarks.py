@@ -43,7 +43,7 @@ def dies(path):
 
 
 @pytest.mark.slow
-def test_the_contenders_take_turns_and_one_that_fails_is_left_out(tmp_path):
+def test_the_programs_alternate_and_one_that_fails_is_left_out(tmp_path):
     path = tmp_path / "turns"
     contenders = [Contender(name, leaves_its_name, (name, path), {"task": Work()}) for name in "ABC"]
     contenders.append(Contender("D", dies, (path,), {"task": Work()}))
@@ -56,7 +56,7 @@ def test_the_contenders_take_turns_and_one_that_fails_is_left_out(tmp_path):
     assert all(1 << 22 < peak < 1 << 40 for peak in found.peak_bytes.values())
 
 
-def test_what_happens_apart_comes_back():
+def test_results_of_another_process_are_returned():
     assert alternate.apart(divmod, 7, 3) == (2, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         alternate.apart(os.stat, "nowhere")
@@ -104,7 +104,7 @@ def test_the_table():
     assert lines[0] == "P, 2 threads, D, 2 rounds, load average before 0.25"
     step = lines.index(next(line for line in lines if line.startswith("step")))
     assert lines[step].split() == ["step", "median", "ms", "min", "max", "tokens/s", "GFLOP/s", "of", "sgemm"]
-    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # against the fastest
+    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # compared with the fastest
     assert "GB/s" not in lines[step]
     assert lines[-2].split() == ["ours", "5.00", "GB"]
     assert lines[-1] == "FAILED  fast: gone"
@@ -232,13 +232,13 @@ def test_a_mistake_is_one_line(main, options, said, capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
 
 
-def test_what_is_wrong_with_the_files_is_a_line_too(monkeypatch, capsys):
+def test_an_error_in_the_files_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks/decode.py", "--checkpoint", "nowhere", "--data", "nothing"])
     assert alternate.command(decode.main) == 1
     assert re.fullmatch(r"decode\.py: data 'nothing': no such data set .*\n", capsys.readouterr().err)
 
 
-def test_an_interrupted_command_says_so(capsys):
+def test_an_interrupted_command_reports_it(capsys):
     def interrupted():
         raise KeyboardInterrupt
 

@@ -17,7 +17,7 @@ if not sys.platform.startswith("linux"):
 
 
 @pytest.mark.slow
-def test_damaged_files_are_refused_or_read_right():
+def test_damaged_files_are_rejected_or_read_correctly():
     outcomes, wrong = fuzz.fuzz(seed=1, first=0, count=390)
     assert wrong == []
     for name, counts in outcomes.items():
@@ -25,7 +25,7 @@ def test_damaged_files_are_refused_or_read_right():
         assert counts["refused"] > 5, name
 
 
-def test_a_case_is_the_same_each_time(tmp_path):
+def test_a_case_is_reproducible(tmp_path):
     fuzz.make_originals(tmp_path / "originals")
     for number in range(40):
         contents = []
@@ -36,7 +36,7 @@ def test_a_case_is_the_same_each_time(tmp_path):
         assert contents[0] == contents[1]
 
 
-CASES = {  # what a reader does, and what is to be said of it
+CASES = {  # the behaviour of a reader, and the expected verdict
     "an exception of another kind": ("raise KeyError('x')", "wrong", "KeyError"),
     "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
     "an error that names no file": ("raise ValueError('it is damaged')", "wrong", "it is damaged"),
@@ -70,11 +70,11 @@ def worker(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_wrong_is_noticed(case, worker):
+def test_violations_are_detected(case, worker):
     last = {name: rest for _, name, *rest in map(json.loads, worker.stdout.splitlines())}
     outcome, said = last[case]
     assert (outcome, CASES[case][2] in said) == (CASES[case][1], True), (said, worker.stderr)
 
 
-def test_a_reader_that_hangs_is_ended(worker):
+def test_a_reader_that_hangs_is_killed(worker):
     assert worker.returncode == -signal.SIGALRM

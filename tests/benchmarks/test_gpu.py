@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and the whole of it at a tiny size on the stand-in for CuPy."""
+"""The benchmark's arithmetic, and the whole benchmark at a tiny size on the stand-in for CuPy."""
 
 import json
 import re
@@ -50,7 +50,7 @@ class Gemm:
 
 @pytest.fixture
 def device(monkeypatch):
-    """The stand-in for CuPy. TF32 and products by cublasLt are not to be had there."""
+    """The stand-in for CuPy, which supports neither TF32 nor products by cublasLt."""
     monkeypatch.setattr(CudaBackend, "unsupported_reason", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
@@ -147,7 +147,7 @@ def test_the_whole_benchmark(device, tmp_path, capsys):
     assert "checks     7 passed" in printed
 
 
-def test_shares_are_said_where_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
+def test_shares_of_the_peak_are_printed_if_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     monkeypatch.setattr(gpu, "import_torch", broken)
     assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 0
@@ -163,7 +163,7 @@ def broken(*given):
     raise RuntimeError("not today")
 
 
-def test_a_part_that_fails_loses_nothing_else(device, tmp_path, capsys, monkeypatch):
+def test_a_part_that_fails_loses_no_other_results(device, tmp_path, capsys, monkeypatch):
     def copy(self):
         raise RuntimeError("no copies today")
 
@@ -177,7 +177,7 @@ def test_a_part_that_fails_loses_nothing_else(device, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.endswith("FAILED     copy: RuntimeError: no copies today\n")
 
 
-def test_a_precision_that_fails_loses_no_other(device, monkeypatch):
+def test_a_precision_that_fails_does_not_affect_others(device, monkeypatch):
     right = gpu.Bench.our_step
 
     def our_step(self, precision, batch_size):
@@ -192,7 +192,7 @@ def test_a_precision_that_fails_loses_no_other(device, monkeypatch):
     assert bench.errors == dict.fromkeys(["step float32 4", "step float32 2"], "ValueError: it needs a GPU")
 
 
-def test_a_batch_that_does_not_fit_is_passed_over(device, monkeypatch):
+def test_a_batch_that_does_not_fit_is_skipped(device, monkeypatch):
     right = GPT2.loss
 
     def small_memory(self, tokens, targets):
@@ -209,7 +209,7 @@ def test_a_batch_that_does_not_fit_is_passed_over(device, monkeypatch):
     assert bench.kernels()["batch_size"] == 2
 
 
-def test_the_kernels_are_as_they_were_afterwards(device):
+def test_the_kernels_are_restored_afterwards(device):
     bench = gpu.Bench(TINY)
     before = dict(vars(bench.backend.kernels))
     bench.kernels()
@@ -243,10 +243,10 @@ def test_pytorch_computes_the_same_model(precision):
     assert theirs.step().item() == pytest.approx(np.mean(np.log(total) - picked), rel=1e-5 if not padding else 1e-2)
 
 
-def test_what_a_step_has_shown_is_kept_at_once(device, monkeypatch):
+def test_the_results_of_a_step_are_saved_at_once(device, monkeypatch):
     class Killed:
         def __init__(self, *given):
-            """In the place of PyTorch's step, which is not everywhere."""
+            """Replaces PyTorch's step, as PyTorch may not be installed."""
 
         def timed(self, steps):
             raise KeyboardInterrupt
@@ -260,19 +260,19 @@ def test_what_a_step_has_shown_is_kept_at_once(device, monkeypatch):
     assert row["ours"]["ms"] > 0
 
 
-def test_without_time_pytorch_is_left_out(device):
+def test_pytorch_is_skipped_if_there_is_no_time(device):
     bench = gpu.Bench(TINY, "cpu", seconds=gpu.COMPILING - 1)
     assert {row["torch_error"] for row in bench.step()} == {"TimeoutError: no time was left for it"}
 
 
-def test_attention_stands_without_pytorchs(device, monkeypatch):
+def test_attention_is_reported_without_pytorchs(device, monkeypatch):
     monkeypatch.setattr(gpu.TorchAttention, "timed", broken)
     found = gpu.Bench(TINY, "cpu").run("attention")
     assert found["errors"] == {}
     assert found["results"]["attention"].keys() == {"torch_error", "forward", "backward"}
 
 
-def test_what_a_kernel_has_shown_outlives_the_next_ones_fault(device, monkeypatch):
+def test_the_results_of_a_kernel_survive_a_failure_of_the_next(device, monkeypatch):
     monkeypatch.setattr(gpu, "import_torch", broken)
     bench = gpu.Bench(TINY)
     right, times = bench.timed, []
@@ -287,7 +287,7 @@ def test_what_a_kernel_has_shown_outlives_the_next_ones_fault(device, monkeypatc
     assert found["results"]["attention"].keys() == {"torch_error", "forward"}
 
 
-def test_memory_that_cannot_be_given_back_loses_no_figures(device, monkeypatch):
+def test_memory_that_cannot_be_freed_loses_no_figures(device, monkeypatch):
     monkeypatch.setattr(gpu.Bench, "release", broken)
     found = gpu.Bench(TINY).run("launch")
     assert found["errors"] == {"launch": "RuntimeError: not today"}
@@ -349,7 +349,7 @@ def test_some_parts_alone(device, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("written", [b"1 passed\n", "1 passed\n", None])
-def test_checks_that_take_too_long_are_given_up(monkeypatch, written):
+def test_checks_that_take_too_long_are_stopped(monkeypatch, written):
     def late(*arguments, timeout, **keywords):
         raise subprocess.TimeoutExpired("pytest", timeout, output=written)
 
@@ -416,7 +416,7 @@ def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_
     assert checks["last_line"].startswith("1 passed")
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_a_missing_gpu_is_reported(monkeypatch, capsys):
     def missing(device):
         raise ValueError("device 'cuda': CuPy is not installed")
 

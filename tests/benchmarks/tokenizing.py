@@ -1,8 +1,9 @@
-"""How fast data/prepare.py makes tokens, against tiktoken's own threads: `python tests/benchmarks/tokenizing.py [MB]`.
+"""The speed of tokenization in data/prepare.py, compared with tiktoken's own threads: `python
+tests/benchmarks/tokenizing.py [MB]`.
 
 Both tokenize the same JSON lines with GPT-2's vocabulary on all cores, in turns, a few times: prepare() reads, parses,
 cuts, hashes, tokenizes and writes shards to the disk; tiktoken's encode_ordinary_batch gets the texts in memory and
-gives lists. Prints both rates, the medians, and their ratio; exits with 1 where the ratio is below 0.8.
+gives lists. Prints both rates, the medians, and their ratio; exits with 1 if the ratio is below 0.8.
 """
 
 import json

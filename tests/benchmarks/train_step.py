@@ -1,4 +1,4 @@
-"""The training step on the CPU, beside PyTorch's: python tests/benchmarks/train_step.py [--small] [--json FILE]
+"""The training step on the CPU, compared with PyTorch's: python tests/benchmarks/train_step.py [--small] [--json FILE]
 
 Forward, backward, clipping and AdamW, without dropout, in float32: by this project (with and without MKL, where that is
 installed) and by PyTorch (eager, with the fused AdamW, and compiled), in alternation. Some 4 GB of memory for each at

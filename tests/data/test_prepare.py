@@ -1,4 +1,4 @@
-"""data/prepare.py: what the shards hold, whatever the threads and interruptions, and errors in one line."""
+"""data/prepare.py: the contents of the shards with any threads and interruptions, and errors in one line."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def stream_of(folder):
 
 
 def texts_of(ids):
-    """What stands between end-of-texts."""
+    """The texts between end-of-text tokens."""
     pieces = np.split(ids, np.flatnonzero(ids == BYTES.end_of_text) + 1)
     assert len(pieces[-1]) == 0
     return [BYTES.decode(piece[:-1]) for piece in pieces[:-1]]
@@ -82,7 +82,7 @@ def tiny_jobs(folder):
     return folder
 
 
-# What the shards hold.
+# The contents of the shards.
 
 
 def test_documents_in_order_with_end_of_text_after_each(tmp_path):
@@ -177,7 +177,7 @@ def test_parts_end_before_the_white_space_at_a_line_end(tmp_path):
 # The two splits.
 
 
-def test_equal_parts_never_stand_in_both_splits(tmp_path):
+def test_equal_parts_are_never_in_both_splits(tmp_path):
     lines = [json.dumps({"text": f"document {i % 700}"}) for i in range(2000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
@@ -188,7 +188,8 @@ def test_equal_parts_never_stand_in_both_splits(tmp_path):
     assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
-def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_path):
+def test_end_of_text_separates_parts_of_a_document_in_different_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
     runs = []
@@ -204,8 +205,9 @@ def test_end_of_text_marks_where_a_document_continues_in_the_other_split(tmp_pat
 
 @pytest.mark.parametrize("fraction", [ALL_TRAIN, 0.25, 1 - 1e-12])
 @pytest.mark.parametrize("shard_tokens", [7, 1000])
-def test_neither_split_stays_empty(tmp_path, fraction, shard_tokens):
+def test_neither_split_is_empty(tmp_path, monkeypatch, fraction, shard_tokens):
     """One part goes to one side; the other gets its share of the tokens."""
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("a" * 99)
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction, shard_tokens=shard_tokens)
     tokens = {split: TokenDataset.open(out, split).tokens for split in SPLITS}
@@ -217,7 +219,7 @@ def test_neither_split_stays_empty(tmp_path, fraction, shard_tokens):
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 4096, 10**9])
-def test_shards_hold_at_most_so_many_tokens(tmp_path, shard_tokens):
+def test_shards_have_at_most_a_given_number_of_tokens(tmp_path, shard_tokens):
     out = make([tiny_jobs(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
     whole = make([tmp_path / "in"], tmp_path / "whole")
     shards = json.loads((out / MANIFEST).read_text())["shards"]
@@ -306,7 +308,7 @@ def test_each_filter_alone(tmp_path, option):
     assert json.loads((out / MANIFEST).read_text())["dropped"]["documents"] == {reason: expected}
 
 
-def test_nothing_left_by_the_filters(tmp_path):
+def test_nothing_passes_the_filters(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(ValueError, match=r"no text in them, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
@@ -331,7 +333,7 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     assert float(free) > 0
 
 
-def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, capsys):
+def test_too_small_a_disk_is_reported_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text " * 20_000)
     monkeypatch.setattr(module, "ESTIMATE_BYTES", 1)
     usage = type(shutil.disk_usage("/"))(total=10**6, used=10**6 - 150_000, free=150_000)
@@ -344,7 +346,7 @@ def test_too_small_a_disk_is_reported_before_the_work(tmp_path, monkeypatch, cap
     )
 
 
-# The same bytes, whatever happens.
+# The same bytes in all circumstances.
 
 
 def test_threads_do_not_matter(tmp_path):
@@ -356,7 +358,7 @@ def test_threads_do_not_matter(tmp_path):
 @pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 30, 44))])
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
 def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
-    """Interrupted again and again after so many appends, until it is done."""
+    """Interrupted repeatedly after a number of appends, until it is complete."""
     tiny_jobs(tmp_path / "in")
     write_filtered(tmp_path / "in" / "filtered")
     options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
@@ -390,6 +392,7 @@ def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
 @pytest.mark.parametrize("where", ["append", "_save_journal", "restore", "_write_manifest"])
 @pytest.mark.parametrize("fraction", [0.25, 1 - 1e-12])
 def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, fraction):
+    monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("abcde" * 20)
     options = {"val_fraction": fraction, "shard_tokens": 9}
     expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected", **options))
@@ -500,7 +503,7 @@ def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
     )
 
 
-def test_as_a_script_it_finds_what_lies_beside_it(tmp_path):
+def test_as_a_script_it_finds_its_modules(tmp_path):
     """Without an installed package, from another folder."""
     (tmp_path / "a.txt").write_text("text")
     code = (
@@ -582,7 +585,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert main(["my.txt", "--tokenizer", "bytes", "--val-fraction", "0.1"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"data/my: 1 documents, 451 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
+        r"data/my: 1 documents, 452 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
     )
     assert output[1] == "next: python train.py --data my"
     Path("in.d").mkdir()
@@ -591,7 +594,7 @@ def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys)
     assert Path("data/in.d/manifest.json").is_file()
 
 
-def test_existing_data_set_is_refused_or_renamed(tmp_path, capsys):
+def test_existing_data_set_is_rejected_or_renamed(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("old text")
     arguments = [str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
@@ -640,17 +643,32 @@ def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text in them"),
-    ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv or .parquet file in this folder"),
+    ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"),
     ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is not UTF-8 (0xbf)"),
-    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "source a.txt: not text"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; name the --encoding, such as cp1252"),
+    ({"a.txt": "some text".encode("utf-16-be")}, ["a.txt"], "a.txt: UTF-16, not UTF-8"),
+    (
+        {"a.txt": b"\xe9", "b.txt": b"b"},
+        ["a.txt", "b.txt", "--encoding", "utf-32"],
+        "byte 0 is not UTF-32 (0xe9); name an",
+    ),
+    ({"a.txt": b"a"}, ["a.txt", "--encoding", "latin-0"], "--encoding latin-0: unknown; expected a name that Python"),
+    ({"a.txt": b"a"}, ["a.txt", "--encoding", "base64"], "--encoding base64: unknown; expected a name that Python"),
+    ({"a.csv": b"text"}, ["a.csv", "--delimiter", ";;"], "--delimiter is ';;'; expected one character, or tab"),
+    ({"a.csv": b"id;txt\n1;a\n"}, ["a.csv"], "a.csv: no column 'text' (--text-column); the columns are 'id', 'txt'"),
+    (
+        {"d/a.txt": b"\xe9", "d/b.txt": b"ok", "d/c.txt": "text".encode("utf-16"), "d/e.jsonl": b'{"text": "\xe9"}'},
+        ["d"],
+        "3 of 4 files are not UTF-8: d/a.txt (byte 0 is not UTF-8 (0xe9)), d/c.txt (UTF-16, not UTF-8), d/e.jsonl (",
+    ),
     ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
     ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
     ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),
     ({"a.jsonl": b'"text"'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
-    ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
+    ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: byte 10 is not UTF-8 (0xff)"),
     ({"a.txt": b"a"}, ["a.txt", "--tokenizer", "gpt5"], "tokenizer 'gpt5' is unknown; choose bytes, gpt2"),
     ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "1"], "--val-fraction is 1.0; expected 0 < fraction < 1"),
     ({"a.txt": b"a"}, ["a.txt", "--val-fraction", "nan"], "--val-fraction is nan; expected 0 < fraction < 1"),
@@ -711,8 +729,90 @@ def with_added_token(folder):
     return folder
 
 
+# Small texts
+
+
+def split_of(folder):
+    """The text of each split, without end-of-text."""
+    return {split: "".join(texts_of(ids_of(folder, split))) for split in SPLITS}
+
+
+def small_texts():
+    rng = np.random.default_rng(5)
+    words = ["der", "Fluss", "house", "größer", "日本語", "and", "x" * 30]
+    for size in (3_000, 20_000, 100_000, 289_000, 900_000):
+        text = ""
+        while len(text.encode()) < size:
+            text += " ".join(rng.choice(words, rng.integers(3, 80))) + "\n" * int(rng.integers(1, 3))
+        yield pytest.param(text, id=f"{size} bytes")
+    yield pytest.param("word " * 40_000, id="one line")
+    yield pytest.param("日本語の文章です。" * 5_000, id="no white space")
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2])
+@pytest.mark.parametrize("text", list(small_texts()))
+def test_the_validation_split_of_a_small_text_is_its_fraction(tmp_path, text, fraction):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = split_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
+    sizes = {split: len(part.encode()) for split, part in found.items()}
+    assert sum(sizes.values()) == len(text.encode())
+    assert sizes["val"] == pytest.approx(fraction * len(text.encode()), rel=0.1)
+    assert "\ufffd" not in found["val"] + found["train"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "the last of them is cut there" in manifest["split_rule"]["text"]
+
+
+def test_equal_documents_of_a_small_text_stay_on_one_side(tmp_path):
+    documents = [f"document {i % 40} of forty different ones, several times" for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
+    train, val = (set(texts_of(ids_of(out, split))) for split in SPLITS)
+    assert not train & val
+    size = len("".join(split_of(out)["val"]))
+    assert size == pytest.approx(0.1 * len("".join(documents)), rel=0.1)
+
+
+def test_a_text_of_a_million_bytes_is_split_as_before(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(1_100_000), encoding="utf-8", newline="")
+    out = make([tmp_path / "a.txt"], tmp_path / "out")
+    parts = read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0])
+    expected = "".join(part.data.decode() for part in parts if side_of(part.data, 0.05) == "val")
+    assert split_of(out)["val"] == expected
+
+
+@pytest.mark.parametrize("calls", [1, 20, 60])
+def test_an_interruption_does_not_change_the_split_of_a_small_text(tmp_path, monkeypatch, calls):
+    (tmp_path / "a.txt").write_text(varied_text(200_000), encoding="utf-8", newline="")
+    expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
+    monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(module, "BATCH_PARTS", 1)
+    original, left = module.Shards.append, calls
+    with monkeypatch.context() as patch:
+
+        def failing(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        patch.setattr(module.Shards, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            make([tmp_path / "a.txt"], tmp_path / "out")
+    assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == expected
+
+
+def test_stdin_is_split_as_a_file_is(tmp_path):
+    text = varied_text(150_000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    make([tmp_path / "a.txt"], tmp_path / "file")
+    command = [sys.executable, ROOT / "data" / "prepare.py", "-", "--tokenizer", "bytes", "--out", tmp_path / "stdin"]
+    subprocess.run(command, input=text.encode(), check=True, capture_output=True)
+    assert split_of(tmp_path / "stdin") == split_of(tmp_path / "file")
+
+
 @pytest.mark.parametrize("special_tokens", [False, True])
-def test_special_tokens_are_plain_text_unless_they_are_asked_for(special_tokens, tmp_path):
+def test_special_tokens_are_plain_text_by_default(special_tokens, tmp_path):
     (tmp_path / "tok").mkdir()
     tokenizer = Tokenizer.load(with_added_token(tmp_path / "tok"))
     text = "a<|user|>b<|endoftext|>c"
@@ -742,7 +842,7 @@ def test_a_vocabulary_of_characters_separates_nothing_and_has_no_special_tokens(
 
 
 @pytest.mark.extras("tokenizers")
-def test_a_prefix_space_stands_before_a_document_and_not_before_its_parts(tmp_path):
+def test_a_prefix_space_is_added_before_a_document_but_not_before_its_parts(tmp_path):
     (tmp_path / "tok").mkdir()
     Tokenizer.load("bytes").save_hugging_face(tmp_path / "tok", 64)
     config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())

@@ -169,6 +169,71 @@ def test_csv_with_a_byte_order_mark_and_empty_lines(tmp_path):
 
 
 @with_pyarrow
+@pytest.mark.parametrize(
+    ("name", "delimiter", "option"),
+    [
+        ("a.csv", ";", ""),
+        ("a.csv", "\t", ""),
+        ("a.csv", "|", ""),
+        ("a.tsv", "\t", ""),
+        ("a.tsv", ",", ","),
+        ("a.csv", "~", "~"),
+        ("a.csv", "\t", "tab"),
+    ],
+)
+def test_delimiters(tmp_path, name, delimiter, option):
+    texts = [text for text in varied_documents(60) if text] + ["a;b", "a\tb", "c|d", "e,f"]
+    with (tmp_path / name).open("w", encoding="utf-8", newline="") as stream:
+        rows = csv.writer(stream, delimiter=delimiter)
+        rows.writerow(["id", "with, a comma", "text"])
+        rows.writerows([i, ",;", text] for i, text in enumerate(texts))
+    out = prepare([str(tmp_path / name)], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, delimiter=option)
+    assert texts_of(out) == texts
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "shift_jis", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
+def test_encodings(tmp_path, encoding, name):
+    letters = "日本語" if encoding == "shift_jis" else "naïve é"
+    text = f"{letters} some text\n" * 3000
+    content = {
+        "a.txt": text,
+        "a.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n",
+        "a.csv": f'id;text\n1;"{text}"\n',
+    }[name.removesuffix(".gz")].encode(encoding)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (folder / "z.txt").write_text("plain UTF-8: naïve 日本語")
+    out = prepare([str(folder)], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, encoding=encoding)
+    assert texts_of(out) == [text, "plain UTF-8: naïve 日本語"]
+
+
+def test_stdin_in_another_encoding(tmp_path):
+    command = [sys.executable, ROOT / "data" / "prepare.py", "-", "--tokenizer", "bytes", "--out", tmp_path / "out"]
+    text = "naïve\n" * 1000
+    done = subprocess.run([*command, "--encoding", "cp1252"], input=text.encode("cp1252"), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found = "".join(text_of_split(tmp_path / "out", split) for split in SPLITS)
+    assert sorted(found) == sorted(text)
+
+
+def text_of_split(folder, split):
+    data = TokenDataset.open(folder, split)
+    return Tokenizer.load("bytes").decode(data.read(0, data.tokens)).replace("<|endoftext|>", "")
+
+
+def test_binary_files_do_not_look_like_text_in_utf16():
+    rng = np.random.default_rng(0)
+    assert module.looks_like_utf16("plain text".encode("utf-16"))
+    assert module.looks_like_utf16("plain text".encode("utf-16-be"))
+    assert not module.looks_like_utf16(rng.integers(0, 256, 4096, dtype=np.uint8).tobytes())
+    assert not module.looks_like_utf16(rng.integers(0, 256, 2048).astype("<u2").tobytes())
+    assert not module.looks_like_utf16(np.zeros(4096, np.uint8).tobytes())
+    assert not module.looks_like_utf16(b"\x93NUMPY\x01\x00v\x00{'descr': '<i4'}")
+    assert not module.looks_like_utf16(b"plain text")
+
+
 def test_a_folder_of_all_formats(tmp_path):
     for i, name in enumerate(FORMATS):
         write(tmp_path / "in", f"{i}{name}", [f"{name} {k}" for k in range(3)])
@@ -190,7 +255,7 @@ def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", parameters(FORMATS))
-def test_text_size_is_about_that_of_the_text(tmp_path, name):
+def test_text_size_is_approximately_right(tmp_path, name):
     texts = varied_documents(400, seed=4)
     (source,) = find_sources([str(write(tmp_path, name, texts))], "text", silent)
     assert source.text_size() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.5)
@@ -344,7 +409,7 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, capsys):
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers as the hub does: what a revision holds, and, after a redirection, ranges of the files.
+    """Answers like the hub: the contents of a revision and, after a redirection, ranges of the files.
 
     files     contents by path.
     asked     (path, range) of every request for a file.
@@ -442,7 +507,7 @@ def hub(tmp_path):
 
 
 def prepare_in_process(endpoint, tmp_path, *arguments, code=""):
-    """data/prepare.py as a process of its own (the hub's address is read when its library is loaded)."""
+    """data/prepare.py as a separate process (the hub's address is read when its library is loaded)."""
     small = "s = p.HUB_SETS; s.update({k: dataclasses.replace(v, text=500_000) for k, v in s.items()});"
     imports = "import dataclasses, sys; from data import prepare as p, sources;"
     code = f"{imports} {small} {code}\nsys.exit(p.main(sys.argv[1:]))"
@@ -561,7 +626,7 @@ def test_shakespeare(play, tmp_path, monkeypatch):
         (lambda play: play.socket.close(), "could not be downloaded (<urlopen error "),
     ],
 )
-def test_shakespeare_in_trouble(play, tmp_path, monkeypatch, capsys, change, message):
+def test_shakespeare_errors(play, tmp_path, monkeypatch, capsys, change, message):
     if "urlopen" in message:
         monkeypatch.setattr(module, "SHAKESPEARE_URL", "http://127.0.0.1:1/input.txt")
     else:
@@ -582,7 +647,7 @@ def test_pydoc_corpus():
 
 
 @pytest.mark.slow
-def test_pydoc_imports_nothing():
+def test_pydoc_imports_no_modules():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"
         "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"
@@ -605,7 +670,7 @@ def test_pydoc_data_set(tmp_path, monkeypatch):
     assert texts_of(out) == ["one", "two " * 9000, "three"]
 
 
-def test_texts_are_made_once():
+def test_texts_are_created_once():
     made = []
     source = Texts("name", lambda: made.append(1) or ["é", "b"])
     assert source.size() == source.text_size() == 3

@@ -1,4 +1,4 @@
-"""examples/gpt2_in_one_file.py beside the engine, finite differences and transformers, and its command line."""
+"""examples/gpt2_in_one_file.py against the engine, finite differences and transformers, and its command line."""
 
 import ast
 import doctest
@@ -47,7 +47,7 @@ def test_the_example_in_its_docstring():
     assert doctest.testmod(one_file).failed == 0
 
 
-# Each backward pass beside central differences, in float64: every element of every input.
+# Each backward pass against central differences, in float64: every element of every input.
 
 
 def arrays(*shapes):
@@ -133,7 +133,7 @@ def test_a_tape_is_used_once():
         (Tensor(np.ones(2)) + Tensor(np.ones(2))).backward()
 
 
-def test_shapes_that_add_does_not_broadcast_are_refused():
+def test_shapes_that_add_does_not_broadcast_are_rejected():
     with pytest.raises(ValueError, match=re.escape("add: shapes (2, 1) and (1, 2)")):
         one_file.add(Tensor(np.ones((2, 1))), Tensor(np.ones((1, 2))))
 
@@ -159,7 +159,7 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("config", [GPT2Config(**SIZES, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0), None])
-def test_logits_loss_and_gradients_are_the_engines(config):
+def test_logits_loss_and_gradients_equal_the_engines(config):
     engine, model = twins("float64", config)
     rng = np.random.default_rng(2)
     ids, targets = rng.integers(model.config.vocab_size, size=(2, 3, min(40, model.config.n_positions)))
@@ -173,7 +173,7 @@ def test_logits_loss_and_gradients_are_the_engines(config):
     assert model.parameters.keys() == parameters.keys()
     norm = max(np.abs(parameter.grad).max() for parameter in parameters.values())
     for name, parameter in parameters.items():
-        # The gradient of the key bias is zero but for rounding, so errors are measured against the largest gradient.
+        # The gradient of the key bias is zero except for rounding, so errors are measured against the largest gradient.
         assert np.abs(model.parameters[name].grad - parameter.grad).max() < 1e-12 * norm, name
 
 
@@ -182,7 +182,7 @@ def test_logits_loss_and_gradients_are_the_engines(config):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
 )
-def test_ten_training_losses_are_the_engines(dtype, bound):
+def test_ten_training_losses_equal_the_engines(dtype, bound):
     """From checkpoint/, on the same batches, with AdamW, clipping and the schedule."""
     engine, model = twins(dtype)
     ids = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8)
@@ -217,7 +217,7 @@ def test_clipping_scales_a_long_gradient_as_the_engine_does():
         np.testing.assert_allclose(model.parameters[name].data, parameter.numpy(), rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-def test_initial_weights_have_the_engines_scales():
+def test_initial_weights_have_the_same_scales_as_the_engines():
     config = Config(n_layer=2, n_embd=64)
     for name, parameter in one_file.GPT2.random(config, np.random.default_rng(0)).parameters.items():
         values = parameter.data
@@ -338,7 +338,7 @@ def test_sampling_draws_from_the_most_probable_tokens():
     assert next(one_file.sample(model, b"def ", 0, None, np.random.default_rng(0))) == logits.argmax()
 
 
-def test_a_text_may_outgrow_the_context(saved):
+def test_a_text_may_exceed_the_context(saved):
     _, model = saved
     tokens = one_file.sample(model, b"abc", 0.8, None, np.random.default_rng(0))
     assert len([next(tokens) for _ in range(20)]) == 20

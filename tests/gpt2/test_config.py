@@ -32,12 +32,12 @@ def test_unknown_preset_names_the_known_ones():
 @pytest.mark.parametrize(
     "config", [PRESETS["nano"], GPT2Config(vocab_size=7, n_positions=5, n_embd=6, n_layer=3, n_head=2)]
 )
-def test_n_parameters_counts_what_the_model_holds(config):
+def test_n_parameters_counts_the_parameters_of_the_model(config):
     assert GPT2(config).n_parameters() == config.n_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_dictionary_and_back(name):
+def test_dictionary_round_trip(name):
     config = dataclasses.replace(PRESETS[name], activation_function="gelu", embd_pdrop=0.25, layer_norm_epsilon=1e-6)
     values = config.to_dict()
     assert GPT2Config.from_dict(values) == config
@@ -46,7 +46,7 @@ def test_dictionary_and_back(name):
     assert values["bos_token_id"] == values["eos_token_id"] == config.vocab_size - 1
 
 
-def test_what_a_dictionary_leaves_out_is_as_published():
+def test_defaults_of_a_dictionary_are_the_published_ones():
     assert GPT2Config.from_dict({"unrelated": 1}) == GPT2Config()
 
 
@@ -75,7 +75,7 @@ def test_what_a_dictionary_leaves_out_is_as_published():
         ("n_inner", 2048, "n_inner is 2048, which is not supported; expected 4 * n_embd"),
     ],
 )
-def test_what_this_model_does_not_compute_is_refused(field, value, message):
+def test_unsupported_settings_are_rejected(field, value, message):
     with pytest.raises(ValueError, match=r"^config: ") as error:
         GPT2Config.from_dict({field: value})
     assert message in str(error.value)
@@ -85,12 +85,12 @@ def test_what_this_model_does_not_compute_is_refused(field, value, message):
 @pytest.mark.parametrize(
     ("field", "value"), [("n_inner", None), ("n_inner", 3072), ("activation_function", "gelu_pytorch_tanh")]
 )
-def test_other_spellings_of_what_it_computes_are_taken(field, value):
+def test_other_spellings_of_supported_settings_are_accepted(field, value):
     GPT2Config.from_dict({field: value})
 
 
 @pytest.mark.parametrize(("prompt", "more", "tokens", "read"), [(5, 3, 8, 5), (5, 30, 20, 10), (70, 1, 20, 20)])
-def test_memory_to_generate_counts_the_cache_and_what_is_read_at_once(prompt, more, tokens, read):
+def test_memory_to_generate_counts_the_cache_and_the_prompt(prompt, more, tokens, read):
     config = GPT2Config(vocab_size=11, n_positions=20, n_embd=8, n_layer=3, n_head=2)
     need = config.memory_to_generate(7, prompt, more)
     assert need["keys and values"] == sum(layer.nbytes for layer in KVCache(GPT2(config), 7, tokens).layers)
@@ -131,6 +131,6 @@ def test_generation_config_takes_precedence_and_ids_outside_the_vocabulary_do_no
     ("name", "value"),
     [("bos_token_id", "x"), ("bos_token_id", [1]), ("eos_token_id", [1, "x"]), ("eos_token_id", True)],
 )
-def test_ids_of_another_type_are_refused(name, value):
+def test_ids_of_another_type_are_rejected(name, value):
     with pytest.raises(ValueError, match=f"config: {name} is .*; expected an id"):
         GPT2Config.from_dict({name: value})

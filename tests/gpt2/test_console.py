@@ -24,7 +24,7 @@ def handler():
     signal.signal(signal.SIGINT, before)
 
 
-def test_main_gets_keyboard_interrupt(handler):
+def test_main_receives_keyboard_interrupt(handler):
     def main():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.raise_signal(signal.SIGINT)
@@ -100,7 +100,7 @@ def test_an_error_is_one_line_and_a_status(capsys, error, options, status, line)
     assert (printed.out, printed.err) == ("", f"gpt2.test: {'' if 'interrupted' in line else 'error: '}{line}\n")
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(TypeError, match="ours"):
         raising(TypeError("ours"))([])
 

@@ -71,7 +71,7 @@ def test_the_command(model, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.pt", "c"]
 
 
-def test_mistakes_get_one_line_and_leave_nothing(model, tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_no_file(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "there.pt").write_text("mine")
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
@@ -96,7 +96,7 @@ def test_mistakes_get_one_line_and_leave_nothing(model, tmp_path, capsys):
     assert (tmp_path / "there.pt").read_text() == "mine"
 
 
-def test_what_fails_in_the_middle_leaves_nothing(model, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_no_file(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "a")
     for form in convert.FORMATS:
         reads = iter(range(5))
@@ -191,7 +191,7 @@ def write_ids(folder, config, generation):
 
 
 def ids_of(folder):
-    """What the two files say of the ids, and all of generation_config.json."""
+    """The ids in the two files, and all of generation_config.json."""
     config = json.loads((folder / "config.json").read_text())
     file = folder / "generation_config.json"
     return {name: config[name] for name in ("bos_token_id", "eos_token_id")}, json.loads(file.read_text())
@@ -219,7 +219,7 @@ def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
         assert ids_of(tmp_path / f"{source}-hf") == ids_of(tmp_path / f"{source}-pt-hf") == expected
 
 
-def test_a_model_without_ids_gets_those_of_its_tokenizer(model, tmp_path):
+def test_a_model_without_ids_takes_those_of_its_tokenizer(model, tmp_path):
     model.save_pretrained(tmp_path / "a")
     for name in ("bos_token_id", "eos_token_id"):
         assert json.loads((tmp_path / "a" / "config.json").read_text())[name] is None
@@ -246,7 +246,7 @@ def test_the_files_of_a_tokenizer_are_copied(model, tmp_path):
         assert (tmp_path / "b" / names.get(name, name)).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_nanogpts_form_of_gelu_is_said(model, tmp_path, capsys):
+def test_nanogpts_form_of_gelu_is_reported(model, tmp_path, capsys):
     for activation, said in (("gelu_new", True), ("gelu", False)):
         random_model(activation_function=activation).save_pretrained(tmp_path / activation)
         run(tmp_path / activation, tmp_path / f"{activation}.pt", "--to", "pt")

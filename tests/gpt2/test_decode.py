@@ -1,4 +1,4 @@
-"""gpt2/decode.cu: one token in one launch gives what the operations give, at any position, for any number of texts.
+"""gpt2/decode.cu: one token in one launch equals the separate operations, at any position, for any number of texts.
 
 The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
@@ -17,7 +17,7 @@ from tests.stand_ins.faults import plant_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
-# 3 C is no multiple of a tile's columns, V no multiple of anything; heads of 32.
+# 3 C is not a multiple of a tile's columns, V is not a multiple of anything; heads of 32.
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
 SOURCE = Path(decode.__file__).with_suffix(".cu")
 BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
@@ -70,7 +70,7 @@ def distance(a, b):
         *(pytest.param(texts, dtype, marks=pytest.mark.slow) for texts in (2, 5) for dtype in BOUNDS),
     ],
 )
-def test_a_token_in_one_launch_is_what_the_operations_compute(device, dtype, texts):
+def test_a_token_in_one_launch_equals_the_separate_operations(device, dtype, texts):
     tokens = tokens_of(CONFIG, texts, 12)
     logits, cache = logits_of(model_of(dtype=dtype), tokens, 5)
     expected, true_cache = logits_of(model_of(device="cpu"), tokens, 5)
@@ -113,7 +113,7 @@ def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clusters", [3, 1])
-def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch, clusters):
+def test_fewer_clusters_are_launched_if_fewer_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=40)
@@ -127,7 +127,7 @@ def test_fewer_clusters_are_launched_where_fewer_run_at_once(device, monkeypatch
 
 
 @pytest.mark.slow
-def test_hardware_clusters_are_not_used_where_none_runs(device):
+def test_hardware_clusters_are_not_used_if_none_can_run(device):
     device.clusters = 0
     tokens = tokens_of(CONFIG, 1, 4)
     logits, _ = logits_of(model_of(), tokens, 1)
@@ -167,7 +167,7 @@ def test_generating_with_it_gives_the_same_texts(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_greedy_tokens_are_the_cpus(device, monkeypatch, samples, capability):
+def test_greedy_tokens_equal_the_cpus(device, monkeypatch, samples, capability):
     """Chosen on the device, beyond the context too (32 tokens), and among the first ones where a model is padded."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
@@ -184,7 +184,7 @@ def test_greedy_tokens_are_the_cpus(device, monkeypatch, samples, capability):
         assert vocab_size is None or np.max(texts) < vocab_size
 
 
-def test_a_launch_is_ahead_of_the_host(device):
+def test_the_next_launch_does_not_wait_for_the_host(device):
     model = model_of()
     tokens = generate(model, [5, 9, 2], 8, temperature=0)
     next(tokens)  # reads the prompt
@@ -196,7 +196,7 @@ def test_a_launch_is_ahead_of_the_host(device):
     assert 1 <= device.launches - before < kernels
     assert device.syncs == syncs, "nothing waits for the whole device"
     tokens.close()
-    device.finish()  # what is still on its way lands in memory that nobody has freed
+    device.finish()  # pending copies are written to memory that has not been freed
 
 
 def test_of_equal_logits_the_first_token_is_chosen(device):
@@ -205,7 +205,7 @@ def test_of_equal_logits_the_first_token_is_chosen(device):
     np.testing.assert_array_equal([*generate(model, [5, 9, 2], 4, temperature=0)], np.zeros((4, 1)))
 
 
-def test_logits_that_are_no_numbers_end_the_text(device):
+def test_nan_logits_end_the_text(device):
     model = model_of()
     tokens = generate(model, [5, 9, 2], 9, temperature=0)
     assert 0 <= next(tokens)[0] < 101
@@ -214,7 +214,7 @@ def test_logits_that_are_no_numbers_end_the_text(device):
         list(tokens)
 
 
-def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch):
+def test_the_operations_compute_what_the_kernel_does_not_support(device, monkeypatch):
     model = model_of()
     assert KVCache(model, MAX_TEXTS, 8).decoder is not None
     assert KVCache(model, MAX_TEXTS + 1, 8).decoder is None
@@ -225,7 +225,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_operations(device, monkeypatch
     assert KVCache(model, MAX_TEXTS, 8).decoder is None
 
 
-def test_a_token_or_position_out_of_range_is_refused(device):
+def test_a_token_or_position_out_of_range_is_rejected(device):
     cache = KVCache(model := model_of(), 1, 4)
     with no_grad():
         next_logits(model, np.array([[1, 2, 3]]), cache)

@@ -1,4 +1,5 @@
-"""gpt2/doctor.py on this machine and with planted faults: each fault is named with its remedy, and none stops it."""
+"""gpt2/doctor.py on this machine and with planted faults: each fault is reported with its remedy, and none stops the
+doctor."""
 
 import ast
 import os

@@ -53,7 +53,7 @@ def test_command_line(user, tmp_path, capsys):
     assert f"perplexity {lambada['perplexity']:.4f} (5 items; 5 exceed the model's context" in of_lambada
 
 
-def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
+def test_the_cost_of_weights_in_bfloat16(user, tmp_path, capsys):
     json_file = tmp_path / "figures.json"
     command = ["model", "--data", "text", "--batches", "3", "--hellaswag", "h.jsonl", "--lambada", "l.jsonl"]
     assert evaluate.main([*command, "--device", "cpu", "--json", str(json_file)]) == 0
@@ -83,7 +83,7 @@ def test_what_weights_in_bfloat16_cost(user, tmp_path, capsys):
     assert len(printed) == 9
 
 
-def test_weights_in_bfloat16_are_refused_on_a_device_before_anything_is_measured(user, capsys):
+def test_weights_in_bfloat16_are_rejected_on_a_device_before_anything_is_measured(user, capsys):
     with strict_cupy.registered():
         assert evaluate.main(["model", "--data", "text", "--device", "cuda", "--dtype", "bfloat16"]) == 1
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""gpt2/file_kinds.py: what a file or folder is that is not a model, as the commands say it."""
+"""gpt2/file_kinds.py: files and folders that are not models are identified in the errors of the commands."""
 
 import io
 import json
@@ -65,7 +65,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_named_for_what_it_is(name, tmp_path, capsys):
+def test_a_file_is_identified(name, tmp_path, capsys):
     content, kind = FILES[name]
     file = tmp_path / name
     file.write_bytes(content)
@@ -87,7 +87,7 @@ def test_such_a_file_in_a_model_folder(name, kind, tmp_path):
     assert str(error.value).startswith(f"{tmp_path / name}: ")
 
 
-def test_models_have_no_such_kind(tmp_path):
+def test_models_are_not_identified_as_other_files(tmp_path):
     random_model().save_pretrained(tmp_path / "hf")
     for form in ("pt", "llmc"):
         convert.convert(tmp_path / "hf", tmp_path / form, form)
@@ -114,7 +114,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_folder_is_named_for_what_it_is(case, with_config, tmp_path, capsys):
+def test_a_folder_is_identified(case, with_config, tmp_path, capsys):
     files, kind = FOLDERS[case]
     folder = tmp_path / "folder"
     for name, content in files.items():
@@ -131,7 +131,7 @@ def test_a_folder_is_named_for_what_it_is(case, with_config, tmp_path, capsys):
 
 
 def test_weights_without_a_config_are_found(tmp_path):
-    """Published sizes need none; others are told so."""
+    """Published sizes need none; for others the error says so."""
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     assert find_model(tmp_path, print) == tmp_path / "model.safetensors"

@@ -1,6 +1,7 @@
 """gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_features_through_the_cache_equal_the_plain_ones(pieces):
     assert cache.length == 16
 
 
-def test_the_cache_refuses_more_than_it_and_the_model_hold():
+def test_the_cache_rejects_more_tokens_than_it_and_the_model_support():
     model = make_model()
     tokens = np.zeros((1, 9), dtype=np.int64)
     with no_grad():
@@ -48,7 +49,7 @@ def test_the_cache_refuses_more_than_it_and_the_model_hold():
             model.features(tokens, cache=cache)
 
 
-def test_recording_through_the_cache_is_refused():
+def test_recording_through_the_cache_is_rejected():
     model = make_model()
     with pytest.raises(RuntimeError, match="no_grad"):
         model.features(np.zeros((1, 3), dtype=np.int64), cache=KVCache(model, 1, 8))
@@ -79,7 +80,7 @@ def test_a_context_of_one_token():
     assert len(model.generate([1, 2], 3, temperature=0)[0]) == 3
 
 
-def test_the_seed_decides_whatever_the_number_of_samples():
+def test_the_result_depends_on_the_seed_but_not_on_the_number_of_samples():
     model = make_model(scale=2.0)
     one, three = (model.generate([1], 30, samples=n, seed=7) for n in (1, 3))
     assert one[0] == three[0]
@@ -87,14 +88,14 @@ def test_the_seed_decides_whatever_the_number_of_samples():
     assert model.generate([1], 30, seed=8) != one
 
 
-def test_generate_stops_at_the_stop_token_without_giving_it():
+def test_generate_stops_at_the_stop_token_without_returning_it():
     model = make_model()
     free = model.generate([1, 2, 3], 40, temperature=0)[0]
     stop = free[10]
     assert model.generate([1, 2, 3], 40, stop=stop, temperature=0) == [free[: free.index(stop)]]
 
 
-def test_generate_refuses_what_makes_no_sense():
+def test_generate_rejects_invalid_arguments():
     model = make_model()
     for arguments, message in [
         (([], 3), "no tokens"),
@@ -140,7 +141,7 @@ def test_choose_draws_with_the_right_probabilities(sampling, expected):
     np.testing.assert_allclose(frequencies(LOGITS, **sampling), expected, atol=2e-4)
 
 
-def test_choose_never_takes_what_is_impossible():
+def test_choose_never_takes_a_token_of_probability_zero():
     logits = np.array([[-np.inf, 0.0, -np.inf, 0.0]])
     for draw in (0.0, 0.5, np.nextafter(1.0, 0.0)):
         assert choose(logits, np.array([draw]))[0] in (1, 3)
@@ -161,10 +162,10 @@ def by_definition(logits, draw, top_k=None, top_p=None):
 
 @pytest.mark.parametrize("spread", [0.01, 1, 10])  # from nearly flat, where half of the vocabulary is needed
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.5}], ids=str)
-def test_choose_sorts_no_more_than_it_needs(spread, sampling):
+def test_choose_sorts_no_more_than_necessary(spread, sampling):
     R = np.random.default_rng(0)
     logits = (spread * R.standard_normal((20, 5000))).astype(np.float32)
-    logits[::2] = np.round(logits[::2], 1)  # many ties, where the first token of the vocabulary comes first
+    logits[::2] = np.round(logits[::2], 1)  # many ties, of which the first token of the vocabulary comes first
     draws = R.random(20)
     expected = [by_definition(*row, **sampling) for row in zip(logits, draws, strict=True)]
     assert choose(logits, draws, **sampling).tolist() == expected
@@ -173,7 +174,7 @@ def test_choose_sorts_no_more_than_it_needs(spread, sampling):
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )
-def test_choose_refuses_parameters_out_of_range(bad):
+def test_choose_rejects_parameters_out_of_range(bad):
     with pytest.raises(ValueError, match="expected"):
         choose(np.zeros((1, 3)), np.zeros(1), **bad)
 
@@ -182,7 +183,7 @@ def test_choose_refuses_parameters_out_of_range(bad):
 
 
 class Scripted:
-    """A model whose logits make each sample say its text, byte by byte."""
+    """A model whose logits make each sample generate its text, byte by byte."""
 
     def __init__(self, *texts):
         from tinygrad2 import Tensor
@@ -232,18 +233,50 @@ def test_a_character_cut_off_by_the_end_is_replaced():
         ("abcabd", ["abd", "zz"], "abc"),
         ("x END y", ["y", " END"], "x"),
         ("né€", ["€"], "né"),
+        ("xabcdy", ["abcd", "bc"], "xa"),  # complete first
+        ("xabcy", ["bc", "abc"], "x"),  # complete at once: the longer one
     ],
 )
 def test_stop_strings_end_the_text_before_them(text, stop, expected):
     assert streamed(text, stop=stop)[0] == [expected]
 
 
-def test_what_may_begin_a_stop_string_waits():
+def character_by_character(text, stop):
+    read = ""
+    for c in text:
+        read += c
+        found = [s for s in stop if read.endswith(s)]
+        if found:
+            return read[: -max(map(len, found))]
+    return read
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_borders_of_tokens_do_not_decide_where_a_text_ends(seed):
+    """Tokens of several letters against a reading character by character."""
+    rng = np.random.default_rng(seed)
+    text = "".join(rng.choice(list("abc"), 12))
+    stop = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
+    cuts = sorted({0, len(text), *rng.integers(1, len(text), 3).tolist()})
+    words = [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+    class Words:
+        vocab_size, end_of_text, end_ids, unused_ids = 257, 256, (256,), ()
+
+        def decode_bytes(self, ids):
+            return words[ids[0]].encode()
+
+    model = Scripted([*range(len(words)), 256])
+    pieces = stream_text(model, Words(), [0], 20, stop=stop, cache=False)
+    assert "".join(piece for _, piece in pieces) == character_by_character(text, stop)
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
     _, pieces = streamed("a\nb\n\nc", stop=["\n\n"])
     assert pieces == [(0, "a"), (0, "\nb")]
 
 
-def test_samples_end_each_at_its_own_place():
+def test_each_sample_ends_at_its_own_token():
     assert streamed("first", "2", "third.x", stop=[".x"])[0] == ["first", "2", "third"]
 
 
@@ -256,7 +289,7 @@ def test_several_ids_end_a_text():
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 1e6])
-def test_ids_that_no_token_has_are_never_sampled(temperature):
+def test_unused_ids_are_never_sampled(temperature):
     model = make_model()
     never = [i for i in range(50) if i % 7]
     tokens = list(generate(model, [1, 2], 40, samples=3, temperature=temperature, never=never, vocab_size=50))

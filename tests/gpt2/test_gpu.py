@@ -55,7 +55,7 @@ def distance(a, b):
 
 
 def needs(backend, precision):
-    """Skip the test where the GPU does not compute so."""
+    """Skip the test if the GPU does not support the precision."""
     if reason := backend.unsupported_reason(precision):
         pytest.skip(reason)
 
@@ -86,7 +86,7 @@ BOUNDS = {
     ("config", "rows", "length", "scale"), [(NANO, 4, 64, 1), (WIDE, 1, 200, 199)], ids=["nano", "124M wide"]
 )
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_logits_loss_and_every_gradient_are_the_cpus(cuda, precision, config, rows, length, scale):
+def test_logits_loss_and_every_gradient_equal_the_cpus(cuda, precision, config, rows, length, scale):
     needs(cuda, precision)
     logits_bound, loss_bound, gradient_bound, all_bound = BOUNDS[precision]
     tokens, targets = batch(0, rows, length, scale)
@@ -143,7 +143,7 @@ def test_a_step_does_not_wait_for_the_gpu():
             optimizer.zero_grad()
 
 
-B, T, C, H, V = 2, 200, 768, 12, 1003  # a layer of the 124M model; T is no multiple of a tile
+B, T, C, H, V = 2, 200, 768, 12, 1003  # a layer of the 124M model; T is not a multiple of a tile
 KEY = Key(7, step=3, first_sample=5, site=2)
 
 
@@ -229,7 +229,7 @@ KERNELS = {  # name: the arguments, and which of them the kernel changes
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("case", KERNELS)
-def test_every_kernel_is_the_cpus(cuda, case, precision, bound):
+def test_every_kernel_agrees_with_the_cpu(cuda, case, precision, bound):
     needs(cuda, precision)
     arguments, changed = KERNELS[case]
     name, here, there = case.split(",")[0], [], []
@@ -270,7 +270,7 @@ def test_every_gradient_of_a_small_model_in_float64():
     assert max(errors.values()) < verify.BOUND
 
 
-def test_a_model_moves_there_and_back_unchanged():
+def test_a_model_moves_to_the_gpu_and_back_unchanged():
     model = GPT2(SMALL)
     before = [p.numpy().copy() for p in model.parameters()]
     assert {p.backend.device for p in model.to("cuda").parameters()} == {"cuda"}
@@ -278,7 +278,7 @@ def test_a_model_moves_there_and_back_unchanged():
         np.testing.assert_array_equal(values, p.numpy())
 
 
-def test_uploads_arrive_whole(cuda):
+def test_uploads_are_complete(cuda):
     sent = [np.random.default_rng(i).integers(1 << 60, size=1 + (i * 7919) % 50_000) for i in range(300)]
     arrived = [cuda.upload(values) for values in sent]
     for values, array in zip(sent, arrived, strict=True):
@@ -286,8 +286,8 @@ def test_uploads_arrive_whole(cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_nccl_takes_the_calls(cuda, dtype):
-    """One rank alone, whose sums change nothing; what it computes before and after is ordered all the same."""
+def test_nccl_accepts_the_calls(cuda, dtype):
+    """A single rank, whose sums change nothing; computations before and after are ordered nevertheless."""
     if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
     sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
@@ -319,7 +319,7 @@ def test_memory_is_counted(cuda):
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("texts", [1, 5])
-def test_a_token_in_one_launch_is_the_cpus(cuda, precision, bound, texts):
+def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
     """A whole context, with the messages of thousands of halves of layers."""
     needs(cuda, precision)
     config = replace(WIDE, n_positions=256)

@@ -194,7 +194,7 @@ def test_special_tokens_before_the_bytes(tmp_path, way):
     assert tokenizer.encode_prompt("<pad>hell").tolist() == [1, vocab["hell"]]
 
 
-def test_tokens_that_a_model_does_not_have_are_left_out(folder, way):
+def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
     """A padding token that was added to a tokenizer without a row in the model."""
     by_name(folder)
     tokenizer = Tokenizer.for_model(folder, SIZE)
@@ -260,7 +260,7 @@ def change(folder, name, changes):
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), SETTINGS)
-def test_without_the_library_such_a_setting_is_refused(name, changes, message, folder, monkeypatch):
+def test_without_the_library_such_a_setting_is_rejected(name, changes, message, folder, monkeypatch):
     change(folder, name, changes)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=message + '.* pip install -e ".*tokenizers') as error:
@@ -288,7 +288,7 @@ def test_with_the_library_it_is_computed_and_saved(name, changes, message, folde
 
 
 @needs_library
-def test_a_prefix_space_stands_before_a_text_and_not_before_its_parts(folder):
+def test_a_prefix_space_is_added_before_a_text_but_not_before_its_parts(folder):
     plain = Tokenizer.load(folder)
     write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})
     tokenizer = Tokenizer.load(folder)
@@ -339,14 +339,14 @@ def test_words_of_another_kind(tmp_path):
 
 @needs_library
 @pytest.mark.parametrize("document", ['{"model": {"vocab": {}}}', '{"model": {"type": "BPE", "vocab": {"a": "x"}}}'])
-def test_what_the_library_cannot_read_is_one_line(document, tmp_path):
+def test_a_document_that_the_library_cannot_read_is_one_line(document, tmp_path):
     (tmp_path / "tokenizer.json").write_text(document)
     with pytest.raises(ValueError, match=r"^tokenizer .*tokenizer.json: ") as error:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_class_that_splits_text_otherwise_needs_its_document(folder, way):
+def test_a_class_that_splits_text_differently_needs_its_document(folder, way):
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
     if way == "tokenizers":
         assert Tokenizer.load(folder)._encoding.__class__.__name__ == "BytePairs"

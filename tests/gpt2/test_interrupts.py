@@ -47,11 +47,11 @@ def interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-def test_ctrl_c_among_the_imports_of_a_command_shows_nothing(interrupted, handler, command):
+def test_ctrl_c_during_the_imports_of_a_command_prints_nothing(interrupted, handler, command):
     ended = interrupted(command)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-def test_where_it_is_ignored_it_stays_so(interrupted, handler):
+def test_an_ignored_signal_stays_ignored(interrupted, handler):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert "continued" in interrupted(["sample.py"]).stderr

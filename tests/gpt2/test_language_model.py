@@ -26,7 +26,7 @@ class BigramConfig:
 
 
 class Bigram(nn.Module):
-    """The logits of the next token depend on the last one alone. There is nothing to cache."""
+    """The logits of the next token depend only on the last one. There is nothing to cache."""
 
     activations = "float32"
 

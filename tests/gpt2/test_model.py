@@ -69,7 +69,7 @@ def test_initializer_range_is_used():
         np.testing.assert_allclose(b.data, a.data * 5 if a.ndim == 2 else a.data, rtol=1e-12)
 
 
-def test_seed_decides_the_weights_whatever_the_dtype():
+def test_the_weights_depend_on_the_seed_but_not_on_the_dtype():
     config = GPT2Config(**SIZES)
     single, double, other = GPT2(config, seed=1), GPT2(config, seed=1, dtype="float64"), GPT2(config, seed=2)
     for a, b, c in zip(single.parameters(), double.parameters(), other.parameters(), strict=True):
@@ -93,7 +93,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(model, text):
     assert loss.item() == pytest.approx(ops.cross_entropy(logits, text[:, 1:]).item(), rel=1e-13)
 
 
-def test_no_position_sees_what_comes_after_it(model, text):
+def test_no_position_depends_on_later_ones(model, text):
     changed = text.copy()
     changed[:, 5:] = (changed[:, 5:] + 1) % 29
     before, after = model(text).numpy(), model(changed).numpy()
@@ -101,7 +101,7 @@ def test_no_position_sees_what_comes_after_it(model, text):
     assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
 
 
-def test_dropout_acts_only_with_a_key(model, text):
+def test_dropout_is_applied_only_with_a_key(model, text):
     tokens, targets = text[:, :-1], text[:, 1:]
     plain = model.loss(tokens, targets).item()
     assert plain == GPT2(GPT2Config(**SIZES), dtype="float64").loss(tokens, targets).item()
@@ -119,7 +119,7 @@ def test_each_rate_acts_by_itself(rate, text):
     assert abs(with_key - without) > 1e-4
 
 
-def test_every_dropout_site_draws_a_mask_of_its_own(model, text, monkeypatch):
+def test_every_dropout_site_draws_its_own_mask(model, text, monkeypatch):
     from tinygrad2.backend import get_backend
 
     sites, kernels = [], get_backend().kernels
@@ -183,12 +183,12 @@ def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
         ([[0.0, 1.0]], TypeError, "tokens are of dtype float64; expected integers"),
     ],
 )
-def test_tokens_that_do_not_fit_are_refused(model, tokens, error, message):
+def test_tokens_that_do_not_fit_are_rejected(model, tokens, error, message):
     with pytest.raises(error, match=message):
         model(tokens)
 
 
-def test_targets_that_do_not_fit_are_refused(model, text):
+def test_targets_that_do_not_fit_are_rejected(model, text):
     with pytest.raises(ValueError, match=r"targets contain 29; expected integers in \[0, 29\)"):
         model.loss(text, np.full_like(text, 29))
     with pytest.raises(ValueError, match=r"targets has shape \(3, 7\); expected \(3, 8\)"):
@@ -196,7 +196,7 @@ def test_targets_that_do_not_fit_are_refused(model, text):
 
 
 @pytest.mark.parametrize(("name", "value"), [("device", "tpu"), ("dtype", "float16")])
-def test_unknown_device_and_dtype_are_refused(name, value):
+def test_unknown_device_and_dtype_are_rejected(name, value):
     with pytest.raises(ValueError, match=f"{name} '{value}' is (unknown|not supported); choose one of"):
         GPT2(GPT2Config(**SIZES), **{name: value})
 
@@ -225,15 +225,15 @@ def test_recomputing_blocks_changes_no_bit():
         np.testing.assert_array_equal(outcomes[1][1][name], gradient, err_msg=name)
 
 
-def test_recompute_of_what_there_is_not():
+def test_unknown_recompute_option():
     with pytest.raises(ValueError, match="recompute is 'all'; choose one of none, block"):
         GPT2(GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), recompute="all")
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("head_rows", [None, 64])
-def test_a_step_keeps_what_the_config_counts(recompute, head_rows):
-    """The block that is computed again takes its memory in the backward pass only; chunks of logits are not kept."""
+def test_a_step_saves_as_much_memory_as_the_config_counts(recompute, head_rows):
+    """A recomputed block takes its memory in the backward pass only; chunks of logits are not kept."""
     config = GPT2Config(vocab_size=500, n_positions=128, n_embd=128, n_layer=6, n_head=4)
     model = GPT2(config, recompute=recompute, head_rows=head_rows)
     tokens, targets = np.random.default_rng(0).integers(0, 500, (2, 4, 128))

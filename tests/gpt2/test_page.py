@@ -47,3 +47,16 @@ def test_the_script_finds_the_data_and_nothing_else_runs(browser, tmp_path):
     assert shown.title() == str(len(HOSTILE))
     assert shown.evaluate("getComputedStyle(document.getElementById('here')).width") == "123px"
     assert len([line for line in said if "Content Security Policy" in line]) == len(said) == 2
+
+
+def test_only_a_live_page_may_send_requests_and_only_to_its_server():
+    still, live = page.page("t", "", "", ""), page.page("t", "", "", "", live=True)
+    assert "connect-src" not in still
+    assert "connect-src 'self'; form-action 'none'; base-uri 'none'\">" in live
+    assert "It loads nothing from the network" in still
+    assert "Served by tinygrad2 on this machine" in live
+
+
+def test_a_page_loads_itself_again_where_it_is_told_to():
+    assert "refresh" not in page.page("t", "", "", "")
+    assert '<meta http-equiv="refresh" content="7">' in page.page("t", "", "", "", refresh=7)

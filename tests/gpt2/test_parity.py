@@ -127,7 +127,7 @@ def test_live(sizes, lr, tmp_path, capsys):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_transformers_reads_what_we_save(tmp_path):
+def test_transformers_reads_the_saved_model(tmp_path):
     """And computes the same logits, with the file's own dtype and after a change of every weight."""
     import torch
     import transformers
@@ -152,7 +152,7 @@ def test_transformers_reads_what_we_save(tmp_path):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("cache", [True, False])
-def test_greedy_text_is_theirs_token_for_token(tmp_path, cache):
+def test_greedy_text_is_the_same_token_for_token(tmp_path, cache):
     """Over a whole context, with the key-value cache and without."""
     import torch
     import transformers

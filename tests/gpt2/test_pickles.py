@@ -1,4 +1,4 @@
-"""gpt2/pickles.py: plain data is read, anything else is refused, in little time and memory. Tensors and hostile files:
+"""gpt2/pickles.py: plain data is read, anything else is rejected, in little time and memory. Tensors and hostile files:
 tests/gpt2/formats/test_torch_file.py."""
 
 import os
@@ -62,7 +62,7 @@ COLLIDING = b"".join(integer((2**61 - 1) * (i + 1)) + b"N" for i in range(100_00
         (b"N" * (PICKLE_LIMIT + 1), "expected at most 2,097,152"),
     ],
 )
-def test_anything_else_is_refused(file, content, message):
+def test_anything_else_is_rejected(file, content, message):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         read_plain(file)

@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, that nothing in it is executed or fetched, and how it looks to a real browser."""
+"""The page of a run: its contents, that nothing in it is executed or fetched, and its layout in a real browser."""
 
 import html.parser
 import itertools
@@ -28,7 +28,7 @@ def make_run(out, steps=300, evaluate=50, tokens=512, **start):
     first = {
         "step": 0,
         "time": 1.7e9,
-        "given": {"data": "a b", "tensorboard": True},
+        "given": {"data": "a b", "profile": True},
         "options": {"max_iters": steps, "learning_rate": 1e-3, "seed": 1337, "out_dir": str(out)},
         "model": {"n_layer": 4},
         "data": {"path": "data/text"},
@@ -88,7 +88,7 @@ def test_the_page_shows_what_the_run_left(tmp_path):
     assert page.texts["dd"][0] == "2.1100 at step 300"
     assert page.texts["dd"][1] == "2.0101 mean of the last 6"
     assert page.texts["dd"][-1] == "2:30 min in steps"
-    assert page.texts["pre"][-1] == "python train.py '--data=a b' --tensorboard"
+    assert page.texts["pre"][-1] == "python train.py '--data=a b' --profile"
     assert "from step 0 (cpu, a processor, 2 threads)" in page.texts["li"][0]
     assert {"max_iters300", "learning_rate0.001", "seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
         *page.texts["tr"]
@@ -250,7 +250,89 @@ def test_of_many_samples_some_are_shown_with_the_first_and_the_last(tmp_path):
     assert page.texts["article"][-1] == "step 1x"
 
 
+# Beside the run's own curves ------------------------------------------------------------------------------------------
+
+
+def test_baselines_are_dashed_levels_that_every_row_has(tmp_path):
+    out = make_run(tmp_path / "out", baselines={"unigram": 3.25, "bigram": 2.5, "damaged": None})
+    page = page_of(out)
+    assert len(page.of_class("level")) == 2 * 2 * 2  # two lines and two names in two charts
+    (head,) = {text for text in page.texts["tr"] if text.startswith("steptraining")}
+    assert head == "steptrainingvalidationunigram modelbigram model"
+    rows = [text for text in page.texts["tr"] if text.startswith("50") and "2.16" in text]
+    assert rows
+    assert all(row.endswith("3.252.5") for row in rows)
+
+
+def test_the_previous_run_of_the_same_data_is_drawn_over_as_many_tokens(tmp_path):
+    data = {"path": "data/text", "fingerprint": "f" * 64}
+    make_run(tmp_path / "older", time=1.0e9, data=data)
+    make_run(tmp_path / "before", steps=600, tokens=1024, time=1.5e9, data=data)
+    make_run(tmp_path / "other", time=1.6e9, data={"fingerprint": "0" * 64})
+    make_run(tmp_path / "later", time=1.8e9, data=data)
+    (tmp_path / "folder").mkdir()
+    out = make_run(tmp_path / "out", time=1.7e9, data=data)
+    assert report.previous_run(tmp_path / "older") is None
+    previous = report.previous_run(out)
+    assert previous.name == "before"
+    run = report.Run.load(out)
+    *_, curve = report.loss_curves(run, previous)
+    assert curve.name == "validation of before"
+    assert curve.points[0] == (100.0, 2.1 + 3 / 50)  # its step 50 had as many tokens as this run's step 100
+    assert curve.points[-1][0] == 300.0  # not beyond the end of this run
+    assert "validation of before" in report.report_page(run, previous)
+    assert report.previous_run(make_run(tmp_path / "unknown", data={})) is None
+
+
+def test_fingerprints_are_short(tmp_path):
+    page = page_of(make_run(tmp_path / "out", data={"fingerprint": "0123456789ab" + "c" * 52}))
+    assert "fingerprint0123456789ab" in page.texts["tr"]
+
+
+def test_the_command_is_shown_as_it_was_typed(tmp_path):
+    command = "mpirun -n 2 python train.py --data 'a b' </pre>"
+    assert page_of(make_run(tmp_path / "out", command=command)).texts["pre"][-1] == command
+
+
+def test_a_chart_without_content_is_left_out(tmp_path):
+    assert report.chart("Loss", [report.Curve("a", [(1, 4.0)]), report.Curve("b", [(1, 2.0)])], "step") == ""
+    level = report.Curve("unigram", [(1, 3.0), (9, 3.0)], level=True)
+    assert report.chart("Loss", [report.Curve("a", [(1, 4.0)]), level], "step") == ""
+    page = page_of(make_run(tmp_path / "out", steps=1, evaluate=1))
+    assert page.of_class("plot") == []
+    assert "Curves" not in page.texts["h2"]
+
+
+def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    a = make_run(tmp_path / "a", data={"tokenizer": "bytes", "tokenizer fingerprint": "a", "bytes per token": 1.0})
+    b = make_run(tmp_path / "b", data={"tokenizer": "gpt2", "tokenizer fingerprint": "b", "bytes per token": 4.0})
+    rows = report.Run.load(b).rows
+    write_rows(b / LOG, [row | {"val_loss": 2 * row["val_loss"]} if "val_loss" in row else row for row in rows])
+    page = page_of(a, b)
+    bits = [2.11 / math.log(2), 2 * 2.11 / 4 / math.log(2)]
+    cells = [text for text in page.texts["td"] if "bits per byte" in text]
+    assert cells == [
+        f"{loss:.4f} at step 300, {x:.4f} bits per byte" for loss, x in zip((2.11, 4.22), bits, strict=True)
+    ]
+    (winner,) = [i for i, (tag, found) in enumerate(page.found) if tag == "tr" and found.get("class") == "best"]
+    assert sum(tag == "tr" for tag, _ in page.found[:winner]) == 2  # the heads and run a: b has more nats, fewer bits
+    assert page.texts["h3"][:2] == ["Validation loss, bits per byte", "Training loss, bits per byte"]
+    unknown = make_run(tmp_path / "unknown", data={"tokenizer": "mine"})
+    page = page_of(a, unknown)
+    assert not any(found.get("class") == "best" for _, found in page.found)
+    assert page.texts["h3"][0] == "Validation loss, nats per token"
+
+
 # Writing it ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_itself_again_until_the_last_write(tmp_path):
+    writer = report.Writer(make_run(tmp_path / "out"), pytest.fail)
+    again = f'<meta http-equiv="refresh" content="{report.REFRESH}">'
+    writer.update()
+    assert again in (tmp_path / "out" / report.REPORT).read_text()
+    writer.update(last=True)
+    assert "refresh" not in (tmp_path / "out" / report.REPORT).read_text().split("<title>")[0]
 
 
 def test_the_page_is_replaced_in_one_step_or_not_at_all(tmp_path, monkeypatch):
@@ -277,7 +359,7 @@ def test_training_writes_the_page_in_a_hundredth_of_its_time(tmp_path, monkeypat
         writer.update()
         clock[0] += 10
     assert written == [100.0, 302.0, 504.0]
-    writer.update(always=True)
+    writer.update(last=True)
     assert len(written) == 4
 
 

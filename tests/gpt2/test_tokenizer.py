@@ -75,7 +75,7 @@ def test_gpt2_ids_are_the_published_ones(gpt2, text, ids):
     assert gpt2.decode(ids) == text
 
 
-def test_gpt2_sizes_and_mark(gpt2):
+def test_gpt2_sizes_and_end_of_text(gpt2):
     assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
     assert gpt2.decode([15496, 50256]) == "Hello<|endoftext|>"
 
@@ -150,7 +150,7 @@ def test_an_edited_file_is_read_again(tiny):
     assert after.fingerprint != before.fingerprint
 
 
-def test_mark_may_be_the_first_id(tiny):
+def test_end_of_text_may_be_the_first_id(tiny):
     vocab = json.loads((tiny / HF_VOCAB).read_text())
     (tiny / HF_VOCAB).write_text(json.dumps({token: (i + 1) % 259 for token, i in vocab.items()}))
     tokenizer = Tokenizer.load(tiny)
@@ -173,7 +173,7 @@ def test_save_and_load(request, tmp_path, which):
     assert Tokenizer.load(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
-def test_a_folder_named_like_a_built_in_stays_itself(tiny, tmp_path):
+def test_a_folder_named_like_a_built_in_tokenizer_is_still_a_folder(tiny, tmp_path):
     folder = tiny.rename(tmp_path / "gpt2")
     Tokenizer.load(folder).save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").vocab_size == 259
@@ -289,7 +289,7 @@ def changed(whole, path, value):
         ("model.dropout", 0.0),
     ],
 )
-def test_one_file_may_say_more_or_less(tiny, tmp_path, path, value):
+def test_one_file_may_have_more_or_fewer_settings(tiny, tmp_path, path, value):
     whole = as_one_file(tiny, tmp_path / "alone")
     changed(whole, path, value)
     del whole["model"]["type"]
@@ -331,7 +331,7 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
     ],
 )
 @pytest.mark.usefixtures("without_tokenizers")
-def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, message):
+def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, message):
     whole = as_one_file(tiny, tmp_path / "alone")
     changed(whole, path, value)
     file = tmp_path / "alone" / HF_TOKENIZER
@@ -343,7 +343,7 @@ def test_one_file_of_another_kind_is_refused(tiny, tmp_path, path, value, messag
 
 
 @pytest.mark.extras("tokenizers")
-def test_what_tokenizers_trains_and_writes(tmp_path):
+def test_files_that_tokenizers_writes_are_read(tmp_path):
     """The mark first, as a trainer's special tokens are."""
     import tokenizers
 
@@ -365,8 +365,8 @@ def test_what_tokenizers_trains_and_writes(tmp_path):
 
 
 @pytest.mark.extras("transformers")
-def test_what_transformers_writes(hugging_face, tmp_path):
-    """Version 5 writes tokenizer.json alone."""
+def test_files_that_transformers_writes_are_read(hugging_face, tmp_path):
+    """Version 5 writes only tokenizer.json."""
     import transformers
 
     theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)
@@ -389,8 +389,8 @@ SINGLE = {bytes([b]): b for b in range(256)}
         ("AA== 0\nnot a line\n", "line 2"),
         ("%%% 0\n", "line 1"),
         (ranks_file({b"a": 0}), "byte 0 has no token"),
-        (ranks_file(SINGLE | {b"ab": 258, b"abc": 260}), "expected every id from 0 on once"),
-        (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 on once"),
+        (ranks_file(SINGLE | {b"ab": 258, b"abc": 260}), "expected every id from 0 once"),
+        (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 once"),
     ],
 )
 def test_bad_tiktoken_file(tmp_path, text, message):
@@ -401,7 +401,7 @@ def test_bad_tiktoken_file(tmp_path, text, message):
     assert str(file) in str(caught.value)
 
 
-def test_mark_fills_the_one_gap(tmp_path):
+def test_end_of_text_fills_the_only_gap(tmp_path):
     file = tmp_path / "own.tiktoken"
     file.write_text(ranks_file(SINGLE | {b"ab": 256, b"abc": 258}))
     assert Tokenizer.load(file).end_of_text == 257
@@ -417,7 +417,7 @@ def test_unknown_names_and_empty_folders(tmp_path):
 @pytest.mark.parametrize(
     "error", [requests.exceptions.ConnectionError("down\nreally"), ValueError("hash"), OSError(28)]
 )
-def test_failed_download_says_what_to_do(monkeypatch, error):
+def test_failed_download_error_says_what_to_do(monkeypatch, error):
     def fail(name):
         raise error
 

@@ -42,14 +42,14 @@ def test_attention_is_far_from_uniform():
     ["linear_backward", "attention_backward", *(pytest.param(kernel, marks=pytest.mark.slow) for kernel in (
      "layernorm_backward", "add_layernorm_backward", "gelu_exact_backward", "lm_head_backward", "dropout_backward"))],
 )  # fmt: skip
-def test_an_error_of_a_thousandth_is_found(kernel, monkeypatch):
+def test_an_error_of_a_thousandth_is_detected(kernel, monkeypatch):
     right = getattr(reference, kernel)
     monkeypatch.setattr(get_backend().kernels, kernel, lambda *arguments: right(*arguments) * 1.001)
     errors = verify.gradient_errors(verify.small_model("gelu"))
     assert max(errors.values()) > 100 * verify.BOUND
 
 
-def test_a_gradient_that_never_arrives_is_found(monkeypatch):
+def test_a_missing_gradient_is_detected(monkeypatch):
     right = reference.embedding_backward
     monkeypatch.setattr(
         get_backend().kernels,
@@ -166,7 +166,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
 
     def wrong(*arguments):
         results = right(*arguments)
-        if kernel == "attention_cached":  # the text changes only where another token becomes the likeliest one
+        if kernel == "attention_cached":  # the text changes only if another token becomes the most probable one
             return -results
         return (results[0] * 1.001, *results[1:]) if isinstance(results, tuple) else results * 1.001
 
@@ -275,7 +275,7 @@ def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_result_is_pytorchs(dtype, small_nano, monkeypatch, tmp_path, capsys):
+def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, capsys):
     """Both forms of GELU, live; then a file recorded with PyTorch, read without it."""
     assert verify.main(["--preset", "nano", "--dtype", dtype]) == 0
     assert capsys.readouterr().out.count("everything agrees") == 2
@@ -288,7 +288,7 @@ def test_every_result_is_pytorchs(dtype, small_nano, monkeypatch, tmp_path, caps
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
+def test_the_wrong_form_of_gelu_is_detected(tmp_path, monkeypatch, capsys):
     """In a folder that transformers reads itself; both forms differ by less than 0.001."""
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
@@ -301,7 +301,7 @@ def test_the_wrong_form_of_gelu_is_found(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_one_of_openais_names_is_downloaded(tmp_path, monkeypatch, capsys):
+def test_a_published_model_is_downloaded_by_name(tmp_path, monkeypatch, capsys):
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     monkeypatch.setattr("gpt2.formats.hub.download", {"gpt2": tmp_path}.__getitem__)
     assert verify.main(["--against", "gpt2"]) == 0
@@ -319,6 +319,6 @@ def test_a_context_of_one_token(tmp_path):
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", verify.FORMS)
-def test_the_published_model_is_pytorchs(activation, capsys):
+def test_the_published_model_equals_pytorchs(activation, capsys):
     assert verify.main(["--preset", "gpt2", "--activation", activation]) == 0
     assert "gpt2, random weights" in capsys.readouterr().out

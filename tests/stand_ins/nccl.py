@@ -1,4 +1,4 @@
-"""A stand-in for cupy.cuda.nccl on the arrays of strict_cupy.py: it makes the sums, and notices a wrong order.
+"""A stand-in for cupy.cuda.nccl on the arrays of strict_cupy.py: it computes the sums, and detects a wrong order.
 
 What a call is to write to holds NaN until the stream that computes has waited for an event recorded on the call's own
 stream after it, so that whoever reads too early sees it. RaceError is raised where
@@ -68,7 +68,7 @@ class Ranks:
 
 
 class NcclError(RuntimeError):
-    """A call that NCCL refuses, or would hang in."""
+    """A call that NCCL rejects, or that would hang."""
 
 
 class NCCL:

@@ -5,7 +5,8 @@ those, nor what the compiler makes of the rest. Here that is run: a line of C++ 
 what threads do together. Besides, every access is held against the arrays and the shared memory of the launch, and its
 address against its size.
 
-`pytest --ptx` runs any test of the kernels so. NVIDIA's "Parallel Thread Execution ISA" says what instructions do.
+`pytest --ptx` runs any test of the kernels so. The instructions are defined in NVIDIA's "Parallel Thread Execution
+ISA".
 """
 
 from __future__ import annotations

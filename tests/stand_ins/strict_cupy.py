@@ -1,6 +1,6 @@
-"""NumPy behind CuPy's rules: a stand-in on which the whole engine runs, and is watched, on a machine without a GPU.
+"""NumPy with CuPy's rules: a stand-in that runs and checks the whole engine on a machine without a GPU.
 
-It computes with NumPy and refuses or counts what CuPy refuses or what would be slow or wrong on a device:
+It computes with NumPy and rejects or counts what CuPy rejects or what would be slow or wrong on a device:
   - a NumPy array among device arrays, a list where an array is expected, and conversion other than by get or asnumpy
     raise TypeError; results are arrays even where they have no axis, and dtypes follow NEP 50, as in CuPy 14;
   - assignment at repeated indices raises, since its result is undefined on a device; out-of-range indices raise, where
@@ -552,7 +552,7 @@ class Stream:
 
 
 class GPU:
-    """The one device, an H200 as far as it is asked."""
+    """The only device, with the properties of an H200."""
 
     compute_capability = "90"
 
@@ -750,7 +750,7 @@ def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
         yield device
     finally:
         device.real = None
-        device._queue.clear()  # copies that nobody waited for any more
+        device._queue.clear()  # copies that nothing waited for
         cuda.driver = driver
         for registry, before in ((backend._backends, named), (backend._by_type, by_type)):
             registry.clear()

@@ -1,4 +1,4 @@
-"""The simulator finds what it is there for: each fault that it is said to see is planted here in a small kernel."""
+"""The simulator detects the faults that it is meant for: each kind is planted here in a small kernel."""
 
 import re
 
@@ -101,7 +101,7 @@ def results(name, code, x, size, **options):
 X = np.arange(256, dtype=np.float32)
 
 
-def test_right_kernels_are_right_in_every_schedule():
+def test_correct_kernels_pass_in_every_schedule():
     for y in results("reverse", KERNELS, X, 128):
         np.testing.assert_array_equal(y, X[:128][::-1])
     for y in results("total", KERNELS, X, 2, grid=2):
@@ -113,7 +113,7 @@ def test_right_kernels_are_right_in_every_schedule():
 
 
 @pytest.mark.parametrize("name", ["reverse", "total"])
-def test_a_missing_barrier_shows(name):
+def test_a_missing_barrier_is_detected(name):
     good, *_ = results(name, KERNELS, X, 128 if name == "reverse" else 2, grid=1)
     code = planted(name, r"__syncthreads\(\);")
     outputs = results(name, code, X, len(good), grid=1)
@@ -121,7 +121,7 @@ def test_a_missing_barrier_shows(name):
     assert np.isnan(np.concatenate(outputs)).sum() > np.isnan(good).sum(), "static shared memory starts as NaN"
 
 
-def test_shared_memory_of_the_block_before_is_forgotten():
+def test_shared_memory_of_the_previous_block_is_cleared():
     code = planted("reverse", r"kept\[threadIdx.x\] = x\[threadIdx.x\];", "if (blockIdx.x == 0) kept[threadIdx.x] = 1;")
     y = np.zeros(128, np.float32)
     run("reverse", y, X, code=code, grid=2)
@@ -155,7 +155,7 @@ def test_shared_memory_of_the_block_before_is_forgotten():
         "16 bytes",
     ],
 )
-def test_what_would_hang_or_fault_stops_with_a_message(name, fault, instead, message):
+def test_a_hang_or_fault_stops_with_a_message(name, fault, instead, message):
     arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
     code = planted(name, fault, instead)
     y = np.zeros(128, np.float32)
@@ -176,7 +176,7 @@ def test_blocks_that_wait_for_each_other_run_in_every_schedule():
         np.testing.assert_array_equal(y, [1, 0, 3, 2, 5, 4])
 
 
-def test_a_missing_cluster_barrier_shows():
+def test_a_missing_cluster_barrier_is_detected():
     last = planted("swap", r"(kept, 1 - blockIdx.x % 2\) = x\[blockIdx.x\];\n  )cluster_barrier<2>\(\);", r"\1")
     y = np.zeros(6, np.float32)
     with pytest.raises(RuntimeError, match="has not begun, or has ended"):  # the second block ends before the first
@@ -193,28 +193,28 @@ def test_a_missing_cluster_barrier_shows():
         ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "no multiple of a cluster"),
     ],
 )
-def test_blocks_that_would_wait_for_ever_or_meet_nobody_stop_with_a_message(name, fault, instead, message):
+def test_blocks_that_would_wait_forever_stop_with_a_message(name, fault, instead, message):
     turn = [np.zeros(1, np.int32)] if name == "around" else []
     code, y = planted(name, fault, instead), np.zeros(6, np.float32)
     with pytest.raises(RuntimeError, match=message):
         run(name, y, X, *turn, code=code, grid=6, block=64, shared_mem=4, schedule=1)
 
 
-def test_a_copy_that_is_read_too_early_is_nan():
+def test_a_copy_that_is_read_too_early_gives_nan():
     y = np.zeros(8, np.float32)
     run("copies", y, X, code=planted("copies", r"cp_async_wait<2>", "cp_async_wait<3>"), block=32, shared_mem=64)
     np.testing.assert_array_equal(y[:4], X[:4])
     assert np.isnan(y[4:]).all()
 
 
-def test_a_copy_of_less_fills_up_with_zeros():
+def test_a_short_copy_is_padded_with_zeros():
     y = np.full(8, np.nan, np.float32)
     part = planted("copies", r"x \+ 4 \* i\)", "x + 4 * i, 8 * i)")  # 0 and 8 bytes of 16
     run("copies", y, X, code=part.replace("i < 4", "i < 3").replace("wait<2>", "wait<1>"), block=32, shared_mem=64)
     np.testing.assert_array_equal(y, [0, 0, 0, 0, 4, 5, 0, 0])
 
 
-def test_scalars_arrive_and_none_is_the_null_pointer():
+def test_scalars_are_passed_and_none_is_the_null_pointer():
     y = np.zeros(1, np.float32)
     good = (y, np.int32(1), np.int64(20), np.float32(300.5), np.uint32(4000), None)
     run("scalars", *good)
@@ -234,7 +234,7 @@ def test_scalars_arrive_and_none_is_the_null_pointer():
         run("scalars", *good[:-1])
 
 
-def test_a_launch_that_no_gpu_takes_is_refused():
+def test_a_launch_that_no_gpu_supports_is_rejected():
     y = np.zeros(128, np.float32)
     for size in ({"grid": 0}, {"block": 0}, {"block": 1025}, {"block": 32, "shared_mem": 49_153}):
         with pytest.raises(ValueError, match="reverse"):

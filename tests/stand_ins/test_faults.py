@@ -1,4 +1,4 @@
-"""Every fault that a test plants still has its place; planting finds it by function, whatever the layout."""
+"""Every fault that a test plants still matches the source; it is found by function, independent of the layout."""
 
 import importlib
 from pathlib import Path
@@ -40,12 +40,12 @@ def test_an_occurrence_is_removed():
         without("int f() { a; a; }", "f", "a;", 2)
 
 
-def test_python_has_functions_too():
+def test_faults_in_python_functions():
     source = "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return 1\n"
     assert plant(source, "g", "return 1", "return 2").count("return 1") == 1
 
 
-def test_a_fault_without_a_place_says_what_to_do():
+def test_the_error_for_a_fault_without_a_match_says_what_to_do():
     with pytest.raises(AssertionError, match="'main' no longer contains 'x': write the fault as"):
         plant(SOURCE, "main", "x", "y")
     with pytest.raises(AssertionError, match="no function 'thrice' in the source"):
@@ -60,14 +60,14 @@ def test_a_fault_without_a_place_says_what_to_do():
         ("attention_forward", "DROPOUT_FAULTS"),
     ],
 )
-def test_every_fault_of_a_kernel_has_its_place(family, table):
+def test_every_fault_of_a_kernel_matches(family, table):
     faults = getattr(importlib.import_module(f"tests.tinygrad2.kernels.test_cuda_{family}"), table)
     for fault in faults.values() if isinstance(faults, dict) else faults:
         source = fault[0] if isinstance(faults, dict) else family
         plant(cuda.source(source), *fault[-3:])
 
 
-def test_every_fault_of_decode_and_gemm_has_its_place():
+def test_every_fault_of_decode_and_gemm_matches():
     for fault in test_decode.FAULTS.values():
         plant(cuda.source(test_decode.SOURCE), *fault)
     tests = importlib.import_module("tests.tinygrad2.kernels.test_cuda_gemm")

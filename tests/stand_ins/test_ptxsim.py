@@ -101,7 +101,7 @@ def test_instructions():
         assert found == expected, body
 
 
-def test_an_instruction_that_is_not_known_is_named():
+def test_an_unknown_instruction_is_named():
     with pytest.raises(NotImplementedError, match=r"PTX: frobnicate.b32 %r2, %r1"):
         run("frobnicate.b32 %r2, %r1;")
 
@@ -115,7 +115,7 @@ def test_an_instruction_that_is_not_known_is_named():
         ("trap;", "__trap"),
     ],
 )
-def test_what_a_gpu_would_stop_at_stops_with_a_message(body, message):
+def test_an_error_on_a_gpu_stops_with_a_message(body, message):
     with pytest.raises(RuntimeError, match=message):
         run(body)
 
@@ -137,7 +137,7 @@ def attention(monkeypatch, fault=None):
     return np.linalg.norm(out.astype("d") - expected) / np.linalg.norm(expected)
 
 
-def test_the_compiled_kernel_is_right(monkeypatch):
+def test_the_compiled_kernel_is_correct(monkeypatch):
     assert attention(monkeypatch) < 4e-3
 
 
@@ -152,7 +152,7 @@ def test_the_compiled_kernel_is_right(monkeypatch):
     ],
     ids=["the halves of a pair", "the halves of b", "not transposed", "two of four matrices", "waits for too few"],
 )  # fmt: skip
-def test_faults_in_what_is_written_in_ptx_show(monkeypatch, fault):
+def test_faults_in_inline_ptx_are_detected(monkeypatch, fault):
     try:
         error = attention(monkeypatch, fault)
     except RuntimeError:

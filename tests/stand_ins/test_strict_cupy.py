@@ -1,4 +1,4 @@
-"""The stand-in for CuPy: what it does with bfloat16, kernels and streams (test_backend.py has the rest)."""
+"""The stand-in for CuPy: bfloat16, kernels and streams (test_backend.py has the rest)."""
 
 import ctypes
 
@@ -55,13 +55,13 @@ def test_a_kernel_runs_on_device_arrays_and_counts_as_a_launch(scale):
     ],
     ids=["Python float", "Python int", "float64", "strides", "host array", "too few"],
 )
-def test_arguments_that_cupy_would_pass_on_wrongly_are_refused(scale, arguments, error):
+def test_arguments_that_cupy_would_pass_wrongly_are_rejected(scale, arguments, error):
     x, y = on_device(np.arange(5), np.float32), library.empty(5, np.float32)
     with pytest.raises(TypeError, match=error):
         scale((2,), (4,), arguments(y, x))
 
 
-def test_much_shared_memory_has_to_be_asked_for():
+def test_large_shared_memory_must_be_requested():
     kernel = library.RawModule(code=SCALE, options=("-DWIDER=1",)).get_function("shared")
     y = library.empty(8, np.float32)
     with pytest.raises(ValueError, match="max_dynamic_shared_size_bytes"):
@@ -80,7 +80,7 @@ def test_new_memory_is_not_zero():
     assert np.isnan(library.empty_like(on_device([1.0])).get().astype(np.float32)).all()
 
 
-def test_bfloat16_sums_and_products_are_made_in_float32():
+def test_bfloat16_sums_and_products_are_computed_in_float32():
     ones = on_device(np.ones(1000))
     assert float(ones.sum()) == float(library.sum(ones)) == 1000  # one by one, it would stop at 256
     assert ones.sum().dtype == bfloat16
@@ -125,7 +125,7 @@ def test_pointers_streams_and_the_device():
 
 
 @pytest.mark.extras("cupy")
-def test_what_kernels_rely_on_holds_in_the_real_cupy():
+def test_assumptions_of_the_kernels_hold_in_the_real_cupy():
     """Without a GPU: views of memory that is never touched, and the bytes of a structure passed to a kernel."""
     cupy = pytest.importorskip("cupy")
     scalar = pytest.importorskip("cupy._core._scalar").CScalar

@@ -38,7 +38,7 @@ def test_integers_and_floats_give_floats(function, dtype, other, expected):
         np.testing.assert_allclose(y.numpy(), want, rtol=1e-6)
 
 
-def test_the_gradient_of_a_float_that_met_integers():
+def test_the_gradient_of_a_float_combined_with_integers():
     x = tensor("float32", requires_grad=True)
     (Tensor(INTEGERS) * x + Tensor(BOOLEANS)).sum().backward()
     np.testing.assert_array_equal(x.grad, INTEGERS)
@@ -47,7 +47,7 @@ def test_the_gradient_of_a_float_that_met_integers():
 
 @pytest.mark.parametrize("a", ["bool", "uint8", "int8", "int32", "int64"])
 @pytest.mark.parametrize("b", ["bool", "uint8", "int8", "int32", "int64"])
-def test_two_integer_types_give_numpys(a, b):
+def test_two_integer_types_give_the_type_of_numpy(a, b):
     x, y = tensor(a), tensor(b)
     for got in (x + y, x + y.data, x.data + y):
         assert got.dtype == np.promote_types(a, b)
@@ -56,7 +56,7 @@ def test_two_integer_types_give_numpys(a, b):
     np.testing.assert_allclose(quotient.numpy(), x.data / y.data, rtol=1e-6)
 
 
-def test_a_python_integer_takes_the_integers_dtype():
+def test_a_python_integer_takes_the_integer_dtype():
     assert (tensor("uint8") + 2).dtype == "uint8"
     assert (2 + tensor("bool")).dtype == "int64"
     with pytest.raises(OverflowError, match=r"^\*: 300 does not fit in the other operand's dtype, uint8$"):
@@ -64,7 +64,7 @@ def test_a_python_integer_takes_the_integers_dtype():
 
 
 def test_a_float32_tensor_keeps_its_dtype_with_a_float64_array():
-    """An array is a constant: see the docstring of arguments.py. A Tensor of float64 is refused."""
+    """An array is a constant: see the docstring of arguments.py. A Tensor of float64 is rejected."""
     x = tensor("float32", requires_grad=True)
     y = np.array([0.1, 0.2, 0.3]) * x
     assert y.dtype == "float32"
@@ -154,7 +154,7 @@ def test_functions_of_integers_that_stay_integers():
         (lambda i, b: len(i[0]), TypeError, r"^len\(\): the tensor has shape \(\), which has no length$"),
     ],
 )
-def test_an_argument_that_does_not_fit_is_named(function, error, message):
+def test_an_invalid_argument_is_named(function, error, message):
     with pytest.raises(error, match=message):
         function(Tensor(INTEGERS), Tensor(BOOLEANS))
 
@@ -171,7 +171,7 @@ def test_axes_0_and_minus_1_of_a_tensor_without_axes(name, axis):
         getattr(x, name)(1)
 
 
-def test_the_mean_of_nothing_is_nan():
+def test_the_mean_of_an_empty_tensor_is_nan():
     assert np.isnan(Tensor(np.ones((0, 3))).mean().item())
     np.testing.assert_array_equal(Tensor(np.ones((0, 3))).mean(0).numpy(), [np.nan] * 3)
     assert Tensor(np.ones((0, 3))).mean(1).shape == (0,)

@@ -137,14 +137,14 @@ def test_a_second_backward_raises_and_says_what_to_do():
     assert x.grad == 6  # nothing was added by the walk that failed
 
 
-def test_gradients_of_several_walks_add_up():
+def test_gradients_of_several_backward_passes_are_summed():
     x = leaf([1.0])
     for factor in (2, 3):
         (x * factor).sum().backward()
     assert x.grad == 5
 
 
-def test_what_was_saved_is_dropped_after_the_walk():
+def test_saved_data_is_freed_after_the_backward_pass():
     x = leaf([1.0])
     big = np.ones(1000)
     alive = weakref.ref(big)
@@ -222,7 +222,7 @@ def test_hooks_fire_for_a_leaf_whose_branch_got_no_gradient():
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (1, 1)])
-def test_results_that_nobody_used_give_none(used):
+def test_unused_results_give_none(used):
     got = []
 
     def backward(saved, dy, into):
@@ -241,7 +241,7 @@ def test_results_that_nobody_used_give_none(used):
 
 
 @pytest.mark.parametrize("times", [2, 3, 4])
-def test_gradients_without_axes_add_up(times):
+def test_gradients_without_axes_are_summed(times):
     x = leaf(3.0)
     h = scale(x, 1.0, [])
     total = h
@@ -253,7 +253,7 @@ def test_gradients_without_axes_add_up(times):
     assert isinstance(x.grad, np.ndarray)
 
 
-def test_into_is_none_where_no_gradient_is_wanted():
+def test_into_is_none_if_no_gradient_is_needed():
     asked = []
 
     def backward(saved, dy, into):
@@ -287,7 +287,7 @@ def test_into_is_none_where_no_gradient_is_wanted():
     ],
 )
 @pytest.mark.parametrize("of_a_leaf", [False, True])
-def test_what_a_backward_returns_is_checked(returned, error, message, of_a_leaf):
+def test_the_results_of_a_backward_function_are_checked(returned, error, message, of_a_leaf):
     def fold_backward(saved, dy, into):
         return returned(dy)
 
@@ -305,7 +305,7 @@ def test_a_scalar_is_a_gradient_of_a_tensor_without_axes():
     assert isinstance(x.grad, np.ndarray)
 
 
-def test_the_fixture_for_saved_arrays_bites():
+def test_the_fixture_for_saved_arrays_detects_a_write():
     x = leaf([1.0, 2.0])
     inner = np.ones(2)
 
@@ -375,7 +375,7 @@ class TestChangedData:
             lambda p: p[0],
         ],
     )
-    def test_what_did_not_save_it_is_right(self, function, change):
+    def test_an_operation_that_did_not_save_it_is_not_affected(self, function, change):
         gradients = []
         for changed in (False, True):
             p, optimizer = self.parameter(2, 2)
@@ -386,7 +386,7 @@ class TestChangedData:
             gradients.append(p.grad.copy())
         np.testing.assert_array_equal(*gradients)
 
-    def test_a_change_before_the_forward_pass_is_none(self):
+    def test_a_change_before_the_forward_pass_is_allowed(self):
         p, optimizer = self.parameter(2, 2)
         for _ in range(3):
             optimizer.zero_grad()
@@ -420,7 +420,7 @@ def test_second_order_gradients_are_rejected_by_name():
 
 
 @pytest.mark.parametrize("kind", [Tensor, Parameter])
-def test_grad_is_an_array_of_its_own_whatever_is_assigned(kind):
+def test_an_assigned_grad_is_copied(kind):
     for value in (np.float64(0.5), 0.5, np.array(0.5), Tensor(0.5), np.array(1, int)):
         x = (
             Tensor(np.array(2.0, "float32"), requires_grad=True)

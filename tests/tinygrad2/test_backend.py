@@ -78,7 +78,7 @@ def assert_same(a, b):
 # The engine on the device --------------------------------------------------------------------------------------------
 
 
-def test_training_steps_are_numpys_without_waiting_or_float64(checked_device):
+def test_training_steps_equal_numpys_without_waiting_or_float64(checked_device):
     device = checked_device
     models = [GPT2(CONFIG, device="cpu"), GPT2(CONFIG, device="cuda")]
     optimizers = [optim.AdamW(model, lr=1e-2) for model in models]
@@ -117,8 +117,8 @@ def test_every_operation_gives_numpys_bits(checked_device):
             np.testing.assert_array_equal(a, b, err_msg=case.name)
 
 
-def test_what_saves_memory_gives_numpys_bits_without_waiting(checked_device):
-    """Blocks that are computed again, and the output layer's rows in parts."""
+def test_options_that_save_memory_give_numpys_bits_without_waiting(checked_device):
+    """Recomputed blocks, and the output layer's rows in parts."""
     for options in ({"recompute": "block"}, {"head_rows": 50}, {"recompute": "block", "head_rows": 7}):
         models = [GPT2(CONFIG, device=name, **options) for name in ("cpu", "cuda")]
         losses = []
@@ -176,7 +176,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nobody_waits(device, 
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_generation_gives_numpys_tokens(checked_device, cache):
+def test_generation_gives_the_same_tokens_as_numpy(checked_device, cache):
     prompt, sampling = [3, 1, 4], {"samples": 2, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 1}
     count = 160 if cache else 12  # past the context, where the cache is filled again
     here, there = (
@@ -194,7 +194,7 @@ def test_gradcheck_on_the_device(device, capsys):
     assert device.launches > 1000 * len(CASES) / 2
 
 
-def test_gradcheck_finds_a_wrong_gradient_on_the_device(device, monkeypatch):
+def test_gradcheck_detects_a_wrong_gradient_on_the_device(device, monkeypatch):
     kernels = get_backend("cuda").kernels
     right = kernels.gelu_backward
     monkeypatch.setattr(kernels, "gelu_backward", lambda *arguments: right(*arguments) * 1.001)
@@ -249,7 +249,7 @@ def test_uploads_share_few_buffers_and_stay_right(device):
     arrived = [place.upload(values) for values in sent]
     assert device.pinned <= CudaBackend.PINNED
     assert device.syncs == 0
-    assert device.waits == 100 - CudaBackend.PINNED  # nothing was ready before somebody waited
+    assert device.waits == 100 - CudaBackend.PINNED  # nothing was complete before a wait
     device.finish()
     for values, array in zip(sent, arrived, strict=True):
         np.testing.assert_array_equal(place.to_host(array), values)
@@ -264,7 +264,7 @@ def test_a_larger_upload_takes_a_larger_buffer(device):
         np.testing.assert_array_equal(place.to_host(array), values)
 
 
-def test_buffers_whose_copy_is_done_are_used_again(device):
+def test_buffers_whose_copy_is_complete_are_reused(device):
     place = get_backend("cuda")
     for i in range(50):
         place.upload(np.full(9, i))
@@ -282,7 +282,7 @@ def test_the_callers_array_may_be_changed_after_an_upload(device):
     np.testing.assert_array_equal(place.to_host(array), np.arange(6))
 
 
-def test_a_buffer_that_is_used_again_too_early_is_found(device, monkeypatch):
+def test_a_buffer_that_is_reused_too_early_is_detected(device, monkeypatch):
     def impatient(self, nbytes):
         if len(self._pinned) >= 2:
             return self._pinned.popleft()[0]
@@ -295,7 +295,7 @@ def test_a_buffer_that_is_used_again_too_early_is_found(device, monkeypatch):
         device.finish()
 
 
-def test_a_buffer_that_is_freed_too_early_is_found(device):
+def test_a_buffer_that_is_freed_too_early_is_detected(device):
     place = get_backend("cuda")
     place.upload(np.arange(4))
     place._pinned.clear()
@@ -303,7 +303,7 @@ def test_a_buffer_that_is_freed_too_early_is_found(device):
         device.finish()
 
 
-def test_what_is_fetched_is_there_when_somebody_waits(device):
+def test_a_fetched_value_is_complete_after_waiting(device):
     place = get_backend("cuda")
     x = place.asarray(np.float32(1.5))
     fetch = place.fetch(x, x + x)
@@ -321,20 +321,20 @@ def test_a_fetch_may_be_dropped(device):
         place.fetch(place.asarray(np.float32(1)))
     device.finish()
     assert place.fetch(place.asarray(np.float32(2))).get() == [2.0]
-    assert len(place._fetched) == 1  # what has arrived is not kept
+    assert len(place._fetched) == 1  # completed fetches are not kept
     place.fetch(place.asarray(np.float32(3)))
     place._fetched.clear()
     with pytest.raises(RaceError, match="freed before the copy"):
         device.finish()
 
 
-def test_a_fetch_that_does_not_wait_is_found(device, monkeypatch):
+def test_a_fetch_that_does_not_wait_is_detected(device, monkeypatch):
     monkeypatch.setattr(backend.CudaPendingScalars, "get", lambda self: self._host.tolist())
     model = GPT2(CONFIG, device="cuda")
     assert np.isnan(train_step(model, optim.AdamW(model), 0).get()).all()
 
 
-def test_numpy_arrays_need_no_way_over():
+def test_numpy_arrays_need_no_transfer():
     place = get_backend("cpu")
     values = np.arange(3.0)
     assert place.upload(values) is values
@@ -345,7 +345,7 @@ def test_numpy_arrays_need_no_way_over():
     assert place.name() == "cpu"
 
 
-def test_the_gpu_s_name_is_for_people(device):
+def test_the_name_of_the_gpu_is_readable(device):
     assert get_backend("cuda").name() == "cuda: stand-in"
     assert get_backend("cuda").cuda.gpu_name() == "stand-in"
     assert get_backend("cpu").cuda is None
@@ -392,7 +392,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
     assert "cuda, float32" in capsys.readouterr().out
     assert log("host") == log("device")
     assert_same(saved("host"), saved("device"))
-    # A run that stood on one device goes on on the other.
+    # A run that was stopped on one device resumes on the other.
     for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
         shutil.copytree("host" if first == "cpu" else "device", f"{first}-{second}")
         run(f"{first}-{second}", second, 6, *options)
@@ -419,7 +419,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
     assert len(syncs) == 1  # nothing waited between the first step's launch and the last one's
 
 
-def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
+def test_train_reports_a_nan_loss_in_one_line(user, monkeypatch, capsys):
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
     right, calls = kernels.lm_head_forward, []
@@ -441,7 +441,7 @@ def test_train_says_in_one_line_that_the_loss_is_nan(user, monkeypatch, capsys):
     assert [row["step"] for row in log("out")] == [1, 2]
 
 
-def test_train_gives_the_arithmetic_where_memory_runs_out(user, monkeypatch, capsys):
+def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsys):
     def full(*arguments):
         raise MemoryError("Out of memory allocating 1,024 bytes (allocated so far: 1,024 bytes).")
 
@@ -456,11 +456,11 @@ def test_train_gives_the_arithmetic_where_memory_runs_out(user, monkeypatch, cap
 
 
 @pytest.mark.extras("cupy")
-def test_cupys_error_is_a_memory_error():
+def test_cupys_out_of_memory_error_is_a_memory_error():
     assert issubclass(pytest.importorskip("cupy").cuda.memory.OutOfMemoryError, MemoryError)
 
 
-# A device that is not there ------------------------------------------------------------------------------------------
+# A missing device ------------------------------------------------------------------------------------------
 
 
 class DriverError(RuntimeError):
@@ -503,7 +503,7 @@ def test_a_missing_device_is_reported_in_one_line(monkeypatch, capsys, cupy, mes
         assert capsys.readouterr().err == f"{name}: error: {caught.value}\n"
 
 
-def test_a_cupy_that_cannot_be_imported_is_said_in_one_line(monkeypatch, tmp_path):
+def test_a_cupy_that_cannot_be_imported_is_reported_in_one_line(monkeypatch, tmp_path):
     (tmp_path / "cupy.py").write_text("import a_library_that_it_needs\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -513,7 +513,7 @@ def test_a_cupy_that_cannot_be_imported_is_said_in_one_line(monkeypatch, tmp_pat
         get_backend("cuda")
 
 
-def test_auto_takes_the_device_where_there_is_one(device):
+def test_auto_uses_the_device_if_there_is_one(device):
     assert get_backend("auto").device == "cuda"
     assert GPT2(CONFIG, device="auto").backend is get_backend("cuda")
 
@@ -525,7 +525,7 @@ def test_an_unknown_device_is_named():
 
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_pass_on_the_stand_in():
-    """Nobody can mend a test where it needs a GPU: its mistakes are to be found here."""
+    """Tests that need a GPU are run here on the stand-in, so that their errors are found without one."""
     # The first needs a device's memory, those in float64 ran above, bfloat16 and the launch that makes a token need the
     # CUDA kernels, NCCL a GPU.
     which = "not memory_is_counted and not float64 and not bfloat16 and not one_launch and not nccl"
@@ -570,7 +570,7 @@ X, I = np.ones((3, 4), dtype=np.float32), np.array([0, 0])  # noqa: E741
         (lambda np_, x: x.get(out=X.copy(), blocking=False), "not pinned"),
     ],
 )
-def test_the_stand_in_refuses(device, fault, error):
+def test_the_stand_in_rejects(device, fault, error):
     with pytest.raises((TypeError, ValueError, IndexError, AssertionError), match=error):
         fault(strict_cupy.library, on_device(X))
 
@@ -666,7 +666,7 @@ def test_the_stand_in_counts_float64(device, promote, count):
     assert device.float64 == count
 
 
-def test_the_stand_in_gives_views_and_arrays_as_cupy_does(device):
+def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
     x = on_device(np.arange(6, dtype=np.float32))
     x[0] += 5  # of an array without axes, which is a view
     last = x[-1]

@@ -44,7 +44,7 @@ def test_a_part_is_written_and_nothing_beside_it():
     assert (whole[1:3, 2:6] == 3).all()
 
 
-def test_numpy_serves_where_no_library_is_found(monkeypatch):
+def test_numpy_is_used_if_no_library_is_found(monkeypatch):
     monkeypatch.setattr(blas, "_functions", {})
     a, b, out = R.normal(size=(3, 4)), R.normal(size=(4, 5)), np.ones((3, 5))
     blas.gemm(a, b, out, accumulate=True)
@@ -56,13 +56,13 @@ def test_the_library_of_numpy_is_found():
     assert set(blas.ADDRESSES) == {"float32", "float64"}
 
 
-def test_mkl_is_taken_only_where_it_is_installed(monkeypatch):
+def test_mkl_is_used_only_if_it_is_installed(monkeypatch):
     def missing(name):
         raise blas.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(blas.metadata, "files", missing)
     assert blas._mkl() is None
-    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but nobody knows its files
+    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but its files are unknown
     assert blas._mkl() is None
 
 
@@ -75,8 +75,8 @@ def test_mkl_can_be_disabled(monkeypatch):
     assert blas._mkl() is None
 
 
-def test_matrices_that_blas_cannot_read_are_read_all_the_same():
-    """Distances that are no whole number of elements, and bytes in the other order."""
+def test_matrices_in_layouts_that_blas_does_not_support():
+    """Strides that are not a whole number of elements, and bytes in the other order."""
     records = np.zeros(5, dtype=[("row", np.float32, (6,)), ("mark", np.int16)])
     records["row"] = np.arange(30).reshape(5, 6)
     b = np.arange(24, dtype=np.float32).reshape(6, 4)

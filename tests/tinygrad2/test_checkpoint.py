@@ -26,7 +26,7 @@ def test_a_checkpoint_appears_under_its_name_with_a_checksum_of_every_file(tmp_p
     assert os.listdir(tmp_path) == ["ckpt-000001"]
 
 
-def test_an_error_while_writing_leaves_what_was_there(tmp_path):
+def test_an_error_while_writing_keeps_the_old_checkpoint(tmp_path):
     write(tmp_path / "ckpt-000001", "first")
 
     def fail():
@@ -41,7 +41,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt-000001"]
 
 
-def test_writing_again_replaces_and_clears_what_a_killed_process_left(tmp_path):
+def test_writing_again_replaces_the_files_of_a_killed_process(tmp_path):
     (tmp_path / ".ckpt-000001.partial").mkdir()
     (tmp_path / ".ckpt-000001.partial" / "half").write_text("x")
     write(tmp_path / "ckpt-000001", "first")
@@ -69,7 +69,7 @@ def flip_a_bit(path):
         (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json: no files in this manifest"),
     ],
 )
-def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, message):
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(tmp_path, damage, message):
     for step in (1, 2):
         write(tmp_path / checkpoint.name(step))
     damage(tmp_path / checkpoint.name(2))

@@ -109,7 +109,7 @@ def fake_mpi4py(size):
     return types.SimpleNamespace(MPI=MPI)
 
 
-def test_an_mpi_that_mpirun_does_not_belong_to_is_refused(launched_by, monkeypatch):
+def test_an_mpi_that_does_not_match_mpirun_is_rejected(launched_by, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", fake_mpi4py(1))
     launched_by(PMI_SIZE="2", PMI_RANK="0")
     with pytest.raises(ValueError, match=r"^2 ranks were started, but mpi4py's MPI \(Open MPI v5.0.11\) sees 1: "):
@@ -125,7 +125,7 @@ def test_failing_alone_prints_and_returns(launched_by, capsys):
     assert capsys.readouterr().err == "train.py: what happened\n"
 
 
-def test_one_process_is_a_comm_too():
+def test_a_single_process_is_a_comm():
     comm: Comm = SoloComm()
     flat, whole = np.arange(3.0), np.zeros(3)
     assert comm.from_root(lambda: 7) == 7
@@ -136,7 +136,7 @@ def test_one_process_is_a_comm_too():
     np.testing.assert_array_equal(flat, whole)
 
 
-def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+def test_each_process_of_a_machine_uses_its_own_gpu(monkeypatch):
     used = []
     cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDeviceCount=lambda: 4, CUDARuntimeError=RuntimeError),
@@ -223,7 +223,7 @@ def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make
         assert max(kept) <= alone.n_parameters() / size + buckets
 
 
-def test_copies_in_bfloat16_follow_what_other_ranks_updated():
+def test_copies_in_bfloat16_follow_updates_of_other_ranks():
     def rank(comm):
         model = with_copies(GPT2(CONFIG))
         optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm)
@@ -333,7 +333,8 @@ def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
 
 
 def test_on_a_gpu_gradients_pass_through_pinned_memory():
-    """On the stand-in for CuPy, whose copies are late: nothing is read before it has come, or changed on its way."""
+    """On the stand-in for CuPy, whose copies are late: no data is read before it is complete, or changed while
+    copied."""
 
     def steps(device):
         model = GPT2(CONFIG, device=device)
@@ -362,7 +363,7 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 
 
 class DirectEcho(Echo):
-    """Two ranks, each with a GPU of its own; the other one always has the same values."""
+    """Two ranks, each with its own GPU; the other one always has the same values."""
 
     def __init__(self, sums=NcclComm):
         super().__init__()
@@ -433,7 +434,7 @@ def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
         last.on_final = lambda: left.update(then=len(nccl.calls)) or before()
         loss.backward()
         assert 0 < left["then"] < len(nccl.calls) == len(arena.buckets)
-        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # nobody may read them yet
+        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # they must not be read yet
         sums.finish()
         assert not any(np.isnan(region.grads.get()).any() for region in arena.regions)
 
@@ -531,7 +532,7 @@ def test_memory_that_a_sum_uses_is_not_written_to():
             sums.join()
 
 
-def test_one_rank_alone_sums_too():
+def test_a_single_rank_sums_too():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo(1)) as nccl:
         on = backend.get_backend("cuda")
         sums = NcclComm(on, nccl, 0, 1, nccl.get_unique_id())
@@ -544,7 +545,7 @@ def test_one_rank_alone_sums_too():
             np.testing.assert_array_equal(values.get(), np.arange(7))
 
 
-def test_nccl_is_told_to_add_up_in_one_order_unless_somebody_chose(monkeypatch):
+def test_nccl_is_set_to_a_fixed_order_unless_the_user_chose_one(monkeypatch):
     for chosen, then in ((None, "Ring"), ("Tree", "Tree")):
         monkeypatch.setenv("NCCL_ALGO", chosen or "")
         if chosen is None:
@@ -571,7 +572,7 @@ def mpi_rank(others):
         ([lambda place: place and place.replace("0000:00", "0000:01"), lambda place: "elsewhere"], True),
         ([lambda place: place], False),  # two ranks on one GPU
         ([lambda place: "elsewhere", lambda place: "elsewhere"], False),
-        ([lambda place: None], False),  # a rank that lacks NCCL
+        ([lambda place: None], False),  # a rank without NCCL
     ],
 )
 def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct):

@@ -103,6 +103,6 @@ def test_other_arguments_as_pytorch(name):
     compare(*OTHERS[name])
 
 
-def test_no_classes_are_refused():
+def test_zero_classes_are_rejected():
     with pytest.raises(ValueError, match=r"targets contain 0; expected integers in \[0, 0\)"):
         ops.cross_entropy(Tensor(np.ones((2, 0))), [0, 0])

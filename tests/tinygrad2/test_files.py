@@ -37,7 +37,7 @@ def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path):
     assert entries(tmp_path / "model" / "inside") == ["new"]
 
 
-def test_a_link_is_replaced_also_where_it_leads_nowhere(tmp_path):
+def test_a_link_is_replaced_even_if_it_is_broken(tmp_path):
     for name in ("nowhere", "elsewhere"):
         with files.atomic_write(tmp_path / "best") as partial:
             partial.symlink_to(name)
@@ -116,7 +116,7 @@ def test_free_name_counts_from_1(tmp_path):
     assert files.free_name(tmp_path / "out", separator=".") == tmp_path / "out.1"
 
 
-def test_folders_that_are_not_there_yet_are_not_made(tmp_path):
+def test_missing_folders_are_not_created(tmp_path):
     assert files.write_error(tmp_path / "a" / "b") == ""
     assert list(tmp_path.iterdir()) == []
 

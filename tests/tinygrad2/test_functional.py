@@ -1,4 +1,4 @@
-"""Every operation of gradcheck's table beside PyTorch's; the functions of functional.py; errors."""
+"""Every operation of gradcheck's table against PyTorch's; the functions of functional.py; errors."""
 
 import inspect
 
@@ -206,7 +206,7 @@ def test_causal_attention_is_that_of_ops():
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 5), dtype=bool), np.full((3, 5), -np.inf)])
-def test_a_query_that_sees_no_key_gets_zero_and_sends_no_gradient(mask):
+def test_a_query_that_attends_to_no_key_gives_zero_and_has_no_gradient(mask):
     q, k, v = (Tensor(R.normal(size=shape), requires_grad=True) for shape in ((3, 4), (5, 4), (5, 2)))
     with np.errstate(all="raise"):
         y = functional.scaled_dot_product_attention(q, k, v, mask)

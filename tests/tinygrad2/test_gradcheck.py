@@ -111,14 +111,14 @@ def test_gradient(case):
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize(("kernel", "part"), PLANTS)
-def test_an_error_of_a_thousandth_is_caught(monkeypatch, kernel, part, damage):
+def test_an_error_of_a_thousandth_is_detected(monkeypatch, kernel, part, damage):
     monkeypatch.setattr(KERNELS, kernel, planted(getattr(KERNELS, kernel), part, damage))
     assert caught(kernel.removesuffix("_backward"))
 
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_an_error_of_a_thousandth_outside_of_the_kernels_is_caught(monkeypatch, name, damage):
+def test_an_error_of_a_thousandth_outside_of_the_kernels_is_detected(monkeypatch, name, damage):
     right = getattr(WITHOUT_KERNELS[name], name)
 
     def wrong(*arguments):
@@ -136,7 +136,7 @@ WITH_A_SLOPE = """
 
 
 @pytest.mark.parametrize("name", WITH_A_SLOPE.split())
-def test_an_error_of_a_thousandth_in_a_slope_is_caught(monkeypatch, name):
+def test_an_error_of_a_thousandth_in_a_slope_is_detected(monkeypatch, name):
     right = methods.Slope.__call__
 
     def wrong(self, saved, dy, into):
@@ -147,20 +147,20 @@ def test_an_error_of_a_thousandth_in_a_slope_is_caught(monkeypatch, name):
     assert caught(name)
 
 
-def test_every_slope_is_planted():
+def test_every_slope_has_a_planted_error():
     source = inspect.getsource(methods)
     without = {"sign", "floor", "ceil", "round", "trunc"}
     assert set(re.findall(r'_map\(\s*"(\w+)"', source)) - without == set(WITH_A_SLOPE.split()) - {"std"}
 
 
 @pytest.mark.parametrize("kernel", ["linear_backward", "attention_backward", "gelu_backward", "add_layernorm_backward"])
-def test_the_transformer_alone_catches_an_error_too(monkeypatch, kernel):
+def test_the_transformer_alone_detects_an_error_too(monkeypatch, kernel):
     monkeypatch.setattr(KERNELS, kernel, planted(getattr(KERNELS, kernel), 0, scaled))
     assert caught("transformer block")
     assert caught("transformer, two blocks")
 
 
-def test_every_backward_pass_is_planted_and_has_rows():
+def test_every_backward_pass_has_planted_errors_and_rows():
     backward = {name for name in vars(reference) if name.endswith("_backward")}
     assert backward == set(GIVES)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {
@@ -204,7 +204,7 @@ def test_the_tolerance_decides():
         check(wrong_by(1.001), [[1.0, 2.0]], raises=True, tolerance=5e-4)
 
 
-def test_a_gradient_that_never_arrives_is_an_error():
+def test_a_missing_gradient_is_an_error():
     detached = [np.array([1.0, 2.0]), np.array([3.0, 4.0])]
     assert check(lambda a, b: a * b.detach(), detached)[1] == pytest.approx(1)
     assert check(lambda a: a.detach() * 2, detached[:1]) == [pytest.approx(1)]
@@ -246,7 +246,7 @@ def test_nan_and_infinity_are_infinite_errors(value):
         check(in_gradient, [np.ones(2)], raises=True)
 
 
-def test_inputs_may_be_lists_tensors_and_float32_and_stay_as_they_are():
+def test_inputs_may_be_lists_tensors_and_float32_and_are_not_changed():
     array = np.array([[1.0, 2.0]], dtype=np.float32)
     leaf = Tensor(array, requires_grad=True)
     before = array.copy()

@@ -1,4 +1,4 @@
-"""tinygrad2/initializers.py: initial values that depend on the structure of the model alone."""
+"""tinygrad2/initializers.py: initial values that depend only on the structure of the model."""
 
 import numpy as np
 import pytest

@@ -54,14 +54,14 @@ def test_without_control_groups_there_is_no_limit(tmp_path):
     assert machine.memory_limit(tmp_path, tmp_path / "nothing") is None
 
 
-def test_a_run_s_machine_is_described_in_text():
+def test_the_machine_of_a_run_is_described_in_text():
     described = machine.describe()
     assert described.keys() == {"processor", "cores", "memory", "system", "python", "numpy"}
     assert all(value and isinstance(value, str) for value in described.values())
 
 
 @pytest.mark.parametrize("text", ["", "what", "1 x"])
-def test_a_limit_that_cannot_be_read_is_none(tmp_path, text):
+def test_a_limit_that_cannot_be_read_is_ignored(tmp_path, text):
     process = tmp_path / "cgroup"
     group(tmp_path / "root", process, "0::/", {"cpu.max": text, "memory.max": text})
     assert machine.cpu_quota(tmp_path / "root", process) is None
@@ -87,7 +87,7 @@ def test_the_modules_without_packages_need_none():
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_a_program_that_is_not_there_is_one_line():
+def test_a_missing_program_is_one_line():
     assert machine.call(["no-such-program"], 5) == ("", "no-such-program: No such file or directory")
 
 

@@ -33,7 +33,7 @@ def test_a_small_array_does_not_come_from_the_pool(pool):
     assert pool.held == 0
 
 
-def test_memory_is_used_again_when_the_last_view_is_gone(pool):
+def test_memory_is_reused_when_the_last_view_is_gone(pool):
     x = memory.empty((100_000,), np.float32)
     where = address(x)
     view = x.reshape(100, 1000)[3:, ::2].T
@@ -48,7 +48,7 @@ def test_memory_is_used_again_when_the_last_view_is_gone(pool):
     assert pool.held == held
 
 
-def test_what_two_arrays_hold_does_not_overlap(pool):
+def test_the_memory_of_two_arrays_does_not_overlap(pool):
     arrays = [memory.empty((n,), np.int32) for n in range(20_000, 30_000, 500)]
     for i, array in enumerate(arrays):
         array[...] = i
@@ -64,7 +64,7 @@ def test_the_pool_does_not_keep_much_more_than_was_ever_in_use(pool):
     assert pool.held == 0
 
 
-def test_trim_leaves_what_is_in_use(pool):
+def test_trim_keeps_memory_in_use(pool):
     x = memory.empty((100_000,), np.float32)
     x[...] = 3
     memory.empty((200_000,), np.float32)
@@ -125,7 +125,7 @@ def test_a_training_step_allocates_nothing_large_once_the_pool_is_filled():
         assert peak < 400_000 < logits / 10
 
 
-def test_where_memory_runs_out_what_is_free_is_given_back_and_tried_again(pool, monkeypatch, capsys):
+def test_out_of_memory_frees_unused_memory_and_retries(pool, monkeypatch, capsys):
     first, empty = memory.empty((100_000,), np.float32), np.empty
     del first
     limit = 300_000
@@ -144,5 +144,5 @@ def test_where_memory_runs_out_what_is_free_is_given_back_and_tried_again(pool, 
     limit = 800_000
     first, second = memory.empty((100_000,), np.uint8), memory.empty((400_000,), np.uint8)
     del first
-    assert memory.empty((250_000,), np.uint8).size == 250_000  # in the place of what was free
+    assert memory.empty((250_000,), np.uint8).size == 250_000  # in memory that was free
     assert second.size == 400_000

@@ -1,4 +1,4 @@
-"""The methods of Tensor beside PyTorch's, in float64: tensors of any shape, edge values, digits.
+"""The methods of Tensor against PyTorch's, in float64: tensors of any shape, edge values, accuracy.
 
 Their gradients against finite differences, every memory layout, float32 and the stand-in for CuPy: the table of
 tinygrad2/gradcheck.py, which other tests go through.
@@ -200,7 +200,7 @@ def test_edge_values_of_a_row(name, row, t):
 # Numerics -------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_overflows_and_digits_are_kept():
+def test_nothing_overflows_and_precision_is_kept():
     with np.errstate(all="raise", under="ignore"):
         x = Tensor(np.array([-800.0, -40.0, 0.0, 40.0, 800.0]), requires_grad=True)
         np.testing.assert_allclose(x.sigmoid().numpy(), [0, math.exp(-40), 0.5, 1, 1], rtol=1e-15)

@@ -178,7 +178,7 @@ def test_weights_in_bfloat16_cannot_be_trained():
         model.arena()
 
 
-def test_a_device_that_lacks_a_precision_is_named_and_nothing_changes():
+def test_a_device_without_a_precision_is_named_and_nothing_changes():
     with strict_cupy.registered():
         model = Small().to("cuda")
         for precision, message in (
@@ -220,7 +220,7 @@ def test_another_precision_converts_values_and_drops_gradients():
 
 
 @pytest.mark.parametrize(("layers", "given"), [("float32", "float64"), ("float64", "float32")])
-def test_a_layer_and_an_input_of_different_precision_are_refused_in_one_line(layers, given):
+def test_a_layer_and_an_input_of_different_precision_are_rejected_in_one_line(layers, given):
     x = Tensor(np.ones((2, 3), given))
     for layer, name in (
         (nn.Linear(3, 3, precision=layers), "linear"),
@@ -273,7 +273,7 @@ def test_sequential_applies_its_layers_in_order():
     assert model[0] is linear
 
 
-def test_each_dropout_of_a_sequence_draws_from_a_site_of_its_own():
+def test_each_dropout_of_a_sequence_draws_from_its_own_site():
     x, key = Tensor(np.ones((4, 50), dtype="float32")), Key(3, site=5)
     model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.ReLU(), nn.Dropout(0.5))
     assert model.sites == 3
@@ -320,7 +320,7 @@ def test_a_state_is_a_copy_and_is_copied_into_the_arena():
         (lambda s: s.update(bias=np.ones((3, 1))), r"bias has shape \(3, 1\); expected \(3,\)"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(change, message):
+def test_a_state_that_does_not_fit_is_rejected_in_one_line_and_changes_nothing(change, message):
     model = nn.Linear(2, 3)
     before, state = model.state_dict(), model.state_dict()
     state["weight"] += 1
@@ -331,7 +331,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(ch
     np.testing.assert_array_equal(model.weight.data, before["weight"])
 
 
-def test_a_file_of_another_format_is_refused(tmp_path):
+def test_a_file_of_another_format_is_rejected(tmp_path):
     (tmp_path / "x").write_bytes(b"0" * 100)
     with pytest.raises(ValueError, match=r"load: .*x: it is not a valid safetensors file"):
         nn.Linear(2, 3).load(tmp_path / "x")

@@ -83,7 +83,7 @@ def test_float32_stays_float32(case, monkeypatch):
 
 
 @every_case
-def test_nan_shows(case):
+def test_nan_propagates(case):
     """One NaN in an input reaches the results, except where an operation does not look."""
     arrays = values(case)
     for array in arrays:
@@ -144,7 +144,7 @@ def test_a_tied_embedding_sums_both_gradients():
     np.testing.assert_allclose(wte.grad, head.grad + table.grad, rtol=1e-13)
 
 
-def test_dropout_without_a_key_or_a_rate_is_nothing():
+def test_dropout_without_a_key_or_a_rate_is_the_identity():
     x = Tensor(R.normal(size=(2, 3)), requires_grad=True)
     assert ops.dropout(x, 0.5, None) is x
     assert ops.dropout(x, 0.0, Key(0)) is x
@@ -183,7 +183,7 @@ def test_attention_saves_as_T_not_T_squared():
     assert sizes[-1] == 8 * sizes[0]
 
 
-def test_attention_works_in_memory_that_grows_as_T(monkeypatch):
+def test_attention_uses_memory_linear_in_T(monkeypatch):
     peaks = []
     for T in (512, 1024):
         monkeypatch.setattr(memory, "memory_pool", memory.MemoryPool())
@@ -323,7 +323,7 @@ def ones(*shape):
         ),
     ],
 )
-def test_a_wrong_argument_gets_one_clear_line(call, error, message):
+def test_a_wrong_argument_is_one_clear_line(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value).startswith(message)
@@ -345,7 +345,7 @@ def test_a_wrong_argument_gets_one_clear_line(call, error, message):
         (lambda x, w: ops.layernorm(Tensor(1.0), Tensor(1.0), Tensor(1.0)), r"layernorm: x has shape \(\); expected"),
     ],
 )
-def test_what_would_be_promoted_or_misread_is_refused(call, message):
+def test_arguments_that_would_be_promoted_or_misread_are_rejected(call, message):
     x, w = Tensor(np.ones((2, 3), dtype=np.float32)), Tensor(np.ones((3, 3), dtype=np.float32))
     with pytest.raises((TypeError, ValueError), match=message):
         call(x, w)
@@ -387,7 +387,7 @@ def wide(x):
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # few, which are read in bfloat16, and many, as of a prompt
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_weights_in_bfloat16_give_what_the_rounded_ones_give(rows, dtype):
+def test_weights_in_bfloat16_equal_rounded_weights(rows, dtype):
     x, w, b = Tensor(R.normal(size=(rows, 24)).astype(dtype)), half(24, 40), Tensor(R.normal(size=40).astype(dtype))
     table, places, tokens = half(40, 24), half(rows + 3, 24), R.integers(0, 40, (2, rows))
     with no_grad():
@@ -423,7 +423,7 @@ def test_weights_in_bfloat16_have_no_gradients(requires_grad):
         assert str(error.value) == f"{what} is stored in bfloat16 only and has no gradient; compute inside no_grad()"
 
 
-def test_only_matrices_may_be_in_bfloat16_alone():
+def test_only_matrices_may_be_in_bfloat16_only():
     x, w, b = wide(half(2, 4)), wide(half(4, 3)), wide(half(3))
     with no_grad():
         for call, message in (
@@ -443,7 +443,7 @@ def test_only_matrices_may_be_in_bfloat16_alone():
             assert str(raised.value) == f"{message}, as the activations require"
 
 
-def test_tf32_is_refused_where_there_is_none():
+def test_tf32_is_rejected_if_not_supported():
     x, w = Tensor(np.ones((2, 6), np.float32)), Tensor(np.ones((6, 6), np.float32))
     for call in (
         lambda: ops.linear(x, w, tf32=True),

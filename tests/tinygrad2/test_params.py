@@ -19,7 +19,7 @@ def arena_of(**arrays):
     return ParameterArena((name, Parameter(np.array(values, dtype="float32"))) for name, values in arrays.items())
 
 
-def test_the_regions_hold_every_parameter_once():
+def test_the_regions_contain_every_parameter_once():
     model = GPT2(CONFIG)
     before = {name: p.data.copy() for name, p in model.named_parameters()}
     arena = model.arena()
@@ -63,7 +63,7 @@ def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
     assert fired[-1] == list(arena.regions[0].where)[-1] == "wte.weight"
 
 
-def test_what_a_hook_sees_is_final():
+def test_a_hook_gets_the_final_gradient():
     model, seen = GPT2(CONFIG), {}
     model.arena()
     for name, p in model.named_parameters():
@@ -92,7 +92,7 @@ def test_buckets_are_runs_of_whole_parameters(monkeypatch, size):
     assert last == sorted(last)
 
 
-def test_placing_takes_values_and_gradients_along():
+def test_placing_moves_values_and_gradients():
     p, q = Parameter(np.ones((2, 2))), Parameter(np.full(3, 2.0))
     p.grad = np.full((2, 2), 5.0)
     arena = ParameterArena([("p", p), ("q", q)])
@@ -197,7 +197,7 @@ def rounded(p):
     return np.array_equal(copy, p.backend.to_host(p.data).astype(bfloat16))
 
 
-def test_what_layers_read_is_the_data_or_the_copy():
+def test_layers_read_the_data_or_the_copy():
     x, p = Tensor(np.ones(2)), Parameter(np.full(2, 1.003, np.float32))
     assert x.read_as("float64", "x") is x.data
     assert p.read_as("float32", "p") is p.data
@@ -255,7 +255,7 @@ def test_without_copies_the_regions_have_none():
     assert arena.parameters["w"].copy_dtype is None
 
 
-def test_copies_of_some_parameters_only_are_refused():
+def test_copies_of_some_parameters_only_are_rejected():
     a, b = Parameter(np.ones(2), "bfloat16"), Parameter(np.ones(2))
     with pytest.raises(TypeError, match=r"^ParameterArena: the copy of a is bfloat16, .* others are None; use one"):
         ParameterArena([("a", a), ("b", b)])
@@ -315,7 +315,7 @@ class TestOptimizersTakeModulesOrParameters:
         first, second = optim.AdamW(model.parameters()), optim.SGD(model)
         assert first.arena is second.arena is model.arena()
 
-    def test_an_optimizer_of_a_part_of_another_ones_is_refused(self):
+    def test_an_optimizer_of_some_of_another_ones_parameters_is_rejected(self):
         model = nn.Linear(3, 2)
         optimizer = optim.AdamW(model)
         with pytest.raises(ValueError, match=r"^ParameterArena: 0 is in the arena of another module or optimizer"):

@@ -32,7 +32,7 @@ def test_the_counter_and_the_key_are_laid_out_as_documented():
 
 
 @pytest.mark.parametrize(("name", "bits"), [("seed", 64), ("step", 32), ("site", 32), ("first_sample", 48)])
-def test_key_refuses_what_does_not_fit(name, bits):
+def test_key_rejects_invalid_values(name, bits):
     assert getattr(Key(**{"seed": 0, name: 2**bits - 1}), name) == 2**bits - 1
     for value in (-1, 2**bits):
         with pytest.raises(ValueError, match=rf"^Key: {name} is {value}; it must be in \[0, 2\*\*{bits}\)$"):
@@ -43,7 +43,7 @@ def test_at_changes_only_the_site():
     assert Key(5, 6, 7).at(8) == Key(5, 6, 7, 8)
 
 
-def test_every_field_but_first_sample_names_another_stream():
+def test_every_field_except_first_sample_selects_another_stream():
     streams = [bits64(key, 8) for key in (Key(0), Key(1), Key(2**32), Key(0, step=1), Key(0, site=1))]
     assert len({tuple(stream) for stream in streams}) == len(streams)
 
@@ -68,7 +68,7 @@ def test_uniform():
 
 
 @pytest.mark.parametrize("n", [1, 2, 101])
-def test_permutation_holds_every_index_once(n):
+def test_permutation_contains_every_index_once(n):
     order = permutation(Key(0), n)
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
@@ -116,7 +116,7 @@ def test_normal_does_not_depend_on_how_it_is_cut_into_chunks():
     np.testing.assert_allclose(z[-9:], expected, rtol=1e-15)
 
 
-def test_nothing_is_remembered_between_draws():
+def test_draws_have_no_state():
     before = random.uniform(Key(4), 5)
     random.normal(Key(4), (9,))
     np.testing.assert_array_equal(before, random.uniform(Key(4), 5))

@@ -61,7 +61,7 @@ def test_the_maximum_shares_its_gradient_equally():
 
 
 @pytest.mark.parametrize("index", [np.array([0, 2, 0, 0]), (np.array([1, 1]), slice(None)), (slice(None), [1, 1, 0])])
-def test_elements_taken_several_times_add_up(index):
+def test_gradients_of_repeated_elements_are_summed(index):
     dx, x = np.ones((3, 2)), R.normal(size=(3, 2))
     dy = R.normal(size=x[index].shape)
     k.getitem_backward(dy, index, dx)
@@ -82,7 +82,7 @@ def test_linear(shape):
     np.testing.assert_allclose(k.linear_forward(x, weight, None), expected, rtol=1e-13)
 
 
-def test_parameters_are_added_to_and_none_is_left_out():
+def test_gradients_of_parameters_are_added_to_and_none_is_skipped():
     x, weight, dy = R.normal(size=(2, 3, 5)), R.normal(size=(5, 7)), R.normal(size=(2, 3, 7))
     dweight, dbias = np.ones((5, 7)), np.ones(7)
     dx = k.linear_backward(dy, x, weight, dweight, dbias)
@@ -217,7 +217,7 @@ def test_attention_does_not_depend_on_the_block_size(monkeypatch, rows):
     np.testing.assert_allclose(k.attention_backward(dout, qkv, out2, lse2, 2, 0.3, KEY), dqkv, rtol=1e-10, atol=1e-14)
 
 
-def test_attention_never_looks_ahead():
+def test_attention_is_causal():
     qkv, dout = R.normal(size=(1, 140, 6)), R.normal(size=(1, 140, 2))
     changed = qkv.copy()
     changed[:, 70:] += 1
@@ -227,7 +227,7 @@ def test_attention_never_looks_ahead():
     assert not k.attention_backward(dout, qkv, out, lse, 1, 0.0, None)[:, 70:].any()
 
 
-def test_attention_survives_large_scores():
+def test_attention_of_large_scores_is_finite():
     qkv = R.normal(size=(1, 9, 6)) * 1e3
     out, lse = k.attention_forward(qkv.astype(np.float32), 1, 0.0, None)
     assert np.isfinite(out).all()
@@ -247,7 +247,7 @@ def test_cached_attention_equals_attention(pieces):
 # GELU ---------------------------------------------------------------------------------------------------------------
 
 
-def test_erf_to_the_last_digits():
+def test_erf_to_full_precision():
     x = np.concatenate(
         [np.linspace(-7, 7, 20_001), [0.46875, -0.46875, 4.0, -4.0, 1e-300, 5e-324, 1e-8, 30.0, -1e10, np.inf, -np.inf]]
     )
@@ -277,7 +277,7 @@ def test_gelu(bias):
 
 
 @pytest.mark.parametrize("backward", [k.gelu_backward, k.gelu_exact_backward])
-def test_gelu_far_out_is_a_straight_line(backward):
+def test_gelu_of_large_arguments_is_linear(backward):
     x = np.array([-1e4, -40.0, 40.0, 1e4], dtype=np.float32)
     np.testing.assert_array_equal(backward(np.ones_like(x), x, None, None), [0, 0, 1, 1])
 
@@ -340,7 +340,7 @@ def test_squared_norm():
     assert k.norm(squares) == math.sqrt(squares[0])
 
 
-def test_adamw_step_changes_nothing_but_what_it_says():
+def test_adamw_step_changes_only_the_documented_arrays():
     value, grad, m, v = (R.random(9) for _ in range(4))
     grad.flags.writeable = False
     before = value.copy(), m.copy(), v.copy()

@@ -20,7 +20,7 @@ def leaf(*shape, dtype="float64"):
 @pytest.mark.parametrize(
     "shapes", [((3, 4), (3, 4)), ((2, 3, 4), (4,)), ((3, 1), (1, 4)), ((), (2, 3)), ((1,), (0, 3))]
 )
-def test_operators_are_numpys_with_broadcasting(function, shapes):
+def test_operators_equal_numpys_with_broadcasting(function, shapes):
     a, b = (leaf(*shape) for shape in shapes)
     y = function(a, b)
     np.testing.assert_array_equal(y.data, function(a.data, b.data))
@@ -51,7 +51,7 @@ def test_mixed_dtypes_raise(function):
 @pytest.mark.parametrize(
     "shapes", [((2, 3), (3, 4)), ((5, 2, 3), (5, 3, 4)), ((5, 2, 3), (3, 4)), ((2, 1, 2, 3), (5, 3, 1))]
 )
-def test_matmul_is_numpys(shapes):
+def test_matmul_equals_numpys(shapes):
     a, b = (leaf(*shape) for shape in shapes)
     np.testing.assert_array_equal((a @ b).data, a.data @ b.data)
     np.testing.assert_array_equal((a.data @ b).data, a.data @ b.data)
@@ -60,7 +60,7 @@ def test_matmul_is_numpys(shapes):
 @pytest.mark.parametrize(
     "shapes", [((2, 3), (4, 3)), ((2, 2, 3), (3, 3, 4)), ((3,), (4,)), ((3,), (2, 4)), ((2, 3), (2,))]
 )
-def test_matmul_refuses_what_does_not_fit(shapes):
+def test_matmul_rejects_shapes_that_do_not_fit(shapes):
     with pytest.raises(ValueError, match=r"^@: shapes \(.*\) and \(.*\); expected \(\.\.\., m, k\)"):
         leaf(*shapes[0]) @ leaf(*shapes[1])
 
@@ -76,7 +76,7 @@ def test_matmul_needs_an_axis():
     "shapes",
     [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 4)), ((5, 2, 3), (3,)), ((3,), (5, 3, 4)), ((0,), (0,)), ((0,), (0, 2))],
 )
-def test_matmul_of_vectors_is_numpys_with_gradients(shapes):
+def test_matmul_of_vectors_equals_numpys_with_gradients(shapes):
     a, b = (leaf(*shape) for shape in shapes)
     y = a @ b
     np.testing.assert_allclose(y.data, a.data @ b.data, rtol=1e-14)
@@ -85,7 +85,7 @@ def test_matmul_of_vectors_is_numpys_with_gradients(shapes):
     assert all(error < 1e-7 for error in check(lambda a, b: a @ b, [a, b]))
 
 
-def test_functions_are_numpys():
+def test_functions_equal_numpys():
     x = Tensor(R.uniform(0.5, 2, size=(2, 3, 4)))
     a = x.data
     for got, expected in (
@@ -107,7 +107,7 @@ def test_functions_are_numpys():
 
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (-1, 1), ()])
-def test_reductions_are_numpys(axis, keepdims):
+def test_reductions_equal_numpys(axis, keepdims):
     x = leaf(2, 3, 4)
     np.testing.assert_array_equal(x.sum(axis, keepdims).data, x.data.sum(axis, keepdims=keepdims))
     np.testing.assert_array_equal(x.max(axis, keepdims).data, x.data.max(axis, keepdims=keepdims))
@@ -220,7 +220,7 @@ def test_an_array_is_not_copied():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_sum_to_a_scalar_keeps_its_dtype_and_digits(dtype):
+def test_a_sum_to_a_scalar_keeps_its_dtype_and_precision(dtype):
     x = Tensor(np.array([1.0, 1e-7], dtype=dtype), requires_grad=True)
     y = x.sum()
     assert y.dtype == dtype
@@ -294,7 +294,7 @@ def test_backward_checks_where_it_starts():
     np.testing.assert_array_equal(x.grad, [4, 4])
 
 
-def test_an_object_that_is_not_an_array_is_refused():
+def test_an_object_that_is_not_an_array_is_rejected():
     class Foreign:
         shape, dtype = (2,), np.dtype("float64")
 
@@ -302,7 +302,7 @@ def test_an_object_that_is_not_an_array_is_refused():
         Tensor(Foreign()).exp()
 
 
-def test_an_operation_of_ones_own_is_two_functions():
+def test_a_custom_operation_is_two_functions():
     def cube(x):
         return record(x.data**3, (x,), cube_backward, saved=(x.data,))
 
@@ -336,7 +336,7 @@ def test_memory_is_shared_where_the_documentation_says_so():
 @pytest.mark.parametrize("exponent", [0, 1, 2, 3, -1, -2, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -2.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.filterwarnings("ignore")
-def test_powers_at_the_edges_are_pytorchs(exponent, dtype):
+def test_powers_at_the_edges_equal_pytorchs(exponent, dtype):
     torch = pytest.importorskip("torch")
     """Where PyTorch computes powers 0.5 and -0.5 by square roots, -0 and -inf give other signs than IEEE 754's pow."""
     edges = [] if abs(exponent) == 0.5 else [-0.0, -np.inf]

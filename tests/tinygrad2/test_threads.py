@@ -28,7 +28,7 @@ def test_parts_cover_everything_once(n, count):
         assert len(pieces) == 1 or min(b - a for a, b in pieces) >= grain
 
 
-def test_importing_and_computing_leave_blas_alone():
+def test_importing_and_computing_do_not_change_blas():
     code = (
         "import numpy, threadpoolctl\n"
         "count = lambda: {i['filepath']: i['num_threads'] for i in threadpoolctl.threadpool_info()}\n"
@@ -42,7 +42,7 @@ def test_importing_and_computing_leave_blas_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_set_count_refuses_none():
+def test_set_count_rejects_none():
     with pytest.raises(ValueError, match="expected at least 1"):
         threads.set_count(0)
 
@@ -77,7 +77,7 @@ def test_blas_is_as_before_when_several_threads_had_it_on_one():
 
 
 @pytest.mark.parametrize("set_again", [False, True])
-def test_who_is_interrupted_does_not_keep_blas_on_one_thread(set_again):
+def test_an_interrupt_does_not_leave_blas_on_one_thread(set_again):
     threads.set_count(2)
     lost = threads.blas_on_one_thread()
     lost.__enter__()

@@ -1,8 +1,9 @@
-"""Fused kernels for NumPy arrays, compiled by Numba: the functions of reference.py by name and signature, only faster.
+"""Fused kernels for NumPy arrays, compiled by Numba: faster versions of the functions of reference.py, with the same
+names and signatures.
 
-They are faster because they pass over memory less often: GELU in NumPy reads its array a dozen times, here once. The
+They are faster because they make fewer passes over memory: GELU in NumPy reads its array a dozen times, here once. The
 formulas are those of reference.py; a comment says where the arithmetic differs. Each function splits its rows into
-parts, one for each thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in order, so
+parts, one per thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in order, so
 that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on one thread
 each.
 """
@@ -33,8 +34,8 @@ from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
 def _compiled(function: F) -> F:
-    """Compile at the first call for each combination of argument types; cached on disk where that is possible."""
-    # The compiler may reorder sums, to vectorise them, but not assume that there is no NaN or infinity.
+    """Compile at the first call for each combination of argument types; cached on disk if possible."""
+    # The compiler may reorder sums to vectorise them, but may not assume that there are no NaNs or infinities.
     options: dict[str, Any] = {
         "nogil": True,
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
@@ -47,7 +48,8 @@ def _compiled(function: F) -> F:
 
 
 class _Notice(event.Listener):
-    """Prints once per process that compilation has started, since it takes seconds; not for what is cached on disk."""
+    """Prints once per process that compilation has started, since it takes seconds; not for functions cached on
+    disk."""
 
     said = False
 
@@ -68,7 +70,7 @@ Library = tuple[int, bool]  # the address of a BLAS library's gemm, and whether 
 PhiloxKey = tuple[np.uint64, np.uint64, np.uint64, np.uint64]  # seed, site, step, threshold: see _dropout
 ROW_CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
 FLAT = 1 << 15  # elements of a flat buffer that are processed at a time
-GRAIN = 1 << 18  # elements for each thread at least
+GRAIN = 1 << 18  # minimum number of elements per thread
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,13 +106,13 @@ def _exp(x: float) -> float:
 @overload(_exp, inline="always")
 def _exp_overload(x):
     """float32: e^x = 2^n e^r with n the nearest integer to x / ln 2, and e^r, |r| <= ln 2 / 2, by a polynomial (Cephes'
-    expf, which is right to 1e-7); float64: the library's."""
+    expf, with an error of 1e-7); float64: the library's."""
     if x != types.float32:
         return lambda x: math.exp(x)
     f = np.float32
 
     def exp32(x):
-        c = min(max(x, f(-87.3)), f(88.7))  # beyond, the result counts as 0 or infinity here
+        c = min(max(x, f(-87.3)), f(88.7))  # beyond these limits the result counts as 0 or infinity
         n = np.floor(c * f(1.44269504) + f(0.5))
         r = c - n * f(0.693359375) + n * f(2.12194440e-4)  # ln 2 in two parts, so that n ln 2 is exact
         p = f(1.9875691500e-4) * r + f(1.3981999507e-3)
@@ -130,9 +132,9 @@ def _largest(row: np.ndarray, n: int) -> float:
 
 @overload(_largest)
 def _largest_overload(row, n):
-    """The maximum of row[:n]. float32: by the bits, which compare as integers in the order of the numbers once those of
-    negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN counts as the largest
-    number (or, with its sign bit set, as the smallest: then exp(row - largest) is NaN)."""
+    """The maximum of row[:n]. float32: computed on the bits, which as integers have the same order as the floats once
+    those of negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN counts as
+    the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
     if row.dtype != types.float32:
 
         def largest64(row, n):
@@ -160,7 +162,7 @@ def _rows(x: np.ndarray) -> np.ndarray:
 
 
 def _row_parts(n: int, width: int) -> list[tuple[int, int]]:
-    """The rows 0 ... n-1 in parts for the threads, of whole chunks each."""
+    """The rows 0 ... n-1 split among the threads, in whole chunks."""
     chunks = -(-n // ROW_CHUNK)
     return [
         (a * ROW_CHUNK, min(b * ROW_CHUNK, n)) for a, b in threads.parts(chunks, max(1, GRAIN // (ROW_CHUNK * width)))
@@ -251,7 +253,7 @@ def _gemm(
         _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
 
-GEMM_FLOPS = 1 << 23  # of a matrix product, for each thread at least: 50 microseconds
+GEMM_FLOPS = 1 << 23  # minimum per thread for a matrix product: 50 microseconds
 
 
 def _product_task() -> pool.CompiledTask:
@@ -326,7 +328,7 @@ def _small_products() -> dict[np.dtype, Callable[..., bool]]:
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
-    threads would spin on the cores that the pool's threads use."""
+    threads would compete for the cores that the pool's threads use."""
     (m, n), k = out.shape, a.shape[1]
     grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
     in_one_part = max(m, n) < 2 * grain or threads.count() == 1
@@ -368,7 +370,7 @@ def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     total += row_sum(partial)
 
 
-GEMV_ROWS = 32  # rows of x up to which a product takes no longer than reading the weights
+GEMV_ROWS = 32  # with up to this many rows of x, a product takes no longer than reading the weights
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -412,7 +414,7 @@ def _sum_runs(
                 for j in range(dy.shape[1]):
                     total[j] += dy[order[i], j]
             continue
-        for block in range(first[run], end, MAX_RUN):  # so that rounding errors do not grow as the run
+        for block in range(first[run], end, MAX_RUN):  # so that rounding errors do not grow with the run
             partial = np.zeros(dy.shape[1], dy.dtype)
             for i in range(block, min(block + MAX_RUN, end)):
                 for j in range(dy.shape[1]):
@@ -424,7 +426,7 @@ def embedding_forward(tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray | Non
     if wte.dtype == bfloat16:
         return reference.embedding_forward(tokens, wte, wpe, first_position)
     y = memory.empty((*tokens.shape, wte.shape[1]), wte.dtype)
-    np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens are checked before; "raise" would copy)
+    np.take(wte, tokens, axis=0, out=y, mode="clip")  # (the tokens were checked earlier; "raise" would copy)
     if wpe is not None:
         y += wpe[first_position : first_position + tokens.shape[-1]]
     return y
@@ -655,7 +657,7 @@ def _any_layernorm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ATTENTION_FLOPS = 1 << 24  # of q k^T, for each thread at least; chosen with the softmax included
+ATTENTION_FLOPS = 1 << 24  # minimum per thread, of q k^T; chosen with the softmax included
 
 
 @_compiled
@@ -666,8 +668,8 @@ def _attention(
 ) -> None:  # fmt: skip
     """Heads first_head ... last_head - 1 of the batch's B H; q, k, v and o (B, H, T, D), lse (B, H, T).
 
-    Heads are read and written in place, as matrices with any distance between rows. The last query sees the last key;
-    if there are more keys than queries, the first keys belong to earlier tokens.
+    Heads are read and written in place, as matrices with any row stride. The last query attends to the last key; if
+    there are more keys than queries, the first keys belong to earlier tokens.
     """
     H, T, D = q.shape[1:]
     before = k.shape[2] - T
@@ -718,10 +720,10 @@ def _attention_backward(
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
     scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
-    """The same heads, in blocks of rows from the last to the first: the last block sees every key, so it writes dk and
-    dv, and the others add to them. With dropout, p holds P M while dV is computed, and dp holds dP M.
+    """The same heads, in blocks of rows from the last to the first: the last block attends to every key, so it writes
+    dk and dv, and the others add to them. With dropout, p is P M while dV is computed, and dp is dP M.
 
-    P = exp(S - lse), as long as its rows add up to 1. At scores of some 100 and more they do not, since lse is rounded:
+    P = exp(S - lse), as long as its rows sum to 1. At scores of about 100 and more they do not, since lse is rounded;
     then P is computed as in the forward pass."""
     H, T, D = q.shape[1:]
     R, ld = p.shape
@@ -749,7 +751,7 @@ def _attention_backward(
                 for j in range(seen):
                     weights[j] = row[j] - shift
                 total = _exp_in_place(weights, seen)
-                if not abs(total - one) <= tolerance:  # lse is large, and its rounding error shows
+                if not abs(total - one) <= tolerance:  # lse is large, and so is its rounding error
                     largest = _largest(row, seen)
                     for j in range(seen):
                         weights[j] = row[j] - largest
@@ -777,7 +779,7 @@ def _attention_backward(
 def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int) -> None:
     """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
     B, H, T, D = q.shape
-    # With fewer rows the products are slower; with more rows more scores are computed that the causal mask discards.
+    # With fewer rows the products are slower; with more rows, more of the computed scores are masked out.
     shape = (min(T, 128 if T >= 512 else 64), keys)
 
     def part(start: int, stop: int) -> None:
@@ -850,7 +852,7 @@ def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: in
     return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
 
 
-if not _BLAS:  # no BLAS library can be called by its address: the reference computes
+if not _BLAS:  # no BLAS library can be called by its address: use the reference
     del attention_forward, attention_backward, attention_cached
 
 
@@ -862,7 +864,7 @@ if not _BLAS:  # no BLAS library can be called by its address: the reference com
 # and no loss of precision where tanh z is near -1.
 _TWICE_SCALE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
-# From here on the result is u or 0, and its slope 1 or 0, to the last digit: the powers of a larger u could overflow.
+# Beyond this limit the result is exactly u or 0, and its slope 1 or 0; the powers of a larger u could overflow.
 _LIMIT = 40.0
 
 
@@ -873,7 +875,7 @@ def _gelu(x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             u = x[i, j] + bias[j]
-            u = -limit if -np.inf < u < -limit else u  # (-inf gives -inf, so that it shows)
+            u = -limit if -np.inf < u < -limit else u  # (-inf gives -inf, so that it is not hidden)
             y[i, j] = u / (one + _exp(-c * u * (one + k * u * u)))
 
 
@@ -1026,7 +1028,7 @@ def _square_chunks(x, sums, start, stop):
         for i in range(first, last):
             total += x[i] * x[i]
         sums[chunk] = total  # in float64 from here on
-        if not smallest < total < largest:  # squares have overflowed or vanished
+        if not smallest < total < largest:  # squares have overflowed or underflowed
             sums[chunk] = 0
             for i in range(first, last):
                 sums[chunk] += np.float64(x[i]) * np.float64(x[i])
@@ -1058,7 +1060,7 @@ def adamw_step(
     if np.isnan(scale):
         return
     factor, rate, count = float(scale), float(lr), float(step)
-    # The bias corrections go into the step size and the root, out of the loop.
+    # The bias corrections are moved out of the loop, into the step size and the root.
     correction, root = 1 - beta1**count, (1 - beta2**count) ** -0.5
     numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
@@ -1066,7 +1068,7 @@ def adamw_step(
 
 
 def _by_chunks(function: Callable[..., None], *arrays: np.ndarray | None) -> None:
-    """Call an elementwise function on runs of FLAT elements of flat arrays: its temporary arrays stay in cache."""
+    """Call an elementwise function on FLAT elements of flat arrays at a time: its temporary arrays stay in cache."""
 
     def part(start: int, stop: int) -> None:
         for first in range(start, stop, FLAT):
@@ -1098,7 +1100,7 @@ def muon_momentum(grad: np.ndarray, buffer: np.ndarray, scale: np.ndarray, momen
 
 
 def orthogonalize(*matrices: np.ndarray) -> None:
-    """Each matrix on one thread, so that its bits depend neither on the number of threads nor on the other matrices."""
+    """Each matrix on one thread, so that the result depends neither on the number of threads nor on other matrices."""
     n = max(1, min(threads.count(), len(matrices)))
     with threads.blas_on_one_thread():
         pool.each(lambda i, _: reference.orthogonalize(*matrices[i::n]), [(i, i + 1) for i in range(n)])

@@ -1,9 +1,9 @@
-"""Kernels for NVIDIA GPUs: one CUDA C++ source per family of operations beside this file, launched from here.
+"""Kernels for NVIDIA GPUs: one CUDA C++ source per group of operations beside this file, launched from here.
 
-Same names and signatures as reference.py. Activations and weights are float32 or bfloat16; statistics, sums and the
-gradients of parameters are float32. The decorator `only_if` above a kernel says which arguments it can compute; all
-others, such as float64, go to the function of the same name in reference.py, on CuPy. No kernel adds with atomics: two
-runs give the same bits.
+The names and signatures are those of reference.py. Activations and weights are float32 or bfloat16; statistics, sums
+and the gradients of parameters are float32. The decorator `only_if` above a kernel says which arguments it supports;
+all others, such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with
+atomics, so two runs give the same bits.
 
 CuPy compiles the sources when they are first used (NVRTC, cached on disk) for the shapes at hand: numbers such as C or
 the head size are constants in the code (-DC=768).
@@ -38,9 +38,9 @@ Kernel = Callable[..., None]  # called with a grid, a block, arguments, and shar
 Defines = dict[str, Any]  # constants of a kernel
 Arrays = tuple[Array, ...]
 DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
-BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward adds up
-VOCABULARY_MULTIPLE = 64  # the number of columns of logits is a multiple; the embeddings are padded with rows of 0
-BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block beyond the dynamic: 1 KB of CUDA, static arrays
+BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward sums
+VOCABULARY_MULTIPLE = 64  # logits have a multiple of this number of columns; the embeddings are padded with rows of 0
+BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides the dynamic part: 1 KB for CUDA, and static arrays
 
 
 def source(family: str | Path) -> str:
@@ -69,8 +69,8 @@ def driver() -> ctypes.CDLL:
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A launcher that is called only with arguments for which `supported`, with the same parameters, returns true; for
-    all others the reference function of the same name is called."""
+    """Call a launcher only for arguments for which `supported`, with the same parameters, returns true; for all others,
+    call the reference function of the same name."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
@@ -92,17 +92,17 @@ def cpp_type(dtype: DTypeLike) -> str | None:
 
 
 def tensor_cores_take(head_size: int) -> bool:
-    """Whether attention has a form on tensor cores for this head size."""
+    """Whether attention can use tensor cores for this head size."""
     return head_size % 16 == 0 and head_size <= 128
 
 
 def _known(*arrays: Array) -> bool:
-    """Whether the kernels compute in the type of each of these arrays."""
+    """Whether the kernels support the type of each of these arrays."""
     return all(x.dtype in CPP_TYPES for x in arrays)
 
 
 def _one_known(*arrays: Array) -> bool:
-    """Whether these arrays are all of one type that the kernels compute in."""
+    """Whether these arrays all have the same type, which the kernels support."""
     return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
@@ -114,7 +114,7 @@ class CudaKernels:
     """The overrides for one array library (CuPy, or a stand-in in the tests).
 
     np         the array library.
-    reference  reference.py on that library, for arguments that no kernel here computes.
+    reference  reference.py on that library, for arguments that no kernel here supports.
     """
 
     def __init__(self, np: Any, reference: Any):
@@ -135,7 +135,7 @@ class CudaKernels:
     def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """A kernel, compiled with these constants when first used.
 
-        shared  bytes of dynamic shared memory that it will be launched with, where the constants determine them.
+        shared  bytes of dynamic shared memory that it will be launched with, if the constants determine them.
         """
         key = (family, name, *defines.items())
         if key not in self._functions:
@@ -160,12 +160,12 @@ class CudaKernels:
 
     @functools.cached_property
     def shared_memory(self) -> int:
-        """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can have all of it but 1 KB."""
+        """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can use all but 1 KB of it."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
     def _packed(self, x: Array) -> Array:
-        """x if it is contiguous and aligned to 16 bytes, as the kernels require, or else a copy that is."""
+        """x if it is contiguous and aligned to 16 bytes, as the kernels require, else a copy that is."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
@@ -316,7 +316,7 @@ class CudaKernels:
         np, x = self._np, inputs[0]
         C = x.shape[-1]
         rows = x.size // C
-        results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum where there is one
+        results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum if there is one
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
         arrays = [*map(self._packed, inputs), self._float32(weight), self._float32(bias)]
         function = self.function("layernorm", name, shared=8 * C, REAL=CPP_TYPES[x.dtype], C=C)
@@ -379,7 +379,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-        """One token at a time, limited by reading the cache; a prompt in bfloat16 is left to attention_forward."""
+        """One token at a time, limited by reading the cache; attention_forward computes a prompt in bfloat16."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
@@ -397,7 +397,7 @@ class CudaKernels:
 
     @staticmethod
     def _attention_dropout(rate: float, key: Key | None) -> DropoutArguments:
-        """The arguments for dropout in a kernel: the key, the first sample, the threshold, the scale."""
+        """A kernel's arguments for dropout: the key, the first sample, the threshold, the scale."""
         if key is None:
             return numpy.zeros((), dtype=KEY_STRUCT)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
         threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
@@ -416,13 +416,13 @@ class CudaKernels:
         dout, qkv, out, lse = (self._np.ascontiguousarray(x) for x in (dout, qkv, out, lse))
         delta = self._np.empty((B, n_head, T), dtype=numpy.float32)
         dqkv = self._np.empty(qkv.shape, dtype=qkv.dtype)
-        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # as shared memory and registers allow
+        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # limited by shared memory and registers
         defines: Defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
         sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
         row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
-        # Two 16-row tiles a warp halve the reads of shared memory; beyond D = 64 they would not fit the registers.
+        # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
         q = (128, 16) if D == 64 else (64, chunk)
         for name, owned, size in ("attention_backward_kv", 64, chunk), ("attention_backward_q", *q):
             # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
@@ -575,7 +575,7 @@ PROCESSORS = 132  # of an H200; a constant, so that sums have the same order and
 
 
 def _rows_of_a_block(C: int) -> int:
-    """As ROWS in layernorm.cu."""
+    """ROWS in layernorm.cu."""
     return 8 if C <= 768 else 4 if C <= 1536 else 2 if C <= 3072 else 1
 
 
@@ -592,5 +592,5 @@ def _column_grid(x: Array) -> tuple[tuple[int, int], numpy.int32]:
 
 
 def _philox_key(key: Key) -> Any:
-    """A random.Key as kernels take it. first_sample is passed apart, since kernels count it in different units."""
+    """A random.Key as an argument of kernels. first_sample is passed separately, as its unit differs."""
     return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=KEY_STRUCT)[()]

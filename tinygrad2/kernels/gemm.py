@@ -1,11 +1,11 @@
 """Matrix products on NVIDIA GPUs, by cuBLASLt, through its C interface.
 
-CuPy wraps cuBLAS, whose products it refuses to capture into a graph, but not cuBLASLt, which also adds biases, and adds
-bfloat16 products to a float32 gradient while the sums are still in registers.
+CuPy wraps only cuBLAS, and refuses to capture its products into a graph. cuBLASLt also adds biases, and adds bfloat16
+products to a float32 gradient while the sums are still in registers.
 
 cuBLASLt stores matrices by columns. A row-major matrix is its own transpose in column-major order, so the row-major
-y = a b is computed as y^T = b^T a^T: a and b are exchanged, and nothing is copied. What cuBLASLt calls A is our b, and
-its rows are our columns.
+y = a b is computed as y^T = b^T a^T: a and b are exchanged, and nothing is copied. cuBLASLt's A is our b, and its
+rows are our columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ml_dtypes import bfloat16
 from tinygrad2.array import Array
 
 LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so")
-WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper and later
+WORKSPACE = 32 << 20  # bytes, as NVIDIA recommends for Hopper and later
 
 # The constants of cublasLt.h and library_types.h, the same in CUDA 11.8 to 13.
 FLOAT32 = numpy.dtype(numpy.float32)
@@ -69,7 +69,7 @@ class MatmulPlan(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A row-major matrix in memory: its address, the type of its elements, and the elements from row to row."""
+    """A row-major matrix in memory: its address, the type of its elements, and its row stride in elements."""
 
     address: int
     type: int
@@ -77,10 +77,10 @@ class Matrix(NamedTuple):
 
 
 class Gemm:
-    """Matrix products on one device. Plans are cached: the same shapes again cost a look-up.
+    """Matrix products on one device. Plans are cached by shape.
 
-    For one thread at a time. Work goes to the current stream; each stream has its own workspace, without which two runs
-    could give different bits.
+    To be used by one thread at a time. Work is submitted to the current stream; each stream has its own workspace,
+    without which two runs could give different bits.
 
     np       CuPy, or a stand-in.
     library  the path of cuBLASLt; None searches for it when first used.
@@ -109,7 +109,7 @@ class Gemm:
         scale: Array | None = None,
         tf32: bool = False,
     ) -> Array:
-        """out = scale a b + bias, with a and b transposed where asked for; summed in float32. Returns out.
+        """out = scale a b + bias, with a and b transposed if requested; summed in float32. Returns out.
 
         a, b        2-D, both float32 or both bfloat16. Rows may be strided (columns of a wider matrix), and a
                     transposed view is read in place; anything else is copied first.
@@ -119,7 +119,7 @@ class Gemm:
         scale       one float32 on the device; the host does not wait for it.
         tf32        float32 operands are rounded to 10 bits of mantissa and multiplied on tensor cores.
 
-        Raises ValueError for arguments that do not fit and where cuBLASLt is missing, RuntimeError where it fails.
+        Raises ValueError for arguments that do not fit or if cuBLASLt is missing, RuntimeError if it fails.
         """
         a, transpose_a = self._row_major(a, transpose_a)
         b, transpose_b = self._row_major(b, transpose_b)
@@ -140,7 +140,7 @@ class Gemm:
 
         matrices = [self._matrix(x) for x in (b, a, out)]
         bias_address = 0 if bias is None else bias.data.ptr
-        # Which algorithms cuBLASLt may choose depends on the alignment of addresses, so the key has it.
+        # The choice of algorithms in cuBLASLt depends on the alignment of addresses, so it is part of the key.
         alignments = [_alignment(matrix.address) for matrix in matrices]
         key = (
             m, n, k, transpose_a, transpose_b, tf32, scale is None,
@@ -174,7 +174,7 @@ class Gemm:
     # Operands
 
     def _row_major(self, x: Array, transposed: bool) -> tuple[Array, bool]:
-        """The same matrix row-major, and whether it then is to be transposed."""
+        """The same matrix in row-major order, and whether it must then be transposed."""
         if x.ndim != 2:
             raise ValueError(f"a matrix has 2 axes, got shape {x.shape}")
         if _row_stride(x):
@@ -199,7 +199,7 @@ class Gemm:
         device_scalars: bool,
         tf32: bool,
     ) -> MatmulPlan:
-        """The product as cuBLASLt sees it, and the algorithm that it chooses: by a model, not by timing."""
+        """The product in cuBLASLt's terms, and the algorithm that its heuristic chooses, without timing."""
         if not self._handle:
             self._library = _load(self._path)
             self._call("Create", byref(self._handle))
@@ -276,7 +276,7 @@ def _row_stride(x: Array) -> int:
 
 
 def _alignment(address: int) -> int:
-    """The largest power of two, up to 256, that divides an address; 256 for no address."""
+    """The largest power of two, up to 256, that divides an address; 256 for a null address."""
     return address & -address & 255 or 256
 
 
@@ -292,7 +292,7 @@ def _load(path: str | None) -> ctypes.CDLL:
         for name, types in SIGNATURES.items():
             getattr(library, "cublasLt" + name).argtypes = types
         return library
-    raise ValueError(f"cuBLASLt was not found ({path or LIBRARIES[0]}); pip install 'cupy-cuda13x[ctk]' brings it")
+    raise ValueError(f"cuBLASLt was not found ({path or LIBRARIES[0]}); pip install 'cupy-cuda13x[ctk]' installs it")
 
 
 def _in_wheels() -> str | None:

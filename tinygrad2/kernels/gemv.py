@@ -23,7 +23,7 @@ _WIDE = binding.get_host_cpu_features().get("avx512f", False)
 LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements of a vector; rows of x at a time, limited by the registers
 DEPTH = 4  # rows of w, or of its transpose, at a time
 COLUMNS = 1024  # columns of w at a time, so that DEPTH rows of them stay in the L1 cache for all rows of x
-GRAIN = 1 << 16  # weights for each thread at least
+GRAIN = 1 << 16  # minimum number of weights per thread
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
 
@@ -38,7 +38,7 @@ def _at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, ki
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
-    """LANES weights from an index on, as a vector of float32."""
+    """LANES weights, starting at an index, as a vector of float32."""
     if bits == 32:
         return builder.load(_at(builder, address, index, 4, _vector()), align=4)
     halves = builder.load(_at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
@@ -63,7 +63,7 @@ def _weights(
 
 
 def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector whose elements all are one number."""
+    """A vector with one number in all elements."""
     undefined, first = ir.Constant(_vector(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
@@ -149,7 +149,7 @@ def _multiply(
     ldy: types.Type,
     n: types.Type,
 ) -> pool.Intrinsic:
-    """Run the loop for the next min(left, ROWS) rows of x, of `left` that remain; returns how many rows these were."""
+    """Run the loop for the next min(left, ROWS) rows of x, of the `left` that remain; returns their number."""
     loop = _transposed if transposed.literal_value else _plain
 
     def generate(
@@ -187,7 +187,7 @@ def _widened(typing_context: Context, bits: types.Type) -> pool.Intrinsic:
 
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
     """The task for columns start ... stop - 1 of w: the arguments are the addresses of x, w and y, then M, K and N."""
-    # Numba's disk cache is keyed by the values of closure variables: only numbers keep theirs in the next process.
+    # Numba's disk cache is keyed by the values of closure variables; only numbers are the same in the next process.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments: int, start: int, stop: int) -> None:
@@ -195,7 +195,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (K, N))
-        columns = COLUMNS if M > 2 else 4 * COLUMNS  # (with so few rows, longer stretches of w are read faster)
+        columns = COLUMNS if M > 2 else 4 * COLUMNS  # (with so few rows, longer runs of w are read faster)
         whole, ld = K - K % DEPTH, columns + LANES
         # Summed in a buffer, since rows of y may be a multiple of 4096 bytes apart: they would evict each other from
         # the cache, and a load from w would wait for a store to y whose address ends in the same 12 bits (4K aliasing).
@@ -241,7 +241,7 @@ _tasks: dict[tuple[int, bool], pool.CompiledTask] = {}  # compiled at the first 
 
 
 def supports(x: np.ndarray, weight: np.ndarray) -> bool:
-    """Whether add_product takes these dtypes and the weight's layout in memory."""
+    """Whether add_product supports these dtypes and the weight's memory layout."""
     order = weight.flags.c_contiguous or weight.flags.f_contiguous
     return x.dtype == np.float32 and weight.dtype in (np.float32, bfloat16) and order
 
@@ -254,6 +254,6 @@ def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
     K, N = weight.shape
     addresses = (blas.address(array) for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    # Cut at multiples of LANES: the remainder after the last whole vector is summed in another order.
+    # Split at multiples of LANES: the remainder after the last whole vector is summed in another order.
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
     pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])

@@ -1,10 +1,10 @@
 """The thread pool that computes on the CPU. Idle workers spin briefly before they sleep.
 
-Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels take. So an idle worker first spins for
-about a millisecond: within a training step, or between two tokens of a text, it starts at once. A task is a Python
+Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels. So an idle worker first spins for about
+a millisecond: within a training step, or between two generated tokens, it starts at once. A task is a Python
 function (`each`) or compiled code (`each_compiled`), which starts and ends without Python's global interpreter lock.
 
-While a task runs, BLAS is set to compute on the calling thread: the threads of two pools would spin on the same cores.
+While a task runs, BLAS is set to compute on the calling thread: the threads of two pools would compete for the cores.
 Afterwards its number of threads is restored, so that BLAS calls of other parts of the program are not affected.
 """
 
@@ -30,8 +30,8 @@ from numba.extending import intrinsic
 
 from tinygrad2 import threads
 
-# A worker's slot in shared memory, in 64-bit words: those that the caller writes and, on another cache line, those that
-# the worker writes. A task is posted by raising TICKET; it is finished when DONE equals TICKET.
+# A worker's slot in shared memory, in 64-bit words: those that the caller writes and, on another cache line, those
+# that the worker writes. A task is posted by raising TICKET; it is finished when DONE equals TICKET.
 TICKET, FUNCTION, ARGUMENTS, START, STOP = range(5)
 DONE, ASLEEP = 16, 17
 WORDS = 32
@@ -39,7 +39,7 @@ PYTHON = 0  # as FUNCTION: the task is a Python function
 SPIN_SECONDS = 1e-3  # how long an idle worker spins before it sleeps
 
 Intrinsic = tuple[Signature, Callable[..., ir.Value]]  # the types, and a function that generates the LLVM IR
-CompiledTask = Any  # what numba.cfunc returns: it has `address`, and `ctypes` to call it from Python
+CompiledTask = Any  # the result of numba.cfunc: it has `address`, and `ctypes` to call it from Python
 F = TypeVar("F", bound=Callable)
 
 
@@ -68,7 +68,7 @@ def _store(typing_context: Context, address: types.Type, value: types.Type) -> I
 
 @intrinsic
 def pointer(typing_context: Context, address: types.Type, like: types.Type) -> Intrinsic:
-    """In compiled code: an address as a pointer to numbers of the type of `like`."""
+    """In compiled code: an address as a pointer to values of the type of `like`."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -134,10 +134,10 @@ def _spin(count: int) -> None:
 
 @cache
 def _spins() -> int:
-    """How many iterations of a spin loop take SPIN_SECONDS: a pause takes longer on some processors than on others."""
+    """How many iterations of a spin loop take SPIN_SECONDS: the duration of a pause depends on the processor."""
     _spin(1)
     spent = []
-    for _ in range(10):  # the minimum is used: otherwise another thread may have held the lock or the core
+    for _ in range(10):  # the minimum is used, since another thread may have held the lock or the core
         started = time.perf_counter()
         _spin(1000)
         spent.append(time.perf_counter() - started)
@@ -146,7 +146,7 @@ def _spins() -> int:
 
 @_compiled
 def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
-    """Run the compiled tasks that are posted to a slot (its address). Returns the ticket of a Python task, or 0 if
+    """Run the compiled tasks that are posted to a slot, given its address. Returns the ticket of a Python task, or 0 if
     nothing was posted for max_spins iterations.
 
     finished  the ticket of the Python task that the worker has run, or 0; DONE is set here, without Python's lock.
@@ -178,7 +178,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
 
 @_compiled
 def _wait(slots: int, count: int, max_spins: int) -> bool:
-    """Spin until the first `count` workers have finished, or for max_spins iterations; whether they have finished."""
+    """Spin until the first `count` workers have finished, or for max_spins iterations. Returns whether they have."""
     for worker in range(count):
         slot = slots + 8 * WORDS * worker
         spins = 0
@@ -230,7 +230,7 @@ class _Worker:
             else:
                 try:
                     self.task()
-                except BaseException as error:  # raised again on the calling thread
+                except BaseException as error:  # re-raised on the calling thread
                     self.error = error
                 self.task = None
 
@@ -240,8 +240,8 @@ class _Worker:
             self.wake.release()
 
 
-_state = threading.local()  # inside: whether this thread is a worker
-_busy = threading.Lock()  # the workers compute for one caller at a time; another one computes on its own thread
+_state = threading.local()  # its attribute `inside`: whether this thread is a worker
+_busy = threading.Lock()  # the workers compute for one caller at a time; other callers compute on their own threads
 _slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
@@ -276,8 +276,8 @@ def _stop_workers() -> None:
 
 @atexit.register
 def _close() -> None:
-    """Stop the pool at exit; what computes later does so on the calling thread. A task of another thread, such as a
-    daemon, is not waited for: its caller keeps the lock."""
+    """Stop the pool at exit; later tasks run on the calling thread. A task of another thread, such as a daemon, is not
+    waited for: its caller keeps the lock."""
     if _busy.acquire(timeout=1):
         _stop_workers()
 
@@ -295,8 +295,8 @@ if hasattr(os, "register_at_fork"):
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
     """Call task(start, stop) for every range, in parallel; the first range on the calling thread.
 
-    A nested call computes its ranges on the thread that makes it. If parts raise errors, the first of them is raised
-    again when all parts have ended.
+    A nested call computes its ranges on the thread that makes it. If parts raise errors, the first of them is
+    re-raised when all parts have ended.
     """
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
@@ -307,7 +307,7 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
         with threads.blas_on_one_thread():
             try:
                 for worker, (start, stop) in zip(workers, ranges[1:], strict=True):
-                    # Each part runs in the caller's context, which holds NumPy's errstate.
+                    # Each part runs in the caller's context, which contains NumPy's errstate.
                     worker.task, worker.error = partial(copy_context().run, task, start, stop), None
                     worker.slot[FUNCTION] = PYTHON
                 _post(_slots.ctypes.data, len(workers))
@@ -345,12 +345,12 @@ def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tu
 
 
 def _wait_for(workers: list[_Worker]) -> None:
-    """Wait until all have finished. An interrupt is raised only then, since they write to the caller's memory."""
+    """Wait until all have finished. An interrupt is raised only afterwards, since they write to the caller's memory."""
     try:
         while not _wait(_slots.ctypes.data, len(workers), _spins()):
             for worker in workers:
                 worker.wake_up()
-            time.sleep(0)  # yields, where there are more threads than cores
+            time.sleep(0)  # yields, if there are more threads than cores
     except BaseException:
         _wait_for(workers)
         raise

@@ -32,7 +32,7 @@ def linear(model, prefix="transformer."):
 
 
 def stored(arrays):
-    """The arrays as they stand in a model file."""
+    """The arrays as stored in a model file."""
     return {name: Stored(a.shape, a.dtype.name, lambda a=a: a) for name, a in arrays.items()}
 
 

@@ -105,7 +105,7 @@ def test_without_a_network_there_is_one_line(tmp_path):
 
 @pytest.mark.extras("huggingface_hub")
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_asked_again(tmp_path):
+def test_a_hub_that_does_not_answer_is_retried(tmp_path):
     """The library says so, five times, before it gives up."""
     *retries, line = run_sample(tmp_path, "http://127.0.0.1:9", code=1).stderr.splitlines()
     assert sum("Retry" in retry for retry in retries) == 5

@@ -42,7 +42,7 @@ def test_saved_and_loaded_is_bit_equal(dtype, tmp_path):
     assert_equal(GPT2.from_pretrained(tmp_path / "made" / "here", dtype=dtype), model)
 
 
-def test_saving_replaces_what_was_there(model, folder):
+def test_saving_replaces_existing_files(model, folder):
     other = GPT2(GPT2Config(**{**SIZES, "n_layer": 1}), seed=9)
     other.save_pretrained(folder)
     assert_equal(GPT2.from_pretrained(folder), other)
@@ -173,7 +173,7 @@ def expect_one_line(folder, file, message, kind=ValueError):
         ({"vocab_size": "13"}, "vocab_size is '13'"),
     ],
 )
-def test_unsupported_configurations_are_refused(changes, message, folder):
+def test_unsupported_configurations_are_rejected(changes, message, folder):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     expect_one_line(folder, "config.json", message)
@@ -253,7 +253,7 @@ def test_folders_of_hugging_face(kind, shards, model, tmp_path):
         ({"weight_map": {"wte.weight": "config.json"}}, "config.json: "),
     ],
 )
-def test_a_list_of_shards_that_is_wrong(places, message, model, tmp_path):
+def test_a_wrong_list_of_shards(places, message, model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))

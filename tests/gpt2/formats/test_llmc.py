@@ -59,7 +59,7 @@ def test_bfloat16_files_of_llmc(model, tmp_path):
         (7, 2**31 - 1, "from its header"),
     ],
 )
-def test_a_header_of_llmc_that_is_wrong(word, value, message, model, tmp_path):
+def test_a_wrong_header_of_llmc(word, value, message, model, tmp_path):
     path = write_llmc(tmp_path / "x.bin", model)
     content = bytearray(path.read_bytes())
     content[4 * word : 4 * word + 4] = value.to_bytes(4, "little", signed=True)

@@ -50,7 +50,7 @@ def test_a_vocabulary_that_a_config_json_pads_is_kept(tmp_path):
         ({"dropout": "x"}, "embd_pdrop is 'x'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_before_a_model_is_made(change, message, model, tmp_path):
+def test_a_config_that_does_not_fit_is_rejected_before_a_model_is_created(change, message, model, tmp_path):
     path = nanogpt(tmp_path / "ckpt.pt", linear(model), **change)
     with pytest.raises(ValueError, match=r"ckpt.pt: ") as error:
         GPT2.from_pretrained(path)
@@ -132,7 +132,7 @@ def test_names_under_any_prefix_and_wrapper(naming, form, model, tmp_path, capsy
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "pretrained_model.transformer."])
-def test_further_heads_are_left_out_and_named(prefix, model, tmp_path, capsys):
+def test_further_heads_are_skipped_and_named(prefix, model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     outer = prefix.removesuffix("transformer.")
     more = {f"v_head.summary.{i}": np.ones(8, "float32") for i in range(5)} | {
@@ -166,7 +166,7 @@ def test_a_name_that_occurs_twice(model, tmp_path):
 # Files that would take much time or memory
 
 
-def test_a_name_of_millions_of_prefixes_is_refused_at_once(tmp_path):
+def test_a_name_of_millions_of_prefixes_is_rejected_at_once(tmp_path):
     for count, message in ((1_000_000, "has 7,000,010 characters"), (1_500_000, "its header has 10,500,0.. bytes")):
         save_file({"module." * count + "wte.weight": np.zeros(1, "float32")}, tmp_path / "x.safetensors")
         begin = time.process_time()
@@ -175,7 +175,7 @@ def test_a_name_of_millions_of_prefixes_is_refused_at_once(tmp_path):
         assert time.process_time() - begin < 2
 
 
-def test_tensors_that_share_their_memory_are_refused(model, tmp_path):
+def test_tensors_that_share_their_memory_are_rejected(model, tmp_path):
     """A thousand layers of one array: small as a file, large in memory."""
     whole = linear(model, "")
     arrays = {name: a for name, a in whole.items() if not name.startswith("h.")}

@@ -1,4 +1,4 @@
-"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch where it is installed; models in them."""
+"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch if it is installed; models in them."""
 
 import copyreg
 import os
@@ -76,7 +76,7 @@ def refused(path, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_written_is_read_bit_by_bit(file):
+def test_a_written_file_is_read_back_bit_for_bit(file):
     bfloat16 = np.array([[1.5, -2.25]], "bfloat16")
     arrays = [SIX.reshape(2, 3), np.array(7, "int64"), np.zeros((0, 4), "float16"), bfloat16, np.array([True, False])]
     stored = [Stored(a.shape, a.dtype.name, lambda a=a: a) for a in arrays]
@@ -91,7 +91,7 @@ def test_what_is_written_is_read_bit_by_bit(file):
         assert sum("/data/" in name for name in written.namelist()) == len(arrays)
 
 
-def test_what_does_not_belong_into_such_a_file_is_not_written(file):
+def test_unsupported_values_are_not_written(file):
     with pytest.raises(TypeError, match="values of type set are not supported"):
         write_pickle(file, {"a": {1}})
 
@@ -140,7 +140,7 @@ def test_views_of_a_storage(geometry, expected, file):
         ({"kind": "ComplexFloatStorage"}, "torch.ComplexFloatStorage"),
     ],
 )
-def test_geometry_that_does_not_fit_is_refused(geometry, message, file):
+def test_geometry_that_does_not_fit_is_rejected(geometry, message, file):
     refused(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
 
 
@@ -199,7 +199,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_file_is_refused_and_nothing_executed(case, file, monkeypatch):
+def test_a_hostile_file_is_rejected_and_nothing_is_executed(case, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     program, message = HOSTILE[case]
     refused(archive(file, program, [SIX.tobytes()]), message)
@@ -207,7 +207,7 @@ def test_a_hostile_file_is_refused_and_nothing_executed(case, file, monkeypatch)
 
 
 def test_the_hostile_programs_are_hostile(file, monkeypatch):
-    """What is refused above does run in Python's unpickler, or the tests would show nothing."""
+    """The programs rejected above do run in Python's unpickler, otherwise the tests would prove nothing."""
     monkeypatch.chdir(file.parent)
     for case in ("os.system", "builtins.eval", "builtins.exec", "nested"):
         program, _ = HOSTILE[case]
@@ -238,19 +238,19 @@ def test_config_objects_are_records(file):
     assert read_pickle(archive(file, program)) == Record("train_gpt2.GPTConfig", {"n_layer": 12, "__class__": "x"})
 
 
-def test_the_attributes_of_an_ordered_dictionary_are_left_out(file):
+def test_the_attributes_of_an_ordered_dictionary_are_ignored(file):
     """state_dict() has `_metadata`."""
     program = b"ccollections\nOrderedDict\n)R" + plain({"_metadata": 1, "items": 2}) + b"b"
     assert read_pickle(archive(file, program)) == {}
 
 
-def test_zip_bombs_are_refused(file):
+def test_zip_bombs_are_rejected(file):
     refused(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
     refused(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_duplicated_entries_are_refused(file):
+def test_duplicated_entries_are_rejected(file):
     refused(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
     refused(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
 
@@ -266,7 +266,7 @@ def test_other_archives(file):
     refused(file, "it is not a file of torch.save")
 
 
-def test_a_flipped_bit_in_the_pickle_is_noticed(file):
+def test_a_flipped_bit_in_the_pickle_is_detected(file):
     content = bytearray(archive(file, dictionary(weight=tensor()), [SIX.tobytes()]).read_bytes())
     content[content.index(b"weight")] ^= 1
     file.write_bytes(content)
@@ -311,8 +311,8 @@ def test_damaged_files_from_before_zip(change, message, file):
     refused(legacy(file, **change), message)
 
 
-def test_a_big_claim_costs_no_memory(file):
-    """In a process of its own with 1 GiB of address space beyond what it starts with."""
+def test_a_large_claimed_size_takes_no_memory(file):
+    """In a separate process with 1 GiB of address space beyond its initial size."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
         "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import read_pickle\n"
@@ -329,7 +329,7 @@ def test_a_big_claim_costs_no_memory(file):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
-def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
+def test_files_that_pytorch_writes_are_read(zipped, protocol, file, monkeypatch):
     import torch
 
     class GPTConfig:
@@ -366,7 +366,7 @@ def test_what_pytorch_writes(zipped, protocol, file, monkeypatch):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("mmap", [False, True])
-def test_pytorch_reads_what_is_written(mmap, file):
+def test_pytorch_reads_the_written_file(mmap, file):
     import torch
 
     arrays = {

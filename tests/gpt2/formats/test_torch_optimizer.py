@@ -26,7 +26,7 @@ def model():
     return random_model()
 
 
-def test_there_and_back(model, tmp_path):
+def test_round_trip(model, tmp_path):
     before = state(model)
     packed = pack(model.config, before)
     torch_file.write_pickle(tmp_path / "a.pt", {**packed, "config": before.options})
@@ -109,7 +109,7 @@ def replace(tree, value, *path):
         ),
     ],
 )
-def test_a_state_of_another_form_is_refused(change, message, model):
+def test_a_state_of_another_form_is_rejected(change, message, model):
     tree = pack(model.config, state(model))
     change(tree)
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gpt2 import Tokenizer
-from gpt2.training.display import describe_schedule, say_sample, suggested_prompt
+from gpt2.training import display
+from gpt2.training.display import describe_schedule, say_sample, suggested_prompt, typed_command
 from gpt2.training.options import Options
 from tests.training_runs import QUICK, ROOT, run
 from tinygrad2 import checkpoint
@@ -101,3 +102,15 @@ def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
         "    generated no visible text",
         "    before its end)",
     ]
+
+
+def test_the_command_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr(display.sys, "orig_argv", ["python3", "train.py", "--data", "a b"])
+    assert typed_command(None, 1) == "python3 train.py --data 'a b'"
+    assert typed_command(["--max-iters", "3"], 1) == "python train.py --max-iters 3"
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert typed_command(["--fresh"], 4) == "mpirun -n 4 python train.py --fresh"  # pytest's parent is not a launcher
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert typed_command(["--fresh"], 4) == "srun -n 4 python train.py --fresh"
+    monkeypatch.setattr(display.Path, "read_bytes", lambda self: b"/usr/bin/prterun\0-n\0002\0python\0train.py\0")
+    assert typed_command(["--fresh"], 2) == "mpirun -n 2 python train.py"

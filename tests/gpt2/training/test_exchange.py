@@ -1,4 +1,4 @@
-"""gpt2/training/exchange.py: a run of train.py goes on in nanoGPT, and one of nanoGPT in train.py."""
+"""gpt2/training/exchange.py: a run of train.py resumes in nanoGPT, and one of nanoGPT in train.py."""
 
 import json
 

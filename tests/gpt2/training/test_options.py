@@ -1,4 +1,4 @@
-"""gpt2/training/options.py: flags, TOML files, recipes, and what is refused."""
+"""gpt2/training/options.py: flags, TOML files, recipes, and errors."""
 
 from dataclasses import fields
 

@@ -73,48 +73,6 @@ def test_fresh_renames_and_never_deletes(workspace, capsys):
     assert len(rows("out")) == 3
 
 
-def board(out):
-    """(tag, step, value) of everything in TensorBoard's files, and the steps from which on older values are void."""
-    from tensorboardX.proto import event_pb2
-
-    values, void = [], []
-    for file in sorted(Path(out, "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
-        data = file.read_bytes()
-        while data:  # length (8 bytes), its checksum (4), an event, its checksum (4)
-            size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
-            values += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
-                void.append(event.step)
-    return values, void
-
-
-@pytest.mark.extras("tensorboardX")
-def test_tensorboard_gets_what_the_log_gets(workspace):
-    run("--max-iters", "4", "--tensorboard")
-    run("--max-iters", "6")  # the run remembers it
-    values, void = board("out")
-    expected = [
-        (key, row["step"], pytest.approx(value, rel=1e-6))
-        for row in read_log(Path("out/log.jsonl"))
-        for key, value in row.items()
-        if key != "step"
-    ]
-    assert [value for value in values if "sample" not in value[0]] == expected
-    assert [step for tag, step, _ in values if "sample" in tag] == [4, 6]
-    assert void == [1, 5]
-    run("--max-iters", "7", "--no-tensorboard")
-    assert board("out")[0] == values
-
-
-def test_missing_tensorboard_is_reported_before_anything_happens(workspace, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    run("--max-iters", "2", "--tensorboard", code=1)
-    assert one_line(capsys).endswith('--tensorboard: tensorboardX is not installed; pip install -e ".[tensorboard]"')
-    assert not Path("out").exists()
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(workspace, capsys):
     run("--max-iters", "6", "--save-interval", "3", "--out-dir", "whole")
     run("--max-iters", "6", "--save-interval", "3")
@@ -138,6 +96,18 @@ def test_a_damaged_checkpoint_is_renamed_and_never_counts_as_the_newest(workspac
     assert Path("out/damaged-ckpt-000006").is_dir()
     run("--max-iters", "6", "--keep", "1")
     assert len(rows("out")) == 6
+
+
+def test_a_checkpoint_with_an_option_of_earlier_versions_is_resumed(workspace):
+    run("--max-iters", "2")
+    state = Path("out/ckpt-000002/trainer.json")
+    values = json.loads(state.read_text())
+    for part in ("options", "defaults"):
+        values[part]["tensorboard"] = True
+    state.write_text(json.dumps(values))
+    update_checksums(state.parent)
+    run("--max-iters", "3")
+    assert read_log(Path("out/log.jsonl"))[-1]["step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""gpt2/training/setup.py: what a run starts from, what a resumed one takes over, and what is refused."""
+"""gpt2/training/setup.py: the start of a run, the settings that a resumed run keeps, and errors."""
 
 import contextlib
 import dataclasses

@@ -59,7 +59,7 @@ def make_model(n_positions=160, seed=3, **place):
 
 
 def unigram_model(logits):
-    """Every token is predicted with the same logits, whatever stands before it."""
+    """Every token is predicted with the same logits, independent of the preceding ones."""
     model = GPT2(GPT2Config(vocab_size=257, n_positions=64, n_embd=4, n_layer=1, n_head=1), seed=None)
     parameters = dict(model.named_parameters())
     parameters["ln_f.weight"].data = np.zeros(4, dtype=np.float32)
@@ -129,7 +129,7 @@ def test_known_probabilities_by_hand():
     assert (sums["right_by_sum"], sums["right_by_mean"]) == (1, 1)
     assert score(HELLASWAG, model, BYTES, items[:1], 2)["right_by_mean"] == 1
     assert sums["nats"] == pytest.approx(2 * cost[" "] + 5 * cost["a"] + cost["b"], rel=1e-6)
-    # A word costs its blank and its letters; the blank is not the likeliest byte, so none would have been written.
+    # A word costs its blank and its letters; the blank is not the most probable byte, so none would have been written.
     sums = score(LAMBADA, model, BYTES, [Item("a", (" a",), 0), Item("a", (" ab",), 0)], batch_size=1)
     per_word = (2 * cost[" "] + 2 * cost["a"] + cost["b"]) / 2
     assert LAMBADA.metrics(sums) == {"acc": 0, "perplexity": pytest.approx(np.exp(per_word), rel=1e-5)}
@@ -371,7 +371,7 @@ def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
 
 def test_without_a_network(cache):
     with serving(b"") as (url, _):
-        pass  # nobody listens there any more
+        pass  # the server is closed
     with pytest.raises(OSError, match=r"could not be downloaded .*refused"):
         load_items(published(url))
 

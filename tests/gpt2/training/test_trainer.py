@@ -63,7 +63,7 @@ def test_training_learns(workspace):
 
 
 def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
-    """From the cache; the figures are those of the model that was saved then, and a resumed run goes on with them."""
+    """From the cache; the figures are those of the model that was saved then, and a resumed run continues with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     (workspace / "cache" / "tinygrad2").mkdir(parents=True)
     questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]

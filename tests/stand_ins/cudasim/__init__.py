@@ -1,6 +1,6 @@
 """cupy.RawModule on a CPU: the same CUDA C++ compiled by g++ with cudasim.h, run on NumPy arrays.
 
-What it finds and what it cannot is said at the head of cudasim.h.
+The comment at the top of cudasim.h describes what it detects and what it cannot detect.
 """
 
 import ctypes

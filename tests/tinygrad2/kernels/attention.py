@@ -28,7 +28,7 @@ def kernels(reference=None):
 
 
 def activations(*shape, dtype=bfloat16, scale=1.5):
-    """Random numbers, with NaN behind them in memory: to read on shows."""
+    """Random numbers, followed by NaN in memory, so that reads past the end are detected."""
     count = math.prod(shape)
     memory = poisoned(count + 256, dtype)
     memory[:count] = scale * rng.standard_normal(count)
@@ -41,7 +41,7 @@ def error(result, expected):
 
 
 def in_every_schedule(call, monkeypatch):
-    """The results of a call, which must be the same bits in whatever order the threads run."""
+    """The results of a call, which must be bitwise equal for any order of the threads."""
     results = []
     for schedule in range(4):
         monkeypatch.setattr(cudasim, "schedule", schedule)

@@ -1,4 +1,5 @@
-"""What tests of CUDA kernels share: launchers on NumPy arrays and the simulator, beside reference.py in float64."""
+"""Helpers of the tests of CUDA kernels: launchers on NumPy arrays and the simulator, against reference.py in
+float64."""
 
 import types
 
@@ -74,7 +75,7 @@ def unaligned(array):
 
 
 def check_unaligned(cases):
-    """Matrices that begin anywhere give the same bits."""
+    """Matrices at any offset give the same bits."""
     k = kernels()
     for name, args, _ in cases:
         aligned, apart = ([a.copy() if isinstance(a, np.ndarray) else a for a in args] for _ in range(2))

@@ -1,4 +1,4 @@
-"""What tests of CUDA kernels on the stand-in for CuPy share: launchers whose products are NumPy's."""
+"""Helpers of the tests of CUDA kernels on the stand-in for CuPy: launchers whose products are NumPy's."""
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def wide(array):
 
 
 def error(array, right):
-    """The distance, of the right result's norm; infinite where there is a NaN."""
+    """The error relative to the norm of the correct result; infinite if there is a NaN."""
     distance = np.linalg.norm(wide(array) - right) / (np.linalg.norm(right) or 1)
     return distance if np.isfinite(distance) else np.inf
 

@@ -124,7 +124,7 @@ def error(result, expected):
 
 
 def results(returned, given, name):
-    """Everything that a kernel gives back: what it returns, and what it changed."""
+    """All results of a kernel: those that it returns, and the arguments that it changed."""
     returned = returned if isinstance(returned, tuple) else (returned,)
     if name == "squared_norm":
         returned = (reference.norm(returned[0]),)
@@ -132,7 +132,7 @@ def results(returned, given, name):
     return [array for array in returned if array is not None] + changed
 
 
-def test_the_kernels_are_those_of_the_reference_by_name_and_signature():
+def test_the_kernels_have_the_names_and_signatures_of_the_reference():
     assert len(NAMES) >= 17
     for name in NAMES:
         assert list(inspect.signature(getattr(cpu, name)).parameters) == list(
@@ -160,7 +160,7 @@ def test_a_kernel_equals_the_reference(name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_awkward_strides_and_read_only_inputs(name):
+def test_unusual_strides_and_read_only_inputs(name):
     for values in arguments(name, (2, 67, 12)):
         plain, strided = ([convert(value, np.float32) for value in values] for _ in range(2))
         for i, value in enumerate(strided):
@@ -204,14 +204,14 @@ def test_the_number_of_threads_changes_no_bit_of_a_sum(name, set_threads):
             np.testing.assert_array_equal(result, right)
 
 
-def test_gelu_far_out():
+def test_gelu_of_large_arguments():
     x = np.array([-1e12, -100, -50, -10, -6, 6, 10, 50, 1e12], dtype=np.float32)
     np.testing.assert_allclose(cpu.gelu_forward(x, None), reference.gelu_forward(x.astype("d"), None), atol=1e-7)
     slope = cpu.gelu_backward(np.ones_like(x)[None, :-1], x[None, :-1], None, None)
     np.testing.assert_allclose(slope[0], reference.gelu_backward(np.ones(8), x[:-1].astype("d"), None, None), atol=1e-6)
 
 
-def test_the_table_takes_overrides_and_leaves_the_rest():
+def test_the_table_overrides_some_functions_and_keeps_the_rest():
     table = kernel_table(reference, cpu)
     assert table.gelu_forward is cpu.gelu_forward
     assert table.softmax_forward is reference.softmax_forward

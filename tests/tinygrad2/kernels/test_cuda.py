@@ -51,7 +51,7 @@ def step(device, dtype, **options):
 @pytest.mark.parametrize(
     "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "tf32"))]
 )
-def test_a_training_step_is_the_cpus(device, dtype):
+def test_a_training_step_equals_the_cpus(device, dtype):
     loss, norm, gradients, model, waits = step("cuda", dtype)
     true_loss, true_norm, true_gradients, true_model, _ = step("cpu", "float32")
     bound = BOUNDS[dtype]
@@ -86,7 +86,7 @@ def test_the_gradients_of_a_step_are_the_same_in_every_schedule(device, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"recompute": "block"}, {"head_rows": 64}], ids=str)
-def test_less_memory_gives_the_same(device, options):
+def test_saving_memory_gives_the_same_result(device, options):
     loss, _, gradients, *_ = step("cuda", "bfloat16")
     other_loss, _, others, *_ = step("cuda", "bfloat16", **options)
     assert other_loss == pytest.approx(loss, rel=1e-6)
@@ -126,7 +126,7 @@ def test_generation_reads_the_copies(device):
 
 
 @pytest.mark.slow
-def test_it_learns_as_the_cpu_does(device):
+def test_it_trains_like_the_cpu(device):
     losses = {}
     for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
         model = GPT2(CONFIG, device=place, dtype=dtype)
@@ -146,13 +146,13 @@ def test_it_learns_as_the_cpu_does(device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("case", test_gpu.KERNELS)
-def test_what_a_gpu_is_asked_holds_here(device, case, precision, bound):
+def test_requirements_on_a_gpu_are_met_here(device, case, precision, bound):
     """The tests for a GPU, which is seldom at hand, are right themselves."""
-    test_gpu.test_every_kernel_is_the_cpus(get_backend("cuda"), case, precision, bound)
+    test_gpu.test_every_kernel_agrees_with_the_cpu(get_backend("cuda"), case, precision, bound)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", test_gpu.BOUNDS)
-def test_what_a_model_on_a_gpu_is_asked_holds_here(device, precision):
+def test_requirements_on_a_model_on_a_gpu_are_met_here(device, precision):
     there = get_backend("cuda")
-    test_gpu.test_logits_loss_and_every_gradient_are_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)
+    test_gpu.test_logits_loss_and_every_gradient_equal_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)

@@ -27,7 +27,7 @@ def kernels():
 
 
 def problem(B, T, H, D, key, rate=0.25, seed=0):
-    """The arguments in bfloat16, and what the reference finds in float64."""
+    """The arguments in bfloat16, and the results of the reference in float64."""
     rng = np.random.default_rng(seed)
     qkv = (1.5 * rng.standard_normal((B, T, 3 * H * D))).astype(bfloat16)
     dout = rng.standard_normal((B, T, H * D)).astype(bfloat16)

@@ -80,7 +80,7 @@ def check_cached(table, monkeypatch):
         assert (cache == expected_cache).all()
 
 
-def test_without_a_fault_all_is_right(monkeypatch):
+def test_without_a_fault_the_check_passes(monkeypatch):
     check_cached(kernels(), monkeypatch)
 
 

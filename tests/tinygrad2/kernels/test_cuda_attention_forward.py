@@ -43,7 +43,7 @@ def test_forward_has_the_same_bits_in_every_schedule(key, compiled, monkeypatch)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 8])
-def test_the_order_of_the_blocks_leaves_none_out(together, monkeypatch):
+def test_the_order_of_the_blocks_includes_each(together, monkeypatch):
     """Five heads of two tiles, whose blocks start in groups of as many heads as are said to fit the L2 cache."""
     plant_in(monkeypatch, "attention_forward", ("place", "16 << 20", f"{together * 4 * 16 * 140}"))
     qkv = activations(1, 140, 3 * 5 * 16)
@@ -82,14 +82,14 @@ def test_nan_stays_where_the_mask_lets_it(compiled):
 
 
 @pytest.mark.parametrize(("dtype", "D"), [(np.float64, 16), (np.float32, 16), (bfloat16, 20), (bfloat16, 144)])
-def test_what_has_no_kernel_goes_to_the_reference(dtype, D):
+def test_unsupported_arguments_go_to_the_reference(dtype, D):
     asked = types.SimpleNamespace(attention_forward=lambda *arguments: arguments)
     arguments = activations(1, 3, 3 * D, dtype=dtype), 1, 0.1, KEY
     assert kernels(asked).attention_forward(*arguments) == arguments
 
 
 FAULTS = [
-    ("attention_forward", "cp_async_wait<0>", "cp_async_wait<1>"),  # reads what has not arrived
+    ("attention_forward", "cp_async_wait<0>", "cp_async_wait<1>"),  # reads before the copy is complete
     ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "cp_async_wait<0>();"),
     ("attention_forward", "cp_async_wait<0>(); __syncthreads();", "__syncthreads(); cp_async_wait<0>();"),
     ("store_rows", "__syncwarp();", ""),
@@ -133,7 +133,7 @@ def check_forward(table, key, monkeypatch):
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
-def test_without_a_fault_all_is_right(key, monkeypatch):
+def test_without_a_fault_the_check_passes(key, monkeypatch):
     check_forward(kernels(), key, monkeypatch)
 
 

@@ -28,7 +28,7 @@ def test_column_sums(rows, C, dtype, monkeypatch):
     np.testing.assert_allclose(into, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-def test_partial_sums_are_added_however_many_there_are():
+def test_any_number_of_partial_sums_is_added():
     for parts in (1, 31, 300):
         partials, targets = normal(2, parts, 40), [normal(40, seed=1), normal(40, seed=2)]
         expected = [target + part.sum(axis=0, dtype="d") for target, part in zip(targets, partials, strict=True)]
@@ -36,7 +36,7 @@ def test_partial_sums_are_added_however_many_there_are():
         np.testing.assert_allclose(targets, expected, rtol=0, atol=1e-5)
 
 
-def test_matrices_that_begin_anywhere():
+def test_matrices_at_any_offset():
     into = [np.zeros(64, F32) for _ in range(2)]
     for target, x in zip(into, (normal(9, 64), unaligned(normal(9, 64))), strict=True):
         kernels().column_sums(x, target)

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every GPU that matters, and keeps its numbers in registers (see tests/nvrtc.py)."""
+"""Every CUDA kernel compiles for every supported GPU, and spills no registers (see tests/nvrtc.py)."""
 
 import pytest
 
@@ -96,7 +96,7 @@ def test_reads_16_bytes_at_a_time(family):
     assert loads == {name: NARROW.get(name, 0) for name in loads}
 
 
-def test_an_access_taken_apart_is_reported():
+def test_a_split_access_is_reported():
     assert nvrtc.narrow_loads(MEMBERS, {}) == {"sums": 8}
     assert nvrtc.narrow_loads(MEMBERS.replace("const Eight& x", "Eight x"), {}) == {"sums": 0}
 
@@ -107,7 +107,7 @@ def test_a_local_array_is_reported_as_a_stack_frame():
     assert use.stack >= 256
 
 
-def test_what_does_not_fit_in_registers_is_reported_as_spilled():
+def test_spilled_registers_are_reported():
     (use,) = nvrtc.compiled(MANY_LIVE, "90", {"ROOM": 8})
     assert (use.stack, use.spilled) == (0, 0)
     assert 8 < use.registers <= 64
@@ -115,6 +115,6 @@ def test_what_does_not_fit_in_registers_is_reported_as_spilled():
     assert use.spilled > 0
 
 
-def test_what_does_not_compile_is_reported_with_its_message():
+def test_a_compile_error_is_reported_with_its_message():
     with pytest.raises(nvrtc.CompileError, match="INFINITY"):  # nvcc has it, NVRTC has not
         nvrtc.compiled('extern "C" __global__ void f(float* x) { *x = INFINITY; }', "90", {})

@@ -59,7 +59,7 @@ def test_rates(kernels, rate):
 
 
 @pytest.mark.parametrize("offset", [1, 4])
-def test_a_slice_that_begins_anywhere(kernels, offset):
+def test_a_slice_at_any_offset(kernels, offset):
     check(kernels, bfloat16, (2, 24), 1, offset=offset)
 
 

@@ -98,7 +98,7 @@ def test_runs_and_the_borders_of_chunks(kernels, tokens):
         assert error(result, expected) < 1e-6
 
 
-def test_embedding_backward_leaves_out_what_is_not_wanted(kernels):
+def test_embedding_backward_skips_gradients_that_are_not_needed(kernels):
     kernels.embedding_backward(ndarray(np.ones((1, 3, 8), "f4")), np.zeros((1, 3), int), 0, None, None)
 
 
@@ -152,6 +152,6 @@ def test_planted_faults_are_caught(kernels, monkeypatch, fault):
     assert not right
 
 
-def test_without_a_fault_all_is_right(kernels):
+def test_without_a_fault_the_check_passes(kernels):
     assert forward_is_right(kernels)
     assert backward_is_right(kernels)

@@ -59,7 +59,7 @@ def test_float64_goes_to_the_reference():
     check_fallback(gelu_cases(3, 8, F32, F32))
 
 
-def test_matrices_that_begin_anywhere():
+def test_matrices_at_any_offset():
     check_unaligned(gelu_cases(101, 264, BF16, BF16))
 
 

@@ -128,7 +128,7 @@ def test_plans_are_kept_and_know_alignments_and_streams(gemm):
     assert set(gemm._workspaces) == {0, other.ptr}
 
 
-def test_what_does_not_fit_is_refused_before_cublas_is_asked(gemm):
+def test_invalid_arguments_are_rejected_before_cublas_is_called(gemm):
     f, h = device(normal(8, 8)), device(normal(8, 8, dtype=bfloat16))
     row, bias = device(normal(8)), device(normal(7))
     for args, options, message in (
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_before_cublas_is_asked(gemm):
             gemm(*args, **options)
 
 
-def test_a_missing_library_and_a_failing_call_are_said(gemm, tmp_path):
+def test_a_missing_library_and_a_failing_call_are_reported(gemm, tmp_path):
     f = device(normal(2, 2))
     with pytest.raises(ValueError, match="cuBLASLt was not found"):
         Gemm(Poisoned(), str(tmp_path / "none.so"))(f, f)
@@ -157,7 +157,7 @@ def test_a_missing_library_and_a_failing_call_are_said(gemm, tmp_path):
         gemm._call("MatmulPreferenceSetAttribute", preference, 99, ctypes.byref(ctypes.c_int()), 4)
 
 
-def test_a_handle_that_was_not_to_be_had_is_asked_for_again(gemm, monkeypatch):
+def test_creating_a_handle_is_retried(gemm, monkeypatch):
     call, refused = Gemm._call, []
 
     def once_busy(self, name, *args):
@@ -185,7 +185,7 @@ def kernels(fake_cublaslt):
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_is_the_references(kernels, dtype, has_bias):
+def test_linear_equals_the_references(kernels, dtype, has_bias):
     x, dy = normal(2, 5, 12, dtype=dtype), normal(2, 5, 7, dtype=dtype)
     weight, bias = normal(12, 7, dtype=dtype), normal(7, dtype=dtype) if has_bias else None
     error = 2 * ERROR[dtype]

@@ -62,7 +62,7 @@ def test_many_rows_and_other_shapes(monkeypatch):
         check(kernels(), name, shaped, added)
 
 
-def test_gradients_that_are_not_wanted():
+def test_gradients_that_are_not_needed():
     (_, args, _) = layernorm_cases(9, 64, BF16)[2]
     dx = kernels().layernorm_backward(*args)
     for dweight, dbias in [(None, None), (args[5].copy(), None), (None, args[6].copy())]:
@@ -73,7 +73,7 @@ def test_float64_goes_to_the_reference():
     check_fallback(layernorm_cases(3, 8, F32))
 
 
-def test_matrices_that_begin_anywhere():
+def test_matrices_at_any_offset():
     check_unaligned(layernorm_cases(21, 800, BF16))
 
 

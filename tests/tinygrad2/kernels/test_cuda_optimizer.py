@@ -92,7 +92,7 @@ def test_adamw_without_moments(kernels, betas):
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_a_slice_that_begins_anywhere_gives_the_same_bits_and_nothing_around_it_changes(kernels, offset):
+def test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, offset):
     for array, right in zip(stepped(kernels, 1030, offset)[0], stepped(kernels, 1030)[0], strict=True):
         np.testing.assert_array_equal(array, right)
         first = (array.ctypes.data - array.base.ctypes.data) // array.itemsize
@@ -106,7 +106,7 @@ def test_adamw_changes_nothing_where_scale_is_nan(kernels):
         np.testing.assert_array_equal(array, old)
 
 
-def test_adamw_of_no_numbers(kernels):
+def test_adamw_of_empty_arrays(kernels):
     stepped(kernels, 0)
 
 
@@ -174,7 +174,7 @@ def check(monkeypatch):
     for n in (6, 1024):
         test_adamw_step(kernels, n, 3)
     test_adamw_changes_nothing_where_scale_is_nan(kernels)
-    test_a_slice_that_begins_anywhere_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
+    test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
     test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, 2)
     test_squared_norm(kernels, 4096 * 1024 + 4099)
 

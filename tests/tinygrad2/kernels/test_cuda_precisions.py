@@ -1,4 +1,5 @@
-"""Models of several precisions in one process, on the stand-ins for CuPy and cublasLt: each computes what it says."""
+"""Models of several precisions in one process, on the stand-ins for CuPy and cublasLt: each computes in its own
+precision."""
 
 import ctypes
 import itertools
@@ -82,7 +83,7 @@ def test_models_of_different_precision_in_one_process(products, plain, precision
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_each_operation_multiplies_as_it_was_told(products, plain):
+def test_each_operation_multiplies_in_the_requested_precision(products, plain):
     R = np.random.default_rng(0)
     with strict_cupy.registered(plain=plain):
         cuda = get_backend("cuda")
@@ -111,7 +112,7 @@ def test_each_operation_multiplies_as_it_was_told(products, plain):
             assert set(products()) == {name} or not plain  # (kernels other than products are exact)
 
 
-def test_the_compute_type_of_cupy_is_restored_where_a_product_fails(products):
+def test_the_compute_type_of_cupy_is_restored_if_a_product_fails(products):
     with strict_cupy.registered():
         kernels = get_backend("cuda").kernels_for(True)
         with pytest.raises(AttributeError):

@@ -101,7 +101,7 @@ def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layou
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_show(dtype, layout, bad):
+def test_nan_and_infinity_propagate(dtype, layout, bad):
     K, N = 37, 85
     for k, j in ((0, 0), (36, 3), (5, 84), (36, 84), (17, 40)):
         x, w, y = matrices(7, K, N, dtype, layout)
@@ -117,7 +117,7 @@ def test_nan_and_infinity_show(dtype, layout, bad):
 
 
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_every_bfloat16_is_read_as_what_it_is(layout):
+def test_every_bfloat16_is_read_exactly(layout):
     """Zeros, denormal, infinite and all others, as ml_dtypes widens them."""
     every = np.arange(1 << 16, dtype=np.uint16).view(bfloat16)
     w = np.asarray(every.reshape(1, -1) if layout == "C" else np.repeat(every.reshape(1, -1), 2, axis=0), order=layout)
@@ -151,7 +151,7 @@ def test_which_weights_fit():
 @pytest.mark.parametrize(
     "cut", [(slice(None), slice(None)), (slice(None), slice(None, None, 2)), (slice(0, 32), slice(0, 40))]
 )
-def test_linear_takes_any_weights_and_rows(dtype, rows, cut):
+def test_linear_supports_any_weights_and_rows(dtype, rows, cut):
     """Few rows and many, weights that fit and those that do not, x strided or not: the same within rounding."""
     R = np.random.default_rng(0)
     for w in (R.normal(size=(50, 90)).astype(dtype)[cut], R.normal(size=(90, 50)).astype(dtype).T[cut]):
@@ -166,7 +166,7 @@ def test_linear_takes_any_weights_and_rows(dtype, rows, cut):
 
 
 @pytest.mark.slow
-def test_what_was_compiled_is_found_again_by_the_next_process(tmp_path):
+def test_compiled_code_is_found_by_the_next_process(tmp_path):
     script = (
         "import numpy as np\n"
         "from tinygrad2.kernels import gemv\n"

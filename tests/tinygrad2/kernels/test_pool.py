@@ -36,7 +36,7 @@ def ranges(n):
 
 
 def usable(parts=3):
-    """Whether the pool computes parts at the same time, each on a thread of its own."""
+    """Whether the pool computes parts at the same time, each on its own thread."""
     meeting, seen = threading.Barrier(parts, timeout=20), []
 
     def task(start, stop):
@@ -92,7 +92,7 @@ def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_an_error_in_a_part_comes_out_when_all_parts_have_ended(where, error):
+def test_an_error_in_a_part_is_raised_when_all_parts_have_ended(where, error):
     done = []
 
     def task(start, stop):
@@ -137,7 +137,7 @@ def test_sleeping_workers_are_woken(wait):
     assert all(worker.slot[pool.ASLEEP] for worker in pool._workers)
 
 
-def test_several_threads_may_ask_at_once():
+def test_several_threads_may_call_at_once():
     wrong = []
 
     def ask(seed):
@@ -204,7 +204,7 @@ def test_blas_computes_on_one_thread_inside_and_as_before_outside():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
-def test_a_part_that_outlives_its_caller_does_not_cost_the_next_one_its_own():
+def test_a_part_that_outlives_its_caller_does_not_affect_the_next_call():
     release, made = threading.Event(), []
     assert usable()
     worker = pool._get_workers(1)[0]
@@ -286,7 +286,7 @@ def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeyp
     assert usable()
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(monkeypatch):
+def test_a_thread_that_cannot_be_started_is_an_error_not_a_hang(monkeypatch):
     pool._stop_workers()
     start, started = threading.Thread.start, []
 
@@ -314,7 +314,7 @@ def _in_a_fork(results):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("pause", [0, 0.02])
-def test_a_forked_process_has_threads_of_its_own(pause):
+def test_a_forked_process_has_its_own_threads(pause):
     assert usable()
     time.sleep(pause)  # the threads spin, or sleep
     context = multiprocessing.get_context("fork")
@@ -367,7 +367,7 @@ def test_the_interpreter_exits_cleanly(case, repeats):
             assert (b"ZeroDivisionError" in err) if "error" in case else err == b""
 
 
-def test_set_count_decides_how_many_threads_work(set_threads):
+def test_set_count_sets_the_number_of_threads(set_threads):
     for count in (1, 4, 2):
         set_threads(count)
         seen = []

@@ -37,7 +37,7 @@ def test_adamw_follows_the_textbook(max_norm, betas, eps, weight_decay):
     assert optimizer.steps == 20
 
 
-def test_the_bias_correction_has_its_digits_in_float32():
+def test_the_bias_correction_is_accurate_in_float32():
     """1 - beta2 would be wrong by 5e-5 if it were taken of float32 numbers."""
     model = Model("float32")
     with strict_cupy.registered():
@@ -62,7 +62,7 @@ def test_options_out_of_range(name, value):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_is_pytorchs(weight_decay):
+def test_adamw_equals_pytorchs(weight_decay):
     torch = pytest.importorskip("torch")
     model = Model()
     theirs = [torch.from_numpy(p.data.copy()).requires_grad_() for p in model.parameters()]

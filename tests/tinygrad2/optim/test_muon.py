@@ -83,7 +83,7 @@ def test_muon_follows_the_textbook(max_norm):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize(("shape", "nesterov_momentum"), [((24, 40), 0.95), ((64, 16), 0.95), ((32, 32), 0.9)])
-def test_one_step_is_pytorchs(shape, nesterov_momentum):
+def test_one_step_equals_pytorchs(shape, nesterov_momentum):
     """PyTorch's iterates in bfloat16."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
@@ -193,7 +193,7 @@ def test_a_sharded_run_resumes_to_the_same_bits_on_another_number_of_ranks():
             np.testing.assert_array_equal(results[0][1][name], array)
 
 
-def test_a_model_that_moves_to_a_gpu_takes_its_momentum_along():
+def test_the_momentum_moves_to_a_gpu_with_the_model():
     expected, _ = stepped(None, False)
     with strict_cupy.registered():
         model = Model("float32")
@@ -216,7 +216,7 @@ def test_a_model_that_moves_to_a_gpu_takes_its_momentum_along():
         ({"up": 0}, r"^Muon: up is to be divided into 0 blocks; expected a divisor of its 20 columns$"),
     ],
 )
-def test_matrices_that_the_model_does_not_have_are_refused(matrices, message):
+def test_matrices_that_the_model_does_not_have_are_rejected(matrices, message):
     with pytest.raises(ValueError, match=message):
         optim.Muon(Model(), matrices)
 

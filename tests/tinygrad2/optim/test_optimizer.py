@@ -134,7 +134,7 @@ def test_state_can_be_saved_and_loaded(make, names):
         np.testing.assert_array_equal(p.data, q.data)
 
 
-def test_a_state_that_does_not_fit_is_refused():
+def test_a_state_that_does_not_fit_is_rejected():
     optimizer = optim.AdamW(Model())
     state = dict(optimizer.state())
     with pytest.raises(ValueError, match=r"^optimizer state: exp_avg\.b is missing$"):

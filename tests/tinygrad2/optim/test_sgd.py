@@ -41,7 +41,7 @@ def test_sgd_follows_the_textbook(options, max_norm):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("options", OPTIONS)
-def test_sgd_is_pytorchs(options):
+def test_sgd_equals_pytorchs(options):
     torch = pytest.importorskip("torch")
     model = Model()
     theirs = [torch.from_numpy(p.data.copy()).requires_grad_() for p in model.parameters()]

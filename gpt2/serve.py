@@ -1,0 +1,145 @@
+"""Try a model in the browser: write a prompt, watch the text, take another alternative of a token and continue from it.
+
+The page shows the inspector's view of the text beside it. OpenAI's API of completions is served at /v1. The server is
+for this machine only: it listens on 127.0.0.1 and refuses requests of other web pages. Ctrl-C ends it.
+"""
+
+from __future__ import annotations
+
+from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+
+# isort: split
+import argparse
+import errno
+import math
+import socket
+import sys
+import webbrowser
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from gpt2.completions import Worker
+from gpt2.config import WEIGHT_DTYPES
+from gpt2.console import Parser, visible
+from gpt2.formats.model_file import default_model, find_model
+from gpt2.generate import begin_id, generate
+from gpt2.inspection import Vocabulary, check_weights, inspect
+from gpt2.model import GPT2
+from gpt2.page import page, resource
+from gpt2.tokenizer import Tokenizer
+from tinygrad2 import machine, threads
+from tinygrad2.backend import DEVICES
+from tinygrad2.checkpoint import JsonObject
+
+HOST, PORT = "127.0.0.1", 8000
+
+
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.serve", __doc__)
+    group = parser.add_argument_group("server")
+    group.add_argument("--port", type=int, default=PORT, metavar="N", help="port of 127.0.0.1; 0 takes a free one")
+    group.add_argument("--open", action="store_true", help="open the page in the browser")
+    group = parser.add_argument_group("model and device")
+    group.add_argument(
+        "--checkpoint", metavar="MODEL", help="a model, as in sample.py --help [default: checkpoint/, then out/]"
+    )
+    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads on the CPU [default: the cores that may be used]"
+    )
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=WEIGHT_DTYPES,
+        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
+    )
+    return parser
+
+
+@console.command("gpt2.serve")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. It ends with Ctrl-C; its exit status is 1 if it cannot start, 2 for an invalid option."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    options.threads = threads.count() if options.threads is None else options.threads
+    if not 0 <= options.port < 2**16:
+        parser.error(f"--port is {options.port}; expected 0 to 65535")
+    if options.threads < 1:
+        parser.error(f"--threads is {options.threads}; expected 1 or more")
+    if options.checkpoint == "":
+        parser.error("--checkpoint is empty; expected a model")
+    web = web_module()
+    with listen(options.port) as listening:
+        service(web, options, listening.getsockname()[1], listening)
+    return 0
+
+
+def web_module() -> ModuleType:
+    """gpt2.web. Raises ValueError if the server library is not installed."""
+    try:
+        from gpt2 import web
+    except ImportError as error:
+        raise ValueError(f'{error.name} is not installed; pip install -e ".[serve]"') from None
+    return web
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens on the port of this machine. Raises OSError, naming the port, if it cannot."""
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} of {HOST} is in use; --port 0 takes a free one") from None
+        raise OSError(f"port {port} of {HOST}: {error.strerror}; choose another --port") from None
+
+
+def service(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
+    """Load the model and serve it until the process is interrupted."""
+    threads.set_count(options.threads)
+    model, tokenizer, name = load_model(options)
+    vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
+    worker = Worker()
+    served = web.Service(
+        model,
+        tokenizer,
+        name,
+        worker,
+        page=live_page(model, name),
+        label=vocabulary.label,
+        inspect=partial(inspect, model, tokenizer, name=name),
+        memory=lambda: (model.backend.memory() or machine.memory() or (math.inf,))[0],
+    )
+    # The first tokens call all kernels, which may have to be compiled: before the first request, and beside the page.
+    worker.submit(lambda: generate(model, [begin_id(model, tokenizer)], 2), lambda result: None)
+    url = f"http://{HOST}:{port}"
+    console.say(f"{url} has the page, {url}/v1 OpenAI's API; Ctrl-C ends the server")
+    if options.open:
+        webbrowser.open(url)
+    web.serve(served, listening)
+
+
+def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:
+    """The model that the options name, its tokenizer, and its name for clients."""
+    say = console.print_error
+    folder = find_model(Path(options.checkpoint), say) if options.checkpoint else default_model(say)
+    if folder is None:
+        raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or give --checkpoint")
+    model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
+    tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
+    check_weights(model, str(folder))
+    console.say(f"model: {folder}, {model.config.summary()}, {model.n_parameters():,} parameters")
+    return model, tokenizer, visible(options.checkpoint or str(folder))
+
+
+def live_page(model: GPT2, name: str) -> str:
+    """The page of the server: the part in which one plays, and the inspector beside it."""
+    about: JsonObject = {"name": name, "context": model.config.n_positions}
+    body = resource("serve.html").replace("<!-- inspector -->", resource("inspect.html"))
+    style, script = (resource(f"inspect.{kind}") + resource(f"serve.{kind}") for kind in ("css", "js"))
+    return page(f"{name}: a language model", body, style, script, about, live=True)
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

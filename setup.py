@@ -1,0 +1,27 @@
+"""The commands train.py, sample.py and data/prepare.py go into the wheel as gpt2.train, gpt2.sample and gpt2.prepare.
+
+They stay scripts in the repository; everything else about the package is in pyproject.toml.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+MODULES = {"train.py": "train", "sample.py": "sample", "data/prepare.py": "prepare", "data/sources.py": "sources"}
+
+
+class BuildWithCommands(build_py):
+    """Copies MODULES into the package gpt2; what they import from data/ is there, too."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for file, module in MODULES.items():
+            text = (ROOT / file).read_text(encoding="utf-8").replace("from data.", "from gpt2.")
+            (Path(self.build_lib) / "gpt2" / f"{module}.py").write_text(text, encoding="utf-8")
+
+
+setup(cmdclass={"build_py": BuildWithCommands})

@@ -1,0 +1,154 @@
+"""PyTorch's names of what Tensor has under NumPy's or as an operator: x.add(y) is x + y, x.clamp(0, 1) x.clip(0, 1)."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+from tinygrad2.methods import concatenate
+
+
+class PyTorchNames:
+    """A part of Tensor; each method is what its line says."""
+
+    __slots__ = ()
+
+    def add(self: Any, other: Any) -> Any:
+        return self + other
+
+    def sub(self: Any, other: Any) -> Any:
+        return self - other
+
+    def mul(self: Any, other: Any) -> Any:
+        return self * other
+
+    def div(self: Any, other: Any) -> Any:
+        return self / other
+
+    def pow(self: Any, exponent: Any) -> Any:
+        return self**exponent
+
+    def neg(self: Any) -> Any:
+        return -self
+
+    def matmul(self: Any, other: Any) -> Any:
+        return self @ other
+
+    mm = bmm = mv = matmul
+
+    def eq(self: Any, other: Any) -> Any:
+        return self == other
+
+    def ne(self: Any, other: Any) -> Any:
+        return self != other
+
+    def lt(self: Any, other: Any) -> Any:
+        return self < other
+
+    def le(self: Any, other: Any) -> Any:
+        return self <= other
+
+    def gt(self: Any, other: Any) -> Any:
+        return self > other
+
+    def ge(self: Any, other: Any) -> Any:
+        return self >= other
+
+    def logical_not(self: Any) -> Any:
+        return self == 0
+
+    def clamp(self: Any, min: builtins.float | None = None, max: builtins.float | None = None) -> Any:
+        return self.clip(min, max)
+
+    def asin(self: Any) -> Any:
+        return self.arcsin()
+
+    def acos(self: Any) -> Any:
+        return self.arccos()
+
+    def atan(self: Any) -> Any:
+        return self.arctan()
+
+    def asinh(self: Any) -> Any:
+        return self.arcsinh()
+
+    def acosh(self: Any) -> Any:
+        return self.arccosh()
+
+    def atanh(self: Any) -> Any:
+        return self.arctanh()
+
+    def atan2(self: Any, other: Any) -> Any:
+        return self.arctan2(other)
+
+    def swish(self: Any) -> Any:
+        return self.silu()
+
+    def frac(self: Any) -> Any:
+        return self - self.trunc()
+
+    def fmod(self: Any, other: Any) -> Any:
+        return self - (self / other).trunc() * other
+
+    def movedim(self: Any, source: builtins.int, destination: builtins.int) -> Any:
+        return self.moveaxis(source, destination)
+
+    def repeat_interleave(self: Any, repeats: Any, dim: builtins.int | None = None) -> Any:
+        return self.repeat(repeats, dim)
+
+    def index_select(self: Any, dim: builtins.int, index: Any) -> Any:
+        return self.take(index, dim)
+
+    def take_along_dim(self: Any, indices: Any, dim: builtins.int) -> Any:
+        return self.gather(dim, indices)
+
+    def masked_select(self: Any, mask: Any) -> Any:
+        return self[mask]
+
+    def unbind(self: Any, dim: builtins.int = 0) -> tuple[Any, ...]:
+        return tuple(self.moveaxis(dim, 0))
+
+    def logcumsumexp(self: Any, dim: builtins.int) -> Any:
+        """log(the sums of the first 1, 2, ... e^x); time n^2."""
+        x = self.moveaxis(dim, -1)
+        parts = [x[..., : i + 1].logsumexp(-1, keepdims=True) for i in range(x.shape[-1])] if x.ndim else []
+        return concatenate(parts, -1).moveaxis(-1, dim) if parts else self[...]
+
+    def var_mean(self: Any, dim: Any = None, correction: builtins.float = 1, keepdim: bool = False) -> tuple[Any, Any]:
+        return self.var(dim, keepdim, correction=correction), self.mean(dim, keepdim)
+
+    def std_mean(self: Any, dim: Any = None, correction: builtins.float = 1, keepdim: bool = False) -> tuple[Any, Any]:
+        return self.std(dim, keepdim, correction=correction), self.mean(dim, keepdim)
+
+    def isclose(self: Any, other: Any, rtol: builtins.float = 1e-5, atol: builtins.float = 1e-8) -> Any:
+        return (self.detach() - other).abs() <= (self * 0.0 + other).detach().abs() * rtol + atol
+
+    def numel(self: Any) -> builtins.int:
+        return builtins.int(self.size)
+
+    def dim(self: Any) -> builtins.int:
+        return builtins.int(self.ndim)
+
+    def tolist(self: Any) -> Any:
+        return self.numpy().tolist()
+
+    def contiguous(self: Any) -> Any:
+        return self
+
+    def float(self: Any) -> Any:
+        return self.to("float32")
+
+    def double(self: Any) -> Any:
+        return self.to("float64")
+
+    def half(self: Any) -> Any:
+        return self.to("float16")
+
+    def int(self: Any) -> Any:
+        return self.to("int32")
+
+    def long(self: Any) -> Any:
+        return self.to("int64")
+
+    def t(self: Any) -> Any:
+        return self.transpose()
