@@ -91,7 +91,7 @@ class BadStep:
             arrays = {name: np.stack([getattr(b, name) for b in self.batches]) for name in ("tokens", "targets")}
             checkpoint.save_arrays(partial / BATCH, {**arrays, "keys": np.array(keys, dtype=np.int64)})
             values = {name: value for name, value in vars(self).items() if name != "batches"}
-            checkpoint.write_json(partial / STEP, checkpoint.finite_json(values))
+            checkpoint.write_json(partial / STEP, values)
         return folder
 
 

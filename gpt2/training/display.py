@@ -210,7 +210,9 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
         return
     best = progress.best
     loss = (
-        f"best validation loss {best['val_loss']:.4f} at step {best['step']:,}" if best else "no finite validation loss"
+        f"best validation loss {best['val_loss']:.4f} at step {best['step']:,}"
+        if best
+        else "no validation loss was finite"
     )
     before = "" if trainer.loss_before is None else f" ({trainer.loss_before:.4f} before training)"
     say(f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, {loss}{before}, saved in {written}")

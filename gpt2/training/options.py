@@ -465,7 +465,8 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: those given, else the defaults, else derived from other options.
+    """All options: those given, else the defaults, else derived from other options. Those of another version, which a
+    resumed run may have, are left out.
 
     defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
     """
@@ -474,4 +475,5 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     values.setdefault("min_lr", values["learning_rate"] / 10)
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
-    return Options(**values)
+    known = {f.name for f in fields(Options)}
+    return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others

@@ -205,7 +205,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_best(workspace, monkeypatch,
     assert np.isfinite(state["progress"]["best"]["val_loss"])
     monkeypatch.setattr(trainer, "mean_loss", lambda *given: float("nan"))
     run("--max-iters", "8", "--out-dir", "never")
-    assert "no finite validation loss" in capsys.readouterr().out
+    assert "no validation loss was finite" in capsys.readouterr().out
     assert checkpoint.read_json(Path("never/ckpt-000008/trainer.json"))["progress"]["best"] is None
 
 
