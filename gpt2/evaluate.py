@@ -26,7 +26,7 @@ def command_line() -> Parser:
     group = parser.add_argument_group("model and device")
     group.add_argument("checkpoint", metavar="CHECKPOINT", help="a model folder or file, or the out-dir of a run")
     group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads [default: available cores]")
     group.add_argument(
         "--dtype",
         default="float32",
@@ -50,7 +50,7 @@ def command_line() -> Parser:
         "--block-size", type=int, metavar="TOKENS", help="tokens per sequence [default: the model's context]"
     )
     group.add_argument(
-        "--items", type=int, metavar="N", help="only N items of each task, spread evenly over its file [default: all]"
+        "--items", type=int, metavar="N", help="only N items of each task, evenly spaced in its file [default: all]"
     )
     group.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="sequences per batch")
     group = parser.add_argument_group("output")
@@ -60,7 +60,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if something cannot be evaluated, 2 for an invalid option."""
+    """The command. Exit status: 0; 1 if something cannot be evaluated; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     options.threads = threads.count() if options.threads is None else options.threads
@@ -71,16 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: the folder {options.json.parent}/ does not exist")
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
-        parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
+        parser.error(f"nothing to evaluate; pass {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     try:
         return _evaluate(options)
     except MemoryError:
-        raise MemoryError(f"out of memory; use a smaller --batch-size than {options.batch_size}") from None
+        raise MemoryError(f"out of memory; use a --batch-size below {options.batch_size}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     threads.set_count(options.threads)
-    # Open all files before computing anything, since one may be missing.
+    # Open all files before computing anything, in case one is missing.
     questions = {
         name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()

@@ -1,4 +1,4 @@
-"""Pickles read without Python's unpickler, which can be made to call any function. Nothing in a file is executed.
+"""A pickle reader that executes nothing. (A file can make Python's unpickler call any function.)
 
 A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, text and numbers.
 A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has less than 1 MB
-KEY_LIMIT = 1 << 31  # bound on integers that are keys: larger ones can be chosen to have equal hashes
+KEY_LIMIT = 1 << 31  # upper bound for integer keys: larger ones can be chosen to have equal hashes
 NUMBER_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 TEXT_OPCODES = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
 
 
 class Meanings:
-    """What a program's names, calls, attributes and references to stored objects mean. Here, every one is an error."""
+    """Defines the meaning of a program's names, calls, attributes and references to stored objects. Here, all of them
+    are errors."""
 
     def name(self, text: str) -> object:
         """The object that stands for a name, such as `collections.OrderedDict`."""
@@ -32,7 +33,7 @@ class Meanings:
 
     def stored(self, identity: object) -> object:
         """The object with a persistent id."""
-        raise ValueError("its pickle refers to an object outside of it; expected plain data")
+        raise ValueError("its pickle refers to an object outside the pickle; expected plain data")
 
     def build(self, target: object, state: object) -> None:
         """Set an object's attributes."""
@@ -126,7 +127,7 @@ def interpret(program: io.BytesIO, meanings: Meanings) -> Any:
 
 
 def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """The name and the argument of each opcode (a number, text or bytes, which depends on the opcode)."""
+    """The name and the argument of each opcode (a number, text or bytes, depending on the opcode)."""
     try:
         yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
     except ValueError as error:

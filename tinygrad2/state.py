@@ -1,4 +1,4 @@
-"""The parameters of a module by name: found in its attributes, printed as a tree, saved to a file and loaded."""
+"""A module's parameters by name: finding them in its attributes, printing, saving and loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygrad2.params import Parameter
 
 
 class State:
-    """The base class of nn.Module: everything that needs only the names of its parameters."""
+    """The base class of nn.Module, with the methods that need only the names of its parameters."""
 
     if TYPE_CHECKING:
 
@@ -26,9 +26,9 @@ class State:
         return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Set every parameter to the array (or Tensor) of its name; returns the module.
+        """Set every parameter to the array (or Tensor) with its name; returns the module.
 
-        Raises ValueError if a name is missing or unknown, or a shape differs; nothing is changed then.
+        Raises ValueError if a name is missing or unknown, or a shape differs; in that case nothing is changed.
         """
         parameters = dict(self.named_parameters())
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
@@ -46,7 +46,7 @@ class State:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the parameters to a safetensors file, completely or not at all."""
+        """Write the parameters to a safetensors file, atomically."""
         with atomic_write(Path(path)) as partial:
             save_file(self.state_dict(), partial)
 
@@ -55,7 +55,7 @@ class State:
         try:
             state = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"load: {path}: it is not a valid safetensors file ({error})") from None
+            raise ValueError(f"load: {path}: not a valid safetensors file ({error})") from None
         return self.load_state_dict(state)
 
     def __repr__(self) -> str:
@@ -73,7 +73,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-    """Every parameter in a module, list, tuple or dict under its dotted name; a shared one under each of its names."""
+    """Every parameter in a module, list, tuple or dict, with its dotted name; a shared one with each of its names."""
     for name, member in _members(value):
         if isinstance(member, Parameter):
             yield f"{prefix}{name}", member
@@ -90,7 +90,7 @@ def modules_in(value: Any) -> Iterator[Any]:
 
 
 def _tree(value: Any) -> str:
-    """A module as text: its numbers, the shapes of its parameters, and its modules, indented."""
+    """A module as text: its numeric attributes, the shapes of its parameters, and its modules, indented."""
     inside, modules = [], []
     for name, member in _members(value):
         if isinstance(member, Parameter):

@@ -1,13 +1,13 @@
-"""The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
+"""Check and time the GPU code with one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
 
-Runs `pytest -m gpu`, then times launches, copies and matrix products; the training step of the 124M model beside the
-same step in PyTorch, where that is installed; each kernel of a step against the least time that its bytes and FLOPs
-take on this GPU; attention beside PyTorch's; and generation against the rate at which the weights can be read. Prints a
-table last and writes JSON.
+Runs `pytest -m gpu`, then times launches, copies and matrix products; the training step of the 124M model, compared
+with the same step in PyTorch, if it is installed; each kernel of a step, compared with its lower bound on this GPU
+(from its bytes and FLOPs); attention, compared with PyTorch's; and generation, compared with the rate at which the
+weights can be read. Prints a table at the end and writes JSON.
 
-Time on a GPU is dear, and a kernel's fault takes a process's access to the GPU with it. So each part runs in a process
-of its own, what it finds is printed and written at once, and a part that fails is recorded with its error, or with the
-time at which it was ended. The most informative parts run first; all end within --seconds, 570 unless told otherwise.
+GPU time is expensive, and after a kernel fault a process cannot use the GPU. So each part runs in its own process, its
+results are printed and written immediately, and a part that fails is recorded with its error, or with the time at which
+it was ended. The most informative parts run first; all parts end within --seconds (default 570).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tinygrad2.precision import Precision  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# GB/s of the memory of the GPUs in gpus.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
+# Memory bandwidth in GB/s of the GPUs in gpus.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
 BANDWIDTH = {
     "B200": 8000.0,
     "H200": 4800.0,
@@ -58,10 +58,10 @@ BANDWIDTH = {
     "L4": 300.0,
     "RTX 4090": 1008.0,
 }
-# The part of both peaks that the best kernels reach, with which floors are computed: 790 TFLOP/s, 4.3 TB/s on an H200.
+# The fraction of both peaks that the best kernels reach, for lower bounds: 790 TFLOP/s and 4.3 TB/s on an H200.
 REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
 
-# Arguments that a kernel adds to, or changes in place: they are read and written.
+# Arguments that a kernel adds to or changes in place, which are both read and written.
 CHANGED = {
     "linear_backward": (3, 4),
     "layernorm_backward": (5, 6),
@@ -73,19 +73,19 @@ CHANGED = {
 KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
 PARTS = ("launch", "step", "kernels", "attention", "gemm", "decode", "wide_step", "product", "copy")
-SECONDS, CHECKS_SECONDS = 570, 240  # for everything, and for pytest among it
+SECONDS, CHECKS_SECONDS = 570, 240  # in total, and for pytest
 GPU_LOST = 2  # pytest's exit status if a test lost the GPU (tests/gpt2/test_gpu.py)
-COMPILING = 90  # seconds that PyTorch may take until its first step
+COMPILING = 90  # seconds that PyTorch may take before its first step
 Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why there are none, or not all}}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """The amount of measurements."""
 
     model: GPT2Config
     block_size: int = 1024
-    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one is looked at closely
+    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one in detail
     batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
     wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
     steps: int = 5  # in one measurement of a step
@@ -107,9 +107,9 @@ QUICK = Sizes(
 
 
 class Bench:
-    """The measurements on one device; each method named in PARTS returns its figures, independently of the others.
+    """The measurements on one device. Each method in PARTS returns its figures, independently of the others.
 
-    seconds  after which nothing long is begun.
+    seconds  the time after which nothing long is started.
     keep     called with the figures so far whenever there are new ones.
     """
 
@@ -147,11 +147,11 @@ class Bench:
         return {"results": self.results, "errors": self.errors}
 
     def release(self) -> None:
-        """Give freed memory back to the driver, for PyTorch or for what comes next."""
+        """Return freed memory to the driver, for PyTorch or the next part."""
         self.np.get_default_memory_pool().free_all_blocks()
 
     def timed(self, function: Callable[[], Any], repeats: int, warmup: int = 2) -> tuple[float, float]:
-        """Seconds a call: by the clock, from the first launch to the last result, and between two CUDA events."""
+        """Seconds per call: wall-clock time from the first launch to the last result, and between two CUDA events."""
         for _ in range(warmup):
             function()
         begin, end = self.np.cuda.Event(), self.np.cuda.Event()
@@ -166,14 +166,14 @@ class Bench:
         return seconds / repeats, self.np.cuda.get_elapsed_time(begin, end) / 1e3 / repeats
 
     def floor(self, nbytes: float, flops: float) -> float | None:
-        """The least seconds for so many bytes of the device's memory and so many FLOPs, where its peaks are known."""
+        """The lower bound in seconds for this many bytes of device memory and FLOPs, if the peaks are known."""
         peak = self.backend.cuda.peak(self.sizes.precisions[0])
         if peak is None or self.bandwidth is None:
             return None
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
 
     def against_floor(self, seconds: float, nbytes: float, flops: float) -> dict[str, float | None]:
-        """Milliseconds, TFLOP/s, GB/s, and the floor with its share in the time."""
+        """Milliseconds, TFLOP/s, GB/s, and the lower bound with its share of the time."""
         floor = self.floor(nbytes, flops)
         return {
             "ms": seconds * 1e3,
@@ -184,7 +184,7 @@ class Bench:
         }
 
     def array(self, *shape: int) -> Any:
-        """Random numbers on the device: a block of them, over and over (zeros would take less power, so less time)."""
+        """Random numbers on the device: one block, repeated (zeros would use less power, and therefore less time)."""
         count = int(numpy.prod(shape))
         block = numpy.random.default_rng(0).standard_normal(min(count, 1 << 20), dtype=numpy.float32)
         values, array = self.backend.asarray(block.astype(self.dtype)), self.np.empty((count,), dtype=self.dtype)
@@ -236,7 +236,7 @@ class Bench:
         return figures
 
     def gemm(self) -> dict[str, Any]:
-        """The matrix products of a training step: of the four linear layers of a block, and of the output layer."""
+        """The matrix products of a training step: the four linear layers of a block, and the output layer."""
         from tinygrad2.kernels.gemm import Gemm
 
         gemm, C = Gemm(self.np), self.sizes.model.n_embd
@@ -269,7 +269,7 @@ class Bench:
         return figures
 
     def attention(self) -> dict[str, Any]:
-        """Attention of one layer, without dropout, beside PyTorch's scaled_dot_product_attention."""
+        """Attention of one layer, without dropout, compared with PyTorch's scaled_dot_product_attention."""
         config, B, T = self.sizes.model, self.sizes.batch_sizes[0], self.sizes.block_size
         C, H = config.n_embd, config.n_head
         kernels, qkv, dout = self.backend.kernels, self.array(B, T, 3 * C), self.array(B, T, C)
@@ -308,7 +308,7 @@ class Bench:
         return rows
 
     def wide_step(self) -> list[dict[str, Any]]:
-        """The same in the other precisions, each at the first batch size that fits."""
+        """The training step in the other precisions, each at the first batch size that fits."""
         rows = self.results["wide_step"] = []
         for precision in self.sizes.precisions[1:]:
             for batch_size in self.sizes.wide_batch_sizes:
@@ -330,7 +330,7 @@ class Bench:
         self.release()
 
     def contest(self, row: dict[str, Any]) -> None:
-        """One precision at one batch size: figures of our step, and of PyTorch's, into the row."""
+        """Add the figures of our step and of PyTorch's to the row, for one precision and batch size."""
         sizes, precision, batch_size = self.sizes, row["precision"], row["batch_size"]
         ours = self.our_step(precision, batch_size)
         theirs = None
@@ -354,7 +354,7 @@ class Bench:
         self.add_figures(row, seconds)
 
     def add_figures(self, row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
-        """The figures of a step from the times that there are so far."""
+        """The figures of a step from the times so far."""
         peak = self.backend.cuda.peak(row["precision"])
         for kind, values in seconds.items():
             if values:
@@ -363,7 +363,7 @@ class Bench:
         self.keep(self.found())
 
     def kernels(self) -> dict[str, Any]:
-        """The kernels of a training step: how often each is called, its time on the device, and its floor."""
+        """The kernels of a training step: the number of calls, time on the device, and lower bound of each."""
         for batch_size in self.sizes.batch_sizes:
             try:
                 return {"batch_size": batch_size, **self.watched_steps(batch_size)}
@@ -393,7 +393,7 @@ class Bench:
         rows = {}
         for name, (calls, ms, nbytes, flops, floor_ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
             figures = self.against_floor(ms / 1e3, nbytes, flops)
-            if figures["floor_ms"] is not None:  # the sum of the calls' floors is not the floor of their sum
+            if figures["floor_ms"] is not None:  # the sum of the bounds is not the bound of the sum
                 figures |= {"floor_ms": floor_ms, "share": floor_ms / ms}
             rows[name] = {"calls": round(calls), **figures}
         outside = total - sum(row["ms"] for row in rows.values())
@@ -416,10 +416,10 @@ class Bench:
             figures[precision] = {"tokens_per_s": rate, "limit": limit, "share": share, **self.token(model, nbytes)}
         return figures
 
-    # What they are made of ------------------------------------------------------------------------------------------
+    # Helpers --------------------------------------------------------------------------------------------------------
 
     def token(self, model: GPT2, nbytes: int) -> dict[str, Any]:
-        """One token on the device alone: in one launch, where the kernel serves, and as one operation after another."""
+        """Device time of one token: in one launch, if the kernel supports it, and as separate operations."""
         tokens = self.tokens[:1, : self.sizes.block_size // 4]
         cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
         with no_grad():
@@ -440,7 +440,7 @@ class Bench:
             return {"launch": launch, "operations_ms": self.timed(operations, repeats)[0] * 1e3}
 
     def decoding(self, model: GPT2) -> float:
-        """Seconds for the tokens after the first one."""
+        """Seconds for the tokens after the first."""
         prompt = self.tokens[0, : self.sizes.block_size // 4].tolist()
         tokens = generate(model, prompt, 1 + self.sizes.new_tokens, temperature=0)
         next(tokens)  # reads the prompt
@@ -450,7 +450,7 @@ class Bench:
         return time.perf_counter() - started
 
     def our_step(self, precision: str, batch_size: int) -> Callable[[], Any]:
-        """A training step as train.py makes it, without fetching the loss."""
+        """A training step as in train.py, without fetching the loss."""
         model = GPT2(self.sizes.model, device="cuda", dtype=precision)
         optimizer = optim.AdamW(model, lr=1e-4, weight_decay=0.1)
         tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
@@ -464,8 +464,8 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Any, Any, int, int]]]:
-        """Inside, every kernel that is called from outside the kernels leaves (name, start, stop, bytes, FLOPs), start
-        and stop being CUDA events."""
+        """Inside, every kernel call (except from other kernels) appends (name, start, stop, bytes, FLOPs), where start
+        and stop are CUDA events."""
         kernels, spans, inside = self.backend.kernels, [], []
         originals = {name: getattr(kernels, name) for name in dir(kernels) if re.search(KERNEL, name)}
 
@@ -496,10 +496,10 @@ class Bench:
 
 
 def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
-    """The bytes that a call of a kernel has to move at least, and the FLOPs of its matrix products.
+    """The minimum number of bytes that a kernel call moves, and the FLOPs of its matrix products.
 
-    Each array that goes in is read once and each that comes out is written once, as if nothing between them left the
-    chip. Attention is causal: half of each product.
+    Each input array is read once and each output array is written once, as if intermediate results stayed on the chip.
+    Attention is causal: half of each product.
     """
     changed = [arguments[i] for i in CHANGED.get(name, ())]
     nbytes, flops = bytes_of(arguments) + bytes_of(result) + bytes_of(changed), 0
@@ -521,7 +521,7 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
     elif name == "attention_backward":
         B, T, C = arguments[0].shape
         flops = 5 * B * T * T * C
-    elif name == "embedding_forward":  # only the rows that the tokens name
+    elif name == "embedding_forward":  # only the rows of the tokens
         tokens, wte, *_ = arguments
         nbytes = tokens.nbytes + result.nbytes + min(wte.nbytes, tokens.size * wte.shape[1] * wte.itemsize)
     elif name == "embedding_backward":
@@ -531,15 +531,15 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
 
 
 def bytes_of(x: Any) -> int:
-    """The bytes of an array, or of all in a tuple or a list; numbers and None have none."""
+    """The bytes of an array, or of all arrays in a tuple or list; numbers and None have none."""
     if isinstance(x, tuple | list):
         return sum(map(bytes_of, x))
     return x.nbytes if hasattr(x, "nbytes") and hasattr(x, "strides") else 0
 
 
 class TorchStep:
-    """The same model and step in PyTorch, with scaled_dot_product_attention and the fused AdamW. In bfloat16 as nanoGPT
-    does it: compiled, under autocast, with the vocabulary padded."""
+    """The same model and step in PyTorch, with scaled_dot_product_attention and fused AdamW. In bfloat16 as in nanoGPT:
+    compiled, with autocast and a padded vocabulary."""
 
     def __init__(
         self,
@@ -560,7 +560,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
         self.call = self.model
         if narrow and compiled:
-            torch._dynamo.reset()  # else a second batch size would compile for all of them
+            torch._dynamo.reset()  # otherwise a second batch size would be compiled with dynamic shapes
             self.call = torch.compile(self.model, dynamic=False)
         self.tokens, self.targets = (torch.from_numpy(ids.copy()).to(device) for ids in (tokens, targets))
 
@@ -574,7 +574,7 @@ class TorchStep:
         return loss
 
     def timed(self, steps: int) -> float:
-        """Seconds a step, by the clock."""
+        """Seconds per step, wall-clock time."""
         self.torch.set_float32_matmul_precision(self.matmul)
         return torch_timed(self.torch, self.device, self.step, steps)
 
@@ -608,7 +608,7 @@ def import_torch(device: str) -> Any:
 
 
 def torch_timed(torch: Any, device: str, function: Callable[[], Any], repeats: int) -> float:
-    """Seconds a call, by the clock, after two that compile and take memory; the memory is given back afterwards."""
+    """Seconds per call, after two calls that compile and allocate memory; the memory is returned afterwards."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(2):
         function()
@@ -631,12 +631,12 @@ def torch_version() -> str | None:
 
 
 def padded_vocabulary(config: GPT2Config) -> int:
-    """The vocabulary as products of matrices like it best, a multiple of 64: 50,304 for GPT-2's."""
+    """The vocabulary size padded to a multiple of 64, which is faster: 50,304 for GPT-2's."""
     return -(-config.vocab_size // 64) * 64
 
 
 def version(number: int) -> str:
-    """13020, as CUDA gives it, is 13.2."""
+    """Convert CUDA's version number: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -645,7 +645,7 @@ def one_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """The error in one line, once all of it has been printed."""
+    """Print the whole error; returns it in one line."""
     traceback.print_exception(error)
     return one_line(error)
 
@@ -661,9 +661,9 @@ def step_figures(
 
 
 def run_checks(seconds: float = CHECKS_SECONDS) -> dict[str, Any]:
-    """pytest -m gpu in a separate process: its exit status, its last line, and the names of what failed.
+    """pytest -m gpu in a separate process: its exit status, its last line, and the names of failed tests.
 
-    Where a test lost the GPU, those behind it run in another process.
+    If a test loses the GPU, the remaining tests run in another process.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rpfEs", "--tb=short", "--continue-on-collection-errors"]
     command += ["-o", "faulthandler_timeout=60", "tests"]  # reports where a test hangs
@@ -715,7 +715,7 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def part_table(part: str, found: Any, block_size: int) -> list[str]:
-    """What a part has found, in a few lines."""
+    """The figures of a part, in a few lines."""
     lines = []
     if part == "launch":
         lines.append(f"launch     add {found['add_us']:.1f} us, matmul {found['matmul_us']:.1f} us")
@@ -760,7 +760,7 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
 
 
 def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of what Bench.against_floor gives, and the calls where they were counted."""
+    """A table of the figures from Bench.against_floor, with the number of calls if counted."""
     lines = [f"{title:34}      ms    floor  share  TFLOP/s    GB/s"]
     for name, row in rows.items():
         calls = f"x{row['calls']}" if "calls" in row else ""
@@ -777,7 +777,7 @@ def percent(share: float | None) -> str:
 
 
 def device() -> dict[str, Any]:
-    """What is measured, and with what."""
+    """The measured machine and software."""
     backend = get_backend("cuda")
     runtime = backend.np.cuda.runtime
     return {
@@ -795,10 +795,14 @@ def device() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two minutes or three: smaller sizes, fewer repetitions")
-    parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
+    parser.add_argument(
+        "--quick", action="store_true", help="takes two or three minutes: smaller sizes, fewer repetitions"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json next to this file)"
+    )
     parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), metavar="PART", help="only these parts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit in total (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part; --out is required
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
@@ -840,7 +844,7 @@ def in_a_process(part: str, seconds: float, quick: bool) -> Found:
         if out.exists():
             found = json.loads(out.read_text(encoding="utf-8"))
         elif error is None:
-            error = "its process left no figures"
+            error = "its process wrote no figures"
     if error:
         found["errors"][part] = error
     return found
@@ -853,7 +857,7 @@ def measure(
     run: Callable[[str], Found],
     parts: Sequence[str] = PARTS,
 ) -> int:
-    """Run these parts, write the JSON after each, and print the table last; 0 where nothing failed, else 1."""
+    """Run these parts, write the JSON after each, and print the table. Returns 0 if nothing failed, else 1."""
     record = {**device(), "checks": checks, "results": {}, "errors": {}, "sizes": asdict(sizes)}
     if out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")

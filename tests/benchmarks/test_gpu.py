@@ -58,7 +58,7 @@ def device(monkeypatch):
 
 
 def each_part(part):
-    """A part, by a bench of its own, as in a process of its own."""
+    """Run a part with its own Bench, as in a separate process."""
     return gpu.Bench(TINY, "cpu").run(part)
 
 

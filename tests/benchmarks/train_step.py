@@ -32,7 +32,7 @@ def random_tokens(vocab_size: int, batch: int, block: int) -> tuple[Any, Any]:
 
 
 def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
-    """A step as train.py makes it; returns the loss before it."""
+    """A step as in train.py; returns the loss before the update."""
     from tinygrad2 import optim
 
     optimizer = optim.AdamW(model, weight_decay=DECAY, **ADAMW)
@@ -49,7 +49,7 @@ def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
 
 
 def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str | None) -> Tasks:
-    """This project's step; blas="numpy" leaves MKL aside."""
+    """This project's step; blas="numpy" does not use MKL."""
     if blas is not None:
         os.environ["TINYGRAD2_BLAS"] = blas
     from gpt2 import GPT2, GPT2Config
@@ -60,13 +60,13 @@ def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str |
 
 
 def ready(step: Callable[[], float]) -> Tasks:
-    """The step as a task, after two that allocate what later ones use again."""
+    """The step as a task, after two warm-up steps that allocate memory."""
     step(), step()
     return {"step": timed(step)}
 
 
 def torch_model(config: Any) -> Any:
-    """GPT-2 in PyTorch's modules, its parameters in the order of ours (matrices of linear layers are transposed)."""
+    """GPT-2 with PyTorch's modules and its parameters in our order (matrices of linear layers are transposed)."""
     import torch
     from torch import nn
     from torch.nn import functional

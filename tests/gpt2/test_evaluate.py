@@ -88,7 +88,7 @@ def test_weights_in_bfloat16_are_rejected_on_a_device_before_anything_is_measure
         assert evaluate.main(["model", "--data", "text", "--device", "cuda", "--dtype", "bfloat16"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    reason = "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+    reason = "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference disables"
     assert printed.err == f"gpt2.evaluate: error: --dtype {reason}\n"
 
 
@@ -118,14 +118,14 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
 
     monkeypatch.setattr(GPT2, "loss", too_much)
     assert evaluate.main(["model", "--data", "text", "--batch-size", "9"]) == 1
-    assert capsys.readouterr().err == "gpt2.evaluate: error: out of memory; use a smaller --batch-size than 9\n"
+    assert capsys.readouterr().err == "gpt2.evaluate: error: out of memory; use a --batch-size below 9\n"
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         ([], 2, "required: CHECKPOINT"),
-        (["model"], 2, "nothing to evaluate: give --data NAME, --hellaswag, --lambada"),
+        (["model"], 2, "nothing to evaluate; pass --data NAME, --hellaswag, --lambada"),
         (["model", "--data", "text", "--batches", "0"], 2, "--batches is 0; expected 1 or more"),
         (["model", "--data", "text", "--json", "no/such/f.json"], 2, "the folder no/such/ does not exist"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
@@ -137,7 +137,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         (["model", "--lambada", "none.jsonl"], 1, "none.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(options, code, said, user, capsys):
+def test_errors_are_one_line(options, code, said, user, capsys):
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(evaluate.main(options))
     assert stop.value.code == code

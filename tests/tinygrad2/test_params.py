@@ -191,7 +191,7 @@ def test_bfloat16_leaves_the_arena_and_halves_the_memory():
 
 
 def rounded(p):
-    """Whether layers in bfloat16 read the values of this parameter rounded to bfloat16."""
+    """Whether bfloat16 layers read this parameter rounded to bfloat16."""
     copy = copy_of(p)
     assert copy.dtype == bfloat16
     return np.array_equal(copy, p.backend.to_host(p.data).astype(bfloat16))
@@ -325,7 +325,7 @@ class TestOptimizersTakeModulesOrParameters:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (lambda m: m.weight, "item 0 of the parameters is of type Tensor"),
+            (lambda m: m.weight, "item 0 of the parameters has type Tensor"),
             (
                 lambda m: [m.weight.data],
                 "item 0 of the parameters is of type ndarray; expected a module, or an iterable",

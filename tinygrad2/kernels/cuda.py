@@ -1,12 +1,12 @@
-"""Kernels for NVIDIA GPUs: one CUDA C++ source per group of operations beside this file, launched from here.
+"""Kernels for NVIDIA GPUs: one CUDA C++ file per group of operations, next to this file, launched from here.
 
-The names and signatures are those of reference.py. Activations and weights are float32 or bfloat16; statistics, sums
-and the gradients of parameters are float32. The decorator `only_if` above a kernel says which arguments it supports;
-all others, such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with
-atomics, so two runs give the same bits.
+Names and signatures are as in reference.py. Activations and weights are float32 or bfloat16; statistics, sums and
+parameter gradients are float32. The decorator `only_if` above a kernel says which arguments it supports; all others,
+such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with atomics, so
+two runs are bit-identical.
 
-CuPy compiles the sources when they are first used (NVRTC, cached on disk) for the shapes at hand: numbers such as C or
-the head size are constants in the code (-DC=768).
+CuPy compiles the sources on first use (NVRTC, cached on disk) for the given shapes: sizes such as C or the head size
+are constants in the code (-DC=768).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from tinygrad2.kernels.gemm import Gemm
 from tinygrad2.kernels.token_runs import sort_tokens
 from tinygrad2.random import Key
 
-# The types that the kernels compute in, and their names in CUDA C++. (Keys are dtypes: dtype.name takes microseconds.)
+# The types that the kernels support, and their CUDA C++ names. (Keys are dtypes, since dtype.name takes microseconds.)
 CPP_TYPES = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
 KEY_STRUCT = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # PhiloxKey
 FOLDER = Path(__file__).parent
 Kernel = Callable[..., None]  # called with a grid, a block, arguments, and shared_mem=bytes
-Defines = dict[str, Any]  # constants of a kernel
+Defines = dict[str, Any]  # compile-time constants of a kernel
 Arrays = tuple[Array, ...]
 DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
-BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward sums
-VOCABULARY_MULTIPLE = 64  # logits have a multiple of this number of columns; the embeddings are padded with rows of 0
-BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides the dynamic part: 1 KB for CUDA, and static arrays
+BLOCK_ROWS = 64  # number of sorted rows of dy that one block of embedding_backward sums
+VOCABULARY_MULTIPLE = 64  # the number of logit columns is a multiple of this; the embeddings are padded with zero rows
+BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory per block besides the dynamic part: 1 KB for CUDA, and static arrays
 
 
 def source(family: str | Path) -> str:
-    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers of this folder
-    are inserted, since CuPy's cache does not notice changes of included files."""
+    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers in this folder
+    are inlined, since CuPy's cache does not notice changes in included files."""
     file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
@@ -55,7 +55,7 @@ def source(family: str | Path) -> str:
 
 
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
+    """CUlaunchConfig from cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
 
     _fields_ = (
         *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
@@ -64,13 +64,13 @@ class LaunchConfig(ctypes.Structure):
 
 
 def driver() -> ctypes.CDLL:
-    """The library of NVIDIA's driver."""
+    """The library of the NVIDIA driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Call a launcher only for arguments for which `supported`, with the same parameters, returns true; for all others,
-    call the reference function of the same name."""
+    """A decorator: call the launcher if `supported`, called with the same arguments, returns true; else call the
+    reference function of the same name."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
@@ -87,7 +87,7 @@ def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 def cpp_type(dtype: DTypeLike) -> str | None:
-    """The name in CUDA C++ of a type that the kernels compute in, or None."""
+    """The CUDA C++ name of a type that the kernels support, or None."""
     return CPP_TYPES.get(numpy.dtype(dtype))
 
 
@@ -97,12 +97,12 @@ def tensor_cores_take(head_size: int) -> bool:
 
 
 def _known(*arrays: Array) -> bool:
-    """Whether the kernels support the type of each of these arrays."""
+    """Whether the kernels support the types of all of these arrays."""
     return all(x.dtype in CPP_TYPES for x in arrays)
 
 
 def _one_known(*arrays: Array) -> bool:
-    """Whether these arrays all have the same type, which the kernels support."""
+    """Whether these arrays have the same type, and the kernels support it."""
     return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
@@ -114,7 +114,7 @@ class CudaKernels:
     """The overrides for one array library (CuPy, or a stand-in in the tests).
 
     np         the array library.
-    reference  reference.py on that library, for arguments that no kernel here supports.
+    reference  reference.py with that library, for arguments that no kernel here supports.
     """
 
     def __init__(self, np: Any, reference: Any):
@@ -124,9 +124,9 @@ class CudaKernels:
         self.gemm: Callable[..., Array] = Gemm(np)
 
     def in_tf32(self, reference: Any) -> CudaKernels:
-        """The same launchers, whose products of float32 matrices round their operands to TF32.
+        """The same launchers with float32 matrix products in TF32.
 
-        reference  the functions of reference.py, with such products.
+        reference  the functions of reference.py with such products.
         """
         other = copy.copy(self)
         other._reference, other.gemm = reference, functools.partial(self.gemm, tf32=True)
@@ -135,21 +135,21 @@ class CudaKernels:
     def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
         """A kernel, compiled with these constants when first used.
 
-        shared  bytes of dynamic shared memory that it will be launched with, if the constants determine them.
+        shared  bytes of dynamic shared memory per launch, if the constants determine them.
         """
         key = (family, name, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
             function = self._np.RawModule(code=source(family), options=options).get_function(name)
-            if shared > 40 << 10:  # more than 48 KB, static shared memory included, must be requested
+            if shared > 40 << 10:  # more than 48 KB, including static shared memory, must be requested
                 function.max_dynamic_shared_size_bytes = shared
                 function.preferred_shared_memory_carveout = 100  # percent; the rest is L1 cache
             self._functions[key] = function
         return self._functions[key]
 
     def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
-        """How many thread block clusters of a kernel run at the same time. `blocks`, the size of the grid, must be a
-        multiple of the cluster size. CuPy has no binding for this function of the driver."""
+        """The number of thread block clusters of a kernel that can run concurrently. `blocks`, the size of the grid,
+        must be a multiple of the cluster size. CuPy has no binding for this driver function."""
         count, config = ctypes.c_int(), LaunchConfig(blocks, 1, 1, threads, 1, 1, shared)
         status = driver().cuOccupancyMaxActiveClusters(
             ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
@@ -160,12 +160,12 @@ class CudaKernels:
 
     @functools.cached_property
     def shared_memory(self) -> int:
-        """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can use all but 1 KB of it."""
+        """Bytes of shared memory per multiprocessor: 100 KB to 228 KB. One block can use all but 1 KB of it."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
 
     def _packed(self, x: Array) -> Array:
-        """x if it is contiguous and aligned to 16 bytes, as the kernels require, else a copy that is."""
+        """x, or a copy if x is not contiguous and aligned to 16 bytes, as the kernels require."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
@@ -213,7 +213,7 @@ class CudaKernels:
     # Embedding --------------------------------------------------------------------------------------------------------
 
     def _access(self, C: int, *arrays: Array) -> int:
-        """How many elements of the first array a thread reads in one access: 16 bytes if all rows are aligned, else 1.
+        """The number of elements of the first array per access: 16 bytes if all rows are aligned, else 1 element.
 
         A parameter may begin at any address in the arena.
         """
@@ -251,7 +251,7 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // BLOCK_ROWS)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # copied without waiting for the device
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # without waiting for the device
             where = ordered, numpy.int32(rows)
             launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:
@@ -342,9 +342,9 @@ class CudaKernels:
         dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
         arrays = [*map(self._packed, inputs), *map(self._float32, (weight, mean, rstd))]
         lanes, pack = THREADS // _rows_of_a_block(C), 16 // x.dtype.itemsize
-        shared = 4 * C  # the weight
+        shared = 4 * C  # for the weight
         if len(inputs) > 2 and C % pack == 0:
-            shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
+            shared += -(-C // (lanes * pack)) * THREADS * 16  # for ds, in accesses of 16 bytes
         function = self.function("layernorm", name, shared=shared, REAL=CPP_TYPES[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
         self.add_partials(partials, dweight, dbias)
@@ -379,7 +379,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-        """One token at a time, limited by reading the cache; attention_forward computes a prompt in bfloat16."""
+        """For one token at a time, limited by reading the cache. In bfloat16, attention_forward computes a prompt."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
@@ -397,7 +397,7 @@ class CudaKernels:
 
     @staticmethod
     def _attention_dropout(rate: float, key: Key | None) -> DropoutArguments:
-        """A kernel's arguments for dropout: the key, the first sample, the threshold, the scale."""
+        """The dropout arguments of a kernel: the key, the first sample, the threshold, the scale."""
         if key is None:
             return numpy.zeros((), dtype=KEY_STRUCT)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
         threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
@@ -407,7 +407,7 @@ class CudaKernels:
     def attention_backward(
         self, dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
     ) -> Array:
-        """dqkv, on tensor cores, for bfloat16: a kernel for queries, and one for keys and values, without atomics.
+        """dqkv, on tensor cores, for bfloat16: one kernel for queries, and one for keys and values, without atomics.
 
         As accurate as bfloat16 up to scores of 2^15 (see attention_backward.cu).
         """
@@ -422,10 +422,10 @@ class CudaKernels:
         row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
-        # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
+        # Two 16-row tiles per warp halve the reads of shared memory; for D > 64 they would not fit in registers.
         q = (128, 16) if D == 64 else (64, chunk)
         for name, owned, size in ("attention_backward_kv", 64, chunk), ("attention_backward_q", *q):
-            # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
+            # Two owned tiles, and two stages of two streamed tiles with two statistics per row.
             shared = (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
             kernel = self.function("attention_backward", name, shared=shared, OWNED=owned, CHUNK=size, **defines)
             kernel(
@@ -476,7 +476,7 @@ class CudaKernels:
         return self.function("gelu", name, REAL=CPP_TYPES[x.dtype], C=x.shape[-1], **types)
 
     def _gelu_bias(self, x: Array, bias: Array | None) -> Array:
-        return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
+        return x if bias is None else self._np.ascontiguousarray(bias)  # x stands for a pointer that is not read
 
     # Cross-entropy, and the language-model head -----------------------------------------------------------------------
 
@@ -491,9 +491,9 @@ class CudaKernels:
         return x.astype(numpy.float32) if x.dtype == bfloat16 else x
 
     def _aligned_vocabulary(self, weight: Array, dtype: DTypeLike) -> Array:
-        """The embeddings (V, C), padded with rows of 0 to a multiple of VOCABULARY_MULTIPLE rows.
+        """The embeddings (V, C), padded with zero rows to a multiple of VOCABULARY_MULTIPLE rows.
 
-        GPT-2's V is 50257. In a matrix with that many columns most rows would not be aligned to 16 bytes, and cuBLAS
+        GPT-2's V is 50257. In a matrix with 50257 columns, most rows would not be aligned to 16 bytes, and cuBLAS
         would use its slowest kernels. The copy takes 0.04 ms, the products 25 ms.
         """
         V, C = weight.shape
@@ -530,7 +530,7 @@ class CudaKernels:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            # 5 TFLOP of a step. cuBLAS uses Hopper's tensor cores only for a multiple of 8 columns, else older kernels.
+            # 5 TFLOP per step. cuBLAS uses Hopper's tensor cores only if the number of columns is a multiple of 8.
             whole = V - V % 8
             for part in (slice(whole), slice(whole, V)):
                 if len(dweight[part]):
@@ -541,7 +541,7 @@ class CudaKernels:
             and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
             and base.data.ptr == dlogits.data.ptr
         ):
-            dlogits = base  # from lm_head_forward: the padding is multiplied by rows of 0
+            dlogits = base  # from lm_head_forward; its padding is multiplied by zero rows
         else:
             aligned = aligned[:V]
         return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
@@ -570,8 +570,8 @@ class CudaKernels:
             kernel((-(-value.size // 1024),), (256,), (*arrays, *numbers, numpy.int64(value.size)))
 
 
-THREADS = 256  # of a block, by default
-PROCESSORS = 132  # of an H200; a constant, so that sums have the same order and the same bits on every GPU
+THREADS = 256  # default number of threads per block
+PROCESSORS = 132  # as on an H200; a constant, so that sums have the same order and the same bits on every GPU
 
 
 def _rows_of_a_block(C: int) -> int:
@@ -592,5 +592,5 @@ def _column_grid(x: Array) -> tuple[tuple[int, int], numpy.int32]:
 
 
 def _philox_key(key: Key) -> Any:
-    """A random.Key as an argument of kernels. first_sample is passed separately, as its unit differs."""
+    """A random.Key as a kernel argument. first_sample is passed separately, since its unit differs."""
     return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=KEY_STRUCT)[()]

@@ -1,4 +1,4 @@
-"""gpt2/formats/torch_optimizer.py: the optimizer's state in the layout of nanoGPT's checkpoints, and back."""
+"""gpt2/formats/torch_optimizer.py: conversion of the optimizer state to and from nanoGPT's layout."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""gpt2/training/display.py: the lines of a run, and a terminal that fails, which does not stop a run."""
+"""gpt2/training/display.py: the lines that a run prints, and output errors, which must not end it."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_the_opening_lines(workspace, capsys):
     [
         (1, 10, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
         (0, 10, "from 1.0e-03, cosine decay to 1.0e-04 at step 10"),
-        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends before, at 1.0e-04"),
+        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
     ],
 )
 def test_the_schedule_in_words(warmup, steps, text):
@@ -64,7 +64,7 @@ def test_the_schedule_in_words(warmup, steps, text):
 
 
 class Ids:
-    """The data of a text, as TokenDataset has it."""
+    """A text with the interface of TokenDataset."""
 
     def __init__(self, tokenizer, text):
         self.ids = tokenizer.encode(text)
@@ -99,8 +99,7 @@ def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
         "    six\\x1b seven",
         "  validation loss 1.5000. A sample:",
         "    (empty: the model",
-        "    generated no visible text",
-        "    before its end)",
+        "    generated no visible text)",
     ]
 
 

@@ -117,7 +117,7 @@ def test_float64_goes_to_the_reference(kernels):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, order):
+def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, order):
     first = [*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))]
     monkeypatch.setattr(cudasim, "schedule", order)
     for array, right in zip([*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))], first, strict=True):
@@ -175,7 +175,7 @@ def check(monkeypatch):
         test_adamw_step(kernels, n, 3)
     test_adamw_changes_nothing_where_scale_is_nan(kernels)
     test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
-    test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, 2)
+    test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, 2)
     test_squared_norm(kernels, 4096 * 1024 + 4099)
 
 
