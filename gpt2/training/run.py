@@ -59,11 +59,13 @@ class RunOptions:
     """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
 
     notes  lines on what was chosen and why, for the start of the run.
+    blas   see RunState; set by setup.choose_blas.
     """
 
     options: OptionValues
     defaults: OptionValues
     notes: list[str] = field(default_factory=list)
+    blas: dict[str, str] | None = None
 
 
 @dataclass
@@ -73,6 +75,7 @@ class RunState:
     options   given to the run.
     defaults  of the other options when it was started, which later versions must not change; None if unknown.
     data      the fingerprint of the training data.
+    blas      the library that multiplied the matrices, its title and the processor; None if unknown.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class RunState:
     options: OptionValues
     data: str
     defaults: OptionValues | None = None
+    blas: dict[str, str] | None = None
 
 
 class RunFolder:
@@ -164,7 +168,8 @@ class RunFolder:
             model.save_pretrained(partial)
             tokenizer.save(partial)
             checkpoint.save_arrays(partial / OPTIMIZER, moments)
-            state = RunState(folder, progress, optimizer.steps, run_options.options, data, run_options.defaults)
+            given, defaults = run_options.options, run_options.defaults
+            state = RunState(folder, progress, optimizer.steps, given, data, defaults, run_options.blas)
             checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         checkpoint.prune(self.path, self.keep, best)
@@ -231,11 +236,14 @@ def read_state(folder: Path) -> RunState:
             values["options"].pop(removed, None)
             (defaults or {}).pop(removed, None)
         progress = Progress(**values["progress"])
-        state = RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults)
+        given, blas = values["options"], values.get("blas")
+        state = RunState(folder, progress, values["optimizer_steps"], given, values["data"], defaults, blas)
         counts = (progress.step, progress.samples, progress.tokens, state.optimizer_steps)
         if not all(isinstance(count, int) for count in counts):
             raise TypeError
         if not isinstance(state.options, dict) or not isinstance(state.defaults, dict | None):
+            raise TypeError
+        if blas is not None and not all(isinstance(blas[key], str) for key in ("name", "title", "processor")):
             raise TypeError
         if progress.best is not None:
             progress.best["step"] + 0, progress.best["val_loss"] + 0
