@@ -7,7 +7,9 @@ Each table maps a name to its hint, for the attributes of one object: of the pac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 Hints = dict[str, str]
@@ -37,6 +39,16 @@ def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
         raise missing(module, name, hints)
 
     return refuse
+
+
+def refuse_calls(module: str, hint: str) -> None:
+    """Make a call of this module, whose name is that of a function elsewhere, an error that says what to use."""
+
+    class Module(ModuleType):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            raise TypeError(f"{module} is a module; {hint}")
+
+    sys.modules[module].__class__ = Module
 
 
 # Operations that are not offered, as functions and as methods ---------------------------------------------------------
@@ -139,7 +151,6 @@ FUNCTIONS = (
             "is_tensor": "use isinstance(x, Tensor)",
             "grad value_and_grad elementwise_grad": "use loss.backward(), then x.grad",
             "enable_grad set_grad_enabled inference_mode is_grad_enabled": "use no_grad()",
-            "checkpoint": "use recompute(function, x)",
             "jacobian hessian jvp vjp make_jvp make_vjp hvp func": "use backward(dy); second-order gradients are not "
                 "supported",
             "compile jit vmap": "operations run at once, on whole arrays",

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard, overload
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd, tracer
+from tinygrad2 import arguments, autograd, missing_names, tracer
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
@@ -504,3 +504,6 @@ def _reshape_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradien
 def _transpose_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     (order,) = saved
     return (dy.transpose(tuple(order.index(i) for i in range(len(order)))),)
+
+
+missing_names.refuse_calls(__name__, "use tinygrad2.Tensor(values)")

@@ -57,6 +57,13 @@ def test_methods_that_change_a_tensor_in_place(name, use):
     assert str(raised.value) == f"Tensor has no attribute {name!r}; a Tensor is not changed in place: {use}"
 
 
+@pytest.mark.parametrize("name", ["tensor", "array"])
+def test_a_module_of_a_functions_name(name):
+    with pytest.raises(TypeError) as raised:
+        getattr(tinygrad2, name)([1.0, 2.0])
+    assert str(raised.value).startswith(f"tinygrad2.{name} is a module; use tinygrad2.Tensor(values)")
+
+
 @pytest.mark.parametrize("operation", ["conv2d", "max_pool2d", "scatter_add", "linalg", "fft", "batch_norm"])
 def test_what_is_not_offered_is_refused_by_name(operation):
     for owner in (tinygrad2, Tensor([1.0])):
