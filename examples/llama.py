@@ -169,8 +169,10 @@ class Llama(nn.Module):
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
     """Train by the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    # Those of train.py for GPT-2 nano, but for the length: batches of 8 sequences, AdamW, a cosine schedule.
-    options = resolve_options({"max_iters": steps, "warmup_iters": min(100, steps // 4)}, GPT2Config.preset("nano"))
+    # Those of train.py for GPT-2 nano, but for the length and the evaluations: batches of 8 sequences, AdamW, a cosine
+    # schedule.
+    changes = {"max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
+    options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
     trainer = Trainer(
         model,
