@@ -83,7 +83,7 @@ def training_loop(
     written = None
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
-        with setup.explain_memory(trainer.model.config, options):
+        with setup.explain_memory(trainer.model.config, options, comm.size):
             # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
             # step; clipping; the optimizer's update; zero_grad.
             made = trainer.step(lambda: stop.requested)
