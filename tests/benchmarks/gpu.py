@@ -39,25 +39,12 @@ sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 from gpt2 import GPT2, GPT2Config  # noqa: E402
 from gpt2.generate import KVCache, generate, next_logits  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
-from tinygrad2 import no_grad, optim  # noqa: E402
+from tinygrad2 import gpus, no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend  # noqa: E402
-from tinygrad2.gpus import find_gpu  # noqa: E402
 from tinygrad2.precision import Precision  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# GB/s of the memory of the GPUs in gpus.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
-BANDWIDTH = {
-    "B200": 8000.0,
-    "H200": 4800.0,
-    "H100 PCIe": 2000.0,
-    "H100": 3350.0,
-    "A100 .*40GB": 1555.0,
-    "A100": 2039.0,
-    "L40S": 864.0,
-    "L4": 300.0,
-    "RTX 4090": 1008.0,
-}
 # The part of both peaks that the best kernels reach, with which floors are computed: 790 TFLOP/s, 4.3 TB/s on an H200.
 REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
 
@@ -125,8 +112,7 @@ class Bench:
         self.end, self.keep = time.monotonic() + seconds, keep
         self.backend = get_backend("cuda")
         self.np = self.backend.np
-        bandwidth = find_gpu(self.backend.name(), BANDWIDTH)
-        self.bandwidth = None if bandwidth is None else BANDWIDTH[bandwidth]
+        self.bandwidth = gpus.bandwidth(self.backend.name())
         self.dtype = numpy.dtype(Precision.of(sizes.precisions[0]).activations)
         self.results: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
