@@ -78,7 +78,7 @@ SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text, and the
 CUT_TOLERANCE = 0.05  # of the validation split, to cut at a line end or at white space
 WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
 WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # in the first bytes of its pages
-JOURNAL, LOCK, SEEN = "journal.json", "lock", "seen.bin"
+JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT.partial
 
 
 # Filters.
@@ -319,11 +319,12 @@ class State:
 
 
 class Shards:
-    """The shards of both splits in a folder, to which ids are appended; and, if duplicates are dropped, seen.bin with
-    the digests of the documents."""
+    """The shards of both splits in the folder `work`/data, to which ids are appended; and, if duplicates are dropped,
+    `work`/seen.bin with the digests of the documents."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, limit: int):
-        self.folder, self.dtype, self.limit = folder, dtype, limit
+    def __init__(self, work: Path, dtype: np.dtype, limit: int):
+        self.work, self.folder, self.dtype, self.limit = work, work / DATA, dtype, limit
+        self.folder.mkdir(exist_ok=True)
         self.tokens = dict.fromkeys(SPLITS, 0)
         self._open: dict[str, BinaryIO] = {}
 
@@ -342,7 +343,7 @@ class Shards:
             for split in SPLITS
             for file, count in self.shards(split, state.tokens[split])
         }
-        sizes |= {self.folder / SEEN: 8 * state.seen} if state.seen else {}
+        sizes |= {self.work / SEEN: 8 * state.seen} if state.seen else {}
         return all(file.is_file() and file.stat().st_size >= size for file, size in sizes.items())
 
     def restore(self, state: State) -> None:
@@ -354,17 +355,17 @@ class Shards:
                 os.truncate(file, kept[file] * self.dtype.itemsize)
             else:
                 file.unlink()
-        if (self.folder / SEEN).exists():
-            os.truncate(self.folder / SEEN, 8 * state.seen)
+        if (self.work / SEEN).exists():
+            os.truncate(self.work / SEEN, 8 * state.seen)
 
     def seen(self) -> set[int]:
         """The digests that `remember` has stored."""
-        file = self.folder / SEEN
+        file = self.work / SEEN
         return set(np.fromfile(file, "<u8").tolist()) if file.exists() else set()
 
     def remember(self, digest: int) -> None:
         if SEEN not in self._open:
-            self._open[SEEN] = (self.folder / SEEN).open("ab")
+            self._open[SEEN] = (self.work / SEEN).open("ab")
         self._open[SEEN].write(digest.to_bytes(8, "little"))
 
     def append(self, split: str, ids: np.ndarray) -> None:
@@ -413,8 +414,8 @@ def prepare(
 ) -> Path:
     """Make the data set `out` (by default data/NAME of the first source) from `sources`. Returns its folder.
 
-    The work is done in OUT.partial, which is renamed when it is complete. After an interruption the same call resumes
-    from the journal in that folder. An existing `out` is an error; with `fresh` it is renamed first.
+    The work is done in OUT.partial, whose folder `data` is renamed when it is complete. After an interruption the same
+    call resumes from the journal in OUT.partial. An existing `out` is an error; with `fresh` it is renamed first.
 
     delimiter       between the fields of .csv and .tsv files: one character, or "tab"; "" finds it from the header.
     encoding        of the files that are not in UTF-8.
@@ -441,8 +442,7 @@ def prepare(
     if "-" in sources and filters != NO_FILTERS:
         raise ValueError("source -: filters read a document twice, and stdin can be read only once; save it to a file")
     out = Path(out) if out is not None else default_out(sources[0])
-    if os.path.lexists(out) and not fresh:
-        raise FileExistsError(f"{out}: already exists; choose another --out, or use --fresh to rename it")
+    _check_new(out, fresh)
     begin = time.perf_counter()
     vocabulary = Tokenizer.load(tokenizer)
     if special_tokens and not vocabulary.added:
@@ -459,7 +459,8 @@ def prepare(
     }
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with Lock(partial / LOCK, str(out)) as lock:
+    with Lock(partial / LOCK, str(out)):
+        _check_new(out, fresh)  # another process may just have made it
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
         shards.restore(state)
@@ -489,10 +490,8 @@ def prepare(
             raise ValueError(f"sources {' '.join(sources)}: no text in them{dropped}")
         if os.path.lexists(out):
             say(f"{out}: renamed to {out.rename(free_name(out, separator='.'))}")
-        partial.rename(out)
-        lock.file = out / LOCK
-        (out / JOURNAL).unlink()
-        (out / SEEN).unlink(missing_ok=True)
+        shards.folder.rename(out)
+        shutil.rmtree(partial, ignore_errors=True)
     tokens = sum(state.tokens.values())
     say(
         f"{out}: {state.documents:,} documents, {state.tokens['train']:,} training and {state.tokens['val']:,} "
@@ -500,6 +499,11 @@ def prepare(
         + (f"; dropped {_counted(state.dropped)}" if filters != NO_FILTERS else "")
     )
     return out
+
+
+def _check_new(out: Path, fresh: bool) -> None:
+    if os.path.lexists(out) and not fresh:
+        raise FileExistsError(f"{out}: already exists; choose another --out, or use --fresh to rename it")
 
 
 def _check_encoding(name: str) -> None:
@@ -547,17 +551,17 @@ def _estimate(
     share = left / max(1, sum(len(part.data) for part in parts))
     need, free = tokens * share * shards.dtype.itemsize, shutil.disk_usage(shards.folder).free
     say(
-        f"{shards.folder}: about {float(f'{tokens * share:.2g}'):,.0f} tokens: {need / 1e9:.2f} GB of the "
+        f"{shards.work}: about {float(f'{tokens * share:.2g}'):,.0f} tokens: {need / 1e9:.2f} GB of the "
         f"{free / 1e9:.2f} GB that are free, and {timedelta(seconds=round(seconds * share))} at "
         f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is as fast"
     )
     if 0.9 * need > free:
-        raise ValueError(f"{shards.folder}: not enough disk space; free some, or choose another disk with --out")
+        raise ValueError(f"{shards.work}: not enough disk space; free some, or choose another disk with --out")
 
 
 def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -> State:
     """The state of an earlier run of the same job, or the initial state."""
-    partial = shards.folder
+    partial = shards.work
     try:
         journal = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -579,7 +583,7 @@ def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -
 def _save_journal(job: JsonObject, state: State, shards: Shards) -> None:
     shards.close()
     state.tokens = dict(shards.tokens)
-    with atomic_write(shards.folder / JOURNAL) as partial:
+    with atomic_write(shards.work / JOURNAL) as partial:
         write_json(partial, {"job": job, "state": asdict(state)})
 
 

@@ -13,6 +13,7 @@ from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Key, Tensor, no_grad, random
 from tinygrad2.array import Array
+from tinygrad2.not_finite import damage
 
 
 class KVCache:
@@ -53,7 +54,7 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
     return model.head(model.features(tokens, cache=cache)[:, -1])
 
 
-NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
+NOT_FINITE = "generate: the model's logits are not finite numbers"
 
 
 Ends = int | Collection[int] | None  # the id that ends a text, or several
@@ -140,6 +141,11 @@ def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
     return tokens[np.argsort(-values[tokens], kind="stable")]
 
 
+def _not_finite(model: LanguageModel, tokens: np.ndarray) -> ValueError:
+    """The error for logits that are not finite, which names the damaged tensor."""
+    return ValueError(f"{NOT_FINITE}; {damage(model, lambda: next_logits(model, tokens, None))}")
+
+
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -186,7 +192,7 @@ def generate(
             logits = next_logits(model, unread, state).numpy()[:, :vocab_size]
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
-            raise ValueError(NOT_FINITE)
+            raise _not_finite(model, seen)
         if on_logits is not None:
             on_logits(logits)
         if len(never):
@@ -202,7 +208,7 @@ def generate(
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
-                    raise ValueError(NOT_FINITE)
+                    raise _not_finite(model, seen)
                 yield following
                 step, seen = step + 1, np.concatenate((seen, following[:, None]), axis=1)
         if seen.shape[1] > context:

@@ -28,7 +28,7 @@ ENGINE = (
     ("functional", "state"),
     ("numpy_functions",),
     ("nn",),
-    ("optim", "gradient_sum", "gradcheck", "diagnose"),
+    ("optim", "gradient_sum", "gradcheck", "diagnose", "not_finite"),
     ("__init__",),
 )
 MODEL = (
@@ -44,7 +44,8 @@ MODEL = (
     ("model",),
     ("training",),
     ("inspection", "parity", "web"),
-    ("convert", "doctor", "evaluate", "inspect", "report", "serve", "verify"),  # a command each: python -m gpt2.NAME
+    # a command each: python -m gpt2.NAME
+    ("convert", "doctor", "evaluate", "inspect", "replay", "report", "serve", "verify"),
     ("__init__",),
 )
 RANK = {
@@ -68,6 +69,7 @@ PUBLIC_MODULES = {
     "gradient_sum",
     "machine",
     "nn",
+    "not_finite",
     "ops",
     "optim",
     "precision",

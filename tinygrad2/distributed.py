@@ -481,6 +481,8 @@ def fail(line: str, code: int) -> int:
     comm = _world or SoloComm()
     rank = comm.rank if _world else _launched()[1]
     time.sleep(min(rank, 2))
+    if rank:
+        line = f"rank {rank}: {line}"  # rank 0 has not failed
     print(line, file=sys.stderr, flush=True)
     comm.abort(code)
     return code

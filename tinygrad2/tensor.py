@@ -436,8 +436,6 @@ def record(
     This is the only way onto the tape. An operation is two functions, and its forward function ends in record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
-    if tracer.active() is not None:
-        tracer.report(backward, parents, results, saved)
     edges = tuple([parent._edge for parent in parents])
     if any(edges) and autograd.is_recording():
         backend = backend_of(results[0].data)
@@ -448,6 +446,8 @@ def record(
             node = autograd.Node(edges, backward, saved, forms, getattr(backward, "__name__", "an operation"))
         for output, result in enumerate(results):
             result._edge = (node, output)
+    if tracer.active() is not None:
+        tracer.report(backward, parents, results, saved)
     return results if isinstance(data, tuple) else results[0]
 
 

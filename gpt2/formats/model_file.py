@@ -32,6 +32,7 @@ EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the f
 PARALLEL = "module"
 NAME_LIMIT = 1000  # characters of a tensor's name
 SHOWN = 5  # names that a line shows
+TRAINER, BEST = "trainer.json", "best"  # in a run: the state in each checkpoint, and a link to the best one
 
 
 @dataclass
@@ -66,12 +67,14 @@ RUN_LOG = "log.jsonl"  # in the out-dir of a run
 
 
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model file or folder that `path` refers to: itself if it is a model; in the folder of a run, the newest
-    intact checkpoint, else the newest .pt file; for a name in gpt2.formats.hub, the folder of OpenAI's downloaded
-    model.
+    """The model file or folder that `path` refers to: itself if it is a model; in the folder of a run the newest intact
+    checkpoint, or else the newest .pt file; for OUT/best the best checkpoint of a run; for a name in gpt2.formats.hub
+    the folder of OpenAI's downloaded model.
 
     Raises FileNotFoundError if there is none.
     """
+    if path.name == BEST and (best := _best_checkpoint(path.parent)):
+        return best
     if path.is_file() or (path / CONFIG_FILE).exists():
         return path
     if str(path) in hub.REVISIONS:
@@ -101,6 +104,19 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
             + (f"; it is {kind}" if kind else "")
         )
     return folder
+
+
+def _best_checkpoint(out: Path) -> Path | None:
+    """The best checkpoint of a run, as its newest one records it; None if there is none, or if it is damaged."""
+    newest, _ = checkpoint.newest(out)
+    if newest is None or not (newest / TRAINER).is_file():
+        return None
+    try:
+        best = out / checkpoint.name(checkpoint.read_json(newest / TRAINER)["progress"]["best"]["step"])
+        checkpoint.verify(best)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return best
 
 
 def default_model(say: Callable[[str], None]) -> Path | None:

@@ -148,6 +148,9 @@ class Options:
     momentum: float | None = _fraction(None, "decay rate of the momentum [default: 0.95 for muon, 0.9 for sgd]")
     nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
+    max_bad_steps: int = _positive(
+        3, int, "N", "end after N steps in a row that were skipped because the loss or the gradient was not finite"
+    )
     dropout: float | None = _fraction(
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
     )
@@ -294,7 +297,17 @@ GROUPS = {
     "model": ("preset", *MODEL_SIZES, "init", "dropout"),
     "data and batches": ("data", "batch_size", "block_size", "total_batch_size", "max_iters"),
     "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
-    "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
+    "optimizer": (
+        "optimizer",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "momentum",
+        "nesterov",
+        "grad_clip",
+        "max_bad_steps",
+        "zero",
+    ),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
     "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
     "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
@@ -452,7 +465,8 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: those given, else the defaults, else derived from other options.
+    """All options: those given, else the defaults, else derived from other options. Those of another version, which a
+    resumed run may have, are left out.
 
     defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
     """
@@ -461,4 +475,5 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     values.setdefault("min_lr", values["learning_rate"] / 10)
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
-    return Options(**values)
+    known = {f.name for f in fields(Options)}
+    return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others

@@ -14,8 +14,9 @@ from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel, ModelConfig
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
+from gpt2.training import ranks
 from gpt2.training.dataset import TokenDataset, find_dataset
-from gpt2.training.display import say
+from gpt2.training.display import say, say_first_loss
 from gpt2.training.exchange import UNKNOWN_DATA
 from gpt2.training.options import (
     FIXED_OPTIONS,
@@ -166,6 +167,7 @@ def build_trainer(
     options: Options, config: GPT2Config, data: Splits, folder: RunFolder, saved: RunState | None
 ) -> Trainer:
     """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
+    ranks.compare(folder.comm, options, data[:2])
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
     data = (*data[:2], tokenizer)
@@ -184,6 +186,20 @@ def build_trainer(
         if saved:
             folder.load_optimizer(saved, optimizer)
         return Trainer(model, optimizer, options, data, folder, saved.progress if saved else Progress())
+
+
+def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
+    """The model in a checkpoint as it computes in its run, and its tokenizer."""
+    dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
+    return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
+
+
+def measure_first_loss(trainer: Trainer) -> None:
+    """Print the validation loss of a new run before its first step, and keep it for the record of the start."""
+    if trainer.progress.step == 0:
+        with explain_memory(trainer.model.config, trainer.options):
+            trainer.loss_before = trainer.validation_loss()
+        say_first_loss(trainer.loss_before)
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:

@@ -17,6 +17,8 @@ import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, verify
 from gpt2.training.run import read_log
+from gpt2.training.trainer import Trainer
+from tests.spoiled import spoil_steps
 from tests.stand_ins import strict_cupy
 from tests.stand_ins.strict_cupy import RaceError
 from tinygrad2 import Key, Tensor, autograd, backend, checkpoint, gpus, gradcheck, ops, optim, reference
@@ -403,17 +405,36 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
         assert_same(saved("host"), saved(out))
 
 
+def test_a_skipped_step_is_stored_and_explained_alike_on_the_device(user, monkeypatch, capsys):
+    """On the device the next step's gradients are there already when the host learns of the skipped step."""
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
+    spoil_steps(monkeypatch, 2)
+    said = []
+    for place in ("cpu", "cuda"):
+        run(place, place, 6, "--eval-interval", "0", "--log-interval", "1")
+        lines = capsys.readouterr().out.replace(f"{place}/", "").splitlines()
+        said.append(lines[next(i for i, line in enumerate(lines) if "step 3/6 | skipped" in line) :][:4])
+    assert said[0] == said[1]
+    assert "spoil after h.2.mlp.c_proj" in said[0][1]
+    assert log("cpu") == log("cuda")
+    assert_same(saved("cpu"), saved("cuda"))
+    for file in ("model.safetensors", "batch.safetensors", "step.json"):
+        first, second = (Path(place, "bad-step-3", file).read_bytes() for place in ("cpu", "cuda"))
+        assert first.replace(b'"cpu"', b'"cuda"') == second, file
+
+
 def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, monkeypatch):
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     order, syncs = [], set()
-    fetch, get = CudaBackend.fetch, backend.CudaPendingScalars.get
+    accumulate, get = Trainer.accumulate_gradients, backend.CudaPendingScalars.get
 
     def launched(*given):
-        order.append("launched")
+        result = accumulate(*given)
+        order.append("launched")  # the forward and backward passes; the update follows
         syncs.add(device.syncs)
-        return fetch(*given)
+        return result
 
-    monkeypatch.setattr(CudaBackend, "fetch", launched)
+    monkeypatch.setattr(Trainer, "accumulate_gradients", launched)
     monkeypatch.setattr(backend.CudaPendingScalars, "get", lambda given: order.append("logged") or get(given))
     run("out", "cuda", 5, "--eval-interval", "0", "--save-interval", "0")
     assert order == ["launched", *["launched", "logged"] * 4, "logged"]

@@ -147,20 +147,21 @@ class Optimizer(ABC):
                 total = backend.asarray(gathered.sum(axis=0))
         return backend.kernels.norm(total)
 
-    def step(self, max_norm: float | None = None) -> Array:
+    def step(self, max_norm: float | None = None, loss: Array | float | None = None) -> Array:
         """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
 
         max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        If the norm is not finite, the step is skipped: no parameter and no state changes, and `steps` does not count
-        it. This is decided on the device, without waiting for the norm on the host.
+        loss      whose gradients they are, a number or a 0-d array, if it is to be checked too.
+        If the norm or the loss is not finite, the step is skipped: no parameter and no state changes, and `steps` does
+        not count it. This is decided on the device, without waiting for the norm on the host.
         """
         arena = self.arena
         np = arena.backend.np
         norm = self.grad_norm()
         one, nan = (np.full((), value, dtype=arena.dtype) for value in (1, math.nan))
         scale = one if max_norm is None else np.minimum(max_norm / (norm + 1e-6), one)
-        finite = np.isfinite(norm)
+        finite = np.isfinite(norm) if loss is None else np.isfinite(norm) & np.isfinite(loss)
         step = self._steps + one
         lr = arena.backend.upload(numpy.array([self.lr], arena.dtype))
         self.update_all(np.where(finite, scale, nan), lr[0], step[0])
