@@ -34,7 +34,7 @@ ENGINE = (
 MODEL = (
     ("interrupts",),
     ("config", "console", "familiar_options", "page", "pickles"),
-    ("file_kinds",),
+    ("cost_model", "file_kinds"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
@@ -65,6 +65,7 @@ PUBLIC_MODULES = {
     "distributed",
     "files",
     "functional",
+    "gpus",
     "gradcheck",
     "gradient_sum",
     "machine",
