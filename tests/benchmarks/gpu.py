@@ -186,17 +186,9 @@ class Bench:
         return None if name is None or self.backend.cuda.peak(precision) is None else cost_model.gpu(name, precision)
 
     def predicted_step(self, precision: str, batch_size: int) -> dict[str, float] | None:
-        """Milliseconds of each call of a kernel, or of what lies outside of them, in a step, by the cost model."""
-        card, model = self.card_in(precision), self.sizes.model
-        if card is None:
-            return None
-        step = cost_model.micro_step(model, batch_size, self.sizes.block_size, precision)
-        sums: dict[str, float] = {}
-        for kernel in (*step, *cost_model.update(model, precision)):
-            name = next((call for call, launched in LAUNCHES.items() if kernel.name in launched), kernel.name)
-            name = name if re.search(KERNEL, name) else "outside"
-            sums[name] = sums.get(name, 0.0) + kernel.calls * card.milliseconds(kernel.cost)
-        return sums
+        """See predicted_step below; None where the cost model does not know the GPU."""
+        card = self.card_in(precision)
+        return None if card is None else predicted_step(card, self.sizes, precision, batch_size)
 
     def predicted(self, cost: cost_model.Cost) -> float | None:
         """Milliseconds of a kernel by the cost model, where it knows the GPU."""
@@ -573,6 +565,56 @@ class Bench:
                 setattr(kernels, name, kernel)
 
 
+def predicted_step(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
+    """Milliseconds of each call of a kernel, and of everything "outside" of them, in a step, by the cost model."""
+    step = cost_model.micro_step(sizes.model, batch_size, sizes.block_size, precision)
+    sums: dict[str, float] = {}
+    for kernel in (*step, *cost_model.update(sizes.model, precision)):
+        name = next((call for call, launched in LAUNCHES.items() if kernel.name in launched), kernel.name)
+        name = name if re.search(KERNEL, name) else "outside"
+        sums[name] = sums.get(name, 0.0) + kernel.calls * card.milliseconds(kernel.cost)
+    return sums
+
+
+def savings(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
+    """Milliseconds of a step that some improvements of the kernels should save, by the cost model."""
+    B, T, C, H = batch_size, sizes.block_size, sizes.model.n_embd, sizes.model.n_head
+    L, V, N, s = sizes.model.n_layer, sizes.model.vocab_size, B * T, Precision.of(precision).activation_bytes
+    step = cost_model.micro_step(sizes.model, B, T, precision)
+    products = sum(k.calls * card.milliseconds(k.cost) for k in step if k.cost.family in cost_model.PRODUCTS)
+    ms = card.milliseconds
+    backward = [L * ms(cost_model.attention_backward(B, T, C, H, s, products)) for products in (7, 5)]
+    return {
+        "algorithms of cublasLt chosen by timing: 5 to 10 % of the products, here 7.5 %": 0.075 * products,
+        "attention's backward pass in one kernel: 5 products instead of 7": backward[0] - backward[1],
+        "GELU's gradient in the epilogue of the product before: 1 array moved instead of 3":
+            L * ms(cost_model.gelu_backward(N, 4 * C, s)) * 2 / 3,
+        "GELU in the epilogue of the product before: 1 array moved instead of 2":
+            L * ms(cost_model.gelu_forward(N, 4 * C, s)) / 2,
+        "bias gradient of queries, keys and values summed by attention's backward pass":
+            L * ms(cost_model.column_sums(N, 3 * C, s)),
+        "bias gradients of the two projections summed by LayerNorm's backward pass":
+            2 * L * ms(cost_model.column_sums(N, C, s)),
+        "token embedding stored with 50,304 rows: no copies of it": 2 * ms(cost_model.Cost("copies", 0, 2 * V * C * s)),
+    }  # fmt: skip
+
+
+def prediction(name: str, sizes: Sizes) -> list[str]:
+    """What the first step of the benchmark should take on a GPU, kernel by kernel, and what improvements should save.
+    Raises ValueError for a GPU that the cost model does not know."""
+    found = gpus.find_gpu(name, cost_model.CARDS)
+    if found is None:
+        raise ValueError(f"{name!r} is not known; choose one of {', '.join(cost_model.CARDS)}")
+    precision = next(p for p in sizes.precisions if p in gpus.PEAK_TFLOPS[found])
+    work = cost_model.gpu(found, precision), sizes, precision, sizes.batch_sizes[0]
+    step = predicted_step(*work)
+    total, tokens = sum(step.values()), sizes.batch_sizes[0] * sizes.block_size
+    lines = [f"{found}, {precision}, {tokens:,} tokens: {total:.1f} ms, {tokens / total * 1e3:,.0f} tokens/s"]
+    lines += [f"  {ms:7.2f}  {name}" for name, ms in sorted(step.items(), key=lambda item: -item[1])]
+    lines += ["to be saved, in ms:", *(f"  {ms:7.2f}  {what}" for what, ms in savings(*work).items())]
+    return lines
+
+
 def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
     """The bytes that a call of a kernel has to move at least, and the FLOPs of its matrix products.
 
@@ -886,11 +928,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, help=f"for everything (default: {SECONDS}, {ONLY_SECONDS} with --only)"
     )
-    # The process of one part; --out and --seconds are required.
+    parser.add_argument("--predict", metavar="GPU", help="print only what a GPU such as H200 should reach; needs none")
+    # The process of one part; --out is required.
     parser.add_argument("--part", choices=tuple(LIMITS), help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
+    if options.predict:
+        print(*prediction(options.predict, sizes), sep="\n")
+        return 0
     seconds_for_all = options.seconds or (ONLY_SECONDS if options.only else SECONDS)
     if options.part:
         sizes = replace(sizes, precisions=(options.precision,)) if options.precision else sizes

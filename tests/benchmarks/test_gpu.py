@@ -134,6 +134,17 @@ def test_what_a_kernel_moves_and_computes():
     assert gpu.cost("adamw_step", (flat, flat, flat, flat, 0.1), None) == (7 * flat.nbytes, 0)
 
 
+def test_a_prediction_needs_no_gpu(capsys):
+    assert gpu.main(["--predict", "NVIDIA H200"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"H200, bfloat16, 65,536 tokens: 1[12]\d\.\d ms, 5\d\d,\d{3} tokens/s\n", printed)
+    assert re.search(r"  4\.\d\d  attention's backward pass in one kernel", printed)
+    assert gpu.main(["--predict", "T4"]) == 0
+    assert capsys.readouterr().out.startswith("T4, float32, ")
+    with pytest.raises(ValueError, match="'Voodoo' is not known; choose one of B200, H200"):
+        gpu.main(["--predict", "Voodoo"])
+
+
 def test_versions():
     assert (gpu.version(13020), gpu.version(12090)) == ("13.2", "12.9")
 
