@@ -36,7 +36,7 @@ from gpt2.training.options import (
 from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
 from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
-from tinygrad2 import blas, machine, memory, optim, threads
+from tinygrad2 import blas, machine, optim, threads
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import Comm
 from tinygrad2.precision import Precision
