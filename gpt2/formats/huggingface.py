@@ -60,7 +60,8 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
             raise ValueError(f"it is text, not a model: {text!r}; download the file again") from None
         if "not fully covered" in str(error):
             raise ValueError(
-                "by its header, its last tensor does not end where the file ends; the download or the copy was interrupted"
+                "by its header, its last tensor does not end where the file ends; the download or the copy was "
+                "interrupted"
             ) from None
         raise ValueError(
             f"it is not a valid safetensors file ({error}), and does not start like a file of PyTorch or llm.c"
