@@ -5,15 +5,20 @@ A file with a familiar name may have other contents: a clone without git-lfs has
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt2.console import script_name
 
 FILES_INSIDE = 100  # in the folders of a folder that are looked at
+DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # at the start of a file, which identify its kind
 PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # not that of old files of torch.save
 ZIP_START = b"PK\x03\x04"
@@ -120,10 +125,29 @@ def text_in(file: Path) -> str:
     return printable(start.decode("ascii").strip()) if is_text else ""
 
 
+class _Bounded(io.BufferedReader):
+    """A file of which at most `limit` bytes are read at once."""
+
+    limit = DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.limit:
+            raise ValueError(f"the list of its entries has {size:,} bytes; expected at most {self.limit:,}")
+        return super().read(size)
+
+
+@contextmanager
+def open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive in a file. Raises ValueError if the list of its entries, which zipfile reads at once, is too long."""
+    with _Bounded(file.open("rb", buffering=0)) as stream, zipfile.ZipFile(stream) as archive:
+        stream.limit = sys.maxsize
+        yield archive
+
+
 def _kind_of_zip(file: Path) -> str:
     """The kind of an archive that torch.save did not write; "" if it has torch.save's data.pkl, or is damaged."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
                 return "a TorchScript archive (torch.jit.save); it is not supported, save model.state_dict() instead"
