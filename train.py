@@ -50,7 +50,7 @@ def train(given: OptionValues, comm: Comm, command: str) -> int:
     if progress.step >= options.max_iters or options.stops_early(progress.step, best_step):
         display.say_finished(folder.path, progress.step)
         return 0
-    setup.settle_options(options, run_options, comm.size)
+    setup.settle_options(options, run_options, saved, comm.size)
     setup.choose_blas(options, run_options, saved, comm)
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
