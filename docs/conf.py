@@ -79,7 +79,7 @@ def restructured(lines: list[str]) -> list[str]:
 
 
 def process_docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = restructured(lines)
+    lines[:] = restructured(lines) if lines != ["Call self as a function."] else []  # Python's own, of a __call__
 
 
 def process_signature(

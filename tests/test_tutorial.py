@@ -219,6 +219,14 @@ def test_the_script_draws(name, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("pages", [1, len(TUTORIAL)])
+def test_the_program_is_printed_as_one_file(pages, capsys):
+    main(pages)
+    printed = ast.parse(capsys.readouterr().out)
+    compile(printed, "mine.py", "exec")
+    assert len(printed.body) == sum(len(ast.parse(block.code).body) for block in program(pages))
+
+
 def main(pages):
     print("\n\n".join(block.code.rstrip("\n") for block in program(int(pages))))
 
