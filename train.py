@@ -53,6 +53,7 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
         display.say_finished(folder.path, progress.step)
         return 0
     setup.settle_options(options, run_options, comm.size)
+    setup.choose_blas(options, run_options, saved, comm)
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = setup.open_data(options, saved), setup.load_questions(options, comm)

@@ -61,6 +61,7 @@ PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "exam
 PUBLIC_MODULES = {
     "array",
     "backend",
+    "blas",
     "checkpoint",
     "distributed",
     "files",

@@ -35,7 +35,7 @@ from gpt2.training.options import (
 from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
 from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
-from tinygrad2 import optim, threads
+from tinygrad2 import blas, machine, optim, threads
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import Comm
 from tinygrad2.precision import Precision
@@ -121,6 +121,29 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
         options.dtype = "float32"
     if options.threads:
         threads.set_count(options.threads)
+
+
+def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
+    """Choose the BLAS library: on the same processor the one that a resumed run has used, since another one rounds
+    differently; else the fastest. Rank 0 decides for all ranks on processors like its own."""
+
+    if get_backend(options.device).cuda:
+        return
+
+    def decide() -> tuple[str, str]:
+        if saved and saved.blas and saved.blas["processor"] == machine.processor_model():
+            blas.use(saved.blas["name"])
+        return machine.processor_model(), blas.chosen().name
+
+    processor, name = comm.from_root(decide)
+    if processor == machine.processor_model():
+        blas.use(name)
+    title = blas.chosen().title
+    run_options.blas = {"name": blas.chosen().name, "title": title, "processor": machine.processor_model()}
+    if saved and saved.blas and (saved.blas["title"], saved.blas["processor"]) != (title, machine.processor_model()):
+        elsewhere = "" if saved.blas["processor"] == machine.processor_model() else " on another processor"
+        note = f"products   until here by {saved.blas['title']}{elsewhere}, now by {title}: roundings differ"
+        run_options.notes.append(note)
 
 
 def fit_options(options: Options, run_options: RunOptions, data_tokens: int) -> None:
