@@ -36,7 +36,7 @@ ENGINE = (
 MODEL = (
     ("interrupts",),
     ("config", "console", "familiar_options", "page", "pickles"),
-    ("file_kinds",),
+    ("cost_model", "file_kinds", "memory_model"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
@@ -45,9 +45,9 @@ MODEL = (
     ("completions", "formats"),
     ("model",),
     ("training",),
-    ("inspection", "parity", "web"),
+    ("cpu_rates", "inspection", "parity", "web"),
     # a command each: python -m gpt2.NAME
-    ("convert", "doctor", "evaluate", "inspect", "replay", "report", "serve", "verify"),
+    ("convert", "doctor", "evaluate", "inspect", "plan", "replay", "report", "serve", "verify"),
     ("__init__",),
 )
 RANK = {
@@ -63,10 +63,12 @@ PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "exam
 PUBLIC_MODULES = {
     "array",
     "backend",
+    "blas",
     "checkpoint",
     "distributed",
     "files",
     "functional",
+    "gpus",
     "gradcheck",
     "gradient_sum",
     "machine",
