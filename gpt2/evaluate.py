@@ -113,7 +113,14 @@ def _evaluate(options: argparse.Namespace) -> int:
             console.say(describe_task(TASKS[name], results[name]))
         return results
 
-    console.say(f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}")
+    work = [f"{len(items):,} items of {name}" for name, items in questions.items()]
+    if data is not None:
+        windows = min(data.windows(block_size), (options.batches or sys.maxsize) * options.batch_size)
+        work.insert(0, f"{windows * block_size:,} tokens")
+    console.say(
+        f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}; "
+        f"evaluating {', '.join(work)} ..."
+    )
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
     if options.dtype == "bfloat16":
         console.say("the same with weights in bfloat16:")

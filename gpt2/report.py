@@ -454,15 +454,16 @@ def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = Fal
 def figures(run: Run) -> list[tuple[str, str, str]]:
     """(name, value, remark) for each result of a run."""
     best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
+    before = [(f"{loss:.4f}", "before training") for step, loss in run.values("val_loss") if step == 0]
     last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
     tokens, seconds = run.values("tokens"), sum(y for _, y in run.values("seconds"))
     in_bytes = f", {bits:.4f} bits per byte" if best and (bits := run.bits_per_byte(best[1])) else ""
     of_last = f"mean of the last {len(last):,}" if len(last) > 1 else "at the last step"
+    validation = before[0] if before else ("-", "not measured")
+    if best:
+        validation = (f"{best[1]:.4f}", f"at step {number(best[0])}{in_bytes}")
     return [
-        (
-            "best validation loss",
-            *((f"{best[1]:.4f}", f"at step {number(best[0])}{in_bytes}") if best else ("-", "not measured")),
-        ),
+        ("best validation loss", *validation),
         ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
         ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
         ("tokens per second", number(round(speeds[len(speeds) // 2])) if speeds else "-", "median"),

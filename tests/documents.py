@@ -8,7 +8,10 @@ are not shown on a rendered page and say what the block needs:
 
     continues        the block continues the previous block, in the same copy
     needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which is never available
-    quotes=FILE      an excerpt: its lines are lines of FILE, in which a function's docstring may be omitted
+    quotes=FILE      an excerpt: its statements and lines are those of FILE; comments and docstrings may be left out
+    varies           the output of the block before, which differs from machine to machine
+
+The blocks of docs/tutorial/ form one program, which tests/test_tutorial.py runs.
 """
 
 import re
@@ -20,8 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
+TUTORIAL = sorted(ROOT.glob("docs/tutorial/*.md"))
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoint/*.md"), *ROOT.glob(".github/**/*.md")]
+    [
+        *(page for folder in (".", "docs", "checkpoint", ".github/**") for page in ROOT.glob(f"{folder}/*.md")),
+        *TUTORIAL,
+    ]
 )
 ELSEWHERE = {
     "gpu": "an NVIDIA GPU",

@@ -110,17 +110,17 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert 'http-equiv="refresh"' not in page
 
 
-def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkeypatch):
+def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(workspace, monkeypatch):
     steps = []
     page = report.report_page
     monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
     monkeypatch.setattr(report, "SHARE", 1e9)
     run("--max-iters", "10")
-    assert steps == [4, 8, 10]
+    assert steps == [0, 4, 8, 10]
     monkeypatch.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "requested", True) or self)
     monkeypatch.setattr(train.StopRequest, "__exit__", lambda *ignored: None)
     run("--max-iters", "12")
-    assert steps == [4, 8, 10, 11]
+    assert steps == [0, 4, 8, 10, 10, 11]
 
 
 def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):

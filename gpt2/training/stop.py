@@ -46,4 +46,4 @@ class StopRequest:
         signal.signal(number, self._before[number])
         if self.verbose:
             with suppress(OSError):  # not print, since the signal may have interrupted a print
-                os.write(2, b"stopping after this micro-step, then saving (repeat to stop at once)\n")
+                os.write(2, b"stopping after this micro-step or compilation, then saving (repeat to stop at once)\n")

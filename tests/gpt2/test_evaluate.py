@@ -44,7 +44,10 @@ def test_command_line(user, tmp_path, capsys):
     assert (n, hellaswag["cut"]) == (7, 0)
     assert lambada["cut"] == 5  # 17 bytes are read before the word's last
     first, of_data, of_hellaswag, of_lambada = capsys.readouterr().out.splitlines()
-    assert first == f"model: {model.n_parameters():,} parameters, float32 on cpu"
+    assert first == (
+        f"model: {model.n_parameters():,} parameters, float32 on cpu; "
+        f"evaluating {data['tokens']:,} tokens, 7 items of hellaswag, 5 items of lambada ..."
+    )
     assert of_data.startswith(f"data/text val: {data['tokens']:,} tokens in sequences of 16, loss {data['loss']:.4f} ")
     assert of_data.endswith(f"{data['bits_per_byte']:.4f} bits per byte")
     error = math.sqrt(accuracy * (1 - accuracy) / 7)

@@ -113,7 +113,7 @@ def test_functions_of_integers_that_stay_integers():
             ValueError,
             r"^\*: nested lists have different lengths; expected equal",
         ),
-        (lambda i, b: Tensor([[1, 2], [3]]), ValueError, r"^Tensor: nested lists of different lengths"),
+        (lambda i, b: Tensor([[1, 2], [3]]), ValueError, r"^Tensor: nested lists have different lengths"),
         (lambda i, b: Tensor("abc"), TypeError, r"^Tensor: expected a Tensor, an array or numbers, got str$"),
         (lambda i, b: Tensor(np.array([1j])), TypeError, r"^Tensor: data has dtype complex128; expected floats"),
         (lambda i, b: Tensor(None), TypeError, r"^Tensor: expected a Tensor, an array or numbers, got NoneType$"),

@@ -76,6 +76,12 @@ def test_a_quota_is_rounded_up_to_threads(monkeypatch, quota, threads):
     assert machine.usable_threads() == threads
 
 
+def test_a_load_average_that_is_unknown_is_0(monkeypatch):
+    assert machine.load_average() >= 0
+    monkeypatch.delattr(machine.os, "getloadavg")
+    assert machine.load_average() == 0
+
+
 def test_free_memory_is_part_of_all_memory():
     free, total = machine.memory()
     assert 0 < free <= total

@@ -117,7 +117,7 @@ def test_assigning_data_keeps_the_arena():
     np.testing.assert_array_equal(arena.regions[0].values, [7, 8])
     assert np.shares_memory(w.data, arena.regions[0].values)
     assert w.dtype == "float32"
-    with pytest.raises(ValueError, match=r"^parameter: data of shape \(2,\) assigned; expected \(1, 2\)$"):
+    with pytest.raises(ValueError, match=r"^parameter: data has shape \(2,\); expected \(1, 2\), the parameter's$"):
         w.data = np.zeros(2)
 
 
@@ -328,11 +328,11 @@ class TestOptimizersTakeModulesOrParameters:
             (lambda m: m.weight, "item 0 of the parameters has type Tensor"),
             (
                 lambda m: [m.weight.data],
-                "item 0 of the parameters is of type ndarray; expected a module, or an iterable",
+                "item 0 of the parameters has type ndarray; expected a module, or an iterable",
             ),
-            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters is of type dict"),
-            (lambda m: 3, "item 0 of the parameters is of type int"),
-            (lambda m: m.named_parameters(), "item 0 of the parameters is of type tuple"),
+            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters has type dict"),
+            (lambda m: 3, "item 0 of the parameters has type int"),
+            (lambda m: m.named_parameters(), "item 0 of the parameters has type tuple"),
         ],
     )
     def test_anything_else_is_an_error_of_one_line(self, given, message):

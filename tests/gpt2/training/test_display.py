@@ -13,7 +13,7 @@ from gpt2.training import display
 from gpt2.training.display import describe_schedule, say_sample, suggested_prompt, typed_command
 from gpt2.training.options import Options
 from tests.training_runs import QUICK, ROOT, run
-from tinygrad2 import checkpoint
+from tinygrad2 import checkpoint, machine
 
 
 @pytest.mark.parametrize("screen", ["closed", "ascii"])
@@ -34,11 +34,21 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000008"
 
 
-def test_the_opening_lines(workspace, capsys):
+def test_a_busy_machine_is_reported(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "load_average", lambda: 99.5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    run("--max-iters", "2")
+    line = "load       other programs use the cores (load average 99.5 on 2); steps will be slower\n"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_the_opening_lines(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "load_average", lambda: 0.0)
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:11])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
     assert lines["device"] == "cpu, float32, 1 thread"
+    assert re.fullmatch(r"\S.*, [\d,]+ GFLOP/s in float32 on a thread.*", lines["products"])
     data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
     assert re.fullmatch(data, lines["data"])
     assert lines["batch"] == "96 tokens per step = 2 sequences x 16 tokens x 3 micro-steps"
