@@ -60,8 +60,9 @@ class Device:
     memory  bytes, or None if unknown.
     rates   by family; every family has one.
     call    seconds that a call takes on the device besides its work.
-    host    seconds of Python per call. A GPU computes meanwhile; on a CPU they are part of the step.
-    link    bytes/s that a rank sends, and receives at the same time, to its neighbour in a ring.
+    host    seconds of Python per call.
+    link    bytes/s that a rank sends to its neighbour in a ring, and receives from the other at the same time.
+    asynchronous  kernels run while Python launches the next ones.
     """
 
     name: str
@@ -112,9 +113,9 @@ def attention_backward(B: int, T: int, C: int, H: int, s: int, products: int = 5
     return Cost("attention_backward", products * B * T * T * C, arrays * B * T * C * s + 3 * WIDE * B * H * T)
 
 
-def reference_attention(B: int, T: int, H: int, s: int, passes: int) -> Cost:
+def reference_attention(B: int, T: int, C: int, H: int, s: int, products: int, passes: int) -> Cost:
     """Attention by reference.py on an array library: the T x T arrays are read or written `passes` times."""
-    return Cost("reference_attention", 0, passes * s * B * H * T * T / 2)
+    return Cost("reference_attention", products * B * T * T * C, passes * s * B * H * T * T / 2)
 
 
 def column_sums(N: int, n: int, s: int) -> Cost:
@@ -216,7 +217,7 @@ def _attention(config: GPT2Config, B: int, T: int, s: int, again: int, cuda: boo
     if fused:
         forward, backward = attention_forward(B, T, C, H, s), attention_backward(B, T, C, H, s, 7 if cuda else 5)
     else:  # reads and writes of scores in reference.py: 12 forward, 22 backward
-        forward, backward = reference_attention(B, T, H, s, 12), reference_attention(B, T, H, s, 22)
+        forward, backward = (reference_attention(B, T, C, H, s, *counts) for counts in ((2, 12), (5, 22)))
     return [Kernel("attention_forward", again, forward), Kernel("attention_backward", L, backward, True)]
 
 
@@ -348,6 +349,7 @@ def gpu(name: str, precision: PrecisionLike) -> Device:
     rates |= {family: Rate(products, memory) for family in PRODUCTS}
     rates |= {f: Rate(1e12 * peak * part, memory) for f, part in zip(ATTENTION, card.attention, strict=True)}
     rates["small product"] = Rate(SMALL_PRODUCT * products, memory)
+    rates["reference_attention"] = Rate(SMALL_PRODUCT * products, memory * REACHED["reference_attention"])
     return Device(name, card.memory, rates, LAUNCH, PYTHON, card.link)
 
 

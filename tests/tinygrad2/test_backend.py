@@ -471,8 +471,8 @@ def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsy
     run("out", "cuda", 9, code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB and temporary "
-        r"arrays; 3.22 of the device's 4.29 GB are free; use a smaller --batch-size, .*\n",
+        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB; 3.22 of the "
+        r"device's 4.29 GB are free; use --batch-size 1 or less, with --total-batch-size to keep the tokens per step\n",
         error,
     )
 

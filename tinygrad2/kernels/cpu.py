@@ -178,8 +178,6 @@ def _partial(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 # Linear
 # ---------------------------------------------------------------------------------------------------------------------
 
-_BLAS = {np.dtype(dtype): (address, blas.WIDE) for dtype, address in blas.ADDRESSES.items()}
-
 
 def _gemm_with_integers_of(bits: int) -> Callable[..., None]:
     @intrinsic
@@ -315,39 +313,40 @@ def _small_product(address, wide, a, b, out, add):
 
 
 @functools.cache
-def _small_products() -> dict[np.dtype, Callable[..., bool]]:
-    """_small_product by dtype, with BLAS's address. One compiled function for each dtype takes every memory layout:
-    otherwise Numba would compile one for each combination of layouts."""
+def _compiled_small_product() -> Callable[..., bool]:
+    """_small_product, compiled once for each dtype with a type that takes every memory layout: otherwise Numba would
+    compile it for each combination of layouts."""
     dispatcher: Any = _small_product
-    for dtype in _BLAS:
+    for dtype in blas.chosen().calls:
         read, written = (types.Array(from_dtype(dtype), 2, "A", readonly=readonly) for readonly in (True, False))
         dispatcher.compile((types.int64, types.boolean, read, read, written, types.boolean))
     dispatcher.disable_compile()
-    return {dtype: functools.partial(_small_product, *library) for dtype, library in _BLAS.items()}
+    return dispatcher
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
     threads would compete for the cores that the pool's threads use."""
-    (m, n), k = out.shape, a.shape[1]
+    (m, n), k, library = out.shape, a.shape[1], blas.chosen()
+    gemm = library.calls.get(out.dtype)
     grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
     in_one_part = max(m, n) < 2 * grain or threads.count() == 1
-    if in_one_part and out.dtype in _BLAS and m and n and k and a.flags.aligned and b.flags.aligned:
-        product = _small_products()[out.dtype]
-        if blas.USES_MKL or m * n * k <= SMALL_PRODUCT:
-            done = product(a, b, out, add)
+    if in_one_part and gemm and m and n and k and a.flags.aligned and b.flags.aligned:
+        product = _compiled_small_product()
+        if library.sequential or m * n * k <= SMALL_PRODUCT:
+            done = product(*gemm, a, b, out, add)
         else:
             with threads.blas_on_one_thread():
-                done = product(a, b, out, add)
+                done = product(*gemm, a, b, out, add)
         if done:
             return
     left, right, result = blas.layout(a), blas.layout(b), blas.layout(out)
-    if out.dtype not in _BLAS or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
+    if gemm is None or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
         blas.gemm(a, b, out, add)
         return
     if not _product_tasks:
         _product_tasks.append(_product_task())
-    address, wide = _BLAS[out.dtype]
+    address, wide = gemm
     matrices = (blas.address(a), left[1], blas.address(b), right[1], blas.address(out), result[1])
     flags = (wide, out.itemsize == 8, m >= n, add)
     arguments = np.array([address, *flags, left[0], right[0], m, n, k, *matrices], dtype=np.int64)
@@ -805,7 +804,7 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple
     B, H, T, D = q.shape
     out, lse = memory.empty((B, T, H * D), q.dtype), memory.empty((B, H, T), q.dtype)
     (o,) = split_heads(out, 1, H)
-    library, scale = _BLAS[q.dtype], q.dtype.type(1 / math.sqrt(D))
+    library, scale = blas.chosen().calls[q.dtype], q.dtype.type(1 / math.sqrt(D))
 
     def heads(start: int, stop: int, p: np.ndarray) -> None:
         _attention(library, q, k, v, o, lse, p, start, stop, scale, *dropout)
@@ -834,7 +833,7 @@ def attention_backward(
     q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
     dq, dk, dv = split_heads(dqkv, 3, n_head)
     (do,), (o,) = (split_heads(np.ascontiguousarray(array), 1, n_head) for array in (dout, out))
-    library, scale = _BLAS[qkv.dtype], qkv.dtype.type(1 / math.sqrt(q.shape[3]))
+    library, scale = blas.chosen().calls[qkv.dtype], qkv.dtype.type(1 / math.sqrt(q.shape[3]))
     dropout = _dropout_arguments(qkv.dtype, rate, key)
 
     def heads(start: int, stop: int, p: np.ndarray, dp: np.ndarray) -> None:
@@ -852,7 +851,7 @@ def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: in
     return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
 
 
-if not _BLAS:  # no BLAS library can be called by its address: use the reference
+if not (blas.NUMPYS.calls or blas.chosen().calls):  # no library can be called by its address: use the reference
     del attention_forward, attention_backward, attention_cached
 
 
