@@ -106,7 +106,21 @@ class Backend:
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
         """Why this device does not support a precision, with attention heads of this size; None if it does."""
         wanted = Precision.of(precision)
-        return f"{wanted.name} needs a GPU" if wanted.copies or wanted.tf32 else None
+        if wanted.copies and _cpu_overrides() is None:
+            return f"{wanted.name} needs the compiled kernels, which need Numba (python -m gpt2.doctor says why not)"
+        return f"{wanted.name} needs a GPU" if wanted.tf32 else None
+
+    def slow_reason(self, precision: PrecisionLike) -> str | None:
+        """Why this device supports a precision only by slower arithmetic; None if it has instructions for it."""
+        overrides = _cpu_overrides()
+        return overrides.onednn.unavailable_reason() if overrides and Precision.of(precision).copies else None
+
+    def convert(self, values: Array, out: Array) -> None:
+        """out = values, rounded to the dtype of out: flat arrays."""
+        if (overrides := _cpu_overrides()) is None:
+            out[...] = values.astype(out.dtype)
+        else:
+            overrides.convert(values, out)
 
     def timestamp(self) -> Timestamp:
         """A timestamp in the device's stream, for `seconds`."""
@@ -355,6 +369,12 @@ class CudaBackend(Backend):
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
         return self.cuda.unsupported_reason(precision, head_size)
+
+    def slow_reason(self, precision: PrecisionLike) -> str | None:
+        return None
+
+    def convert(self, values: Array, out: Array) -> None:
+        out[...] = values.astype(out.dtype)
 
     def timestamp(self) -> Timestamp:
         return self.np.cuda.get_current_stream().record()

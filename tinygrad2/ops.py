@@ -101,7 +101,7 @@ def embedding(
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
     if ids.size == 0 or wte.shape[1] == 0:
         return _empty((*ids.shape, wte.shape[1]), wte, wpe)
-    y = backend.kernels.embedding_forward(ids, table, positions, first_position)
+    y = backend.kernels.embedding_forward(ids, table, positions, first_position).astype(dtype, copy=False)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
 

@@ -289,7 +289,7 @@ class ParameterArena:
         """Update the copies after the values were changed in the flat buffers."""
         for region in self.regions:
             if region.copies is not None:
-                region.copies[...] = region.values.astype(region.copies.dtype)
+                self.backend.convert(region.values, region.copies)
 
     @cached_property
     def buckets(self) -> list[Bucket]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, verify
-from gpt2.training.run import read_log
+from gpt2.training.run import RunFolder, read_log
 from gpt2.training.trainer import Trainer
 from tests.spoiled import spoil_steps
 from tests.stand_ins import strict_cupy
@@ -441,7 +442,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
     assert len(syncs) == 1  # nothing waited between the first step's launch and the last one's
 
 
-def test_train_reports_a_nan_loss_in_one_line(user, monkeypatch, capsys):
+def test_train_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
     right, calls = kernels.lm_head_forward, []
@@ -454,13 +455,47 @@ def test_train_reports_a_nan_loss_in_one_line(user, monkeypatch, capsys):
         return loss, dlogits
 
     monkeypatch.setattr(kernels, "lm_head_forward", wrong)
-    run("out", "cuda", 9, "--eval-interval", "0", code=1)
+    run("out", "cuda", 5, "--eval-interval", "0", "--save-interval", "0", "--max-bad-steps", "1", code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*\n",
+        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*"
+        r"This is number 1 in a row, and --max-bad-steps is 1\. There is no checkpoint yet\. .*\n",
         error,
     )
-    assert [row["step"] for row in log("out")] == [1, 2]
+    assert [row["step"] for row in log("out")] == [1, 2, 3]
+    calls.clear()
+    run("again", "cuda", 5, "--eval-interval", "0", "--save-interval", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 3/5 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged" in lines
+    rows = read_log(Path("again/log.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "skipped" in row] == [3]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_the_time_of_a_step_is_its_own(user, monkeypatch, place):
+    """Also of the steps after one that was skipped or saved, whose results the host receives together."""
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
+    accumulate, now, slow = Trainer.accumulate_gradients, [0.0], []
+
+    def compute(trainer, stop_requested):
+        now[0] += 100
+        slow.append(len(trainer._launched))
+        return accumulate(trainer, stop_requested)
+
+    def explain(trainer, launched):
+        now[0] += 7000
+        return []
+
+    write = RunFolder.save
+    monkeypatch.setattr(Trainer, "accumulate_gradients", compute)
+    monkeypatch.setattr("gpt2.training.trainer.explain_step", explain)
+    monkeypatch.setattr(RunFolder, "save", lambda *given: (now.__setitem__(0, now[0] + 3000), write(*given))[1])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    spoil_steps(monkeypatch, 2)
+    run("out", place, 6, "--eval-interval", "0", "--save-interval", "5", "--max-bad-steps", "2")
+    assert [row["seconds"] for row in read_log(Path("out/log.jsonl"))] == [100] * 6
+    assert max(slow) == (1 if place == "cuda" else 0)  # steps are received late on the device alone
 
 
 def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsys):
