@@ -7,7 +7,7 @@ import pytest
 
 from gpt2 import cost_model
 from gpt2.config import PRESETS
-from tinygrad2.gpus import PEAK_TFLOPS
+from tinygrad2.gpus import BANDWIDTH, PEAK_TFLOPS
 
 GPT2 = replace(PRESETS["gpt2"], embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 
@@ -54,12 +54,14 @@ def test_every_kernel_has_a_family_with_rates():
             assert all(math.isfinite(device.seconds(kernel.cost)) for kernel in kernels)
 
 
-def test_the_cards_have_peaks():
-    assert set(cost_model.CARDS) <= set(PEAK_TFLOPS)
+def test_the_cards_are_those_of_the_table_of_peaks():
+    assert list(cost_model.CARDS) == list(PEAK_TFLOPS)
+    assert set(cost_model.CARDS) <= set(BANDWIDTH)
 
 
 @pytest.mark.parametrize(
-    ("card", "batch_size", "tokens_per_s"), [("H200", 64, 546e3), ("A100", 64, 223e3), ("RTX 4090", 16, 128e3)]
+    ("card", "batch_size", "tokens_per_s"),
+    [("H200", 64, 546e3), ("A100", 64, 223e3), ("RTX 4090", 16, 128e3), ("RTX 5090", 16, 168e3)],
 )
 def test_the_step_of_124m_on_several_gpus(card, batch_size, tokens_per_s):
     """As estimated by hand, kernel by kernel, in bfloat16."""
