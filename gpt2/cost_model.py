@@ -292,8 +292,9 @@ def orthogonalize(config: GPT2Config, ranks: int) -> Cost:
 # GPUs ----------------------------------------------------------------------------------------------------------------
 
 
-class Card(NamedTuple):
-    """What cost estimates need of a GPU besides its peaks and its bandwidth, which are in tinygrad2/gpus.py.
+@dataclass(frozen=True)
+class Card:
+    """A GPU model. Its peaks in FLOP/s and its memory's bandwidth are in tinygrad2/gpus.py, by the same name.
 
     memory     bytes; from data sheets, as is
     link       bytes/s to another GPU, each way: NVLink, PCIe, or half of PCIe where data passes through the host.
@@ -310,34 +311,30 @@ class Card(NamedTuple):
     attention: tuple[float, float]
 
 
-NVLINK_3, NVLINK_4, NVLINK_5, PCIE_3, PCIE_4, PCIE_5 = 300e9, 450e9, 900e9, 15.8e9, 31.5e9, 63e9
-HOPPER, AMPERE = (0.63, (0.23, 0.265)), (0.77, (0.43, 0.39))
-FULL_RATE = (0.6, (0.35, 0.3))  # Ada with sums in float32 at the full rate, limited by its power
-HALF_RATE = (0.91, (0.515, 0.435))  # GeForce, whose peak is that of sums in float32 at half the rate
 CARDS = {
-    "B200": Card(180e9, NVLINK_5, 0.62, (0.12, 0.13)),
-    "H200 NVL": Card(141e9, NVLINK_4, *HOPPER),
-    "H200": Card(141e9, NVLINK_4, *HOPPER),
-    "H100 NVL": Card(94e9, PCIE_5, *HOPPER),
-    "H100 PCIe": Card(80e9, PCIE_5, *HOPPER),
-    "H100": Card(80e9, NVLINK_4, *HOPPER),
-    "A100": Card(80e9, NVLINK_3, *AMPERE),
-    "A40": Card(48e9, PCIE_4, *AMPERE),
-    "A30": Card(24e9, PCIE_4, *AMPERE),
-    "A10": Card(24e9, PCIE_4, *AMPERE),
-    "L40S": Card(48e9, PCIE_4, *FULL_RATE),
-    "L40": Card(48e9, PCIE_4, *FULL_RATE),
-    "L4": Card(24e9, PCIE_4, *FULL_RATE),
-    "T4": Card(16e9, PCIE_3, *AMPERE),
-    "RTX 6000 Ada": Card(48e9, PCIE_4, *FULL_RATE),
-    "RTX A6000": Card(48e9, PCIE_4, *AMPERE),
-    "RTX 5090": Card(32e9, PCIE_5 / 2, *HALF_RATE),
-    "RTX 4090": Card(24e9, PCIE_4 / 2, *HALF_RATE),
-    "RTX 3090": Card(24e9, PCIE_4 / 2, *HALF_RATE),
+    "B200": Card(180e9, 900e9, 0.62, (0.12, 0.13)),
+    "H200 NVL": Card(141e9, 450e9, 0.63, (0.23, 0.265)),
+    "H200": Card(141e9, 450e9, 0.63, (0.23, 0.265)),
+    "H100 NVL": Card(94e9, 63e9, 0.63, (0.23, 0.265)),
+    "H100 PCIe": Card(80e9, 63e9, 0.55, (0.23, 0.265)),
+    "H100": Card(80e9, 450e9, 0.63, (0.23, 0.265)),
+    "A100": Card(80e9, 300e9, 0.77, (0.43, 0.39)),
+    "A40": Card(48e9, 31.5e9, 0.75, (0.43, 0.39)),
+    "A30": Card(24e9, 31.5e9, 0.75, (0.43, 0.39)),
+    "A10": Card(24e9, 15.8e9, 0.75, (0.45, 0.40)),
+    "L40S": Card(48e9, 31.5e9, 0.70, (0.45, 0.40)),
+    "L40": Card(48e9, 31.5e9, 0.85, (0.50, 0.42)),
+    "L4": Card(24e9, 31.5e9, 0.60, (0.45, 0.40)),
+    "T4": Card(16e9, 7.9e9, 0.75, (0.45, 0.40)),
+    "RTX 6000 Ada": Card(48e9, 31.5e9, 0.70, (0.45, 0.40)),
+    "RTX A6000": Card(48e9, 31.5e9, 0.75, (0.43, 0.39)),
+    "RTX 5090": Card(32e9, 31.5e9, 0.88, (0.50, 0.415)),
+    "RTX 4090": Card(24e9, 15.8e9, 0.91, (0.515, 0.435)),
+    "RTX 3090": Card(24e9, 15.8e9, 0.85, (0.50, 0.42)),
 }
 SMALL_PRODUCT = 0.84  # of the rate of other products: fewer tiles than fill the GPU evenly
 NARROW = 0.75  # of the peak in float32 and TF32, which more kernels sustain
-COPIED = 0.92  # of the bandwidth in the data sheet, which a copy reaches
+COPY = 0.92  # of the data sheet's bandwidth, which a copy reaches
 REACHED = {  # the part of that which the kernels limited by memory are expected to reach
     "column_sums": 0.8, "layernorm_forward": 0.85, "layernorm_backward": 0.78, "gelu_forward": 0.87,
     "gelu_backward": 0.85, "cross_entropy": 0.8, "embedding": 0.7, "dropout": 0.85, "sum": 0.85, "squared_norm": 0.85,
@@ -353,7 +350,7 @@ def gpu(name: str, precision: PrecisionLike) -> Device:
     peak = PEAK_TFLOPS[name].get(types.name)
     if peak is None:
         raise ValueError(f"{name} has no known peak in {types.name}; choose one of {', '.join(PEAK_TFLOPS[name])}")
-    memory = 1e9 * BANDWIDTH[name] * COPIED
+    memory = 1e9 * BANDWIDTH[name] * COPY
     products = 1e12 * peak * (card.products if types.copies else max(card.products, NARROW))
     rates = {family: Rate(math.inf, memory * part) for family, part in REACHED.items()}
     rates |= {family: Rate(products, memory) for family in PRODUCTS}

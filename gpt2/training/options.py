@@ -90,7 +90,7 @@ class Options:
     threads: int | None = _positive(
         None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
     )
-    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", TRAINING)
+    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 needs a GPU)", TRAINING)
     data: str | None = _text(
         None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
     )

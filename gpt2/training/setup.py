@@ -36,7 +36,7 @@ from gpt2.training.options import (
 from gpt2.training.run import Progress, RunFolder, RunOptions, RunState
 from gpt2.training.tasks import TASKS, Questions, load_items
 from gpt2.training.trainer import Trainer
-from tinygrad2 import machine, optim, threads
+from tinygrad2 import blas, machine, optim, threads
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import Comm
 from tinygrad2.precision import Precision
@@ -104,8 +104,8 @@ def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
     return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
 
-def settle_options(options: Options, run_options: RunOptions, ranks: int) -> None:
-    """Set the options that depend on others, on the number of ranks or on the device.
+def settle_options(options: Options, run_options: RunOptions, saved: RunState | None, ranks: int) -> None:
+    """Set the options that depend on others, on the number of ranks, on the device or on the processor.
 
     Raises UsageError for options that contradict each other.
     """
@@ -117,11 +117,52 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
         run_options.notes.append(f"batch      {note}")
     if "total_batch_size" not in run_options.options:  # it stays when the run is resumed on another number of ranks
         run_options.defaults["total_batch_size"] = options.total_batch_size
-    if reason := get_backend(options.device).unsupported_reason(options.dtype):
-        say(f"--dtype {reason}; computing in float32")
-        options.dtype = "float32"
+    settle_precision(options, run_options, saved)
     if options.threads:
         threads.set_count(options.threads)
+
+
+def settle_precision(options: Options, run_options: RunOptions, saved: RunState | None) -> None:
+    """Compute in float32 if the device does not support --dtype, or only by slower arithmetic.
+
+    A new run records this, and computes in float32 wherever it is resumed. A run that has been computed in the slower
+    precision continues in it.
+    """
+    backend = get_backend(options.device)
+    reason = backend.unsupported_reason(options.dtype)
+    slow = None if reason else backend.slow_reason(options.dtype)
+    begun = saved is not None and saved.options.get("dtype") == options.dtype
+    if slow and begun:
+        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 of the same numbers, and the run is "
+            f"slower than with --dtype float32")  # fmt: skip
+    elif reason or slow:
+        say(f"--dtype {reason or f'{options.dtype}: {slow}'}; computing in float32")
+        options.dtype = "float32"
+        if not begun:
+            run_options.options["dtype"] = options.dtype
+
+
+def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
+    """Choose the BLAS library: on the same processor the one that a resumed run has used, since another one rounds
+    differently; else the fastest. Rank 0 decides for all ranks on processors like its own."""
+
+    if get_backend(options.device).cuda:
+        return
+
+    def decide() -> tuple[str, str]:
+        if saved and saved.blas and saved.blas["processor"] == machine.processor_model():
+            blas.use(saved.blas["name"])
+        return machine.processor_model(), blas.chosen().name
+
+    processor, name = comm.from_root(decide)
+    if processor == machine.processor_model():
+        blas.use(name)
+    title = blas.chosen().title
+    run_options.blas = {"name": blas.chosen().name, "title": title, "processor": machine.processor_model()}
+    if saved and saved.blas and (saved.blas["title"], saved.blas["processor"]) != (title, machine.processor_model()):
+        elsewhere = "" if saved.blas["processor"] == machine.processor_model() else " on another processor"
+        note = f"products   until here by {saved.blas['title']}{elsewhere}, now by {title}: roundings differ"
+        run_options.notes.append(note)
 
 
 def fit_options(options: Options, run_options: RunOptions, data_tokens: int) -> None:
