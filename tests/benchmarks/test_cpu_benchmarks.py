@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests.benchmarks import alternate, decode, ops, small, train_step
+from tests.benchmarks import alternate, decode, ops, plan, small, train_step
 from tests.benchmarks.alternate import Contender, Measured, Work
 
 TINY = GPT2Config(
@@ -199,6 +199,20 @@ def test_operations(small_limits, tmp_path, monkeypatch):
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks.keys() == ops.works(16, 128, 257).keys()
     assert all({"tinygrad2", "reference.py"} <= by_name.keys() for by_name in tasks.values())
+
+
+@pytest.mark.slow
+def test_plans_beside_steps(tmp_path, capsys):
+    """In small, where times are too short to agree."""
+    file = tmp_path / "plan.json"
+    plan.main(["--only", "nano", "--rounds", "1", "--threads", "1", "--json", str(file)])
+    assert re.search(r"^nano( +[\d.,]+){3} \([\d.]+ to [\d.]+\)( +[\d.]+){3}$", capsys.readouterr().out, re.M)
+    found = json.loads(file.read_text())["results"]["nano"]
+    assert found["time_ratio"] == pytest.approx(found["planned_seconds"] / found["measured_seconds"])
+    assert found["memory_ratio"] == pytest.approx(1, abs=0.2)
+    for changes, agrees in (({}, True), ({"time_ratio": 1.21}, False), ({"planned_bytes": 2e9}, False)):
+        exact = {"time_ratio": 1.0, "planned_bytes": 1e9, "measured_bytes": 1e9}
+        assert plan.within({**exact, **changes}) == agrees
 
 
 @pytest.mark.slow
