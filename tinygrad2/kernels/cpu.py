@@ -1164,15 +1164,15 @@ def lm_head_backward(
 def _square_chunks(x, sums, start, stop):
     smallest, largest = x.dtype.type(1e-30), x.dtype.type(3e38)
     for chunk in range(start, stop):
-        first, last = chunk * FLAT, min((chunk + 1) * FLAT, len(x))
+        part = x[chunk * FLAT : (chunk + 1) * FLAT]  # (indices from 0 are known not to be negative)
         total = x.dtype.type(0)
-        for i in range(first, last):
-            total += x[i] * x[i]
+        for i in range(len(part)):
+            total += part[i] * part[i]
         sums[chunk] = total  # in float64 from here on
         if not smallest < total < largest:  # squares have overflowed or underflowed
             sums[chunk] = 0
-            for i in range(first, last):
-                sums[chunk] += np.float64(x[i]) * np.float64(x[i])
+            for i in range(len(part)):
+                sums[chunk] += np.float64(part[i]) * np.float64(part[i])
 
 
 def squared_norm(x: np.ndarray) -> np.ndarray:
