@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import signal
 import statistics
@@ -61,6 +62,14 @@ class Contender:
     arguments: tuple
     works: dict[str, Work]
     peer: bool = False
+
+
+def slug() -> str:
+    """The processor and today's date, for the name of a file: results are kept by processor."""
+    from tinygrad2.machine import processor_model
+
+    words = processor_model().rsplit(" ", 1)[0]  # without the checksum of its instructions
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{datetime.date.today().isoformat()}"
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
@@ -332,7 +341,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-NAME-DATE.json beside this file]")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="[in results/ beside this file]")
     return parser
 
 
@@ -363,7 +372,7 @@ def report(
     product = Work(flops=2 * MATRIX**3)
     works = dict(zip(MACHINE, (product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True))
     everyone = [Contender(LIMITS, limits, (options.threads, MATRIX, BUFFER), works), *contenders]
-    out = options.json or RESULTS / f"cpu-{name}-{datetime.date.today().isoformat()}.json"
+    out = options.json or RESULTS / f"cpu-{name}-{slug()}.json"
     out.parent.mkdir(exist_ok=True)
     load = os.getloadavg()[0]
     found = alternate(everyone, options.rounds, least)

@@ -428,6 +428,8 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -
     y[...] = 0 if bias is None else bias
     if len(x2) <= GEMV_ROWS and gemv.supports(x2, weight):
         gemv.add_product(np.ascontiguousarray(x2), weight, y)
+    elif x.dtype == np.float32 and weight.dtype == bfloat16 and onednn.library() is not None:  # a prompt
+        _bfloat16_product(cast(x2, weight.dtype), weight, y, add=True)
     else:
         _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
