@@ -35,19 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comm = distributed.world()
     comm.silence_other_ranks()
     given = comm.from_root(lambda: parse_options(arguments, __doc__))
-    return train(given, comm, display.typed_command(arguments, comm.size))
+    command = display.typed_command(arguments, comm.size)
+    with RunFolder(given.get("out_dir", Options.out_dir), comm, display.say).taken() as folder:
+        return train(folder, given, comm, command)
 
 
-@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # the trainer checks that losses are finite
-def train(given: OptionValues, comm: Comm, command: str) -> int:
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps that are not finite are skipped
+def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> int:
     """Set up a new or resumed run from the options given, and train."""
     fresh = given.pop("fresh", False)
-    folder = RunFolder(given.get("out_dir", Options.out_dir), given.get("keep", Options.keep), comm)
     saved = None if fresh else folder.resume(display.say)
     options, config, run_options = setup.resumed_run(given, saved) if saved else setup.new_run(given)
-    progress = saved.progress if saved else Progress()
-    best_step = progress.best["step"] if progress.best else progress.step
-    if progress.step >= options.max_iters or options.stops_early(progress.step, best_step):
+    progress, page = saved.progress if saved else Progress(), report.Writer(folder.path, display.say)
+    if saved and (progress.step >= options.max_iters or options.stops_early(progress.step, progress.best_step)):
+        with folder.opened(progress, run_options):
+            folder.catch_up(lambda seed: sample_text(*setup.trained(saved, options), seed), options.seed, page.update)
         display.say_finished(folder.path, progress.step)
         return 0
     setup.settle_options(options, run_options, saved, comm.size)
@@ -61,16 +63,14 @@ def train(given: OptionValues, comm: Comm, command: str) -> int:
     if fresh and (aside := folder.set_aside()):
         display.say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress.step), StopRequest(verbose=comm.size == 1) as stop:
+    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop:
         baselines = comm.from_root(partial(display.baseline_losses, trainer))
         comm.from_root(partial(display.describe_start, trainer, run_options.notes, baselines))
-        if progress.step == 0:
-            with setup.explain_memory(config, options):
-                trainer.loss_before = trainer.validation_loss()
-            display.say_first_loss(trainer.loss_before)
+        setup.measure_first_loss(trainer)
         start = display.start_record(trainer, command, machine.describe(), baselines)
         folder.log_start(progress.step, given=run_options.options, **start)
-        written = training_loop(trainer, questions, run_options, stop, report.Writer(folder.path, display.say))
+        folder.catch_up(partial(sample_text, trainer.model, trainer.tokenizer), options.seed, page.update)
+        written = training_loop(trainer, questions, run_options, stop, page)
     display.say_end(trainer, written, folder.path / report.REPORT)
     return 0
 
@@ -83,7 +83,7 @@ def training_loop(
     written = None
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
-        with setup.explain_memory(trainer.model.config, options):
+        with setup.explain_memory(trainer.model.config, options, comm.size):
             # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
             # step; clipping; the optimizer's update; zero_grad.
             made = trainer.step(lambda: stop.requested)
@@ -93,14 +93,15 @@ def training_loop(
         saving = last or trainer.stopping or every(options.save_interval, step)
 
         for row in trainer.finished_steps(wait=evaluating or saving):
-            if row["step"] in (trainer.first_step, options.max_iters) or every(options.log_interval, row["step"]):
+            printed = row["step"] in (trainer.first_step, options.max_iters) or "skipped" in row
+            if printed or every(options.log_interval, row["step"]):
                 display.say_step(row, trainer)
             if evaluating and row["step"] == step:
                 row |= trainer.evaluate(questions)
                 display.say_tasks(row, questions)
             folder.log(**row)
         is_best = evaluating and progress.best is not None and progress.best["step"] == step
-        early = not last and evaluating and options.stops_early(step, progress.best["step"] if progress.best else step)
+        early = not last and evaluating and options.stops_early(step, progress.best_step)
         if (saving or is_best or early) and step >= trainer.first_step:
             written = trainer.save(run_options)
         if evaluating:

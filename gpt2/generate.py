@@ -8,11 +8,12 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from gpt2.decode import Decoder
+from gpt2.decode import Decoder, explained
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Key, Tensor, no_grad, random
 from tinygrad2.array import Array
+from tinygrad2.not_finite import damage
 
 
 class KVCache:
@@ -20,7 +21,8 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions filled.
-    decoder  processes one more token of each text in one kernel launch; None if it is not supported.
+    decoder  processes one more token of each text in one kernel launch; None if the model has not asked for it, or it
+             is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
@@ -34,9 +36,10 @@ class KVCache:
         fewer if the cache is full. Requires a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
-        for found in self.decoder.greedy(tokens, first, count, choices):
-            self.length += 1
-            yield found
+        with explained(self.decoder):
+            for found in self.decoder.greedy(tokens, first, count, choices):
+                self.length += 1
+                yield found
 
 
 def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
@@ -51,7 +54,7 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
     return model.head(model.features(tokens, cache=cache)[:, -1])
 
 
-NOT_FINITE = "generate: the model's logits are not finite numbers; its weights are damaged"
+NOT_FINITE = "generate: the model's logits are not finite numbers"
 
 
 Ends = int | Collection[int] | None  # the id that ends a text, or several
@@ -138,6 +141,11 @@ def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
     return tokens[np.argsort(-values[tokens], kind="stable")]
 
 
+def _not_finite(model: LanguageModel, tokens: np.ndarray) -> ValueError:
+    """The error for logits that are not finite, which names the damaged tensor."""
+    return ValueError(f"{NOT_FINITE}; {damage(model, lambda: next_logits(model, tokens, None))}")
+
+
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -166,7 +174,8 @@ def generate(
                 same seed, the random numbers are those of the uninterrupted text.
     on_logits   called with the logits (samples, vocab_size) of each step before its tokens are yielded.
 
-    Raises ValueError for an empty prompt, and if the model's logits are not finite.
+    Raises ValueError for an empty prompt, and if the model's logits are not finite; OSError if the GPU fails in the
+    kernel of gpt2/decode.cu.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
@@ -179,11 +188,11 @@ def generate(
     step = 0
     while step < max_tokens:
         unread = seen if state is None else seen[:, state.length :]
-        with no_grad():
+        with no_grad(), explained(None if state is None else state.decoder):
             logits = next_logits(model, unread, state).numpy()[:, :vocab_size]
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():
-            raise ValueError(NOT_FINITE)
+            raise _not_finite(model, seen)
         if on_logits is not None:
             on_logits(logits)
         if len(never):
@@ -199,7 +208,7 @@ def generate(
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:
-                    raise ValueError(NOT_FINITE)
+                    raise _not_finite(model, seen)
                 yield following
                 step, seen = step + 1, np.concatenate((seen, following[:, None]), axis=1)
         if seen.shape[1] > context:

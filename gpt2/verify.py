@@ -238,13 +238,8 @@ def verify_parity(options: argparse.Namespace) -> JsonObject:
         first = next((row.name for row in rows if not row.ok), None if same_text else "text")
         say(f"the first that differs: {first}" if first else "everything agrees")
         reports.append({**asdict(case), "device": model.backend.device, "ok": first is None, "first_deviation": first,
-                        "same_text": same_text, "rows": [_finite(asdict(row)) for row in rows]})  # fmt: skip
+                        "same_text": same_text, "rows": [asdict(row) for row in rows]})  # fmt: skip
     return {"ok": all(report["ok"] for report in reports), "cases": reports}
-
-
-def _finite(values: JsonObject) -> JsonObject:
-    """The values with None for NaN and infinities, which JSON cannot represent."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def command_line() -> Parser:

@@ -373,7 +373,8 @@ def test_mpirun_that_is_terminated_leaves_the_last_checkpoint(user):
     assert_goes_on()
 
 
-def test_a_nan_is_one_decision(user):
+@pytest.mark.parametrize("more", [[], ["--zero"]], ids=["whole", "zero"])
+def test_a_nan_is_one_decision(user, more):
     code = """
 from gpt2 import GPT2
 loss = GPT2.loss
@@ -383,9 +384,17 @@ def broken(self, *args):
     return result * float("nan") if training and comm.rank == 1 and args[2].step == 2 else result
 GPT2.loss = broken
 """
-    _, err = run(4, "--batch-size", "1", "--max-iters", "9", patch=code, status=1)
+    options = ["--batch-size", "1", "--max-iters", "6", *more]
+    said, _ = run(4, *options, patch=code)
+    assert said.count("step 3/6 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged") == 1
+    assert said.count("the first value that is not finite: ") == 1  # by rank 1
+    assert said.count("python -m gpt2.replay out/bad-step-3") == 1
+    assert [loss is None for loss in losses("out")] == [False, False, True, False, False, False]
+    keys = checkpoint.load_arrays(Path("out/bad-step-3/batch.safetensors"))["keys"]
+    assert keys.tolist() == [[2, 0], [2, 1], [2, 2], [2, 3]]  # of all ranks
+    _, err = run(4, *options, "--out-dir", "ended", "--max-bad-steps", "1", patch=code, status=1)
     assert err.count("step 3: the loss is nan and the gradient's norm nan; the step was skipped") == 1
-    assert len(losses("out")) == 2
+    assert len(losses("ended")) == 3
 
 
 def test_ranks_that_diverge_are_detected(user):

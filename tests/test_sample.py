@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sample
@@ -355,6 +356,20 @@ def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
     assert run(capsys, "-p", "<|user|>", "-m", "3", "-t", "0").out == "<|user|>" * 4 + "\n"
     tokenizer = Tokenizer.for_model("checkpoint", 259)
     assert tokenizer.encode_prompt("<|user|>hi").tolist() == [257, *b"hi"]
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e38])
+def test_the_damaged_tensor_is_named(user, capsys, value):
+    model = save_model("damaged")
+    values = model.h[0].ln_1.bias.numpy().copy()
+    values[3] = value
+    model.h[0].ln_1.bias.data = values
+    model.save_pretrained("damaged")
+    Path("damaged/manifest.json").unlink()
+    said = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
+    found = "its weights are damaged: parameter h.0.ln_1.bias [3] is "
+    error = "sample.py: error: generate: the model's logits are not finite numbers"
+    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in said
 
 
 # Where the prompt comes from

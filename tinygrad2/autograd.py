@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from tinygrad2 import missing_names
 from tinygrad2.array import Array, may_share_memory
 from tinygrad2.precision import sum_dtype
-from tinygrad2.tracer import operation_name
+from tinygrad2.tracer import BackwardOperation, active_backward, operation_name
 
 _numbers = itertools.count()
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -191,6 +192,12 @@ class _PendingGradients:
             self._gradients[edge] = (gradient, True)
         return gradient
 
+    def get(self, edge: Edge | None) -> Array | None:
+        """The gradient that has arrived at an edge so far, or None."""
+        if edge is None:
+            return None
+        return edge[0].grad if isinstance(edge[0], Leaf) else self._gradients.get(edge, (None, False))[0]
+
     def pop(self, node: Node) -> Any:
         """The gradient of the node's output, or for several outputs a tuple of them; None where none arrived."""
         if len(node.forms) == 1:
@@ -220,9 +227,12 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
         pending.add(edge, dy)
     for leaf in {edge[0] for edge, _ in gradients if isinstance(edge[0], Leaf) and edge[0] not in uses}:
         _call_on_final(leaf)
+    report = active_backward()
     for node in sorted(nodes, key=lambda node: node.number, reverse=True):
         parents = node.parents
         _run(node, pending)
+        if report is not None:
+            report(BackwardOperation(node.operation, node, tuple(parents), tuple(map(pending.get, parents))))
         for parent in reversed(parents):  # the order of the arena: the last registered is final first
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
@@ -342,3 +352,7 @@ def _arrays(saved: Any) -> Iterator[Array]:
             yield from _arrays(item)
     elif hasattr(saved, "strides"):
         yield saved
+
+
+if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+    __getattr__ = missing_names.of_module("tinygrad2.autograd", missing_names.AUTOGRAD)

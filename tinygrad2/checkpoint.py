@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def writing(folder: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file is there with the size and checksum that the manifest lists."""
+    """Raise CheckpointError unless every file can be read and has the size and checksum that the manifest lists."""
     listed = read_json(folder / MANIFEST).get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST}: no files in this manifest")
@@ -54,12 +55,15 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
             raise CheckpointError(f"{folder / MANIFEST}: its entry for {name} is not valid; expected bytes and sha256")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']}")
-        if _describe(path) != expected:
-            raise CheckpointError(f"{path}: its checksum differs from the manifest's")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: the file is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']}")
+            if _describe(path) != expected:
+                raise CheckpointError(f"{path}: its checksum differs from the manifest's")
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
 def name(step: int) -> str:
@@ -87,11 +91,19 @@ def newest(out: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def prune(out: Path, keep: int, spare: set[str]) -> None:
-    """Delete all but the `keep` newest checkpoints in `out` and those named in `spare`."""
+def prune(out: Path, keep: int, spare: set[str]) -> list[str]:
+    """Delete all but the `keep` newest checkpoints in `out` and those named in `spare`.
+
+    Returns a line about each that the file system does not let go, such as where NFS keeps a file that is open.
+    """
+    left = []
     for folder in find(out)[keep:]:
         if folder.name not in spare:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                left.append(f"{error.filename or folder}: not deleted: {error.strerror}")
+    return left
 
 
 def step_of(folder: Path) -> int:
@@ -110,7 +122,8 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
         save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path, metadata)
     except SafetensorError as error:  # the library's error for a full disk
         raise OSError(f"{path}: cannot be written ({error})") from None
-    path.chmod(mode)  # the library creates files that only their owner can read
+    with suppress(OSError):  # (some file systems have no modes)
+        path.chmod(mode)  # the library creates files that only their owner can read
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -122,8 +135,21 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write `values` as readable JSON. NaN and infinities, which JSON cannot represent, are an error."""
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write `values` as readable JSON; see `to_json`."""
+    path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(values: object, indent: int | None = None) -> str:
+    """`values` as JSON. NaN and infinities, which JSON cannot represent, become null."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path) -> JsonObject:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+HEARTBEAT = 10.0  # seconds between two renewals of a lock file
+FRESH = 60.0  # seconds after which the lock file of another host no longer counts
+SETTLING = 0.5  # seconds in which processes may overwrite a lock file, where the file system has no locks
+LOCKED_BYTE = 1 << 30  # the byte of a lock file that is locked on Windows
+# The errors of a file system that does not have the operation.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -69,14 +88,40 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Flush one file, or the entries of one folder, to the disk."""
-    if os.name == "nt" and path.is_dir():
+    """Flush one file, or the entries of one folder, to the disk. Some file systems cannot flush folders."""
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:
         return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in this block that names no file, as those of open files, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def clean(folder: Path) -> None:
+    """Undo interrupted writes to a folder: remove temporary files, and restore what was being replaced."""
+    for path in [*folder.glob(".*.replaced"), *folder.glob(".*.partial")]:
+        name, _, kind = path.name[1:].rpartition(".")
+        with suppress(OSError):  # what cannot be removed is in nobody's way until it is written again
+            if kind == "replaced" and not os.path.lexists(folder / name):
+                path.rename(folder / name)
+            else:
+                remove(path)
 
 
 def free_name(path: Path, separator: str = "-") -> Path:
@@ -107,47 +152,154 @@ def discard_stdout() -> None:
 
 
 class Lock:
-    """Keeps a second process out of a folder: a file with the owner's process id, removed at the end.
+    """Keeps other processes out of a folder: a file that the operating system locks for this process.
 
-    Raises ValueError if a running process holds it. The lock of a process that was killed is taken over.
+    The lock ends with its process, however that ends; the file is removed when the lock is released. It contains the
+    host, the process and the time, for the message of another process. Some file systems do not share locks between
+    hosts, or have none. Therefore the file's time is renewed every HEARTBEAT seconds, and a file of another host also
+    counts as locked until FRESH seconds after that.
+
+    file   the lock file, in a folder that exists.
+    what   is locked, for messages.
+    stale  whether the previous owner ended without releasing the lock.
     """
 
     def __init__(self, file: Path, what: str):
-        self.file, self.what = file, what
-
-    def check(self) -> None:
-        """Raise ValueError if another running process holds the lock."""
-        owner = self.file.read_text(encoding="ascii", errors="replace") if self.file.is_file() else ""
-        if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
-            raise ValueError(f"{self.what}: process {owner} is using it; wait for it to end, or choose another folder")
+        self.file, self.what, self.stale = file, what, False
+        self._handle = -1
+        self._ending = threading.Event()
 
     def __enter__(self) -> Lock:
-        try:
-            handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            self.check()
-            self.file.unlink(missing_ok=True)
-            return self.__enter__()
-        with os.fdopen(handle, "w") as stream:
-            stream.write(str(os.getpid()))
+        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock. Raises ValueError, naming the file and the owner, if another process has it."""
+        while True:
+            handle = os.open(self.file, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                with naming(self.file):
+                    locked = _try_lock(handle)
+                    if locked is not False and not _is_at(handle, self.file):
+                        os.close(handle)  # its owner has removed the file since it was opened
+                        continue
+                    self._own(handle, locked)
+                break
+            except BaseException:
+                os.close(handle)
+                raise
+        self._handle = handle
+        self._ending.clear()
+        threading.Thread(target=self._renew, args=(handle,), name="lock", daemon=True).start()
+
+    def _own(self, handle: int, locked: bool | None) -> None:
+        """Write this process into the file. Raises ValueError if another one has it.
+
+        locked  whether the operating system has granted the lock; None if the file system has no locks.
+        """
+        content = _content(handle)
+        owner = _owner(content)
+        if locked is False:
+            raise ValueError(f"{self.file}: {owner} is using {self.what}; wait for it to end, or choose another folder")
+        age = _age(handle, self.file.parent)
+        if content.get("machine") != (machine() if locked else None) and "process" in content and abs(age) < FRESH:
+            raise ValueError(
+                f"{self.file}: {owner} was using {self.what} {max(0, age):.0f} s ago, and this file system may not "
+                f"share locks between hosts; wait for it to end, or if it has been killed, for {FRESH - age:.0f} s"
+            )
+        self.stale = os.fstat(handle).st_size > 0
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        mine = {"host": socket.gethostname(), "process": os.getpid(), "started": started, "machine": machine()}
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, json.dumps(mine).encode())
+        os.fsync(handle)
+        if locked is None:  # another process may have written at the same time: the last one has the lock
+            time.sleep(SETTLING)
+            if _content(handle) != mine:
+                raise ValueError(f"{self.file}: {_owner(_content(handle))} is using {self.what}")
+
+    def _renew(self, handle: int) -> None:
+        while not self._ending.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(handle if os.utime in os.supports_fd else self.file)
+
+    def held(self) -> bool:
+        """Whether this lock is taken and its file is still in its place: the folder was not removed or renamed."""
+        return self._handle >= 0 and _is_at(self._handle, self.file)
+
+    def release(self) -> None:
+        """Remove the file and end the lock."""
+        if self._handle < 0:
+            return
+        self._ending.set()
+        if self.held() and os.name != "nt":  # while it is locked, so that no other process has just taken it
+            with suppress(OSError):
+                self.file.unlink()
+        os.close(self._handle)
+        self._handle = -1
+        if os.name == "nt":  # which removes no open file
+            with suppress(OSError):
+                self.file.unlink()
 
 
-def is_running(process: int) -> bool:
-    """Whether a process with this id is running."""
-    if os.name == "nt":
-        return True  # where os.kill would end the process; the user has to remove the lock
+def _try_lock(handle: int) -> bool | None:
+    """Lock an open file without waiting. Returns False if another process has it, None if there are no locks here."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
+        if sys.platform == "win32":
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # which leaves the content readable
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        if error.errno in UNSUPPORTED:
+            return None
+        raise
+    return True
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether an open file is the one at this path."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        return os.path.samestat(os.fstat(handle), os.stat(file))
     except OSError:
-        return True  # a system without /proc
-    return state != "Z"  # a zombie has ended; its parent has not read its status yet
+        return False
+
+
+def _content(handle: int) -> dict[str, object]:
+    """The content of a lock file; empty if it is that of no Lock."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    try:
+        content = json.loads(os.read(handle, 4096))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _owner(content: dict[str, object]) -> str:
+    if "process" not in content:
+        return "another process"
+    return f"process {content['process']} on {content.get('host')}, started {content.get('started')},"
+
+
+def _age(handle: int, folder: Path) -> float:
+    """Seconds since an open file was last written, by the clock of its file system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime - os.fstat(handle).st_mtime
+    except OSError:
+        return time.time() - os.fstat(handle).st_mtime
+
+
+@functools.cache
+def machine() -> str:
+    """An identity of the running system, the same in all its containers: file locks work between its processes."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

@@ -1,4 +1,5 @@
-"""Tracing: a function of yours is called for every operation of a forward pass, with its inputs and its results."""
+"""Tracing: functions of yours are called for every operation of a forward pass, with its inputs and results, and of a
+backward pass, with the gradients that it computed."""
 
 from __future__ import annotations
 
@@ -23,23 +24,43 @@ class Operation(NamedTuple):
     saved: tuple[Any, ...]
 
 
+class BackwardOperation(NamedTuple):
+    """One operation of a backward pass.
+
+    name       of the operation, as in the forward pass.
+    node       of its results, on the tape.
+    edges      where the gradients of its parents go: (node or leaf, output), or None for a parent that wants none.
+    gradients  of its parents, each with what other operations have added to it so far; None where there is none.
+    """
+
+    name: str
+    node: Any
+    edges: tuple[Any, ...]
+    gradients: tuple[Any, ...]
+
+
 Tracer = Callable[[Operation], object]
+BackwardTracer = Callable[[BackwardOperation], object]
 _tracer: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
+_backward_tracer: ContextVar[BackwardTracer | None] = ContextVar("backward_tracer", default=None)
 active = _tracer.get  # () -> the function that is called for each operation in this thread at the moment, or None
+active_backward = _backward_tracer.get  # () -> the same of backward passes
 
 
 @contextmanager
-def tracing(callback: Tracer) -> Iterator[None]:
-    """Inside this context, in this thread, `callback` is called for every operation that returns through record().
+def tracing(callback: Tracer, backward: BackwardTracer | None = None) -> Iterator[None]:
+    """Inside this context, in this thread, `callback` is called for every operation that returns through record(), and
+    `backward` for every operation of a backward pass.
 
-    The callback may keep what it is given, and must not change it. Outside of the context, an operation only looks
-    whether there is a callback.
+    They may keep what they are given, and must not change it. Outside of the context, an operation only looks whether
+    there is a callback, and so does each backward pass.
     """
-    token = _tracer.set(callback)
+    token, backward_token = _tracer.set(callback), _backward_tracer.set(backward)
     try:
         yield
     finally:
         _tracer.reset(token)
+        _backward_tracer.reset(backward_token)
 
 
 def report(backward: Any, parents: tuple[Any, ...], results: tuple[Any, ...], saved: tuple[Any, ...]) -> None:

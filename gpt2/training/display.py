@@ -148,8 +148,16 @@ def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
 
 
 def say_step(row: JsonObject, trainer: Trainer) -> None:
-    """Print the line of a step, with the estimated time left from the second step on."""
+    """Print the line of a step, with the estimated time left from the second step on; of a skipped step the reason."""
     steps, done = trainer.options.max_iters, row["step"] - trainer.first_step
+    if "skipped" in row:
+        say(
+            f"step {row['step']:,}/{steps:,} | skipped: the loss is {row['loss']} and the gradient's norm "
+            f"{row['grad_norm']}; the weights are unchanged"
+        )
+        for line in trainer.explanation if row["step"] == trainer.first_skipped else ():
+            say(f"  {line}")
+        return
     left = f" | eta {clock(trainer.elapsed() / (done + 1) * (steps - row['step']))}" if done else ""
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
     update = f" | {trainer.options.optimizer} {1000 * row['optimizer_seconds']:,.0f} ms" if trainer.profiler else ""
@@ -202,12 +210,14 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
         kept = f"saved in {written}; {resume_command(out)} resumes the run" if written else "nothing to save"
         say(f"stopped after step {progress.step:,}, {kept}")
         return
-    assert progress.best is not None
-    before = "" if trainer.loss_before is None else f" ({trainer.loss_before:.4f} before training)"
-    say(
-        f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, best validation loss "
-        f"{progress.best['val_loss']:.4f} at step {progress.best['step']:,}{before}, saved in {written}"
+    best = progress.best
+    loss = (
+        f"best validation loss {best['val_loss']:.4f} at step {best['step']:,}"
+        if best
+        else "no validation loss was finite"
     )
+    before = "" if trainer.loss_before is None else f" ({trainer.loss_before:.4f} before training)"
+    say(f"done: {progress.step:,} steps in {clock(trainer.elapsed())}, {loss}{before}, saved in {written}")
     say(f"report: {page} (curves and samples)")
     say(f"next: {sample_command(out, suggested_prompt(trainer.validation, trainer.tokenizer))}")
 

@@ -14,6 +14,7 @@ from gpt2.training.dataset import TokenDataset
 from gpt2.training.tasks import Item, Task, perplexity, score
 from tinygrad2 import no_grad
 from tinygrad2.distributed import Comm, SoloComm, share
+from tinygrad2.not_finite import damage
 
 ALONE = SoloComm()
 
@@ -92,7 +93,8 @@ def evaluate_data(
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
     nats = summed_loss(model, data, windows, batch_size, block_size, show_after=0)
     if not math.isfinite(nats):
-        raise ValueError(f"{data.path}: the model's loss is {nats}; its weights are damaged")
+        batch = data.batch(windows[:batch_size], block_size)
+        raise ValueError(f"{data.path}: the model's loss is {nats}; {damage(model, lambda: model.loss(*batch))}")
     return {
         "loss": nats / tokens,
         "perplexity": perplexity(nats / tokens),

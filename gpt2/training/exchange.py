@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,7 @@ def _trainer(folder: Path, state: TrainingState) -> JsonObject:
     if state.best_val_loss is not None:
         best = {"step": state.step, "val_loss": state.best_val_loss}
     progress = Progress(state.step, tokens // options.get("block_size", 1), tokens, 0.0, best)
-    run = RunState(folder, progress, state.optimizer_steps, options, UNKNOWN_DATA)
-    return {key: value for key, value in asdict(run).items() if key != "folder"}
+    return RunState(folder, progress, state.optimizer_steps, options, UNKNOWN_DATA).as_json()
 
 
 def _options(state: TrainingState) -> OptionValues:

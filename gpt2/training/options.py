@@ -148,6 +148,9 @@ class Options:
     momentum: float | None = _fraction(None, "decay rate of the momentum [default: 0.95 for muon, 0.9 for sgd]")
     nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
+    max_bad_steps: int = _positive(
+        3, int, "N", "end after N steps in a row that were skipped because the loss or the gradient was not finite"
+    )
     dropout: float | None = _fraction(
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
     )
@@ -294,7 +297,17 @@ GROUPS = {
     "model": ("preset", *MODEL_SIZES, "init", "dropout"),
     "data and batches": ("data", "batch_size", "block_size", "total_batch_size", "max_iters"),
     "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
-    "optimizer": ("optimizer", "weight_decay", "beta1", "beta2", "momentum", "nesterov", "grad_clip", "zero"),
+    "optimizer": (
+        "optimizer",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "momentum",
+        "nesterov",
+        "grad_clip",
+        "max_bad_steps",
+        "zero",
+    ),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
     "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
     "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
@@ -314,20 +327,25 @@ def command_line(description: str | None) -> Parser:
         "options, except those given again."
     )
     parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
-    by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for f in (by_name[name] for name in names):
-            kind: type = f.metadata["kind"]
-            # (--no-... turns off a flag that a resumed run was started with)
-            form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
-            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
-            text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
-            group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
+        add_options(group, names)
     group.add_argument(
         "--config", metavar="FILE", help="read options of the same names from a TOML file [default: none]"
     )
     return parser
+
+
+def add_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
+    """Add the flags of these options to a command line. Those that are not given are left out of what it parses."""
+    by_name = {f.name: f for f in fields(Options)}
+    for f in (by_name[name] for name in names):
+        kind: type = f.metadata["kind"]
+        # (--no-... turns off a flag that a resumed run was started with)
+        form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
+        form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+        text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
+        group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
 
 
 def _help(name: str, text: str, default: object) -> str:
@@ -452,7 +470,8 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: those given, else the defaults, else derived from other options.
+    """All options: those given, else the defaults, else derived from other options. Those of another version, which a
+    resumed run may have, are left out.
 
     defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
     """
@@ -461,4 +480,5 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     values.setdefault("min_lr", values["learning_rate"] / 10)
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
-    return Options(**values)
+    known = {f.name for f in fields(Options)}
+    return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TextIO, TypedDict
 
+from gpt2 import console
+from gpt2.formats.model_file import BEST, TRAINER
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.options import (
@@ -26,7 +30,8 @@ from tinygrad2.distributed import Comm, SoloComm
 
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
-TRAINER, OPTIMIZER, LOCK = "trainer.json", "optimizer.safetensors", ".lock"
+OPTIMIZER, LOCK = "optimizer.safetensors", ".lock"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # where writing again does not help
 
 
 class Best(TypedDict):
@@ -40,11 +45,12 @@ class Best(TypedDict):
 class Progress:
     """How far a run has trained.
 
-    step     number of completed steps.
-    samples  number of sequences trained on: the position in the data order, for any batch size.
-    tokens   number of tokens trained on.
-    seconds  time spent in steps.
-    best     the best evaluation so far, or None.
+    step       number of completed steps.
+    samples    number of sequences trained on: the position in the data order, for any batch size.
+    tokens     number of tokens trained on.
+    seconds    time spent in steps.
+    best       the best evaluation so far, or None.
+    bad_steps  number of skipped steps in a row, up to the last step.
     """
 
     step: int = 0
@@ -52,6 +58,12 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     best: Best | None = None
+    bad_steps: int = 0
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best evaluation; this step if there is none."""
+        return self.best["step"] if self.best else self.step
 
 
 @dataclass
@@ -67,6 +79,11 @@ class RunOptions:
     notes: list[str] = field(default_factory=list)
     blas: dict[str, str] | None = None
 
+    @property
+    def keep(self) -> int:
+        """The number of checkpoints to keep."""
+        return int({**self.defaults, **self.options}.get("keep", Options.keep))
+
 
 @dataclass
 class RunState:
@@ -76,6 +93,8 @@ class RunState:
     defaults  of the other options when it was started, which later versions must not change; None if unknown.
     data      the fingerprint of the training data.
     blas      the library that multiplied the matrices, its title and the processor; None if unknown.
+    unknown   fields of another version, of the whole and of its `progress`, which are written back as they are. Unknown
+              options and defaults stay among the others.
     """
 
     folder: Path
@@ -85,21 +104,66 @@ class RunState:
     data: str
     defaults: OptionValues | None = None
     blas: dict[str, str] | None = None
+    unknown: dict[str, JsonObject] = field(default_factory=dict)
+
+    def as_json(self) -> JsonObject:
+        """The contents of trainer.json."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("folder", "unknown")}
+        progress = {**values["progress"], **self.unknown.get("progress", {})}
+        return {**values, **self.unknown.get("", {}), "progress": progress}
+
+    def unknown_names(self) -> list[str]:
+        """The names of all fields of another version."""
+        known = {f.name for f in fields(Options)}
+        options = {"options": self.options, "defaults": self.defaults or {}}
+        names = [f"{part}.{name}" for part, values in options.items() for name in values if name not in known]
+        return names + [f"{part}.{name}".lstrip(".") for part, values in self.unknown.items() for name in values]
 
 
 class RunFolder:
     """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
 
     Every rank of `comm` has a RunFolder and makes the same calls; only rank 0 writes.
+
+    say           prints a line.
+    unfinished    whether the previous process was killed: the report may be behind the log.
+    lacks_sample  whether the step at which the folder was opened was evaluated, and its sample is missing.
     """
 
-    def __init__(self, path: str | Path, keep: int = 2, comm: Comm = ALONE):
+    def __init__(self, path: str | Path, comm: Comm = ALONE, say: Callable[[str], None] = console.say):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out-dir {self.path} is a file; name a folder")
-        self.keep = keep
-        self.comm = comm
+        self.comm, self.say = comm, say
+        self.unfinished = self.lacks_sample = False
+        self._opened_at = 0
+        self._lock: files.Lock | None = None
+        self._unknown: dict[str, JsonObject] = {}
         self._log: TextIO | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[RunFolder]:
+        """Keep other processes out of the folder, before anything in it is read. Makes the folder if there is none.
+
+        Raises ValueError if another process has taken it.
+        """
+        made = not self.path.exists()
+        self.comm.from_root(self._take)
+        try:
+            yield self
+        finally:
+            if self._lock:
+                self._lock.release()
+                if made:
+                    with suppress(OSError):  # it is empty if the run could not be started
+                        self.path.rmdir()
+
+    def _take(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = files.Lock(self.path / LOCK, f"{self.path}/")
+        lock.acquire()
+        self._lock, self.unfinished = lock, lock.stale
+        files.clean(self.path)
 
     def resume(self, say: Callable[[str], None]) -> RunState | None:
         """The state in the newest intact checkpoint, or None if there is no checkpoint. Damaged ones are reported."""
@@ -111,9 +175,15 @@ class RunFolder:
         for folder in folders:
             try:
                 checkpoint.verify(folder)
-                return read_state(folder)
+                state = read_state(folder)
             except checkpoint.CheckpointError as error:
                 say(f"skipping a damaged checkpoint: {error}")
+                continue
+            if names := state.unknown_names():
+                listed = ", ".join(names)
+                say(f"{folder / TRAINER}: fields of another version are kept, and have no effect here: {listed}")
+            self._unknown = state.unknown
+            return state
         if folders:
             raise checkpoint.CheckpointError(
                 f"{self.path}: no checkpoint is intact; --fresh starts a new run (the folder is renamed, not deleted)"
@@ -126,26 +196,84 @@ class RunFolder:
         return f"The last checkpoint is {saved.folder}." if saved else "There is no checkpoint yet."
 
     @contextmanager
-    def opened(self, step: int) -> Iterator[None]:
-        """Lock the folder for a run that continues after `step`, and open its log.
+    def opened(self, progress: Progress, run_options: RunOptions) -> Iterator[None]:
+        """Put the folder in order for a run that continues after `progress`, and open its log.
 
-        Rows after `step` are removed from the logs, since these steps will be repeated. Later checkpoints are damaged;
-        they are renamed, so that none of them counts as the newest.
+        Rows after that step are removed from the logs, since these steps will be repeated; so is the record of a start
+        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. What
+        a killed process had still to do after a checkpoint is done: the link to the best, and the deletion of old ones.
         """
         if self.comm.rank:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        with files.Lock(self.path / LOCK, str(self.path)):
-            for folder in checkpoint.find(self.path):
-                if checkpoint.step_of(folder) > step:
-                    folder.rename(files.free_name(folder.with_name(f"damaged-{folder.name}")))
-            for log in (self.path / LOG, self.path / SAMPLES, self.path / STARTS):
-                kept = [row for row in read_log(log) if row["step"] <= step]
-                with files.atomic_write(log) as partial:
-                    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            with (self.path / LOG).open("a", encoding="utf-8") as self._log:
-                yield
+        self._opened_at = step = progress.step
+        for folder in checkpoint.find(self.path):
+            if checkpoint.step_of(folder) > step:
+                folder.rename(files.free_name(folder.with_name(f"damaged-{folder.name}")))
+        self._cut(STARTS, step - 1)
+        row, sample = self._cut(LOG, step), self._cut(SAMPLES, step)
+        self.lacks_sample = "val_loss" in row and row["step"] == step and sample.get("step") != step
+        self._tidy(progress, run_options)
+        self._log = (self.path / LOG).open("a", encoding="utf-8")
+        try:
+            yield
+        finally:
+            self._log.close()
+            self._log = None
+
+    def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
+        """Do what a process that was killed after the checkpoint at which the folder was opened had still to do.
+
+        sample         gives the text that this checkpoint's model samples with a seed.
+        seed           of the run; that of a sample is seed + step.
+        update_report  writes the report; its argument is True: always.
+        """
+        self.comm.from_root(lambda: self._catch_up(sample, seed, update_report))
+
+    def _catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
+        if self.lacks_sample:
+            self.log_sample(self._opened_at, sample(seed + self._opened_at))
+        if self.lacks_sample or self.unfinished:
+            update_report(True)
+
+    def _cut(self, name: str, step: int) -> JsonObject:
+        """Remove the rows of a log after `step`. Returns the last row; empty if there is none.
+
+        A log that cannot be read is renamed.
+        """
+        log = self.path / name
+        try:
+            kept = [row for row in read_log(log) if row["step"] <= step]
+        except OSError as error:
+            aside = log.rename(files.free_name(log.with_name(f"damaged-{name}")))
+            self.say(f"{log}: {error.strerror}; renamed to {aside}, a new one is started")
+            kept = []
+        with files.atomic_write(log) as partial:
+            partial.write_text("".join(checkpoint.to_json(row) + "\n" for row in kept), encoding="utf-8")
+        return kept[-1] if kept else {}
+
+    def _tidy(self, progress: Progress, run_options: RunOptions) -> None:
+        """Point the link `best` to the best checkpoint, then delete old ones."""
+        best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
+        for name in best:
+            if (self.path / name).is_dir():
+                # (Some file systems have no links, and on Windows only administrators can create them: what opens
+                # out/best reads trainer.json.)
+                with suppress(OSError), files.atomic_write(self.path / BEST) as new:
+                    new.symlink_to(name, target_is_directory=True)
+        for line in checkpoint.prune(self.path, run_options.keep, best):
+            self.say(line)
+
+    def _check_folder(self) -> None:
+        """Take the folder again, if it was removed or renamed."""
+        if self._lock is None or self._lock.held():
+            return
+        self.say(f"{self.path}/ was removed or renamed; training continues in a new folder of this name")
+        self._lock.release()
+        self._take()
+        if self._log is not None:
+            self._log.close()
+            self._log = (self.path / LOG).open("a", encoding="utf-8")
 
     def save(
         self,
@@ -158,31 +286,37 @@ class RunFolder:
     ) -> Path:
         """Write the checkpoint of the current step, point the link `best` to the best one, and delete old ones.
 
+        After an error of the disk, unless it is full, the checkpoint is written once more.
+
         data  the fingerprint of the training data.
         """
         folder = self.path / checkpoint.name(progress.step)
         moments = optimizer.state()
         if self.comm.rank:
             return folder
-        with checkpoint.writing(folder) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save(partial)
-            checkpoint.save_arrays(partial / OPTIMIZER, moments)
-            given, defaults = run_options.options, run_options.defaults
-            state = RunState(folder, progress, optimizer.steps, given, data, defaults, run_options.blas)
-            checkpoint.write_json(partial / TRAINER, {k: v for k, v in asdict(state).items() if k != "folder"})
-        best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
-        checkpoint.prune(self.path, self.keep, best)
-        for name in best:
-            self._point("best", name)
-        return folder
+        given, defaults = run_options.options, run_options.defaults
+        state = RunState(folder, progress, optimizer.steps, given, data, defaults, run_options.blas, self._unknown)
 
-    def _point(self, link: str, name: str) -> None:
-        """Make out/best a symbolic link to a checkpoint, if the file system supports links."""
-        if (self.path / name).is_dir():
-            # (on Windows only administrators can create links; trainer.json also contains the best step)
-            with suppress(OSError), files.atomic_write(self.path / link) as new:
-                new.symlink_to(name, target_is_directory=True)
+        def write() -> None:
+            self._check_folder()
+            if self._log is not None:  # no checkpoint is ahead of its log, also after a power failure
+                with files.naming(self.path / LOG):
+                    os.fsync(self._log.fileno())
+            with checkpoint.writing(folder) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save(partial)
+                checkpoint.save_arrays(partial / OPTIMIZER, moments)
+                checkpoint.write_json(partial / TRAINER, state.as_json())
+
+        try:
+            write()
+        except OSError as error:
+            if not error.errno or error.errno in NO_SPACE:
+                raise
+            self.say(f"{console.one_line(error)}; writing the checkpoint of step {progress.step:,} again")
+            write()
+        self._tidy(progress, run_options)
+        return folder
 
     def load_optimizer(self, state: RunState, optimizer: optim.Optimizer) -> None:
         """Load the optimizer's state from a checkpoint."""
@@ -194,11 +328,13 @@ class RunFolder:
             raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, step: int, **row: object) -> None:
-        """Append the row of a step to the log."""
+        """Append the row of a step to the log; null stands for a number that is not finite."""
         if self._log is None:
             return
-        self._log.write(json.dumps({"step": step, **row}) + "\n")
-        self._log.flush()
+        self._check_folder()
+        with files.naming(self.path / LOG):
+            self._log.write(checkpoint.to_json({"step": step, **row}) + "\n")
+            self._log.flush()
 
     def log_sample(self, step: int, text: str) -> None:
         """Append the text that was sampled after `step`."""
@@ -210,48 +346,97 @@ class RunFolder:
 
     def _append(self, name: str, **row: object) -> None:
         if self.comm.rank == 0:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._check_folder()
+            with files.naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(checkpoint.to_json(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def set_aside(self) -> Path | None:
-        """Rename the folder, if it exists, so that a new run can use its name; returns the new name."""
+        """Rename the folder, unless it is empty, so that a new run can use its name; returns the new name."""
         return self.comm.from_root(self._set_aside)
 
     def _set_aside(self) -> Path | None:
-        if not self.path.exists():
+        if not self.path.exists() or all(path.name == LOCK for path in self.path.iterdir()):
             return None
-        files.Lock(self.path / LOCK, str(self.path)).check()
         if not self.path.name:
             raise ValueError(f"--out-dir {self.path} cannot be renamed; choose a folder inside it")
         dated = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return self.path.rename(files.free_name(dated))
+        if self._lock and os.name == "nt":  # which renames no folder with an open file
+            self._lock.release()
+        aside = self.path.rename(files.free_name(dated))
+        if self._lock:
+            self._lock.file = aside / LOCK
+            self._lock.release()
+            self._take()
+        return aside
 
 
 def read_state(folder: Path) -> RunState:
-    """Raises CheckpointError if trainer.json does not have the form that RunFolder.save writes."""
-    values = checkpoint.read_json(folder / TRAINER)
+    """The state in a checkpoint. Raises CheckpointError if trainer.json does not have the form that it is written in.
+
+    Fields of another version are kept in it.
+    """
+    file = folder / TRAINER
+    values = checkpoint.read_json(file)
     try:
+        for name, kind in (("progress", dict), ("options", dict), ("data", str)):
+            if not isinstance(values.get(name), kind):
+                raise ValueError(f"{name} is {values.get(name)!r:.80}; expected a value of type {kind.__name__}")
         defaults = values["defaults"] if "defaults" in values else _first_defaults(folder.parent)
+        if not isinstance(defaults, dict | None):
+            raise ValueError(f"defaults is {defaults!r:.80}; expected a value of type dict")
         for removed in REMOVED_OPTIONS:
             values["options"].pop(removed, None)
             (defaults or {}).pop(removed, None)
-        progress = Progress(**values["progress"])
-        given, blas = values["options"], values.get("blas")
-        state = RunState(folder, progress, values["optimizer_steps"], given, values["data"], defaults, blas)
-        counts = (progress.step, progress.samples, progress.tokens, state.optimizer_steps)
-        if not all(isinstance(count, int) for count in counts):
-            raise TypeError
-        if not isinstance(state.options, dict) or not isinstance(state.defaults, dict | None):
-            raise TypeError
-        if blas is not None and not all(isinstance(blas[key], str) for key in ("name", "title", "processor")):
-            raise TypeError
-        if progress.best is not None:
-            progress.best["step"] + 0, progress.best["val_loss"] + 0
-        validate_options(state.options)
-        validate_options(state.defaults or {})
-        return state
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise checkpoint.CheckpointError(f"{folder / TRAINER}: not a valid file of train.py") from None
+        validate_options(values["options"])
+        validate_options(defaults or {})
+        known = {f.name for f in fields(Progress)}
+        progress = Progress(**{name: value for name, value in values["progress"].items() if name in known})
+        for name in ("step", "samples", "tokens", "bad_steps"):
+            _check_count(f"progress.{name}", getattr(progress, name))
+        _check_count("optimizer_steps", values.get("optimizer_steps"))
+        if not _is_number(progress.seconds) or progress.seconds < 0:
+            raise ValueError(f"progress.seconds is {progress.seconds!r:.80}; expected a number of at least 0")
+        progress.best = _read_best(progress.best)
+        blas = _read_blas(values.get("blas"))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{file}: not a valid file of train.py: {error}") from None
+    names = {f.name for f in fields(RunState)} - {"folder", "unknown"}
+    unknown = {
+        "": {name: value for name, value in values.items() if name not in names},
+        "progress": {name: value for name, value in values["progress"].items() if name not in known},
+    }
+    options, data = values["options"], values["data"]
+    return RunState(folder, progress, values["optimizer_steps"], options, data, defaults, blas, unknown)
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {value!r:.80}; expected an integer from 0 to 2**63 - 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _read_best(best: object) -> Best | None:
+    """Progress.best. Raises ValueError if it does not have this form."""
+    if best is None:
+        return None
+    if not isinstance(best, dict) or not _is_number(best.get("val_loss")):
+        raise ValueError(f"progress.best is {best!r:.80}; expected a step and a val_loss")
+    _check_count("progress.best.step", best.get("step"))
+    return Best(step=best["step"], val_loss=best["val_loss"])
+
+
+def _read_blas(blas: object) -> dict[str, str] | None:
+    """RunState.blas. Raises ValueError if it does not have this form."""
+    if blas is None:
+        return None
+    if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):
+        raise ValueError(f"blas is {blas!r:.80}; expected the texts name, title and processor")
+    return blas
 
 
 def _first_defaults(out: Path) -> OptionValues | None:

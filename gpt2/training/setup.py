@@ -12,10 +12,12 @@ from gpt2 import console
 from gpt2.config import BYTE_PRESETS, GPT2Config
 from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel, ModelConfig
+from gpt2.memory_model import Step, describe_need, largest_batch, needed
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
+from gpt2.training import ranks
 from gpt2.training.dataset import TokenDataset, find_dataset
-from gpt2.training.display import say
+from gpt2.training.display import say, say_first_loss
 from gpt2.training.exchange import UNKNOWN_DATA
 from gpt2.training.options import (
     FIXED_OPTIONS,
@@ -207,10 +209,11 @@ def build_trainer(
     options: Options, config: GPT2Config, data: Splits, folder: RunFolder, saved: RunState | None
 ) -> Trainer:
     """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
+    ranks.compare(folder.comm, options, data[:2])
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
     data = (*data[:2], tokenizer)
-    with explain_memory(config, options):
+    with explain_memory(config, options, folder.comm.size):
         model = GPT2(
             config,
             seed=None if source else options.seed,
@@ -225,6 +228,20 @@ def build_trainer(
         if saved:
             folder.load_optimizer(saved, optimizer)
         return Trainer(model, optimizer, options, data, folder, saved.progress if saved else Progress())
+
+
+def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
+    """The model in a checkpoint as it computes in its run, and its tokenizer."""
+    dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
+    return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
+
+
+def measure_first_loss(trainer: Trainer) -> None:
+    """Print the validation loss of a new run before its first step, and keep it for the record of the start."""
+    if trainer.progress.step == 0:
+        with explain_memory(trainer.model.config, trainer.options, trainer.comm.size):
+            trainer.loss_before = trainer.validation_loss()
+        say_first_loss(trainer.loss_before)
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
@@ -274,20 +291,44 @@ def with_vocabulary(
     )
 
 
+def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -> Step:
+    """What memory_model.py needs to know of a run."""
+    return Step(
+        config,
+        options.batch_size,
+        options.block_size,
+        Precision.of(options.dtype),
+        options.recompute,
+        options.head_rows,
+        options.optimizer,
+        ranks,
+        options.zero,
+        cuda,
+        threads.count(),
+    )
+
+
 @contextmanager
-def explain_memory(config: ModelConfig, options: Options) -> Iterator[None]:
-    """Turn a MemoryError into one that lists the memory that a step needs."""
+def explain_memory(config: ModelConfig, options: Options, ranks: int) -> Iterator[None]:
+    """Turn a MemoryError into one that lists the memory that a step of GPT-2 needs, and what would fit."""
     try:
         yield
     except MemoryError:
-        B, T = options.batch_size, options.block_size
-        need = config.memory(B, T, options.dtype, options.recompute, options.head_rows)
-        parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
-        memory = get_backend(options.device).memory()
-        raise MemoryError(
-            f"out of memory: {B} sequences of {T} tokens need {parts} = "
-            f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
-            + (f"; {memory[0] / 1e9:.2f} of the device's {memory[1] / 1e9:.2f} GB are free" if memory else "")
-            + "; use a smaller --batch-size, with --total-batch-size to keep the tokens per step"
-            + (", or --recompute block" if options.recompute == "none" else "")
-        ) from None
+        if not isinstance(config, GPT2Config):
+            raise
+        device = get_backend(options.device)
+        memory = device.memory() or machine.memory()
+        step = planned_step(config, options, ranks, device.cuda is not None)
+        raise MemoryError(f"out of memory: {describe_need(step)}{_remedy(step, memory) if memory else ''}") from None
+
+
+def _remedy(step: Step, memory: tuple[float, float]) -> str:
+    """What is free, and the options with which a step fits the device."""
+    free, total = memory
+    line = f"; {free / 1e9:.2f} of the device's {total / 1e9:.2f} GB are free"
+    fitting = min(largest_batch(step, total), step.batch_size - 1)
+    if fitting:
+        return f"{line}; use --batch-size {fitting} or less, with --total-batch-size to keep the tokens per step"
+    changes = (("--recompute block", {"recompute": "block"}), ("--head-rows 1024", {"head_rows": 1024}))
+    helpful = [flag for flag, change in changes if needed(dataclasses.replace(step, **change)) < needed(step)]
+    return f"{line}; use {', '.join([*helpful, 'a smaller model or --block-size'])}"

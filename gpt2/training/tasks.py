@@ -29,6 +29,7 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2 import machine, no_grad
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
+from tinygrad2.not_finite import damage
 
 TIMEOUT = 30  # seconds without an answer from a server
 
@@ -203,7 +204,7 @@ def score(
         chosen = order[first : first + batch_size]
         nats[chosen], greedy[chosen] = _score_rows(model, [flat[i] for i in chosen])
     if not np.isfinite(nats).all():
-        raise ValueError(f"{task.name}: the model's losses are not finite; its weights are damaged")
+        raise ValueError(f"{task.name}: the model's losses are not finite; {damage(model)}")
     sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0.0)
     first = 0
     for item, group in zip(items, rows, strict=True):

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
+from gpt2.training.bad_step import Batch, LaunchedStep, Span, explain_step, too_many
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
@@ -22,7 +22,6 @@ from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.tasks import Questions
 from tinygrad2 import Key, optim
 from tinygrad2.array import Array
-from tinygrad2.backend import PendingScalars, Timestamp
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
@@ -59,10 +58,13 @@ class Trainer:
         self.stopping = False  # a rank was requested to stop
         self.loss_before: float | None = None  # the validation loss before the first step of a new run
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
+        self.first_skipped: int | None = None  # the first step that was skipped since this start
+        self.explanation: list[str] = []  # of that step
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
-        self._mark, self._waited = self._started, self.comm.waited
+        self._mark, self._waited = model.backend.timestamp(), self.comm.waited
+        self._spans: list[Span] = []  # of the time of the step that is being launched
 
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
@@ -78,20 +80,26 @@ class Trainer:
                 self.stopping = True
                 return False
             loss, step_tokens, stopping = summed
+            # (If the step before was skipped, the weights still are those that it had.)
+            for launched in self._launched:
+                self._receive(launched)
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
             # 3. Clip by the global norm, and update the parameters.
-            before = self.model.backend.timestamp() if self.profiler else None
-            norm = self.optimizer.step(max_norm=self.options.grad_clip or None)
-            after = self.model.backend.timestamp() if self.profiler else None
+            before = self.model.backend.timestamp()
+            norm = self.optimizer.step(max_norm=self.options.grad_clip or None, loss=loss)
             self.optimizer.zero_grad()
+            self._spans.append((self._mark, end := self.model.backend.timestamp()))
             pending = self.model.backend.fetch(loss, norm)
         self.stopping = bool(stopping)
+        samples = self.progress.samples
         self.progress.step += 1
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
-        lr, tokens = self.optimizer.lr, self.progress.tokens
-        self._launched.append(LaunchedStep(self.progress.step, lr, int(step_tokens), tokens, pending, (before, after)))
+        counts, waited = (int(step_tokens), self.progress.tokens), self.comm.waited - self._waited
+        step = self.progress.step, samples, self.optimizer.lr, *counts, pending, self._spans, waited, (before, end)
+        self._launched.append(LaunchedStep(*step))
+        self._mark, self._spans, self._waited = end, [], self.comm.waited
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
         return True
@@ -106,12 +114,8 @@ class Trainer:
         for micro in tqdm(range(micro_steps), "micro-steps", leave=False, delay=SHOW_AFTER, disable=hidden):
             if micro and self.comm.all_gather(np.array(stop_requested())).any():
                 return None
-            # The position of this batch in the global batch of the step determines its samples and dropout masks.
-            first_sample = (micro * size + rank) * options.batch_size
-            indices = self.order.indices(self.progress.samples + first_sample, options.batch_size)
-            tokens, targets = self.train.batch(indices, options.block_size)
-            key = Key(options.seed, self.progress.step, first_sample)
-            part = self.model.loss(tokens, targets, key) * (1 / (micro_steps * size))
+            batch = self.batch(self.progress.step, self.progress.samples, micro * size + rank)
+            part = self.model.loss(batch.tokens, batch.targets, batch.key) * (1 / (micro_steps * size))
             if micro == micro_steps - 1:
                 self.gradient_sum.start()  # the all-reduce of final gradients overlaps with the backward pass
             part.backward()
@@ -120,31 +124,43 @@ class Trainer:
         mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested())
         return mean_loss, step_tokens, stopping
 
+    def batch(self, step: int, samples: int, position: int) -> Batch:
+        """A batch of the step after these steps and samples, by its position in the global batch, like its dropout."""
+        first_sample = position * self.options.batch_size
+        indices = self.order.indices(samples + first_sample, self.options.batch_size)
+        tokens, targets = self.train.batch(indices, self.options.block_size)
+        return Batch(Key(self.options.seed, step, first_sample), tokens, targets)
+
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
         """A row for the log for each step whose loss has arrived; on a GPU one step later, unless `wait`.
 
-        Raises ValueError if the loss or the norm of the gradient is not finite: the optimizer has skipped such a step.
+        The row of a step that the optimizer has skipped, since its loss or the norm of its gradient is not finite, has
+        "skipped". `explanation` says what went wrong in the first one.
+        Raises ValueError after `max_bad_steps` of them in a row.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
-            now_waited = self.comm.waited
             launched = self._launched.popleft()
-            loss, norm = launched.result.get()
-            if not math.isfinite(norm) or not math.isfinite(loss):
-                raise ValueError(
-                    f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was "
-                    f"skipped, the weights are unchanged. {self.folder.last_checkpoint()} Try a lower "
-                    f"--learning-rate (it was {launched.lr:.2e})"
-                )
-            seconds = time.perf_counter() - self._mark
-            row = launched.row(loss, norm, seconds, now_waited - self._waited)
+            self._receive(launched)
+            row = launched.row(self.model.backend, profiled=self.profiler is not None)
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
                 row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has its own GPU
-            if self.profiler:
-                row["optimizer_seconds"] = round(self.model.backend.seconds(*launched.update), 6)
-            self.restart_clock()
             self.progress.seconds += row["seconds"]
             yield row
+            if self.progress.bad_steps >= self.options.max_bad_steps:
+                raise ValueError(too_many(self, launched))
+
+    def _receive(self, launched: LaunchedStep) -> None:
+        """Wait for the loss and the norm of a step, before the parameters are updated again. All ranks get the same."""
+        if launched.numbers is not None:
+            return
+        launched.numbers = tuple(launched.result.get())
+        finite = all(map(math.isfinite, launched.numbers))
+        self.progress.bad_steps = 0 if finite else self.progress.bad_steps + 1
+        if not finite and self.first_skipped is None:
+            self._spans.append((self._mark, self.model.backend.timestamp()))  # which end before the explanation
+            self.first_skipped, self.explanation = launched.step, explain_step(self, launched)
+            self._mark = self.model.backend.timestamp()
 
     def elapsed(self) -> float:
         """Seconds since this start."""
@@ -152,9 +168,9 @@ class Trainer:
 
     def restart_clock(self) -> None:
         """Start timing the next step now, to exclude evaluation and checkpoints from it."""
-        self._mark, self._waited = time.perf_counter(), self.comm.waited
+        self._mark, self._waited, self._spans = self.model.backend.timestamp(), self.comm.waited, []
         if self.progress.step < self.first_step:
-            self._started = self._mark
+            self._started = time.perf_counter()
 
     def validation_loss(self) -> float:
         """The mean loss on the first --eval-iters batches of the validation split, in nats per token."""
@@ -168,7 +184,7 @@ class Trainer:
             results = evaluate_task(task, self.model, self.tokenizer, items, self.options.batch_size, self.comm)
             found |= {f"{task.name}_{key}": result for key, result in results.items()}
         best = self.progress.best
-        if best is None or found["val_loss"] < best["val_loss"]:
+        if math.isfinite(found["val_loss"]) and (best is None or found["val_loss"] < best["val_loss"]):
             self.progress.best = {"step": self.progress.step, "val_loss": found["val_loss"]}
         return found
 
@@ -176,28 +192,3 @@ class Trainer:
         """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run uses."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
         return self.folder.save(*state, run_options, self.train.fingerprint)
-
-
-@dataclass
-class LaunchedStep:
-    """A step whose loss and gradient norm have not arrived from the device yet."""
-
-    step: int
-    lr: float
-    step_tokens: int
-    tokens: int
-    result: PendingScalars
-    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
-
-    def row(self, loss: float, norm: float, seconds: float, waited: float) -> JsonObject:
-        """Its row in log.jsonl."""
-        return {
-            "step": self.step,
-            "loss": loss,
-            "lr": self.lr,
-            "grad_norm": norm,
-            "seconds": round(seconds, 6),
-            "comm_seconds": round(waited, 6),
-            "tokens_per_s": round(self.step_tokens / seconds, 1),
-            "tokens": self.tokens,
-        }

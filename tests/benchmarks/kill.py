@@ -1,30 +1,51 @@
-"""Kill a rank at random moments, repeatedly: every run must end by itself, and the next one must resume from it.
+"""Kill train.py at many moments: every run must end in the same bytes as one that was never interrupted.
 
-    python tests/benchmarks/kill.py             20 runs of 4 ranks, in about five minutes
+    python tests/benchmarks/kill.py                      200 kills of single processes, in at least 60 runs
+    python tests/benchmarks/kill.py --kills 20 --runs 6  a short campaign
+    python tests/benchmarks/kill.py --ranks 4            20 kills of one of 4 ranks (mpirun)
 
-The same training runs once uninterrupted. At the end the log of the killed runs must have every step once, with
-the very same loss: a sample that was lost or repeated would change it.
+A process is killed at a random moment; before its k-th change of the file system; or at a random moment on a disk whose
+flushes are slow. The same command then continues the run, and may be killed again. At the end all files are compared
+with those of an undisturbed run, except for what is time: seconds and rates in trainer.json and log.jsonl, the records
+of the starts, and report.html, which must be the page that its folder gives, but for the date.
+
+A killed rank must also end its job within 30 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
+from gpt2 import report  # noqa: E402
 from gpt2.training.run import read_log  # noqa: E402
 from tinygrad2 import checkpoint  # noqa: E402
 
+OPTIONS = (
+    "--block-size 16 --batch-size 2 --max-iters 40 --eval-interval 10 --eval-iters 2 --save-interval 3 "
+    "--log-interval 10 --dropout 0.1"
+)
+TIMES = ("seconds", "comm_seconds", "tokens_per_s")  # in the rows of the log
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "os.utime", "shutil.rmtree"}
+MODES = ("change", "change", "slow", "random")  # how often each is drawn
+MOST_CHANGES = 420  # about as many as a run makes
+SLOW_FLUSH = 0.03  # seconds
 LIMIT = 30.0  # seconds in which a job must have ended after one of its ranks was killed
 RANK = """
 import os, sys
@@ -38,7 +59,131 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def start(ranks: int, out: str, steps: int) -> subprocess.Popen:
+# Single processes
+
+
+def kill_before_change(k: int, out: Path) -> None:
+    """Kill this process before its k-th change of the file system in `out`, flushes included."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if count == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and out.name in str(arguments[0]):
+            tick()
+
+    fsync = os.fsync
+    os.fsync = lambda handle: (tick(), fsync(handle))[1]  # type: ignore[assignment]
+    sys.addaudithook(watch)
+
+
+def start(out: Path, log: Path, mode: str, k: int) -> int:
+    """Run train.py in a fork of this process; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if mode == "change":
+        kill_before_change(k, out)
+    elif mode == "slow":
+        fsync = os.fsync
+        os.fsync = lambda handle: (time.sleep(SLOW_FLUSH), fsync(handle))[1]  # type: ignore[assignment]
+    status = train.main([*OPTIONS.split(), "--out-dir", str(out)])
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def wait(pid: int, seconds: float) -> int:
+    """Kill a process after this time, if it still runs. Returns its exit status, negative for a signal."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(out: Path) -> dict[str, object]:
+    """Everything in the folder of a run that must not depend on interruptions, by file."""
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for folder in checkpoint.find(out):
+        state = checkpoint.read_json(folder / "trainer.json")
+        state["progress"].pop("seconds")
+        state["options"].pop("out_dir")
+        listed = checkpoint.read_json(folder / "manifest.json")["files"]
+        listed.pop("trainer.json")
+        found |= {f"{folder.name}/trainer.json": state, f"{folder.name}/manifest.json": listed}
+        checkpoint.verify(folder)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    found["log.jsonl"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    found["starts.jsonl"] = [row["step"] for row in read_log(out / "starts.jsonl")][:1]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    found["report.html"] = undated(page) == undated(report.report_page(report.Run.load(out)))
+    return found
+
+
+def undated(page: str) -> str:
+    return re.sub(r"\d\d\d\d-\d\d-\d\d at \d\d:\d\d:\d\d", "", page)
+
+
+def kill_one_run(draw: random.Random, folder: Path, run: int, most: int) -> tuple[Path, Counter, str]:
+    """A run that is killed up to `most` times. Returns its folder, the kills by mode, and what failed."""
+    out, log, kills = folder / f"run{run:03}", folder / f"run{run:03}.txt", Counter[str]()
+    for _ in range(most):
+        mode = draw.choice(MODES)
+        k, seconds = draw.randint(1, MOST_CHANGES), draw.uniform(0, 6 if mode == "slow" else 3)
+        status = wait(start(out, log, mode, k), 120 if mode == "change" else seconds)
+        if status == -signal.SIGKILL:
+            kills[mode] += 1
+        elif status:
+            return out, kills, f"a start ended with {status}: {log.read_text()[-500:]}"
+    status = wait(start(out, log, "", 0), 300)
+    return out, kills, f"the last start ended with {status}: {log.read_text()[-500:]}" if status else ""
+
+
+def kill_processes(kills: int, runs: int, seed: int, folder: Path) -> None:
+    draw, done, run = random.Random(seed), Counter[str](), 0
+    whole = folder / "whole"
+    if status := wait(start(whole, folder / "whole.txt", "", 0), 600):
+        raise SystemExit(
+            f"FAILED: the undisturbed run ended with {status}: {(folder / 'whole.txt').read_text()[-500:]}"
+        )
+    expected = contents(whole)
+    while done.total() < kills or run < runs:
+        run += 1
+        out, found, failed = kill_one_run(draw, folder, run, draw.randint(1, max(2, round(2 * kills / runs))))
+        done += found
+        got = {} if failed else contents(out)
+        differing = sorted(name for name in expected.keys() | got.keys() if got.get(name) != expected.get(name))
+        print(f"run {run:3}: killed {dict(found)}, {done.total()} in all", flush=True)
+        if failed or differing:
+            kept = Path(tempfile.mkdtemp(prefix="killed-")) / "run"
+            shutil.copytree(out, kept, symlinks=True)
+            raise SystemExit(f"FAILED: {failed or f'other contents: {differing}'}\nkept in {kept}, --seed {seed}")
+        shutil.rmtree(out)
+    listed = ", ".join(f"{count} {mode}" for mode, count in sorted(done.items()))
+    print(f"{run} runs, {done.total()} kills ({listed}): each ended in the bytes of the undisturbed run")
+
+
+# Ranks
+
+
+def start_ranks(ranks: int, out: str, steps: int) -> subprocess.Popen:
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if mpirun is None:
         raise SystemExit('kill.py: there is no mpirun; pip install -e ".[mpi]"')
@@ -72,67 +217,74 @@ def outlived(pids: list[int]) -> list[int]:
     return pids
 
 
+def finish_whole(job: subprocess.Popen) -> None:
+    said = finish(job, 600)
+    if job.returncode:
+        raise SystemExit(f"FAILED: a run without a kill ended with {job.returncode}\n{said}")
+
+
+def kill_a_rank(
+    draw: random.Random, job: subprocess.Popen, ranks: int, longest: float, reached: int
+) -> tuple[int, float]:
+    """Kill one rank of a job. Returns the step of the newest checkpoint and the seconds until the job had ended."""
+    rank, after = draw.randrange(ranks), draw.uniform(0.2, longest)
+    began, file = time.monotonic(), Path(f"pid-{rank}")
+    while job.poll() is None and (time.monotonic() - began < after or not file.exists()):
+        time.sleep(0.005)
+    if job.poll() is not None:
+        raise SystemExit("a run reached its last step before a rank could be killed; take more --steps")
+    pids = [int(path.read_text()) for path in Path().glob("pid-[0-9]*") if path.suffix == ""]
+    os.kill(int(file.read_text()), signal.SIGKILL)
+    killed = time.monotonic()
+    finish(job, LIMIT)
+    seconds, left = time.monotonic() - killed, outlived(pids)
+    newest, damaged = checkpoint.newest(Path("killed"))
+    step = checkpoint.step_of(newest) if newest else 0
+    print(f"rank {rank} killed after {after:4.1f} s, the job ended {seconds:.1f} s later, step {step}", flush=True)
+    if not job.returncode or left or damaged or step < reached:
+        raise SystemExit(f"FAILED: status {job.returncode}, processes left {left}, damaged {damaged}, step {step}")
+    return step, seconds
+
+
+def kill_ranks(kills: int, ranks: int, steps: int, longest: float, seed: int, folder: Path) -> None:
+    draw = random.Random(seed)
+    os.chdir(folder)
+    finish_whole(start_ranks(ranks, "whole", steps))
+    slowest, reached = 0.0, 0
+    for _ in range(kills):
+        for file in Path().glob("pid-*"):
+            file.unlink()
+        reached, seconds = kill_a_rank(draw, start_ranks(ranks, "killed", steps), ranks, longest, reached)
+        slowest = max(slowest, seconds)
+    finish_whole(start_ranks(ranks, "killed", steps))
+    whole, killed = (
+        [(row["step"], row["loss"]) for row in read_log(Path(out, "log.jsonl"))] for out in ("whole", "killed")
+    )
+    os.chdir(ROOT)
+    if killed != whole:
+        raise SystemExit("FAILED: the losses are not those of the run without a kill")
+    print(
+        f"{kills} jobs killed, each ended within {slowest:.1f} s; all {steps} steps are there once, "
+        f"with the same losses"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20, help="runs to kill")
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the whole training")
+    parser.add_argument("--kills", type=int, help="kills in all [default: 200, of ranks 20]")
+    parser.add_argument("--runs", type=int, default=60, help="runs over which they are spread, at least")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks per run")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of a run of several ranks")
     parser.add_argument("--longest", type=float, default=8.0, help="seconds after which a rank is killed at the latest")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        job = start(given.ranks, "whole", given.steps)
-        said = finish(job, 600)
-        if job.returncode:
-            raise SystemExit(f"FAILED: the uninterrupted run ended with {job.returncode}\n{said}")
-        slowest, reached = 0.0, 0
-        for run in range(1, given.runs + 1):
-            for file in Path().glob("pid-*"):
-                file.unlink()
-            job = start(given.ranks, "killed", given.steps)
-            rank, after = draw.randrange(given.ranks), draw.uniform(0.2, given.longest)
-            began = time.monotonic()
-            file = Path(f"pid-{rank}")
-            while job.poll() is None and (time.monotonic() - began < after or not file.exists()):
-                time.sleep(0.005)
-            if job.poll() is not None:
-                raise SystemExit(f"run {run} reached its last step before a rank could be killed; take more --steps")
-            pids = [int(path.read_text()) for path in Path().glob("pid-[0-9]*") if path.suffix == ""]
-            os.kill(int(file.read_text()), signal.SIGKILL)
-            killed = time.monotonic()
-            finish(job, LIMIT)
-            seconds = time.monotonic() - killed
-            slowest = max(slowest, seconds)
-            left = outlived(pids)
-            newest, damaged = checkpoint.newest(Path("killed"))
-            step = checkpoint.step_of(newest) if newest else 0
-            print(
-                f"run {run:2}: rank {rank} killed after {after:4.1f} s, the job ended {seconds:.1f} s later (status "
-                f"{job.returncode}), checkpoint at step {step}",
-                flush=True,
-            )
-            if not job.returncode or left or damaged or step < reached:
-                raise SystemExit(
-                    f"FAILED: status {job.returncode}, processes left {left}, damaged {damaged}, step {step}"
-                )
-            reached = step
-        job = start(given.ranks, "killed", given.steps)
-        said = finish(job, 600)
-        if job.returncode:
-            raise SystemExit(f"FAILED: the last run ended with {job.returncode}\n{said}")
-        rows = {
-            out: [(row["step"], row["loss"]) for row in read_log(Path(out) / "log.jsonl")]
-            for out in ("whole", "killed")
-        }
+        if given.ranks > 1:
+            kill_ranks(given.kills or 20, given.ranks, given.steps, given.longest, given.seed, Path(folder))
+        else:
+            os.chdir(folder)
+            kill_processes(given.kills or 200, given.runs, given.seed, Path(folder))
         os.chdir(ROOT)
-    if rows["killed"] != rows["whole"]:
-        raise SystemExit("FAILED: the losses differ from those of the uninterrupted run")
-    print(
-        f"{run} runs killed, each ended within {slowest:.1f} s; all {given.steps} steps are there once, with the very "
-        f"losses of an uninterrupted run"
-    )
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ def test_changed_option_starts_over(tmp_path, monkeypatch):
 def test_truncated_work_starts_over(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
-    os.truncate(tmp_path / "out.partial" / "train-00000.bin", 100)
+    os.truncate(tmp_path / "out.partial" / "data" / "train-00000.bin", 100)
     said = []
     prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
     assert "shards are missing or truncated; starting over" in said[0]
@@ -615,15 +615,29 @@ def test_existing_data_set_is_rejected_or_renamed(tmp_path, capsys):
 def test_two_at_once(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out.partial").mkdir()
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    (tmp_path / "out.partial" / "lock").write_text(str(other.pid))
+    lock = tmp_path / "out.partial" / "lock"
+    code = "p.Lock(p.Path(sys.argv[1]), 'out').acquire(); print(flush=True); input()"
+    other = start(code, lock, stdin=subprocess.PIPE)
+    other.stdout.readline()
     try:
-        with pytest.raises(ValueError, match=f"process {other.pid} is using it"):
+        with pytest.raises(ValueError, match=rf"lock: process {other.pid} on .* is using {tmp_path / 'out'}"):
             make([tmp_path / "a.txt"], tmp_path / "out")
     finally:
-        other.communicate(b"\n")
+        other.kill()
+        other.communicate()
+    assert lock.exists()
     make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that has ended is taken over
-    assert not (tmp_path / "out" / "lock").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
+    (tmp_path / "a.txt").write_text(varied_text(2000))
+    code = (
+        "import os; p.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "p.prepare([sys.argv[1]], 'bytes', sys.argv[2])"
+    )
+    assert start(code, tmp_path / "a.txt", tmp_path / "out").wait(30) == -signal.SIGKILL
+    assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
 BAD = [  # files by name, arguments, what the line says

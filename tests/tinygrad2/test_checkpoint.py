@@ -1,7 +1,9 @@
 """tinygrad2/checkpoint.py: folders that are written completely or not at all."""
 
+import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,5 +114,54 @@ def test_arrays_come_back_bit_by_bit_and_others_can_read_the_file(tmp_path):
 
 
 def test_json_has_no_nan(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        checkpoint.write_json(tmp_path / "x.json", {"loss": float("nan")})
+    values = {"loss": float("nan"), "rows": [float("-inf"), 1.5, (np.float64("inf"), "NaN", 2)], "step": 3}
+    checkpoint.write_json(tmp_path / "x.json", values)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert read == {"loss": None, "rows": [None, 1.5, [None, "NaN", 2]], "step": 3}
+
+
+@pytest.mark.parametrize("name", ["model.bin", checkpoint.MANIFEST])
+def test_an_unreadable_sector_is_damage(tmp_path, monkeypatch, name):
+    for step in (1, 2):
+        write(tmp_path / checkpoint.name(step))
+    damaged = tmp_path / checkpoint.name(2) / name
+    whole = io.open
+
+    def unreadable(path, *args, **kwargs):
+        if path == damaged:
+            raise OSError(5, "Input/output error")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", unreadable)  # which Path's methods call
+    folder, lines = checkpoint.newest(tmp_path)
+    assert folder == tmp_path / checkpoint.name(1)
+    assert lines == [f"{damaged}: Input/output error"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+    for step in range(3):
+        write(tmp_path / checkpoint.name(step))
+    rmdir = os.rmdir
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(checkpoint.name(0)):
+            raise OSError(39, "Directory not empty", str(path))
+        rmdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    lines = checkpoint.prune(tmp_path, keep=1, spare=set())
+    assert [line.rpartition("/")[2] for line in lines] == [f"{checkpoint.name(0)}: not deleted: Directory not empty"]
+    assert sorted(os.listdir(tmp_path)) == [checkpoint.name(step) for step in (0, 2)]
+
+
+def test_a_file_system_without_modes_is_written_to(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    checkpoint.save_arrays(tmp_path / "x.safetensors", {"a": np.ones(3)})
+    assert np.array_equal(checkpoint.load_arrays(tmp_path / "x.safetensors")["a"], np.ones(3))

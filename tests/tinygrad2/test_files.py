@@ -1,8 +1,13 @@
 """tinygrad2/files.py: files and folders that are written completely or not at all, and locks."""
 
+import json
 import os
+import re
+import socket
+import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -116,15 +121,202 @@ def test_missing_folders_are_not_created(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_held_by_a_running_process_only(tmp_path):
-    lock = f"files.Lock(files.Path({str(tmp_path / 'lock')!r}), 'out')"
-    code = f"from tinygrad2 import files; {lock}.__enter__()"
-    owner = subprocess.Popen([sys.executable, "-c", f"{code}; print(flush=True); input()"], stdin=-1, stdout=-1)
-    owner.stdout.readline()
-    with pytest.raises(ValueError, match=f"^out: process {owner.pid} is using it"):
-        files.Lock(tmp_path / "lock", "out").check()
-    owner.kill()
-    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # ended, and still listed, since its parent does not wait
-    with files.Lock(tmp_path / "lock", "out"):
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
-    owner.communicate()
+def other_process(code, *arguments):
+    """A process that runs `code` with `files` and the Lock `lock`, prints a line, and waits."""
+    code = f"import os, sys\nfrom tinygrad2 import files\nlock = files.Lock(files.Path(sys.argv[1]), 'out')\n{code}"
+    command = [sys.executable, "-c", code + "\nprint(flush=True); input()", *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def refusal(file):
+    """The message with which the lock is refused."""
+    with pytest.raises(ValueError, match="lock: ") as caught, files.Lock(file, "out"):
+        pass
+    return str(caught.value)
+
+
+def test_a_lock_is_held_until_its_process_ends(tmp_path):
+    file = tmp_path / "lock"
+    owner = other_process("lock.acquire()", file)
+    assert re.fullmatch(
+        rf"{file}: process {owner.pid} on {socket.gethostname()}, started [\d-]+ [\d:]+, is using out; wait for it to "
+        "end, or choose another folder",
+        refusal(file),
+    )
+    kill(owner)
+    assert file.exists()
+    with files.Lock(file, "out") as lock:
+        assert lock.stale
+        assert lock.held()
+        assert json.loads(file.read_text())["process"] == os.getpid()
+        assert f"process {os.getpid()} on" in refusal(file)  # also within one process
+    assert not file.exists()
+    with files.Lock(file, "out") as lock:
+        assert not lock.stale
+
+
+@pytest.mark.parametrize("content", ["1", str(os.getpid()), "", "[]", "\xff" * 9000])
+def test_a_file_that_nobody_has_locked_is_stale(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    with files.Lock(tmp_path / "lock", "out") as lock:
+        assert lock.stale == bool(content)
+    assert entries(tmp_path) == []
+
+
+def foreign(file, machine="another"):
+    """The file of a process on another host, whose locks do not arrive here."""
+    owner = {"host": "node7", "process": 12, "started": "2026-01-02 03:04:05", "machine": machine}
+    file.write_text(json.dumps(owner))
+
+
+def test_the_file_of_another_host_counts_while_its_heartbeat_is_fresh(tmp_path):
+    file = tmp_path / "lock"
+    foreign(file)
+    assert re.fullmatch(
+        rf"{file}: process 12 on node7, started 2026-01-02 03:04:05, was using out 0 s ago, and this file system may "
+        r"not share locks between hosts; wait for it to end, or if it has been killed, for \d+ s",
+        refusal(file),
+    )
+    old = time.time() - files.FRESH
+    os.utime(file, (old, old))
+    with files.Lock(file, "out") as lock:
+        assert lock.stale
+    foreign(file, machine=files.machine())  # of another container on this machine, where locks hold
+    with files.Lock(file, "out") as lock:
+        assert lock.stale
+
+
+def test_the_heartbeat_renews_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HEARTBEAT", 0.01)
+    file = tmp_path / "lock"
+    with files.Lock(file, "out"):
+        os.utime(file, (0, 0))
+        end = time.monotonic() + 20
+        while file.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 0
+
+
+def test_where_the_file_system_has_no_locks_the_heartbeat_alone_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLING", 0.0)
+    monkeypatch.setattr(files, "_try_lock", lambda handle: None)
+    file = tmp_path / "lock"
+    with files.Lock(file, "out"):
+        assert f"process {os.getpid()} on {socket.gethostname()}" in refusal(file)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: foreign(file))  # which writes at the same time
+    assert refusal(file).endswith("node7, started 2026-01-02 03:04:05, is using out")
+
+
+def test_a_lock_notices_that_its_folder_is_gone(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.Lock(tmp_path / "out" / "lock", "out") as lock:
+        (tmp_path / "out").rename(tmp_path / "moved")
+        assert not lock.held()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "lock").write_text("another")
+        assert not lock.held()
+    assert (tmp_path / "out" / "lock").exists()
+
+
+RACE = """
+import contextlib, time
+for trial in range(int(sys.argv[2])):
+    while not os.path.exists(f"{sys.argv[1]}-{trial}"):
+        pass
+    with contextlib.suppress(ValueError):
+        lock.acquire()
+    print(int(lock.held()), flush=True)
+    input()
+    lock.release()
+    print(flush=True)
+"""
+
+
+@pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_of_4_processes_that_race_for_a_stale_lock_one_gets_it(tmp_path, trials):
+    file = tmp_path / "lock"
+    processes = [other_process("print(flush=True)" + RACE, file, trials) for _ in range(4)]
+    try:
+        for trial in range(trials):
+            if trial % 2:
+                file.write_text("1")
+            else:
+                foreign(file, files.machine())
+            (tmp_path / f"lock-{trial}").touch()  # starts them
+            assert sorted(int(process.stdout.readline()) for process in processes) == [0, 0, 0, 1]
+            for process in processes:
+                process.stdin.write(b"\n")
+                process.stdin.flush()
+            for process in processes:
+                process.stdout.readline()
+            assert not file.exists()
+    finally:
+        for process in processes:
+            kill(process)
+
+
+def test_holders_that_come_and_go_never_overlap(tmp_path):
+    code = """
+import contextlib, time
+alone = files.Path(sys.argv[1] + "-alone")
+end, count = time.monotonic() + 2, 0
+while time.monotonic() < end:
+    with contextlib.suppress(ValueError), lock:
+        alone.touch(exist_ok=False)
+        count += 1
+        alone.unlink()
+print(count)
+"""
+    command = "print(flush=True)" + code
+    processes = [other_process(command, tmp_path / "lock") for _ in range(4)]
+    try:
+        assert sum(int(process.stdout.readline()) for process in processes) > 4
+    finally:
+        for process in processes:
+            kill(process)
+    assert entries(tmp_path) == []
+
+
+def test_interrupted_writes_are_undone(tmp_path):
+    for name in (".page.partial", ".log.replaced", "log", "note.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.replaced").mkdir()
+    (tmp_path / ".model.replaced" / "weights").touch()
+    files.clean(tmp_path)
+    assert entries(tmp_path) == ["log", "model", "note.partial"]
+    assert entries(tmp_path / "model") == ["weights"]
+
+
+def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with files.atomic_write(tmp_path / "model") as partial:
+        partial.mkdir()
+    assert entries(tmp_path) == ["model"]
+
+
+def test_a_flush_that_fails_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "page").touch()
+
+    def fail(handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for path in (tmp_path / "page", tmp_path):
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            files.flush_entry(path)
+        assert caught.value.filename == str(path)

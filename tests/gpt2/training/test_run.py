@@ -1,18 +1,30 @@
 """gpt2/training/run.py: the folder of a run: what is kept, locked, renamed, passed over where damaged, and logged."""
 
+import ast
+import inspect
+import io
 import json
+import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from gpt2 import GPT2
-from gpt2.training.run import read_log
+import train
+from gpt2 import GPT2, Tokenizer, report
+from gpt2.config import GPT2Config
+from gpt2.formats.model_file import find_model
+from gpt2.training.options import Options, default_options, resolve_options
+from gpt2.training.run import Progress, RunFolder, RunOptions, read_log, read_state
+from gpt2.training.setup import resumed_run
 from tests.training_runs import QUICK, ROOT, assert_same_run, one_line, rows, run, update_checksums
-from tinygrad2 import checkpoint
+from tinygrad2 import checkpoint, files, optim
 
 
 def test_killed_in_the_middle_nothing_is_lost(workspace):
@@ -119,19 +131,280 @@ def test_a_checkpoint_without_a_valid_state_is_passed_over(workspace, capsys, st
 
 
 def test_two_runs_do_not_share_a_folder(workspace, capsys):
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        run("--max-iters", "2")
-        Path("out/.lock").write_text(str(other.pid))
-        for more in ([], ["--fresh"]):
+    run("--max-iters", "2")
+    with files.Lock(Path("out/.lock"), "out"):
+        for more in ([], ["--fresh"], ["--max-iters", "2"]):
             run("--max-iters", "4", *more, code=1)
-            assert f"out: process {other.pid} is using it" in one_line(capsys)
+            assert f"out/.lock: process {os.getpid()} on {socket.gethostname()}, started " in one_line(capsys)
         assert len(rows("out")) == 2
-    finally:
-        other.kill()
-        other.wait()
+    Path("out/.lock").write_text("1")  # as earlier versions left it
     run("--max-iters", "4")
     assert not Path("out/.lock").exists()
+
+
+def test_the_folder_is_taken_before_its_checkpoints_are_read(workspace, monkeypatch):
+    run("--max-iters", "2")
+    found = []
+    find = checkpoint.find
+    monkeypatch.setattr(checkpoint, "find", lambda out: found.append(Path(out, ".lock").exists()) or find(out))
+    run("--max-iters", "4")
+    assert found
+    assert all(found)
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(workspace):
+    run("--data", "nothing", "--max-iters", "2", code=1)
+    assert not Path("out").exists()
+
+
+def test_a_folder_that_is_removed_while_training_is_made_again(workspace, monkeypatch, capsys):
+    move = {4: lambda: Path("out").rename("moved"), 9: lambda: shutil.rmtree("out")}
+    learning_rate_at = Options.learning_rate_at
+
+    def moving(self, step):
+        move.pop(step, lambda: None)()
+        return learning_rate_at(self, step)
+
+    monkeypatch.setattr(Options, "learning_rate_at", moving)
+    run("--max-iters", "12", "--eval-interval", "0", "--save-interval", "6")
+    assert not move
+    assert capsys.readouterr().out.count("out/ was removed or renamed; training continues in a new folder") == 2
+    assert [row["step"] for row in read_log(Path("moved/log.jsonl"))] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows("out")] == [10, 11, 12]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        *("best", "ckpt-000012", "log.jsonl", "report.html", "samples.jsonl"),
+    ]
+
+
+def killed_at(place, name, *options):
+    """A run that ends without any clean-up at the first call of a function since it began to save."""
+    save = RunFolder.save
+
+    def save_until_killed(self, *args):
+        patch.setattr(place, name, lambda *_, **__: os._exit(9))
+        return save(self, *args)
+
+    patch = pytest.MonkeyPatch()
+    pid = os.fork()
+    if pid == 0:
+        patch.setattr(RunFolder, "save", save_until_killed)
+        run(*options)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+FIRST_WRITES_AFTER_A_CHECKPOINT = {
+    "the link": (RunFolder, "_tidy"),
+    "the deletion": (checkpoint, "prune"),
+    "the sample": (train, "sample_text"),
+    "the sample's row": (RunFolder, "log_sample"),
+    "the report": (report, "report_page"),
+}
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("name", FIRST_WRITES_AFTER_A_CHECKPOINT)
+def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspace, name, steps):
+    """Killed after the checkpoint of step 4, which is the last one or not."""
+    options = ["--max-iters", str(steps), "--save-interval", "4", "--keep", "1"]
+    run(*options, "--out-dir", "whole")
+    killed_at(*FIRST_WRITES_AFTER_A_CHECKPOINT[name], *options)
+    assert Path("out/ckpt-000004").is_dir()
+    assert Path("out/.lock").exists()
+    run(*options)
+    assert_same_run("whole", "out")
+    assert sorted(os.listdir("out")) == sorted(os.listdir("whole"))
+    assert os.readlink("out/best") == os.readlink("whole/best")
+    assert f"{steps} of {steps} steps" in Path("out/report.html").read_text()
+    assert [row["step"] for row in read_log(Path("out/starts.jsonl"))] == ([0] if steps == 4 else [0, 4])
+
+
+def test_a_finished_run_is_left_as_it_is(workspace):
+    run("--max-iters", "4")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    run("--max-iters", "4")
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+def test_the_best_checkpoint_is_found_without_its_link(workspace, monkeypatch):
+    values = iter([9.0, 3.0, 4.0])  # the first one is before training
+    monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
+    run("--max-iters", "8")
+    best = Path("out/ckpt-000004")
+    assert find_model(Path("out/best"), print) == best
+    Path("out/best").unlink()
+    assert find_model(Path("out/best"), print) == best
+    Path("out/best").symlink_to("ckpt-000008")  # as a process killed before the link left it
+    assert find_model(Path("out/best"), print) == best
+    (best / "model.safetensors").unlink()
+    assert find_model(Path("out/best"), print) == Path("out/best")
+
+
+def test_every_option_is_remembered(workspace):
+    """For each option: a run that was started with another value than the default has it when it is resumed without."""
+    config = GPT2Config.preset("nano")
+    for f in fields(Options):
+        if f.name in ("fresh", "out_dir"):  # which start and which run
+            continue
+        base = {"data": "text"} if f.name != "data" else {}
+        defaults = default_options(base, config)
+        candidates = (
+            [not f.default]
+            if f.metadata["kind"] is bool
+            else [3, 4, 0.25, "other", *f.metadata["expected"].split(", ")]
+        )
+        allowed = f.metadata["allowed"] or (lambda value: True)
+        value = next(
+            value
+            for value in candidates
+            if type(value) is f.metadata["kind"] and value != defaults.get(f.name) and allowed(value)
+        )
+        given = {**base, f.name: value}
+        resolved = resolve_options(given, config, default_options(given, config))
+        saved = save_state(RunOptions(given, default_options(given, config)))
+        options, _, run_options = resumed_run({}, saved)
+        assert getattr(options, f.name) == getattr(resolved, f.name) == value, f.name
+        assert run_options.options[f.name] == value
+    tree = ast.parse(inspect.getsource(train))
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "given"]
+    read = {ast.unparse(node.args[0]) for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("given.get", "given.pop")}  # fmt: skip
+    assert used
+    assert read == {"'out_dir'", "'fresh'"}, "train.py: an option read from `given` is forgotten when a run is resumed"
+
+
+def save_state(run_options):
+    """The state of a run with these options, written by RunFolder.save and read."""
+    model, folder = GPT2(GPT2Config.preset("nano").with_ids(None, ()), seed=1), RunFolder("saved")
+    folder.save(model, optim.AdamW(model), Tokenizer.load("bytes"), Progress(step=1), run_options, "data")
+    return read_state(Path("saved/ckpt-000001"))
+
+
+def test_the_number_of_checkpoints_to_keep_is_remembered(workspace):
+    run("--max-iters", "6", "--save-interval", "1", "--keep", "50")
+    assert train.main(["--max-iters", "8"]) == 0
+    assert len(list(Path("out").glob("ckpt-*"))) == 8
+    run("--max-iters", "8", "--keep", "2")  # a finished run too
+    assert len(list(Path("out").glob("ckpt-*"))) == 2
+
+
+def test_fields_of_another_version_are_named_and_kept(workspace, capsys):
+    run("--max-iters", "2")
+    file = Path("out/ckpt-000002/trainer.json")
+    state = json.loads(file.read_text())
+    state["ema"] = {"decay": 0.99}
+    state["progress"]["epochs"] = 2
+    state["options"]["lookahead"] = True
+    state["defaults"]["rotary"] = 7
+    file.write_text(json.dumps(state))
+    update_checksums(file.parent)
+    capsys.readouterr()
+    run("--max-iters", "3")
+    assert (
+        f"{file}: fields of another version are kept, and have no effect here: options.lookahead, defaults.rotary, "
+        "ema, progress.epochs\n" in capsys.readouterr().out
+    )
+    kept = json.loads(Path("out/ckpt-000003/trainer.json").read_text())
+    assert kept["ema"] == {"decay": 0.99}
+    assert kept["progress"]["epochs"] == 2
+    assert kept["options"]["lookahead"] is True
+    assert kept["defaults"]["rotary"] == 7
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("progress", "seconds", "x", "progress.seconds is 'x'; expected a number of at least 0"),
+        ("progress", "samples", -5, "progress.samples is -5; expected an integer from 0"),
+        ("progress", "tokens", True, "progress.tokens is True; expected an integer from 0"),
+        ("progress", "step", 2**70, "expected an integer from 0 to 2**63 - 1"),
+        ("progress", "best", [], "progress.best is []; expected a step and a val_loss"),
+        ("progress", "best", {"step": 1, "val_loss": None}, "expected a step and a val_loss"),
+        ("progress", "best", {"step": "1", "val_loss": 2}, "progress.best.step is '1'; expected an integer"),
+        ("options", "keep", "5", "--keep is '5'; expected a value of type int"),
+        ("options", "preset", "huge", "--preset is huge; expected "),
+        (None, "data", 5, "data is 5; expected a value of type str"),
+        (None, "optimizer_steps", 1.5, "optimizer_steps is 1.5; expected an integer"),
+        (None, "progress", [], "progress is []; expected a value of type dict"),
+    ],
+)
+def test_a_wrong_field_is_one_line(tmp_path, part, name, value, message):
+    state = {"progress": {"step": 1}, "optimizer_steps": 1, "options": {}, "data": "", "defaults": {}}
+    (state[part] if part else state)[name] = value
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        read_state(tmp_path)
+    assert f"{tmp_path / 'trainer.json'}: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_validation_loss_that_is_not_finite_keeps_no_run_from_saving(workspace, monkeypatch, capsys):
+    for losses, best in (([math.nan, 3.0, math.inf], 8), ([math.nan, math.nan, -math.inf], None)):
+        values = iter([math.nan, *losses])  # the first one is before training
+        monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args, values=values: next(values))
+        out = f"out-{best}"
+        run("--max-iters", "12", "--out-dir", out)
+        said = capsys.readouterr().out
+        assert ("best validation loss 3.0000 at step 8" if best else "no validation loss was finite") in said
+        folder, damaged = checkpoint.newest(Path(out))
+        assert (folder.name, damaged) == ("ckpt-000012", [])
+        found = read_state(folder).progress.best
+        assert found == ({"step": 8, "val_loss": 3.0} if best else None)
+        for line in Path(out, "log.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+        measured = [row["val_loss"] for row in read_log(Path(out, "log.jsonl")) if "val_loss" in row]
+        assert measured == [value if math.isfinite(value) else None for value in losses]
+
+
+def test_an_error_of_the_disk_is_named_and_the_checkpoint_written_again(workspace, capsys, monkeypatch):
+    options = ["--max-iters", "4", "--save-interval", "4"]
+    run(*options, "--out-dir", "whole")
+    fsync, errors = os.fsync, iter([5])
+
+    def fail_once(handle):
+        if "optimizer.safetensors" in os.readlink(f"/proc/self/fd/{handle}"):
+            for error in errors:
+                raise OSError(error, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    run(*options)
+    line = (
+        "out/.ckpt-000004.partial/optimizer.safetensors: Input/output error; writing the checkpoint of step 4 again\n"
+    )
+    assert line in capsys.readouterr().out
+    assert_same_run("whole", "out")
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(workspace, capsys, monkeypatch):
+    rmdir = os.rmdir
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("ckpt-000001"):
+            raise OSError(39, "Directory not empty", str(path))
+        rmdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    run("--max-iters", "3", "--save-interval", "1", "--keep", "1")
+    assert "ckpt-000001: not deleted: Directory not empty\n" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_read_is_renamed(workspace, capsys, monkeypatch):
+    run("--max-iters", "2")
+    whole = io.open
+
+    def unreadable(path, mode="r", *args, **kwargs):
+        if str(path) == "out/log.jsonl" and mode == "r" and not Path("out/damaged-log.jsonl").exists():
+            raise OSError(5, "Input/output error")
+        return whole(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", unreadable)
+    run("--max-iters", "3")
+    said = capsys.readouterr().out
+    assert "out/log.jsonl: Input/output error; renamed to out/damaged-log.jsonl, a new one is started\n" in said
+    assert [row["step"] for row in rows("out")] == [3]
+    assert [row["step"] for row in read_log(Path("out/damaged-log.jsonl"))] == [1, 2]
 
 
 def test_a_log_with_invalid_utf8_does_not_stop_a_run(workspace):

@@ -83,7 +83,19 @@ def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
 def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(workspace, capsys):
     run("--max-iters", "4", "--save-interval", "2")
     before = newest_arrays("out")
-    run("--max-iters", "40", "--learning-rate", "2e9", "--grad-clip", "0", "--warmup-iters", "0", code=1)
+    run(
+        "--max-iters",
+        "40",
+        "--learning-rate",
+        "2e9",
+        "--grad-clip",
+        "0",
+        "--warmup-iters",
+        "0",
+        "--max-bad-steps",
+        "1",
+        code=1,
+    )
     line = one_line(capsys)
     assert re.search(r"step \d+: the loss is (nan|inf|[\d.e+]+) and the gradient's norm (nan|inf)", line)
     assert "The last checkpoint is out/ckpt-000004." in line

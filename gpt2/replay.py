@@ -1,0 +1,93 @@
+"""Run a skipped training step again with checks, and say where values first stop being finite.
+
+train.py skips a step whose loss or gradient is not finite, and writes the first of a run into the folder bad-step-N of
+its out-dir: the weights, the batch, the keys of dropout, and the options. This command names the first tensor with a
+value that is not finite, its operation and its layer, in the forward or the backward pass, and what that suggests. With
+--dtype float64 it shows whether the values only overflow.
+"""
+
+from __future__ import annotations
+
+from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+
+# isort: split
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2.config import RECOMPUTE
+from gpt2.console import Parser, say
+from gpt2.formats import model_file
+from gpt2.model import GPT2
+from gpt2.training import bad_step
+from tinygrad2 import threads
+from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.checkpoint import CheckpointError, write_json
+from tinygrad2.precision import TRAINING
+
+
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.replay", __doc__, "FOLDER")
+    group = parser.add_argument_group("what to run")
+    group.add_argument("folder", type=Path, metavar="FOLDER", help="a skipped step, such as out/bad-step-17")
+    group = parser.add_argument_group("device and precision")
+    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument(
+        "--dtype",
+        choices=TRAINING,
+        help="precision of the computation [default: that of the run, or float32 where the device does not have it]",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to FILE [default: none]")
+    return parser
+
+
+@console.command("gpt2.replay")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}; expected 1 or more")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: the folder {options.json.parent}/ does not exist")
+    threads.set_count(options.threads or threads.count())
+    step = bad_step.read(options.folder)
+    model = load_model(options.folder, step, options.device, options.dtype)
+    say(
+        f"{options.folder}: step {step.step:,}, whose loss was {shown(step.loss)} and its gradient's norm "
+        f"{shown(step.grad_norm)}; {model.precision.name} on {model.backend.device}"
+    )
+    found, lines = bad_step.explain(model, step.batches, len(step.batches), step.lr)
+    for line in lines:
+        say(line)
+    if options.json:
+        dtype, device = model.precision.name, model.backend.device
+        write_json(options.json, {"step": step.step, "dtype": dtype, "device": device, "found": found, "lines": lines})
+    return 0
+
+
+def load_model(folder: Path, step: bad_step.BadStep, device: str, dtype: str | None) -> GPT2:
+    """The model of the step, with its options."""
+    recompute, head_rows = step.options.get("recompute"), step.options.get("head_rows")
+    own = step.options.get("dtype")
+    if recompute not in RECOMPUTE or own not in TRAINING or not isinstance(head_rows, int | None):
+        raise CheckpointError(f"{folder / bad_step.STEP}: its options are not those of a run of train.py")
+    if dtype is None:
+        dtype = own
+        if reason := get_backend(device).unsupported_reason(own):
+            say(f"--dtype {reason}; computing in float32")
+            dtype = "float32"
+    config = model_file.load_config(folder)
+    model = GPT2(config, seed=None, device=device, dtype=dtype, recompute=recompute, head_rows=head_rows)
+    model_file.load_into(model, folder)
+    return model
+
+
+def shown(number: float | None) -> str:
+    return "not finite" if number is None else f"{number:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

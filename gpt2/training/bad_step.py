@@ -1,0 +1,252 @@
+"""A training step that was skipped, since its loss or its gradient was not finite: what it is stored as, and what went
+wrong in it when it is run again with checks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gpt2.language_model import LanguageModel
+from gpt2.tokenizer import Tokenizer
+from gpt2.training.options import Options
+from gpt2.training.run import Progress, RunFolder
+from tinygrad2 import Key, checkpoint
+from tinygrad2.array import Array
+from tinygrad2.backend import Backend, PendingScalars, Timestamp
+from tinygrad2.checkpoint import CheckpointError, JsonObject
+from tinygrad2.distributed import Comm
+from tinygrad2.files import write_error
+from tinygrad2.not_finite import LARGE, Checker, Place, largest
+
+Span = tuple[Timestamp, Timestamp]
+
+MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
+STEP, BATCH = "step.json", "batch.safetensors"
+PATTERN = "bad-step-*"
+GROWN = 1e3  # an absolute value that weights which train well do not reach
+CHECKPOINTS = 4  # the bytes of a checkpoint with two moments and of a bad step, in those of the weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens and targets (B, T) of one micro-step of one rank, and the key of its dropout masks."""
+
+    key: Key
+    tokens: Array
+    targets: Array
+
+
+class Training(Protocol):
+    """What is needed of a Trainer."""
+
+    model: LanguageModel
+    options: Options
+    tokenizer: Tokenizer
+    folder: RunFolder
+    comm: Comm
+    progress: Progress
+    explanation: list[str]
+
+    def batch(self, step: int, samples: int, position: int) -> Batch: ...
+
+
+@dataclass
+class BadStep:
+    """A skipped step.
+
+    step             its number, from 1.
+    loss, grad_norm  what it computed; None where that is not finite.
+    lr               its learning rate.
+    options          all options of the run.
+    batches          of all its micro-steps and ranks, in the order of the global batch.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+    options: JsonObject
+    batches: list[Batch]
+
+    def write(self, out: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path | None:
+        """Write it and the model into a folder of `out`, completely or not at all.
+
+        Returns the folder, or None where there is such a folder already. Raises OSError if there is no space for it and
+        for one more checkpoint.
+        """
+        if any(out.glob(PATTERN)):
+            return None
+        folder = out / f"bad-step-{self.step}"
+        need = CHECKPOINTS * sum(p.data.nbytes for _, p in model.named_parameters())
+        if shutil.disk_usage(out).free < need or write_error(out):
+            raise OSError(f"{folder}: not written: less than {need / 1e9:.2f} GB of the disk are free")
+        with checkpoint.writing(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save(partial)
+            keys = [(batch.key.step, batch.key.first_sample) for batch in self.batches]
+            arrays = {name: np.stack([getattr(b, name) for b in self.batches]) for name in ("tokens", "targets")}
+            checkpoint.save_arrays(partial / BATCH, {**arrays, "keys": np.array(keys, dtype=np.int64)})
+            values = {name: value for name, value in vars(self).items() if name != "batches"}
+            checkpoint.write_json(partial / STEP, values)
+        return folder
+
+
+def read(folder: Path) -> BadStep:
+    """What BadStep.write wrote. Raises CheckpointError naming the file that is damaged."""
+    if not (folder / STEP).is_file():
+        raise CheckpointError(f"{folder}: not a skipped step; expected the folder bad-step-N of a run, with {STEP}")
+    checkpoint.verify(folder)
+    values, arrays = checkpoint.read_json(folder / STEP), checkpoint.load_arrays(folder / BATCH)
+    try:
+        rows = zip(arrays["keys"].tolist(), arrays["tokens"], arrays["targets"], strict=True)
+        seed = values["options"]["seed"]
+        batches = [
+            Batch(Key(seed, step, first_sample), tokens, targets) for (step, first_sample), tokens, targets in rows
+        ]
+        return BadStep(**values, batches=batches)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a skipped step that train.py wrote ({error})") from None
+
+
+def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
+    """Run a step's batches again with every value checked: whether a value was not finite, and lines for the user.
+
+    count  the number of batches that the mean loss of the step is over.
+    The gradients are added to those of the model.
+    """
+    checker = Checker(model)
+    for batch in batches:
+
+        def forward_and_backward(batch: Batch = batch) -> None:
+            (model.loss(batch.tokens, batch.targets, batch.key) * (1 / count)).backward()
+
+        if not checker.run(forward_and_backward):
+            break
+    return checker.first is not None, list(_lines(checker, model, lr))
+
+
+def _lines(checker: Checker, model: LanguageModel, lr: float) -> Iterator[str]:
+    first, large = checker.first, checker.large
+    if first is not None:
+        yield f"the first value that is not finite: {first}"
+    if large is not None:
+        before = "before it, " if first is not None else "every value is finite, but "
+        yield f"{before}the first value above {LARGE:.1e}, whose square overflows in float32: {large}"
+    origin = checker.origin
+    if origin is None:
+        yield (
+            f"every value is finite when the step is run again in {model.precision.name} on {model.backend.device}: "
+            f"the cause is another precision or device, code that has changed, or a fault of the hardware"
+        )
+    else:
+        yield f"this suggests {_cause(origin, model, lr)}"
+
+
+def _cause(origin: Place, model: LanguageModel, lr: float) -> str:
+    """What the first bad value suggests, and what to do."""
+    sizes = {name: largest(p.data) for name, p in model.named_parameters()}
+    widest = max(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else math.inf)
+    lower = f"too high a --learning-rate (it was {lr:.2e})"
+    if origin.parameter and not (origin.finite and origin.fraction > 0.5):
+        return "damaged weights: use an intact checkpoint, or convert the model again"
+    if sizes[widest] > GROWN or origin.parameter:
+        return f"weights that have grown too large, up to {sizes[widest]:.2g} in {widest}: {lower}"
+    if model.precision.name == "bfloat16":
+        return f"an overflow of bfloat16 if gpt2.replay --dtype float32 finds no such value, else {lower}"
+    function = f"the {'backward function' if origin.phase == 'backward' else 'computation'} of {origin.operation}"
+    if math.isnan(origin.value):
+        return f"an error in {function}, or an overflow inside it if gpt2.replay --dtype float64 finds no such value"
+    return f"an overflow if gpt2.replay --dtype float64 finds no such value, with {lower}; else an error in {function}"
+
+
+def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
+    """Write a skipped step to the out-dir, if it is the first one there, and run it again with checks."""
+    options, comm = trainer.options, trainer.comm
+    count = options.micro_steps(comm.size) * comm.size
+    backend, regions = trainer.model.backend, trainer.model.arena().regions
+
+    def batches(positions: range) -> Iterator[Batch]:
+        return (trainer.batch(launched.step - 1, launched.samples, position) for position in positions)
+
+    def write() -> list[str]:
+        loss, norm = launched.numbers or (math.nan, math.nan)
+        step = BadStep(launched.step, loss, norm, launched.lr, asdict(options), list(batches(range(count))))
+        try:
+            folder = step.write(trainer.folder.path, trainer.model, trainer.tokenizer)
+        except OSError as error:
+            return [str(error)]
+        return [f"python -m gpt2.replay {folder} runs the step again with checks"] if folder else []
+
+    found = False
+    lines: list[str]
+    try:
+        grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
+        try:
+            found, lines = explain(trainer.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
+        finally:
+            for region, values in zip(regions, grads, strict=True):
+                region.grads[...] = backend.asarray(values)
+    except MemoryError:
+        lines = ["out of memory when the step is run again with checks"]
+    text = "\n".join(lines).encode()[: MESSAGE - 1]
+    packed = np.frombuffer(bytes([found]) + text.ljust(MESSAGE - 1), np.uint8)
+    reports = [row.tobytes() for row in comm.all_gather(packed)]
+    report = next((report for report in reports if report[0]), reports[0])  # of the first rank that found it
+    return report[1:].decode(errors="ignore").strip().splitlines() + comm.from_root(write)
+
+
+def too_many(trainer: Training, launched: LaunchedStep) -> str:
+    """The error after too many skipped steps in a row."""
+    loss, norm = launched.numbers or (math.nan, math.nan)
+    count, limit, finding = trainer.progress.bad_steps, trainer.options.max_bad_steps, "; ".join(trainer.explanation)
+    return (
+        f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was skipped, the "
+        f"weights are unchanged. This is number {count} in a row, and --max-bad-steps is {limit}. "
+        f"{trainer.folder.last_checkpoint()} The first skipped step: {finding}"
+    )
+
+
+@dataclass
+class LaunchedStep:
+    """A step whose loss and gradient norm may not have arrived from the device yet.
+
+    samples  before the step.
+    spans    that add up to its time, on the device: from the end of the step before to its own end.
+    waited   seconds that it waited for other ranks.
+    numbers  the loss and the norm, once they have arrived.
+    """
+
+    step: int
+    samples: int
+    lr: float
+    step_tokens: int
+    tokens: int
+    result: PendingScalars
+    spans: list[Span]
+    waited: float
+    update: Span  # before the optimizer's update and after it
+    numbers: tuple[float, ...] | None = None
+
+    def row(self, backend: Backend, profiled: bool) -> JsonObject:
+        """Its row in log.jsonl; if the run is profiled, with the time of the optimizer."""
+        assert self.numbers is not None
+        seconds = sum(backend.seconds(*span) for span in self.spans)
+        loss, norm = self.numbers
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "seconds": round(seconds, 6),
+            "comm_seconds": round(self.waited, 6),
+            "tokens_per_s": round(self.step_tokens / seconds, 1),
+            "tokens": self.tokens,
+            **({} if math.isfinite(loss) and math.isfinite(norm) else {"skipped": True}),
+            **({"optimizer_seconds": round(backend.seconds(*self.update), 6)} if profiled else {}),
+        }

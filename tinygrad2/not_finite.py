@@ -1,0 +1,210 @@
+"""Where values first stop being finite numbers in a forward and backward pass: the tensor, the operation, the layer.
+
+    checker = Checker(model)
+    checker.run(lambda: model.loss(tokens, targets).backward())
+    print(checker.first)
+
+It checks every result and every gradient through `tracing`, so a pass outside of `run` costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from tinygrad2.array import Array
+from tinygrad2.autograd import Leaf, no_grad
+from tinygrad2.backend import backend_of
+from tinygrad2.params import HasParameters
+from tinygrad2.precision import sum_dtype
+from tinygrad2.tensor import Tensor
+from tinygrad2.tracer import BackwardOperation, Operation, tracing
+
+LARGE = 2.0**64  # its square is larger than every number of float32 and bfloat16
+CHUNK = 1 << 22  # elements that are checked at a time, which bounds the memory of the check
+
+
+@dataclass(frozen=True)
+class Place:
+    """The first bad value of a tensor of an operation.
+
+    phase      "forward" or "backward"; "" for a parameter that was checked by itself.
+    operation  its name, such as "linear"; "" likewise.
+    layer      the module whose parameters the operation reads, such as "h.2.mlp.c_fc"; "after h.2.attn.c_attn" for an
+               operation without parameters, which follows that module; "" where there is none.
+    tensor     what it is to the operation, such as "its result", or "parameter h.2.mlp.c_fc.weight".
+    parameter  its name if it is a parameter, not a result or a gradient; "" otherwise.
+    shape, index, value  of the tensor, and of its first bad value.
+    bad        number of its bad values.
+    """
+
+    phase: str
+    operation: str
+    layer: str
+    tensor: str
+    parameter: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+    value: float
+    bad: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the bad values are finite, but larger than LARGE."""
+        return math.isfinite(self.value)
+
+    @property
+    def fraction(self) -> float:
+        """The part of the tensor's values that are bad."""
+        return self.bad / math.prod(self.shape)
+
+    def __str__(self) -> str:
+        position = f"[{', '.join(map(str, self.index))}] is " if self.index else ""
+        more = f" ({self.bad:,} of {math.prod(self.shape):,} values)" if self.shape else ""
+        where = f"{self.operation} {_where(self.layer)}, {self.phase} pass: " if self.operation else ""
+        return f"{where}{self.tensor}{' ' if self.index else ' is '}{position}{self.value:.7g}{more}"
+
+
+class _FoundError(Exception):
+    """Ends a pass at the first value that is not finite."""
+
+
+class Checker:
+    """Checks all that is computed in `run`.
+
+    first  the first tensor with a value that is not finite, or None.
+    large  the first tensor with a finite value larger than LARGE, or None: there overflows begin.
+    """
+
+    def __init__(self, model: HasParameters):
+        self.first: Place | None = None
+        self.large: Place | None = None
+        named = list(model.named_parameters())
+        self._parameters = {id(parameter): name for name, parameter in named}
+        self._leaves = {id(parameter.leaf): name for name, parameter in named}
+        self._operations: dict[Any, tuple[str, str]] = {}  # node -> the operation and its layer
+        self._layer = ""
+
+    @property
+    def origin(self) -> Place | None:
+        """Where the first value that is not finite comes from: from too large a value before it, if there is one."""
+        return self.large or self.first
+
+    def run(self, function: Callable[[], object]) -> bool:
+        """Call the function, until a value is not finite; returns whether none was found."""
+        with suppress(_FoundError), numpy.errstate(all="ignore"), tracing(self._forward, self._backward):
+            function()
+        self._operations.clear()
+        return self.first is None
+
+    def _forward(self, operation: Operation) -> None:
+        names = [self._parameters.get(id(parent), "") for parent in operation.parents]
+        layers = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names if name))
+        if layers:
+            self._layer = " and ".join(layers)
+        layer = self._layer if layers else self._layer and f"after {self._layer}"
+        for result in operation.results:
+            if result._edge is not None:
+                self._operations[result._edge[0]] = operation.name, layer
+        if all(self._harmless(result.data) for result in operation.results):
+            return
+        inputs = [
+            (f"parameter {name}" if name else f"its input {i}", name, parent.data)
+            for i, (parent, name) in enumerate(zip(operation.parents, names, strict=True))
+        ]
+        single = len(operation.results) == 1
+        results = [("its result" if single else f"its result {i}", "", r.data) for i, r in enumerate(operation.results)]
+        self._note("forward", operation.name, layer, [*inputs, *results])
+
+    def _backward(self, operation: BackwardOperation) -> None:
+        pairs = zip(operation.edges, operation.gradients, strict=True)
+        gradients = [(i, edge[0], dx) for i, (edge, dx) in enumerate(pairs) if edge is not None and dx is not None]
+        if all(self._harmless(dx) for _, _, dx in gradients):
+            return
+        names = [self._leaves.get(id(target), "") if isinstance(target, Leaf) else "" for _, target, _ in gradients]
+        tensors = []
+        for (i, target, dx), name in zip(gradients, names, strict=True):
+            source, layer = self._operations.get(target, ("", ""))
+            result = f"the result of {source} {_where(layer)}" if source else f"its input {i}"
+            tensors.append((f"the gradient of {name or result}", "", dx))
+        self._note("backward", operation.name, self._operations.get(operation.node, ("", ""))[1], tensors)
+
+    def _harmless(self, x: Array) -> bool:
+        size = largest(x)
+        return size <= LARGE or (math.isfinite(size) and self.large is not None)
+
+    def _note(self, phase: str, operation: str, layer: str, tensors: list[tuple[str, str, Array]]) -> None:
+        """Set `first` or `large` from an operation that has bad values: its first tensor that does."""
+        for finite in (True, False):
+            if finite and self.large is not None:
+                continue
+            for tensor, parameter, x in tensors:
+                if found := _locate(x, finite):
+                    place = Place(phase, operation, layer, tensor, parameter, tuple(x.shape), *found)
+                    if finite:
+                        self.large = place
+                        break
+                    self.first = place
+                    raise _FoundError
+
+
+def bad_parameters(model: HasParameters) -> Iterator[Place]:
+    """Every parameter with values that are not finite, or are larger than LARGE."""
+    for name, parameter in model.named_parameters():
+        if not largest(parameter.data) <= LARGE:
+            found = _locate(parameter.data, finite=False) or _locate(parameter.data, finite=True)
+            assert found is not None
+            yield Place("", "", "", f"parameter {name}", name, tuple(parameter.shape), *found)
+
+
+def damage(model: HasParameters, function: Callable[[], object] | None = None) -> str:
+    """A clause that says why a model's results are not finite, for error messages: its first damaged parameter, or else
+    where the first bad value appears when the function is called."""
+    place = next(bad_parameters(model), None)
+    if place is not None:
+        return f"its weights are damaged: {place}"
+    checker = Checker(model)
+    if function is not None:
+        with no_grad():
+            checker.run(function)
+    return f"its weights are finite; the first bad value: {checker.origin or 'not found again'}"
+
+
+def largest(x: Array | Tensor) -> float:
+    """The largest absolute value; NaN or infinite if a value is. 0 for integers and for no values."""
+    values: Array = x.data if isinstance(x, Tensor) else x
+    if values.dtype.kind in "biu" or not values.size:
+        return 0.0
+    flat, backend, size = values.reshape(-1), backend_of(values), 0.0
+    for first in range(0, flat.size, CHUNK):
+        part = abs(flat[first : first + CHUNK].astype(sum_dtype(values.dtype)))
+        found = float(backend.to_host(part.max()))
+        if not math.isfinite(found):
+            return found
+        size = max(size, found)
+    return size
+
+
+def _locate(x: Array, finite: bool) -> tuple[tuple[int, ...], float, int] | None:
+    """The index and the value of the first value that is not finite, or is finite and larger than LARGE, and how many
+    there are; None if there are none."""
+    if x.dtype.kind in "biu":
+        return None
+    flat, backend = x.reshape(-1), backend_of(x)
+    index, value, count = 0, 0.0, 0
+    for first in range(0, flat.size, CHUNK):
+        part = backend.to_host(flat[first : first + CHUNK]).astype(numpy.float64)
+        bad = numpy.isfinite(part) & (abs(part) > LARGE) if finite else ~numpy.isfinite(part)
+        if not count and bad.any():
+            index, value = first + int(bad.argmax()), float(part[bad.argmax()])
+        count += int(bad.sum())
+    return (tuple(map(int, numpy.unravel_index(index, x.shape))), value, count) if count else None
+
+
+def _where(layer: str) -> str:
+    return layer if layer.startswith("after ") else f"in {layer}" if layer else "at the start"
