@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import stat
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.console import script_name
+from tinygrad2.checkpoint import JSON_BYTES
 
 DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # at the start of a file, which identify its kind
@@ -178,11 +180,17 @@ def _base_of(file: Path) -> str:
         return ""
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
     """The contents of a JSON file written by people or other programs, with or without a byte-order mark.
 
-    Raises ValueError, which does not name the file, if it is not valid JSON or is too deeply nested; FileNotFoundError.
+    Raises ValueError, which does not name the file, if it is not valid JSON, is too deeply nested, or has more than
+    `limit` bytes; FileNotFoundError.
     """
+    status = file.stat()
+    if stat.S_ISREG(status.st_mode) and status.st_size > limit:
+        raise ValueError(f"it has {status.st_size:,} bytes; expected at most {limit:,}")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is not a regular file")
     content = file.read_bytes()
     try:
         return json.loads(content.decode("utf-8-sig"))
