@@ -52,7 +52,8 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
             folder.catch_up(lambda seed: sample_text(*setup.trained(saved, options), seed), options.seed, page.update)
         display.say_finished(folder.path, progress.step)
         return 0
-    setup.settle_options(options, run_options, comm.size)
+    setup.settle_options(options, run_options, saved, comm.size)
+    setup.choose_blas(options, run_options, saved, comm)
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
     data, questions = setup.open_data(options, saved), setup.load_questions(options, comm)
@@ -82,7 +83,7 @@ def training_loop(
     written = None
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
-        with setup.explain_memory(trainer.model.config, options):
+        with setup.explain_memory(trainer.model.config, options, comm.size):
             # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
             # step; clipping; the optimizer's update; zero_grad.
             made = trainer.step(lambda: stop.requested)

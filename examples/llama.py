@@ -75,11 +75,6 @@ class LlamaConfig:
     def summary(self) -> str:
         return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of queries, {self.n_kv_head} of keys"
 
-    def memory(self, batch_size: int, block_size: int, *_: object) -> dict[str, int]:
-        """Bytes of a training step: weights, gradients and two moments, and what is saved in each layer, about."""
-        saved = batch_size * block_size * self.n_layer * (20 * self.n_embd + 5 * self.n_hidden)
-        return {"parameters": 4 * 4 * self.n_weights, "activations": 4 * saved}
-
     def flops_per_token(self, block_size: int) -> int:
         """6 for each weight, and those of attention: see GPT2Config.flops_per_token."""
         return 6 * self.n_weights + 6 * self.n_layer * self.n_embd * block_size
@@ -169,8 +164,10 @@ class Llama(nn.Module):
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
     """Train by the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    # Those of train.py for GPT-2 nano, but for the length: batches of 8 sequences, AdamW, a cosine schedule.
-    options = resolve_options({"max_iters": steps, "warmup_iters": min(100, steps // 4)}, GPT2Config.preset("nano"))
+    # Those of train.py for GPT-2 nano, but for the length and the evaluations: batches of 8 sequences, AdamW, a cosine
+    # schedule.
+    changes = {"max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
+    options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
     trainer = Trainer(
         model,

@@ -30,6 +30,7 @@ OLDEST_PYTHON = (3, 11)
 LIMIT = 90.0  # seconds for a probe
 MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes, to train nano and keep its checkpoints
 SLOW_BLAS = 5e9  # float32 operations per second; any core of the last ten years is several times as fast
+OPENBLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # override what OpenBLAS finds out about the processor
 OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not installed; wrong: fails, or is slow
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
@@ -105,20 +106,27 @@ def probe_packages() -> Finding:
 
 def probe_blas() -> Finding:
     """The BLAS library, MKL or NumPy's: its name, number of threads and speed."""
-    result = {"speed": 0, "libraries": [], "mkl": None, **ask(BLAS)}
+    result = {"speed": 0, "libraries": [], "mkl": None, "chosen": "", **ask(BLAS)}
     slow, speed = result["speed"] < SLOW_BLAS, f"{result['speed'] / 1e9:,.0f} GFLOP/s in float32"
     library = result["libraries"][0] if result["libraries"] else {}
     threads = library.get("num_threads")
-    text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}"
+    in_use = f" (in use: {result['chosen']})" if result["chosen"] else ""
+    text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}{in_use}"
+    below = _speed_without_settings(result["speed"])
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
     limit = f"{names[0]}={os.environ[names[0]]}" if names and threads == 1 and len(machine.cores()) > 1 else ""
     no_blas, reinstall = "NumPy has no optimised BLAS library", "--force-reinstall --only-binary :all: numpy"
     return first(  # (MKL computes on the calling thread)
         ("error" in result, WRONG, result.get("error"), "see the line packages", True),
-        (result["mkl"], OK, f"MKL {result['mkl']}, {speed} on each thread; NumPy's own library is not used"),
+        (
+            result["mkl"],
+            OK,
+            f"MKL {result['mkl']}, {speed} on each thread{in_use}; NumPy's own library is not used",
+        ),
         (not library and slow, WRONG, f"{no_blas}: {speed}", f"{PIP} {reinstall}"),
         (not library, OK, f"a BLAS library unknown to threadpoolctl (Accelerate on macOS): {speed}"),
         (limit, WRONG, f"{text}: {limit} limits it", f"unset {' '.join(names)}"),
+        (below, WRONG, f"{text}: {below}", f"unset {' '.join(OPENBLAS_SETTINGS)}"),
         (
             slow,
             WRONG,
@@ -127,6 +135,14 @@ def probe_blas() -> Finding:
         ),
         (True, OK, text),
     )
+
+
+def _speed_without_settings(speed: float) -> str:
+    """What NumPy's library reaches without the settings that select its code, if they slow it down; else ""."""
+    found = [f"{name}={os.environ[name]}" for name in OPENBLAS_SETTINGS if os.environ.get(name)]
+    free = ask(BLAS, OPENBLAS_CORETYPE="", OPENBLAS_L2_SIZE="", TINYGRAD2_BLAS="numpy").get("speed", 0) if found else 0
+    slower = free > 1.1 * speed
+    return f"{' and '.join(found)} slows it down; without, it reaches {free / 1e9:,.0f} GFLOP/s" if slower else ""
 
 
 def probe_numba() -> Finding:
@@ -159,9 +175,10 @@ def probe_memory() -> Finding:
     if memory is None:
         return Finding(OK, "this system does not report its memory")
     from gpt2.config import PRESETS
+    from gpt2.memory_model import Step, step_memory
 
     text, end = f"{memory[0] / 1e9:,.1f} of {memory[1] / 1e9:,.1f} GB free", f"{MEMORY_NEEDED / 1e9:g} GB"
-    need = {name: sum(c.memory(1, c.n_positions).values()) * 1.2 for name, c in PRESETS.items()}
+    need = {name: sum(step_memory(Step(c, 1, c.n_positions)).values()) for name, c in PRESETS.items()}
     fits = ", ".join(name for name, size in need.items() if size < memory[0]) or "nothing"
     return first(
         (memory[0] < MEMORY_NEEDED, WRONG, text, f"close other programs: training nano takes {end}", True),

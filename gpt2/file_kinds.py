@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import stat
 import sys
 import zipfile
@@ -18,11 +19,14 @@ from typing import Any
 from gpt2.console import script_name
 from tinygrad2.checkpoint import JSON_BYTES
 
+FILES_INSIDE = 100  # in the folders of a folder that are looked at
 DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # at the start of a file, which identify its kind
+PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # not that of old files of torch.save
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
 LFS = "a pointer of Git LFS, not the file itself; fetch the file: git lfs install && git lfs pull, in its folder"
+PICKLE = "a pickle of Python, not of torch.save; save model.state_dict() with torch.save instead"
 WEB_PAGE = "an HTML page, not the file itself; download the file again, from its `resolve` link (not `blob`), or log in"
 
 # Kinds by the first bytes.
@@ -45,10 +49,11 @@ STARTS = (
 )
 # Kinds by the end of the name, for formats that the first bytes do not identify.
 ENDINGS = (
-    (".gguf", STARTS[1][1]),
+    (".gguf", dict(STARTS)[b"GGUF"]),
+    (".llamafile", "a llamafile of llama.cpp; it is not supported, use the model's safetensors"),
     (".onnx", "an ONNX model; it is not supported, use the model's safetensors or pytorch_model.bin"),
     (".msgpack", f"a Flax model; it is not supported, {TRANSFORMERS}"),
-    (".h5", STARTS[5][1]),
+    (".h5", dict(STARTS)[b"\x89HDF\r\n\x1a\n"]),
     (".keras", "a model of Keras; it is not supported"),
     (".tflite", "a model of TensorFlow Lite; it is not supported"),
     (".ckpt.index", "a part of a TensorFlow checkpoint; it is not supported"),
@@ -56,13 +61,21 @@ ENDINGS = (
     ("saved_model.pb", "a SavedModel of TensorFlow; it is not supported"),
     (".ot", "a model of rust-bert; it is not supported, use the model's safetensors or pytorch_model.bin"),
     (".mlmodel", "a model of Core ML; it is not supported"),
+    (
+        ".distcp",
+        "a part of a distributed checkpoint of PyTorch (FSDP); merge its parts: "
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt",
+    ),
+    *((end, "an unfinished download; download it again") for end in (".incomplete", ".crdownload", ".part", ".aria2")),
 )
 OPENAI_FOLDER = (
     "a TensorFlow checkpoint, as OpenAI and gpt-2-simple write it; it is not supported: use gpt2, gpt2-medium, "
     "gpt2-large or gpt2-xl for OpenAI's weights, or convert your own with transformers "
     "(convert_gpt2_original_tf_checkpoint_to_pytorch)"
 )
-WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+DEEPSPEED_FOLDER = "a checkpoint of DeepSpeed; merge its parts: python zero_to_fp32.py . MODEL, in this folder"
+SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+(\.safetensors|\.bin)")
+WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 STATE_OF_TRAINERS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocabulary.json", "merges.txt", "vocab.bpe")
 
@@ -83,6 +96,8 @@ def _kind_of_start(start: bytes, name: str) -> str:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return WEB_PAGE
+    if text.startswith(b"<?xml") and b"<net name=" in text:
+        return "a model of OpenVINO; it is not supported, use the model's safetensors"
     if text.startswith(b"<?xml"):
         return "an XML document, not the file itself; a server may have answered with an error: download it again"
     if start[257:262] == b"ustar":
@@ -90,6 +105,10 @@ def _kind_of_start(start: bytes, name: str) -> str:
     found = next((kind for begin, kind in STARTS if start.startswith(begin)), "")
     if found:
         return found
+    if b"TransformerDecoderSpec" in start[:64]:
+        return "a model of CTranslate2; it is not supported, use the model's safetensors"
+    if PICKLE_START.match(start) and name.endswith(WEIGHTS_ENDINGS):
+        return PICKLE
     if start[4:8] == b"TFL3":
         return "a model of TensorFlow Lite; it is not supported"
     if start[:1] == b"\x08" and start[2:3] == b"\x12" and (b"onnx" in start or b"pytorch" in start):
@@ -97,6 +116,15 @@ def _kind_of_start(start: bytes, name: str) -> str:
     if ".ckpt.data-" in name or ".ckpt-" in name:
         return "a part of a TensorFlow checkpoint; it is not supported"
     return next((kind for end, kind in ENDINGS if name.lower().endswith(end)), "")
+
+
+def text_in(file: Path) -> str:
+    """The start of a file's text; "" if it is not plain text. A server that has no such file may have sent a line that
+    says so, which was saved as the file."""
+    with file.open("rb") as opened:
+        start = opened.read(START_BYTES)
+    is_text = bool(start) and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
+    return printable(start.decode("ascii").strip()) if is_text else ""
 
 
 class _Bounded(io.BufferedReader):
@@ -152,8 +180,10 @@ def kind_of_folder(folder: Path) -> str:
             f"an adapter (peft, LoRA){base}, not a whole model; merge it with its base model: "
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
         )
-    if any(name.startswith("model.ckpt") or ".ckpt-" in name for name in names) or "hparams.json" in names:
+    if any(name.startswith("model.ckpt.") or ".ckpt-" in name for name in names) or "hparams.json" in names:
         return OPENAI_FOLDER
+    if "zero_to_fp32.py" in names:
+        return DEEPSPEED_FOLDER
     for name in names:
         if (folder / name).is_file() and (kind := kind_of(folder / name)):
             return f"a folder whose {printable(name)} is {kind}"
@@ -161,7 +191,16 @@ def kind_of_folder(folder: Path) -> str:
         inside = folder / name
         if inside.is_dir() and any((inside / file).is_file() for file in ("config.json", "model.safetensors")):
             return f"a folder with a model in {printable(name)}/; name {inside}"
-    other = [name for name in names if name.endswith(WEIGHTS_ENDINGS) and not name.startswith(STATE_OF_TRAINERS)]
+    return _kind_of_contents(folder, names)
+
+
+def _kind_of_contents(folder: Path, names: list[str]) -> str:
+    """The kind of a folder in which no file has a kind of its own, and no folder is a model."""
+    weights = [name for name in names if name.endswith(WEIGHTS_ENDINGS)]
+    other = [name for name in weights if not name.startswith(STATE_OF_TRAINERS)]
+    if found := next(filter(None, map(SHARD.fullmatch, names)), None):
+        index = "".join(found.groups()) + ".index.json"
+        return f"a folder with shards of a model, in which their index is missing; add {index}"
     if other:
         return f"a folder with {printable(other[0])}; name {folder / other[0]}"
     snapshots = sorted((folder / "snapshots").glob("*/config.json"))
@@ -169,6 +208,11 @@ def kind_of_folder(folder: Path) -> str:
         return f"a folder of the Hugging Face cache; name {snapshots[-1].parent}"
     if any(name in names for name in TOKENIZER_FILES):
         return "a folder with a tokenizer only; the weights (model.safetensors or pytorch_model.bin) are missing"
+    if weights:
+        return f"a folder with {printable(weights[0])}, the state of a trainer; the weights are missing"
+    for file in sorted(folder.glob("*/*"))[:FILES_INSIDE]:
+        if file.is_file() and (kind := kind_of(file)):
+            return f"a folder whose {printable(str(file.relative_to(folder)))} is {kind}"
     return ""
 
 
@@ -181,7 +225,8 @@ def _base_of(file: Path) -> str:
 
 
 def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
-    """The contents of a JSON file written by people or other programs, with or without a byte-order mark.
+    """The contents of a JSON file written by people or other programs, in UTF-8 or, with a byte-order mark or without,
+    UTF-16 or UTF-32.
 
     Raises ValueError, which does not name the file, if it is not valid JSON, is too deeply nested, or has more than
     `limit` bytes; FileNotFoundError.
@@ -193,9 +238,9 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
         raise ValueError("it is not a regular file")
     content = file.read_bytes()
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode(json.detect_encoding(content)))
     except (ValueError, RecursionError) as error:
-        kind = _kind_of_start(content[:START_BYTES], file.name) if content else ""
+        kind = _kind_of_start(content[:START_BYTES], file.name)
         raise ValueError(f"it is {kind}" if kind else f"it is not valid JSON ({error})") from None
 
 

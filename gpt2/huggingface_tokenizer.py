@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2.file_kinds import printable, read_json
+from gpt2.file_kinds import kind_of, printable, read_json
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.machine import install_command
 
@@ -28,6 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 HF_VOCAB, HF_MERGES, HF_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
 HF_TOKENIZER, HF_SPECIAL, HF_ADDED = "tokenizer.json", "special_tokens_map.json", "added_tokens.json"
 OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 TOKENIZER_BYTES = 64 << 20  # of tokenizer.json and vocab.json; those of 256,000 tokens have 33 MB
@@ -102,6 +103,8 @@ class TokenizerFiles:
         """
         if self.document is not None:
             self._check_document(self.document)
+        elif not self._is_gpt2:
+            raise self.refuse(self._class_message, self.folder / HF_CONFIG)
         self._check_setting("add_prefix_space")
         made = {"".join(pair) for _, pair in self.merges if isinstance(pair, list) and all(map(_is_text, pair))}
         made |= set(byte_of())
@@ -154,13 +157,25 @@ class TokenizerFiles:
             document["post_processor"] = self._template(begin, end)
         return document
 
+    @property
+    def _class(self) -> str:
+        return str(self.config.get("tokenizer_class") or GPT2_CLASSES[0])
+
+    @property
+    def _is_gpt2(self) -> bool:
+        """Whether the class in tokenizer_config.json splits text as GPT-2's does: vocabulary and merges do not say."""
+        return self._class.removesuffix("Fast") in GPT2_CLASSES
+
+    @property
+    def _class_message(self) -> str:
+        return (
+            f"tokenizer_class is {printable(self._class)!r}; expected {GPT2_CLASSES[0]}, or the file {HF_TOKENIZER} "
+            "(transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
+
     def _own_document(self) -> JsonObject:
-        kind = str(self.config.get("tokenizer_class", GPT2_CLASSES[0]))
-        if kind.removesuffix("Fast") not in GPT2_CLASSES:
-            raise ValueError(
-                f"tokenizer {self.folder / HF_CONFIG}: tokenizer_class is {printable(kind)!r}; expected "
-                f"{GPT2_CLASSES[0]}, or the file {HF_TOKENIZER}"
-            )
+        if not self._is_gpt2:
+            raise ValueError(f"tokenizer {self.folder / HF_CONFIG}: {self._class_message}")
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         model = {
             "type": "BPE",
@@ -207,6 +222,17 @@ def copied_files(folder: Path) -> list[tuple[Path, str]]:
 def is_tokenizer_folder(folder: Path) -> bool:
     """Whether the folder has the files of a tokenizer in the Hugging Face layout or under OpenAI's names."""
     return (folder / HF_TOKENIZER).is_file() or _pair_of_files(folder) is not None
+
+
+def incomplete(folder: Path) -> str:
+    """What a folder without a tokenizer has instead, for the end of an error's line; "" if it has nothing like one."""
+    for pair in ((HF_VOCAB, HF_MERGES), (OPENAI_VOCAB, OPENAI_MERGES)):
+        there = [name for name in pair if (folder / name).is_file()]
+        if there:
+            return f"; {there[0]} is there, {next(name for name in pair if name not in there)} is missing"
+    if found := next((name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None):
+        return f"; {found} is a model of SentencePiece: save it with transformers as {HF_TOKENIZER}"
+    return ""
 
 
 def _pair_of_files(folder: Path) -> tuple[Path, Path] | None:
@@ -277,6 +303,8 @@ def _read_object(file: Path) -> JsonObject:
 
 def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
     """The merges of a vocabulary of this number of tokens, each with its place in the file."""
+    if kind := kind_of(file):
+        raise ValueError(f"tokenizer {file}: it is {kind}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     count, most = text.count("\n"), MERGES_PER_TOKEN * (tokens + 256)
     if count > most:

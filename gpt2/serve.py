@@ -20,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from gpt2 import decode
 from gpt2.completions import Worker
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, generate
 from gpt2.inspection import Vocabulary, check_weights, inspect
-from gpt2.model import GPT2
+from gpt2.model import GPT2, set_decode
 from gpt2.page import page, resource
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import machine, threads
@@ -55,6 +56,7 @@ def command_line() -> Parser:
         choices=WEIGHT_DTYPES,
         help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
     )
+    decode.add_option(group)
     return parser
 
 
@@ -99,6 +101,7 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
     """Load the model and serve it until the process is interrupted."""
     threads.set_count(options.threads)
     model, tokenizer, name = load_model(options)
+    set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
     worker = Worker()
     served = web.Service(

@@ -32,6 +32,7 @@ from gpt2.huggingface_tokenizer import (
     LibraryEncoding,
     as_ids,
     byte_of,
+    incomplete,
     is_tokenizer_folder,
     library,
     read_files,
@@ -161,7 +162,7 @@ class Tokenizer:
         if path.is_dir():
             raise FileNotFoundError(
                 f"tokenizer {path}: the folder has none of {VOCABULARY_FILE}, {HF_TOKENIZER}, {HF_VOCAB} with "
-                f"{HF_MERGES}, and {CHARACTERS_FILE}"
+                f"{HF_MERGES}, and {CHARACTERS_FILE}{incomplete(path)}"
             )
         raise FileNotFoundError(
             f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or of "

@@ -35,6 +35,11 @@ def pytest_addoption(parser):
     )
 
 
+# The fastest BLAS library depends on the machine, and so do its roundings: tests use NumPy's.
+os.environ.setdefault("TINYGRAD2_BLAS", "numpy")
+os.environ.setdefault("TINYGRAD2_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinygrad2-tests"))
+
+
 def pytest_configure(config):
     backend.silence_compile_notice()  # on stderr, where tests expect a command's messages alone
     if config.getoption("--ptx"):

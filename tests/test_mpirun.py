@@ -163,6 +163,18 @@ def test_one_two_and_four_ranks_compute_the_same(user, dtype):
         assert distance(np.load(f"gradients-{name}.npz"), np.load("gradients-1.npz")) < 1e-6
 
 
+def test_ranks_compute_the_same_in_bfloat16(user):
+    """By the portable path, on any processor. The losses of one rank differ by roundings to bfloat16."""
+    patch = FIRST_GRADIENTS + "from tinygrad2.kernels import onednn\nonednn.library = lambda: None\n"
+    patch += "onednn.unavailable_reason = lambda: None\n"
+    for name, ranks, more in (("1", 1, []), ("2", 2, []), ("z2", 2, ["--zero"]), ("r2", 2, ["--recompute", "block"])):
+        run(ranks, *SAME, "--dtype", "bfloat16", *more, "--out-dir", name, patch=patch)
+        np.testing.assert_allclose(losses(name), losses("1"), rtol=2e-3)
+    np.testing.assert_array_equal(losses("r2"), losses("2"))
+    assert distance(arrays("r2"), arrays("2")) == 0
+    assert distance(np.load("gradients-2.npz"), np.load("gradients-1.npz")) < 2e-2
+
+
 @pytest.mark.parametrize("more", [[], ["--zero"]])
 def test_two_runs_of_the_same_layout_are_the_same_bits(user, more):
     for out in ("a", "b"):

@@ -1,22 +1,34 @@
-"""Matrix products by the C interface of a BLAS library: Intel's MKL if the package `mkl` is installed, else the library
-that NumPy has loaded.
+"""Matrix products by the C interface of a BLAS library: the one that NumPy has loaded, or Intel's MKL where the package
+`mkl` is installed and measurably faster.
 
 numpy.matmul cannot accumulate into a gradient, which would need a temporary matrix and another pass, and it cannot be
 called from compiled code. cblas_sgemm computes C = alpha A B + beta C, and compiled code can call it by its address. If
-no library with this interface is found, numpy.matmul is used. TINYGRAD2_BLAS=numpy disables MKL.
+no library with this interface is found, numpy.matmul is used.
+
+Which library is faster depends on the processor: MKL on Intel's, OpenBLAS on AMD's. So both are measured at the first
+use, and the result is kept on disk, by processor and versions. TINYGRAD2_BLAS=numpy or mkl selects one instead.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from tinygrad2 import memory
+from tinygrad2 import machine, memory, threads
+from tinygrad2.files import atomic_write
 
 Gemm = Any  # a cblas_?gemm of ctypes, whose class has no public name
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
@@ -25,31 +37,62 @@ ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
 _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False), ("", "", False))
 
 
-def _mkl() -> ctypes.CDLL | None:
-    """MKL, set to compute on the calling thread, since kernels/pool.py has the threads; None if it is not installed or
-    disabled."""
-    if os.environ.get("TINYGRAD2_BLAS") == "numpy":
-        return None
+@dataclass(frozen=True)
+class Library:
+    """A BLAS library.
+
+    name        as in TINYGRAD2_BLAS.
+    title       its own name and its version, such as "OpenBLAS 0.3.31 (SkylakeX)".
+    functions   cblas_?gemm by dtype; an empty dict if there is no such interface.
+    wide        whether the integers of the functions have 64 bits.
+    sequential  whether it computes on the calling thread whatever threads.py sets.
+    calls       (address of the function, wide) by dtype, for compiled code.
+    """
+
+    name: str
+    title: str
+    functions: dict[str, Gemm]
+    wide: bool
+    sequential: bool = False
+    calls: dict[np.dtype, tuple[int, bool]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        addresses = {dtype: ctypes.cast(f, ctypes.c_void_p).value or 0 for dtype, f in self.functions.items()}
+        object.__setattr__(self, "calls", {np.dtype(d): (address, self.wide) for d, address in addresses.items()})
+
+
+def _numpys() -> Library:
+    """The library that NumPy has loaded."""
+    loaded = [library for library in ThreadpoolController().info() if library["user_api"] == "blas"]
+    for library in sorted(loaded, key=lambda library: "numpy" not in library["filepath"]):
+        functions, wide = _functions_of(ctypes.CDLL(library["filepath"]))
+        if functions:
+            kind = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS"}.get(library["internal_api"], "BLAS")
+            built_for = f" ({library['architecture']})" if library.get("architecture") else ""
+            return Library("numpy", f"{kind} {library['version'] or ''}{built_for}", functions, wide)
+    return Library("numpy", "NumPy's matmul", {}, False)
+
+
+def _mkl() -> Library | None:
+    """MKL, set to compute on the calling thread, since kernels/pool.py has the threads; None if it is not installed."""
     try:
         files = metadata.files("mkl") or []
         library = ctypes.CDLL(str(next(file.locate() for file in files if "mkl_rt" in file.name)))
         library.MKL_Set_Threading_Layer(1)  # MKL_THREADING_SEQUENTIAL
     except (metadata.PackageNotFoundError, StopIteration, OSError):
         return None
-    return library
+    return Library("mkl", f"MKL {metadata.version('mkl')}", *_functions_of(library), sequential=True)
 
 
-def _find(mkl: ctypes.CDLL | None) -> tuple[dict[str, Gemm], bool]:
-    """The functions by dtype, and whether their integers have 64 bits; an empty dict if there is no such library."""
-    paths = [library["filepath"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
-    for library in [mkl] if mkl else map(ctypes.CDLL, sorted(paths, key=lambda path: "numpy" not in path)):
-        for prefix, suffix, wide in _SPELLINGS:
-            if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
-                found = {
-                    dtype: _declared(library[f"{prefix}cblas_{letter}gemm{suffix}"], number, wide)
-                    for dtype, letter, number in (("float32", "s", ctypes.c_float), ("float64", "d", ctypes.c_double))
-                }
-                return found, wide
+def _functions_of(library: ctypes.CDLL) -> tuple[dict[str, Gemm], bool]:
+    """The functions by dtype, and whether their integers have 64 bits; an empty dict if the library has none."""
+    for prefix, suffix, wide in _SPELLINGS:
+        if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
+            found = {
+                dtype: _declared(library[f"{prefix}cblas_{letter}gemm{suffix}"], number, wide)
+                for dtype, letter, number in (("float32", "s", ctypes.c_float), ("float64", "d", ctypes.c_double))
+            }
+            return found, wide
     return {}, False
 
 
@@ -60,15 +103,141 @@ def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wi
     return function
 
 
-_library = _mkl()
-USES_MKL = _library is not None
-_functions, WIDE = _find(_library)
-ADDRESSES = {dtype: ctypes.cast(function, ctypes.c_void_p).value or 0 for dtype, function in _functions.items()}
+# Which library -------------------------------------------------------------------------------------------------------
+
+NUMPYS = _numpys()
+GAIN = 1.1  # how many times as fast as NumPy's library another one must be
+# (m, k, n) of products whose speed decides: a linear layer forward and backward, and a block of attention scores.
+SHAPES = ((256, 768, 768), (768, 256, 768), (128, 64, 512))
+REPEATS = 5
+
+_chosen: Library | None = None
+_lock = threading.RLock()
 
 
-def gemm(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> None:
-    """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype."""
-    function = _functions.get(out.dtype.name)
+def chosen() -> Library:
+    """The library in use, chosen at the first call: the one that TINYGRAD2_BLAS names, else the fastest."""
+    global _chosen
+    if _chosen is None:
+        with _lock:
+            _chosen = _chosen or _forced() or _fastest()
+    return _chosen
+
+
+def use(name: str) -> bool:
+    """Use the library of this name from now on, unless TINYGRAD2_BLAS names one; returns whether it is in use."""
+    global _chosen
+    if not os.environ.get("TINYGRAD2_BLAS") and (_chosen is None or name != _chosen.name):
+        found = NUMPYS if name == "numpy" else _mkl() if name == "mkl" else None
+        _chosen = found if found and found.functions else _chosen
+    return chosen().name == name
+
+
+def _forced() -> Library | None:
+    """The library that TINYGRAD2_BLAS names, or None. Raises ValueError if there is no such library."""
+    name = os.environ.get("TINYGRAD2_BLAS")
+    if not name:
+        return None
+    if name not in ("numpy", "mkl"):
+        raise ValueError(f"TINYGRAD2_BLAS is {name!r}; expected numpy or mkl")
+    found = _mkl() if name == "mkl" else NUMPYS
+    if found is None:
+        raise ValueError(f"TINYGRAD2_BLAS is mkl, which is not installed; {machine.install_command('mkl')}")
+    return found
+
+
+def _fastest() -> Library:
+    """NumPy's library, or MKL if that is at least GAIN times as fast."""
+    kept = [_kept_rates().get(title, math.inf) for title in _titles()]
+    if len(kept) == 1 or kept[1] < GAIN * kept[0] < math.inf:
+        return NUMPYS  # without loading MKL
+    mkl = _mkl()
+    if mkl is None or not NUMPYS.functions:
+        return mkl or NUMPYS
+    found = rates([NUMPYS, mkl])
+    return mkl if found[mkl.title] >= GAIN * found[NUMPYS.title] else NUMPYS
+
+
+def rates(libraries: Sequence[Library]) -> dict[str, float]:
+    """FLOP/s of each library in float32 on one thread, by title; measured once, then read from disk."""
+    kept = _kept_rates()
+    if any(library.title not in kept for library in libraries):
+        kept |= measure(libraries)  # all of them, in alternation, since they will be compared
+        _keep_rates(kept)
+    return {library.title: kept[library.title] for library in libraries}
+
+
+def measure(libraries: Sequence[Library]) -> dict[str, float]:
+    """FLOP/s of each library by title: products of SHAPES, the libraries in alternation, the best of REPEATS.
+    This takes some 50 milliseconds."""
+    best = {(library.title, shape): float("inf") for library in libraries for shape in SHAPES}
+    with threads.blas_on_one_thread():
+        for shape in SHAPES:
+            m, k, n = shape
+            a, b, out = (np.ones(size, np.float32) for size in ((m, k), (k, n), (m, n)))
+            for _ in range(REPEATS):
+                for library in libraries:
+                    started = time.perf_counter()
+                    gemm(a, b, out, library=library)
+                    seconds = time.perf_counter() - started
+                    best[library.title, shape] = min(best[library.title, shape], seconds)
+    flops = sum(2 * m * k * n for m, k, n in SHAPES)
+    return {library.title: flops / sum(best[library.title, shape] for shape in SHAPES) for library in libraries}
+
+
+def considered() -> dict[str, float]:
+    """FLOP/s on one thread of the library in use, and of another one that it was compared with, by title."""
+    return rates([chosen()]) | {title: rate for title, rate in _kept_rates().items() if title in _titles()}
+
+
+def _titles() -> list[str]:
+    """The titles of the libraries that are installed."""
+    with suppress(metadata.PackageNotFoundError):
+        return [NUMPYS.title, f"MKL {metadata.version('mkl')}"]
+    return [NUMPYS.title]
+
+
+def description() -> str:
+    """The library in use and what it reached, with the others that are installed."""
+    first, *others = sorted(considered().items(), key=lambda item: item[0] != chosen().title)
+    beside = "".join(f"; {title}: {rate / 1e9:,.0f}" for title, rate in others)
+    return f"{first[0]}, {first[1] / 1e9:,.0f} GFLOP/s in float32 on a thread{beside}"
+
+
+def _kept_rates() -> dict[str, float]:
+    """The rates on this processor that are kept on disk, by title."""
+    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+        kept = json.loads(_file().read_text(encoding="utf-8"))[machine.processor_model()]
+        return {title: float(rate) for title, rate in kept.items()}
+    return {}
+
+
+def _keep_rates(found: dict[str, float]) -> None:
+    """Write them. Without a writable folder they are measured in every process."""
+    kept = {}
+    with suppress(OSError, ValueError, TypeError):
+        kept = dict(json.loads(_file().read_text(encoding="utf-8")))
+    with suppress(OSError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(_file(), suffix=str(os.getpid())) as partial:
+            partial.write_text(json.dumps({**kept, machine.processor_model(): found}, indent=1), encoding="utf-8")
+
+
+def _file() -> Path:
+    return machine.cache_folders()["TINYGRAD2_CACHE_DIR"] / "blas.json"
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+def gemm(
+    a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False, library: Library | None = None
+) -> None:
+    """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype.
+
+    library  another than the one in use.
+    """
+    function = (library or chosen()).functions.get(out.dtype.name)
     left, right, result = layout(a), layout(b), layout(out)
     if function is None or left is None or right is None or result is None or result[0] != PLAIN or a.shape[1] == 0:
         _product(a, b, out, accumulate)

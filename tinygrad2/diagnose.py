@@ -16,16 +16,17 @@ import threadpoolctl
 
 
 def blas() -> dict[str, Any]:
-    """The BLAS library: FLOP/s in float32, threadpoolctl's description of NumPy's libraries, and MKL's version."""
+    """The BLAS library: FLOP/s in float32, threadpoolctl's description of NumPy's libraries, MKL's version if it is
+    used, and a description of the library that was chosen."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     from tinygrad2 import backend, blas  # (later, since it may load MKL)
 
     compiled = backend.get_backend("cpu").kernels.linear_forward.__module__ == "tinygrad2.kernels.cpu"
-    mkl = metadata.version("mkl") if blas.USES_MKL and compiled else None
+    mkl = metadata.version("mkl") if blas.chosen().name == "mkl" and compiled else None
     multiply = blas.gemm if mkl else numpy.matmul
     x, y = numpy.ones((2, 1024, 1024), dtype="float32")
     seconds = min(timeit.repeat(lambda: multiply(x, x, y), number=1, repeat=4))
-    return {"speed": 2 * 1024**3 / seconds, "libraries": libraries, "mkl": mkl}
+    return {"speed": 2 * 1024**3 / seconds, "libraries": libraries, "mkl": mkl, "chosen": blas.description()}
 
 
 def compiled_kernels() -> dict[str, Any]:

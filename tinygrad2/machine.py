@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -96,12 +97,28 @@ def memory() -> tuple[float, float] | None:
     return (free, total) if limit is None else (min(free, limit), min(total, limit))
 
 
-def processor() -> str:
-    """The processor's name."""
+def _cpu_info(*names: str) -> list[str]:
+    """What /proc/cpuinfo says under these names about the first processor; nothing where there is no such file."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    found = (re.search(rf"^{name}\s*: *(.+)$", text, re.MULTILINE) for name in names)
+    return [match[1].strip() for match in found if match]
+
+
+def processor() -> str:
+    """The processor's name."""
+    return next(iter(_cpu_info("model name")), "") or platform.processor() or platform.machine()
+
+
+def processor_model() -> str:
+    """The processor's name, family, model and instruction sets: on equal ones, the same code is equally fast."""
+    numbers = _cpu_info("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
+    return " ".join([processor(), *numbers, f"{zlib.crc32(' '.join(sorted(cpu_features())).encode()):08x}"])
+
+
+def cpu_features() -> set[str]:
+    """The instruction sets of the processor as Linux names them, such as avx512_bf16; empty if unknown."""
+    return {word for line in _cpu_info("(?:flags|Features)") for word in line.split()}
 
 
 def describe() -> dict[str, str]:
@@ -211,5 +228,7 @@ def cache_folders() -> dict[str, Path]:
     temporary = Path(tempfile.gettempdir())
     tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
     libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", home() / ".cupy" / "kernel_cache"))
-    folders = ("TMPDIR", temporary), *libraries, ("HF_HOME", home() / ".cache" / "huggingface")
+    caches = home() / ".cache"
+    own, hub = ("TINYGRAD2_CACHE_DIR", caches / "tinygrad2"), ("HF_HOME", caches / "huggingface")
+    folders = ("TMPDIR", temporary), own, *libraries, hub
     return {name: Path(os.path.expanduser(os.environ.get(name) or default)) for name, default in folders}

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2.config import GPT2Config
-from gpt2.file_kinds import read_json
+from gpt2.file_kinds import read_json, text_in
 from gpt2.formats.stored import Stored, naming_file
 from tinygrad2.checkpoint import save_arrays, write_json
 
@@ -56,6 +56,13 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
     try:
         tensors = safe_open(file, framework="numpy")
     except SafetensorError as error:
+        if text := text_in(file):
+            raise ValueError(f"it is text, not a model: {text!r}; download the file again") from None
+        if "not fully covered" in str(error):
+            raise ValueError(
+                "by its header, its last tensor does not end where the file ends; the download or the copy was "
+                "interrupted"
+            ) from None
         raise ValueError(
             f"it is not a valid safetensors file ({error}), and does not start like a file of PyTorch or llm.c"
         ) from None

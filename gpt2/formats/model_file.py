@@ -30,6 +30,12 @@ EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the f
 # Names of wrappers, which may occur anywhere inside, begin with "_" (_orig_mod of torch.compile, _fsdp_wrapped_module,
 # _checkpoint_wrapped_module, _forward_module of DeepSpeed), except that of DistributedDataParallel:
 PARALLEL = "module"
+FOREIGN = {  # the start of a part of a name: what has such tensors
+    "lora_": "an adapter beside its weights (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
+    "qweight": "quantized weights (GPTQ, AWQ); they are not supported, use the weights that were quantized",
+    "weight_scale": "quantized weights; they are not supported, use the weights that were quantized",
+}
+LM_HEAD_BIAS = "lm_head.bias"  # GPT-2 has none
 NAME_LIMIT = 1000  # characters of a tensor's name
 SHOWN = 5  # names that a line shows
 TRAINER, BEST = "trainer.json", "best"  # in a run: the state in each checkpoint, and a link to the best one
@@ -240,7 +246,10 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
     for name, values in stored.items():
         if len(name) > NAME_LIMIT:
             raise ValueError(f"the name of a tensor has {len(name):,} characters; expected at most {NAME_LIMIT:,}")
-        short = ".".join(part for part in name.split(".") if part != PARALLEL and not part.startswith("_"))
+        parts = name.split(".")
+        if foreign := next((text for start, text in FOREIGN.items() if any(p.startswith(start) for p in parts)), ""):
+            raise ValueError(f"it has {foreign} (tensor {name})")
+        short = ".".join(part for part in parts if part != PARALLEL and not part.startswith("_"))
         if short in unwrapped:
             raise ValueError(f"tensor {short} occurs twice, with and without the prefix of {name}")
         unwrapped[short] = values
@@ -254,6 +263,8 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
                 plain[inside] = values
         elif LM_HEAD not in plain and (name == LM_HEAD or name.endswith(f".{LM_HEAD}")):
             plain[LM_HEAD] = values
+        elif name == LM_HEAD_BIAS or name.endswith(f".{LM_HEAD_BIAS}"):
+            plain[LM_HEAD_BIAS] = values
         else:
             left_out.append(name)
     return plain, left_out
@@ -293,7 +304,9 @@ def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dic
     for name in ("wte.weight", LM_HEAD):
         if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
             stored[name] = stored[name].rows(GPT2_VOCAB_SIZE)
-    head = stored.pop(LM_HEAD, None)
+    head, bias = stored.pop(LM_HEAD, None), stored.pop(LM_HEAD_BIAS, None)
+    if bias is not None and bias.read().any():
+        raise ValueError(f"{LM_HEAD_BIAS} is not zero; this model's output layer has no bias")
     if head is not None and "wte.weight" not in stored:  # a file with only this one of the two tied names
         stored["wte.weight"], head = head, None
     needed = 0

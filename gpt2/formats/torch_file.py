@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPT2Config, is_matrix
-from gpt2.file_kinds import open_zip
+from gpt2.file_kinds import open_zip, printable
 from gpt2.formats.stored import Stored, read_at
 from gpt2.formats.torch_optimizer import TrainingState, pack, unpack
 from gpt2.pickles import PICKLE_LIMIT, Meanings, interpret
@@ -187,7 +187,10 @@ class _Tensors(Meanings):
         known = text in STORAGES or text in (ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER)
         if known or text.endswith(CONFIG_SUFFIXES):
             return _Name(text)
-        raise ValueError(f"its pickle refers to {text}, which is not part of a model; the file is rejected")
+        raise ValueError(
+            f"its pickle refers to {text}, which is not part of a model; the file is rejected: save model.state_dict() "
+            "alone with torch.save"
+        )
 
     def stored(self, identity: object) -> _Storage:
         """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
@@ -322,9 +325,7 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
     tree = read_pickle(file)
     if not isinstance(tree, dict):
         raise ValueError(f"it is a pickled {type(tree).__name__}; expected a dictionary with the parameters of a model")
-    stored = next((tree[key] for key in STATE_DICTS if isinstance(tree.get(key), dict)), tree)
-    if not stored or not all(isinstance(name, str) and isinstance(value, Stored) for name, value in stored.items()):
-        raise ValueError("it has no state dict; expected a dictionary of tensors, or one under the key `model`")
+    stored = _state_dict(tree)
     config = _scalars(tree.get("config"))
     if "model_type" in config:
         settings = _parsed(config.get(GENERATION))
@@ -344,6 +345,28 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
         attn_pdrop=rate,
         resid_pdrop=rate,
     ), stored
+
+
+def _state_dict(tree: dict[Any, Any]) -> dict[str, Stored]:
+    """The parameters: under a usual key, or the only dictionary of tensors, or the whole. Raises ValueError."""
+
+    def is_one(values: object) -> TypeGuard[dict[str, Stored]]:
+        return (
+            isinstance(values, dict)
+            and bool(values)
+            and all(isinstance(name, str) and isinstance(value, Stored) for name, value in values.items())
+        )
+
+    usual = [key for key in STATE_DICTS if isinstance(tree.get(key), dict)]
+    found = usual[:1] or [key for key, values in tree.items() if is_one(values)]
+    stored = tree[found[0]] if len(found) == 1 else tree
+    if not is_one(stored):
+        keys = ", ".join(map(printable, map(str, tree)))
+        raise ValueError(
+            "it has no state dict, or several; expected a dictionary of tensors, or one under the key `model`; its "
+            f"keys are {keys[:200]}"
+        )
+    return stored
 
 
 def _scalars(config: object) -> JsonObject:

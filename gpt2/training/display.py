@@ -18,7 +18,7 @@ from gpt2.training.evaluation import describe_task
 from gpt2.training.options import MODEL_SIZES, Options
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
-from tinygrad2 import threads
+from tinygrad2 import blas, threads
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import discard_stdout
 
@@ -49,6 +49,8 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
     say(f"model      {name}: {model.n_parameters():,} parameters ({model.config.summary()})")
     each = f" on each of {comm.size} ranks" if comm.size > 1 else ""
     say(f"device     {model.backend.device}, {options.dtype}, {_plural(count, 'thread')}{each}")
+    if not model.backend.cuda:
+        say(f"products   {blas.description()}")
     if comm.size > 1 and model.backend.cuda:
         direct = comm.nccl(model.backend)
         say(f"all-reduce {'GPU to GPU (NCCL)' if direct else 'through host memory'}")

@@ -93,7 +93,7 @@ class Options:
     threads: int | None = _positive(
         None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
     )
-    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", TRAINING)
+    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 needs a GPU)", TRAINING)
     data: str | None = _text(
         None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
     )
@@ -330,20 +330,25 @@ def command_line(description: str | None) -> Parser:
         "options, except those given again."
     )
     parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
-    by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for f in (by_name[name] for name in names):
-            kind: type = f.metadata["kind"]
-            # (--no-... turns off a flag that a resumed run was started with)
-            form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
-            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
-            text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
-            group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
+        add_options(group, names)
     group.add_argument(
         "--config", metavar="FILE", help="read options of the same names from a TOML file [default: none]"
     )
     return parser
+
+
+def add_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
+    """Add the flags of these options to a command line. Those that are not given are left out of what it parses."""
+    by_name = {f.name: f for f in fields(Options)}
+    for f in (by_name[name] for name in names):
+        kind: type = f.metadata["kind"]
+        # (--no-... turns off a flag that a resumed run was started with)
+        form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
+        form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+        text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
+        group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
 
 
 def _help(name: str, text: str, default: object) -> str:

@@ -71,11 +71,13 @@ class RunOptions:
     """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
 
     notes  lines on what was chosen and why, for the start of the run.
+    blas   see RunState; set by setup.choose_blas.
     """
 
     options: OptionValues
     defaults: OptionValues
     notes: list[str] = field(default_factory=list)
+    blas: dict[str, str] | None = None
 
     @property
     def keep(self) -> int:
@@ -90,6 +92,7 @@ class RunState:
     options   given to the run.
     defaults  of the other options when it was started, which later versions must not change; None if unknown.
     data      the fingerprint of the training data.
+    blas      the library that multiplied the matrices, its title and the processor; None if unknown.
     unknown   fields of another version, of the whole and of its `progress`, which are written back as they are. Unknown
               options and defaults stay among the others.
     """
@@ -100,6 +103,7 @@ class RunState:
     options: OptionValues
     data: str
     defaults: OptionValues | None = None
+    blas: dict[str, str] | None = None
     unknown: dict[str, JsonObject] = field(default_factory=dict)
 
     def as_json(self) -> JsonObject:
@@ -290,9 +294,8 @@ class RunFolder:
         moments = optimizer.state()
         if self.comm.rank:
             return folder
-        state = RunState(
-            folder, progress, optimizer.steps, run_options.options, data, run_options.defaults, self._unknown
-        )
+        given, defaults = run_options.options, run_options.defaults
+        state = RunState(folder, progress, optimizer.steps, given, data, defaults, run_options.blas, self._unknown)
 
         def write() -> None:
             self._check_folder()
@@ -396,6 +399,7 @@ def read_state(folder: Path) -> RunState:
         if not _is_number(progress.seconds) or progress.seconds < 0:
             raise ValueError(f"progress.seconds is {progress.seconds!r:.80}; expected a number of at least 0")
         progress.best = _read_best(progress.best)
+        blas = _read_blas(values.get("blas"))
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{file}: not a valid file of train.py: {error}") from None
     names = {f.name for f in fields(RunState)} - {"folder", "unknown"}
@@ -403,7 +407,8 @@ def read_state(folder: Path) -> RunState:
         "": {name: value for name, value in values.items() if name not in names},
         "progress": {name: value for name, value in values["progress"].items() if name not in known},
     }
-    return RunState(folder, progress, values["optimizer_steps"], values["options"], values["data"], defaults, unknown)
+    options, data = values["options"], values["data"]
+    return RunState(folder, progress, values["optimizer_steps"], options, data, defaults, blas, unknown)
 
 
 def _check_count(name: str, value: object) -> None:
@@ -423,6 +428,15 @@ def _read_best(best: object) -> Best | None:
         raise ValueError(f"progress.best is {best!r:.80}; expected a step and a val_loss")
     _check_count("progress.best.step", best.get("step"))
     return Best(step=best["step"], val_loss=best["val_loss"])
+
+
+def _read_blas(blas: object) -> dict[str, str] | None:
+    """RunState.blas. Raises ValueError if it does not have this form."""
+    if blas is None:
+        return None
+    if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):
+        raise ValueError(f"blas is {blas!r:.80}; expected the texts name, title and processor")
+    return blas
 
 
 def _first_defaults(out: Path) -> OptionValues | None:

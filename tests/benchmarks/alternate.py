@@ -268,7 +268,7 @@ def table(record: dict[str, Any]) -> list[str]:
         f"{record['processor']}, {record['threads']} threads, {record['date']}, {record['rounds']} rounds, "
         f"load average before {record['load_average']:.2f}",
         ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + f"; tinygrad2's products are {'MKL' if record['mkl'] else 'NumPy'}'s",
+        + f"; tinygrad2's products in float32: {record['blas']}",
     ]
     for task, entry in record["limits"].items():
         if entry:
@@ -374,7 +374,7 @@ def report(
         "threads": options.threads,
         "python": platform.python_version(),
         "versions": versions(*PACKAGES),
-        "mkl": blas.USES_MKL,
+        "blas": blas.chosen().title,
         "rounds": options.rounds,
         "load_average": load,
         **more,

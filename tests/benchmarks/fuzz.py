@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import gzip
 import hashlib
 import importlib.util
@@ -642,6 +643,8 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
         if (event in FORBIDDEN and event not in TARGETS[name].allowed) or written:
             seen.append(f"{event} {arguments!r}"[:200])
 
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        codecs.lookup(encoding)
     for name in READABLE:
         TARGETS[name].read(originals / name)  # modules that are imported at the first use are imported here
     sys.addaudithook(watch)

@@ -75,7 +75,9 @@ def test_the_error_of_another_process_is_one_line(code, reason):
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def test_this_machine_can_train(capsys, gpt2_files):
+def test_this_machine_can_train(capsys, gpt2_files, monkeypatch):
+    for name in doctor.OPENBLAS_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     verdicts = {line.split()[1]: line.split()[0] for line in lines if line.startswith((OK, MISSING, WRONG))}
@@ -231,13 +233,33 @@ def test_mkl_is_named_if_it_is_used(monkeypatch):
     from tinygrad2 import blas
 
     pytest.importorskip("numba")
-    assert doctor.probe_blas().text.startswith("MKL ") == blas.USES_MKL
+    monkeypatch.delenv("TINYGRAD2_BLAS")
+    assert doctor.probe_blas().text.startswith("MKL ") == (blas._fastest().name == "mkl")
     for name, value in (("TINYGRAD2_BLAS", "numpy"), ("TINYGRAD2_KERNELS", "reference")):
         with monkeypatch.context() as planted:
             planted.setenv(name, value)
             finding = doctor.probe_blas()
         assert finding.verdict == OK
-        assert "mkl" not in finding.text.lower()
+        assert not finding.text.startswith("MKL ")
+
+
+def test_a_setting_that_slows_openblas_down_is_detected(monkeypatch):
+    """OPENBLAS_CORETYPE selects code for a processor with fewer instructions."""
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    monkeypatch.setenv("OPENBLAS_L2_SIZE", "")
+    found = {"speed": 2e11, "libraries": [{"internal_api": "openblas", "version": "1", "num_threads": 2}]}
+
+    def answer(code, **environment):
+        free = environment.get("OPENBLAS_CORETYPE") == ""
+        return {**found, "speed": 4e11} if free else found
+
+    monkeypatch.setattr(doctor, "ask", answer)
+    finding = doctor.probe_blas()
+    assert finding.verdict == WRONG
+    assert finding.text.endswith("OPENBLAS_CORETYPE=Haswell slows it down; without, it reaches 400 GFLOP/s")
+    assert finding.remedy == "unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE"
+    found["speed"] = 3.9e11
+    assert doctor.probe_blas().verdict == OK
 
 
 def test_a_missing_or_disabled_numba_is_detected(monkeypatch, tmp_path, answers):
@@ -434,7 +456,7 @@ def test_a_vocabulary_that_cannot_be_downloaded_is_missing(monkeypatch, tmp_path
     assert str(tmp_path) in finding.remedy
 
 
-@pytest.mark.parametrize("name", ["TIKTOKEN_CACHE_DIR", "CUPY_CACHE_DIR", "HF_HOME"])
+@pytest.mark.parametrize("name", ["TINYGRAD2_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "CUPY_CACHE_DIR", "HF_HOME"])
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, name):
     (tmp_path / "file").touch()
     monkeypatch.setenv(name, str(tmp_path / "file" / "cache"))

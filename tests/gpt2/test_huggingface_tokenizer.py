@@ -346,10 +346,18 @@ def test_a_document_that_the_library_cannot_read_is_one_line(document, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_class_that_splits_text_differently_needs_its_document(folder, way):
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
-    if way == "tokenizers":
-        assert Tokenizer.load(folder)._encoding.__class__.__name__ == "BytePairs"
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "RobertaTokenizerFast", "LlamaTokenizer"])
+def test_a_class_that_splits_text_differently_needs_its_document(name, folder, way):
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": name})
+    with pytest.raises(ValueError, match=f"tokenizer_class is '{name}'; expected GPT2Tokenizer, or the file tokenizer"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", None])
+def test_a_class_that_splits_text_as_gpt2_does_needs_none(name, folder, way):
+    expected = Tokenizer.load(folder)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": name})
+    assert Tokenizer.load(folder).fingerprint == expected.fingerprint
 
 
 # Begin and end ids
@@ -402,7 +410,7 @@ def test_a_byte_order_mark_is_not_an_error(folder, way):
     assert (found.fingerprint, found.added, found.end_ids) == (expected.fingerprint, expected.added, expected.end_ids)
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
 def test_a_pointer_of_git_lfs_is_named(name, folder, way):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
     with pytest.raises(ValueError, match=f"{name}: it is a pointer of Git LFS"):

@@ -410,8 +410,16 @@ def test_end_of_text_fills_the_only_gap(tmp_path):
 def test_unknown_names_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer 'gpt3' is unknown; choose bytes, gpt2, or the path"):
         Tokenizer.load("gpt3")
-    with pytest.raises(FileNotFoundError, match="has none of"):
+    with pytest.raises(FileNotFoundError, match=r"has none of .* and meta.pkl$"):
         Tokenizer.load(tmp_path)
+    for name, message in (
+        ("tokenizer.model", "tokenizer.model is a model of SentencePiece: save it with transformers as tokenizer.json"),
+        ("vocab.bpe", "vocab.bpe is there, encoder.json is missing"),
+        ("vocab.json", "vocab.json is there, merges.txt is missing"),
+    ):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(FileNotFoundError, match=message):
+            Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(

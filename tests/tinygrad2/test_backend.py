@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -505,8 +506,8 @@ def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsy
     run("out", "cuda", 9, code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB and temporary "
-        r"arrays; 3.22 of the device's 4.29 GB are free; use a smaller --batch-size, .*\n",
+        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB; 3.22 of the "
+        r"device's 4.29 GB are free; use --batch-size 1 or less, with --total-batch-size to keep the tokens per step\n",
         error,
     )
 
@@ -736,6 +737,50 @@ def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
     assert strict_cupy.library.asarray(x) is x
 
 
+def test_a_process_uses_one_gpu(device):
+    x = on_device(X)
+    gpu = strict_cupy.GPU
+    gpu(1).use()
+    try:
+        for use in (lambda: get_backend("cuda"), lambda: get_backend("auto"), lambda: Tensor([1.0]).to("cuda")):
+            with pytest.raises(ValueError, match=r"computes on GPU 0, got GPU 1; .*CUDA_VISIBLE_DEVICES.*mpirun"):
+                use()
+        foreign = on_device(X)
+    finally:
+        gpu(0).use()
+    get_backend("cuda").asarray(x)
+    with pytest.raises(ValueError, match="computes on GPU 0, got GPU 1"):
+        get_backend("cuda").asarray(foreign)
+    with pytest.raises(ValueError, match="must be chosen before it is used"):
+        backend.choose_gpu(1)
+    with pytest.raises(ValueError, match=r"'cuda:1' is unknown; .*CUDA_VISIBLE_DEVICES=1 selects this one"):
+        get_backend("cuda:1")
+
+
+def test_a_wait_in_another_thread_is_for_the_gpu_of_the_process():
+    gpu = strict_cupy.GPU
+    gpu(1).use()
+    try:
+        with strict_cupy.registered():
+            on = get_backend("cuda")
+            array = on.asarray(X)
+            host = on.staging(array.reshape(-1), None)
+            wait = on.download(array.reshape(-1), host)
+            with ThreadPoolExecutor(1) as pool:  # its thread has GPU 0 at first
+                pool.submit(wait).result()
+            np.testing.assert_array_equal(host, X.reshape(-1))
+    finally:
+        gpu(0).use()
+
+
+def test_events_that_only_order_do_not_measure_time(device):
+    on = get_backend("cuda")
+    times = [on.timestamp(), on.timestamp()]
+    assert on.seconds(*times) >= 0
+    with pytest.raises(strict_cupy.CUDARuntimeError, match="without timing"):
+        on.seconds(times[0], on.cuda.event())
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "peak"),
     [
@@ -750,11 +795,38 @@ def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
         ("NVIDIA GeForce RTX 4090 D", "tf32", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA GH200 480GB", "bfloat16", None),
+        ("NVIDIA H100 NVL", "bfloat16", 835.5),
+        ("NVIDIA GeForce RTX 5090", "bfloat16", 209.5),
+        ("NVIDIA GeForce RTX 3090", "bfloat16", 71.0),
+        ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
+        ("NVIDIA A10", "bfloat16", 125.0),
+        ("NVIDIA A10G", "bfloat16", None),
+        ("Tesla T4", "float32", 8.1),
+        ("Tesla T4", "bfloat16", None),
         ("NVIDIA H200", "float64", None),
     ],
 )
 def test_the_peak_of_a_gpu_is_found_by_its_name(name, precision, peak):
     assert gpus.peak_tflops(name, precision) == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 1555.0),
+        ("NVIDIA A100-PCIE-40GB", 1555.0),
+        ("NVIDIA A100-SXM4-80GB", 2039.0),
+        ("NVIDIA A100 80GB PCIe", 1935.0),
+        ("Tesla T4", 320.0),
+        ("NVIDIA GeForce RTX 4090 D", None),
+    ],
+)
+def test_the_bandwidth_of_a_gpu_is_found_by_its_name(name, bandwidth):
+    assert gpus.bandwidth(name) == bandwidth
+
+
+def test_every_gpu_with_a_peak_has_a_bandwidth():
+    assert gpus.PEAK_TFLOPS.keys() <= gpus.BANDWIDTH.keys()
 
 
 def test_a_registered_stand_in_leaves_nothing_behind():

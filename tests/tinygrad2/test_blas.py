@@ -1,4 +1,7 @@
 import itertools
+import json
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +48,7 @@ def test_a_part_is_written_and_nothing_beside_it():
 
 
 def test_numpy_is_used_if_no_library_is_found(monkeypatch):
-    monkeypatch.setattr(blas, "_functions", {})
+    monkeypatch.setattr(blas, "_chosen", blas.Library("numpy", "none", {}, False))
     a, b, out = R.normal(size=(3, 4)), R.normal(size=(4, 5)), np.ones((3, 5))
     blas.gemm(a, b, out, accumulate=True)
     np.testing.assert_allclose(out, 1 + a @ b)
@@ -53,26 +56,135 @@ def test_numpy_is_used_if_no_library_is_found(monkeypatch):
 
 def test_the_library_of_numpy_is_found():
     """NumPy's wheels bring OpenBLAS; without its address, attention would be the reference's."""
-    assert set(blas.ADDRESSES) == {"float32", "float64"}
+    assert set(blas.NUMPYS.calls) == {np.dtype("float32"), np.dtype("float64")}
+    assert all(address for address, _ in blas.NUMPYS.calls.values())
+    assert blas.NUMPYS.title.startswith("OpenBLAS 0.")
 
 
-def test_mkl_is_used_only_if_it_is_installed(monkeypatch):
+def test_mkl_that_is_not_installed_is_not_considered(monkeypatch):
     def missing(name):
         raise blas.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(blas.metadata, "files", missing)
+    monkeypatch.setattr(blas.metadata, "version", missing)
     assert blas._mkl() is None
+    assert blas._fastest() is blas.NUMPYS
     monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but its files are unknown
+    monkeypatch.setattr(blas.metadata, "version", lambda name: "1.2")
     assert blas._mkl() is None
+    assert blas._fastest() is blas.NUMPYS
 
 
-def test_mkl_can_be_disabled(monkeypatch):
-    def loaded(name):
-        raise AssertionError("MKL was looked for")
+# Which library: two libraries with NumPy's functions, whose speed the tests decide ------------------------------------
 
-    monkeypatch.setattr(blas.metadata, "files", loaded)
+
+@pytest.fixture
+def two(monkeypatch, tmp_path):
+    """two(numpy, mkl): rates in GFLOP/s that a measurement will find. Counts measurements and loads of MKL."""
+    mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9", sequential=True)
+    monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TINYGRAD2_BLAS", raising=False)
+    monkeypatch.setattr(blas, "_chosen", None)
+    version = blas.metadata.version
+    monkeypatch.setattr(blas.metadata, "version", lambda name: "9.9" if name == "mkl" else version(name))
+    counts = {"measured": 0, "loaded": 0}
+
+    def load():
+        counts["loaded"] += 1
+        return mkl
+
+    def plant(numpys, mkls):
+        def measured(libraries):
+            counts["measured"] += 1
+            return {library.title: {"numpy": numpys, "mkl": mkls}[library.name] * 1e9 for library in libraries}
+
+        monkeypatch.setattr(blas, "measure", measured)
+        return counts
+
+    monkeypatch.setattr(blas, "_mkl", load)
+    return plant
+
+
+@pytest.mark.parametrize(("mkls", "name"), [(50, "numpy"), (100, "numpy"), (109, "numpy"), (111, "mkl"), (200, "mkl")])
+def test_another_library_needs_a_gain_of_a_tenth(two, mkls, name):
+    two(100, mkls)
+    assert blas.chosen().name == name
+    assert blas.considered() == {blas.chosen().title: max(100, mkls if name == "mkl" else 0) * 1e9} | {
+        blas.NUMPYS.title: 100e9,
+        "MKL 9.9": mkls * 1e9,
+    }
+
+
+def test_a_measurement_is_kept_for_this_processor_and_these_versions(two, monkeypatch):
+    counts = two(100, 50)
+    for _ in range(3):
+        assert blas.chosen() is blas.NUMPYS
+        monkeypatch.setattr(blas, "_chosen", None)  # as in another process
+    assert counts == {"measured": 1, "loaded": 1}  # MKL is not even loaded where NumPy's library was faster
+    monkeypatch.setattr(blas, "NUMPYS", replace(blas.NUMPYS, title="OpenBLAS 1"))
+    assert blas.chosen().title == "OpenBLAS 1"
+    assert counts["measured"] == 2
+    monkeypatch.setattr(blas, "_chosen", None)
+    monkeypatch.setattr(blas.machine, "processor_model", lambda: "another")
+    two(100, 120)
+    assert blas.chosen().name == "mkl"
+    assert counts["measured"] == 3
+    assert json.loads(blas._file().read_text()).keys() == {"another", *json.loads(blas._file().read_text())}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 3}', '"' + "x" * 9 + '"'])
+def test_a_damaged_record_is_measured_again(two, text):
+    counts = two(100, 150)
+    blas._file().parent.mkdir(parents=True)
+    blas._file().write_text(text)
+    assert blas.chosen().name == "mkl"
+    assert counts["measured"] == 1
+    assert blas._kept_rates()["MKL 9.9"] == 150e9
+
+
+def test_without_a_folder_to_write_to_it_is_measured_in_every_process(two, monkeypatch, tmp_path):
+    counts = two(100, 150)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        monkeypatch.setattr(blas, "_chosen", None)
+        assert blas.chosen().name == "mkl"
+    assert counts["measured"] == 2
+
+
+def test_a_variable_selects_the_library(two, monkeypatch):
+    counts = two(100, 150)
     monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")
-    assert blas._mkl() is None
+    assert blas.chosen() is blas.NUMPYS
+    assert not blas.use("mkl")  # a checkpoint's library does not override it
+    assert blas.use("numpy")
+    assert counts == {"measured": 0, "loaded": 0}
+    for name, message in (("atlas", "TINYGRAD2_BLAS is 'atlas'; expected numpy or mkl"), ("mkl", "not installed")):
+        monkeypatch.setattr(blas, "_chosen", None)
+        monkeypatch.setattr(blas, "_mkl", lambda: None)
+        monkeypatch.setenv("TINYGRAD2_BLAS", name)
+        with pytest.raises(ValueError, match=message):
+            blas.chosen()
+
+
+def test_a_library_can_be_selected_by_name(two, monkeypatch):
+    counts = two(100, 50)
+    assert blas.use("mkl")
+    assert blas.chosen().name == "mkl"
+    assert counts["measured"] == 0
+    assert blas.use("numpy")
+    assert not blas.use("atlas")
+    monkeypatch.setattr(blas, "_mkl", lambda: None)
+    assert not blas.use("mkl")
+    assert blas.chosen() is blas.NUMPYS
+
+
+def test_the_measurement_is_short():
+    started = time.perf_counter()
+    found = blas.measure([blas.NUMPYS])
+    assert found[blas.NUMPYS.title] > 1e8
+    assert time.perf_counter() - started < 30
+    assert blas.NUMPYS.title in blas.description()
 
 
 def test_matrices_in_layouts_that_blas_does_not_support():

@@ -14,8 +14,9 @@
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
-constexpr int M = D <= 64 ? 2 : 1;  // fragments of 16 queries a warp; two of them share each fragment of keys
-constexpr int WARPS = 4, ROWS = 16 * M * WARPS, KEYS = 64;
+constexpr int WARPS = 4, ROWS = OWNED, KEYS = STREAM;
+constexpr int M = ROWS / (16 * WARPS);  // fragments of 16 queries per warp; two of them share each fragment of keys
+static_assert(ROWS % (16 * WARPS) == 0 && KEYS % 16 == 0, "tiles");
 
 // The maximum, or the sum, over the four lanes that hold a row of a fragment.
 __device__ __forceinline__ float row_max(float x) {

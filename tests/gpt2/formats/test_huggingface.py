@@ -182,7 +182,7 @@ def test_unsupported_configurations_are_rejected(changes, message, folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Expecting value"),
+        (b"", "it is an empty file"),
         (b'{"n_layer": 2,', "Expecting property name"),
         (b"[1, 2]", "it is not a JSON object"),
         (b"\xff\xfe{", "codec can't decode"),

@@ -1,5 +1,6 @@
 """gpt2/formats/model_file.py: which tensors and sizes a file of any layout must have."""
 
+import re
 import time
 
 import numpy as np
@@ -147,6 +148,50 @@ def test_further_heads_are_skipped_and_named(prefix, model, tmp_path, capsys):
     )
     assert f"{outer}v_head.summary.0" in line
     assert line.endswith(" and 1 more")
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.lm_head.bias"])
+def test_a_bias_of_the_output_layer_is_rejected_unless_it_is_zero(name, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    for value in (0.0, 0.5):
+        arrays = values(model) | {name: np.full(257, value, "float32")}
+        save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
+        if value == 0:
+            assert_equal(model, GPT2.from_pretrained(tmp_path))
+            assert capsys.readouterr().err == ""
+        else:
+            with pytest.raises(ValueError, match=r"model.safetensors: lm_head.bias is not zero; this model's output"):
+                GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("base_model.model.h.0.attn.c_attn.lora_A.default.weight", "it has an adapter beside its weights (peft, LoRA)"),
+        ("h.1.mlp.c_fc.qweight", "it has quantized weights (GPTQ, AWQ); they are not supported"),
+        ("h.1.mlp.c_fc.weight_scale", "it has quantized weights; they are not supported"),
+        ("h.0.adapter.weight", "tensor h.0.adapter.weight is not a parameter of this model"),
+    ],
+)
+def test_weights_that_are_not_those_of_a_plain_model_are_named(name, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    save_file(values(model) | {name: np.ones(8, "float32")}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "module", "net", "ema"])
+def test_the_only_dictionary_of_tensors_is_the_model(key, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch_file.write_pickle(tmp_path / "x.pt", {"epoch": 3, key: stored(values(model)), "options": {"lr": 1e-3}})
+    assert_equal(model, GPT2.from_pretrained(tmp_path / "x.pt"))
+
+
+def test_of_several_dictionaries_of_tensors_none_is_taken(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch_file.write_pickle(tmp_path / "x.pt", {"net": stored(values(model)), "ema": stored(values(model))})
+    with pytest.raises(ValueError, match=r"it has no state dict, or several; .*; its keys are net, ema"):
+        GPT2.from_pretrained(tmp_path / "x.pt")
 
 
 def test_two_models_in_one_file(model, tmp_path):

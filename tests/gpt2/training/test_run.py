@@ -116,6 +116,7 @@ def test_a_checkpoint_with_an_option_of_earlier_versions_is_resumed(workspace):
         "{}",
         '{"progress": {"step": "3"}, "optimizer_steps": 1, "options": {}, "data": ""}',
         '{"progress": {"step": 4, "tokens": 9}, "optimizer_steps": 4, "options": {}, "data": "", "defaults": 255}',
+        '{"progress": {"step": 4}, "optimizer_steps": 4, "options": {}, "data": "", "defaults": {}, "blas": {}}',
         "[]",
         "\xff",
     ],

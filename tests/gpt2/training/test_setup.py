@@ -14,10 +14,11 @@ import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, Tokenizer, convert
 from gpt2.generate import stream_text
-from gpt2.training import options
+from gpt2.training import options, setup
+from gpt2.training.run import RunOptions
 from gpt2.training.tasks import TASKS
 from tests.training_runs import QUICK, TEXT, one_line, rows, run, update_checksums
-from tinygrad2 import checkpoint
+from tinygrad2 import blas, checkpoint, machine
 
 
 def test_a_task_that_cannot_be_downloaded_is_reported_before_training(workspace, monkeypatch, capsys):
@@ -357,3 +358,71 @@ def test_nanogpts_data_of_characters_is_trained_on(workspace):
     saved = checkpoint.find(Path("out"))[0]
     assert Tokenizer.load(saved).decode(ids[:50]) == TEXT[:50]
     assert sample.main(["--checkpoint", "out", "-m", "3"]) == 0
+
+
+# The BLAS library -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_mkl(monkeypatch):
+    """A second library, of the name mkl, which is as fast as NumPy's."""
+    mkl = dataclasses.replace(blas.NUMPYS, name="mkl", title="MKL 9.9")
+    monkeypatch.delenv("TINYGRAD2_BLAS")
+    monkeypatch.setattr(blas, "_mkl", lambda: mkl)
+    monkeypatch.setattr(blas, "_fastest", lambda: blas.NUMPYS)
+    monkeypatch.setattr(blas, "_chosen", None)
+
+
+def stored_blas():
+    (state,) = Path("out").glob("ckpt-*/trainer.json")
+    return state, json.loads(state.read_text())
+
+
+def test_the_blas_library_is_named_and_kept_in_the_checkpoint(workspace, capsys):
+    run("--max-iters", "1", "--save-interval", "0")
+    title = blas.NUMPYS.title
+    assert f"\nproducts   {title}, " in capsys.readouterr().out
+    assert stored_blas()[1]["blas"] == {"name": "numpy", "title": title, "processor": machine.processor_model()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "note"),
+    [
+        ({}, "mkl", ""),  # although NumPy's is the one that is chosen here
+        ({"processor": "P"}, "numpy", "until here by MKL 9.9 on another processor, now by OpenBLAS"),
+        ({"title": "MKL 8"}, "mkl", "until here by MKL 8, now by MKL 9.9: roundings differ"),
+        ({"name": "atlas", "title": "ATLAS"}, "numpy", "until here by ATLAS, now by OpenBLAS"),
+    ],
+)
+def test_a_resumed_run_uses_the_blas_library_that_it_began_with(workspace, capsys, with_mkl, changes, name, note):
+    run("--max-iters", "1", "--keep", "1")
+    state, values = stored_blas()
+    before = {"name": "mkl", "title": "MKL 9.9", "processor": machine.processor_model(), **changes}
+    state.write_text(json.dumps({**values, "blas": before}))
+    update_checksums(state.parent)
+    capsys.readouterr()
+    run("--max-iters", "2", "--keep", "1")
+    assert blas.chosen().name == name
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("products   until")]
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
+    best, latest = sorted(Path("out").glob("ckpt-*/trainer.json"))[0], sorted(Path("out").glob("ckpt-*"))[-1]
+    assert best.exists()
+    assert json.loads((latest / "trainer.json").read_text())["blas"]["name"] == name
+
+
+def test_ranks_on_equal_processors_use_the_library_of_rank_0(with_mkl, monkeypatch):
+    class Root:
+        """Rank 1, whose rank 0 has decided."""
+
+        def __init__(self, *decided):
+            self.decided = decided
+
+        def from_root(self, function):
+            return self.decided
+
+    for processor, name in ((machine.processor_model(), "mkl"), ("another", "numpy")):
+        monkeypatch.setattr(blas, "_chosen", None)
+        settled = options.resolve_options({"device": "cpu"}, GPT2Config.preset("nano"))
+        setup.choose_blas(settled, RunOptions({}, {}), None, Root(processor, "mkl"))
+        assert blas.chosen().name == name
