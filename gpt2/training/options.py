@@ -24,7 +24,7 @@ OptionValues = dict[str, Any]  # values by option; their types are those of the 
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
-TOML_BYTES = 1 << 16  # of a file of options
+TOML_BYTES = 1 << 14  # of a file of options
 SHOWN = 80  # characters of a name or a value that a message shows
 TOO_LARGE = 2**31  # for any number of steps, tokens or bytes
 
@@ -153,6 +153,9 @@ class Options:
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
     max_bad_steps: int = _positive(
         3, int, "N", "end after N steps in a row that were skipped because the loss or the gradient was not finite"
+    )
+    hang_timeout: int = _at_least_0(
+        0, int, "SECONDS", "end the job when a step takes longer than this; 0: only report it, with every rank's stack"
     )
     dropout: float | None = _fraction(
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
@@ -313,7 +316,7 @@ GROUPS = {
     ),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
     "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
-    "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
+    "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed", "hang_timeout"),
     "sets of options": ("recipe",),
 }
 
@@ -395,7 +398,10 @@ def _read_toml(path: Path) -> OptionValues:
         if type(value) is not kind:
             raise UsageError(f"{path}: {key} is {reprlib.repr(value)}; expected a value of type {kind.__name__}")
         given[name] = value
-    return given
+    try:
+        return validate_options(given)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def validate_options(given: OptionValues) -> OptionValues:
