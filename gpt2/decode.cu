@@ -97,7 +97,7 @@ constexpr int MAILBOX = HEAD_PARTS + RANKS * B * HEADS * (D + 2);
 __device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
 __device__ __forceinline__ int cluster() { return blockIdx.x / RANKS; }
 
-// Write a value and a tag, in one access of 8 bytes that bypasses L1.
+// A value and a tag, in one access of 8 bytes that bypasses L1.
 typedef unsigned long long Message;
 __device__ __forceinline__ void send(Message* entry, float number, unsigned tag) {
   *(volatile Message*)entry = (Message)tag << 32 | __float_as_uint(number);
@@ -468,7 +468,7 @@ __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices
   }
 }
 
-// The token of each text with the largest logit, with one warp per text: first within this block; then block 0 receives
+// The token of each text with the largest logit, one warp per text: first of this block; then block 0 receives the
 // the choices of all blocks.
 __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Message* mailbox, unsigned tag) {
   __syncthreads();
