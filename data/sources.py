@@ -137,7 +137,7 @@ class JsonLines(TextFile):
         try:
             if len(line) > RECORD_ITEMS and sum(map(line.count, b"[{,:")) > RECORD_ITEMS:
                 raise ValueError(f"more than {RECORD_ITEMS:,} brackets, commas and colons")
-            value = json.loads(line.removeprefix(BOM))
+            value = json.loads(line.removeprefix(BOM).decode())  # (of bytes, json guesses the encoding)
             text = value[self.key]
             if not isinstance(text, str):
                 raise TypeError(f"{self.key!r} is of type {type(text).__name__}")

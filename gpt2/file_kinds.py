@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import stat
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.console import script_name
+from tinygrad2.checkpoint import JSON_BYTES
 
 FILES_INSIDE = 100  # in the folders of a folder that are looked at
 DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
@@ -222,12 +224,18 @@ def _base_of(file: Path) -> str:
         return ""
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
     """The contents of a JSON file written by people or other programs, in UTF-8 or, with a byte-order mark or without,
     UTF-16 or UTF-32.
 
-    Raises ValueError, which does not name the file, if it is not valid JSON or is too deeply nested; FileNotFoundError.
+    Raises ValueError, which does not name the file, if it is not valid JSON, is too deeply nested, or has more than
+    `limit` bytes; FileNotFoundError.
     """
+    status = file.stat()
+    if stat.S_ISREG(status.st_mode) and status.st_size > limit:
+        raise ValueError(f"it has {status.st_size:,} bytes; expected at most {limit:,}")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is not a regular file")
     content = file.read_bytes()
     try:
         return json.loads(content.decode(json.detect_encoding(content)))

@@ -4,6 +4,7 @@ wrong in it when it is run again with checks."""
 from __future__ import annotations
 
 import math
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -109,9 +110,13 @@ def read(folder: Path) -> BadStep:
         batches = [
             Batch(Key(seed, step, first_sample), tokens, targets) for (step, first_sample), tokens, targets in rows
         ]
-        return BadStep(**values, batches=batches)
+        found = BadStep(**values, batches=batches)
+        for name, kinds in (("step", int), ("loss", float | None), ("grad_norm", float | None), ("lr", float)):
+            if not isinstance(values[name], kinds):
+                raise TypeError(f"{name} is {reprlib.repr(values[name])}")
+        return found
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a skipped step that train.py wrote ({error})") from None
+        raise CheckpointError(f"{folder}: not a skipped step that train.py wrote ({str(error)[:200]})") from None
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
