@@ -66,6 +66,7 @@ WRONG = [  # command, arguments, what the line says
     ("gpt2.evaluate", "model --data nowhere", "data 'nowhere': no such data set"),
     ("gpt2.report", "nowhere", "nowhere: no log.jsonl in this folder; expected the out-dir of a run"),
     ("gpt2.verify", "--preset gpt9", "gpt9"),
+    ("gpt2.plan", "--device h20", "--device is h20; expected auto, cpu, cuda"),
     ("gpt2.doctor", "now", "unexpected argument 'now'"),
     ("gpt2.inspect", "--checkpoint nowhere", "nowhere"),
 ]
