@@ -23,7 +23,7 @@ from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
-from gpt2.model import set_decode, to_generate
+from gpt2.model import to_generate
 from tinygrad2 import checkpoint, machine, threads
 from tinygrad2.backend import DEVICES, get_backend, silence_compile_notice
 
@@ -145,7 +145,7 @@ def sample(options: argparse.Namespace) -> int:
     """Print the samples that the options describe, then with --interactive those of each line that is typed."""
     threads.set_count(options.threads)
     model, tokenizer = load_model(options)
-    set_decode(model, options.decode)
+    decode.set_decode(model, options.decode)
     if options.prompt or not options.interactive:
         print_samples(model, tokenizer, options)
     if options.interactive:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from gpt2.config import GPT2Config
 from gpt2.language_model import Cache, LanguageModel
 from tinygrad2.array import Array
-from tinygrad2.backend import Cuda, Limits
+from tinygrad2.backend import Backend, Cuda, Limits
 from tinygrad2.nn import Parameter
 
 # As in decode.cu: threads per block, and bytes per memory access.
@@ -27,7 +28,7 @@ WITHOUT = "generate with --decode ordinary (in Python: model.fused_decode = Fals
 
 
 def add_option(group: argparse._ArgumentGroup) -> None:
-    """Add --decode to a group of a command's options; model.set_decode applies it."""
+    """Add --decode to a group of a command's options; set_decode applies it."""
     group.add_argument(
         "--decode",
         default="ordinary",
@@ -35,6 +36,22 @@ def add_option(group: argparse._ArgumentGroup) -> None:
         help="how the next token is computed: operation by operation, or on a GPU with one kernel launch per token "
         "(not measured on a GPU yet)",
     )
+
+
+class Fusable(Protocol):
+    """A model that may have a decoder."""
+
+    fused_decode: bool
+
+    @property
+    def backend(self) -> Backend: ...
+
+
+def set_decode(model: Fusable, decode: str) -> None:
+    """Generate as an option --decode says, "ordinary" or "fused". Raises ValueError for "fused" without a GPU."""
+    if decode == "fused" and model.backend.cuda is None:
+        raise ValueError(f"--decode fused needs a GPU, but the model is on the {model.backend.device}; use ordinary")
+    model.fused_decode = decode == "fused"
 
 
 @contextmanager

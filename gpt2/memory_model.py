@@ -20,7 +20,7 @@ RECEIVED = 16 << 20  # bytes that a rank receives at a time in a sum on the host
 WORKSPACE = 32 << 20  # bytes for cublasLt (kernels/gemm.py)
 QUERY_ROWS = 128  # rows of scores at a time in attention
 # Python with NumPy and the compiled kernels, as measured; a CUDA context with cublasLt, and NCCL: estimates.
-LIBRARIES, CONTEXT, NCCL = 180_000_000, 600_000_000, 400_000_000
+LIBRARIES, CONTEXT, NCCL = 190_000_000, 600_000_000, 400_000_000
 ALIGNED = 64  # on a GPU the rows of the output layer's matrix are padded to a multiple of this
 
 

@@ -119,14 +119,11 @@ class GPT2(nn.Module):
             "tf32" (float32, with faster and less precise matrix products), and on a CPU also "bfloat16_weights"
             (matrices in bfloat16, which generate faster: half as many bytes are read for each token).
 
-    fused_decode  an attribute: whether generation on a GPU computes a token in one kernel launch (gpt2/decode.cu)
-                  instead of one operation after another.
-
     Two options save memory in training, at the cost of time: recompute="block" saves only the inputs of each block and
     recomputes the block in the backward pass; head_rows computes that many rows of the logits at a time.
     """
 
-    fused_decode = False
+    fused_decode = False  # generate a token in one kernel launch, on a GPU: see gpt2/decode.py
 
     def __init__(
         self,
@@ -249,13 +246,6 @@ def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
     precision = Precision.of(dtype)
     weights_only = precision == BFLOAT16 and not backend.unsupported_reason(BFLOAT16_WEIGHTS)
     return BFLOAT16_WEIGHTS if weights_only else precision
-
-
-def set_decode(model: GPT2, decode: str) -> None:
-    """Generate as an option --decode says, "ordinary" or "fused". Raises ValueError for "fused" without a GPU."""
-    if decode == "fused" and model.backend.cuda is None:
-        raise ValueError(f"--decode fused needs a GPU, but the model is on the {model.backend.device}; use ordinary")
-    model.fused_decode = decode == "fused"
 
 
 def _residual_std(config: GPT2Config) -> float:

@@ -27,7 +27,7 @@ from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, generate
 from gpt2.inspection import Vocabulary, check_weights, inspect
-from gpt2.model import GPT2, set_decode
+from gpt2.model import GPT2
 from gpt2.page import page, resource
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import machine, threads
@@ -101,7 +101,7 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
     """Load the model and serve it until the process is interrupted."""
     threads.set_count(options.threads)
     model, tokenizer, name = load_model(options)
-    set_decode(model, options.decode)
+    decode.set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
     worker = Worker()
     served = web.Service(

@@ -271,6 +271,7 @@ def test_optional_packages_are_imported_where_they_are_used():
 
 # Modules without a test file of their own name, and the file that tests them (mypy alone checks array.py's protocol).
 TESTED_BY = {
+    "data.parquet_pages": "data/test_hostile_sources.py",
     "gpt2.familiar_options": "test_wrong_inputs.py",
     "setup": "test_packages.py",
     "gpt2.formats.stored": "gpt2/formats/test_model_file.py",

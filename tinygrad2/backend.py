@@ -115,9 +115,16 @@ class Backend:
         overrides = _cpu_overrides()
         return overrides.onednn.unavailable_reason() if overrides and Precision.of(precision).copies else None
 
-    def convert(self, values: Array, out: Array) -> None:
-        """out = values, rounded to the dtype of out: flat arrays."""
+    def clear(self, array: Array) -> None:
+        """Fill a flat array with zeros."""
         if (overrides := _cpu_overrides()) is None:
+            array[...] = 0
+        else:
+            overrides.pool.clear(array)
+
+    def convert(self, values: Array, out: Array) -> None:
+        """out = values, rounded to the dtype of out: flat float32 and bfloat16 arrays."""
+        if (overrides := _cpu_overrides()) is None or values.dtype != numpy.float32:
             out[...] = values.astype(out.dtype)
         else:
             overrides.convert(values, out)
@@ -372,6 +379,9 @@ class CudaBackend(Backend):
 
     def slow_reason(self, precision: PrecisionLike) -> str | None:
         return None
+
+    def clear(self, array: Array) -> None:
+        array[...] = 0
 
     def convert(self, values: Array, out: Array) -> None:
         out[...] = values.astype(out.dtype)

@@ -96,7 +96,11 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
 
 @protocols.pytorch_names
 def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
-    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened."""
+    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened.
+
+    >>> concatenate([ones(2, 3), zeros(2, 1)], axis=1).shape
+    (2, 4)
+    """
     given = _tensors("concatenate", tensors)
     if axis is None:
         return methods.concatenate([x.ravel() for x in given], 0)
@@ -396,7 +400,12 @@ def _broadcasts_to(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 
 def one_hot(indices: Any, num_classes: int) -> Tensor:
-    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient."""
+    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient.
+
+    >>> print(one_hot([0, 2], 3).numpy())
+    [[1. 0. 0.]
+     [0. 0. 1.]]
+    """
     table = eye(num_classes)
     return table[table._indices("one_hot", indices, num_classes)]
 

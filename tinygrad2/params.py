@@ -278,7 +278,7 @@ class ParameterArena:
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for region in self.regions:
-            region.grads[...] = 0
+            self.backend.clear(region.grads)
 
     def mark_written(self) -> None:
         """Note that the values have been changed in the flat buffers."""

@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 
 from gpt2 import GPT2, GPT2Config, cost_model  # noqa: E402
+from gpt2.decode import set_decode  # noqa: E402
 from gpt2.generate import KVCache, generate, next_logits  # noqa: E402
-from gpt2.model import set_decode  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
 from tinygrad2 import Key, gpus, no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend  # noqa: E402

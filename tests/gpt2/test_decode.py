@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
-from gpt2.decode import MAX_TEXTS, Decoder
+from gpt2.decode import MAX_TEXTS, Decoder, set_decode
 from gpt2.generate import KVCache, generate, next_logits
-from gpt2.model import set_decode
 from tests.stand_ins import cudasim, strict_cupy
 from tests.stand_ins.faults import plant_in, replace_source, without
 from tinygrad2 import no_grad

@@ -8,8 +8,8 @@ import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config, verify
+from gpt2.decode import set_decode
 from gpt2.generate import KVCache, next_logits
-from gpt2.model import set_decode
 from tinygrad2 import Key, no_grad, optim, reference
 from tinygrad2.backend import get_backend
 from tinygrad2.distributed import NcclComm

@@ -113,8 +113,8 @@ def test_a_process_takes_what_is_planned(recompute):
 )
 def test_a_step_on_a_gpu_allocates_what_is_planned(recompute, head_rows, rate, cublaslt, monkeypatch):
     """In bfloat16, by the CUDA launchers on the stand-in for CuPy, which has no pool: arrays that exist at a time."""
-    for module in (gemm, memory_model):
-        monkeypatch.setattr(module, "WORKSPACE", 0)
+    monkeypatch.setattr(gemm, "WORKSPACE", 1 << 20)
+    monkeypatch.setattr(memory_model, "WORKSPACE", 0)  # it exists before the measurement
     sizes = config(rate, vocab_size=1000, n_positions=64, n_embd=128, n_layer=3, n_head=2)
     step = Step(sizes, 16, 64, Precision.of("bfloat16"), recompute, head_rows, cuda=True)
     with strict_cupy.registered(plain=False):

@@ -835,3 +835,15 @@ def test_a_registered_stand_in_leaves_nothing_behind():
         assert get_backend("cuda").np is strict_cupy.library
     assert backend._backends == before
     assert strict_cupy.ndarray not in backend._by_type
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("n", [1, 1000, 3_000_001])
+def test_a_flat_array_is_cleared_and_converted(monkeypatch, kernels, n):
+    monkeypatch.setenv("TINYGRAD2_KERNELS", kernels)
+    backend, x = get_backend("cpu"), np.arange(n, dtype=np.float32)
+    copies = np.zeros(n, "bfloat16")
+    backend.convert(x, copies)
+    np.testing.assert_array_equal(copies, x.astype("bfloat16"))
+    backend.clear(x)
+    assert not x.any()

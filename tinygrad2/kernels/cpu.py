@@ -428,6 +428,8 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -
     y[...] = 0 if bias is None else bias
     if len(x2) <= GEMV_ROWS and gemv.supports(x2, weight):
         gemv.add_product(np.ascontiguousarray(x2), weight, y)
+    elif x.dtype == np.float32 and weight.dtype == bfloat16 and onednn.library() is not None:  # a prompt
+        _bfloat16_product(cast(x2, weight.dtype), weight, y, add=True)
     else:
         _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
@@ -1164,15 +1166,15 @@ def lm_head_backward(
 def _square_chunks(x, sums, start, stop):
     smallest, largest = x.dtype.type(1e-30), x.dtype.type(3e38)
     for chunk in range(start, stop):
-        first, last = chunk * FLAT, min((chunk + 1) * FLAT, len(x))
+        part = x[chunk * FLAT : (chunk + 1) * FLAT]  # (indices from 0 are known not to be negative)
         total = x.dtype.type(0)
-        for i in range(first, last):
-            total += x[i] * x[i]
+        for i in range(len(part)):
+            total += part[i] * part[i]
         sums[chunk] = total  # in float64 from here on
         if not smallest < total < largest:  # squares have overflowed or underflowed
             sums[chunk] = 0
-            for i in range(first, last):
-                sums[chunk] += np.float64(x[i]) * np.float64(x[i])
+            for i in range(len(part)):
+                sums[chunk] += np.float64(part[i]) * np.float64(part[i])
 
 
 def squared_norm(x: np.ndarray) -> np.ndarray:

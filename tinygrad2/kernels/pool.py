@@ -323,6 +323,11 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
         _busy.release()
 
 
+def clear(array: np.ndarray) -> None:
+    """Fill a flat array with zeros, each thread a part of at least 1 MB."""
+    each(lambda start, stop: array[start:stop].fill(0), threads.parts(len(array), (1 << 20) // array.itemsize))
+
+
 def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:
     """The same for a compiled function(arguments, start, stop), see `task`; `arguments` is an array of 64-bit words."""
     address = arguments.ctypes.data

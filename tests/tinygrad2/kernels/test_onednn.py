@@ -39,6 +39,18 @@ def test_a_product_in_every_layout(library, shape):
         np.testing.assert_array_equal(whole, before)  # and nothing beside it is written
 
 
+def test_a_prompt_is_read_in_bfloat16(library):
+    """Activations are float32 where only the weights are bfloat16; products of many rows round them."""
+    x, w = R.normal(size=(2, 50, 96)).astype(np.float32), R.normal(size=(96, 70)).astype(bfloat16)
+    bias = R.normal(size=70).astype(np.float32)
+    y = cpu.linear_forward(x, w, bias)
+    assert y.dtype == np.float32
+    assert error(y, x.astype(bfloat16).astype("d") @ w.astype("d") + bias) < 1e-6
+    assert 1e-4 < error(y, x.astype("d") @ w.astype("d") + bias) < 4e-3
+    few = cpu.linear_forward(x[:, :10], w, bias)  # 20 rows: limited by reading the weights
+    assert error(few, x[:, :10].astype("d") @ w.astype("d") + bias) < 1e-6
+
+
 def test_nan_and_infinity_show(library):
     a, b, out = np.ones((8, 8), bfloat16), np.ones((8, 8), bfloat16), np.empty((8, 8), np.float32)
     a[1, 2], b[3, 4] = np.nan, np.inf
