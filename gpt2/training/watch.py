@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from gpt2.training.trainer import Trainer
 from tinygrad2.distributed import Comm
 
 POLL = 1.0  # seconds between two looks at the step
@@ -39,6 +40,11 @@ class Watch:
         self._steps, self._running = 0, False
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    @staticmethod
+    def of(trainer: Trainer) -> Watch:
+        """The watch of a run with its options."""
+        return Watch(trainer.comm, trainer.options.hang_timeout, trainer.folder.last_checkpoint)
 
     def __enter__(self) -> Watch:
         self._arm()
