@@ -34,7 +34,7 @@ ENGINE = (
 MODEL = (
     ("interrupts",),
     ("config", "console", "familiar_options", "page", "pickles"),
-    ("file_kinds",),
+    ("device_options", "file_kinds"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),

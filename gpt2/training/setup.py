@@ -274,18 +274,22 @@ def with_vocabulary(
 
 @contextmanager
 def explain_memory(config: ModelConfig, options: Options) -> Iterator[None]:
-    """Turn a MemoryError into one that lists the memory that a step needs."""
+    """Turn a MemoryError into one that lists the memory that a step needs. Raises it before the block if a step needs
+    more memory than there is, not counting the moments, which depend on the optimizer."""
+    B, T = options.batch_size, options.block_size
+    need = config.memory(B, T, options.dtype, options.recompute, options.head_rows)
+    on_device = get_backend(options.device).memory()
+    memory, owner = (on_device, "device") if on_device else (machine.memory(), "machine")
     try:
+        if memory and sum(need.values()) - need["moments"] > memory[1]:
+            raise MemoryError
         yield
     except MemoryError:
-        B, T = options.batch_size, options.block_size
-        need = config.memory(B, T, options.dtype, options.recompute, options.head_rows)
         parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
-        memory = get_backend(options.device).memory()
         raise MemoryError(
             f"out of memory: {B} sequences of {T} tokens need {parts} = "
             f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
-            + (f"; {memory[0] / 1e9:.2f} of the device's {memory[1] / 1e9:.2f} GB are free" if memory else "")
+            + (f"; {memory[0] / 1e9:.2f} of the {owner}'s {memory[1] / 1e9:.2f} GB are free" if memory else "")
             + "; use a smaller --batch-size, with --total-batch-size to keep the tokens per step"
             + (", or --recompute block" if options.recompute == "none" else "")
         ) from None
