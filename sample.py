@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer, device_options, familiar_options
+from gpt2 import GPT2, GPT2Config, Tokenizer, decode, device_options, familiar_options
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
@@ -80,6 +80,7 @@ def command_line() -> Parser:
     group.add_argument("--checkpoint", metavar="MODEL", help=MODELS)
     device_options.add(group)
     device_options.add_dtype(group)
+    decode.add_option(group)
     return parser
 
 
@@ -133,6 +134,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 def sample(options: argparse.Namespace) -> int:
     """Print the samples that the options describe, then with --interactive those of each line that is typed."""
     model, tokenizer = load_model(options)
+    decode.set_decode(model, options.decode)
     if options.prompt or not options.interactive:
         print_samples(model, tokenizer, options)
     if options.interactive:

@@ -9,7 +9,13 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-MODULES = {"train.py": "train", "sample.py": "sample", "data/prepare.py": "prepare", "data/sources.py": "sources"}
+MODULES = {
+    "train.py": "train",
+    "sample.py": "sample",
+    "data/prepare.py": "prepare",
+    "data/sources.py": "sources",
+    "data/parquet_pages.py": "parquet_pages",
+}
 
 
 class BuildWithCommands(build_py):

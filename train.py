@@ -24,6 +24,7 @@ from gpt2.training.run import Progress, RunFolder, RunOptions
 from gpt2.training.stop import StopRequest
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
+from gpt2.training.watch import Watch
 from tinygrad2 import distributed, machine
 from tinygrad2.distributed import Comm
 
@@ -52,7 +53,7 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
             folder.catch_up(lambda seed: sample_text(*setup.trained(saved, options), seed), options.seed, page.update)
         display.say_finished(folder.path, progress.step)
         return 0
-    setup.settle_options(options, run_options, comm.size)
+    setup.settle_options(options, run_options, saved, comm.size)
     setup.choose_blas(options, run_options, saved, comm)
     if options.data == "pydoc":
         comm.from_root(prepare_pydoc)
@@ -63,27 +64,28 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
     if fresh and (aside := folder.set_aside()):
         display.say(f"{folder.path}/ renamed to {aside}/")
 
-    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop:
+    watching = Watch(comm, options.hang_timeout, folder.last_checkpoint)
+    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop, watching as watch:
         baselines = comm.from_root(partial(display.baseline_losses, trainer))
         comm.from_root(partial(display.describe_start, trainer, run_options.notes, baselines))
         setup.measure_first_loss(trainer)
         start = display.start_record(trainer, command, machine.describe(), baselines)
         folder.log_start(progress.step, given=run_options.options, **start)
         folder.catch_up(partial(sample_text, trainer.model, trainer.tokenizer), options.seed, page.update)
-        written = training_loop(trainer, questions, run_options, stop, page)
+        written = training_loop(trainer, questions, run_options, stop, page, watch)
     display.say_end(trainer, written, folder.path / report.REPORT)
     return 0
 
 
 def training_loop(
-    trainer: Trainer, questions: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer
+    trainer: Trainer, tasks: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer, watch: Watch
 ) -> Path | None:
     """Train until the last step, or until a rank is requested to stop. Returns the last checkpoint written."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
     written = None
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
-        with setup.explain_memory(trainer.model.config, options):
+        with setup.explain_memory(trainer.model.config, options, comm.size), watch.step():
             # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
             # step; clipping; the optimizer's update; zero_grad.
             made = trainer.step(lambda: stop.requested)
@@ -97,8 +99,8 @@ def training_loop(
             if printed or every(options.log_interval, row["step"]):
                 display.say_step(row, trainer)
             if evaluating and row["step"] == step:
-                row |= trainer.evaluate(questions)
-                display.say_tasks(row, questions)
+                row |= trainer.evaluate(tasks)
+                display.say_tasks(row, tasks)
             folder.log(**row)
         is_best = evaluating and progress.best is not None and progress.best["step"] == step
         early = not last and evaluating and options.stops_early(step, progress.best_step)

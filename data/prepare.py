@@ -26,16 +26,16 @@ if __name__ == "__main__":
 
 import codecs
 import hashlib
-import json
 import os
 import re
+import reprlib
 import shlex
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from itertools import chain, islice
 from typing import BinaryIO, TypeVar
@@ -61,8 +61,8 @@ from gpt2 import console, familiar_options
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
-from tinygrad2.checkpoint import JsonObject, write_json
-from tinygrad2.files import Lock, atomic_write, free_name
+from tinygrad2.checkpoint import JsonObject, read_json, write_json
+from tinygrad2.files import Lock, atomic_write, free_name, naming
 from tinygrad2.machine import usable_threads
 
 T = TypeVar("T")
@@ -317,6 +317,27 @@ class State:
     dropped: dict[str, int] = field(default_factory=dict)  # documents, by filter
     seen: int = 0  # digests in seen.bin
 
+    @staticmethod
+    def of(values: object, sources: int) -> State:
+        """The state in a journal of a job with this number of sources. Raises ValueError unless it has this form."""
+        if not isinstance(values, dict) or values.keys() != {f.name for f in fields(State)}:
+            raise ValueError("its state does not have the fields of this version")
+        state = State(**values)
+        numbers = {"documents": state.documents, "bytes": state.bytes, "seen": state.seen}
+        for name, listed, length in (("tokens", state.tokens, SPLITS), ("dropped", state.dropped, state.dropped)):
+            if not isinstance(listed, dict) or set(listed) != set(length):
+                raise ValueError(f"{name} is {reprlib.repr(listed)}")
+            numbers |= {f"{name}.{key}": number for key, number in listed.items()}
+        if not isinstance(state.cursor, list) or len(state.cursor) != 3 or state.side not in (None, *SPLITS):
+            raise ValueError(f"cursor is {reprlib.repr(state.cursor)} and side {reprlib.repr(state.side)}")
+        numbers |= {f"cursor[{i}]": number for i, number in enumerate(state.cursor)}
+        for name, number in numbers.items():
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise ValueError(f"{name} is {reprlib.repr(number)}; expected an integer from 0 to 2**63 - 1")
+        if state.cursor[0] > sources:
+            raise ValueError(f"cursor is {state.cursor}, but there are {sources} sources")
+        return state
+
 
 class Shards:
     """The shards of both splits in the folder `work`/data, to which ids are appended; and, if duplicates are dropped,
@@ -338,6 +359,9 @@ class Shards:
 
     def contain(self, state: State) -> bool:
         """Whether the folder contains all tokens and digests that the state counts."""
+        files = sum(1 for _ in self.folder.iterdir())
+        if sum(-(-tokens // self.limit) for tokens in state.tokens.values()) > files:
+            return False
         sizes = {
             file: count * self.dtype.itemsize
             for split in SPLITS
@@ -427,20 +451,9 @@ def prepare(
         raise ValueError("sources: none given; expected files, folders, '-', or a named set such as 'pydoc'")
     if val_fraction is None:
         val_fraction = VAL_FRACTIONS.get(sources[0], VAL_FRACTION)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction is {val_fraction}; expected 0 < fraction < 1")
-    for option, value in (("--shard-tokens", shard_tokens), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} is {value}; expected at least 1")
-    if min_bytes < 0:
-        raise ValueError(f"--min-bytes is {min_bytes}; expected at least 0")
     delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
-    if len(delimiter) > 1 or delimiter in ('"', "\n", "\r"):
-        raise ValueError(f"--delimiter is {delimiter!r}; expected one character, or tab")
-    _check_encoding(encoding)
     filters = Filters(drop_wikipedia, min_bytes, drop_duplicates)
-    if "-" in sources and filters != NO_FILTERS:
-        raise ValueError("source -: filters read a document twice, and stdin can be read only once; save it to a file")
+    _check_arguments(sources, val_fraction, shard_tokens, threads, delimiter, encoding, filters)
     out = Path(out) if out is not None else default_out(sources[0])
     _check_new(out, fresh)
     begin = time.perf_counter()
@@ -448,57 +461,116 @@ def prepare(
     if special_tokens and not vocabulary.added:
         raise ValueError(f"--special-tokens: the tokenizer {vocabulary.name} has no special tokens")
     found = find_sources(sources, text_key, say, delimiter, encoding)
-    job = {
-        "format": FORMAT,
-        "sources": [source.identity() for source in found],
-        "filters": asdict(filters),
-        "tokenizer": vocabulary.describe(),
-        "val_fraction": val_fraction,
-        "shard_tokens": shard_tokens,
-        **({"special_tokens": True} if special_tokens else {}),  # (without it, as earlier versions wrote it)
-    }
+    job = Job.of(found, vocabulary, filters, val_fraction, shard_tokens, special_tokens)
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with Lock(partial / LOCK, str(out)):
+    with Lock(partial / LOCK, str(out)), naming(partial):
         _check_new(out, fresh)  # another process may just have made it
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
         shards.restore(state)
-        threads = threads or usable_threads()
-        for hub_set in (HUB_SETS[name] for name in sources if name in HUB_SETS):
+        _make(job, threads or usable_threads(), state, shards, say)
+        if not state.documents:
+            shutil.rmtree(partial)
+            more = f", except in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
+            raise ValueError(f"sources {' '.join(sources)}: no text in them{more}")
+        _move(out, shards, say)
+    _say_made(out, state, filters, time.perf_counter() - begin, say)
+    return out
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a data set is made from.
+
+    record  of all of it, for the journal: it differs if a source has changed.
+    """
+
+    sources: list[Source]
+    tokenizer: Tokenizer
+    filters: Filters
+    val_fraction: float
+    special_tokens: bool
+    record: JsonObject
+
+    @staticmethod
+    def of(
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        filters: Filters,
+        val_fraction: float,
+        shard_tokens: int,
+        special_tokens: bool,
+    ) -> Job:
+        record = {
+            "format": FORMAT,
+            "sources": [source.identity() for source in sources],
+            "filters": asdict(filters),
+            "tokenizer": tokenizer.describe(),
+            "val_fraction": val_fraction,
+            "shard_tokens": shard_tokens,
+            **({"special_tokens": True} if special_tokens else {}),  # (without it, as earlier versions wrote it)
+        }
+        return Job(sources, tokenizer, filters, val_fraction, special_tokens, record)
+
+
+def _check_arguments(
+    sources: Sequence[str],
+    val_fraction: float,
+    shard_tokens: int,
+    threads: int | None,
+    delimiter: str,
+    encoding: str,
+    filters: Filters,
+) -> None:
+    """Raise ValueError for an invalid argument of `prepare`."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val-fraction is {val_fraction}; expected 0 < fraction < 1")
+    for option, value in (("--shard-tokens", shard_tokens), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is {value}; expected at least 1")
+    if filters.min_bytes < 0:
+        raise ValueError(f"--min-bytes is {filters.min_bytes}; expected at least 0")
+    if len(delimiter) > 1 or delimiter in ('"', "\n", "\r"):
+        raise ValueError(f"--delimiter is {delimiter!r}; expected one character, or tab")
+    _check_encoding(encoding)
+    if "-" in sources and filters != NO_FILTERS:
+        raise ValueError("source -: filters read a document twice, and stdin can be read only once; save it to a file")
+
+
+def _make(job: Job, threads: int, state: State, shards: Shards, say: Callable[[str], None]) -> None:
+    """Write all files of the data set into the folder of the shards, if the sources have any text."""
+    for hub_set in HUB_SETS.values():
+        if any(isinstance(source, HubParquet) and source.repo == hub_set.repo for source in job.sources):
             say(
                 f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of about "
                 f"{hub_set.download / 1e9:.1f} GB in all, which are streamed; only their tokens are kept"
             )
-        sizes = [source.text_size() for source in found]
-        total = None if None in sizes else sum(size or 0 for size in sizes)
-        _estimate(found, total, vocabulary, threads, state, shards, say)
-        try:
-            split = choose_split(found, filters, val_fraction)
-            _write_tokens(found, total, vocabulary, split, filters, threads, job, state, shards)
-            _fill_validation(val_fraction, job, state, shards)
-            if state.documents:
-                _write_manifest(found, vocabulary, job, split, filters, state, shards)
-        except OSError as error:
-            error.filename = error.filename or str(partial)  # write() does not name the file
-            raise
-        if not state.documents:
-            shutil.rmtree(partial)
-            dropped = (
-                f", except in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
-            )
-            raise ValueError(f"sources {' '.join(sources)}: no text in them{dropped}")
-        if os.path.lexists(out):
-            say(f"{out}: renamed to {out.rename(free_name(out, separator='.'))}")
-        shards.folder.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
+    sizes = [source.text_size() for source in job.sources]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    _estimate(job, total, threads, state, shards, say)
+    split = choose_split(job.sources, job.filters, job.val_fraction)
+    _write_tokens(job, total, split, threads, state, shards)
+    _fill_validation(job, state, shards)
+    if state.documents:
+        _write_manifest(job, split, state, shards)
+
+
+def _move(out: Path, shards: Shards, say: Callable[[str], None]) -> None:
+    """Rename the complete data set to `out`."""
+    if os.path.lexists(out):
+        say(f"{out}: renamed to {out.rename(free_name(out, separator='.'))}")
+    shards.folder.rename(out)
+    shutil.rmtree(shards.work, ignore_errors=True)
+
+
+def _say_made(out: Path, state: State, filters: Filters, seconds: float, say: Callable[[str], None]) -> None:
     tokens = sum(state.tokens.values())
     say(
         f"{out}: {state.documents:,} documents, {state.tokens['train']:,} training and {state.tokens['val']:,} "
-        f"validation tokens, {state.bytes / tokens:.2f} bytes per token, {time.perf_counter() - begin:.1f} s"
+        f"validation tokens, {state.bytes / tokens:.2f} bytes per token, {seconds:.1f} s"
         + (f"; dropped {_counted(state.dropped)}" if filters != NO_FILTERS else "")
     )
-    return out
 
 
 def _check_new(out: Path, fresh: bool) -> None:
@@ -528,9 +600,8 @@ def default_out(source: str) -> Path:
 
 
 def _estimate(
-    sources: list[Source],
+    job: Job,
     total: int | None,
-    tokenizer: Tokenizer,
     threads: int,
     state: State,
     shards: Shards,
@@ -543,10 +614,10 @@ def _estimate(
     left = (total or 0) - state.bytes
     if left < ESTIMATE_BYTES:
         return
-    parts = list(islice(read_parts(sources, state.cursor), threads * BATCH_PARTS))
+    parts = list(islice(read_parts(job.sources, state.cursor), threads * BATCH_PARTS))
     with ThreadPoolExecutor(threads) as pool:
         begin = time.perf_counter()
-        tokens = sum(pool.map(lambda part: len(tokenizer.encode(part.data.decode())), parts))
+        tokens = sum(pool.map(lambda part: len(job.tokenizer.encode(part.data.decode())), parts))
         seconds = time.perf_counter() - begin
     share = left / max(1, sum(len(part.data) for part in parts))
     need, free = tokens * share * shards.dtype.itemsize, shutil.disk_usage(shards.folder).free
@@ -559,20 +630,23 @@ def _estimate(
         raise ValueError(f"{shards.work}: not enough disk space; free some, or choose another disk with --out")
 
 
-def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -> State:
+def _load_journal(shards: Shards, job: Job, say: Callable[[str], None]) -> State:
     """The state of an earlier run of the same job, or the initial state."""
-    partial = shards.work
-    try:
-        journal = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    partial, file = shards.work, shards.work / JOURNAL
+    if not file.exists():
         return State()
-    if ["-"] in job["sources"]:
+    try:
+        journal = read_json(file)
+        state = State.of(journal.get("state"), len(job.sources))
+    except (ValueError, TypeError) as error:
+        say(f"{error if str(file) in str(error) else f'{file}: {error}'}; starting over")
+        return State()
+    if ["-"] in job.record["sources"]:
         say(f"{partial}: stdin cannot be read again; starting over")
         return State()
-    if journal["job"] != job:
+    if journal.get("job") != job.record:
         say(f"{partial}: the sources or options have changed since the interruption; starting over")
         return State()
-    state = State(**journal["state"])
     if not shards.contain(state):
         say(f"{partial}: shards are missing or truncated; starting over")
         return State()
@@ -580,39 +654,31 @@ def _load_journal(shards: Shards, job: JsonObject, say: Callable[[str], None]) -
     return state
 
 
-def _save_journal(job: JsonObject, state: State, shards: Shards) -> None:
+def _save_journal(job: Job, state: State, shards: Shards) -> None:
     shards.close()
     state.tokens = dict(shards.tokens)
     with atomic_write(shards.work / JOURNAL) as partial:
-        write_json(partial, {"job": job, "state": asdict(state)})
+        write_json(partial, {"job": job.record, "state": asdict(state)})
 
 
 def _write_tokens(
-    sources: list[Source],
-    total: int | None,
-    tokenizer: Tokenizer,
-    split: HashSplit | ExactSplit,
-    filters: Filters,
-    threads: int,
-    job: JsonObject,
-    state: State,
-    shards: Shards,
+    job: Job, total: int | None, split: HashSplit | ExactSplit, threads: int, state: State, shards: Shards
 ) -> None:
     """Read, split, tokenize (in threads: tiktoken releases the GIL) and append all text after the state's cursor."""
+    tokenizer = job.tokenizer
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
-    special_tokens = "special_tokens" in job
 
     def tokenize(part: Part) -> list[tuple[str, np.ndarray]]:
         pieces = enumerate(split.pieces(part.data))
         return [
-            (side, tokenizer.encode(text.decode(), special_tokens, part.continues or i > 0))
+            (side, tokenizer.encode(text.decode(), job.special_tokens, part.continues or i > 0))
             for i, (side, text) in pieces
         ]
 
     def tokenize_parts(parts: list[Part]) -> list[list[tuple[str, np.ndarray]]]:
         return [tokenize(part) for part in parts]
 
-    unread = read_parts(sources, state.cursor, filters, shards.seen(), split.part_bytes)
+    unread = read_parts(job.sources, state.cursor, job.filters, shards.seen(), split.part_bytes)
     journalled = state.bytes
     with (
         tqdm(total=total, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
@@ -641,7 +707,7 @@ def _write_tokens(
             if state.bytes - journalled >= JOURNAL_BYTES:
                 _save_journal(job, state, shards)
                 journalled = state.bytes
-    state.cursor = [len(sources), 0, 0]
+    state.cursor = [len(job.sources), 0, 0]
     _save_journal(job, state, shards)
 
 
@@ -665,12 +731,12 @@ def _in_order(
             yield done, future.result()
 
 
-def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards: Shards) -> None:
+def _fill_validation(job: Job, state: State, shards: Shards) -> None:
     """If a split is empty, move its fraction of the tokens there, from the end of the other split.
 
     The journal is written after the copy and before the truncation, so that an interruption loses nothing.
     """
-    for empty, full, share in (("val", "train", val_fraction), ("train", "val", 1 - val_fraction)):
+    for empty, full, share in (("val", "train", job.val_fraction), ("train", "val", 1 - job.val_fraction)):
         if shards.tokens[empty] or shards.tokens[full] < 2:
             continue
         total = shards.tokens[full]
@@ -686,31 +752,23 @@ def _fill_validation(val_fraction: float, job: JsonObject, state: State, shards:
         shards.restore(state)
 
 
-def _write_manifest(
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    job: JsonObject,
-    split: HashSplit | ExactSplit,
-    filters: Filters,
-    state: State,
-    shards: Shards,
-) -> None:
-    tokenizer.save(shards.folder)
+def _write_manifest(job: Job, split: HashSplit | ExactSplit, state: State, shards: Shards) -> None:
+    job.tokenizer.save(shards.folder)
     manifest = {
         "format": FORMAT,
-        "tokenizer": tokenizer.describe(),
+        "tokenizer": job.tokenizer.describe(),
         "dtype": shards.dtype.name,
         "documents": state.documents,
-        "dropped": {"filters": asdict(filters), "documents": state.dropped},
+        "dropped": {"filters": asdict(job.filters), "documents": state.dropped},
         "bytes": state.bytes,
         "tokens": shards.tokens,
         "split_rule": {
-            "val_fraction": job["val_fraction"],
+            "val_fraction": job.val_fraction,
             "text": split.rule,
         },
         "end_of_text": "after each document, and where the next part of a document is in the other split",
-        **{name: value for name, value in job.items() if name == "special_tokens"},
-        "sources": [{"source": str(source), "bytes": source.size()} for source in sources],
+        **{name: value for name, value in job.record.items() if name == "special_tokens"},
+        "sources": [{"source": str(source), "bytes": source.size()} for source in job.sources],
         "shards": [
             {"file": file.name, "split": split, "tokens": tokens, "sha256": file_sha256(file)}
             for split in SPLITS

@@ -24,7 +24,7 @@ import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from http.client import HTTPException
@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from data.parquet_pages import page_sizes
 from gpt2.console import first_line
 from tinygrad2.machine import install_command
 
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BOM = b"\xef\xbb\xbf"
-LINE_BYTES = 256 << 20  # the longest line of JSON or CSV, which is read into memory as a whole
+RECORD_BYTES = 32 << 20  # the longest line of JSON, record of CSV and page of Parquet, which are read as a whole
+RECORD_ITEMS = 1 << 20  # values, fields and lines of a record, each of which takes up to 100 bytes of memory
 SAMPLE_BYTES = 1 << 20  # bytes of a compressed file's text, from which the size of all of it is estimated
 ROWS = 64  # rows of a Parquet file per read
 HUB_BLOCK_BYTES = 16 << 20  # the smallest request to the hub
@@ -48,6 +50,7 @@ JSON_LINES, CSV, TSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".tsv
 NOT_TEXT = (".json", ".tiktoken")  # and files with a zero byte near their beginning, unless they look like UTF-16
 UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # tried in this order
+NAMED_COLUMNS = 20  # columns that an error message names
 NAMED_FILES = 100  # files that one error message names
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
 
@@ -132,7 +135,9 @@ class JsonLines(TextFile):
 
     def _parse(self, line: bytes, begin: int) -> tuple[bytes, str]:
         try:
-            value = json.loads(line.removeprefix(BOM))
+            if len(line) > RECORD_ITEMS and sum(map(line.count, b"[{,:")) > RECORD_ITEMS:
+                raise ValueError(f"more than {RECORD_ITEMS:,} brackets, commas and colons")
+            value = json.loads(line.removeprefix(BOM).decode())  # (of bytes, json guesses the encoding)
             text = value[self.key]
             if not isinstance(text, str):
                 raise TypeError(f"{self.key!r} is of type {type(text).__name__}")
@@ -142,8 +147,12 @@ class JsonLines(TextFile):
                 f"{self.path}: line {_line_number(self, begin)}: expected a JSON object with a string under "
                 f"{self.key!r} (--text-key), got {line[:40]!r} ({reason})"
             ) from None
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates become U+FFFD
-        return whole.encode(), str(value.get("url", ""))
+        url = value.get("url", "")
+        try:
+            return text.encode(), str(url)
+        except UnicodeEncodeError:  # lone surrogates become U+FFFD
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return whole.encode(), str(url)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ class Csv(TextFile):
         return found[0]
 
     def documents(self, start: int) -> Iterator[Document]:
-        csv.field_size_limit(LINE_BYTES)
+        csv.field_size_limit(RECORD_BYTES)
         delimiter = self._sniff()
         with self.stream() as stream:
             header, begin = next(self._records(stream, 0, delimiter), ([], 0))
@@ -186,15 +195,23 @@ class Csv(TextFile):
 
     def _records(self, stream: BinaryIO, offset: int, delimiter: str) -> Iterator[tuple[list[str], int]]:
         """(record, offset after it) of each record that is not empty, from a stream at byte `offset`."""
+        start, items = offset, 0  # of the record
 
         def lines() -> Iterator[str]:
-            nonlocal offset
+            nonlocal offset, items
             for line in _lines(stream, offset, str(self)):
                 begin, offset = offset, offset + len(line)
+                items += 1 + line.count(delimiter.encode())
+                if offset - start > RECORD_BYTES or items > RECORD_ITEMS:
+                    raise ValueError(
+                        f"{self.path}: line {_line_number(self, start)}: a record of more than {RECORD_BYTES >> 20} "
+                        f"MiB, or of more than {RECORD_ITEMS:,} fields and lines; is a quote not closed?"
+                    )
                 yield decoded(line, begin, str(self)).removeprefix("" if begin else "\ufeff")
 
         try:
             for record in csv.reader(lines(), delimiter=delimiter, strict=True):
+                start, items = offset, 0
                 if record:
                     yield record, offset
         except csv.Error as error:
@@ -231,13 +248,34 @@ class Parquet(TextFile):
                 if row + rows <= start:
                     row += rows
                     continue
-                for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
+                size = self._rows_at_once(file.metadata.row_group(group), columns)
+                for batch in file.iter_batches(size, row_groups=[group], columns=columns):
                     texts = batch.column(self.column).cast(arrow.large_binary()).to_pylist()
                     urls = batch.column("url").to_pylist() if "url" in columns else [""] * len(texts)
                     for text, url in zip(texts, urls, strict=True):
                         row += 1
                         if row > start and text is not None:
                             yield Document(row, f"{self}: row {row}", partial(io.BytesIO, text), str(url))
+
+    def _rows_at_once(self, group: pyarrow.parquet.RowGroupMetaData, columns: Sequence[str]) -> int:
+        """The rows of a group that are read at once: few if they may be large. A dictionary of a page may be repeated
+        in every row. Raises ValueError for a page that is too large."""
+        largest = 1
+        with self.path.open("rb") as stream:
+            for column in (group.column(i) for i in range(group.num_columns)):
+                if column.path_in_schema in columns:
+                    starts = [column.data_page_offset]
+                    if column.dictionary_page_offset is not None:
+                        starts.append(column.dictionary_page_offset)
+                    with explained(self, ValueError):
+                        sizes = page_sizes(stream, min(starts), column.total_compressed_size)
+                        largest = max(largest, *sizes)
+        if largest > RECORD_BYTES:
+            raise ValueError(
+                f"{self}: a page of {largest:,} bytes; expected at most {RECORD_BYTES:,}: write the table with smaller "
+                "values or pages"
+            )
+        return max(1, min(ROWS, RECORD_BYTES // largest))
 
     def _file(self) -> Path | BinaryIO:
         return self.path
@@ -286,6 +324,9 @@ class HubParquet(Parquet):
             raise ValueError(
                 f"{self}: cannot be read from the hub ({reason}); repeat the command later to resume"
             ) from None
+
+    def _rows_at_once(self, group: pyarrow.parquet.RowGroupMetaData, columns: Sequence[str]) -> int:
+        return ROWS  # of published files at a fixed revision
 
     def _file(self) -> BinaryIO:
         hub = require("huggingface_hub", self).HfFileSystem()
@@ -676,12 +717,17 @@ class _Rejoined(io.RawIOBase):
 
 
 def skip(stream: BinaryIO, count: int) -> None:
-    """Skip `count` bytes of a stream, which need not be seekable."""
-    if count > 0 and stream.seekable():
-        stream.seek(count, os.SEEK_CUR)
-        return
-    while count > 0 and (block := stream.read(min(count, 1 << 20))):
-        count -= len(block)
+    """Skip `count` bytes of a stream, which need not be seekable. Raises EOFError if it ends before."""
+    left = count
+    if left > 0 and stream.seekable():
+        with suppress(OSError, OverflowError):  # for a position that no file can have
+            stream.seek(left - 1, os.SEEK_CUR)
+            left = 1
+    while left > 0:
+        block = stream.read(min(left, 1 << 20))
+        if not block:
+            raise EOFError(f"it ends before byte {count:,} of the text, where the preparation was interrupted")
+        left -= len(block)
 
 
 @contextmanager
@@ -707,14 +753,16 @@ def require(module: str, source: object) -> ModuleType:
 
 
 def _no_column(source: object, column: str, names: Sequence[str]) -> str:
-    return f"{source}: no column {column!r} (--text-column); the columns are {', '.join(map(repr, names)) or 'none'}"
+    shown = ", ".join(repr(name[:80]) for name in names[:NAMED_COLUMNS]) or "none"
+    more = f" and {len(names) - NAMED_COLUMNS:,} more" if len(names) > NAMED_COLUMNS else ""
+    return f"{source}: no column {column!r} (--text-column); the columns are {shown}{more}"
 
 
 def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
     """The remaining lines of a stream at byte `offset`."""
-    while line := stream.readline(LINE_BYTES + 1):
-        if len(line) > LINE_BYTES:
-            raise ValueError(f"{name}: byte {offset}: the line is longer than {LINE_BYTES >> 20} MiB; split it")
+    while line := stream.readline(RECORD_BYTES + 1):
+        if len(line) > RECORD_BYTES:
+            raise ValueError(f"{name}: byte {offset}: the line is longer than {RECORD_BYTES >> 20} MiB; split it")
         yield line
         offset += len(line)
 

@@ -12,7 +12,7 @@ queries come from the positions of the output, and the keys and values from thos
 inputs each output was computed from. There are 10^8 inputs for each command, and every batch is a new one, so the
 network learns the tasks and cannot memorize the answers. It ends, after about half a minute, with about
 
-    correct: 100.0% of 500 new inputs reversed, 99.6% sorted
+    correct: 100.0% of 500 new inputs reversed, 99.8% sorted
 
 and draws seq2seq_attention.png. To reverse, each output attends to one position, along a diagonal; to sort, it attends
 to digits of about its own size, and to the command.

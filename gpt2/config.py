@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from tinygrad2.checkpoint import JsonObject
-from tinygrad2.precision import Precision, PrecisionLike
 
 
 @dataclass(frozen=True)
@@ -155,40 +154,13 @@ class GPT2Config:
             yield from ((f"h.{layer}.mlp.c_proj.weight", (4 * C, C)), (f"h.{layer}.mlp.c_proj.bias", (C,)))
         yield from (("ln_f.weight", (C,)), ("ln_f.bias", (C,)))
 
-    def memory(
-        self,
-        batch_size: int,
-        block_size: int,
-        precision: PrecisionLike = "float32",
-        recompute: str = "none",
-        head_rows: int | None = None,
-    ) -> dict[str, int]:
-        """Memory in bytes, by use, of a training step on batch_size sequences of block_size tokens.
-
-        Activations are saved for the backward pass: 16 arrays of (B, T, C) per layer (two sums and their normalized
-        forms, q k v, the result of attention, and 4 + 4 in the MLP). With recompute="block" it is 2 arrays per layer,
-        and 16 for the block that is being recomputed. Temporary arrays are not counted.
-        """
-        n, rows = self.n_parameters, batch_size * block_size
-        types = Precision.of(precision)
-        itemsize, computed = types.parameter_bytes, types.activation_bytes
-        copies = computed if types.copies else 0  # bytes of the copy of a parameter
-        saved = 2 * self.n_layer + 16 if recompute == "block" else 16 * self.n_layer
-        return {
-            "weights": n * (itemsize + copies),
-            "gradients": n * itemsize,
-            "moments": 2 * n * itemsize,
-            "activations": (saved + 3) * rows * self.n_embd * computed,
-            "logits": min(rows, head_rows or rows) * self.vocab_size * computed,
-        }
-
     def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
         """Memory in bytes, by use and without the weights, to add up to `more` tokens to a prompt in each sample.
 
         itemsize  bytes of an element of the activations.
 
         The prompt is processed at once; if the text becomes longer than the context, so is half a context. The arrays
-        of `memory` are needed for one layer at a time. Temporary arrays are not counted.
+        of one layer (16 of width C, see memory_model.py) are needed at a time. Temporary arrays are not counted.
         """
         context = self.n_positions
         at_once = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)

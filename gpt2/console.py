@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from gpt2 import interrupts
 from tinygrad2.files import discard_stdout
@@ -40,7 +40,8 @@ MIN_WIDTH, MAX_HELP_WIDTH = 20, 100  # columns
 def visible(text: str) -> str:
     """The text with control characters and other invisible format characters escaped, such as \\x1b or \\u202e.
 
-    Line ends, tabs and the joiners that scripts and emoji need are kept.
+    For all text from models, names, data and configuration files: these characters could change a terminal. Line ends,
+    tabs and the joiners that scripts and emoji need are kept.
     """
     return "".join(
         c.encode("unicode_escape").decode()
@@ -50,20 +51,14 @@ def visible(text: str) -> str:
     )
 
 
-def for_terminal(text: str, stream: TextIO) -> str:
-    """The text as it is printed on `stream`: `visible` on a terminal, which control characters could change, and
-    unchanged in a file or a pipe. For all text from models, names, data and configuration files."""
-    return visible(text) if stream.isatty() else text
-
-
 def say(line: str) -> None:
-    """Print a line on stdout."""
-    print(for_terminal(line, sys.stdout), flush=True)
+    """Print a line on stdout, with control characters visible."""
+    print(visible(line), flush=True)
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr."""
-    print(for_terminal(line, sys.stderr), file=sys.stderr, flush=True)
+    """Print a line on stderr, with control characters visible."""
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 class Wrapper:
@@ -215,7 +210,7 @@ def command(
                 line, status = f"error: {one_line(error)}{remark if from_system else ''}", failed
             except KeyboardInterrupt as interrupt:
                 line, status = f"interrupted{f'; {interrupt}' if interrupt.args else remark}", 130
-            return fail(for_terminal(f"{name}: {line}", sys.stderr), status)
+            return fail(visible(f"{name}: {line}"), status)
 
         return guarded
 
@@ -323,8 +318,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.split()[-1]  # as in the other lines of a command
-        line = f"{name}: error: {message} ({self.prog} --help lists the options)\n"
-        self.exit(2, for_terminal(line, sys.stderr))
+        self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
 
     def check_output(self, name: str, path: Path | None) -> None:
         """Report a file that the command cannot write: its folder must exist, and it must not be a folder.

@@ -5,7 +5,7 @@
 // A token reads every weight once and computes two operations on it, so memory bandwidth is the limit: 124M in bf16 is
 // 248 MB, 58 us at 4.3 TB/s. With a launch for each operation it would take several times as long, since each of
 // 100 kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and the limit is how
-// fast they exchange results: among all blocks twice a layer, within a cluster up to four times in between.
+// fast they exchange results: among all blocks twice per layer, within a cluster up to four times in between.
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
@@ -14,7 +14,7 @@
 //   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
 //             rank have the same values in every cluster.
 //   message   8 bytes: a float32 and a 32-bit tag, written in one access. The tag is incremented with every
-//             half of a layer: a reader that sees the expected tag has the number. Neither a barrier of
+//             half of a layer: a reader that sees the expected tag has the value. Neither a barrier of
 //             all blocks nor a fence is needed.
 //   mailbox   the messages that a block receives from its cluster; an entry for each.
 //   results   the messages that every cluster sends to all blocks of a rank: its contribution to x.
@@ -73,7 +73,7 @@ struct Tokens {
 };
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, one number per thread
+constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, one value per thread
 constexpr __host__ __device__ bool first_of_half(int matrix) { return matrix == QKV || matrix == MLP_IN; }
 constexpr __host__ __device__ int inputs(int matrix) { return matrix == MLP_OUT ? 4 * C : C; }
 constexpr __host__ __device__ int outputs(int matrix) { return matrix == QKV ? 3 * C : matrix == MLP_IN ? 4 * C : C; }
@@ -97,12 +97,12 @@ constexpr int MAILBOX = HEAD_PARTS + RANKS * B * HEADS * (D + 2);
 __device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
 __device__ __forceinline__ int cluster() { return blockIdx.x / RANKS; }
 
-// A number and a tag, in one access of 8 bytes that bypasses L1.
+// A value and a tag, in one access of 8 bytes that bypasses L1.
 typedef unsigned long long Message;
 __device__ __forceinline__ void send(Message* entry, float number, unsigned tag) {
   *(volatile Message*)entry = (Message)tag << 32 | __float_as_uint(number);
 }
-// Whether a message with this tag has arrived, and its number.
+// Whether a message with this tag has arrived, and its value.
 __device__ __forceinline__ bool received(const Message* entry, unsigned tag, float& number) {
   Message message = *(const volatile Message*)entry;
   number = __uint_as_float((unsigned)message);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void send_to_cluster(Message* entry, float number, un
 #pragma unroll
   for (int to = 0; to < RANKS; to++) send(mailbox_of(entry, to), number, tag);
 }
-// The numbers of N messages, `stride` entries apart, after waiting for all of them.
+// The values of N messages, `stride` entries apart, after waiting for all of them.
 template <int N>
 __device__ __forceinline__ void receive(float (&number)[N], const Message* entry, int stride, unsigned tag) {
   for (unsigned polls = 0;; polls++) {
@@ -266,7 +266,7 @@ __device__ __forceinline__ void layernorm(float* here, const float (&weight)[rep
                                           unsigned tag) {
   int lane = threadIdx.x % 32, text = threadIdx.x / 32;
   __syncthreads();
-  if (text < B) {  // mean and squares in this block, of differences from one of the numbers, which avoids cancellation
+  if (text < B) {  // mean and squares in this block, of differences from one of the values, which avoids cancellation
     float origin = here[text * OWN], sum = 0.f, squares = 0.f;
     for (int c = lane; c < OWN; c += 32) {
       float x = here[text * OWN + c] - origin;
@@ -468,7 +468,7 @@ __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices
   }
 }
 
-// The token of each text with the largest logit, a warp for each text: first of this block; then block 0 receives the
+// The token of each text with the largest logit, one warp per text: first of this block; then block 0 receives the
 // choices of all blocks.
 __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Message* mailbox, unsigned tag) {
   __syncthreads();
@@ -500,7 +500,7 @@ __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Me
 // Prefetch to L2: the vectors of the next layer, which all blocks need (each block fetches some lines); and this
 // block's keys and values.
 __device__ __forceinline__ void prefetch_vectors(const Layer& layer) {
-  constexpr int LINE = 32;  // numbers
+  constexpr int LINE = 32;  // elements
   int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps wait for messages meanwhile
 #pragma unroll
   for (int i = 0; i < MATRICES + 4; i++) {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from gpt2.config import GPT2Config
 from gpt2.language_model import Cache, LanguageModel
 from tinygrad2.array import Array
-from tinygrad2.backend import Cuda, Limits
+from tinygrad2.backend import Backend, Cuda, Limits
 from tinygrad2.nn import Parameter
 
 # As in decode.cu: threads per block, and bytes per memory access.
@@ -21,6 +24,46 @@ MAX_RANKS = 8  # the largest number of blocks per cluster that every GPU with cl
 MIN_PREFETCH, MAX_PREFETCH = 4, 16  # memory accesses in flight per thread; 16 are 128 KB per block
 MAX_TEXTS = 6  # per launch: the sums of all of them are kept in registers
 RESERVED = 1024  # bytes of a block's shared memory that CUDA reserves
+WITHOUT = "generate with --decode ordinary (in Python: model.fused_decode = False)"
+
+
+def add_option(group: argparse._ArgumentGroup) -> None:
+    """Add --decode to a group of a command's options; set_decode applies it."""
+    group.add_argument(
+        "--decode",
+        default="ordinary",
+        choices=("ordinary", "fused"),
+        help="how the next token is computed: operation by operation, or on a GPU with one kernel launch per token "
+        "(not measured on a GPU yet)",
+    )
+
+
+class Fusable(Protocol):
+    """A model that may have a decoder."""
+
+    fused_decode: bool
+
+    @property
+    def backend(self) -> Backend: ...
+
+
+def set_decode(model: Fusable, decode: str) -> None:
+    """Generate as an option --decode says, "ordinary" or "fused". Raises ValueError for "fused" without a GPU."""
+    if decode == "fused" and model.backend.cuda is None:
+        raise ValueError(f"--decode fused needs a GPU, but the model is on the {model.backend.device}; use ordinary")
+    model.fused_decode = decode == "fused"
+
+
+@contextmanager
+def explained(decoder: Decoder | None) -> Iterator[None]:
+    """A failure of the GPU in this block, where a decoder may have caused it, raises OSError, which says how to
+    generate without."""
+    try:
+        yield
+    except RuntimeError as error:
+        if decoder is None:
+            raise
+        raise OSError(f"decode: the GPU failed with --decode fused ({error}); in a new process, {WITHOUT}") from error
 
 
 @dataclass(frozen=True)
@@ -95,11 +138,11 @@ class Decoder:
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
-        """A decoder for this model and cache, or None if the kernel does not support them: an architecture other than
-        GPT-2, a CPU, float64, more than MAX_TEXTS texts, heads or parameters that are not aligned to ACCESS bytes, or
-        too little shared memory."""
+        """A decoder for this model and cache, if the model's `fused_decode` is set; None if the kernel does not support
+        them: an architecture other than GPT-2, a CPU, float64, more than MAX_TEXTS texts, heads or parameters that are
+        not aligned to ACCESS bytes, or too little shared memory."""
         cuda, config = model.backend.cuda, model.config
-        if cuda is None or not isinstance(config, GPT2Config):
+        if not getattr(model, "fused_decode", False) or cuda is None or not isinstance(config, GPT2Config):
             return None
         limits, type_name = cuda.limits(), cuda.type_name(model.precision.activations)
         texts, itemsize = cache.layers[0].shape[1], cache.layers[0].dtype.itemsize
@@ -185,25 +228,30 @@ class Decoder:
         numbers = np.int32(choices), np.int32(position), np.int32(self._capacity), np.float32(c.layer_norm_epsilon)
         ids = np.array((tokens,), dtype=self._tokens)[()]
         arguments = logits, chosen, previous, *self._arrays, ids, *numbers, tag
-        kernel((plan.blocks,), (THREADS,), arguments, shared_mem=plan.shared)
+        self._cuda.launch_alone(kernel, plan.blocks, THREADS, arguments, plan.shared)
 
     def _compile(self) -> Callable[..., None]:
         """Compile the kernel for as many blocks as can run concurrently, and make the common arguments."""
         model, config, backend, cuda = self._model, self._config, self._model.backend, self._cuda
         limits, itemsize = cuda.limits(), self._layers[0].dtype.itemsize
         assert limits is not None
+        at_once, file = sys.maxsize, Path(__file__).with_suffix(".cu")
         while True:
-            plan = self._plan
+            plan = LaunchPlan.of(config, self._texts, itemsize, limits, at_once) if at_once else None
+            if plan is None:
+                if not limits.capability:
+                    raise ValueError(f"decode: the blocks of the kernel do not fit on this GPU; {WITHOUT}")
+                at_once, limits = sys.maxsize, limits._replace(capability=0)  # without thread block clusters
+                continue
             constants = {"REAL": cuda.type_name(model.precision.activations), **plan.constants(config)}
-            kernel = cuda.kernel(Path(__file__).with_suffix(".cu"), "decode", shared=plan.shared, **constants)
-            # Multiprocessors are in groups of different sizes, and whole clusters may leave some of a group unused.
-            launch = kernel, plan.blocks, THREADS, plan.shared
-            at_once = cuda.clusters_at_once(*launch) if plan.hardware_clusters else plan.clusters
+            kernel = cuda.kernel(file, "decode", shared=plan.shared, cooperative=True, **constants)
+            at_once = cuda.blocks_at_once(kernel, THREADS, plan.shared) // plan.ranks
+            if plan.hardware_clusters:
+                # Multiprocessors are in groups of different sizes, and whole clusters may leave some of a group unused.
+                at_once = min(at_once, cuda.clusters_at_once(kernel, plan.blocks, THREADS, plan.shared))
             if at_once >= plan.clusters:
                 break
-            sizes = config, self._texts, itemsize
-            fewer = LaunchPlan.of(*sizes, limits, max_clusters=at_once) if at_once else None
-            self._plan = fewer or LaunchPlan.of(*sizes, limits._replace(capability=0)) or plan
+        self._plan = plan
         named = dict(model.named_parameters())
         self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # kept alive for the table
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)

@@ -175,9 +175,10 @@ def probe_memory() -> Finding:
     if memory is None:
         return Finding(OK, "this system does not report its memory")
     from gpt2.config import PRESETS
+    from gpt2.memory_model import Step, step_memory
 
     text, end = f"{memory[0] / 1e9:,.1f} of {memory[1] / 1e9:,.1f} GB free", f"{MEMORY_NEEDED / 1e9:g} GB"
-    need = {name: sum(c.memory(1, c.n_positions).values()) * 1.2 for name, c in PRESETS.items()}
+    need = {name: sum(step_memory(Step(c, 1, c.n_positions)).values()) for name, c in PRESETS.items()}
     fits = ", ".join(name for name, size in need.items() if size < memory[0]) or "nothing"
     return first(
         (memory[0] < MEMORY_NEEDED, WRONG, text, f"close other programs: training nano takes {end}", True),

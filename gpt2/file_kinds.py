@@ -5,15 +5,22 @@ A file with a familiar name may have other contents: a clone without git-lfs has
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import stat
+import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt2.console import script_name
+from tinygrad2.checkpoint import JSON_BYTES
 
 FILES_INSIDE = 100  # in the folders of a folder that are looked at
+DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # at the start of a file, which identify its kind
 PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # not that of old files of torch.save
 ZIP_START = b"PK\x03\x04"
@@ -120,10 +127,29 @@ def text_in(file: Path) -> str:
     return printable(start.decode("ascii").strip()) if is_text else ""
 
 
+class _Bounded(io.BufferedReader):
+    """A file of which at most `limit` bytes are read at once."""
+
+    limit = DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.limit:
+            raise ValueError(f"the list of its entries has {size:,} bytes; expected at most {self.limit:,}")
+        return super().read(size)
+
+
+@contextmanager
+def open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive in a file. Raises ValueError if the list of its entries, which zipfile reads at once, is too long."""
+    with _Bounded(file.open("rb", buffering=0)) as stream, zipfile.ZipFile(stream) as archive:
+        stream.limit = sys.maxsize
+        yield archive
+
+
 def _kind_of_zip(file: Path) -> str:
     """The kind of an archive that torch.save did not write; "" if it has torch.save's data.pkl, or is damaged."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
                 return "a TorchScript archive (torch.jit.save); it is not supported, save model.state_dict() instead"
@@ -198,12 +224,18 @@ def _base_of(file: Path) -> str:
         return ""
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
     """The contents of a JSON file written by people or other programs, in UTF-8 or, with a byte-order mark or without,
     UTF-16 or UTF-32.
 
-    Raises ValueError, which does not name the file, if it is not valid JSON or is too deeply nested; FileNotFoundError.
+    Raises ValueError, which does not name the file, if it is not valid JSON, is too deeply nested, or has more than
+    `limit` bytes; FileNotFoundError.
     """
+    status = file.stat()
+    if stat.S_ISREG(status.st_mode) and status.st_size > limit:
+        raise ValueError(f"it has {status.st_size:,} bytes; expected at most {limit:,}")
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is not a regular file")
     content = file.read_bytes()
     try:
         return json.loads(content.decode(json.detect_encoding(content)))

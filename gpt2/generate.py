@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from gpt2.decode import Decoder
+from gpt2.decode import Decoder, explained
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Key, Tensor, no_grad, random
@@ -21,7 +21,8 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions filled.
-    decoder  processes one more token of each text in one kernel launch; None if it is not supported.
+    decoder  processes one more token of each text in one kernel launch; None if the model has not asked for it, or it
+             is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
@@ -35,9 +36,10 @@ class KVCache:
         fewer if the cache is full. Requires a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
-        for found in self.decoder.greedy(tokens, first, count, choices):
-            self.length += 1
-            yield found
+        with explained(self.decoder):
+            for found in self.decoder.greedy(tokens, first, count, choices):
+                self.length += 1
+                yield found
 
 
 def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
@@ -172,7 +174,8 @@ def generate(
                 same seed, the random numbers are those of the uninterrupted text.
     on_logits   called with the logits (samples, vocab_size) of each step before its tokens are yielded.
 
-    Raises ValueError for an empty prompt, and if the model's logits are not finite.
+    Raises ValueError for an empty prompt, and if the model's logits are not finite; OSError if the GPU fails in the
+    kernel of gpt2/decode.cu.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
@@ -185,7 +188,7 @@ def generate(
     step = 0
     while step < max_tokens:
         unread = seen if state is None else seen[:, state.length :]
-        with no_grad():
+        with no_grad(), explained(None if state is None else state.decoder):
             logits = next_logits(model, unread, state).numpy()[:, :vocab_size]
         logits = logits.astype(np.float32) if logits.dtype.itemsize < 4 else logits
         if not np.isfinite(logits).all():

@@ -31,6 +31,8 @@ OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
+TOKENIZER_BYTES = 64 << 20  # of tokenizer.json and vocab.json; those of 256,000 tokens have 33 MB
+MERGES_PER_TOKEN = 8  # several pairs may make the same token
 ID_LIMIT = 1 << 24  # of added tokens
 INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
@@ -254,10 +256,10 @@ def read_files(path: Path) -> TokenizerFiles:
         assert places is not None
         file, merges_file = places
         try:
-            vocab = read_json(file)
+            vocab = read_json(file, TOKENIZER_BYTES)
         except ValueError as error:
             raise ValueError(f"tokenizer {file}: {error}; expected one JSON object of tokens and ids") from None
-        merges = _read_merges(merges_file)
+        merges = _read_merges(merges_file, len(vocab) if isinstance(vocab, dict) else 0)
     if not isinstance(vocab, dict) and (document is None or not isinstance(vocab, list)):
         raise ValueError(f"tokenizer {file}: expected one JSON object of tokens and ids")
     ids = vocab if isinstance(vocab, dict) else {}
@@ -272,7 +274,7 @@ def _integers(vocab: Mapping[str, object]) -> dict[str, int]:
 
 def _read_document(file: Path) -> JsonObject:
     try:
-        document = read_json(file)
+        document = read_json(file, TOKENIZER_BYTES)
         if not isinstance(document["model"], dict) or "vocab" not in document["model"]:
             raise TypeError
         splitter = document.get("pre_tokenizer") or {"type": "none"}
@@ -299,13 +301,17 @@ def _read_object(file: Path) -> JsonObject:
     return values
 
 
-def _read_merges(file: Path) -> list[tuple[str, Any]]:
+def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
+    """The merges of a vocabulary of this number of tokens, each with its place in the file."""
     if kind := kind_of(file):
         raise ValueError(f"tokenizer {file}: it is {kind}")
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    count, most = text.count("\n"), MERGES_PER_TOKEN * (tokens + 256)
+    if count > most:
+        raise ValueError(f"tokenizer {file}: {count:,} merges for {tokens:,} tokens; expected at most {most:,}")
     return [
-        (f"line {number} ({line!r})", line.rstrip("\r").split(" "))
-        for number, line in enumerate(lines, 1)
+        (f"line {number} ({line[:80]!r})", line.rstrip("\r").split(" "))
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip() and not (number == 1 and line.startswith("#version"))
     ]
 
@@ -508,6 +514,25 @@ class LibraryEncoding:
                 raise ValueError(
                     f"tokenizer {file}: its added token {printable(token['content'])!r} has the id {token['id']}; the "
                     f"package tokenizers gives it {given}"
+                )
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        """Raise ValueError if two tokens have the same id, or if a byte has no token, which the library leaves out of a
+        text: what it encodes would not be decoded to the same text."""
+        model = self.document["model"]
+        found: dict[object, str] = {}
+        for token, i in model["vocab"].items() if isinstance(model["vocab"], dict) else ():
+            if found.setdefault(i, token) != token:
+                tokens = f"{printable(found[i])!r} and {printable(token)!r}"
+                raise ValueError(f"tokenizer {self._file}: {tokens} have the same id {i}")
+        if self.byte_level and model.get("unk_token") is None:
+            vocab = self._recognizing.get_vocab(with_added_tokens=True)
+            missing = [byte for character, byte in byte_of().items() if character not in vocab]
+            if missing:
+                raise ValueError(
+                    f"tokenizer {self._file}: byte {missing[0]} has no token; each of the 256 bytes needs one, or the "
+                    "model an unk_token"
                 )
 
     def _made(self, **changes: object) -> Any:

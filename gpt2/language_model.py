@@ -12,7 +12,7 @@ from tinygrad2 import Key, Tensor
 from tinygrad2.array import Array
 from tinygrad2.backend import Backend
 from tinygrad2.nn import Parameter, ParameterArena
-from tinygrad2.precision import Precision, PrecisionLike
+from tinygrad2.precision import Precision
 
 
 class ModelConfig(Protocol):
@@ -31,11 +31,6 @@ class ModelConfig(Protocol):
 
     def summary(self) -> str:
         """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
-
-    def memory(
-        self, batch_size: int, block_size: int, precision: PrecisionLike, recompute: str, head_rows: int | None
-    ) -> dict[str, int]:
-        """Memory of a training step in bytes, by use."""
 
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations per token in training, in sequences of block_size tokens."""

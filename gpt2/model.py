@@ -114,14 +114,16 @@ class GPT2(nn.Module):
     seed    of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual stream
             scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
     device  of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
-    dtype   the precision, or its name: "float32" for training, "float64" for checks, on a GPU also "tf32" (float32,
-            with faster and less precise matrix products) and "bfloat16" (activations, and copies of the weights; the
-            parameters themselves, their gradients and all sums stay float32), and on a CPU also "bfloat16_weights"
+    dtype   the precision, or its name: "float32" for training, "float64" for checks, "bfloat16" (activations, and
+            copies of the weights; the parameters themselves, their gradients and all sums stay float32), on a GPU also
+            "tf32" (float32, with faster and less precise matrix products), and on a CPU also "bfloat16_weights"
             (matrices in bfloat16, which generate faster: half as many bytes are read for each token).
 
     Two options save memory in training, at the cost of time: recompute="block" saves only the inputs of each block and
     recomputes the block in the backward pass; head_rows computes that many rows of the logits at a time.
     """
+
+    fused_decode = False  # generate a token in one kernel launch, on a GPU: see gpt2/decode.py
 
     def __init__(
         self,
@@ -239,11 +241,11 @@ class GPT2(nn.Module):
 
 
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
-    """The precision of this name to generate and to evaluate in: if the device does not support bfloat16,
-    "bfloat16" means weights in bfloat16 and activations in float32, if the device supports that."""
+    """The precision of this name to generate and to evaluate in: on a CPU, where reading the weights takes most of the
+    time, "bfloat16" means weights in bfloat16 and activations in float32."""
     precision = Precision.of(dtype)
-    weights_only = precision == BFLOAT16 and backend.unsupported_reason(BFLOAT16)
-    return BFLOAT16_WEIGHTS if weights_only and not backend.unsupported_reason(BFLOAT16_WEIGHTS) else precision
+    weights_only = precision == BFLOAT16 and not backend.unsupported_reason(BFLOAT16_WEIGHTS)
+    return BFLOAT16_WEIGHTS if weights_only else precision
 
 
 def _residual_std(config: GPT2Config) -> float:

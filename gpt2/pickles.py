@@ -3,20 +3,26 @@
 A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, text and numbers.
 A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
 stores elsewhere; by default, each is an error.
+
+The time and the memory are bounded: by the size of the program and the number of its opcodes; by keys, whose hashes a
+file cannot choose to be equal; and by counting an object as often as the result contains it, since a small program can
+describe a tuple of two equal tuples of two equal tuples, and so on.
 """
 
 from __future__ import annotations
 
 import io
 import pickletools
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has less than 1 MB
+OPCODE_LIMIT = 1 << 18  # opcodes of a pickle; GPT-2 XL's, with its optimizer, has less than 100,000
+OBJECT_LIMIT = 1 << 20  # objects in the result, each counted as often as it occurs
+DEPTH_LIMIT = 100  # containers within containers
 KEY_LIMIT = 1 << 31  # bound on integers that are keys: larger ones can be chosen to have equal hashes
-NUMBER_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-TEXT_OPCODES = ("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")
 
 
 class Meanings:
@@ -24,7 +30,7 @@ class Meanings:
 
     def name(self, text: str) -> object:
         """The object that stands for a name, such as `collections.OrderedDict`."""
-        raise ValueError(f"its pickle refers to {text}, which is not plain data; the file is rejected")
+        raise ValueError(f"its pickle refers to {text[:200]}, which is not plain data; the file is rejected")
 
     def call(self, function: object, arguments: object) -> object:
         """The result of a call."""
@@ -37,6 +43,10 @@ class Meanings:
     def build(self, target: object, state: object) -> None:
         """Set an object's attributes."""
         raise ValueError("its pickle sets the attributes of an object; expected plain data")
+
+    def contents(self, value: object) -> list[object]:
+        """The objects in an object that `call` has made."""
+        return []
 
 
 def read_plain(file: Path) -> object:
@@ -52,93 +62,170 @@ def read_plain(file: Path) -> object:
 
 def interpret(program: io.BytesIO, meanings: Meanings) -> Any:
     """The object that a pickle describes. Moves the position of `program` past it. Raises ValueError."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, object] = {}
+    machine = _Machine(program.getvalue(), program.tell(), meanings)
+    try:
+        result = machine.run()
+    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error):
+        raise ValueError("its pickle is damaged") from None  # for example an empty stack, or an unknown memo
+    _check_size(result, meanings)
+    program.seek(machine.position)
+    return result
 
-    def since_mark() -> list[object]:
-        mark = marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
+
+class _Machine:
+    """The state of a program: its position, a stack, the marks in it, and numbered objects."""
+
+    def __init__(self, program: bytes, position: int, meanings: Meanings):
+        self.program, self.position, self.meanings = program, position, meanings
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, object] = {}
+
+    def run(self) -> object:
+        for _ in range(OPCODE_LIMIT):
+            code = self.program[self.position : self.position + 1]
+            self.position += 1
+            if code == b".":
+                return self.stack.pop()
+            if (operation := OPERATIONS.get(code)) is None:
+                known = next((op for op in pickletools.opcodes if op.code.encode("latin-1") == code), None)
+                if known is None:
+                    raise ValueError("its pickle is damaged: it ends too early, or has an unknown opcode")
+                raise ValueError(f"its pickle has the opcode {known.name}, which torch.save does not write")
+            operation(self)
+        raise ValueError(f"its pickle has more than {OPCODE_LIMIT:,} opcodes; the file is rejected")
+
+    def read(self, count: int) -> bytes:
+        start, self.position = self.position, self.position + count
+        if count < 0 or self.position > len(self.program):
+            raise ValueError("its pickle is damaged: it ends too early")
+        return self.program[start : self.position]
+
+    def number(self, format: str) -> Any:
+        return struct.unpack(format, self.read(struct.calcsize(format)))[0]
+
+    def line(self) -> str:
+        end = self.program.find(b"\n", self.position)
+        text = self.read(end - self.position).decode("ascii")
+        self.position += 1
+        return text
+
+    def pop_to_mark(self) -> list[object]:
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
         return items
 
-    try:
-        for opcode, arg in _opcodes(program):
-            match opcode:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    stack.append(opcode == "NEWTRUE")
-                case name if name in NUMBER_OPCODES or name in TEXT_OPCODES:
-                    stack.append(arg)
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "MARK":
-                    marks.append(len(stack))
-                case "TUPLE":
-                    stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "APPEND" | "APPENDS":
-                    items = [stack.pop()] if opcode == "APPEND" else since_mark()
-                    target = stack[-1]
-                    if type(target) is not list:
-                        raise ValueError("its pickle is damaged: it appends to an object that is not a list")
-                    target.extend(items)
-                case "SETITEM" | "SETITEMS":
-                    items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else since_mark()
-                    _set_items(stack[-1], items)
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "GLOBAL":
-                    stack.append(meanings.name(".".join(arg.split(" "))))
-                case "STACK_GLOBAL":
-                    attribute, module = stack.pop(), stack.pop()
-                    if type(module) is not str or type(attribute) is not str:
-                        raise ValueError("its pickle is damaged: a name in it is not text")
-                    stack.append(meanings.name(f"{module}.{attribute}"))
-                case "BINPERSID":
-                    stack.append(meanings.stored(stack.pop()))
-                case "REDUCE" | "NEWOBJ":
-                    arguments = stack.pop()
-                    stack.append(meanings.call(stack.pop(), arguments))
-                case "BUILD":
-                    state = stack.pop()
-                    meanings.build(stack[-1], state)
-                case _:
-                    raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
-    except (IndexError, KeyError, TypeError, AttributeError):  # for example an empty stack, or an unknown memo
-        pass
-    raise ValueError("its pickle is damaged")
+    def pop_tuple(self, count: int) -> tuple[object, ...]:
+        return tuple(reversed([self.stack.pop() for _ in range(count)]))
 
+    def global_name(self) -> object:
+        return self.meanings.name(f"{self.line()}.{self.line()}")
 
-def _opcodes(program: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """The name and the argument of each opcode (a number, text or bytes, which depends on the opcode)."""
-    try:
-        yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(program))
-    except ValueError as error:
-        raise ValueError(f"its pickle is damaged ({error})") from None
+    def stack_global(self) -> object:
+        attribute, module = self.stack.pop(), self.stack.pop()
+        if type(module) is not str or type(attribute) is not str:
+            raise ValueError("its pickle is damaged: a name in it is not text")
+        return self.meanings.name(f"{module}.{attribute}")
 
+    def append(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise ValueError("its pickle is damaged: it appends to an object that is not a list")
+        target.extend(items)
 
-def _set_items(target: object, items: list[object]) -> None:
-    keys, values = items[::2], items[1::2]
-    if type(target) is not dict or len(keys) != len(values) or not all(map(_is_key, keys)):
-        raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or small integers")
-    target.update(zip(keys, values, strict=True))
+    def set_items(self, items: list[object]) -> None:
+        target, keys, values = self.stack[-1], items[::2], items[1::2]
+        if type(target) is not dict or len(keys) != len(values) or not all(map(_is_key, keys)):
+            raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or small integers")
+        target.update(zip(keys, values, strict=True))
+
+    def remember(self, number: int) -> None:
+        self.memo[number] = self.stack[-1]
+
+    def call(self) -> object:
+        arguments = self.stack.pop()
+        return self.meanings.call(self.stack.pop(), arguments)
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        self.meanings.build(self.stack[-1], state)
 
 
 def _is_key(key: object) -> bool:
     return type(key) is str or (type(key) is int and 0 <= key < KEY_LIMIT)
+
+
+def _check_size(result: object, meanings: Meanings) -> None:
+    """Raise ValueError if the result is nested too deeply, or has too many objects when each is counted as often as it
+    occurs. (Until then, no operation takes a time that depends on what an object contains.)"""
+    sizes: dict[int, int] = {}  # of containers, by their identity
+
+    def size(value: object, depth: int) -> int:
+        if (known := sizes.get(id(value))) is not None:
+            return known
+        if isinstance(value, dict):
+            contents = list(value.values())
+        else:
+            contents = list(value) if isinstance(value, list | tuple) else meanings.contents(value)
+        if not contents:
+            return 1
+        if depth == DEPTH_LIMIT:
+            raise ValueError(f"its pickle is nested more than {DEPTH_LIMIT} levels deep; the file is rejected")
+        sizes[id(value)] = total = 1 + sum(size(item, depth + 1) for item in contents)
+        if total > OBJECT_LIMIT:
+            raise ValueError(f"its pickle has more than {OBJECT_LIMIT:,} objects; the file is rejected")
+        return total
+
+    size(result, 0)
+
+
+def _push(value: Callable[[_Machine], object]) -> Callable[[_Machine], None]:
+    return lambda machine: machine.stack.append(value(machine))
+
+
+def _text(length: str, encoding: str, errors: str = "strict") -> Callable[[_Machine], None]:
+    return _push(lambda machine: machine.read(machine.number(length)).decode(encoding, errors))
+
+
+OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
+    b"\x80": lambda machine: machine.read(1),  # PROTO
+    b"\x95": lambda machine: machine.read(8),  # FRAME
+    b"N": _push(lambda machine: None),
+    b"\x88": _push(lambda machine: True),
+    b"\x89": _push(lambda machine: False),
+    b"J": _push(lambda machine: machine.number("<i")),  # BININT
+    b"K": _push(lambda machine: machine.number("<B")),  # BININT1
+    b"M": _push(lambda machine: machine.number("<H")),  # BININT2
+    b"\x8a": _push(lambda machine: int.from_bytes(machine.read(machine.number("<B")), "little", signed=True)),  # LONG1
+    b"G": _push(lambda machine: machine.number(">d")),  # BINFLOAT
+    b"X": _text("<I", "utf-8", "surrogatepass"),  # BINUNICODE
+    b"\x8c": _text("<B", "utf-8", "surrogatepass"),  # SHORT_BINUNICODE
+    b"T": _text("<i", "latin-1"),  # BINSTRING
+    b"U": _text("<B", "latin-1"),  # SHORT_BINSTRING
+    b"B": _push(lambda machine: machine.read(machine.number("<I"))),  # BINBYTES
+    b"C": _push(lambda machine: machine.read(machine.number("<B"))),  # SHORT_BINBYTES
+    b"}": _push(lambda machine: {}),
+    b"]": _push(lambda machine: []),
+    b")": _push(lambda machine: ()),
+    b"(": lambda machine: machine.marks.append(len(machine.stack)),  # MARK
+    b"t": _push(lambda machine: tuple(machine.pop_to_mark())),  # TUPLE
+    b"\x85": _push(lambda machine: machine.pop_tuple(1)),  # TUPLE1
+    b"\x86": _push(lambda machine: machine.pop_tuple(2)),
+    b"\x87": _push(lambda machine: machine.pop_tuple(3)),
+    b"a": lambda machine: machine.append([machine.stack.pop()]),  # APPEND
+    b"e": lambda machine: machine.append(machine.pop_to_mark()),  # APPENDS
+    b"s": lambda machine: machine.set_items(list(machine.pop_tuple(2))),  # SETITEM
+    b"u": lambda machine: machine.set_items(machine.pop_to_mark()),  # SETITEMS
+    b"h": _push(lambda machine: machine.memo[machine.number("<B")]),  # BINGET
+    b"j": _push(lambda machine: machine.memo[machine.number("<I")]),  # LONG_BINGET
+    b"q": lambda machine: machine.remember(machine.number("<B")),  # BINPUT
+    b"r": lambda machine: machine.remember(machine.number("<I")),  # LONG_BINPUT
+    b"\x94": lambda machine: machine.remember(len(machine.memo)),  # MEMOIZE
+    b"c": _push(_Machine.global_name),  # GLOBAL
+    b"\x93": _push(_Machine.stack_global),  # STACK_GLOBAL
+    b"Q": _push(lambda machine: machine.meanings.stored(machine.stack.pop())),  # BINPERSID
+    b"R": _push(_Machine.call),  # REDUCE
+    b"\x81": _push(_Machine.call),  # NEWOBJ
+    b"b": _Machine.build,
+}

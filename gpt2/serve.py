@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from gpt2 import device_options
+from gpt2 import decode, device_options
 from gpt2.completions import Worker
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
@@ -46,6 +46,7 @@ def command_line() -> Parser:
     )
     device_options.add(group)
     device_options.add_dtype(group)
+    decode.add_option(group)
     return parser
 
 
@@ -87,6 +88,7 @@ def listen(port: int) -> socket.socket:
 def service(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
     """Load the model and serve it until the process is interrupted."""
     model, tokenizer, name = load_model(options)
+    decode.set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
     worker = Worker()
     served = web.Service(

@@ -28,6 +28,7 @@ THEIRS = {
     "std, axis": lambda t, x: x.std(-1, correction=1, keepdim=True),
     "norm": lambda t, x: t.linalg.vector_norm(x),
     "norm, axis": lambda t, x: t.linalg.vector_norm(x, dim=1),
+    "norm, of order 3": lambda t, x: t.linalg.vector_norm(x, 3, dim=1),
     "cumsum": lambda t, x: x.reshape(-1).cumsum(0),
     "cumsum, axis": lambda t, x: x.cumsum(1),
     "cumprod": lambda t, x: x.reshape(-1).cumprod(0),

@@ -8,7 +8,10 @@ which a rendered page does not show, say what a block needs:
 
     continues        the block continues the block before it, in the same copy
     needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which no test has
-    quotes=FILE      an excerpt: its lines are those of FILE, where a function's docstring may be left out
+    quotes=FILE      an excerpt: its statements and lines are those of FILE; comments and docstrings may be left out
+    varies           the output of the block before, which differs from machine to machine
+
+The blocks of docs/tutorial/ form one program, which tests/test_tutorial.py runs.
 """
 
 import re
@@ -20,8 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
+TUTORIAL = sorted(ROOT.glob("docs/tutorial/*.md"))
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoint/*.md"), *ROOT.glob(".github/**/*.md")]
+    [
+        *(page for folder in (".", "docs", "checkpoint", ".github/**") for page in ROOT.glob(f"{folder}/*.md")),
+        *TUTORIAL,
+    ]
 )
 ELSEWHERE = {
     "gpu": "an NVIDIA GPU",

@@ -23,57 +23,82 @@ from gpt2.config import GPT2Config
 from gpt2.decode import MAX_TEXTS, LaunchPlan
 from tinygrad2.backend import Limits
 from tinygrad2.kernels import cuda
+from tinygrad2.kernels.cuda import BLOCK_ROWS, AttentionSizes, Multiprocessor, cross_entropy_sizes
 
-ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
+# Of each compute capability, a GPU: what a multiprocessor has, and the limits of a launch.
+GPUS = {
+    "75": (Multiprocessor(64 << 10, 1024), Limits(40, 63 << 10, 7)),  # T4
+    "80": (Multiprocessor(164 << 10, 2048), Limits(108, 163 << 10, 8)),  # A100
+    "86": (Multiprocessor(100 << 10, 1536), Limits(82, 99 << 10, 8)),  # RTX 3090
+    "89": (Multiprocessor(100 << 10, 1536), Limits(128, 99 << 10, 8)),  # RTX 4090, L4, L40S
+    "90": (Multiprocessor(228 << 10, 2048), Limits(132, 227 << 10, 9)),  # H100, H200
+    "100": (Multiprocessor(228 << 10, 2048), Limits(148, 227 << 10, 10)),  # B200
+    "120": (Multiprocessor(100 << 10, 1536), Limits(170, 99 << 10, 12)),  # RTX 5090
+}
+FLOAT32_ONLY = ("75",)  # no bfloat16
 TYPES = ("bf16", "float")
-H200 = Limits(processors=132, shared_memory=227 << 10, capability=9)
+ITEMSIZE = {"bf16": 2, "float": 4}
+WIDTHS = (768, 1024, 1280, 1600)
+HEAD_SIZES = (64, 80, 128)  # GPT-2's, and others
+Defines = dict[str, Any]
 
 
-def _each(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+def _each(**choices: Sequence[Any]) -> list[Defines]:
     """Every combination of one value each; the first is what the 124M model is trained with."""
-    rows: list[dict[str, Any]] = [{}]
+    rows: list[Defines] = [{}]
     for name, values in choices.items():
         rows = [{**row, name: value} for row in rows for value in values]
     return rows
 
 
-# The constants that each family's launchers define, for GPT-2's four sizes and both types. A quick test compiles the
-# first row. "kernels" names those that are launched with these constants, where others of the file have their own.
-WIDTHS = (768, 1024, 1280, 1600)
-SIZES: dict[str, list[dict[str, Any]]] = {
-    "layernorm": _each(REAL=TYPES, C=WIDTHS),
-    "gelu": [{**row, "BIAS": row["REAL"]} for row in _each(REAL=TYPES, C=tuple(4 * width for width in WIDTHS))],
-    "columns": _each(REAL=TYPES, C=WIDTHS),
-    "attention_forward": _each(D=(64, 80, 128), DROPOUT=(0, 1)),
-    "attention_backward": [
-        {**sizes, **row, "kernels": kernels}
-        for sizes, kernels in (
-            ({"D": 64, "STREAM": 64, "OWNED": 64, "CHUNK": 32}, ("attention_backward_kv", "attention_delta")),
-            ({"D": 64, "STREAM": 64, "OWNED": 128, "CHUNK": 16}, ("attention_backward_q",)),
-            ({"D": 80, "STREAM": 64, "OWNED": 64, "CHUNK": 16}, ("attention_backward_kv", "attention_backward_q")),
-            ({"D": 128, "STREAM": 32, "OWNED": 64, "CHUNK": 16}, ("attention_backward_kv", "attention_backward_q")),
-        )
-        for row in _each(DROPOUT=(0, 1))
-    ],
-    "attention_cached": _each(REAL=TYPES, D=(64, 80, 128)),
-    "cross_entropy": [
-        {"REAL": real, "VOCAB": 50257, "COLUMNS": 50304, "THREADS": 1024, "RESIDENT": resident}
-        for real, resident in (("bf16", 1), ("bf16", 0), ("float", 0))
-    ],
-    "embedding": [
-        {**row, "WIDTH": 8 if row["REAL"] == "bf16" else 4, "BLOCK_ROWS": 64}
-        for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
-    ],
-    "decode": [  # of 132 processors, 15 clusters of 8 run at once
-        {"REAL": REAL, **plan.constants(config)}
-        for REAL, itemsize in zip(TYPES, (2, 4), strict=True)
-        for texts in (1, 4, MAX_TEXTS)
-        for config in map(GPT2Config.preset, ("gpt2", "gpt2-xl"))
-        if (plan := LaunchPlan.of(config, texts, itemsize, H200, max_clusters=15))
-    ],
-    "dropout": _each(REAL=TYPES),
-    "optimizer": [{}],
-}
+def sizes(architecture: str) -> dict[str, list[Defines]]:
+    """The constants that each family's launchers define on such a GPU, for GPT-2's four sizes and both types. A quick
+    test compiles the first row. "kernels" names those that are launched with these constants, where others of the file
+    have their own."""
+    processor, limits = GPUS[architecture]
+    rows: dict[str, list[Defines]] = {
+        "layernorm": _each(REAL=TYPES, C=WIDTHS),
+        "gelu": [{**row, "BIAS": row["REAL"]} for row in _each(REAL=TYPES, C=tuple(4 * width for width in WIDTHS))],
+        "columns": _each(REAL=TYPES, C=WIDTHS),
+        "attention_forward": [
+            {"REAL": "bf16", **AttentionSizes.forward(D, processor).constants(D, dropout)}
+            for D in HEAD_SIZES
+            for dropout in (False, True)
+        ],
+        "attention_backward": [
+            {"REAL": "bf16", **kernel.constants(D, dropout), "kernels": (name, *DELTA.get(name, ()))}
+            for D in HEAD_SIZES
+            for dropout in (False, True)
+            for name, kernel in AttentionSizes.backward(D, processor).items()
+        ],
+        "attention_cached": _each(REAL=TYPES, D=HEAD_SIZES),
+        "cross_entropy": [
+            {"REAL": real, "VOCAB": V, "COLUMNS": columns, **cross_entropy_sizes(V, columns, ITEMSIZE[real], processor)}
+            for real in TYPES
+            for V, columns in ((50257, 50304), (1003, 1024))
+        ],
+        "embedding": [
+            {**row, "WIDTH": 16 // ITEMSIZE[row["REAL"]], "BLOCK_ROWS": BLOCK_ROWS}
+            for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
+        ],
+        # Of 132 processors, 15 clusters of 8 run at once. Without clusters, several texts of XL in float32 spill up to
+        # 48 bytes.
+        "decode": [
+            {"REAL": real, **plan.constants(config)}
+            for real in TYPES
+            for texts in (1, 4, MAX_TEXTS)
+            for config in map(GPT2Config.preset, ("gpt2", "gpt2-xl"))
+            if texts == 1 or real == "bf16" or config.n_layer == 12 or limits.capability >= 9
+            if (plan := LaunchPlan.of(config, texts, ITEMSIZE[real], limits, limits.processors // 8 - 1))
+        ],
+        "dropout": _each(REAL=TYPES),
+        "optimizer": [{}],
+    }
+    narrow = architecture in FLOAT32_ONLY
+    return {family: [row for row in rows[family] if not (narrow and row.get("REAL") == "bf16")] for family in rows}
+
+
+DELTA = {"attention_backward_kv": ("attention_delta",)}  # launched with the same constants
 
 
 @dataclass(frozen=True)
@@ -129,8 +154,6 @@ def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[
     from cupy_backends.cuda.libs import nvrtc
 
     defines = {name: value for name, value in defines.items() if name != "kernels"}
-    if int(target.split("_")[1]) < 90 and "HARDWARE_CLUSTERS" in defines:
-        defines["HARDWARE_CLUSTERS"] = 0
     own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
     added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")
@@ -163,8 +186,8 @@ def main() -> bool:
     work = [
         (family, architecture, defines)
         for family in (sys.argv[1:] or families())
-        for defines in SIZES[family]
-        for architecture in ARCHITECTURES
+        for architecture in GPUS
+        for defines in sizes(architecture)[family]
     ]
     good = True
     compiled("", "90", {})  # NVRTC 13.0 opens its own library at the first compilation, and not in two threads at once

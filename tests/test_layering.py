@@ -14,15 +14,17 @@ ROOT = Path(__file__).parent.parent
 # Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
 # stands for all modules in it, which import one another without a cycle.
 ENGINE = (
+    ("missing_names",),
     ("array", "files", "gpus", "machine", "precision", "tracer"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),
     ("kernels",),
     ("backend",),
-    ("arguments", "distributed", "initializers", "profiler", "protocols"),
+    ("arguments", "distributed", "initializers", "profiler"),
+    ("protocols",),
     ("methods",),
-    ("names",),
+    ("comparisons", "names"),
     ("tensor",),
     ("gradient_checkpointing", "ops", "params"),
     ("functional", "state"),
@@ -34,7 +36,7 @@ ENGINE = (
 MODEL = (
     ("interrupts",),
     ("config", "console", "familiar_options", "page", "pickles"),
-    ("device_options", "file_kinds"),
+    ("cost_model", "device_options", "file_kinds", "memory_model"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
@@ -43,9 +45,9 @@ MODEL = (
     ("completions", "formats"),
     ("model",),
     ("training",),
-    ("inspection", "parity", "web"),
+    ("cpu_rates", "inspection", "parity", "web"),
     # a command each: python -m gpt2.NAME
-    ("convert", "doctor", "evaluate", "inspect", "replay", "report", "serve", "verify"),
+    ("convert", "doctor", "evaluate", "inspect", "plan", "replay", "report", "serve", "verify"),
     ("__init__",),
 )
 RANK = {
@@ -66,6 +68,7 @@ PUBLIC_MODULES = {
     "distributed",
     "files",
     "functional",
+    "gpus",
     "gradcheck",
     "gradient_sum",
     "machine",
@@ -268,6 +271,7 @@ def test_optional_packages_are_imported_where_they_are_used():
 
 # Modules without a test file of their own name, and the file that tests them (mypy alone checks array.py's protocol).
 TESTED_BY = {
+    "data.parquet_pages": "data/test_hostile_sources.py",
     "gpt2.familiar_options": "test_wrong_inputs.py",
     "setup": "test_packages.py",
     "gpt2.formats.stored": "gpt2/formats/test_model_file.py",

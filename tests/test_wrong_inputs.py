@@ -71,7 +71,7 @@ WRONG = [  # command, arguments, what the line says
     ("gpt2.doctor", "now", "unexpected argument 'now'"),
     ("gpt2.inspect", "--checkpoint nowhere", "nowhere"),
     # Numbers that no machine has, and paths that cannot be written.
-    ("train", "--data text --batch-size 100000000", "out of memory: 100000000 sequences of 64 tokens need "),
+    ("train", "--data text --batch-size 100000000", "out of memory: "),
     ("train", "--data text --threads 100000", "threads: the number is 100,000; expected 1 to 1,024"),
     ("train", "--data text --block-size 100000", "the split train has"),
     ("train", "--data text --min-lr 1 --learning-rate 0.1", "--min-lr 1 is more than --learning-rate 0.1"),
@@ -112,6 +112,9 @@ WRONG = [  # command, arguments, what the line says
     ("gpt2.serve", "--port 99999", "--port is 99999; expected 0 to 65535"),
     ("gpt2.serve", "--host 0.0.0.0", "unknown option --host"),
     ("gpt2.serve", "--checkpoint model --threads -1", "--threads is -1; expected 1 to 1,024"),
+    ("gpt2.plan", "--device abacus", "--device"),
+    ("gpt2.plan", "--ranks 0", "--ranks is 0"),
+    ("gpt2.plan", "--preset gpt3", "--preset is gpt3; expected nano, micro, gpt2"),
     ("gpt2.replay", "nowhere", "nowhere: not a skipped step; expected the folder bad-step-N of a run"),
     ("gpt2.replay", "model", "model: not a skipped step; expected the folder bad-step-N of a run"),
     ("gpt2.replay", "nowhere --threads 0", "--threads is 0; expected 1 to 1,024"),

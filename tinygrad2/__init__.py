@@ -11,6 +11,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from tinygrad2 import missing_names
+
 if TYPE_CHECKING:
     from tinygrad2 import functional, nn, ops, optim
     from tinygrad2.autograd import no_grad
@@ -43,9 +45,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"tinygrad2.{_MODULE_OF[name]}"), name)
     elif name in __all__:
         value = import_module(f"tinygrad2.{name}")
-    elif not name.startswith("_") and not find_spec(f"tinygrad2.{name}") and name in _functions().__all__:
+    elif name.startswith("_") or find_spec(f"tinygrad2.{name}"):
+        raise missing_names.missing("tinygrad2", name, missing_names.FUNCTIONS)
+    elif name in _functions().__all__:
         value = getattr(_functions(), name)
     else:
-        raise AttributeError(f"module 'tinygrad2' has no attribute {name!r}")
+        value = _functions().__getattr__(name)  # raises the error that says what to use
     globals()[name] = value
     return value

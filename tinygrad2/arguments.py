@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 
 from tinygrad2.array import Array, Index
+from tinygrad2.autograd import is_recording
 from tinygrad2.backend import Backend
 
 DEFAULT_FLOAT = numpy.dtype("float32")
@@ -39,7 +40,12 @@ def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
 
 def of_numpy(value: Any) -> Any:
     """An array of another library, such as PyTorch, as one of NumPy; whatever else there is, as it is."""
-    return value if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype) else numpy.asarray(value)
+    if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype):
+        return value
+    try:
+        return numpy.asarray(value)
+    except TypeError:
+        raise TypeError(f"NumPy cannot read an array of dtype {value.dtype}; convert it first, as to float32") from None
 
 
 def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
@@ -57,22 +63,51 @@ def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array
         return backend.asarray(array, dtype=dtype)
     if is_float(array.dtype):  # lists of Python floats have the default type, arrays keep their own
         return backend.asarray(array, dtype=None if is_array else DEFAULT_FLOAT)
-    if type(value) is int and dtype.kind in "iu":  # a Python integer takes the integer dtype if it fits
+    if (
+        isinstance(value, int) and not isinstance(value, bool) and dtype.kind in "iu"
+    ):  # a Python integer takes the integer dtype if it fits
         if not numpy.iinfo(dtype).min <= value <= numpy.iinfo(dtype).max:
             raise OverflowError(f"{op}: {value} does not fit in the other operand's dtype, {dtype}")
         return backend.asarray(value, dtype=dtype)
     return backend.asarray(array, dtype=numpy.promote_types(dtype, array.dtype))
 
 
+def dtype_of(op: str, dtype: Any, expected: str = "a dtype, such as 'float32'") -> numpy.dtype:
+    """A dtype that a Tensor can have. Raises TypeError for anything else."""
+    try:
+        found = numpy.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{op}: {dtype!r} is not a dtype; expected {expected}") from None
+    if found.kind not in "biuf" and found.name != "bfloat16":
+        raise TypeError(f"{op}: the dtype is {found}; expected floats, integers or booleans")
+    return found
+
+
 def numpy_array(op: str, value: Any) -> numpy.ndarray:
     """A number or nested lists of numbers as an array. Raises TypeError or ValueError for anything else."""
+    if is_recording():
+        _check_no_gradient(op, value)
     try:
         array = numpy.asarray(value)
     except ValueError:
         raise ValueError(f"{op}: nested lists of different lengths; expected lists of equal lengths") from None
+    if array.dtype.kind == "O" and isinstance(value, int):
+        raise OverflowError(f"{op}: {value} does not fit in 64 bits; expected a smaller integer, or a float")
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{op}: expected a Tensor, an array or numbers, got {type(value).__name__}")
     return array
+
+
+def _check_no_gradient(op: str, value: Any) -> None:
+    """Raise TypeError if nested lists contain a Tensor that needs a gradient: an array made of them has none."""
+    if isinstance(value, list | tuple) and not set(map(type, value)) <= {float, int, bool}:
+        for item in value:
+            if getattr(item, "requires_grad", False):
+                raise TypeError(
+                    f"{op}: the list contains a Tensor that needs a gradient, which an array of it has not: use "
+                    f"stack() or concatenate() of the Tensors, or x.detach()"
+                )
+            _check_no_gradient(op, item)
 
 
 def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy
 
+from tinygrad2 import missing_names
+
 Index = Any  # what NumPy indexing takes: integers, slices, None, ..., arrays, and tuples of these
 
 
@@ -92,3 +94,6 @@ def _bounds(array: Any) -> tuple[int, int]:
     start = array.ctypes.data if isinstance(array, numpy.ndarray) else array.data.ptr
     reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize - 1
+
+
+missing_names.refuse_calls(__name__, "use tinygrad2.Tensor(values), or NumPy's array")

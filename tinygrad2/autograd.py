@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from tinygrad2 import missing_names
 from tinygrad2.array import Array, may_share_memory
 from tinygrad2.precision import sum_dtype
 from tinygrad2.tracer import BackwardOperation, active_backward, operation_name
@@ -351,3 +352,7 @@ def _arrays(saved: Any) -> Iterator[Array]:
             yield from _arrays(item)
     elif hasattr(saved, "strides"):
         yield saved
+
+
+if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+    __getattr__ = missing_names.of_module("tinygrad2.autograd", missing_names.AUTOGRAD)

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tinygrad2 import gpus, machine, reference
 from tinygrad2.array import Array
 from tinygrad2.files import write_error
-from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, tensor_cores_take
+from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_take
 from tinygrad2.precision import Precision, PrecisionLike
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -106,7 +106,28 @@ class Backend:
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
         """Why this device does not support a precision, with attention heads of this size; None if it does."""
         wanted = Precision.of(precision)
-        return f"{wanted.name} needs a GPU" if wanted.copies or wanted.tf32 else None
+        if wanted.copies and _cpu_overrides() is None:
+            return f"{wanted.name} needs the compiled kernels, which need Numba (python -m gpt2.doctor says why not)"
+        return f"{wanted.name} needs a GPU" if wanted.tf32 else None
+
+    def slow_reason(self, precision: PrecisionLike) -> str | None:
+        """Why this device supports a precision only by slower arithmetic; None if it has instructions for it."""
+        overrides = _cpu_overrides()
+        return overrides.onednn.unavailable_reason() if overrides and Precision.of(precision).copies else None
+
+    def clear(self, array: Array) -> None:
+        """Fill a flat array with zeros."""
+        if (overrides := _cpu_overrides()) is None:
+            array[...] = 0
+        else:
+            overrides.pool.clear(array)
+
+    def convert(self, values: Array, out: Array) -> None:
+        """out = values, rounded to the dtype of out: flat float32 and bfloat16 arrays."""
+        if (overrides := _cpu_overrides()) is None or values.dtype != numpy.float32:
+            out[...] = values.astype(out.dtype)
+        else:
+            overrides.convert(values, out)
 
     def timestamp(self) -> Timestamp:
         """A timestamp in the device's stream, for `seconds`."""
@@ -159,12 +180,22 @@ class Cuda:
         self._np = np
         self.launchers = launchers
 
-    def kernel(self, file: Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
+    def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Kernel:
         """The kernel `name` in a file of CUDA C++, compiled with these constants at first use.
 
-        shared  bytes of dynamic shared memory of its launches.
+        shared       bytes of dynamic shared memory of its launches.
+        cooperative  its blocks wait for each other; for launch_alone.
         """
-        return self._needed().function(file, name, shared=shared, **defines)
+        return self._needed().function(file, name, shared=shared, cooperative=cooperative, **defines)
+
+    def launch_alone(self, kernel: Kernel, blocks: int, threads: int, arguments: Any, shared: int) -> None:
+        """Launch a cooperative kernel, after all earlier ones have finished. Raises ValueError if its blocks cannot all
+        run at the same time."""
+        self._needed().launch_alone(kernel, blocks, threads, arguments, shared)
+
+    def blocks_at_once(self, kernel: Kernel, threads: int, shared: int) -> int:
+        """The number of a kernel's blocks that run concurrently."""
+        return self._needed().blocks_at_once(kernel, threads, shared)
 
     def limits(self) -> Limits | None:
         """The limits of this GPU; None if TINYGRAD2_KERNELS=reference disables kernels."""
@@ -204,6 +235,10 @@ class Cuda:
         """The peak in TFLOP/s in a precision, or None if unknown."""
         return gpus.peak_tflops(self.gpu_name(), Precision.of(precision).name)
 
+    def event(self, stream: Any = None) -> Event:
+        """An event recorded in a stream, the current one by default, to wait for; it does not measure time."""
+        return ordering_event(self._np.cuda, stream)
+
     def gpu_name(self) -> str:
         """The driver's name of the GPU."""
         runtime = self._np.cuda.runtime
@@ -232,6 +267,8 @@ class Cuda:
 class CudaBackend(Backend):
     """CuPy arrays on one GPU, the current device of this process.
 
+    A process uses one GPU, in all of its threads: each has its own current device, which CUDA sets to GPU 0 at first.
+
     All work goes to CuPy's current stream, in the order in which it is launched, and a launch does not wait: the host
     runs ahead of the device. The two synchronise in four places only:
       - `upload` copies into pinned host memory and launches the copy to the device from there. A pinned buffer is
@@ -251,6 +288,7 @@ class CudaBackend(Backend):
         base = instantiate_reference(cupy)
         overrides = None if plain else CudaKernels(cupy, base)
         super().__init__("cuda", cupy, kernel_table(base, overrides), Cuda(cupy, overrides))
+        self._gpu: int = cupy.cuda.runtime.getDevice()
         linalg = cupy._core._routines_linalg
         linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)  # whatever CUPY_TF32 says
         in_tf32 = reference_in_tf32(cupy, base)
@@ -261,6 +299,20 @@ class CudaBackend(Backend):
     def kernels_for(self, tf32: bool) -> SimpleNamespace:
         return self._tf32_kernels if tf32 else self.kernels
 
+    def check_gpu(self, gpu: int | None = None) -> None:
+        """Raise ValueError if `gpu`, by default the current device of this thread, is not the GPU of this process."""
+        gpu = self.np.cuda.runtime.getDevice() if gpu is None else gpu
+        if gpu != self._gpu:
+            raise ValueError(
+                f"device 'cuda': this process computes on GPU {self._gpu}, got GPU {gpu}; a process uses one GPU: "
+                f"choose it with CUDA_VISIBLE_DEVICES, and use several with mpirun"
+            )
+
+    def asarray(self, values: ArrayLike | Array, dtype: DTypeLike | None = None) -> Array:
+        if isinstance(values, self.np.ndarray):
+            self.check_gpu(values.device.id)
+        return super().asarray(values, dtype)
+
     def upload(self, values: numpy.ndarray) -> Array:
         values = numpy.asarray(values, order="C")  # (ascontiguousarray would give a 0-d array an axis)
         raw = values.reshape(-1).view(numpy.uint8)
@@ -269,7 +321,7 @@ class CudaBackend(Backend):
         array = self.np.empty(values.shape, dtype=values.dtype)
         stream = self.np.cuda.get_current_stream()
         array.set(buffer[: raw.nbytes].view(values.dtype).reshape(values.shape), stream=stream)
-        self._pinned.append((buffer, stream.record()))
+        self._pinned.append((buffer, self.cuda.event()))
         return array
 
     def _take_pinned(self, nbytes: int) -> numpy.ndarray:
@@ -290,7 +342,7 @@ class CudaBackend(Backend):
         host = numpy.frombuffer(memory, dtype=stacked.dtype, count=len(scalars))
         stream = self.np.cuda.get_current_stream()
         stacked.get(stream=stream, out=host, blocking=False)
-        event = stream.record()
+        event = self.cuda.event()
         while self._fetched and self._fetched[0][1].done:
             self._fetched.popleft()
         self._fetched.append((host, event))
@@ -305,7 +357,13 @@ class CudaBackend(Backend):
     def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
         stream = self.np.cuda.get_current_stream()
         array.get(stream=stream, out=staging, blocking=False)
-        return stream.record().synchronize
+        event = self.cuda.event()
+
+        def wait() -> None:
+            self.np.cuda.Device(self._gpu).use()  # else a new thread would make a context on GPU 0
+            event.synchronize()
+
+        return wait
 
     def copy_back(self, staging: numpy.ndarray, array: Any) -> None:
         array.set(staging, stream=self.np.cuda.get_current_stream())
@@ -318,6 +376,15 @@ class CudaBackend(Backend):
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None = None) -> str | None:
         return self.cuda.unsupported_reason(precision, head_size)
+
+    def slow_reason(self, precision: PrecisionLike) -> str | None:
+        return None
+
+    def clear(self, array: Array) -> None:
+        array[...] = 0
+
+    def convert(self, values: Array, out: Array) -> None:
+        out[...] = values.astype(out.dtype)
 
     def timestamp(self) -> Timestamp:
         return self.np.cuda.get_current_stream().record()
@@ -406,8 +473,12 @@ _gpu = 0  # the number of the GPU of a CUDA backend; see choose_gpu
 
 
 def choose_gpu(number: int) -> None:
-    """Select the GPU of this process, one of several on its machine: `number` modulo the number of GPUs."""
+    """Select the GPU of this process, one of several on its machine: `number` modulo the number of GPUs.
+
+    Raises ValueError if the process has used a GPU before."""
     global _gpu
+    if "cuda" in _backends:
+        raise ValueError("the GPU of this process must be chosen before it is used: call world() first")
     _gpu = number
 
 
@@ -433,10 +504,19 @@ def get_backend(device: str = "cpu") -> Backend:
         try:
             return get_backend("cuda")
         except ValueError:
+            if "cuda" in _backends:  # it is available, but not used correctly
+                raise
             return get_backend("cpu")
     if device not in DEVICES:
-        raise ValueError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
-    return _backends.get(device) or register(CudaBackend(_import_cupy(), plain=_textbook()))
+        number = device.removeprefix("cuda:")
+        hint = f"; a process uses one GPU: CUDA_VISIBLE_DEVICES={number} selects this one" if number.isdigit() else ""
+        raise ValueError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{hint}")
+    if device == "cpu":
+        return _backends[device]
+    backend = _backends.get(device) or register(CudaBackend(_import_cupy(), plain=_textbook()))
+    assert isinstance(backend, CudaBackend)
+    backend.check_gpu()
+    return backend
 
 
 def _import_cupy() -> Library:

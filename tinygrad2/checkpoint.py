@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from tinygrad2.files import atomic_write
 
 MANIFEST = "manifest.json"
+JSON_BYTES = 8 << 20  # of a file that is read; its values take up to 40 times the memory
 _NAME = re.compile(r"ckpt-(\d+)")
 JsonObject = dict[str, Any]  # as json.loads gives it
 
@@ -53,13 +55,16 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST}: no files in this manifest")
     for name, expected in listed.items():
         path = folder / name
-        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CheckpointError(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a file in this folder")
+        kinds = {key: type(value) for key, value in expected.items()} if isinstance(expected, dict) else {}
+        if kinds != {"bytes": int, "sha256": str}:
             raise CheckpointError(f"{folder / MANIFEST}: its entry for {name} is not valid; expected bytes and sha256")
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing")
             if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']}")
+                raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected {expected['bytes']:,}")
             if _describe(path) != expected:
                 raise CheckpointError(f"{path}: its checksum differs from the manifest's")
         except OSError as error:
@@ -155,7 +160,13 @@ def _finite(value: object) -> object:
 def read_json(path: Path) -> JsonObject:
     """Read a JSON object. Raises CheckpointError naming the file."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if path.stat().st_size > JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected at most {JSON_BYTES:,}")
         values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -164,7 +164,8 @@ class NcclComm:
         # differently from a ring.
         os.environ.setdefault("NCCL_ALGO", "Ring")
         self.size = size
-        self._cuda, self._nccl = device.np.cuda, nccl
+        assert device.cuda is not None
+        self._cuda, self._event, self._nccl = device.np.cuda, device.cuda.event, nccl
         self._codes = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self._communicator = nccl.NcclCommunicator(size, identity, rank)
         self._stream = device.np.cuda.Stream(non_blocking=True)
@@ -190,11 +191,11 @@ class NcclComm:
 
     def join(self) -> None:
         """Make the current stream wait for all transfers."""
-        self._cuda.get_current_stream().wait_event(self._stream.record())
+        self._cuda.get_current_stream().wait_event(self._event(self._stream))
         self._in_flight.clear()  # from here on the order of the current stream protects their memory
 
     def _begin(self, flat: Array) -> tuple[int, int]:
-        self._stream.wait_event(self._cuda.get_current_stream().record())
+        self._stream.wait_event(self._event())
         self._in_flight.append(flat)
         self._nccl.groupStart()
         return flat.data.ptr, self._codes[flat.dtype.name]

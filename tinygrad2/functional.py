@@ -19,16 +19,18 @@ import functools
 import math
 import string
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import methods, ops, random
-from tinygrad2.backend import get_backend
+from tinygrad2 import arguments, methods, missing_names, ops, protocols, random
+from tinygrad2.array import Array
+from tinygrad2.autograd import GradientBuffers, Gradients, Saved
+from tinygrad2.backend import backend_of, get_backend
 from tinygrad2.methods import axis_of
 from tinygrad2.ops import attention, dropout, embedding, gelu, linear
-from tinygrad2.tensor import Tensor
+from tinygrad2.tensor import Tensor, record
 
 # fmt: off
 __all__ = [  # noqa: RUF022
@@ -57,6 +59,22 @@ R = TypeVar("R")
 Operand = Tensor | ArrayLike
 
 
+def _missing(name: str) -> AttributeError:
+    """The error for a function that does not exist, with what to use instead."""
+    hints = dict(missing_names.FUNCTIONS)
+    if name not in hints and hasattr(Tensor, name):
+        hints[name] = f"use the method: x.{name}"
+    elif name not in hints and protocols.takes_tensors(getattr(numpy, name, None)):
+        hints[name] = f"use np.{name}, which takes Tensors"
+    return missing_names.missing("tinygrad2", name, hints)
+
+
+if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+
+    def __getattr__(name):
+        raise _missing(name)
+
+
 def _tensor(value: Operand) -> Tensor:
     return value if isinstance(value, Tensor) else Tensor(value)
 
@@ -76,8 +94,13 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
 # Join -----------------------------------------------------------------------------------------------------------------
 
 
+@protocols.pytorch_names
 def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
-    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened."""
+    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened.
+
+    >>> concatenate([ones(2, 3), zeros(2, 1)], axis=1).shape
+    (2, 4)
+    """
     given = _tensors("concatenate", tensors)
     if axis is None:
         return methods.concatenate([x.ravel() for x in given], 0)
@@ -87,6 +110,7 @@ def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
 cat = concatenate
 
 
+@protocols.pytorch_names
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Tensors of one shape joined along a new axis at `axis`."""
     given = _tensors("stack", tensors)
@@ -376,7 +400,12 @@ def _broadcasts_to(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 
 def one_hot(indices: Any, num_classes: int) -> Tensor:
-    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient."""
+    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient.
+
+    >>> print(one_hot([0, 2], 3).numpy())
+    [[1. 0. 0.]
+     [0. 0. 1.]]
+    """
     table = eye(num_classes)
     return table[table._indices("one_hot", indices, num_classes)]
 
@@ -442,9 +471,15 @@ def cross_entropy(
     V = logits.shape[-1]
     weights = ones_like(logits[(0,) * (logits.ndim - 1)]) if weight is None else _like(logits, weight)
     expected = logits.shape if shares else logits.shape[:-1]
+    if shares and values.shape == logits.shape[:-1]:
+        raise TypeError(
+            f"cross_entropy: targets are of dtype {values.dtype}; expected integers, or a share of each class"
+        )
     for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
         if shape != fit:
-            raise ValueError(f"cross_entropy: {name} has shape {shape}; expected {fit}")
+            raise ValueError(
+                f"cross_entropy: {name} has shape {shape}; expected {fit}, as the classes are the last axis"
+            )
     terms = -logits.log_softmax() * weights
     if shares:
         share = _like(logits, targets) * (1 - label_smoothing) + label_smoothing / V
@@ -453,8 +488,10 @@ def cross_entropy(
     ids = _tensor(values).where(counted, 0)
     if ids.size and not (ids.min().item() >= 0 and ids.max().item() < V):
         raise ValueError(f"cross_entropy: targets are {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
-    rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
-    rows = (rows + terms.sum(-1) * (label_smoothing / V)).where(counted, 0.0)
+    rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    if label_smoothing:  # (else infinity times 0 would be NaN, where a logit is -inf)
+        rows = rows * (1 - label_smoothing) + terms.sum(-1) * (label_smoothing / V)
+    rows = rows.where(counted, 0.0)
     if reduction == "mean":
         return rows.sum() / weights.detach().take(ids, 0).where(counted, 0.0).sum()
     return _reduced("cross_entropy", rows, reduction)
@@ -471,15 +508,42 @@ def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") 
 
 def binary_cross_entropy(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
     """The mean of -(t log p + (1 - t) log(1 - p)), p the input; logarithms are at least -100, as in PyTorch."""
-    p, t = _same_shape("binary_cross_entropy", input, target)
-    loss = -(t * p.log().clip(min=-100.0) + (1.0 - t) * (-p).log1p().clip(min=-100.0))
+    p, t = _same_shape("binary_cross_entropy", _tensor(input) * 1.0, target)
+    np = p.backend.np
+    with numpy.errstate(divide="ignore"):
+        yes, no = np.maximum(np.log(p.data), -100), np.maximum(np.log1p(-p.data), -100)
+    loss = record(
+        -(t.data * yes + (1 - t.data) * no), (p, t), _binary_cross_entropy_backward, (p.data, t.data, yes, no)
+    )
     return _reduced("binary_cross_entropy", loss, reduction)
 
 
+def _binary_cross_entropy_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    """dp = (1 - t) / (1 - p) - t / p, whose denominators are at least 1e-12, as in PyTorch."""
+    p, t, yes, no = saved
+    np = backend_of(dy).np
+    return dy * ((1 - t) / np.maximum(1 - p, 1e-12) - t / np.maximum(p, 1e-12)), dy * (no - yes)
+
+
 def binary_cross_entropy_with_logits(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """binary_cross_entropy of sigmoid(x), as softplus(x) - t x, which does not overflow."""
-    x, t = _same_shape("binary_cross_entropy_with_logits", input, target)
-    return _reduced("binary_cross_entropy_with_logits", x.softplus() - t * x, reduction)
+    """binary_cross_entropy of sigmoid(x), as (1 - t) max(x, 0) + t max(-x, 0) + log(1 + e^-|x|), which neither
+    overflows nor loses precision where the loss is small."""
+    x, t = _same_shape("binary_cross_entropy_with_logits", _tensor(input) * 1.0, target)
+    np = x.backend.np
+    small = np.log1p(np.exp(-np.abs(x.data)))
+    y = (1 - t.data) * np.maximum(x.data, 0) + t.data * np.maximum(-x.data, 0) + small
+    loss = record(y, (x, t), _binary_cross_entropy_with_logits_backward, saved=(x.data, t.data))
+    return _reduced("binary_cross_entropy_with_logits", loss, reduction)
+
+
+def _binary_cross_entropy_with_logits_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    """dx = sigmoid(x) - t, as (1 - t) sigmoid(x) - t sigmoid(-x)."""
+    x, t = saved
+    np = backend_of(dy).np
+    e = np.exp(-np.abs(x))
+    larger, smaller = 1 / (1 + e), e / (1 + e)  # sigmoid(|x|) and sigmoid(-|x|)
+    yes, no = np.where(x > 0, larger, smaller), np.where(x > 0, smaller, larger)
+    return dy * ((1 - t) * yes - t * no), -dy * x
 
 
 # Create ---------------------------------------------------------------------------------------------------------------
@@ -488,7 +552,7 @@ Shape = int | Sequence[int]
 
 
 def _shape(op: str, shape: tuple[Any, ...]) -> tuple[int, ...]:
-    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
     if not builtins.all(hasattr(n, "__index__") and n >= 0 for n in lengths):
         raise ValueError(f"{op}: the shape is {lengths}; expected integers of 0 or more")
     return tuple(int(n) for n in lengths)
@@ -498,7 +562,7 @@ def full(
     shape: Shape, value: float, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
     """A tensor filled with one value."""
-    array = get_backend(device).np.full(_shape("full", (shape,)), value, dtype=dtype)
+    array = get_backend(device).np.full(_shape("full", (shape,)), value, dtype=arguments.dtype_of("full", dtype))
     return Tensor(array, requires_grad)
 
 
@@ -512,25 +576,26 @@ def ones(*shape: Shape, dtype: DTypeLike = "float32", device: str = "cpu", requi
     return full(_shape("ones", shape), 1, dtype, device, requires_grad)
 
 
-def full_like(x: Operand, value: float) -> Tensor:
-    """A tensor filled with one value, with x's shape, dtype and device; it needs no gradient."""
+def full_like(x: Operand, value: float, dtype: DTypeLike | None = None) -> Tensor:
+    """A tensor filled with one value, with x's shape, device and dtype (or `dtype`); it needs no gradient."""
     x = _tensor(x)
-    return full(x.shape, value, x.dtype, x.backend.device)
+    return full(x.shape, value, x.dtype if dtype is None else dtype, x.backend.device)
 
 
-def zeros_like(x: Operand) -> Tensor:
-    """A tensor of zeros with x's shape, dtype and device; it needs no gradient."""
-    return full_like(x, 0)
+def zeros_like(x: Operand, dtype: DTypeLike | None = None) -> Tensor:
+    """A tensor of zeros with x's shape, device and dtype (or `dtype`); it needs no gradient."""
+    return full_like(x, 0, dtype)
 
 
-def ones_like(x: Operand) -> Tensor:
-    """A tensor of ones with x's shape, dtype and device; it needs no gradient."""
-    return full_like(x, 1)
+def ones_like(x: Operand, dtype: DTypeLike | None = None) -> Tensor:
+    """A tensor of ones with x's shape, device and dtype (or `dtype`); it needs no gradient."""
+    return full_like(x, 1, dtype)
 
 
 def eye(n: int, m: int | None = None, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
     """The n x m matrix with ones on the diagonal."""
-    return Tensor(get_backend(device).np.eye(n, m, dtype=dtype))
+    rows, columns = _shape("eye", (n, n if m is None else m))
+    return Tensor(get_backend(device).np.eye(rows, columns, dtype=arguments.dtype_of("eye", dtype)))
 
 
 def arange(
@@ -543,23 +608,36 @@ def arange(
     if step == 0:
         raise ValueError("arange: step is 0; expected another number")
     first, last = (0, start) if stop is None else (start, stop)
+    _check_numbers("arange", first, last, step)
     whole = builtins.all(isinstance(x, int | numpy.integer) for x in (first, last, step))
-    values = numpy.arange(first, last, step).astype(dtype or ("int64" if whole else "float32"))
+    values = numpy.arange(first, last, step).astype(
+        arguments.dtype_of("arange", dtype or ("int64" if whole else "float32"))
+    )
     return Tensor(get_backend(device).asarray(values))
 
 
 def linspace(start: float, stop: float, num: int = 50, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
     """`num` values from `start` to `stop`, both included, evenly spaced."""
-    return Tensor(get_backend(device).asarray(numpy.linspace(start, stop, num).astype(dtype)))
+    _check_numbers("linspace", start, stop)
+    (count,) = _shape("linspace", (num,))
+    return Tensor(
+        get_backend(device).asarray(numpy.linspace(start, stop, count).astype(arguments.dtype_of("linspace", dtype)))
+    )
+
+
+def _check_numbers(op: str, *values: Any) -> None:
+    for value in values:
+        if not (isinstance(value, int | float | numpy.number) and math.isfinite(value)):
+            raise TypeError(f"{op}: {value!r} is not a finite number")
 
 
 def rand(
     *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
     """Uniform values in [0, 1), a function of the key: the same on every device."""
-    lengths = _shape("rand", shape)
+    lengths, dtype = _shape("rand", shape), arguments.dtype_of("rand", dtype)
     values = random.uniform(key, math.prod(lengths)).reshape(lengths)
-    if numpy.dtype(dtype).itemsize < 8:  # rounding must not give 1
+    if dtype.itemsize < 8:  # rounding must not give 1
         values = numpy.floor(values * 2**24) * 2.0**-24
     return Tensor(get_backend(device).asarray(values.astype(dtype)), requires_grad)
 
@@ -568,7 +646,7 @@ def randn(
     *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
     """Normal(0, 1) values, a function of the key: the same on every device."""
-    values = random.normal(key, _shape("randn", shape)).astype(dtype)
+    values = random.normal(key, _shape("randn", shape)).astype(arguments.dtype_of("randn", dtype))
     return Tensor(get_backend(device).asarray(values), requires_grad)
 
 

@@ -45,6 +45,10 @@ def check(
 ) -> list[float]:
     """The relative error of the gradient of each input of `fn`; that of a correct gradient is about 1e-10.
 
+    >>> (error,) = check(lambda x: x.tanh(), [[-1.0, 0.5, 2.0]])
+    >>> error < 1e-9
+    True
+
     fn          takes one Tensor per input and returns a Tensor of any shape or a tuple of them. It must be smooth
                 within 2e-3 of the inputs and give the same result each time (dropout: with a fixed key).
     inputs      a list or tuple of arrays, Tensors or nested lists, of values around 1; copied to float64.
@@ -68,54 +72,75 @@ def check(
         raise TypeError(
             f"gradcheck: inputs are of type {type(inputs).__name__}; expected a list with one array for each"
         )
-    backend = get_backend(device)
     arrays = [numpy.array(x.numpy() if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
     for array in arrays:
         array.flags.writeable = False  # an fn that modifies its inputs would change every later evaluation
-    random = numpy.random.default_rng(seed)
+    return _Check(fn, arrays, numpy.random.default_rng(seed), device).errors(
+        directions, tolerance if raises else None, names
+    )
 
-    leaves = [Tensor(backend.asarray(array), requires_grad=True) for array in arrays]
-    results = _results(fn(*leaves))
-    cotangents = tuple(_away_from_zero(random, y.shape) for y in results)
-    weighted = [w * y.numpy() for w, y in zip(cotangents, results, strict=True)]
-    sent = tuple(backend.asarray(w) for w in cotangents)
-    loss = record(numpy.asarray(sum(numpy.sum(wy) for wy in weighted)), results, lambda saved, dy, into: saved, sent)
-    if loss.requires_grad:
-        loss.backward()
-    floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
 
-    def loss_change(i: int, change: numpy.ndarray) -> float:
+class _Check:
+    """The function L = <w, fn(x)> of check(): its gradient by backward, and its slopes by differences."""
+
+    def __init__(
+        self, fn: Callable[..., Any], arrays: list[numpy.ndarray], random: numpy.random.Generator, device: str
+    ):
+        self.fn, self.arrays, self.random, self.backend = fn, arrays, random, get_backend(device)
+        leaves = [Tensor(self.backend.asarray(array), requires_grad=True) for array in arrays]
+        results = _results(fn(*leaves))
+        self.cotangents = tuple(_away_from_zero(random, y.shape) for y in results)
+        weighted = [w * y.numpy() for w, y in zip(self.cotangents, results, strict=True)]
+        sent = tuple(self.backend.asarray(w) for w in self.cotangents)
+        total = numpy.asarray(sum(numpy.sum(wy) for wy in weighted))
+        loss = record(total, results, lambda saved, dy, into: saved, sent)
+        if loss.requires_grad:
+            loss.backward()
+        self.gradients = [leaf.grad for leaf in leaves]
+        self.floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
+
+    def errors(self, directions: int, tolerance: float | None, names: Sequence[str] | None) -> list[float]:
+        """The error of each input; raises AssertionError for one above the tolerance."""
+        errors = []
+        for i, array in enumerate(self.arrays):
+            analytic, numeric = self.slopes(i, directions)
+            difference = analytic - numeric
+            slope = max(float(numpy.linalg.norm(numeric)), self.floor * math.sqrt(directions))
+            error = float(numpy.linalg.norm(difference)) / slope
+            errors.append(error if math.isfinite(error) else math.inf)
+            if tolerance is not None and errors[-1] > tolerance:
+                worst = int(numpy.argmax(numpy.abs(difference)))  # argmax returns the index of a NaN, if any
+                raise AssertionError(
+                    f"gradcheck: input {i if names is None else names[i]} of shape {array.shape}: relative error "
+                    f"{errors[-1]:.1e}, expected at most {tolerance:.0e}; along one direction backward gives "
+                    f"{analytic[worst]:.12g}{' (the gradient is missing)' if self.gradients[i] is None else ''}, "
+                    f"finite differences {numeric[worst]:.12g}"
+                )
+        return errors
+
+    def slopes(self, i: int, directions: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The slopes of L along random directions of input i, by the gradient and by differences."""
+        array, found = self.arrays[i], self.gradients[i]
+        tangents = [_away_from_zero(self.random, array.shape) for _ in range(directions)]
+        gradient = numpy.zeros(array.shape) if found is None else self.backend.to_host(found)
+        analytic = numpy.array([numpy.sum(v * gradient) for v in tangents])
+        numeric = [
+            (8 * self.loss_change(i, STEP * v) - self.loss_change(i, 2 * STEP * v)) / (12 * STEP) for v in tangents
+        ]
+        return analytic, numpy.array(numeric)
+
+    def loss_change(self, i: int, change: numpy.ndarray) -> float:
         """L(x_i + change) - L(x_i - change), subtracted before summing, which reduces the rounding error."""
         with no_grad(), numpy.errstate(invalid="ignore"):  # a value that is not finite makes the error infinite
-            up, down = (
-                _results(
-                    fn(*(Tensor(backend.asarray(x + sign * change if j == i else x)) for j, x in enumerate(arrays)))
-                )
-                for sign in (1, -1)
+            up, down = self.results(i, change), self.results(i, -change)
+            return sum(
+                numpy.sum(w * (a.numpy() - b.numpy())) for w, a, b in zip(self.cotangents, up, down, strict=True)
             )
-            return sum(numpy.sum(w * (a.numpy() - b.numpy())) for w, a, b in zip(cotangents, up, down, strict=True))
 
-    errors = []
-    for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
-        tangents = [_away_from_zero(random, array.shape) for _ in range(directions)]
-        gradient = numpy.zeros(array.shape) if leaf.grad is None else backend.to_host(leaf.grad)
-        analytic = numpy.array([numpy.sum(v * gradient) for v in tangents])
-        numeric = numpy.array(
-            [(8 * loss_change(i, STEP * v) - loss_change(i, 2 * STEP * v)) / (12 * STEP) for v in tangents]
-        )
-        difference = analytic - numeric
-        slope = max(float(numpy.linalg.norm(numeric)), floor * math.sqrt(directions))
-        error = float(numpy.linalg.norm(difference)) / slope
-        errors.append(error if math.isfinite(error) else math.inf)
-        if raises and errors[-1] > tolerance:
-            worst = int(numpy.argmax(numpy.abs(difference)))  # argmax returns the index of a NaN, if any
-            raise AssertionError(
-                f"gradcheck: input {i if names is None else names[i]} of shape {array.shape}: relative error "
-                f"{errors[-1]:.1e}, expected at most {tolerance:.0e}; along one direction backward gives "
-                f"{analytic[worst]:.12g}{' (the gradient is missing)' if leaf.grad is None else ''}, "
-                f"finite differences {numeric[worst]:.12g}"
-            )
-    return errors
+    def results(self, i: int, change: numpy.ndarray) -> tuple[Tensor, ...]:
+        """What fn returns with input i changed."""
+        inputs = [x + change if j == i else x for j, x in enumerate(self.arrays)]
+        return _results(self.fn(*(Tensor(self.backend.asarray(x)) for x in inputs)))
 
 
 def _results(y: Any) -> tuple[Tensor, ...]:
@@ -360,7 +385,8 @@ COMPOSITIONS = (
     GradientCase("prod, zeros", lambda x: f.prod(x * numpy.array([[0.0], [1.0], [1.0]]), 1), ((3, 4),)),
     GradientCase("var, axes", lambda x: f.var(x, (0, 2), ddof=1), ((2, 3, 4),)),
     GradientCase("std, axis", lambda x: f.std(x, -1, keepdims=True, correction=1), ((2, 3, 4),)),
-    GradientCase("norm, axis", lambda x: f.norm(x, 1), ((2, 3, 4),)),
+    GradientCase("norm, axis", lambda x: f.norm(x, axis=1), ((2, 3, 4),)),
+    GradientCase("norm, of order 3", lambda x: f.norm(x, 3, axis=1), ((2, 3, 4),)),
     GradientCase("logsumexp, axes", lambda x: f.logsumexp(x, (0, 2), keepdims=True), ((2, 3, 4),)),
     GradientCase("softmax, axis", lambda x: f.softmax(x, 1), ((2, 3, 4),)),
     GradientCase("log_softmax, axis", lambda x: f.log_softmax(x, 0), ((2, 3, 4),)),

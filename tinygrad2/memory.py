@@ -93,7 +93,10 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
         return np.empty(shape, dtype=dtype)
-    return np.asarray(_BlockOwner(memory_pool, memory_pool.take(nbytes), shape, dtype))
+    block = memory_pool.take(nbytes)
+    if dtype.kind == "V":  # bfloat16, which the interface of arrays does not name
+        return np.asarray(_BlockOwner(memory_pool, block, shape, np.dtype(f"u{dtype.itemsize}"))).view(dtype)
+    return np.asarray(_BlockOwner(memory_pool, block, shape, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

@@ -68,6 +68,7 @@ class Methods(Generic[T]):
         def __mul__(self, other: Any) -> T: ...
         def __truediv__(self, other: Any) -> T: ...
         def __matmul__(self, other: Any) -> T: ...
+        def __floordiv__(self, other: Any) -> T: ...
         def __neg__(self) -> T: ...
         def __getitem__(self, index: Any) -> T: ...
         def exp(self) -> T: ...
@@ -438,9 +439,19 @@ class Methods(Generic[T]):
         """The square root of var(); where it is 0, so is the gradient."""
         return self.var(axis, keepdims, ddof, correction)._root()
 
-    def norm(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """sqrt(sum x^2) over `axis`; where it is 0, so is the gradient."""
-        return self._float().square().sum(axes_of("norm", axis, self.ndim), keepdims)._root()
+    def norm(self, p: float = 2, axis: Axis = None, keepdims: bool = False) -> T:
+        """(sum |x|^p)^(1/p) over `axis`, p >= 1; for p = inf the largest |x|. Where it is 0, so is the gradient."""
+        if isinstance(p, bool) or not isinstance(p, int | float | numpy.number) or not p >= 1:
+            raise ValueError(f"norm: p is {p!r}; expected a number of 1 or more (the axis is the second argument)")
+        axes, x = axes_of("norm", axis, self.ndim), self._float()
+        if p == 2:
+            return x.square().sum(axes, keepdims)._root()
+        size = x.abs()
+        if p == 1 or math.isinf(p):
+            return size.sum(axes, keepdims) if p == 1 else size.max(axes, keepdims)
+        total = size.power(float(p)).sum(axes, keepdims)
+        none = total.data == 0  # where the slope of the root is infinite
+        return total.masked_fill(none, 1.0).power(1 / float(p)).masked_fill(none, 0.0)
 
     def _root(self) -> T:
         """The square root, with gradient 0 at 0."""
@@ -608,7 +619,8 @@ class Methods(Generic[T]):
 
     def permute(self, *axes: int | tuple[int, ...]) -> T:
         """PyTorch's name for transpose with all axes given."""
-        return self.transpose(*axes)
+        order: Any = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
+        return self.transpose(tuple(order))
 
     def swapaxes(self, axis1: int, axis2: int) -> T:
         """Two axes exchanged."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy
 
-from tinygrad2 import functional, ops, random
+from tinygrad2 import functional, missing_names, ops, random
 from tinygrad2.backend import Backend, get_backend
 from tinygrad2.initializers import Initializer, ModuleType, normal_init, zeros_init
 from tinygrad2.params import Parameter, ParameterArena, arena_of
@@ -37,6 +37,15 @@ class Module(State, metaclass=ModuleType):
         if "_arena" not in vars(self) or not self._arena.valid:
             self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The computation, which a module defines. Raises NotImplementedError for one that does not."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; define the computation in __call__(self, x)")
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise missing_names.missing(type(self).__name__, name, missing_names.MODULE)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Raises TypeError if an array would replace a parameter, or if that is in an arena."""
@@ -117,6 +126,14 @@ class Layer(Module):
         if reason := self.unsupported_reason(get_backend(device), self.precision):
             raise ValueError(f"{type(self).__name__}: {reason}")
 
+    def _width(self, name: str, n: Any) -> int:
+        """The length of an axis of a parameter. Raises TypeError or ValueError for anything but an integer >= 0."""
+        if not hasattr(n, "__index__"):
+            raise TypeError(f"{type(self).__name__}: {name} is {n!r}; expected an integer")
+        if n < 0:
+            raise ValueError(f"{type(self).__name__}: {name} is {n}; expected 0 or more")
+        return int(n)
+
     def _parameter(self, values: numpy.ndarray, device: str) -> Parameter:
         dtype = self.precision.dtype_of(values.ndim)
         return Parameter(get_backend(device).asarray(values, dtype=dtype), copy=self.precision.copies)
@@ -135,7 +152,8 @@ class Linear(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
-        self.init = init or normal_init(1 / math.sqrt(n_in))
+        n_in, n_out = self._width("n_in", n_in), self._width("n_out", n_out)
+        self.init = init or normal_init(1 / math.sqrt(n_in or 1))
         self.weight = self._parameter(self.init((n_in, n_out)), device)
         self.bias = self._parameter(zeros_init((n_out,)), device) if bias else None
 
@@ -148,7 +166,7 @@ class LayerNorm(Layer):
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
-        self.weight = self._parameter(numpy.ones(n), device)
+        self.weight = self._parameter(numpy.ones(self._width("n", n)), device)
         self.bias = self._parameter(zeros_init((n,)), device)
         self.eps = eps
 
@@ -172,6 +190,7 @@ class Embedding(Layer):
         precision: PrecisionLike = "float32",
     ):
         super().__init__(device, precision)
+        n, width = self._width("n", n), self._width("width", width)
         self.init = init or normal_init(0.02)
         self.weight = self._parameter(self.init((n, width)), device)
 
@@ -184,7 +203,7 @@ class RMSNorm(Layer):
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
-        self.weight = self._parameter(numpy.ones(n), device)
+        self.weight = self._parameter(numpy.ones(self._width("n", n)), device)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -234,6 +253,12 @@ class Sequential(Module):
 
     def __init__(self, *layers: Callable[..., Tensor]):
         self.layers = list(layers)
+        for i, layer in enumerate(layers):
+            if not callable(layer):
+                raise TypeError(
+                    f"Sequential: layer {i} is of type {type(layer).__name__}; expected modules or functions, one "
+                    f"argument each"
+                )
 
     @property
     def sites(self) -> int:
@@ -252,3 +277,7 @@ class Sequential(Module):
 
     def __getitem__(self, i: int) -> Callable[..., Tensor]:
         return self.layers[i]
+
+
+if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+    __getattr__ = missing_names.of_module("tinygrad2.nn", missing_names.LAYERS)

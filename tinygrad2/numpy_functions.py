@@ -312,13 +312,13 @@ def trapezoid(y: Tensor, x: Any = None, dx: float = 1.0, axis: int = -1) -> Tens
 
 def norm(x: Tensor, ord: Any = None, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """np.linalg.norm of vectors, and the Frobenius norm of matrices."""
-    if ord in (None, "fro") or (ord == 2 and (isinstance(axis, int) or x.ndim == 1)):
-        return x.norm(axis, keepdims)
+    if ord in (None, "fro"):
+        return x.norm(2, axis, keepdims)
     if not (isinstance(axis, int) or x.ndim == 1) or ord in ("nuc", 0):
         raise ValueError(f"norm: ord is {ord!r}; of a matrix only the Frobenius norm is offered, None or 'fro'")
-    if math.isinf(ord):
-        return x.abs().max(axis, keepdims) if ord > 0 else x.abs().min(axis, keepdims)
-    return (x.abs() ** float(ord)).sum(axis, keepdims) ** (1 / ord)
+    if ord == -math.inf:
+        return x.abs().min(axis, keepdims)
+    return x.norm(ord, axis, keepdims) if ord >= 1 else (x.abs() ** float(ord)).sum(axis, keepdims) ** (1 / ord)
 
 
 # Products -------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
+from tinygrad2 import missing_names
 from tinygrad2.arguments import is_float
 from tinygrad2.array import Array
 from tinygrad2.autograd import GradientBuffers, Gradients, Saved
 from tinygrad2.backend import backend_of
 from tinygrad2.precision import sum_dtype
-from tinygrad2.random import Key
+from tinygrad2.random import Key, check_key
 from tinygrad2.tensor import Tensor, record
 
 
@@ -35,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {w.shape}; expected (..., C_in), (C_in, C_out)")
     _expect("linear", "bias", bias, w.shape[1:])
-    if x.size == 0 or w.size == 0:  # kernels do not support empty arrays
+    if x.data.size == 0 or w.size == 0:  # kernels do not support empty arrays
         return x @ weight if bias is None else x @ weight + bias
     k = backend_of(x.data).kernels_for(tf32)
     parents = (x, weight) if bias is None else (x, weight, bias)
@@ -60,7 +61,7 @@ def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     w = _read("logits", "weight", weight, x.dtype)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"logits: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
-    if x.size == 0 or w.size == 0:
+    if x.data.size == 0 or w.size == 0:
         return x @ weight.transpose()
     k = backend_of(x.data).kernels_for(tf32)
     return record(k.linear_forward(x.data, w.T, None), (x, weight), _logits_backward, saved=(k, x.data, w))
@@ -100,7 +101,7 @@ def embedding(
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
     if ids.size == 0 or wte.shape[1] == 0:
         return _empty((*ids.shape, wte.shape[1]), wte, wpe)
-    y = backend.kernels.embedding_forward(ids, table, positions, first_position)
+    y = backend.kernels.embedding_forward(ids, table, positions, first_position).astype(dtype, copy=False)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
 
@@ -118,11 +119,11 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     x (samples, ...). The mask is a function of only the key and the element's index in the global batch; the
     backward pass recomputes it, so only the key is saved. Raises ValueError for a rate outside [0, 1).
     """
-    rate = _check_rate("dropout", rate)
+    rate = _check_rate("dropout", rate, key)
     if key is None or rate == 0:
         return x
     _check_tensors("dropout", x)
-    if x.size == 0:
+    if x.data.size == 0:
         return _empty(x.shape, x)
     if x.ndim == 0:
         return dropout(x.reshape(1), rate, key).reshape(())
@@ -141,7 +142,7 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
     w, b = (_read("layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
     _expect("layernorm", "weight", weight, x.shape[-1:])
     _expect("layernorm", "bias", bias, x.shape[-1:])
-    if x.size == 0:
+    if x.data.size == 0:
         return _empty(x.shape, x, weight, bias)
     y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, w, b, float(eps))
     return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, w, mean, rstd))
@@ -163,7 +164,7 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
     _expect("add_layernorm", "delta", delta, x.shape)
     _expect("add_layernorm", "weight", weight, x.shape[-1:])
     _expect("add_layernorm", "bias", bias, x.shape[-1:])
-    if x.size == 0:
+    if x.data.size == 0:
         return x + delta, _empty(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, w, b, float(eps))
@@ -194,13 +195,13 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     tf32  multiply float32 in TF32, here and in the backward pass.
     Raises ValueError if qkv does not divide into heads, or if the device has no TF32.
     """
-    rate = _check_rate("attention", rate)
+    rate = _check_rate("attention", rate, key)
     _check_tensors("attention", qkv)
     if n_head < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
-    if qkv.size == 0:
+    if qkv.data.size == 0:
         return _empty((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
     key = None if rate == 0 else key
     k = backend_of(qkv.data).kernels_for(tf32)
@@ -237,7 +238,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     _check_tensors("gelu", x)
     b = _read_optional("gelu", "bias", bias, x.dtype)
     _expect("gelu", "bias", bias, x.shape[-1:])
-    if x.size == 0:
+    if x.data.size == 0:
         return _empty(x.shape, x, bias)
     if x.ndim == 0:
         return gelu((x if bias is None else x + bias).reshape(1), exact=exact).reshape(())
@@ -258,7 +259,7 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
     _check_tensors("softmax", x)
-    if x.size == 0:
+    if x.data.size == 0:
         return _empty(x.shape, x)
     if x.ndim == 0:
         return softmax(x.reshape(1)).reshape(())
@@ -385,7 +386,9 @@ def _empty_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
     return tuple(backend_of(dy).zeros(shape, dy.dtype) for shape in saved)
 
 
-def _check_rate(op: str, rate: float) -> float:
+def _check_rate(op: str, rate: float, key: Key | None) -> float:
+    if key is not None:
+        check_key(op, key)
     if not 0 <= rate < 1:
         raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
     return float(rate)
@@ -418,3 +421,7 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
     if low < 0 or high >= limit:
         raise ValueError(f"{op}: {name} contain {low if low < 0 else high}; expected integers in [0, {limit})")
     return host.astype(numpy.int64)
+
+
+if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+    __getattr__ = missing_names.of_module("tinygrad2.ops", missing_names.OPS)

@@ -13,6 +13,7 @@ import numpy
 from ml_dtypes import bfloat16
 from numpy.typing import DTypeLike
 
+from tinygrad2.arguments import numpy_array, of_numpy
 from tinygrad2.array import Array
 from tinygrad2.autograd import Leaf, is_recording
 from tinygrad2.backend import Backend, backend_of
@@ -35,6 +36,7 @@ class Parameter(Tensor):
     """
 
     __slots__ = ("_data", "_copy", "_arena")
+    _is_parameter = True
     _data: Array
 
     def __init__(self, data: Array, copy: DTypeLike | None = None):
@@ -55,7 +57,7 @@ class Parameter(Tensor):
     @data.setter
     def data(self, values: Any) -> None:
         if hasattr(self, "_data"):
-            self._data[...] = self._checked("data", values)
+            self._data[...] = self.checked("parameter: data", values)
             if self._copy is not None:
                 self._copy[...] = self._data.astype(self._copy.dtype)
             self.mark_written()
@@ -107,11 +109,15 @@ class Parameter(Tensor):
         function, arguments = super().__reduce__()
         return _rebuild_parameter, (function, arguments, self.copy_dtype)
 
-    def _checked(self, name: str, values: Any) -> Array:
-        values = values.data if isinstance(values, Tensor) else backend_of(self._data).asarray(values)
-        if values.shape != self._data.shape:
-            raise ValueError(f"parameter: {name} of shape {values.shape} assigned; expected {self._data.shape}")
-        return values
+    def checked(self, what: str, values: Any) -> Array:
+        """An array of numbers, of the parameter's shape. Raises TypeError or ValueError, which begins with `what`."""
+        given = values.data if isinstance(values, Tensor) else of_numpy(values)
+        array = backend_of(self._data).asarray(given if hasattr(given, "dtype") else numpy_array(what, given))
+        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+            raise TypeError(f"{what} has dtype {array.dtype}; expected floats, integers or booleans")
+        if array.shape != self._data.shape:
+            raise ValueError(f"{what} has shape {array.shape}; expected {self._data.shape}, the parameter's")
+        return array
 
     def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:
         """Move the values to a backend and a dtype, with a copy in another dtype or none. The parameter leaves its
@@ -190,7 +196,8 @@ class ParameterList:
     """Parameters without their module, for an optimizer; their names are their positions."""
 
     def __init__(self, parameters: Iterable[Parameter]):
-        self._parameters = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        given = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        self._parameters = list({id(parameter): parameter for parameter in given}.values())  # each once
         for i, parameter in enumerate(self._parameters):
             if not isinstance(parameter, Parameter):
                 raise TypeError(
@@ -271,7 +278,7 @@ class ParameterArena:
     def zero_grad(self) -> None:
         """Clear every gradient."""
         for region in self.regions:
-            region.grads[...] = 0
+            self.backend.clear(region.grads)
 
     def mark_written(self) -> None:
         """Note that the values have been changed in the flat buffers."""
@@ -282,7 +289,7 @@ class ParameterArena:
         """Update the copies after the values were changed in the flat buffers."""
         for region in self.regions:
             if region.copies is not None:
-                region.copies[...] = region.values.astype(region.copies.dtype)
+                self.backend.convert(region.values, region.copies)
 
     @cached_property
     def buckets(self) -> list[Bucket]:

@@ -41,19 +41,24 @@ class Profiler:
 
         return call
 
+    def totals(self) -> dict[str, tuple[int, float]]:
+        """The calls of each kernel and their seconds, of all steps; of "", the steps and their seconds."""
+        found: dict[str, tuple[int, float]] = {}
+        for name, start, stop in self._spans:
+            calls, seconds = found.get(name, (0, 0.0))
+            found[name] = calls + 1, seconds + self.backend.seconds(start, stop)
+        return found
+
     def table(self) -> list[str]:
         """A line for each operation, slowest first: calls and milliseconds per step, and the share of its time."""
-        seconds: dict[str, list[float]] = {}  # totals: forward, backward, calls
-        whole = 0.0
-        for name, start, stop in self._spans:
-            spent = self.backend.seconds(start, stop)
-            if not name:
-                whole += spent
-                continue
+        totals = self.totals()
+        whole = totals.pop("", (0, 0.0))[1]
+        seconds: dict[str, list[float]] = {}  # by operation: forward, backward, calls
+        for name, (count, spent) in totals.items():
             operation, _, way = name.rpartition("_")
             row = seconds.setdefault(operation if way in ("forward", "backward") else name, [0.0, 0.0, 0.0])
             row[way == "backward"] += spent
-            row[2] += 1
+            row[2] += count
         lines = [f"{'operation':<20}{'calls':>7}{'forward ms':>13}{'backward ms':>13}{'share':>8}"]
         steps = max(1, self.steps)
         for name, (forward, backward, calls) in sorted(seconds.items(), key=lambda item: -sum(item[1][:2])):

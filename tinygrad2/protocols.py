@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy
 from numpy.typing import DTypeLike
 
+from tinygrad2 import missing_names
+from tinygrad2.arguments import axes_of
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
@@ -32,6 +34,7 @@ UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.greater_equal: ("__ge__", "__le__"),
     numpy.bitwise_and: ("__and__", "__rand__"),
     numpy.bitwise_or: ("__or__", "__ror__"),
+    numpy.bitwise_xor: ("__xor__", "__rxor__"),
     numpy.invert: ("__invert__", None),
     numpy.negative: ("__neg__", None),
     numpy.exp: ("exp", None),
@@ -108,6 +111,11 @@ def _functions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def takes_tensors(function: Any) -> bool:
+    """Whether this function of NumPy takes Tensors."""
+    return any(function in table for table in (UFUNCS, METHODS, ON_ARRAYS, _functions()))
+
+
 # Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
 ON_ARRAYS = {
     numpy.allclose,
@@ -128,25 +136,6 @@ ON_ARRAYS = {
     numpy.size,
 }
 
-# Names in other libraries: the error for a missing attribute of this name says what to use here.
-ELSEWHERE = {
-    "absolute": "abs(x)",
-    "clone": "x + 0, or copy.deepcopy(x)",
-    "copy": "copy.deepcopy(x)",
-    "cpu": 'x.to("cpu")',
-    "cuda": 'x.to("cuda")',
-    "element_size": "x.data.itemsize",
-    "grad_fn": "repr(x), which names the operation",
-    "is_leaf": "x.leaf is not None",
-    "nelement": "x.size",
-    "requires_grad_": "Tensor(x.data, requires_grad=True)",
-    "retain_grad": "a leaf: a Tensor created with requires_grad=True",
-    "register_hook": "x.leaf.on_final",
-    "type": "x.astype(dtype)",
-    "zero_grad": "x.grad = None",
-}
-
-
 PYTORCH_NAMES = {"dim": "axis", "keepdim": "keepdims", "dim0": "axis1", "dim1": "axis2"}
 DIFFERS_FROM_PYTORCH = {  # methods that give other results than PyTorch's, so that its names are answered with ours
     "max": "PyTorch's gives values and indices: use max(axis=...) and argmax(axis=...)",
@@ -154,6 +143,25 @@ DIFFERS_FROM_PYTORCH = {  # methods that give other results than PyTorch's, so t
     "var": "PyTorch's divides by n - 1: use var(axis=..., correction=1), or correction=0",
     "std": "PyTorch's divides by n - 1: use std(axis=..., correction=1), or correction=0",
 }
+
+
+class Count(int):
+    """The number of elements: an integer, as in NumPy. Called, as in PyTorch, it gives the shape, or a length of it."""
+
+    shape: tuple[int, ...]
+
+    def __new__(cls, size: int, shape: tuple[int, ...]) -> Count:
+        count = super().__new__(cls, size)
+        count.shape = shape
+        return count
+
+    def __call__(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[axes_of("size", (dim,), len(self.shape))[0]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+
 C = TypeVar("C", bound=Callable[..., Any])
 K = TypeVar("K", bound=type[Any])
 
@@ -243,8 +251,15 @@ class Protocols:
     if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
 
         def __getattr__(self, name):
-            ours = ELSEWHERE.get(name)
-            raise AttributeError(f"Tensor has no attribute {name!r}" + (f"; use {ours}" if ours else ""))
+            if name.endswith("_") and not name.startswith("_") and name not in missing_names.TENSOR:
+                raise missing_names.missing_in_place(name, type(self))
+            raise missing_names.missing("Tensor", name, missing_names.TENSOR)
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        if self.requires_grad and self.leaf is None:
+            raise TypeError("a result on the tape cannot be copied or pickled: use x.detach(), or x + 0 for a copy")
+        grad = None if self.grad is None else self.backend.to_host(self.grad)
+        return _rebuild, (type(self), self.numpy(), self.device, self.requires_grad, grad)
 
     __array_priority__ = 1000  # cupy_array * tensor calls Tensor.__rmul__
 
@@ -303,3 +318,12 @@ def _as_numpy(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map(_as_numpy, value))
     return cast(Any, value).numpy() if isinstance(value, Protocols) else value
+
+
+def _rebuild(kind: type[Any], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Any:
+    """Make the copy of a Tensor; see Protocols.__reduce__."""
+    data = get_backend(device).asarray(values)
+    copy = kind(data, requires_grad=True) if requires_grad and not kind._is_parameter else kind(data)
+    if grad is not None:
+        copy.grad = grad
+    return copy

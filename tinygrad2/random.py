@@ -77,6 +77,12 @@ class Key:
         return replace(self, site=site)
 
 
+def check_key(op: str, key: object) -> None:
+    """Raise TypeError for anything but a Key."""
+    if not isinstance(key, Key):
+        raise TypeError(f"{op}: the key is of type {type(key).__name__}; expected a Key, as in Key(seed=0)")
+
+
 def draw(key: Key, group: Word) -> tuple[Array, Array, Array, Array]:
     """The words of elements 4 * group ... 4 * group + 3; `group` is a uint64 array of any library and shape."""
     seed, site, step = np.uint64(key.seed), np.uint64(key.site), np.uint64(key.step)
@@ -84,6 +90,7 @@ def draw(key: Key, group: Word) -> tuple[Array, Array, Array, Array]:
 
 
 def _words(key: Key, first_group: int, groups: int) -> np.ndarray:
+    check_key("random", key)
     index = np.arange(first_group, first_group + groups, dtype=np.uint64)
     return np.stack(draw(key, index), axis=-1)
 

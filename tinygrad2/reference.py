@@ -232,7 +232,7 @@ def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     """y = x W + b: x (..., C_in), W (C_in, C_out) as in OpenAI's files, b (C_out,) or None -> (..., C_out).
 
-    W may be bfloat16, for generation: it is converted to x's dtype.
+    W may be bfloat16, for generation: it is converted to x's dtype. (A kernel may round x to bfloat16 instead.)
     """
     weight = weight.astype(x.dtype, copy=False)
     y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one product of 2-D matrices, whatever the shape of x

@@ -25,28 +25,34 @@ class State:
         """A copy of every parameter's values on the host, by name."""
         return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Self:
         """Set every parameter to the array (or Tensor) of its name; returns the module.
 
-        Raises ValueError if a name is missing or unknown, or a shape differs; nothing is changed then.
+        strict  the state must have every parameter and nothing else; if False, other names are ignored.
+        Raises ValueError if a name is missing or unknown, or a shape differs, TypeError for what is not an array of
+        numbers; nothing is changed then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict: the state is of type {type(state).__name__}; expected names and arrays")
         parameters = dict(self.named_parameters())
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
-        if missing or unknown:
+        if strict and (missing or unknown):
             found = [f"without {', '.join(sorted(missing))}"] if missing else []
             found += [f"with {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
             raise ValueError(f"load_state_dict: {type(self).__name__}: the state is {', and '.join(found)}")
-        for name, parameter in parameters.items():
-            if tuple(state[name].shape) != parameter.shape:
-                raise ValueError(
-                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}; expected {parameter.shape}"
-                )
-        for name, parameter in parameters.items():
-            parameter.data = state[name]
+        loaded = [
+            (parameter, parameter.checked(f"load_state_dict: {name}", state[name]))
+            for name, parameter in parameters.items()
+            if name in state
+        ]
+        for parameter, values in loaded:
+            parameter.data = values
         return self
 
     def save(self, path: str | Path) -> None:
         """Write the parameters to a safetensors file, completely or not at all."""
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"save: the folder {Path(path).parent} does not exist")
         with atomic_write(Path(path)) as partial:
             save_file(self.state_dict(), partial)
 

@@ -8,20 +8,20 @@ from typing import Any, TypeGuard, overload
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import arguments, autograd, tracer
+from tinygrad2 import arguments, autograd, missing_names, tracer
 from tinygrad2.array import Array, Index
 from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Saved
 from tinygrad2.backend import DEVICES, Backend, backend_of, get_backend
-from tinygrad2.methods import Methods
+from tinygrad2.comparisons import Comparisons
 from tinygrad2.names import PyTorchNames
-from tinygrad2.protocols import Protocols, takes_pytorch_names
+from tinygrad2.protocols import Count, Protocols, takes_pytorch_names
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
 HostArray = numpy.ndarray  # (inside the class, the type checker takes `numpy` for the method)
 
 
 @takes_pytorch_names
-class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
+class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     """An array and, if it needs a gradient, its node on the tape.
 
     data           an array, or numbers and nested lists (which become float32).
@@ -40,6 +40,7 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
         data = data.data if isinstance(data, Tensor) else arguments.of_numpy(data)
+        dtype = None if dtype is None else arguments.dtype_of("Tensor", dtype)
         if not _is_array(data):
             if dtype is None and not isinstance(data, numpy.generic):
                 dtype = arguments.DEFAULT_FLOAT
@@ -50,7 +51,9 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
             data = (backend_of(data) if _is_array(data) else get_backend()).asarray(data, dtype)
         self.data: Array = data
         self._edge: autograd.Edge | None = None
-        if requires_grad:
+        if requires_grad is not False:
+            if requires_grad is not True:
+                raise TypeError(f"Tensor: requires_grad is {requires_grad!r}; expected True or False")
             if not arguments.is_float(self.data.dtype):
                 raise TypeError(f"Tensor: requires_grad needs a floating-point dtype, got {self.data.dtype}")
             self._edge = (autograd.Leaf(form_of(data)), 0)
@@ -77,8 +80,9 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
         return self.data.ndim
 
     @property
-    def size(self) -> int:
-        return self.data.size
+    def size(self) -> Count:
+        """The number of elements."""
+        return Count(self.data.size, self.shape)
 
     @property
     def backend(self) -> Backend:
@@ -97,6 +101,13 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
     def requires_grad(self) -> bool:
         """Whether backward() computes a gradient for this tensor."""
         return self._edge is not None
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        raise AttributeError(
+            "requires_grad cannot be changed; use Tensor(x.data, requires_grad=True), or x.detach(); to train some of "
+            "the parameters, give the optimizer a list of them"
+        )
 
     @property
     def leaf(self) -> autograd.Leaf | None:
@@ -128,7 +139,7 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
 
     def astype(self, dtype: DTypeLike) -> Tensor:
         """The values in another dtype. The gradient is converted back; integers and booleans have none."""
-        data = self.data.astype(dtype)
+        data = self.data.astype(arguments.dtype_of("astype", dtype))
         if not arguments.is_float(data.dtype):
             return Tensor(data)
         return record(data, (self,), _astype_backward, saved=(self.dtype,))
@@ -136,7 +147,8 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
     def to(self, target: str | DTypeLike) -> Tensor:
         """The tensor on another device ("cpu" or "cuda") or in another dtype; its gradient is converted back."""
         if target not in DEVICES:
-            return self if numpy.dtype(target) == self.dtype else self.astype(target)
+            dtype = arguments.dtype_of("to", target, "a device, 'cpu' or 'cuda', or a dtype")
+            return self if dtype == self.dtype else self.astype(dtype)
         source, backend = self.backend, get_backend(str(target))
         if backend is source:
             return self
@@ -146,16 +158,22 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
 
         return record(backend.asarray(source.to_host(self.data)), (self,), transfer_backward)
 
-    def backward(self, dy: Tensor | ArrayLike | None = None, *, create_graph: bool = False) -> None:
+    def backward(
+        self, dy: Tensor | ArrayLike | None = None, *, create_graph: bool = False, retain_graph: bool = False
+    ) -> None:
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
 
         dy  the gradient of the loss with respect to this tensor; may be left out for a scalar (then it is 1).
-        create_graph  must be False: second-order gradients are not supported.
+        create_graph, retain_graph  must be False: there are no second-order gradients, and a graph is used once.
         Raises RuntimeError if nothing is recorded, if an earlier backward() used the same graph, or if a parameter that
         it needs has changed since the forward pass.
         """
         if create_graph:
             raise NotImplementedError("backward: create_graph: second-order gradients are not supported")
+        if retain_graph:
+            raise NotImplementedError(
+                "backward: retain_graph: a graph is freed as it is used: add the losses, or run the forward pass again"
+            )
         if self._edge is None:
             raise RuntimeError(
                 "backward: nothing is recorded here: no input has requires_grad, or no_grad() is active "
@@ -170,75 +188,6 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
         if gradient.shape != self.shape:
             raise ValueError(f"backward: dy has shape {gradient.shape}; expected {self.shape}, the tensor's own")
         autograd.backward([(self._edge, gradient)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.requires_grad and self.leaf is None:
-            raise TypeError("a result on the tape cannot be copied or pickled: use x.detach(), or x + 0 for a copy")
-        grad = None if self.grad is None else self.backend.to_host(self.grad)
-        return _rebuild, (type(self), self.numpy(), self.device, self.requires_grad, grad)
-
-    # Comparisons and logic: elementwise, without a gradient -----------------------------------------------------------
-
-    __hash__ = object.__hash__  # by identity, so that a Tensor can be a key
-
-    def __eq__(self, other: Operand) -> Tensor:  # type: ignore[override]
-        return self._elementwise("==", numpy.equal, other)
-
-    def __ne__(self, other: Operand) -> Tensor:  # type: ignore[override]
-        return self._elementwise("!=", numpy.not_equal, other)
-
-    def __lt__(self, other: Operand) -> Tensor:
-        return self._elementwise("<", numpy.less, other)
-
-    def __le__(self, other: Operand) -> Tensor:
-        return self._elementwise("<=", numpy.less_equal, other)
-
-    def __gt__(self, other: Operand) -> Tensor:
-        return self._elementwise(">", numpy.greater, other)
-
-    def __ge__(self, other: Operand) -> Tensor:
-        return self._elementwise(">=", numpy.greater_equal, other)
-
-    def __and__(self, other: Operand) -> Tensor:
-        return self._elementwise("&", numpy.bitwise_and, other)
-
-    def __or__(self, other: Operand) -> Tensor:
-        return self._elementwise("|", numpy.bitwise_or, other)
-
-    __rand__, __ror__ = __and__, __or__
-
-    def __invert__(self) -> Tensor:
-        if arguments.is_float(self.dtype):
-            raise TypeError(f"~: the tensor has dtype {self.dtype}; expected booleans or integers")
-        return Tensor(self.backend.np.invert(self.data))
-
-    def __floordiv__(self, other: Operand) -> Tensor:
-        return self._elementwise("//", numpy.floor_divide, other)
-
-    def __rfloordiv__(self, other: Operand) -> Tensor:
-        a, b = _operands("//", self, other)
-        return b // a
-
-    def __mod__(self, other: Operand) -> Tensor:
-        return self.remainder(other)
-
-    def __rmod__(self, other: Operand) -> Tensor:
-        a, b = _operands("%", self, other)
-        return b % a
-
-    def _elementwise(self, op: str, ufunc: Any, other: Operand) -> Any:
-        """The result of a ufunc of the array library, without a gradient; NotImplemented for an unknown operand."""
-        if not hasattr(other, "dtype") and not isinstance(other, int | float | list | tuple):
-            return NotImplemented
-        a, b = _operands(op, self, other)
-        if op == "//" and autograd.is_recording() and (a.requires_grad or b.requires_grad):
-            raise TypeError(f"{op}: has no gradient; use x.detach(), or no_grad()")
-        if op in ("&", "|") and arguments.is_float(a.dtype):
-            raise TypeError(f"{op}: the operands have dtype {a.dtype}; expected booleans or integers")
-        try:
-            return Tensor(autograd.as_array(getattr(a.backend.np, ufunc.__name__)(a.data, b.data)))
-        except ValueError:
-            raise _not_broadcast(op, a, b) from None
 
     # Operators ------------------------------------------------------------------------------------------------------
 
@@ -337,6 +286,9 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
         except (IndexError, ValueError):
             described = arguments.describe_index(index)
             raise IndexError(f"indexing: [{described}] does not fit a tensor of shape {self.shape}") from None
+        except TypeError:
+            described = arguments.describe_index(index)
+            raise TypeError(f"indexing: [{described}]: a slice has integers or None") from None
         return record(y, (self,), _getitem_backward, (index,))
 
     def exp(self) -> Tensor:
@@ -392,6 +344,8 @@ class Tensor(Methods["Tensor"], PyTorchNames, Protocols):
         """The axes in another order, reversed if none is given."""
         given = axes[0] if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], tuple | list)) else axes or None
         order = arguments.axes_of("transpose", given, self.ndim)[:: -1 if given is None else 1]
+        if len(axes) == 2 and (order == (0, 1) or len(order) < self.ndim):  # PyTorch exchanges two axes
+            raise ValueError(f"transpose: the axes are {axes}; use swapaxes{axes}, or transpose(order) with all axes")
         if len(order) != self.ndim:
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
@@ -436,8 +390,15 @@ def record(
     This is the only way onto the tape. An operation is two functions, and its forward function ends in record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
-    edges = tuple([parent._edge for parent in parents])
+    try:
+        edges = tuple([parent._edge for parent in parents])
+    except (AttributeError, TypeError):
+        raise TypeError("record: parents has something other than Tensors; expected a tuple of Tensors") from None
     if any(edges) and autograd.is_recording():
+        if not isinstance(parents, tuple | list):
+            raise TypeError(f"record: parents is a {type(parents).__name__}; expected a tuple of Tensors, as in (x,)")
+        if not callable(backward) and not isinstance(backward, str):
+            raise TypeError(f"record: backward is of type {type(backward).__name__}; expected a function")
         backend = backend_of(results[0].data)
         forms = tuple([(type(r.data), r.data.shape, r.data.dtype, backend.zeros) for r in results])
         if isinstance(backward, str):
@@ -479,15 +440,6 @@ def _constant(data: Array) -> Tensor:
 
 
 _new = object.__new__
-
-
-def _rebuild(kind: type[Tensor], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Tensor:
-    """Make the copy of a Tensor; see Tensor.__reduce__."""
-    data = get_backend(device).asarray(values)
-    copy = kind(data, requires_grad=True) if requires_grad and kind is Tensor else kind(data)
-    if grad is not None:
-        copy.grad = grad
-    return copy
 
 
 def _float(x: Tensor) -> Tensor:
@@ -552,3 +504,6 @@ def _reshape_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradien
 def _transpose_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     (order,) = saved
     return (dy.transpose(tuple(order.index(i) for i in range(len(order)))),)
+
+
+missing_names.refuse_calls(__name__, "use tinygrad2.Tensor(values)")

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from gpt2.config import GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPT2Config, is_matrix
-from gpt2.file_kinds import printable
+from gpt2.file_kinds import open_zip, printable
 from gpt2.formats.stored import Stored, read_at
 from gpt2.formats.torch_optimizer import TrainingState, pack, unpack
 from gpt2.pickles import PICKLE_LIMIT, Meanings, interpret
@@ -92,7 +92,7 @@ def read_pickle(path: Path) -> object:
 
 
 def _read_zip(path: Path, file: BinaryIO) -> object:
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
             name = info.filename.partition("/")[2]  # all entries are in a common folder
@@ -215,6 +215,9 @@ class _Tensors(Meanings):
             if function.text.endswith(CONFIG_SUFFIXES) and arguments == ():
                 return Record(function.text)
         raise ValueError("its pickle makes a call that torch.save does not write")
+
+    def contents(self, value: object) -> list[object]:
+        return list(value.values.values()) if type(value) is Record else []
 
     def build(self, target: object, state: object) -> None:
         """Set an object's attributes. Those of dictionaries (`_metadata` of a state dict) are ignored."""

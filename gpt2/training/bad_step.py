@@ -4,6 +4,7 @@ wrong in it when it is run again with checks."""
 from __future__ import annotations
 
 import math
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,11 +19,13 @@ from gpt2.training.options import Options
 from gpt2.training.run import Progress, RunFolder
 from tinygrad2 import Key, checkpoint
 from tinygrad2.array import Array
-from tinygrad2.backend import PendingScalars, Timestamp
+from tinygrad2.backend import Backend, PendingScalars, Timestamp
 from tinygrad2.checkpoint import CheckpointError, JsonObject
 from tinygrad2.distributed import Comm
 from tinygrad2.files import write_error
 from tinygrad2.not_finite import LARGE, Checker, Place, largest
+
+Span = tuple[Timestamp, Timestamp]
 
 MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
 STEP, BATCH = "step.json", "batch.safetensors"
@@ -107,9 +110,13 @@ def read(folder: Path) -> BadStep:
         batches = [
             Batch(Key(seed, step, first_sample), tokens, targets) for (step, first_sample), tokens, targets in rows
         ]
-        return BadStep(**values, batches=batches)
+        found = BadStep(**values, batches=batches)
+        for name, kinds in (("step", int), ("loss", float | None), ("grad_norm", float | None), ("lr", float)):
+            if not isinstance(values[name], kinds):
+                raise TypeError(f"{name} is {reprlib.repr(values[name])}")
+        return found
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a skipped step that train.py wrote ({error})") from None
+        raise CheckpointError(f"{folder}: not a skipped step that train.py wrote ({str(error)[:200]})") from None
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
@@ -215,6 +222,8 @@ class LaunchedStep:
     """A step whose loss and gradient norm may not have arrived from the device yet.
 
     samples  before the step.
+    spans    that add up to its time, on the device: from the end of the step before to its own end.
+    waited   seconds that it waited for other ranks.
     numbers  the loss and the norm, once they have arrived.
     """
 
@@ -224,12 +233,15 @@ class LaunchedStep:
     step_tokens: int
     tokens: int
     result: PendingScalars
-    update: tuple[Timestamp, Timestamp]  # before and after the optimizer; None without a profiler
+    spans: list[Span]
+    waited: float
+    update: Span  # before the optimizer's update and after it
     numbers: tuple[float, ...] | None = None
 
-    def row(self, seconds: float, waited: float) -> JsonObject:
-        """Its row in log.jsonl."""
+    def row(self, backend: Backend, profiled: bool) -> JsonObject:
+        """Its row in log.jsonl; if the run is profiled, with the time of the optimizer."""
         assert self.numbers is not None
+        seconds = sum(backend.seconds(*span) for span in self.spans)
         loss, norm = self.numbers
         return {
             "step": self.step,
@@ -237,8 +249,9 @@ class LaunchedStep:
             "lr": self.lr,
             "grad_norm": norm,
             "seconds": round(seconds, 6),
-            "comm_seconds": round(waited, 6),
+            "comm_seconds": round(self.waited, 6),
             "tokens_per_s": round(self.step_tokens / seconds, 1),
             "tokens": self.tokens,
             **({} if math.isfinite(loss) and math.isfinite(norm) else {"skipped": True}),
+            **({"optimizer_seconds": round(backend.seconds(*self.update), 6)} if profiled else {}),
         }

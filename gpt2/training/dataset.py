@@ -16,8 +16,8 @@ llm.c          NAME_train.bin or NAME_train_000001.bin, ..., and NAME_val...: 25
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 
 from gpt2 import console
 from gpt2.tokenizer import CHARACTERS_FILE, Tokenizer
-from tinygrad2.checkpoint import JsonObject
+from tinygrad2.checkpoint import JsonObject, read_json
 from tinygrad2.random import DATA_SITE, Key, permutation
 
 MANIFEST = "manifest.json"
@@ -39,6 +39,7 @@ FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
 LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 20240801
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks of another program's shard that its fingerprint covers
 BASELINE_TOKENS = 10_000_000
+MAX_VOCAB = 1 << 31
 MAX_BIGRAM_VOCAB = 4096  # larger vocabularies have no bigram baseline: its table has vocab_size^2 entries
 
 
@@ -154,7 +155,8 @@ class TokenDataset:
         if self.manifest["tokenizer"] is FOREIGN_VOCABULARY:
             return Tokenizer.load("gpt2")
         tokenizer = Tokenizer.load(self.path)
-        if self.manifest["tokenizer"].get("fingerprint") != tokenizer.fingerprint:
+        same = {**self.manifest["tokenizer"], "name": ""} == {**tokenizer.describe(), "name": ""}
+        if not same:
             raise ValueError(
                 f"{self.path}: manifest.json and vocabulary.json name different tokenizers; prepare the data again: "
                 f"{PREPARE} --fresh"
@@ -210,19 +212,26 @@ def _read_manifest(path: Path) -> JsonObject:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; make the data set with {PREPARE}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8-sig"))
+        manifest = read_json(file)
         version, dtype = manifest["format"], manifest["dtype"]
-        if not isinstance(manifest["tokenizer"]["vocab_size"], int):
-            raise TypeError("the size of the vocabulary is not an integer")
+        size = manifest["tokenizer"]["vocab_size"]
+        if type(size) is not int or not 0 < size < MAX_VOCAB:
+            raise ValueError(f"the size of the vocabulary is {reprlib.repr(size)}")
         if not isinstance(manifest["tokenizer"]["name"], str):
             raise TypeError("the name of the tokenizer is not a string")
-        expected = token_dtype(manifest["tokenizer"]["vocab_size"]).name
+        expected = token_dtype(size).name
+        names = set()
         for entry in manifest["shards"]:
             for key, kind in (("file", str), ("split", str), ("tokens", int), ("sha256", str)):
-                if not isinstance(entry[key], kind):
-                    raise TypeError(f"a shard's {key} is {entry[key]!r}")
-            if Path(entry["file"]).name != entry["file"] or len(entry["file"]) > 255:
+                if type(entry[key]) is not kind:
+                    raise TypeError(f"a shard's {key} is {reprlib.repr(entry[key])}")
+            if not 0 < entry["tokens"] < 2**63:
+                raise ValueError(f"a shard has {entry['tokens']} tokens")
+            if Path(entry["file"]).name != entry["file"] or len(entry["file"]) > 255 or "\0" in entry["file"]:
                 raise ValueError(f"a shard's file is {entry['file'][:80]!r}, which is not a file name in this folder")
+            if entry["file"] in names:
+                raise ValueError(f"the file {entry['file']} occurs twice")
+            names.add(entry["file"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{file}: not a valid manifest of a data set ({type(error).__name__}: {str(error)[:200]}); recreate it: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import reprlib
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,8 @@ OptionValues = dict[str, Any]  # values by option; their types are those of the 
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
+TOML_BYTES = 1 << 14  # of a file of options
+SHOWN = 80  # characters of a name or a value that a message shows
 TOO_LARGE = 2**31  # for any number of steps, tokens or bytes
 
 
@@ -90,7 +93,7 @@ class Options:
     threads: int | None = _positive(
         None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
     )
-    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 and bfloat16 need a GPU)", TRAINING)
+    dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 needs a GPU)", TRAINING)
     data: str | None = _text(
         None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
     )
@@ -150,6 +153,9 @@ class Options:
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
     max_bad_steps: int = _positive(
         3, int, "N", "end after N steps in a row that were skipped because the loss or the gradient was not finite"
+    )
+    hang_timeout: int = _at_least_0(
+        0, int, "SECONDS", "end the job when a step takes longer than this; 0: only report it, with every rank's stack"
     )
     dropout: float | None = _fraction(
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
@@ -310,7 +316,7 @@ GROUPS = {
     ),
     "evaluation": ("eval_interval", "eval_iters", "eval", "eval_items", "early_stop"),
     "output": ("out_dir", "fresh", "save_interval", "keep", "log_interval", "profile"),
-    "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed"),
+    "computation": ("device", "threads", "dtype", "recompute", "head_rows", "seed", "hang_timeout"),
     "sets of options": ("recipe",),
 }
 
@@ -327,20 +333,25 @@ def command_line(description: str | None) -> Parser:
         "options, except those given again."
     )
     parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
-    by_name = {f.name: f for f in fields(Options)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for f in (by_name[name] for name in names):
-            kind: type = f.metadata["kind"]
-            # (--no-... turns off a flag that a resumed run was started with)
-            form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
-            form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
-            text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
-            group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
+        add_options(group, names)
     group.add_argument(
         "--config", metavar="FILE", help="read options of the same names from a TOML file [default: none]"
     )
     return parser
+
+
+def add_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
+    """Add the flags of these options to a command line. Those that are not given are left out of what it parses."""
+    by_name = {f.name: f for f in fields(Options)}
+    for f in (by_name[name] for name in names):
+        kind: type = f.metadata["kind"]
+        # (--no-... turns off a flag that a resumed run was started with)
+        form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
+        form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
+        text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
+        group.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, help=text, **form)
 
 
 def _help(name: str, text: str, default: object) -> str:
@@ -367,8 +378,10 @@ def parse_options(argv: Sequence[str] | None, description: str | None) -> Option
 
 def _read_toml(path: Path) -> OptionValues:
     try:
+        if path.stat().st_size > TOML_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {TOML_BYTES:,}")
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         encoding = ", write it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error}){encoding}"
         raise UsageError(f"{path}: {reason}") from None
@@ -378,14 +391,18 @@ def _read_toml(path: Path) -> OptionValues:
         name = key.replace("-", "_")
         if name not in names:
             advice = familiar_options.TRAIN.get(flag(name))
-            raise UsageError(f"{path}: unknown option {key}{f'; {advice}' if advice else nearest(name, names)}")
+            more = f"; {advice}" if advice else nearest(name[:SHOWN], names)
+            raise UsageError(f"{path}: unknown option {key[:SHOWN]}{more}")
         kind = next(f.metadata["kind"] for f in fields(Options) if f.name == name)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise UsageError(f"{path}: {key} is {value!r}; expected a value of type {kind.__name__}")
+            raise UsageError(f"{path}: {key} is {reprlib.repr(value)}; expected a value of type {kind.__name__}")
         given[name] = value
-    return given
+    try:
+        return validate_options(given)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def validate_options(given: OptionValues) -> OptionValues:
@@ -393,14 +410,12 @@ def validate_options(given: OptionValues) -> OptionValues:
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
         if value is not None and type(value) is not f.metadata["kind"]:
-            raise UsageError(f"{flag(f.name)} is {value!r}; expected a value of type {f.metadata['kind'].__name__}")
+            kind = f.metadata["kind"].__name__
+            raise UsageError(f"{flag(f.name)} is {reprlib.repr(value)}; expected a value of type {kind}")
         if value is not None and allowed is not None and not allowed(value):
-            expected = f.metadata["expected"]
-            raise UsageError(
-                f"{flag(f.name)} is {value or 'empty'}; expected {expected}{nearest(str(value), expected.split(', '))}"
-                if isinstance(value, str)
-                else f"{flag(f.name)} is {value}; expected {expected}"
-            )
+            expected, shown = f.metadata["expected"], str(value)[:SHOWN] or "empty"
+            similar = nearest(shown, expected.split(", ")) if isinstance(value, str) else ""
+            raise UsageError(f"{flag(f.name)} is {shown}; expected {expected}{similar}")
     return given
 
 

@@ -12,6 +12,7 @@ from gpt2 import console
 from gpt2.config import BYTE_PRESETS, GPT2Config
 from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel, ModelConfig
+from gpt2.memory_model import Step, describe_need, largest_batch, needed
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 from gpt2.training import ranks
@@ -103,8 +104,8 @@ def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
     return dataclasses.replace(config, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
 
-def settle_options(options: Options, run_options: RunOptions, ranks: int) -> None:
-    """Set the options that depend on others, on the number of ranks or on the device.
+def settle_options(options: Options, run_options: RunOptions, saved: RunState | None, ranks: int) -> None:
+    """Set the options that depend on others, on the number of ranks, on the device or on the processor.
 
     Raises UsageError for options that contradict each other.
     """
@@ -116,11 +117,29 @@ def settle_options(options: Options, run_options: RunOptions, ranks: int) -> Non
         run_options.notes.append(f"batch      {note}")
     if "total_batch_size" not in run_options.options:  # it stays when the run is resumed on another number of ranks
         run_options.defaults["total_batch_size"] = options.total_batch_size
-    if reason := get_backend(options.device).unsupported_reason(options.dtype):
-        say(f"--dtype {reason}; computing in float32")
-        options.dtype = "float32"
+    settle_precision(options, run_options, saved)
     if options.threads:
         threads.set_count(options.threads)
+
+
+def settle_precision(options: Options, run_options: RunOptions, saved: RunState | None) -> None:
+    """Compute in float32 if the device does not support --dtype, or only by slower arithmetic.
+
+    A new run records this, and computes in float32 wherever it is resumed. A run that has been computed in the slower
+    precision continues in it.
+    """
+    backend = get_backend(options.device)
+    reason = backend.unsupported_reason(options.dtype)
+    slow = None if reason else backend.slow_reason(options.dtype)
+    begun = saved is not None and saved.options.get("dtype") == options.dtype
+    if slow and begun:
+        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 of the same numbers, and the run is "
+            f"slower than with --dtype float32")  # fmt: skip
+    elif reason or slow:
+        say(f"--dtype {reason or f'{options.dtype}: {slow}'}; computing in float32")
+        options.dtype = "float32"
+        if not begun:
+            run_options.options["dtype"] = options.dtype
 
 
 def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
@@ -194,7 +213,7 @@ def build_trainer(
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
     data = (*data[:2], tokenizer)
-    with explain_memory(config, options):
+    with explain_memory(config, options, folder.comm.size):
         model = GPT2(
             config,
             seed=None if source else options.seed,
@@ -220,7 +239,7 @@ def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer
 def measure_first_loss(trainer: Trainer) -> None:
     """Print the validation loss of a new run before its first step, and keep it for the record of the start."""
     if trainer.progress.step == 0:
-        with explain_memory(trainer.model.config, trainer.options):
+        with explain_memory(trainer.model.config, trainer.options, trainer.comm.size):
             trainer.loss_before = trainer.validation_loss()
         say_first_loss(trainer.loss_before)
 
@@ -272,24 +291,50 @@ def with_vocabulary(
     )
 
 
+def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -> Step:
+    """What memory_model.py needs to know of a run."""
+    return Step(
+        config,
+        options.batch_size,
+        options.block_size,
+        Precision.of(options.dtype),
+        options.recompute,
+        options.head_rows,
+        options.optimizer,
+        ranks,
+        options.zero,
+        cuda,
+        threads.count(),
+    )
+
+
 @contextmanager
-def explain_memory(config: ModelConfig, options: Options) -> Iterator[None]:
-    """Turn a MemoryError into one that lists the memory that a step needs. Raises it before the block if a step needs
-    more memory than there is, not counting the moments, which depend on the optimizer."""
-    B, T = options.batch_size, options.block_size
-    need = config.memory(B, T, options.dtype, options.recompute, options.head_rows)
-    on_device = get_backend(options.device).memory()
-    memory, owner = (on_device, "device") if on_device else (machine.memory(), "machine")
+def explain_memory(config: ModelConfig, options: Options, ranks: int) -> Iterator[None]:
+    """Turn a MemoryError into one that lists the memory that a step of GPT-2 needs, and what would fit.
+
+    Raises it before the block if a step needs more memory than the device has.
+    """
+    if not isinstance(config, GPT2Config):
+        yield
+        return
+    device = get_backend(options.device)
+    memory = device.memory() or machine.memory()
+    step = planned_step(config, options, ranks, device.cuda is not None)
     try:
-        if memory and sum(need.values()) - need["moments"] > memory[1]:
+        if memory and needed(step) > memory[1]:
             raise MemoryError
         yield
     except MemoryError:
-        parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in need.items())
-        raise MemoryError(
-            f"out of memory: {B} sequences of {T} tokens need {parts} = "
-            f"{sum(need.values()) / 1e9:.2f} GB and temporary arrays"
-            + (f"; {memory[0] / 1e9:.2f} of the {owner}'s {memory[1] / 1e9:.2f} GB are free" if memory else "")
-            + "; use a smaller --batch-size, with --total-batch-size to keep the tokens per step"
-            + (", or --recompute block" if options.recompute == "none" else "")
-        ) from None
+        raise MemoryError(f"out of memory: {describe_need(step)}{_remedy(step, memory) if memory else ''}") from None
+
+
+def _remedy(step: Step, memory: tuple[float, float]) -> str:
+    """What is free, and the options with which a step fits the device."""
+    free, total = memory
+    line = f"; {free / 1e9:.2f} of the device's {total / 1e9:.2f} GB are free"
+    fitting = min(largest_batch(step, total), step.batch_size - 1)
+    if fitting:
+        return f"{line}; use --batch-size {fitting} or less, with --total-batch-size to keep the tokens per step"
+    changes = (("--recompute block", {"recompute": "block"}), ("--head-rows 1024", {"head_rows": 1024}))
+    helpful = [flag for flag, change in changes if needed(dataclasses.replace(step, **change)) < needed(step)]
+    return f"{line}; use {', '.join([*helpful, 'a smaller model or --block-size'])}"

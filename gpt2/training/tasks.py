@@ -31,6 +31,7 @@ from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 from tinygrad2.not_finite import damage
 
+LINE_BYTES = 1 << 20  # of a line of a task's file; the published ones have less than 4,000
 TIMEOUT = 30  # seconds without an answer from a server
 
 
@@ -119,11 +120,13 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
     items, number = [], 0
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LINE_BYTES + 1), b""), 1):
+                if len(line) > LINE_BYTES:
+                    raise ValueError(f"more than {LINE_BYTES} bytes")
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
-                    items.append(task.item(json.loads(line)))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    items.append(task.item(json.loads(line.decode())))  # (of bytes, json guesses the encoding)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise ValueError(f"{path}: line {number} is not a question of {task.name}; expected {task.expected}") from None
     if not items:
         raise ValueError(f"{path}: no questions in this file; expected lines of {task.expected}")

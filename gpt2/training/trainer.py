@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.bad_step import Batch, LaunchedStep, explain_step, too_many
+from gpt2.training.bad_step import Batch, LaunchedStep, Span, explain_step, too_many
 from gpt2.training.dataset import SampleOrder, TokenDataset
 from gpt2.training.evaluation import evaluate_task, mean_loss
 from gpt2.training.options import Options
@@ -63,7 +63,8 @@ class Trainer:
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
-        self._mark, self._waited = self._started, self.comm.waited
+        self._mark, self._waited = model.backend.timestamp(), self.comm.waited
+        self._spans: list[Span] = []  # of the time of the step that is being launched
 
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
@@ -85,19 +86,20 @@ class Trainer:
             # 2. The learning rate of this step.
             self.optimizer.lr = self.options.learning_rate_at(self.progress.step)
             # 3. Clip by the global norm, and update the parameters.
-            before = self.model.backend.timestamp() if self.profiler else None
+            before = self.model.backend.timestamp()
             norm = self.optimizer.step(max_norm=self.options.grad_clip or None, loss=loss)
-            after = self.model.backend.timestamp() if self.profiler else None
             self.optimizer.zero_grad()
+            self._spans.append((self._mark, end := self.model.backend.timestamp()))
             pending = self.model.backend.fetch(loss, norm)
         self.stopping = bool(stopping)
         samples = self.progress.samples
         self.progress.step += 1
         self.progress.samples += self.options.micro_steps(self.comm.size) * self.comm.size * self.options.batch_size
         self.progress.tokens += int(step_tokens)
-        counts = int(step_tokens), self.progress.tokens
-        step = LaunchedStep(self.progress.step, samples, self.optimizer.lr, *counts, pending, (before, after))
-        self._launched.append(step)
+        counts, waited = (int(step_tokens), self.progress.tokens), self.comm.waited - self._waited
+        step = self.progress.step, samples, self.optimizer.lr, *counts, pending, self._spans, waited, (before, end)
+        self._launched.append(LaunchedStep(*step))
+        self._mark, self._spans, self._waited = end, [], self.comm.waited
         if self.progress.step == self.first_step or self.progress.step % COMPARE_INTERVAL == 0:
             self.model.arena().check_equal(self.comm)
         return True
@@ -137,17 +139,12 @@ class Trainer:
         Raises ValueError after `max_bad_steps` of them in a row.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
-            now_waited = self.comm.waited
             launched = self._launched.popleft()
             self._receive(launched)
-            seconds = time.perf_counter() - self._mark
-            row = launched.row(seconds, now_waited - self._waited)
+            row = launched.row(self.model.backend, profiled=self.profiler is not None)
             if self._peak is not None:
                 flops = row["tokens_per_s"] * self.model.config.flops_per_token(self.options.block_size)
                 row["mfu"] = round(flops / (self._peak * 1e12 * self.comm.size), 4)  # each rank has its own GPU
-            if self.profiler:
-                row["optimizer_seconds"] = round(self.model.backend.seconds(*launched.update), 6)
-            self.restart_clock()
             self.progress.seconds += row["seconds"]
             yield row
             if self.progress.bad_steps >= self.options.max_bad_steps:
@@ -161,7 +158,9 @@ class Trainer:
         finite = all(map(math.isfinite, launched.numbers))
         self.progress.bad_steps = 0 if finite else self.progress.bad_steps + 1
         if not finite and self.first_skipped is None:
+            self._spans.append((self._mark, self.model.backend.timestamp()))  # which end before the explanation
             self.first_skipped, self.explanation = launched.step, explain_step(self, launched)
+            self._mark = self.model.backend.timestamp()
 
     def elapsed(self) -> float:
         """Seconds since this start."""
@@ -169,9 +168,9 @@ class Trainer:
 
     def restart_clock(self) -> None:
         """Start timing the next step now, to exclude evaluation and checkpoints from it."""
-        self._mark, self._waited = time.perf_counter(), self.comm.waited
+        self._mark, self._waited, self._spans = self.model.backend.timestamp(), self.comm.waited, []
         if self.progress.step < self.first_step:
-            self._started = self._mark
+            self._started = time.perf_counter()
 
     def validation_loss(self) -> float:
         """The mean loss on the first --eval-iters batches of the validation split, in nats per token."""

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import signal
 import statistics
@@ -34,8 +35,9 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).parent / "results"
 MATRIX, BUFFER = 3072, 1 << 29  # rows of the square product, and bytes of the memory, that show the machine's limits
 LIMITS = "the machine's limits"
-MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "read", "copy")  # what they are
-PACKAGES = ("numpy", "numba", "mkl", "torch", "transformers", "ctranslate2")
+MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "bfloat16, tinygrad2", "read", "copy")  # what they are
+SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # of the environment, which can slow a library down: removed
+PACKAGES = ("numpy", "numba", "mkl", "onednn-cpu-gomp", "torch", "transformers", "ctranslate2")
 
 Tasks = dict[str, Callable[[], float]]  # by name, what does a task once and returns the seconds that it took
 
@@ -63,6 +65,14 @@ class Contender:
     peer: bool = False
 
 
+def slug() -> str:
+    """The processor and today's date, for the name of a file: results are kept by processor."""
+    from tinygrad2.machine import processor_model
+
+    words = processor_model().rsplit(" ", 1)[0]  # without the checksum of its instructions
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{datetime.date.today().isoformat()}"
+
+
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
     """The function, returning how many seconds it took."""
 
@@ -86,6 +96,13 @@ def versions(*packages: str) -> dict[str, str]:
 # In a contender's process ---------------------------------------------------------------------------------------------
 
 _tasks: Tasks = {}
+
+
+def blas_title() -> str:
+    """The BLAS library that this project uses."""
+    from tinygrad2 import blas
+
+    return blas.chosen().title
 
 
 def _begin(make: Callable[..., Tasks], arguments: tuple) -> None:
@@ -117,7 +134,8 @@ def _peak_bytes() -> int:
 
 
 def limits(count: int, matrix: int, nbytes: int) -> Tasks:
-    """The contender that shows what the machine can do: float32 products by two routes, memory read and copied."""
+    """The contender that shows what the machine can do: float32 products by two routes, bfloat16 products (without
+    instructions for them, by the slower path of float32), memory read and copied."""
     import numpy as np
 
     from tinygrad2 import threads
@@ -127,6 +145,7 @@ def limits(count: int, matrix: int, nbytes: int) -> Tasks:
     kernels = get_backend("cpu").kernels
     a, b = np.random.default_rng(0).standard_normal((2, matrix, matrix), dtype=np.float32)
     c = np.empty_like(a)
+    narrow = a.astype("bfloat16"), b.astype("bfloat16")
     source = np.ones(nbytes // 4, np.float32)
     target = np.ones_like(source)
     parts, workers = threads.parts(len(source), 1), ThreadPoolExecutor(count)
@@ -141,6 +160,7 @@ def limits(count: int, matrix: int, nbytes: int) -> Tasks:
     passes = (
         lambda: np.matmul(a, b, out=c),
         lambda: kernels.linear_forward(a, b, None),
+        lambda: kernels.linear_forward(*narrow, None),
         read,
         copy,
     )
@@ -245,13 +265,16 @@ def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
         for task, by_name in found.seconds.items()
     }
     machine = {task: rate.pop(task).get(LIMITS) for task in MACHINE}
-    sgemm = max((entry["flop_per_s"] for entry in machine.values() if entry), default=0)
+    rates = {task: entry["flop_per_s"] for task, entry in machine.items() if entry}
+    sgemm = max((rate for task, rate in rates.items() if task.startswith("sgemm")), default=0)
+    bfloat16 = rates.get("bfloat16, tinygrad2", 0)
     for task, by_name in rate.items():
         for contender in contenders:
             if (entry := by_name.get(contender.name)) is None:
                 continue
             limit = machine["copy" if contender.works[task].written else "read"]
             entry["share_of_sgemm"] = entry["flop_per_s"] / sgemm if sgemm else None
+            entry["share_of_bfloat16"] = entry["flop_per_s"] / bfloat16 if bfloat16 else None
             entry["share_of_memory"] = entry["bytes_per_s"] / limit["bytes_per_s"] if limit else None
             if not contender.peer:
                 peers = [peer.name for peer in contenders if peer.peer and peer.name in by_name]
@@ -289,6 +312,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
     ("tokens/s", 11, lambda e: f"{e['tokens_per_s']:,.1f}" if e["tokens_per_s"] else None),
     ("GFLOP/s", 10, lambda e: f"{e['flop_per_s'] / 1e9:.1f}" if e["flop_per_s"] else None),
     ("of sgemm", 10, lambda e: f"{e['share_of_sgemm']:.0%}" if e["flop_per_s"] and e["share_of_sgemm"] else None),
+    ("of bf16", 10, lambda e: f"{e['share_of_bfloat16']:.0%}" if e["flop_per_s"] and e["share_of_bfloat16"] else None),
     ("GB/s", 8, lambda e: f"{e['bytes_per_s'] / 1e9:.1f}" if e["bytes_per_s"] else None),
     ("of memory", 11, lambda e: f"{e['share_of_memory']:.0%}" if e["bytes_per_s"] and e["share_of_memory"] else None),
 )
@@ -332,7 +356,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-NAME-DATE.json beside this file]")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="[in results/ beside this file]")
     return parser
 
 
@@ -357,24 +381,29 @@ def report(
 
     name  of the benchmark, for the file.  more  what else the record is to hold.
     """
-    from tinygrad2 import blas
-    from tinygrad2.machine import processor
+    from tinygrad2.machine import processor_model
 
+    removed = {name: os.environ.pop(name) for name in SETTINGS if os.environ.get(name)}
+    if removed:
+        print(f"for all: {' '.join(f'{name}={value}' for name, value in removed.items())} removed from the environment")
     product = Work(flops=2 * MATRIX**3)
-    works = dict(zip(MACHINE, (product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True))
+    works = dict(
+        zip(MACHINE, (product, product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True)
+    )
     everyone = [Contender(LIMITS, limits, (options.threads, MATRIX, BUFFER), works), *contenders]
-    out = options.json or RESULTS / f"cpu-{name}-{datetime.date.today().isoformat()}.json"
+    out = options.json or RESULTS / f"cpu-{name}-{slug()}.json"
     out.parent.mkdir(exist_ok=True)
     load = os.getloadavg()[0]
     found = alternate(everyone, options.rounds, least)
     record = {
         "benchmark": name,
         "date": datetime.date.today().isoformat(),
-        "processor": processor(),
+        "processor": processor_model(),
         "threads": options.threads,
         "python": platform.python_version(),
         "versions": versions(*PACKAGES),
-        "blas": blas.chosen().title,
+        "blas": apart(blas_title),
+        "removed_settings": removed,
         "rounds": options.rounds,
         "load_average": load,
         **more,

@@ -1,13 +1,14 @@
 """The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
 
-Runs `pytest -m gpu`, then times launches, copies and matrix products; the training step of the 124M model beside the
-same step in PyTorch, where that is installed; each kernel of a step against the least time that its bytes and FLOPs
-take on this GPU; attention beside PyTorch's; and generation against the rate at which the weights can be read. Prints a
-table last and writes JSON.
+Compiles the kernels, then measures, in this order: the matrix products of a training step; attention beside PyTorch's;
+`pytest -m gpu`; the training step of the 124M model beside the same step in PyTorch, where that is installed; each
+kernel of a step; generation; launches, copies, the step in other precisions. Beside each time stand the time that
+gpt2/cost_model.py predicts, and the least that the bytes and FLOPs take on this GPU. Prints a table last and writes
+JSON.
 
-Time on a GPU is dear, and a kernel's fault takes a process's access to the GPU with it. So each part runs in a process
-of its own, what it finds is printed and written at once, and a part that fails is recorded with its error, or with the
-time at which it was ended. The most informative parts run first; all end within --seconds, 570 unless told otherwise.
+GPU time is expensive, and a fault in a kernel ends its process's access to the GPU. So each part runs in its own
+process with its own time limit, and its results are printed and written at once; a part that fails is recorded with its
+error, or with the time at which it was stopped. Everything ends within --seconds: 570 by default, 180 with --only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,30 +38,19 @@ import numpy
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 
-from gpt2 import GPT2, GPT2Config  # noqa: E402
+from gpt2 import GPT2, GPT2Config, cost_model  # noqa: E402
+from gpt2.decode import set_decode  # noqa: E402
 from gpt2.generate import KVCache, generate, next_logits  # noqa: E402
 from tests.benchmarks.train_step import torch_model  # noqa: E402
-from tinygrad2 import no_grad, optim  # noqa: E402
+from tinygrad2 import Key, gpus, no_grad, optim  # noqa: E402
 from tinygrad2.backend import get_backend  # noqa: E402
-from tinygrad2.gpus import find_gpu  # noqa: E402
 from tinygrad2.precision import Precision  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# GB/s of the memory of the GPUs in gpus.PEAK_TFLOPS, from NVIDIA's data sheets (a name is a pattern).
-BANDWIDTH = {
-    "B200": 8000.0,
-    "H200": 4800.0,
-    "H100 PCIe": 2000.0,
-    "H100": 3350.0,
-    "A100 .*40GB": 1555.0,
-    "A100": 2039.0,
-    "L40S": 864.0,
-    "L4": 300.0,
-    "RTX 4090": 1008.0,
-}
-# The part of both peaks that the best kernels reach, with which floors are computed: 790 TFLOP/s, 4.3 TB/s on an H200.
+# The fraction of both peaks that the best kernels reach, for the floors: 790 TFLOP/s and 4.3 TB/s on an H200.
 REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
+EXCHANGE = 5e-6  # predicted seconds per layer in which the blocks of decode.cu exchange results
 
 # Arguments that a kernel adds to, or changes in place: they are read and written.
 CHANGED = {
@@ -72,11 +63,27 @@ CHANGED = {
 }
 KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
-PARTS = ("launch", "step", "kernels", "attention", "gemm", "decode", "wide_step", "product", "copy")
-SECONDS, CHECKS_SECONDS = 570, 240  # for everything, and for pytest among it
+# Kernels of the cost model that a call of these launches; every other one launches the kernel of its own name.
+LAUNCHES = {
+    "linear_forward": tuple(f"{layer} forward" for layer in cost_model.LINEAR),
+    "linear_backward": tuple(f"{layer} {kind}" for layer in cost_model.LINEAR for kind in ("dgrad", "wgrad", "dbias")),
+    "lm_head_forward": ("head forward", "cross_entropy"),
+    "lm_head_backward": ("head dgrad", "head wgrad"),
+}
+
+# The parts in their order, with seconds that each may take, its process's start included. Together they fit SECONDS.
+LIMITS = {
+    "compile": 80, "gemm": 35, "attention": 45, "checks": 150, "step": 125, "kernels": 35, "decode": 40, "launch": 10,
+    "wide_step": 30, "product": 10, "copy": 10,
+}  # fmt: skip
+SECONDS, ONLY_SECONDS = 570, 180
+DECODE = ("ordinary", "fused")  # what is proved least comes last
 GPU_LOST = 2  # pytest's exit status if a test lost the GPU (tests/gpt2/test_gpu.py)
-COMPILING = 90  # seconds that PyTorch may take until its first step
+COMPILING = 60  # seconds that PyTorch may take until its first step
 Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why there are none, or not all}}
+
+
+TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Sizes:
     matrix: int = 8192
     repeats: int = 10
     new_tokens: int = 256
+    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled beforehand
     compiled: bool = True  # PyTorch's model, in bfloat16
 
 
@@ -107,7 +115,7 @@ QUICK = Sizes(
 
 
 class Bench:
-    """The measurements on one device; each method named in PARTS returns its figures, independently of the others.
+    """The measurements on one device; each method named in LIMITS returns its figures, independently of the others.
 
     seconds  after which nothing long is begun.
     keep     called with the figures so far whenever there are new ones.
@@ -125,8 +133,8 @@ class Bench:
         self.end, self.keep = time.monotonic() + seconds, keep
         self.backend = get_backend("cuda")
         self.np = self.backend.np
-        bandwidth = find_gpu(self.backend.name(), BANDWIDTH)
-        self.bandwidth = None if bandwidth is None else BANDWIDTH[bandwidth]
+        self.bandwidth = gpus.bandwidth(self.backend.name())
+        self.card = self.card_in(sizes.precisions[0])
         self.dtype = numpy.dtype(Precision.of(sizes.precisions[0]).activations)
         self.results: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
@@ -172,11 +180,28 @@ class Bench:
             return None
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
 
-    def against_floor(self, seconds: float, nbytes: float, flops: float) -> dict[str, float | None]:
-        """Milliseconds, TFLOP/s, GB/s, and the floor with its share in the time."""
+    def card_in(self, precision: str) -> cost_model.Device | None:
+        """The cost model's rates of this GPU in a precision, where it knows them."""
+        name = gpus.find_gpu(self.backend.name(), cost_model.CARDS)
+        return None if name is None or self.backend.cuda.peak(precision) is None else cost_model.gpu(name, precision)
+
+    def predicted_step(self, precision: str, batch_size: int) -> dict[str, float] | None:
+        """See predicted_step below; None where the cost model does not know the GPU."""
+        card = self.card_in(precision)
+        return None if card is None else predicted_step(card, self.sizes, precision, batch_size)
+
+    def predicted(self, cost: cost_model.Cost) -> float | None:
+        """Milliseconds of a kernel by the cost model, where it knows the GPU."""
+        return None if self.card is None else self.card.milliseconds(cost)
+
+    def against_floor(
+        self, seconds: float, nbytes: float, flops: float, predicted_ms: float | None = None
+    ) -> dict[str, float | None]:
+        """Milliseconds, those predicted, TFLOP/s, GB/s, and the floor as a fraction of the time."""
         floor = self.floor(nbytes, flops)
         return {
             "ms": seconds * 1e3,
+            "predicted_ms": predicted_ms,
             "tflop_per_s": flops / seconds / 1e12,
             "gb_per_s": nbytes / seconds / 1e9,
             "floor_ms": None if floor is None else floor * 1e3,
@@ -194,6 +219,30 @@ class Bench:
         return array.reshape(shape)
 
     # Parts ----------------------------------------------------------------------------------------------------------
+
+    def compile(self) -> dict[str, float]:
+        """Seconds until the kernels of training and of generation have been compiled, in each precision. CuPy keeps
+        them on disk for the other processes, among them the tests' whose models are here too."""
+        figures = self.results["compile"] = {}
+        for precision in self.sizes.precisions:
+            started, models = time.perf_counter(), []
+            for config in (self.sizes.model, *self.sizes.tested):
+                length = min(self.sizes.block_size, config.n_positions)
+                tokens, targets = (ids[:1, :length] % config.vocab_size for ids in (self.tokens, self.targets))
+                models.append(
+                    (model := GPT2(config, device="cuda", dtype=precision), tokens[0, : length // 2].tolist())
+                )
+                optimizer = optim.AdamW(model)
+                model.loss(tokens, targets, Key(0)).backward()
+                optimizer.step(max_norm=1.0)
+                optimizer.zero_grad()
+            for decode in DECODE:
+                for model, prompt in models:
+                    set_decode(model, decode)
+                    list(generate(model, prompt, 3, temperature=0))
+            self.np.cuda.get_current_stream().synchronize()
+            figures[precision] = time.perf_counter() - started
+        return figures
 
     def launch(self) -> dict[str, float]:
         """Microseconds that one small operation costs."""
@@ -261,11 +310,14 @@ class Bench:
             for kind, (arrays, options) in kinds.items():
                 seconds = self.timed(lambda a=arrays, o=options: gemm(*a, **o), self.sizes.repeats)[1]
                 nbytes = sum(array.nbytes for array in arrays) + (gradient.nbytes if kind == "wgrad" else 0)
-                figures[f"{name} {kind}"] = self.against_floor(seconds, nbytes, 2 * rows * k * n)
+                family = {"proj": "small product", "head": "head product"}.get(name, "product")
+                predicted = self.predicted(cost_model.Cost(family, flops := 2 * rows * k * n, nbytes))
+                figures[f"{name} {kind}"] = self.against_floor(seconds, nbytes, flops, predicted)
             if not head and (launchers := self.backend.cuda.launchers):
                 into = self.backend.zeros((n,), numpy.float32)
                 seconds = self.timed(lambda dy=dy, into=into: launchers.column_sums(dy, into), self.sizes.repeats)[1]
-                figures[f"{name} dbias"] = self.against_floor(seconds, dy.nbytes, 0)
+                predicted = self.predicted(cost_model.column_sums(rows, n, dy.itemsize))
+                figures[f"{name} dbias"] = self.against_floor(seconds, dy.nbytes, 0, predicted)
         return figures
 
     def attention(self) -> dict[str, Any]:
@@ -280,6 +332,10 @@ class Bench:
         }
         flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # two and five products, half of each
         nbytes = {"forward": 4 * out.nbytes, "backward": 8 * out.nbytes}
+        predicted = {
+            "forward": self.predicted(cost_model.attention_forward(B, T, C, H, qkv.itemsize)),
+            "backward": self.predicted(cost_model.attention_backward(B, T, C, H, qkv.itemsize, products=7)),
+        }
         figures = self.results["attention"] = {}
         theirs = None
         try:
@@ -297,7 +353,9 @@ class Bench:
                         figures["torch_error"], theirs = one_line(error), None
             for name, values in seconds.items():
                 if values:
-                    figures[name] = self.against_floor(statistics.median(values), nbytes[kind], flops[kind])
+                    figures[name] = self.against_floor(
+                        statistics.median(values), nbytes[kind], flops[kind], predicted.get(name)
+                    )
         return figures
 
     def step(self) -> list[dict[str, Any]]:
@@ -360,6 +418,8 @@ class Bench:
             if values:
                 median = statistics.median(values)
                 row[kind] = step_figures(median, self.sizes.model, row["batch_size"], self.sizes.block_size, peak)
+        predicted = self.predicted_step(row["precision"], row["batch_size"])
+        row["predicted_ms"] = None if predicted is None else sum(predicted.values())
         self.keep(self.found())
 
     def kernels(self) -> dict[str, Any]:
@@ -390,54 +450,64 @@ class Bench:
             milliseconds, floor = self.np.cuda.get_elapsed_time(start, stop), self.floor(nbytes, flops) or 0.0
             values = (1 / steps, milliseconds / steps, nbytes / steps, flops / steps, 1e3 * floor / steps)
             sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 5), values, strict=True)]
+        predicted = self.predicted_step(self.sizes.precisions[0], batch_size) or {}
         rows = {}
         for name, (calls, ms, nbytes, flops, floor_ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
-            figures = self.against_floor(ms / 1e3, nbytes, flops)
+            figures = self.against_floor(ms / 1e3, nbytes, flops, predicted.get(name))
             if figures["floor_ms"] is not None:  # the sum of the calls' floors is not the floor of their sum
                 figures |= {"floor_ms": floor_ms, "share": floor_ms / ms}
             rows[name] = {"calls": round(calls), **figures}
         outside = total - sum(row["ms"] for row in rows.values())
-        return {"ms": total, "outside_ms": outside, "kernels": rows}
+        return {
+            "ms": total, "outside_ms": outside, "predicted_outside_ms": predicted.get("outside"), "kernels": rows,
+        }  # fmt: skip
 
     def decode(self) -> dict[str, Any]:
         """Tokens per second of one text, and the upper bound: the rate at which the weights can be read."""
         config = self.sizes.model
         figures = self.results["decode"] = {}
-        for precision in self.sizes.precisions:
-            if precision == "tf32":
-                continue
-            model = GPT2(config, device="cuda", dtype=precision)
-            seconds = [self.decoding(model) for _ in range(1 + self.sizes.rounds)][1:]
-            itemsize = 2 if precision == "bfloat16" else 4
-            nbytes = (config.n_parameters - config.n_positions * config.n_embd) * itemsize
-            rate = self.sizes.new_tokens / statistics.median(seconds)
-            limit = None if self.bandwidth is None else REACHED_BYTES * self.bandwidth * 1e9 / nbytes
-            share = None if limit is None else rate / limit
-            figures[precision] = {"tokens_per_s": rate, "limit": limit, "share": share, **self.token(model, nbytes)}
+        for decode in DECODE:
+            for precision in self.sizes.precisions:
+                if precision == "tf32":
+                    continue
+                model = GPT2(config, device="cuda", dtype=precision)
+                set_decode(model, decode)
+                nbytes = (config.n_parameters - config.n_positions * config.n_embd) * model.precision.activation_bytes
+                limit = None if self.bandwidth is None else REACHED_BYTES * self.bandwidth * 1e9 / nbytes
+                seconds = statistics.median([self.decoding(model) for _ in range(1 + self.sizes.rounds)][1:])
+                rate = self.sizes.new_tokens / seconds
+                figures[f"{precision} {decode}"] = {
+                    "tokens_per_s": rate,
+                    "limit": limit,
+                    "share": None if limit is None else rate / limit,
+                    "token": self.token(model, nbytes, precision),
+                }
+                self.keep(self.found())
         return figures
 
     # What they are made of ------------------------------------------------------------------------------------------
 
-    def token(self, model: GPT2, nbytes: int) -> dict[str, Any]:
-        """One token on the device alone: in one launch, where the kernel serves, and as one operation after another."""
+    def token(self, model: GPT2, nbytes: int, precision: str) -> dict[str, Any]:
+        """One token: in one launch the time on the device alone, as separate operations also that of the host."""
         tokens = self.tokens[:1, : self.sizes.block_size // 4]
         cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
+        card, L = self.card_in(precision), model.config.n_layer
+        calls, predicted = 8 * L + 4, None  # kernels per token as separate operations
         with no_grad():
             next_logits(model, tokens, cache)
-            length, decoder = cache.length, cache.decoder
-            repeats, launch = 5 * self.sizes.repeats, None
-            if decoder is not None:
-                seconds = self.timed(lambda: decoder(last[:, 0], length), repeats)[1]
-                launch = self.against_floor(
-                    seconds, nbytes, nbytes
-                )  # one multiplication and one addition per two bytes
-            cache.decoder = None
+            length, repeats = cache.length, 5 * self.sizes.repeats
 
-            def operations() -> None:
+            def one_token() -> None:
                 cache.length = length
                 next_logits(model, last, cache)
 
-            return {"launch": launch, "operations_ms": self.timed(operations, repeats)[0] * 1e3}
+            host, device = self.timed(one_token, repeats)
+        if card is not None:
+            reading = nbytes / card.rates["product"].nbytes
+            fused, ordinary = reading + L * EXCHANGE, max(reading + calls * card.call, calls * card.host)
+            predicted = 1e3 * (ordinary if cache.decoder is None else fused)
+        seconds = host if cache.decoder is None else device
+        return self.against_floor(seconds, nbytes, nbytes, predicted)  # one multiplication and one addition per 2 bytes
 
     def decoding(self, model: GPT2) -> float:
         """Seconds for the tokens after the first one."""
@@ -493,6 +563,56 @@ class Bench:
         finally:
             for name, kernel in originals.items():
                 setattr(kernels, name, kernel)
+
+
+def predicted_step(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
+    """Milliseconds of each call of a kernel, and of everything "outside" of them, in a step, by the cost model."""
+    step = cost_model.micro_step(sizes.model, batch_size, sizes.block_size, precision)
+    sums: dict[str, float] = {}
+    for kernel in (*step, *cost_model.update(sizes.model, precision)):
+        name = next((call for call, launched in LAUNCHES.items() if kernel.name in launched), kernel.name)
+        name = name if re.search(KERNEL, name) else "outside"
+        sums[name] = sums.get(name, 0.0) + kernel.calls * card.milliseconds(kernel.cost)
+    return sums
+
+
+def savings(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
+    """Milliseconds of a step that some improvements of the kernels should save, by the cost model."""
+    B, T, C, H = batch_size, sizes.block_size, sizes.model.n_embd, sizes.model.n_head
+    L, V, N, s = sizes.model.n_layer, sizes.model.vocab_size, B * T, Precision.of(precision).activation_bytes
+    step = cost_model.micro_step(sizes.model, B, T, precision)
+    products = sum(k.calls * card.milliseconds(k.cost) for k in step if k.cost.family in cost_model.PRODUCTS)
+    ms = card.milliseconds
+    backward = [L * ms(cost_model.attention_backward(B, T, C, H, s, products)) for products in (7, 5)]
+    return {
+        "algorithms of cublasLt chosen by timing: 5 to 10 % of the products, here 7.5 %": 0.075 * products,
+        "attention's backward pass in one kernel: 5 products instead of 7": backward[0] - backward[1],
+        "GELU's gradient in the epilogue of the product before: 1 array moved instead of 3":
+            L * ms(cost_model.gelu_backward(N, 4 * C, s)) * 2 / 3,
+        "GELU in the epilogue of the product before: 1 array moved instead of 2":
+            L * ms(cost_model.gelu_forward(N, 4 * C, s)) / 2,
+        "bias gradient of queries, keys and values summed by attention's backward pass":
+            L * ms(cost_model.column_sums(N, 3 * C, s)),
+        "bias gradients of the two projections summed by LayerNorm's backward pass":
+            2 * L * ms(cost_model.column_sums(N, C, s)),
+        "token embedding stored with 50,304 rows: no copies of it": 2 * ms(cost_model.Cost("copies", 0, 2 * V * C * s)),
+    }  # fmt: skip
+
+
+def prediction(name: str, sizes: Sizes) -> list[str]:
+    """What the first step of the benchmark should take on a GPU, kernel by kernel, and what improvements should save.
+    Raises ValueError for a GPU that the cost model does not know."""
+    found = gpus.find_gpu(name, cost_model.CARDS)
+    if found is None:
+        raise ValueError(f"{name!r} is not known; choose one of {', '.join(cost_model.CARDS)}")
+    precision = next(p for p in sizes.precisions if p in gpus.PEAK_TFLOPS[found])
+    work = cost_model.gpu(found, precision), sizes, precision, sizes.batch_sizes[0]
+    step = predicted_step(*work)
+    total, tokens = sum(step.values()), sizes.batch_sizes[0] * sizes.block_size
+    lines = [f"{found}, {precision}, {tokens:,} tokens: {total:.1f} ms, {tokens / total * 1e3:,.0f} tokens/s"]
+    lines += [f"  {ms:7.2f}  {name}" for name, ms in sorted(step.items(), key=lambda item: -item[1])]
+    lines += ["to be saved, in ms:", *(f"  {ms:7.2f}  {what}" for what, ms in savings(*work).items())]
+    return lines
 
 
 def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
@@ -660,7 +780,7 @@ def step_figures(
     return {"ms": seconds * 1e3, "tokens_per_s": tokens_per_s, "tflop_per_s": tflop_per_s, "mfu": mfu}
 
 
-def run_checks(seconds: float = CHECKS_SECONDS) -> dict[str, Any]:
+def run_checks(seconds: float) -> dict[str, Any]:
     """pytest -m gpu in a separate process: its exit status, its last line, and the names of what failed.
 
     Where a test lost the GPU, those behind it run in another process.
@@ -706,9 +826,6 @@ def table(record: dict[str, Any]) -> list[str]:
         f"{record['device']}, driver for CUDA {record['driver']}, CUDA {record['cuda']}, CuPy {record['cupy']}, "
         f"PyTorch {record['torch']}, {record['date']}"
     ]
-    if record["checks"]:
-        lines.append(f"checks     {record['checks']['last_line']}")
-        lines += [f"           {line}" for line in record["checks"]["failed"]]
     for part, found in record["results"].items():
         lines += part_table(part, found, record["sizes"]["block_size"])
     return lines + [f"FAILED     {name}: {error}" for name, error in record["errors"].items()]
@@ -717,6 +834,10 @@ def table(record: dict[str, Any]) -> list[str]:
 def part_table(part: str, found: Any, block_size: int) -> list[str]:
     """What a part has found, in a few lines."""
     lines = []
+    if part == "compile":
+        lines.append(f"compile    {', '.join(f'{name} {seconds:.1f} s' for name, seconds in found.items())}")
+    if part == "checks":
+        lines += [f"checks     {found['last_line']}", *(f"           {line}" for line in found["failed"])]
     if part == "launch":
         lines.append(f"launch     add {found['add_us']:.1f} us, matmul {found['matmul_us']:.1f} us")
     if part == "copy":
@@ -737,6 +858,8 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
         lines.append(f"{f'step, {block_size} tokens each':28}      ms   tokens/s  TFLOP/s    MFU")
         for row in found:
             name = f"{row['precision']} x {row['batch_size']}"
+            if row.get("predicted_ms"):
+                lines.append(f"  {name:18}{'model':8}{row['predicted_ms']:8.1f}  predicted")
             lines += [
                 f"  {name:18}{kind:8}{figures['ms']:8.1f}{figures['tokens_per_s']:11,.0f}"
                 f"{figures['tflop_per_s']:9.1f} {percent(figures['mfu'])}"
@@ -747,29 +870,33 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
             lines += [f"  {name:18}{who}: {error}" for who, error in failed if error]
     if part == "kernels":
         lines += against_floors(f"kernels, {found['batch_size']} sequences", found["kernels"])
-        lines.append(f"  outside of them {found['outside_ms']:.1f} of {found['ms']:.1f} ms")
+        lines.append(
+            f"  outside of them {found['outside_ms']:.3f} of {found['ms']:.3f} ms, predicted "
+            f"{milliseconds(found['predicted_outside_ms'])}"
+        )
     if part == "decode":
-        for precision, row in found.items():
+        for name, row in found.items():
             limit = "?" if row["limit"] is None else f"{row['limit']:,.0f}"
-            rate = f"{row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}"
-            lines.append(f"generate   {precision} {rate}")
-            if row["launch"]:
-                lines += against_floors(f"one token, {precision}", {"in one launch": row["launch"]})
-            lines.append(f"  one operation after another {row['operations_ms']:.3f} ms")
+            lines.append(f"generate   {name} {row['tokens_per_s']:,.0f} of {limit} tokens/s {percent(row['share'])}")
+        lines += against_floors("one token", {name: row["token"] for name, row in found.items()})
     return lines
 
 
 def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """A table of what Bench.against_floor gives, and the calls where they were counted."""
-    lines = [f"{title:34}      ms    floor  share  TFLOP/s    GB/s"]
+    lines = [f"{title:34}      ms predicted    floor  share  TFLOP/s    GB/s"]
     for name, row in rows.items():
         calls = f"x{row['calls']}" if "calls" in row else ""
-        floor = "?" if row["floor_ms"] is None else f"{row['floor_ms']:.3f}"
+        predicted, floor = milliseconds(row["predicted_ms"]), milliseconds(row["floor_ms"])
         lines.append(
-            f"  {name:26}{calls:6}{row['ms']:8.3f}{floor:>9} {percent(row['share'])}{row['tflop_per_s']:9.1f}"
-            f"{row['gb_per_s']:8.0f}"
+            f"  {name:26}{calls:6}{row['ms']:8.3f}{predicted:>10}{floor:>9} {percent(row['share'])}"
+            f"{row['tflop_per_s']:9.1f}{row['gb_per_s']:8.0f}"
         )
     return lines
+
+
+def milliseconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3f}"
 
 
 def percent(share: float | None) -> str:
@@ -795,36 +922,66 @@ def device() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two minutes or three: smaller sizes, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repetitions: two or three minutes")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
-    parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), metavar="PART", help="only these parts")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part; --out is required
+    parser.add_argument("--only", nargs="+", choices=tuple(LIMITS), metavar="PART", help="only these parts")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for everything (default: {SECONDS}, {ONLY_SECONDS} with --only)"
+    )
+    parser.add_argument("--predict", metavar="GPU", help="print only what a GPU such as H200 should reach; needs none")
+    # The process of one part; --out is required.
+    parser.add_argument("--part", choices=tuple(LIMITS), help=argparse.SUPPRESS)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
-    if options.part:
-        keep = partial(write, options.out)
-        keep(Bench(sizes, seconds=options.seconds, keep=keep).run(options.part))
+    if options.predict:
+        print(*prediction(options.predict, sizes), sep="\n")
         return 0
-    end = time.monotonic() + options.seconds
+    seconds_for_all = options.seconds or (ONLY_SECONDS if options.only else SECONDS)
+    if options.part:
+        sizes = replace(sizes, precisions=(options.precision,)) if options.precision else sizes
+        keep = partial(write, options.out)
+        keep(Bench(sizes, seconds=seconds_for_all, keep=keep).run(options.part))
+        return 0
+    end = time.monotonic() + seconds_for_all
     try:
         get_backend("cuda")
     except ValueError as error:
         print(f"no GPU: {error}", file=sys.stderr)
         return 1
-    checks, chosen = None, options.only or ("checks", *PARTS)
-    if "checks" in chosen:
-        print("running pytest -m gpu ...", flush=True)
-        checks = run_checks(min(CHECKS_SECONDS, options.seconds))
-        print(checks["last_line"], flush=True)
 
     def run(part: str) -> Found:
-        return in_a_process(part, end - time.monotonic(), options.quick)
+        seconds = min(LIMITS[part], end - time.monotonic())
+        if part == "checks":
+            return checks(seconds)
+        if part == "compile":
+            return compile_together(sizes.precisions, seconds, options.quick)
+        return in_a_process(part, seconds, options.quick)
 
-    return measure(sizes, options.out, checks, run, [part for part in PARTS if part in chosen])
+    return measure(sizes, options.out, run, [part for part in LIMITS if part in (options.only or LIMITS)])
 
 
-def in_a_process(part: str, seconds: float, quick: bool) -> Found:
+def checks(seconds: float) -> Found:
+    """The results of pytest -m gpu."""
+    if seconds < 10:
+        return {"results": {}, "errors": {"checks": "no time was left for it"}}
+    found = run_checks(seconds)
+    return {"results": {"checks": found}, "errors": {"checks": found["last_line"]} if found["status"] else {}}
+
+
+def compile_together(precisions: Sequence[str], seconds: float, quick: bool) -> Found:
+    """The part "compile" of each precision in its own process, at the same time: the compiler uses one core."""
+    with ThreadPoolExecutor(len(precisions)) as pool:
+        parts = [pool.submit(in_a_process, "compile", seconds, quick, precision) for precision in precisions]
+    together: Found = {"results": {"compile": {}}, "errors": {}}
+    for precision, part in zip(precisions, parts, strict=True):
+        found = part.result()
+        together["results"]["compile"] |= found["results"].get("compile", {})
+        together["errors"] |= {f"{name} {precision}": error for name, error in found["errors"].items()}
+    return together
+
+
+def in_a_process(part: str, seconds: float, quick: bool, precision: str | None = None) -> Found:
     """The results of a part, from a process with a time limit in seconds; partial results are kept."""
     found: Found = {"results": {}, "errors": {}}
     if seconds < 10:
@@ -832,8 +989,9 @@ def in_a_process(part: str, seconds: float, quick: bool) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--part", part, "--out", str(out), "--seconds", str(seconds)]
+        command += ["--precision", precision] * (precision is not None) + ["--quick"] * quick
         try:
-            status = subprocess.run([*command, *["--quick"] * quick], timeout=seconds).returncode
+            status = subprocess.run(command, timeout=seconds).returncode
             error = f"its process ended with status {status}" if status else None
         except subprocess.TimeoutExpired:
             error = f"not finished after {seconds:.0f} s"
@@ -846,20 +1004,15 @@ def in_a_process(part: str, seconds: float, quick: bool) -> Found:
     return found
 
 
-def measure(
-    sizes: Sizes,
-    out: Path | None,
-    checks: dict[str, Any] | None,
-    run: Callable[[str], Found],
-    parts: Sequence[str] = PARTS,
-) -> int:
+def measure(sizes: Sizes, out: Path | None, run: Callable[[str], Found], parts: Sequence[str] = tuple(LIMITS)) -> int:
     """Run these parts, write the JSON after each, and print the table last; 0 where nothing failed, else 1."""
-    record = {**device(), "checks": checks, "results": {}, "errors": {}, "sizes": asdict(sizes)}
+    record = {**device(), "results": {}, "errors": {}, "sizes": asdict(sizes)}
     if out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
         out = RESULTS / f"gpu-{slug}-{record['date']}.json"
     write(out, record)
     for part in parts:
+        print(f"{part} ...", flush=True)
         started = time.perf_counter()
         found = run(part)
         record["results"] |= found["results"]
@@ -868,14 +1021,10 @@ def measure(
         lines = [
             line for name, figures in found["results"].items() for line in part_table(name, figures, sizes.block_size)
         ]
-        print(
-            *lines,
-            f"{part}: {found['errors'].get(part, 'done')} ({time.perf_counter() - started:.1f} s)",
-            sep="\n",
-            flush=True,
-        )
+        errors = "; ".join(f"{name}: {error}" for name, error in found["errors"].items())
+        print(*lines, f"{part}: {errors or 'done'} ({time.perf_counter() - started:.1f} s)", sep="\n", flush=True)
     print(f"written to {out}\n", *table(record), sep="\n", flush=True)
-    return 1 if record["errors"] or (checks and checks["status"]) else 0
+    return 1 if record["errors"] else 0
 
 
 def write(out: Path, record: Any) -> None:

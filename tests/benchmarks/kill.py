@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kill.py                      200 kills of single processes, in at least 60 runs
     python tests/benchmarks/kill.py --kills 20 --runs 6  a short campaign
-    python tests/benchmarks/kill.py --ranks 4            20 kills of one of 4 ranks (mpirun)
+    python tests/benchmarks/kill.py --ranks 4            50 kills of one of 4 ranks (mpirun)
 
 A process is killed at a random moment; before its k-th change of the file system; or at a random moment on a disk whose
 flushes are slow. The same command then continues the run, and may be killed again. At the end all files are compared
@@ -133,7 +133,8 @@ def contents(out: Path) -> dict[str, object]:
     found["log.jsonl"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
     found["starts.jsonl"] = [row["step"] for row in read_log(out / "starts.jsonl")][:1]
     page = (out / "report.html").read_text(encoding="utf-8")
-    found["report.html"] = undated(page) == undated(report.report_page(report.Run.load(out)))
+    current = report.report_page(report.Run.load(out), report.previous_run(out))
+    found["report.html"] = undated(page) == undated(current)
     return found
 
 
@@ -271,7 +272,7 @@ def kill_ranks(kills: int, ranks: int, steps: int, longest: float, seed: int, fo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, help="kills in all [default: 200, of ranks 20]")
+    parser.add_argument("--kills", type=int, help="kills in all [default: 200, of ranks 50]")
     parser.add_argument("--runs", type=int, default=60, help="runs over which they are spread, at least")
     parser.add_argument("--ranks", type=int, default=1, help="ranks per run")
     parser.add_argument("--steps", type=int, default=2000, help="steps of a run of several ranks")
@@ -280,7 +281,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if given.ranks > 1:
-            kill_ranks(given.kills or 20, given.ranks, given.steps, given.longest, given.seed, Path(folder))
+            kill_ranks(given.kills or 50, given.ranks, given.steps, given.longest, given.seed, Path(folder))
         else:
             os.chdir(folder)
             kill_processes(given.kills or 200, given.runs, given.seed, Path(folder))

@@ -1,15 +1,18 @@
 """The alternation and its arithmetic, that the peers compute the same, and a tiny run of each benchmark."""
 
+import datetime
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests.benchmarks import alternate, decode, ops, small, train_step
+from tests.benchmarks import alternate, bfloat16, decode, ops, plan, small, train_step
 from tests.benchmarks.alternate import Contender, Measured, Work
+from tinygrad2.backend import get_backend
 
 TINY = GPT2Config(
     vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0
@@ -65,9 +68,7 @@ def test_results_of_another_process_are_returned():
 def figures():
     """Of two rounds, in which the second product is the faster, and memory is read at 20 and copied at 40 bytes/s."""
     work = {"step": Work(tokens=10, flops=300), "copying": Work(read=10, written=10)}
-    machine = dict(
-        zip(alternate.MACHINE, (Work(flops=200), Work(flops=200), Work(read=20), Work(20, 0, 20, 20)), strict=True)
-    )
+    machine = dict(zip(alternate.MACHINE, (*[Work(flops=200)] * 3, Work(read=20), Work(20, 0, 20, 20)), strict=True))
     contenders = [
         Contender(alternate.LIMITS, None, (), machine),
         Contender("ours", None, (), work),
@@ -75,7 +76,7 @@ def figures():
         Contender("fast", None, (), work, peer=True),
     ]
     seconds = {
-        **{task: {alternate.LIMITS: [s, s]} for task, s in zip(alternate.MACHINE, (1, 0.5, 1, 1), strict=True)},
+        **{task: {alternate.LIMITS: [s, s]} for task, s in zip(alternate.MACHINE, (1, 0.5, 0.25, 1, 1), strict=True)},
         "step": {"ours": [1.0, 2.0], "slow": [3.0, 4.0], "fast": [2.0]},
         "copying": {"ours": [1.0, 1.0]},
     }
@@ -88,6 +89,7 @@ def test_figures():
     assert (step["median"], step["min"], step["max"]) == (1.5, 1.0, 2.0)
     assert step["tokens_per_s"] == pytest.approx(10 / 1.5)
     assert step["share_of_sgemm"] == pytest.approx(200 / 400)
+    assert step["share_of_bfloat16"] == pytest.approx(200 / 800)
     assert step["times_as_fast_as"] == {
         "slow": {"median": 2.5, "min": 2.0, "max": 3.0},
         "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # of the one round that both have made
@@ -103,8 +105,20 @@ def test_the_table():
     lines = alternate.table({**head, "blas": "B", **figures()})
     assert lines[0] == "P, 2 threads, D, 2 rounds, load average before 0.25"
     step = lines.index(next(line for line in lines if line.startswith("step")))
-    assert lines[step].split() == ["step", "median", "ms", "min", "max", "tokens/s", "GFLOP/s", "of", "sgemm"]
-    assert lines[step + 1].endswith("50%   2.00x (2.00 to 2.00) fast")  # compared with the fastest
+    assert lines[step].split() == [
+        "step",
+        "median",
+        "ms",
+        "min",
+        "max",
+        "tokens/s",
+        "GFLOP/s",
+        "of",
+        "sgemm",
+        "of",
+        "bf16",
+    ]
+    assert lines[step + 1].endswith("25%   2.00x (2.00 to 2.00) fast")  # compared with the fastest
     assert "GB/s" not in lines[step]
     assert lines[-2].split() == ["ours", "5.00", "GB"]
     assert lines[-1] == "FAILED  fast: gone"
@@ -174,6 +188,9 @@ def test_the_training_step(small_limits, tmp_path, capsys):
     assert step["tinygrad2"]["tokens_per_s"] == pytest.approx(32 / step["tinygrad2"]["median"])
     assert any(name.startswith("tinygrad2, BLAS: ") for name in step) == ("mkl" in record["versions"])
     assert ("PyTorch fused AdamW" in step) == ("torch" in record["versions"])
+    narrow = get_backend("cpu").slow_reason("bfloat16") is None
+    assert ("tinygrad2 bfloat16" in step) == narrow
+    assert ("PyTorch bfloat16, fused" in step) == (narrow and "torch" in record["versions"])
     assert record["peak_bytes"].keys() == step.keys()
     assert record["limits"].keys() == set(alternate.MACHINE)
     assert re.search(r"\n  tinygrad2 +[\d.,]+ ", capsys.readouterr().out)
@@ -199,6 +216,20 @@ def test_operations(small_limits, tmp_path, monkeypatch):
     tasks = json.loads(out.read_text())["tasks"]
     assert tasks.keys() == ops.works(16, 128, 257).keys()
     assert all({"tinygrad2", "reference.py"} <= by_name.keys() for by_name in tasks.values())
+
+
+@pytest.mark.slow
+def test_plans_beside_steps(tmp_path, capsys):
+    """In small, where times are too short to agree."""
+    file = tmp_path / "plan.json"
+    plan.main(["--only", "nano", "--rounds", "1", "--threads", "1", "--json", str(file)])
+    assert re.search(r"^nano( +[\d.,]+){3} \([\d.]+ to [\d.]+\)( +[\d.]+){3}$", capsys.readouterr().out, re.M)
+    found = json.loads(file.read_text())["results"]["nano"]
+    assert found["time_ratio"] == pytest.approx(found["planned_seconds"] / found["measured_seconds"])
+    assert found["memory_ratio"] == pytest.approx(1, abs=0.2)
+    for changes, agrees in (({}, True), ({"time_ratio": 1.21}, False), ({"planned_bytes": 2e9}, False)):
+        exact = {"time_ratio": 1.0, "planned_bytes": 1e9, "measured_bytes": 1e9}
+        assert plan.within({**exact, **changes}) == agrees
 
 
 @pytest.mark.slow
@@ -244,3 +275,28 @@ def test_an_interrupted_command_reports_it(capsys):
 
     assert alternate.command(interrupted) == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
+
+
+def test_settings_that_slow_a_library_down_are_removed_and_said(monkeypatch, tmp_path, capsys, small_limits):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    options = SimpleNamespace(threads=1, rounds=1, json=tmp_path / "limits.json")
+    assert alternate.report("limits", options, []) == 0
+    assert "for all: OPENBLAS_CORETYPE=Haswell removed from the environment" in capsys.readouterr().out
+    record = json.loads((tmp_path / "limits.json").read_text())
+    assert record["removed_settings"] == {"OPENBLAS_CORETYPE": "Haswell"}
+    assert "Haswell" not in record["blas"]
+    assert "OPENBLAS_CORETYPE" not in os.environ
+
+
+def test_results_are_kept_by_processor(monkeypatch):
+    monkeypatch.setattr("tinygrad2.machine.processor_model", lambda: "AMD EPYC(TM) 25 17 1 0a1b2c3d")
+    assert alternate.slug() == f"amd-epyc-tm-25-17-1-{datetime.date.today().isoformat()}"
+
+
+def test_two_runs_are_compared_by_their_smoothed_and_final_losses():
+    rows = [{"loss": 4 - 0.01 * i} for i in range(50)]
+    wide = [*rows, {"loss": 3.5, "val_loss": 2.0}]
+    narrow = [{**row, "loss": 1.003 * row["loss"]} for row in rows] + [{"loss": 3.5, "val_loss": 2.01}]
+    found = bfloat16.differences(wide, narrow)
+    assert found["training"] == pytest.approx(0.003)
+    assert found["validation"] == pytest.approx(0.005)

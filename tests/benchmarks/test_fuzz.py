@@ -18,11 +18,11 @@ if not sys.platform.startswith("linux"):
 
 @pytest.mark.slow
 def test_damaged_files_are_rejected_or_read_correctly():
-    outcomes, wrong = fuzz.fuzz(seed=1, first=0, count=390)
+    outcomes, wrong = fuzz.fuzz(seed=1, first=0, count=20 * len(fuzz.TARGETS))
     assert wrong == []
-    for name, counts in outcomes.items():
-        assert counts.total() == 30, name
-        assert counts["refused"] > 5, name
+    for name in fuzz.READABLE:
+        assert outcomes[name].total() == 20, name
+        assert outcomes[name]["refused"] > 5 or name == "journal", name  # a damaged journal starts over
 
 
 def test_a_case_is_reproducible(tmp_path):

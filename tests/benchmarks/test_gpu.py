@@ -13,8 +13,8 @@ import pytest
 from gpt2 import GPT2, GPT2Config
 from tests.benchmarks import gpu
 from tests.stand_ins import strict_cupy
+from tinygrad2 import reference
 from tinygrad2.backend import Cuda, CudaBackend
-from tinygrad2.gpus import PEAK_TFLOPS, find_gpu
 
 TINY = gpu.Sizes(
     GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=2, n_head=2, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0),
@@ -29,9 +29,11 @@ TINY = gpu.Sizes(
     matrix=16,
     repeats=2,
     new_tokens=5,
+    tested=(GPT2Config(vocab_size=21, n_positions=6, n_embd=8, n_layer=1, n_head=1),),
     compiled=False,
 )
-PARTS = set(gpu.PARTS)
+PARTS = set(gpu.LIMITS)
+CHECKS = {"status": 0, "last_line": "7 passed in 1.00s", "failed": []}
 KINDS = ("forward", "dgrad", "wgrad")
 
 
@@ -58,8 +60,17 @@ def device(monkeypatch):
 
 
 def each_part(part):
-    """A part, by a bench of its own, as in a process of its own."""
+    """A part, by a separate Bench, as in a separate process."""
+    if part == "checks":
+        return {"results": {"checks": CHECKS}, "errors": {}}
     return gpu.Bench(TINY, "cpu").run(part)
+
+
+def test_the_parts_fit_their_limits():
+    assert list(gpu.LIMITS)[:7] == ["compile", "gemm", "attention", "checks", "step", "kernels", "decode"]
+    assert sum(gpu.LIMITS.values()) <= gpu.SECONDS < 600
+    assert max(gpu.LIMITS.values()) <= gpu.ONLY_SECONDS
+    assert PARTS - {"checks"} <= set(dir(gpu.Bench))
 
 
 def test_step_figures():
@@ -77,14 +88,24 @@ def test_floors_are_those_of_an_h200(device, monkeypatch):
     assert bench.floor(4.3e12, 0) == pytest.approx(1, rel=0.01)
     assert bench.floor(4.3e12, 2 * 790e12) == pytest.approx(2, rel=0.01)
     assert bench.against_floor(4.0, 4.32e12, 8e12) == pytest.approx(
-        {"ms": 4000, "tflop_per_s": 2, "gb_per_s": 1080, "floor_ms": 1000, "share": 0.25}
+        {"ms": 4000, "predicted_ms": None, "tflop_per_s": 2, "gb_per_s": 1080, "floor_ms": 1000, "share": 0.25}
     )
 
 
-def test_every_gpu_with_a_peak_has_a_bandwidth():
-    assert PEAK_TFLOPS.keys() <= gpu.BANDWIDTH.keys()
-    assert gpu.BANDWIDTH[find_gpu("NVIDIA A100-SXM4-40GB", gpu.BANDWIDTH)] == 1555
-    assert gpu.BANDWIDTH[find_gpu("NVIDIA A100-SXM4-80GB", gpu.BANDWIDTH)] == 2039
+def test_the_kernels_of_a_step_are_those_of_the_cost_model(device, monkeypatch):
+    """On an H200 the whole step of the 124M model is predicted; each part of it has a name that is measured."""
+    monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
+    bench = gpu.Bench(replace(TINY, model=gpu.NO_DROPOUT, block_size=1024, precisions=("bfloat16",)))
+    predicted = bench.predicted_step("bfloat16", 64)
+    assert sum(predicted.values()) == pytest.approx(120, rel=0.03)
+    assert predicted["linear_forward"] + predicted["linear_backward"] == pytest.approx(55, rel=0.1)
+    assert predicted.keys() <= {*gpu.CHANGED, *reference_names(), "outside"}
+    assert predicted["outside"] < 2
+    assert bench.predicted_step("float64", 64) is None
+
+
+def reference_names():
+    return {name for name in vars(reference) if re.search(gpu.KERNEL, name)}
 
 
 def test_what_a_kernel_moves_and_computes():
@@ -113,19 +134,30 @@ def test_what_a_kernel_moves_and_computes():
     assert gpu.cost("adamw_step", (flat, flat, flat, flat, 0.1), None) == (7 * flat.nbytes, 0)
 
 
+def test_a_prediction_needs_no_gpu(capsys):
+    assert gpu.main(["--predict", "NVIDIA H200"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"H200, bfloat16, 65,536 tokens: 1[12]\d\.\d ms, 5\d\d,\d{3} tokens/s\n", printed)
+    assert re.search(r"  4\.\d\d  attention's backward pass in one kernel", printed)
+    assert gpu.main(["--predict", "T4"]) == 0
+    assert capsys.readouterr().out.startswith("T4, float32, ")
+    with pytest.raises(ValueError, match="'Voodoo' is not known; choose one of B200, H200"):
+        gpu.main(["--predict", "Voodoo"])
+
+
 def test_versions():
     assert (gpu.version(13020), gpu.version(12090)) == ("13.2", "12.9")
 
 
 def test_the_whole_benchmark(device, tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
-    checks = {"status": 0, "last_line": "7 passed in 1.00s", "failed": []}
-    assert gpu.measure(TINY, out, checks, each_part) == 0
+    assert gpu.measure(TINY, out, each_part) == 0
     record = json.loads(out.read_text())
     assert record["errors"] == {}
     results = record["results"]
     assert results.keys() == PARTS
-    assert {"device", "driver", "cuda", "cupy", "torch", "date", "checks", "sizes"} <= record.keys()
+    assert {"device", "driver", "cuda", "cupy", "torch", "date", "sizes"} <= record.keys()
+    assert results["compile"].keys() == {"float32", "tf32"}
     rows = results["step"] + results["wide_step"]
     assert [(row["precision"], row["batch_size"]) for row in rows] == [("float32", 4), ("float32", 2), ("tf32", 3)]
     assert rows[0]["ours"]["tokens_per_s"] == pytest.approx(32 / rows[0]["ours"]["ms"] * 1e3)
@@ -139,22 +171,29 @@ def test_the_whole_benchmark(device, tmp_path, capsys):
     names = [f"{layer} {kind}" for layer in ("qkv", "proj", "up", "down", "head") for kind in KINDS]
     assert list(results["gemm"]) == names
     assert {"forward", "backward"} <= results["attention"].keys()
-    assert results["decode"].keys() == {"float32"}
+    assert results["decode"].keys() == {"float32 ordinary", "float32 fused"}
     printed = capsys.readouterr().out
     assert re.search(r"\n  tf32 x 3 +ours +[\d.]+ +[\d,]+ +[\d.]+ +\?\n", printed)
-    assert re.search(r"\n  adamw_step +x2 +[\d.]+ +\? +\? +0\.0 +[\d]+\n", printed)
-    assert re.search(r"generate   float32 [\d,]+ of \? tokens/s +\?\n", printed)
+    assert re.search(r"\n  adamw_step +x2 +[\d.]+ +\? +\? +\? +0\.0 +[\d]+\n", printed)
+    assert re.search(r"generate   float32 ordinary [\d,]+ of \? tokens/s +\?\n", printed)
     assert "checks     7 passed" in printed
 
 
 def test_shares_of_the_peak_are_printed_if_the_gpu_is_known(device, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     monkeypatch.setattr(gpu, "import_torch", broken)
-    assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 0
+    assert gpu.measure(TINY, tmp_path / "gpu.json", each_part) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert 0 < results["step"][0]["ours"]["mfu"] < 1
-    for rows in (results["kernels"]["kernels"], results["gemm"], {"": results["decode"]["float32"]}):
+    assert results["step"][0]["predicted_ms"] > 0
+    assert results["wide_step"][0]["predicted_ms"] > 0
+    decode = results["decode"]
+    assert all(0 < row["share"] < 1 for row in decode.values())
+    attention = {name: row for name, row in results["attention"].items() if name != "torch_error"}
+    tokens = {name: row["token"] for name, row in decode.items()}
+    for rows in (results["kernels"]["kernels"], results["gemm"], attention, tokens):
         assert all(0 < row["share"] < 1 for row in rows.values())
+        assert all(row["predicted_ms"] > 0 for row in rows.values())
     assert results["attention"]["torch_error"] == "RuntimeError: not today"
     assert "  PyTorch: RuntimeError: not today\n" in capsys.readouterr().out
 
@@ -169,7 +208,7 @@ def test_a_part_that_fails_loses_no_other_results(device, tmp_path, capsys, monk
 
     monkeypatch.setattr(gpu.Bench, "copy", copy)
     monkeypatch.setattr(gpu, "import_torch", broken)
-    assert gpu.measure(TINY, tmp_path / "gpu.json", None, each_part) == 1
+    assert gpu.measure(TINY, tmp_path / "gpu.json", each_part) == 1
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["errors"] == {"copy": "RuntimeError: no copies today"}
     assert record["results"].keys() == PARTS - {"copy"}
@@ -338,14 +377,36 @@ def test_the_process_of_a_part(device, tmp_path, monkeypatch):
 def test_some_parts_alone(device, tmp_path, monkeypatch):
     asked = []
 
-    def process(part, seconds, quick):
-        asked.append((part, quick))
+    def process(part, seconds, quick, precision=None):
+        asked.append((part, round(seconds), quick, precision))
         return {"results": {}, "errors": {}}
 
     monkeypatch.setattr(gpu, "in_a_process", process)
     monkeypatch.setattr(gpu, "run_checks", broken)
-    assert gpu.main(["--only", "gemm", "step", "--out", str(tmp_path / "gpu.json")]) == 0
-    assert asked == [("step", False), ("gemm", False)]
+    assert gpu.main(["--only", "step", "gemm", "--out", str(tmp_path / "gpu.json")]) == 0
+    assert asked == [(part, gpu.LIMITS[part], False, None) for part in ("gemm", "step")]
+    asked.clear()
+    assert gpu.main(["--only", "compile", "step", "--seconds", "30", "--out", str(tmp_path / "gpu.json")]) == 0
+    assert sorted(asked[:-1]) == [("compile", 30, False, name) for name in ("bfloat16", "float32", "tf32")]
+    assert asked[-1] == ("step", 30, False, None)
+
+
+def test_a_kernel_that_does_not_compile_in_one_precision_leaves_the_others(device, monkeypatch):
+    def process(part, seconds, quick, precision):
+        if precision == "tf32":
+            return {"results": {}, "errors": {part: "not finished after 90 s"}}
+        return {"results": {part: {precision: 1.5}}, "errors": {}}
+
+    monkeypatch.setattr(gpu, "in_a_process", process)
+    found = gpu.compile_together(("bfloat16", "float32", "tf32"), 90, quick=False)
+    assert found["results"] == {"compile": {"bfloat16": 1.5, "float32": 1.5}}
+    assert found["errors"] == {"compile tf32": "not finished after 90 s"}
+
+
+def test_failed_checks_are_an_error(monkeypatch):
+    monkeypatch.setattr(gpu, "run_checks", lambda seconds: {**CHECKS, "status": 1, "last_line": "1 failed"})
+    assert gpu.checks(100)["errors"] == {"checks": "1 failed"}
+    assert gpu.checks(5) == {"results": {}, "errors": {"checks": "no time was left for it"}}
 
 
 @pytest.mark.parametrize("written", [b"1 passed\n", "1 passed\n", None])
@@ -354,7 +415,7 @@ def test_checks_that_take_too_long_are_stopped(monkeypatch, written):
         raise subprocess.TimeoutExpired("pytest", timeout, output=written)
 
     monkeypatch.setattr(gpu.subprocess, "run", late)
-    checks = gpu.run_checks()
+    checks = gpu.run_checks(240)
     assert (checks["status"], checks["last_line"], checks["failed"]) == (124, "not finished after 240 s", [])
 
 
@@ -365,7 +426,7 @@ def test_checks_that_fail_are_named(monkeypatch, capsys):
     )
     done = subprocess.CompletedProcess("pytest", 1, output)
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **keywords: done)
-    checks = gpu.run_checks()
+    checks = gpu.run_checks(240)
     assert (checks["status"], checks["last_line"]) == (1, "1 failed, 4 passed in 0.1s")
     assert checks["failed"] == ["FAILED tests/x.py::test_y - assert 1 == 2"]
     printed = capsys.readouterr().out
@@ -406,7 +467,7 @@ def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -q -p no:cacheprovider\n")
     monkeypatch.setenv("PYTHONPATH", str(gpu.ROOT))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    checks = gpu.run_checks()
+    checks = gpu.run_checks(240)
     assert (checks["status"], checks["processes"]) == (gpu.GPU_LOST, 3)
     assert [line.split("]")[0] for line in checks["failed"]] == [
         "ERROR tests/test_losing.py::test_it[2",

@@ -1,8 +1,10 @@
 """The training step on the CPU, compared with PyTorch's: python tests/benchmarks/train_step.py [--small] [--json FILE]
 
-Forward, backward, clipping and AdamW, without dropout, in float32: by this project (with and without MKL, where that is
-installed) and by PyTorch (eager, with the fused AdamW, and compiled), in alternation. Some 4 GB of memory for each at
-the default size, that of the 124M model and one sequence of 1,024 tokens.
+Forward, backward, clipping and AdamW, without dropout, in float32: by this project (with NumPy's BLAS library and with
+MKL, where that is installed) and by PyTorch (eager, with the fused AdamW, and compiled). The same in bfloat16, where
+the processor has instructions for it: by this project, and by PyTorch's autocast with the fused AdamW, eager and
+compiled. All in alternation. Some 4 GB of memory for each at the default size, that of the 124M model and one sequence
+of 1,024 tokens: --only selects some.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
     return step
 
 
-def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str | None) -> Tasks:
+def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str | None, dtype: str = "float32") -> Tasks:
     """This project's step; blas names another library than the one that is chosen by measuring."""
     if blas is not None:
         os.environ["TINYGRAD2_BLAS"] = blas
@@ -56,7 +58,7 @@ def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str |
     from tinygrad2 import threads
 
     threads.set_count(count)
-    return ready(our_step(GPT2(GPT2Config(**config)), batch, block))
+    return ready(our_step(GPT2(GPT2Config(**config), dtype=dtype), batch, block))
 
 
 def ready(step: Callable[[], float]) -> Tasks:
@@ -107,9 +109,9 @@ def torch_model(config: Any) -> Any:
 
 
 def torch_step(
-    model: Any, vocab_size: int, batch: int, block: int, fused: bool, compiled: bool = False
+    model: Any, vocab_size: int, batch: int, block: int, fused: bool, compiled: bool = False, bfloat16: bool = False
 ) -> Callable[[], float]:
-    """The same step in PyTorch."""
+    """The same step in PyTorch; bfloat16 is its autocast."""
     import torch
 
     decayed, rest = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
@@ -120,7 +122,8 @@ def torch_step(
     tokens, targets = map(torch.from_numpy, random_tokens(vocab_size, batch, block))
 
     def step() -> float:
-        loss = run(tokens, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = run(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
@@ -130,24 +133,28 @@ def torch_step(
     return step
 
 
-def theirs(config: dict[str, Any], batch: int, block: int, count: int, fused: bool, compiled: bool) -> Tasks:
+def theirs(
+    config: dict[str, Any], batch: int, block: int, count: int, fused: bool, compiled: bool, bfloat16: bool
+) -> Tasks:
     """PyTorch's step."""
     import torch
 
     torch.set_num_threads(count)
     model = torch_model(SimpleNamespace(**config))
-    return ready(torch_step(model, config["vocab_size"], batch, block, fused, compiled))
+    return ready(torch_step(model, config["vocab_size"], batch, block, fused, compiled, bfloat16))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from gpt2.config import PRESETS, GPT2Config
     from tinygrad2 import blas
+    from tinygrad2.backend import get_backend
 
     options = parser("train_step.py", __doc__)
     options.add_argument("--preset", default="gpt2", choices=tuple(PRESETS), help="sizes of the model [%(default)s]")
     options.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences [%(default)s]")
     options.add_argument("--block", type=positive, metavar="T", help="tokens per sequence [the model's context]")
     options.add_argument("--small", action="store_true", help="6 layers, C=384, V=512, B=12, T=128 instead of these")
+    options.add_argument("--only", nargs="+", metavar="NAME", help='these only, such as "tinygrad2 bfloat16"')
     options.add_argument("--no-compile", action="store_true", help="without torch.compile")
     given = options.parse_args(arguments)
     config, batch = GPT2Config.preset(given.preset), given.batch
@@ -161,16 +168,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = (asdict(config), batch, block, given.threads)
     works = {"step": Work(tokens=tokens, flops=tokens * config.flops_per_token(block))}
     contenders = [Contender("tinygrad2", ours, (*sizes, None), works)]
+    narrow = get_backend("cpu").slow_reason("bfloat16") is None
+    if narrow:
+        contenders.append(Contender("tinygrad2 bfloat16", ours, (*sizes, None, "bfloat16"), works))
     if versions("mkl"):  # the library that was not chosen
         other = "numpy" if blas.chosen().name == "mkl" else "mkl"
         contenders.append(Contender(f"tinygrad2, BLAS: {other}", ours, (*sizes, other), works))
     if versions("torch"):
-        kinds = {"eager": (False, False), "fused AdamW": (True, False), "compiled, fused": (True, True)}
-        if given.no_compile:
-            kinds.popitem()
+        kinds = {
+            "eager": (False, False, False),
+            "fused AdamW": (True, False, False),
+            "compiled, fused": (True, True, False),
+            "bfloat16, fused": (True, False, True),
+            "bfloat16, compiled, fused": (True, True, True),
+        }
         contenders += [
-            Contender(f"PyTorch {kind}", theirs, (*sizes, *how), works, peer=True) for kind, how in kinds.items()
+            Contender(f"PyTorch {kind}", theirs, (*sizes, *how), works, peer=True)
+            for kind, how in kinds.items()
+            if not (how[1] and given.no_compile) and (narrow or not how[2])
         ]
+    if given.only:
+        contenders = [contender for contender in contenders if contender.name in given.only]
     name = "train_step-small" if given.small else "train_step"
     return report(name, given, contenders, config=asdict(config), batch_size=batch, block_size=block)
 

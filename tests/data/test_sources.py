@@ -400,7 +400,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys, name, library
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "LINE_BYTES", 1000)
+    monkeypatch.setattr(module, "RECORD_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + '{"text": "' + "x" * 2000)
     assert main([str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert "a.jsonl: byte 15: the line is longer than 0 MiB; split it" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config, decode
-from gpt2.decode import MAX_TEXTS, Decoder
+from gpt2.decode import MAX_TEXTS, Decoder, set_decode
 from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
 from tests.stand_ins.faults import plant_in, replace_source, without
@@ -38,6 +38,7 @@ def model_of(config=CONFIG, dtype="float32", device="cuda"):
             p.data = model.backend.asarray((p.numpy() + 0.3 * R.standard_normal(p.shape)).astype(np.float32))
         elif "wte" not in name:
             p.data = model.backend.asarray((4 * p.numpy()).astype(np.float32))
+    model.fused_decode = device == "cuda"
     return model
 
 
@@ -218,11 +219,58 @@ def test_the_operations_compute_what_the_kernel_does_not_support(device, monkeyp
     model = model_of()
     assert KVCache(model, MAX_TEXTS, 8).decoder is not None
     assert KVCache(model, MAX_TEXTS + 1, 8).decoder is None
-    assert KVCache(GPT2(GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9), device="cuda"), 1, 8).decoder is None
-    assert KVCache(GPT2(CONFIG, device="cuda", dtype="float64"), 1, 8).decoder is None
-    assert KVCache(GPT2(CONFIG), 1, 8).decoder is None
+    small = GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9)
+    for other in (GPT2(small, device="cuda"), GPT2(CONFIG, device="cuda", dtype="float64"), GPT2(CONFIG)):
+        other.fused_decode = True
+        assert KVCache(other, 1, 8).decoder is None
     limited(monkeypatch, model, shared_memory=32 << 10)
     assert KVCache(model, MAX_TEXTS, 8).decoder is None
+
+
+def test_the_operations_compute_everything_unless_the_kernel_is_asked_for(device):
+    model = model_of()
+    for option, fused in (("ordinary", False), ("fused", True)):
+        set_decode(model, option)
+        assert (KVCache(model, 1, 8).decoder is not None) == fused
+    with pytest.raises(ValueError, match="--decode fused needs a GPU, but the model is on the cpu"):
+        set_decode(GPT2(CONFIG), "fused")
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_blocks_that_cannot_all_run_at_once_are_an_error(device, monkeypatch, capability):
+    device.blocks = 0
+    model = model_of()
+    limited(monkeypatch, model, capability=capability)
+    with pytest.raises(ValueError, match="do not fit on this GPU; generate with --decode ordinary"):
+        list(generate(model, [5, 9, 2], 3, temperature=0))
+
+
+def test_a_failure_of_the_gpu_says_how_to_generate_without_the_kernel(device, monkeypatch):
+    def fails(self):
+        raise RuntimeError("cudaErrorLaunchFailure: unspecified launch failure")
+
+    tokens = generate(model_of(), [5, 9, 2], 8, temperature=0)
+    next(tokens), next(tokens)
+    monkeypatch.setattr(strict_cupy.Event, "synchronize", fails)
+    with pytest.raises(OSError, match=r"cudaErrorLaunchFailure.*in a new process, generate with --decode ordinary"):
+        list(tokens)
+
+
+def test_a_decoder_on_another_stream_waits_for_the_one_before(device):
+    model = model_of()
+    caches = [KVCache(model, 1, 8) for _ in range(2)]
+    main, other = strict_cupy.library.cuda.get_current_stream(), strict_cupy.Stream()
+    token = np.array([1])
+    caches[0].decoder(token, 0)
+    assert main.others_seen == other.others_seen == -1
+    launched = device.launches
+    with other:
+        caches[1].decoder(token, 0)
+        caches[1].decoder(token, 1)
+    assert other.others_seen >= launched
+    assert main.others_seen == -1
+    caches[0].decoder(token, 1)
+    assert main.others_seen > launched
 
 
 def test_a_token_or_position_out_of_range_is_rejected(device):
@@ -300,7 +348,7 @@ def test_planted_faults_are_caught(device, monkeypatch, fault):
         try:
             found = logits_of(model, tokens, 3)[0]
             likeliest = [*KVCache(model, 2, 8).decoder.greedy(np.array([5, 5]), 0, 3, 70)]
-        except RuntimeError:
+        except (RuntimeError, OSError):
             caught = True
         else:
             caught = not (distance(found, expected) < BOUNDS["float32"] and np.array_equal(likeliest, text))

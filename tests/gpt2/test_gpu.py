@@ -8,6 +8,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from gpt2 import GPT2, GPT2Config, verify
+from gpt2.decode import set_decode
 from gpt2.generate import KVCache, next_logits
 from tinygrad2 import Key, no_grad, optim, reference
 from tinygrad2.backend import get_backend
@@ -325,6 +326,7 @@ def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
     config = replace(WIDE, n_positions=256)
     tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)
     model, there = GPT2(config, device="cuda", dtype=precision), GPT2(config)
+    model.fused_decode = True
     cache = KVCache(model, texts, 256)
     assert cache.decoder is not None
     with no_grad():
@@ -335,7 +337,10 @@ def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 50, "seed": 1, "samples": 3}])
-def test_generation_gives_the_cpus_tokens(sampling):
+@pytest.mark.parametrize("decode", ["ordinary", "fused"])
+def test_generation_gives_the_cpus_tokens(sampling, decode):
     _, model = train("cpu", 10)
     there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # past the context
-    assert model.to("cuda").generate(TEXT[:20].tolist(), 100, **sampling) == there
+    model.to("cuda")
+    set_decode(model, decode)
+    assert model.generate(TEXT[:20].tolist(), 100, **sampling) == there

@@ -463,3 +463,28 @@ def test_an_id_far_beyond_the_others_takes_no_memory(number, folder, way):
     with pytest.raises(ValueError, match=r"^tokenizer ") as error:
         Tokenizer.load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vocab: vocab.pop("7"), "byte 55 has no token"),
+        (lambda vocab: vocab.update({"7": vocab["8"]}), "'7' and '8' have the same id"),
+    ],
+)
+@needs_library
+def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_refused(folder, change, message):
+    """The package tokenizers leaves a byte without a token out of a text."""
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    change(vocab)
+    write_json(folder / "vocab.json", vocab)
+    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})  # so that tiktoken's way is not taken
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.load(folder)
+    assert str(error.value).startswith(f"tokenizer {folder}")
+
+
+def test_more_merges_than_a_vocabulary_can_have(folder, way):
+    (folder / "merges.txt").write_text("h e\n" * 10_000)
+    with pytest.raises(ValueError, match=r"merges\.txt: 10,000 merges for 266 tokens; expected at most 4,176"):
+        Tokenizer.load(folder)

@@ -69,3 +69,23 @@ def test_anything_else_is_rejected(file, content, message):
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02)" + b"\x85" * 1_000_000 + b".", "more than 262,144 opcodes"),
+        (b"\x80\x02" + b"(" * 1_000_000 + b".", "more than 262,144 opcodes"),
+        (b"\x80\x02)" + b"\x85" * 101 + b".", "nested more than 100 levels deep"),
+        (b"\x80\x02}" + text("a") + NEST + b"s.", "more than 1,048,576 objects"),
+        (b"\x80\x02]q\x00h\x00a.", "nested more than 100 levels deep"),  # a list that contains itself
+        (b"\x80\x02\x86.", "damaged"),
+        (b"\x80\x02X\xff\xff\xff\xffa.", "ends too early"),
+        (b"\x80\x02T\xff\xff\xff\xffa.", "ends too early"),
+        (b"\x80\x02V\\u0041\n.", "the opcode UNICODE"),
+        (b"\x80\x02cos", "ends too early"),
+        (b"\x80\x02\xff", "unknown opcode"),
+    ],
+)
+def test_a_program_has_bounds(file, content, message):
+    test_anything_else_is_rejected(file, content, message)

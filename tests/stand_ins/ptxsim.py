@@ -382,7 +382,7 @@ def _members(text: str) -> list[str]:
 class RawModule(cudasim.RawModule):
     """As cudasim.RawModule, by way of PTX."""
 
-    def __init__(self, code: str, options: tuple[str, ...] = ()):
+    def __init__(self, code: str, options: tuple[str, ...] = (), enable_cooperative_groups: bool = False):
         cudasim.need_compiler()
         defines = dict(option.removeprefix("-D").split("=", 1) for option in options if option.startswith("-D"))
         cpp, self._static = translate(nvrtc.ptx(code, ARCHITECTURE, defines))

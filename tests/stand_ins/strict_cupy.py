@@ -56,6 +56,7 @@ JOINING = {"concatenate", "stack", "vstack", "hstack"}
 WITHOUT_INPUT = {"zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tri", "identity"}
 HOST_METHODS = {"item", "tolist", "tobytes"}
 UFUNC_KEYWORDS = {"out", "dtype", "casting", "where"}
+PROCESSORS = 132
 POISON = 0xFF  # each byte of memory that nothing has been written to yet: NaN, or -1
 
 
@@ -77,6 +78,7 @@ class Device:
         self.products: Counter[str] = Counter()  # of float32 matrices: "float32" and "tf32"
         self.submitted = self.finished = 0
         self.clusters = 16  # that run at the same time
+        self.blocks = 1  # of a cooperative kernel on a multiprocessor
         self._queue: deque[Callable[[], None]] = deque()
         self._one_at_a_time = threading.RLock()  # a thread may wait for an event of another one
         self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (where, after which submission, what it does)
@@ -308,10 +310,11 @@ def _whole(index: Any) -> tuple:
 class ndarray:  # noqa: N801 (it is called so in every array library)
     """An array on the device."""
 
-    __slots__ = ("_a",)
+    __slots__ = ("_a", "device")
 
     def __init__(self, values: np.ndarray):
         self._a = values
+        self.device = GPU()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -486,9 +489,10 @@ for _name, _function in {
 class Event:
     """A place in a stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         self._number, self._time = 0, 0.0
         self._stream, self._launches = _current.stream, 0
+        self.timed, self._gpu = not disable_timing, GPU.get_current()
 
     def record(self, stream: Any = None) -> None:
         self._stream, self._launches = stream or _current.stream, device.launches
@@ -499,6 +503,8 @@ class Event:
         return device.finished >= self._number
 
     def synchronize(self) -> None:
+        if GPU.get_current() != self._gpu:
+            raise AssertionError(f"a wait of a thread with GPU {GPU.get_current()} would make a context on that GPU")
         device.waits += 1
         device.finish(self._number)
 
@@ -552,15 +558,21 @@ class Stream:
 
 
 class GPU:
-    """The only device, with the properties of an H200."""
+    """One of the devices, which all have the properties of an H200. Each thread has a current one, at first 0."""
 
     compute_capability = "90"
+    current = threading.local()
 
-    def __init__(self, device: int = 0):
-        self.id = device
+    def __init__(self, number: int | None = None):
+        self.id = GPU.get_current() if number is None else number
 
-    def use(self) -> None:
-        """It is in use already."""
+    @staticmethod
+    def get_current() -> int:
+        return getattr(GPU.current, "number", 0)
+
+    def use(self) -> GPU:
+        GPU.current.number = self.id
+        return self
 
     def synchronize(self) -> None:
         _current.stream.synchronize()
@@ -573,19 +585,20 @@ class RawModule:
         _check_keywords("cupy.RawModule", _check_name("cupy", "RawModule"), (), {"options": options, **kwargs})
         if not isinstance(code, str) or not isinstance(options, tuple):
             raise TypeError("cupy.RawModule takes the source as a string and its options as a tuple")
-        self._module = cudasim.RawModule(code, options)
+        self._module, self._cooperative = cudasim.RawModule(code, options), kwargs.get("enable_cooperative_groups")
         self._cluster = next((int(o.split("=")[1]) for o in options if o.startswith("-DRANKS=")), 1)
 
     def get_function(self, name: str) -> RawKernel:
-        return RawKernel(self._module.get_function(name), self._cluster)
+        return RawKernel(self._module.get_function(name), self._cluster, bool(self._cooperative))
 
 
 class RawKernel:
     """A kernel, which runs when it is launched; the simulator checks its arguments."""
 
-    def __init__(self, function: cudasim.Function, cluster: int):
+    def __init__(self, function: cudasim.Function, cluster: int, cooperative: bool):
         object.__setattr__(self, "_function", function)
         object.__setattr__(self, "cluster", cluster)  # blocks of one
+        object.__setattr__(self, "cooperative", cooperative)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("max_dynamic_shared_size_bytes", "preferred_shared_memory_carveout"):
@@ -603,6 +616,8 @@ class RawKernel:
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Any, *, shared_mem: int = 0) -> None:
         if not isinstance(grid, tuple) or not isinstance(block, tuple):
             raise TypeError("the grid and the block are tuples")
+        if self.cooperative and grid[0] > (most := device.blocks * PROCESSORS):
+            raise AssertionError(f"CuPy would launch {most} of {grid[0]} blocks, with a warning")
         device.launches += 1
         self._function(grid, block, [_unwrap(x) for x in args], shared_mem=shared_mem)
 
@@ -631,6 +646,8 @@ def alloc_pinned_memory(size: int) -> PinnedMemory:
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Milliseconds between two events that have passed."""
+    if not (start_event.timed and end_event.timed):
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: an event without timing")
     if not (start_event.done and end_event.done):
         raise CUDARuntimeError("cudaErrorNotReady: device not ready")
     return (end_event._time - start_event._time) * 1e3
@@ -654,11 +671,14 @@ class Library:
         Stream=Stream,
         alloc_pinned_memory=alloc_pinned_memory,
         get_current_stream=lambda device_id=-1: _current.stream,
+        driver=types.SimpleNamespace(
+            occupancyMaxActiveBlocksPerMultiprocessor=lambda func, blockSize, dynamicSMemSize: device.blocks
+        ),
         get_elapsed_time=get_elapsed_time,
         runtime=types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
-            getDevice=lambda: 0,
+            getDevice=GPU.get_current,
             # Few processors for the simulator's sake.
             deviceGetAttribute=lambda attribute, device_id: {16: 16, 75: 9, 97: 227 << 10}[attribute],
             deviceGetPCIBusId=lambda device_id: "0000:00:00.0",
@@ -667,8 +687,9 @@ class Library:
                 "name": b"stand-in",
                 "major": 9,
                 "minor": 0,
-                "multiProcessorCount": 132,
+                "multiProcessorCount": PROCESSORS,
                 "sharedMemPerMultiprocessor": 228 << 10,
+                "maxThreadsPerMultiProcessor": 2048,
                 "sharedMemPerBlockOptin": 227 << 10,
             },
             driverGetVersion=lambda: 0,

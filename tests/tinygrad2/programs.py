@@ -161,7 +161,11 @@ def _places(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
 
 
 def _for_torch(t: Any, index: Any) -> Any:
+    """The index for PyTorch, which applies an integer before the arrays of the index. For NumPy the integer is one of
+    them, which gives another order of axes in x[0, :, [1, 2]]; an array of one element is one of them for both."""
     if isinstance(index, tuple):
+        if any(isinstance(i, np.ndarray) and i.ndim for i in index):
+            index = tuple(np.array([i]) if isinstance(i, int) else i for i in index)
         return tuple(_for_torch(t, i) for i in index)
     return t.as_tensor(index) if isinstance(index, np.ndarray) else index
 

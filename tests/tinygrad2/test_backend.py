@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import train
 from data.prepare import prepare
 from gpt2 import GPT2, GPT2Config, verify
-from gpt2.training.run import read_log
+from gpt2.training.run import RunFolder, read_log
 from gpt2.training.trainer import Trainer
 from tests.spoiled import spoil_steps
 from tests.stand_ins import strict_cupy
@@ -440,7 +442,7 @@ def test_train_waits_for_a_step_only_when_the_next_is_launched(user, device, mon
     assert len(syncs) == 1  # nothing waited between the first step's launch and the last one's
 
 
-def test_train_reports_a_nan_loss_in_one_line(user, monkeypatch, capsys):
+def test_train_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
     right, calls = kernels.lm_head_forward, []
@@ -453,13 +455,47 @@ def test_train_reports_a_nan_loss_in_one_line(user, monkeypatch, capsys):
         return loss, dlogits
 
     monkeypatch.setattr(kernels, "lm_head_forward", wrong)
-    run("out", "cuda", 9, "--eval-interval", "0", code=1)
+    run("out", "cuda", 5, "--eval-interval", "0", "--save-interval", "0", "--max-bad-steps", "1", code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*\n",
+        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*"
+        r"This is number 1 in a row, and --max-bad-steps is 1\. There is no checkpoint yet\. .*\n",
         error,
     )
-    assert [row["step"] for row in log("out")] == [1, 2]
+    assert [row["step"] for row in log("out")] == [1, 2, 3]
+    calls.clear()
+    run("again", "cuda", 5, "--eval-interval", "0", "--save-interval", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 3/5 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged" in lines
+    rows = read_log(Path("again/log.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "skipped" in row] == [3]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_the_time_of_a_step_is_its_own(user, monkeypatch, place):
+    """Also of the steps after one that was skipped or saved, whose results the host receives together."""
+    monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
+    accumulate, now, slow = Trainer.accumulate_gradients, [0.0], []
+
+    def compute(trainer, stop_requested):
+        now[0] += 100
+        slow.append(len(trainer._launched))
+        return accumulate(trainer, stop_requested)
+
+    def explain(trainer, launched):
+        now[0] += 7000
+        return []
+
+    write = RunFolder.save
+    monkeypatch.setattr(Trainer, "accumulate_gradients", compute)
+    monkeypatch.setattr("gpt2.training.trainer.explain_step", explain)
+    monkeypatch.setattr(RunFolder, "save", lambda *given: (now.__setitem__(0, now[0] + 3000), write(*given))[1])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    spoil_steps(monkeypatch, 2)
+    run("out", place, 6, "--eval-interval", "0", "--save-interval", "5", "--max-bad-steps", "2")
+    assert [row["seconds"] for row in read_log(Path("out/log.jsonl"))] == [100] * 6
+    assert max(slow) == (1 if place == "cuda" else 0)  # steps are received late on the device alone
 
 
 def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsys):
@@ -470,8 +506,8 @@ def test_train_prints_the_arithmetic_if_memory_runs_out(user, monkeypatch, capsy
     run("out", "cuda", 9, code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB and temporary "
-        r"arrays; 3.22 of the device's 4.29 GB are free; use a smaller --batch-size, .*\n",
+        r"train.py: error: out of memory: 2 sequences of 8 tokens need [\d.]+ weights \+ .* = [\d.]+ GB; 3.22 of the "
+        r"device's 4.29 GB are free; use --batch-size 1 or less, with --total-batch-size to keep the tokens per step\n",
         error,
     )
 
@@ -701,6 +737,50 @@ def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
     assert strict_cupy.library.asarray(x) is x
 
 
+def test_a_process_uses_one_gpu(device):
+    x = on_device(X)
+    gpu = strict_cupy.GPU
+    gpu(1).use()
+    try:
+        for use in (lambda: get_backend("cuda"), lambda: get_backend("auto"), lambda: Tensor([1.0]).to("cuda")):
+            with pytest.raises(ValueError, match=r"computes on GPU 0, got GPU 1; .*CUDA_VISIBLE_DEVICES.*mpirun"):
+                use()
+        foreign = on_device(X)
+    finally:
+        gpu(0).use()
+    get_backend("cuda").asarray(x)
+    with pytest.raises(ValueError, match="computes on GPU 0, got GPU 1"):
+        get_backend("cuda").asarray(foreign)
+    with pytest.raises(ValueError, match="must be chosen before it is used"):
+        backend.choose_gpu(1)
+    with pytest.raises(ValueError, match=r"'cuda:1' is unknown; .*CUDA_VISIBLE_DEVICES=1 selects this one"):
+        get_backend("cuda:1")
+
+
+def test_a_wait_in_another_thread_is_for_the_gpu_of_the_process():
+    gpu = strict_cupy.GPU
+    gpu(1).use()
+    try:
+        with strict_cupy.registered():
+            on = get_backend("cuda")
+            array = on.asarray(X)
+            host = on.staging(array.reshape(-1), None)
+            wait = on.download(array.reshape(-1), host)
+            with ThreadPoolExecutor(1) as pool:  # its thread has GPU 0 at first
+                pool.submit(wait).result()
+            np.testing.assert_array_equal(host, X.reshape(-1))
+    finally:
+        gpu(0).use()
+
+
+def test_events_that_only_order_do_not_measure_time(device):
+    on = get_backend("cuda")
+    times = [on.timestamp(), on.timestamp()]
+    assert on.seconds(*times) >= 0
+    with pytest.raises(strict_cupy.CUDARuntimeError, match="without timing"):
+        on.seconds(times[0], on.cuda.event())
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "peak"),
     [
@@ -715,11 +795,38 @@ def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
         ("NVIDIA GeForce RTX 4090 D", "tf32", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA GH200 480GB", "bfloat16", None),
+        ("NVIDIA H100 NVL", "bfloat16", 835.5),
+        ("NVIDIA GeForce RTX 5090", "bfloat16", 209.5),
+        ("NVIDIA GeForce RTX 3090", "bfloat16", 71.0),
+        ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
+        ("NVIDIA A10", "bfloat16", 125.0),
+        ("NVIDIA A10G", "bfloat16", None),
+        ("Tesla T4", "float32", 8.1),
+        ("Tesla T4", "bfloat16", None),
         ("NVIDIA H200", "float64", None),
     ],
 )
 def test_the_peak_of_a_gpu_is_found_by_its_name(name, precision, peak):
     assert gpus.peak_tflops(name, precision) == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 1555.0),
+        ("NVIDIA A100-PCIE-40GB", 1555.0),
+        ("NVIDIA A100-SXM4-80GB", 2039.0),
+        ("NVIDIA A100 80GB PCIe", 1935.0),
+        ("Tesla T4", 320.0),
+        ("NVIDIA GeForce RTX 4090 D", None),
+    ],
+)
+def test_the_bandwidth_of_a_gpu_is_found_by_its_name(name, bandwidth):
+    assert gpus.bandwidth(name) == bandwidth
+
+
+def test_every_gpu_with_a_peak_has_a_bandwidth():
+    assert gpus.PEAK_TFLOPS.keys() <= gpus.BANDWIDTH.keys()
 
 
 def test_a_registered_stand_in_leaves_nothing_behind():
@@ -728,3 +835,15 @@ def test_a_registered_stand_in_leaves_nothing_behind():
         assert get_backend("cuda").np is strict_cupy.library
     assert backend._backends == before
     assert strict_cupy.ndarray not in backend._by_type
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("n", [1, 1000, 3_000_001])
+def test_a_flat_array_is_cleared_and_converted(monkeypatch, kernels, n):
+    monkeypatch.setenv("TINYGRAD2_KERNELS", kernels)
+    backend, x = get_backend("cpu"), np.arange(n, dtype=np.float32)
+    copies = np.zeros(n, "bfloat16")
+    backend.convert(x, copies)
+    np.testing.assert_array_equal(copies, x.astype("bfloat16"))
+    backend.clear(x)
+    assert not x.any()

@@ -139,7 +139,9 @@ def test_a_single_process_is_a_comm():
 def test_each_process_of_a_machine_uses_its_own_gpu(monkeypatch):
     used = []
     cuda = types.SimpleNamespace(
-        runtime=types.SimpleNamespace(getDeviceCount=lambda: 4, CUDARuntimeError=RuntimeError),
+        runtime=types.SimpleNamespace(
+            getDeviceCount=lambda: 4, getDevice=lambda: used[-1], CUDARuntimeError=RuntimeError
+        ),
         Device=lambda number: types.SimpleNamespace(use=lambda: used.append(number)),
     )
     core = types.SimpleNamespace(_routines_linalg=strict_cupy.Linalg)
@@ -149,7 +151,7 @@ def test_each_process_of_a_machine_uses_its_own_gpu(monkeypatch):
         monkeypatch.setattr(backend, "_by_type", {})
         backend.choose_gpu(number)
         backend.get_backend("cuda")
-    backend.choose_gpu(0)
+    monkeypatch.setattr(backend, "_gpu", 0)
     assert used == [0, 3, 1]
 
 
@@ -476,9 +478,9 @@ def test_sums_are_made():
 
 FAULTS = [  # in NcclComm: a pattern, and what stands there instead
     (r"self\._stream\.wait_event\(.*\)", "pass"),
-    (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._stream.record())"),
+    (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._event(self._stream))"),
     (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
-    (r"wait_event\(self\._stream\.record\(\)\)", "wait_event(self._cuda.get_current_stream().record())"),
+    (r"wait_event\(self\._event\(self\._stream\)\)", "wait_event(self._event())"),
     (r"self\._in_flight\.append\(flat\)", "pass"),
     (r"self\._nccl\.groupStart\(\)", "pass"),
     (r"self\._nccl\.groupEnd\(\)", "pass"),

@@ -55,7 +55,10 @@ def test_every_operation_has_a_row_in_the_table():
         for name, value in vars(functional).items()
         if not name.startswith("_") and inspect.isfunction(value) and value.__module__ != "functools"
     }
-    assert public - {"axis_of", "get_backend"} - without_gradient - create - same - {"zeros_like"} <= rows
+    assert (
+        public - {"axis_of", "backend_of", "get_backend", "record"} - without_gradient - create - same - {"zeros_like"}
+        <= rows
+    )
 
 
 def test_every_method_is_a_function():
@@ -255,7 +258,9 @@ def test_cross_entropy_of_ignored_targets_alone_is_nan_as_in_pytorch():
 def test_star_exports_are_the_functions():
     own = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"} - {
         "axis_of",
+        "backend_of",
         "get_backend",
+        "record",
     }
     assert own == set(functional.__all__)
     assert all(getattr(tinygrad2, name) is getattr(functional, name) for name in functional.__all__)

@@ -21,7 +21,7 @@ __device__ __forceinline__ void place(int tiles, int T, int& head, int& tile) {
 // All THREADS threads of the block call it; cp_async_commit, cp_async_wait and __syncthreads are left to the caller.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* tile, const bf16* matrix, int first, int T, int stride) {
-  constexpr int CHUNKS = D / 8;  // of 16 bytes, a row
+  constexpr int CHUNKS = D / 8;  // of 16 bytes, per row
   matrix += (size_t)first * stride;
 #pragma unroll
   for (int start = 0; start < ROWS * CHUNKS; start += THREADS) {
@@ -94,14 +94,14 @@ __device__ __forceinline__ bool dropout_keeps(const PhiloxKey& key, unsigned thr
   unsigned word = element % 4;
   return (word < 2 ? word ? words.y : words.x : word == 2 ? words.z : words.w) >= threshold;
 }
-// The same for the result of an mma, 16 rows of queries by 8 columns of keys, of which lane l holds, as numbers 0 to 3,
-// columns 2 (l % 4) and the next of row l / 4, then of row l / 4 + 8: bit i is set where number i is kept. `corner` is
+// The same for the result of an mma, 16 rows of queries by 8 columns of keys, of which lane l has, as elements 0 to 3,
+// columns 2 (l % 4) and the next of row l / 4, then of row l / 4 + 8: bit i is set where element i is kept. `corner` is
 // the index of the element at the top left; its column is a multiple of 4. For whole warps.
 __device__ __forceinline__ unsigned dropout_keeps_fragment(const PhiloxKey& key, unsigned threshold,
                                                            unsigned long long corner, int T) {
   int lane = threadIdx.x % 32, odd = lane % 2;
   unsigned kept = 0;
-  if (T % 4 == 0) {  // a pair of lanes shares two groups, one a row: each computes one, and they exchange halves
+  if (T % 4 == 0) {  // a pair of lanes shares two groups, one per row: each computes one, and they exchange halves
     uint4 words = philox(key, (corner + (unsigned long long)(lane / 4 + 8 * odd) * T + lane % 4 / 2 * 4) / 4);
     unsigned mine = (words.x >= threshold) | (words.y >= threshold) << 1 | (words.z >= threshold) << 2 |
                     (words.w >= threshold) << 3;

@@ -16,13 +16,13 @@
 // next tile is copied while this one is used. A warp processes CHUNK of those rows at a time, and skips chunks that are
 // entirely above the diagonal.
 //
-// The backward pass of 124M, B = 64, T = 1024, a layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200, at 4.3 TB/s
-// and 790 TFLOP/s (mma.sync comes to some 600, one of 16 x 8 x 16 in 6 to 7 cycles of a tensor core):
+// The backward pass of 124M, B = 64, T = 1024, one layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200, at 4.3 TB/s
+// and 790 TFLOP/s (mma.sync reaches about 600, an mma of 16 x 8 x 16 every 6 to 7 cycles of a tensor core):
 //   attention_delta        2 X read, 0.2 GB                                                            0.05 ms
 //   attention_backward_kv  4 products, 0.21 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.26 ms
 //   attention_backward_q   3 products, 0.15 TFLOP; 4 X read, X written, 0.5 GB                         0.20 ms
-// attention_backward_kv is limited by shared memory: a warp that owns 16 keys reads 16 numbers of the stream for every
-// 2 mmas, so that reading takes a third longer than multiplying.
+// attention_backward_kv is limited by shared memory: a warp that owns 16 keys reads 16 elements of the stream for every
+// 2 mmas, so reading takes a third longer than multiplying.
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_product(float (&sum)[M][D / 8][4], const flo
   }
 }
 
-// delta = rowsum(dO O), 8 lanes a row.
+// delta = rowsum(dO O), 8 lanes per row.
 extern "C" __global__ void __launch_bounds__(256)
 attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const bf16* __restrict__ out, int T, int H,
                 int rows) {
@@ -147,7 +147,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
   size_t base = (size_t)(head / H) * T * stride + head % H * D, first_row = (size_t)head * T;
   const bf16 *q = qkv + base, *k = q + H * D, *v = k + H * D;
   const bf16* d_out = dout + (size_t)(head / H) * T * out_stride + head % H * D;
-  const float* mine = (threadIdx.x < STREAM ? lse : delta) + first_row;  // each thread loads one number for each tile
+  const float* mine = (threadIdx.x < STREAM ? lse : delta) + first_row;  // each thread loads one value per tile
   auto statistic = [&](int tile) {
     int row = tile * STREAM + threadIdx.x % STREAM;
     return row < T ? mine[row] * (threadIdx.x < STREAM ? LOG2E : 1.f) : 0.f;

@@ -1,14 +1,14 @@
 #include "common.cuh"
 // Attention of new tokens to earlier ones, for generation. qkv (B, T, 3, H, D) of positions length ... length + T - 1,
 // cache (2, B, H, capacity, D), out (B, T, H, D), all REAL; any head size D.
-constexpr int VEC = D % Pack<REAL>::N ? 1 : Pack<REAL>::N;  // numbers an access
-constexpr int VECS = D / VEC;                              // accesses a row of the cache
-constexpr int group_size() {                               // lanes a key: the power of two that covers its row
+constexpr int VEC = D % Pack<REAL>::N ? 1 : Pack<REAL>::N;  // elements per access
+constexpr int VECS = D / VEC;                              // accesses per row of the cache
+constexpr int group_size() {                               // lanes per key: the smallest power of two that covers its row
   int lanes = 1;
   while (lanes < VECS && lanes < 32) lanes *= 2;
   return lanes;
 }
-constexpr int GROUP = group_size(), PART = (VECS + GROUP - 1) / GROUP;  // a lane holds PART accesses of a row
+constexpr int GROUP = group_size(), PART = (VECS + GROUP - 1) / GROUP;  // each lane has PART accesses of a row
 constexpr int AT_ONCE = 32 / GROUP, AHEAD = 4, WARPS = 8;  // keys that a warp reads at once; such reads in flight
 
 struct Row {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void read(Row& row, const REAL* from, int member) {
 // then the warps are added, in a fixed order. Tokens of the same call are read from qkv, so that no block waits for
 // another.
 //
-// Reads the cache once for T = 1: 124M, 1024 keys, one layer 3.1 MB a sequence, 0.7 us at 4.3 TB/s; 2 FLOP a byte. For
+// Reads the cache once for T = 1: 124M, 1024 keys, one layer 3.1 MB per sequence, 0.7 us at 4.3 TB/s; 2 FLOP per byte. For
 // T > 1 it reads it T times (from L2): correct, but not fast.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* __restrict__ qkv, int T, int H,
@@ -128,7 +128,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
 }
 
 // Copies the keys and values of a prompt to positions length ... of the cache, beside attention_forward.
-// One block a token. 8 bytes a number of bf16; 124M, 1024 tokens, one layer: 6.3 MB, 1.5 us.
+// One block per token. 8 bytes per element in bf16; 124M, 1024 tokens, one layer: 6.3 MB, 1.5 us.
 extern "C" __global__ void __launch_bounds__(256)
 fill_cache(REAL* __restrict__ cache, const REAL* __restrict__ qkv, int B, int T, int H, int length, int capacity) {
   using Part = Pack<REAL, VEC>;

@@ -4,7 +4,7 @@
 // exponentials, with dropout (DROPOUT=1) on the weights but not on their sum.
 //
 // qkv (B, T, 3, H, D), as the matrix product writes it, out (B, T, H, D), lse (B, H, T) f32. A block of 4 warps has
-// ROWS queries of one head, 16 M a warp, and iterates over the keys before them, KEYS at a time; the next tile is
+// ROWS queries of one head, 16 M per warp, and iterates over the keys before them, KEYS at a time; the next tile is
 // copied while this one is used, and the scores stay in registers. Running maximum and sum: arXiv:2205.14135. The
 // scores are scaled by log2(e) / sqrt(D), so that one exp2 of one fused multiply-add gives a weight.
 //
@@ -14,10 +14,11 @@
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
-constexpr int M = D <= 64 ? 2 : 1;  // fragments of 16 queries a warp; two of them share each fragment of keys
-constexpr int WARPS = 4, ROWS = 16 * M * WARPS, KEYS = 64;
+constexpr int WARPS = 4, ROWS = OWNED, KEYS = STREAM;
+constexpr int M = ROWS / (16 * WARPS);  // fragments of 16 queries per warp; two of them share each fragment of keys
+static_assert(ROWS % (16 * WARPS) == 0 && KEYS % 16 == 0, "tiles");
 
-// The maximum, or the sum, over the four lanes that hold a row of a fragment.
+// The maximum, or the sum, over the four lanes that share a row of a fragment.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));

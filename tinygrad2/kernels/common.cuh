@@ -24,7 +24,7 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 #endif
 #if __CUDA_ARCH__ >= 800
-// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -91,7 +91,7 @@ __device__ __forceinline__ float from_f32<float>(float x) {
   return x;
 }
 
-// COUNT numbers that are read and written in one access of up to 16 bytes, or in several of 16. bfloat16 numbers stay
+// COUNT elements that are read and written in one access of up to 16 bytes, or in several of 16. bfloat16 elements stay
 // packed, two to a register, until one is used; for 16-bit members the compiler would use a register each.
 template <class T, int COUNT = 16 / sizeof(T), bool PAIRS = sizeof(T) == 2 && COUNT % 2 == 0>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {

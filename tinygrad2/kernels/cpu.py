@@ -6,6 +6,11 @@ formulas are those of reference.py; a comment says where the arithmetic differs.
 parts, one per thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in order, so
 that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on one thread
 each.
+
+Arrays are float32, float64, or bfloat16, which compiled code reads and writes as float32 (see bfloat16.py). Of
+bfloat16 are activations and their gradients, and the copies of the parameters; statistics, sums and the gradients of
+parameters are float32. Products of bfloat16 matrices are oneDNN's where the processor has instructions for them, else
+float32 products of the same numbers, rounded: the portable path.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ from numba.np.numpy_support import from_dtype
 
 from tinygrad2 import blas, memory, random, reference, threads
 from tinygrad2.array import Array
-from tinygrad2.kernels import gemv, pool
+from tinygrad2.kernels import gemv, onednn, pool
+from tinygrad2.kernels.bfloat16 import as_float32, bits, cast, convert, narrow, wide
 from tinygrad2.kernels.token_runs import token_runs
+from tinygrad2.precision import sum_dtype
 from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
@@ -132,10 +139,10 @@ def _largest(row: np.ndarray, n: int) -> float:
 
 @overload(_largest)
 def _largest_overload(row, n):
-    """The maximum of row[:n]. float32: computed on the bits, which as integers have the same order as the floats once
-    those of negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN counts as
-    the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
-    if row.dtype != types.float32:
+    """The maximum of row[:n]. float32 and bfloat16: computed on the bits, which as integers have the same order as the
+    floats once those of negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN
+    counts as the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
+    if row.dtype not in (types.float32, types.uint16):
 
         def largest64(row, n):
             best = row[0]
@@ -149,8 +156,8 @@ def _largest_overload(row, n):
     def largest32(row, n):
         best = np.int32(-(2**31))
         for j in range(n):
-            bits = _bits_from_float(row[j])
-            best = max(best, bits ^ ((bits >> sign) & rest))
+            word = _bits_from_float(wide(row[j]))
+            best = max(best, word ^ ((word >> sign) & rest))
         return _float_from_bits(best ^ ((best >> sign) & rest))
 
     return largest32
@@ -327,6 +334,9 @@ def _compiled_small_product() -> Callable[..., bool]:
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
     threads would compete for the cores that the pool's threads use."""
+    if a.dtype == bfloat16:
+        _bfloat16_product(a, b, out, add)
+        return
     (m, n), k, library = out.shape, a.shape[1], blas.chosen()
     gemm = library.calls.get(out.dtype)
     grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
@@ -354,18 +364,52 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
         pool.each_compiled(_product_tasks[0], arguments, threads.parts(max(m, n), grain))
 
 
+BF16_ROWS = 16  # minimum number of rows of a part of a bfloat16 product
+
+
+def _bfloat16_product(
+    a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None
+) -> None:
+    """out = a @ b, or out += a @ b, plus a bias for each row: a, b and bias bfloat16, out bfloat16 or float32. The sums
+    are float32, and are rounded once."""
+    if onednn.library() is None:
+        total = out if out.dtype == np.float32 else memory.empty(out.shape, np.float32)
+        if bias is not None:
+            total[...] = as_float32(bias)
+        _matmul(as_float32(a), as_float32(b), total, add or bias is not None)
+        if total is not out:
+            convert(total, out)
+        return
+    a, b = (x if blas.layout(x) else np.ascontiguousarray(x) for x in (a, b))
+    bias = None if bias is None else np.ascontiguousarray(bias)
+    (m, n), k = out.shape, a.shape[1]
+    # oneDNN computes a transposed matrix in another way if it is stored without gaps. Parts of it have gaps, so that a
+    # single part would have other bits: two are computed then.
+    in_two = m >= 2 * BF16_ROWS and a.strides[1] == m * a.itemsize and m > 1
+
+    def rows(start: int, stop: int) -> None:
+        start, stop = start * BF16_ROWS, m if stop == m // BF16_ROWS else stop * BF16_ROWS
+        middle = (start + stop) // 2 if in_two and stop - start == m else stop
+        for first, last in ((start, middle), (middle, stop)):
+            if first < last:
+                onednn.product(a[first:last], b, out[first:last], add, bias)
+
+    grain = max(1, GEMM_FLOPS // (2 * k * n * BF16_ROWS + 1))
+    pool.each(rows, threads.parts(m // BF16_ROWS, grain) if m >= 2 * BF16_ROWS else [(0, m // BF16_ROWS)])
+
+
 @_compiled
 def _sum_rows(x: np.ndarray, partial: np.ndarray, first: int) -> None:
     for i in range(x.shape[0]):
         chunk = (first + i) // ROW_CHUNK
         for j in range(x.shape[1]):
-            partial[chunk, j] += x[i, j]
+            partial[chunk, j] += wide(x[i, j])
 
 
 def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     """total += the sum of the rows of x."""
-    partial = _partial(x.shape, x.dtype)
-    pool.each(lambda a, b: _sum_rows(x[a:b], partial, a), _row_parts(*x.shape))
+    partial, rows = _partial(x.shape, sum_dtype(x.dtype)), bits(x)
+    pool.each(lambda a, b: _sum_rows(rows[a:b], partial, a), _row_parts(*x.shape))
     total += row_sum(partial)
 
 
@@ -375,9 +419,17 @@ GEMV_ROWS = 32  # with up to this many rows of x, a product takes no longer than
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     x2 = x.reshape(-1, x.shape[-1])
     y = memory.empty((len(x2), weight.shape[1]), x.dtype)
+    if x.dtype == bfloat16 and len(x2) > GEMV_ROWS:
+        _bfloat16_product(x2, weight, y, bias=bias)
+        return y.reshape(*x.shape[:-1], weight.shape[1])
+    if x.dtype == bfloat16:
+        wider = linear_forward(as_float32(x2), weight, None if bias is None else as_float32(bias))
+        return cast(wider, x.dtype).reshape(*x.shape[:-1], weight.shape[1])
     y[...] = 0 if bias is None else bias
     if len(x2) <= GEMV_ROWS and gemv.supports(x2, weight):
         gemv.add_product(np.ascontiguousarray(x2), weight, y)
+    elif x.dtype == np.float32 and weight.dtype == bfloat16 and onednn.library() is not None:  # a prompt
+        _bfloat16_product(cast(x2, weight.dtype), weight, y, add=True)
     else:
         _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
@@ -411,13 +463,13 @@ def _sum_runs(
         if end - first[run] <= MAX_RUN:
             for i in range(first[run], end):
                 for j in range(dy.shape[1]):
-                    total[j] += dy[order[i], j]
+                    total[j] += wide(dy[order[i], j])
             continue
         for block in range(first[run], end, MAX_RUN):  # so that rounding errors do not grow with the run
-            partial = np.zeros(dy.shape[1], dy.dtype)
+            partial = np.zeros(dy.shape[1], dwte.dtype)
             for i in range(block, min(block + MAX_RUN, end)):
                 for j in range(dy.shape[1]):
-                    partial[j] += dy[order[i], j]
+                    partial[j] += wide(dy[order[i], j])
             total += partial
 
 
@@ -437,13 +489,14 @@ def embedding_backward(
     rows = _rows(dy)
     if dwte is not None:
         order, first, ids = token_runs(tokens)
+        numbers = bits(rows)
         pool.each(
-            lambda a, b: _sum_runs(rows, order, first, ids, dwte, a, b),
+            lambda a, b: _sum_runs(numbers, order, first, ids, dwte, a, b),
             threads.parts(len(first), max(1, GRAIN // rows.shape[1])),
         )
     if dwpe is not None:
         T = dy.shape[-2]
-        dwpe[first_position : first_position + T] += row_sum(dy.reshape(-1, T, dy.shape[-1]))
+        dwpe[first_position : first_position + T] += row_sum(as_float32(dy).reshape(-1, T, dy.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,14 +519,14 @@ def _dropout(
     scale: np.floating,
 ) -> None:
     """y = x m scale for the elements first ... of the global batch; a group of four shares one counter."""
-    n = len(x)
+    n, zero = len(x), scale - scale
     group = first >> np.uint64(2)
     i = -np.int64(first & np.uint64(3))
     while i < n:
         w = _philox(group & _WORD, group >> _SHIFT, site, step, seed & _WORD, seed >> _SHIFT)
         for j in range(4):
             if 0 <= i + j < n:
-                y[i + j] = x[i + j] * (scale if w[j] >= threshold else x.dtype.type(0))
+                y[i + j] = narrow(wide(x[i + j]) * (scale if w[j] >= threshold else zero), y)
         group += np.uint64(1)
         i += 4
 
@@ -486,9 +539,11 @@ def dropout_forward(x: np.ndarray, rate: float, key: random.Key) -> np.ndarray:
     flat = np.ascontiguousarray(x).reshape(-1)
     y = memory.empty(flat.shape, flat.dtype)
     base = key.first_sample * (x.size // x.shape[0])
-    philox_key, scale = _philox_key(rate, key), x.dtype.type(1 / (1 - rate))
+    philox_key, scale = _philox_key(rate, key), sum_dtype(x.dtype).type(1 / (1 - rate))
+    read, written = bits(flat), bits(y)
     pool.each(
-        lambda a, b: _dropout(flat[a:b], y[a:b], np.uint64(base + a), *philox_key, scale), threads.parts(x.size, GRAIN)
+        lambda a, b: _dropout(read[a:b], written[a:b], np.uint64(base + a), *philox_key, scale),
+        threads.parts(x.size, GRAIN),
     )
     return y.reshape(x.shape)
 
@@ -514,16 +569,16 @@ def _layernorm(
 ) -> None:
     C = x.shape[1]
     for i in range(x.shape[0]):
-        total = x.dtype.type(0)
+        total = mean.dtype.type(0)
         for j in range(C):
-            total += x[i, j]
+            total += wide(x[i, j])
         m = total / C
-        total = x.dtype.type(0)
+        total = mean.dtype.type(0)
         for j in range(C):
-            total += (x[i, j] - m) * (x[i, j] - m)
-        r = x.dtype.type(1) / np.sqrt(total / C + eps)
+            total += (wide(x[i, j]) - m) * (wide(x[i, j]) - m)
+        r = mean.dtype.type(1) / np.sqrt(total / C + eps)
         for j in range(C):
-            y[i, j] = (x[i, j] - m) * r * weight[j] + bias[j]
+            y[i, j] = narrow((wide(x[i, j]) - m) * r * weight[j] + bias[j], y)
         mean[i] = m
         rstd[i] = r
 
@@ -532,7 +587,7 @@ def _layernorm(
 def _add(x: np.ndarray, delta: np.ndarray, s: np.ndarray) -> None:
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            s[i, j] = x[i, j] + delta[i, j]
+            s[i, j] = narrow(wide(x[i, j]) + wide(delta[i, j]), s)
 
 
 @_compiled
@@ -552,31 +607,33 @@ def _layernorm_backward(
     C = x.shape[1]
     for i in range(x.shape[0]):
         m, r, chunk = mean[i], rstd[i], (first + i) // ROW_CHUNK
-        a = x.dtype.type(0)
-        b = x.dtype.type(0)
+        a = mean.dtype.type(0)
+        b = mean.dtype.type(0)
         for j in range(C):
-            xhat = (x[i, j] - m) * r
-            g = dy[i, j] * weight[j]
+            xhat = (wide(x[i, j]) - m) * r
+            g = wide(dy[i, j]) * weight[j]
             a += g
             b += g * xhat
-            dweight[chunk, j] += dy[i, j] * xhat
-            dbias[chunk, j] += dy[i, j]
+            dweight[chunk, j] += wide(dy[i, j]) * xhat
+            dbias[chunk, j] += wide(dy[i, j])
         a /= C
         b /= C
         for j in range(C):
-            value = r * (dy[i, j] * weight[j] - a - (x[i, j] - m) * r * b)
-            dx[i, j] = ds[i, j] + value if has_ds else value
+            value = r * (wide(dy[i, j]) * weight[j] - a - (wide(x[i, j]) - m) * r * b)
+            dx[i, j] = narrow(wide(ds[i, j]) + value if has_ds else value, dx)
 
 
 def layernorm_forward(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = _rows(x)
-    y, mean, rstd = memory.empty(rows.shape, x.dtype), np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
-    epsilon = x.dtype.type(eps)
-    pool.each(
-        lambda a, b: _layernorm(rows[a:b], weight, bias, epsilon, y[a:b], mean[a:b], rstd[a:b]), _row_parts(*rows.shape)
-    )
+    y, (mean, rstd) = memory.empty(rows.shape, x.dtype), np.empty((2, len(rows)), sum_dtype(x.dtype))
+    epsilon, read, written = mean.dtype.type(eps), bits(rows), bits(y)
+
+    def part(a: int, b: int) -> None:
+        _layernorm(read[a:b], weight, bias, epsilon, written[a:b], mean[a:b], rstd[a:b])
+
+    pool.each(part, _row_parts(*rows.shape))
     kept = (*x.shape[:-1], 1)
     return y.reshape(x.shape), mean.reshape(kept), rstd.reshape(kept)
 
@@ -598,12 +655,12 @@ def add_layernorm_forward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     rows, more = _rows(x), _rows(delta)
     s, y = memory.empty(rows.shape, x.dtype), memory.empty(rows.shape, x.dtype)
-    mean, rstd = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
-    epsilon = x.dtype.type(eps)
+    mean, rstd = np.empty((2, len(rows)), sum_dtype(x.dtype))
+    epsilon, (x2, delta2, s2, y2) = mean.dtype.type(eps), map(bits, (rows, more, s, y))
 
     def part(a: int, b: int) -> None:
-        _add(rows[a:b], more[a:b], s[a:b])
-        _layernorm(s[a:b], weight, bias, epsilon, y[a:b], mean[a:b], rstd[a:b])
+        _add(x2[a:b], delta2[a:b], s2[a:b])
+        _layernorm(s2[a:b], weight, bias, epsilon, y2[a:b], mean[a:b], rstd[a:b])
 
     pool.each(part, _row_parts(*rows.shape))
     kept = (*x.shape[:-1], 1)
@@ -633,14 +690,15 @@ def _any_layernorm_backward(
     dweight: np.ndarray | None,
     dbias: np.ndarray | None,
 ) -> np.ndarray:
-    dy2, x2 = _rows(dy), _rows(x)
-    ds2 = dy2 if ds is None else _rows(ds)
+    dy2, x2 = bits(_rows(dy)), bits(_rows(x))
+    ds2 = dy2 if ds is None else bits(_rows(ds))
     m, r, dx = mean.reshape(-1), rstd.reshape(-1), memory.empty(x2.shape, x.dtype)
-    partial_w, partial_b = _partial(x2.shape, x.dtype), _partial(x2.shape, x.dtype)
+    partial_w, partial_b = _partial(x2.shape, mean.dtype), _partial(x2.shape, mean.dtype)
+    dx2 = bits(dx)
 
     def part(a: int, b: int) -> None:
         _layernorm_backward(
-            dy2[a:b], x2[a:b], weight, m[a:b], r[a:b], ds2[a:b], ds is not None, dx[a:b], partial_w, partial_b, a
+            dy2[a:b], x2[a:b], weight, m[a:b], r[a:b], ds2[a:b], ds is not None, dx2[a:b], partial_w, partial_b, a
         )
 
     pool.each(part, _row_parts(*x2.shape))
@@ -775,6 +833,58 @@ def _attention_backward(
             _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, keys, ldq, zero, queries_gradient, lddq)
 
 
+@_compiled
+def _convert_matrix(x: np.ndarray, y: np.ndarray) -> None:
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y[i, j] = narrow(wide(x[i, j]), y)
+
+
+@_compiled
+def _attention_bfloat16(
+    library: Library, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray, p: np.ndarray,
+    heads: np.ndarray, first_head: int, last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey,
+    first_sample: int, keep: np.floating,
+) -> None:  # fmt: skip
+    """_attention of bfloat16, one head at a time in float32: heads (3, 1, 1, keys, D), buffers."""
+    H, T = q.shape[1:3]
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        _convert_matrix(q[b, h], heads[0, 0, 0])
+        _convert_matrix(k[b, h], heads[1, 0, 0])
+        _convert_matrix(v[b, h], heads[2, 0, 0])
+        queries = heads[0][:, :, :T]
+        _attention(
+            library, queries, heads[1], heads[2], queries, lse[b : b + 1, h : h + 1], p, 0, 1, scale, has_dropout,
+            philox_key, (first_sample + b) * H + h, keep,
+        )  # fmt: skip
+        _convert_matrix(queries[0, 0], o[b, h])
+
+
+@_compiled
+def _attention_backward_bfloat16(
+    library: Library, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray,
+    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, heads: np.ndarray, first_head: int,
+    last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
+) -> None:  # fmt: skip
+    """_attention_backward of bfloat16, one head at a time in float32: heads (8, 1, 1, T, D), buffers."""
+    H = q.shape[1]
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        _convert_matrix(do[b, h], heads[0, 0, 0])
+        _convert_matrix(q[b, h], heads[1, 0, 0])
+        _convert_matrix(k[b, h], heads[2, 0, 0])
+        _convert_matrix(v[b, h], heads[3, 0, 0])
+        _convert_matrix(o[b, h], heads[4, 0, 0])
+        _attention_backward(
+            library, heads[0], heads[1], heads[2], heads[3], heads[4], lse[b : b + 1, h : h + 1], heads[5], heads[6],
+            heads[7], p, dp, 0, 1, scale, has_dropout, philox_key, (first_sample + b) * H + h, keep,
+        )  # fmt: skip
+        _convert_matrix(heads[5, 0, 0], dq[b, h])
+        _convert_matrix(heads[6, 0, 0], dk[b, h])
+        _convert_matrix(heads[7, 0, 0], dv[b, h])
+
+
 def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int) -> None:
     """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
     B, H, T, D = q.shape
@@ -782,7 +892,7 @@ def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int)
     shape = (min(T, 128 if T >= 512 else 64), keys)
 
     def part(start: int, stop: int) -> None:
-        task(start, stop, *(memory.empty(shape, q.dtype) for _ in range(blocks)))
+        task(start, stop, *(memory.empty(shape, sum_dtype(q.dtype)) for _ in range(blocks)))
 
     flops = 2 * B * H * T * keys * D
     with threads.blas_on_one_thread():  # even for one part: the products are too small for BLAS's threads
@@ -793,21 +903,26 @@ def _dropout_arguments(
     dtype: np.dtype, rate: float, key: random.Key | None
 ) -> tuple[bool, PhiloxKey, int, np.floating]:
     """has_dropout, philox_key, first_sample, keep: the last arguments of the kernels."""
+    number = sum_dtype(dtype).type
     if key is None:
         zero = np.uint64(0)
-        return False, (zero, zero, zero, zero), 0, dtype.type(0)
-    return True, _philox_key(rate, key), key.first_sample, dtype.type(1 / (1 - rate))
+        return False, (zero, zero, zero, zero), 0, number(0)
+    return True, _philox_key(rate, key), key.first_sample, number(1 / (1 - rate))
 
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple[np.ndarray, np.ndarray]:
     """out (B, T, C) and lse (B, H, T) for queries (B, H, T, D) and at least as many keys and values."""
     B, H, T, D = q.shape
-    out, lse = memory.empty((B, T, H * D), q.dtype), memory.empty((B, H, T), q.dtype)
+    number = sum_dtype(q.dtype)
+    out, lse = memory.empty((B, T, H * D), q.dtype), memory.empty((B, H, T), number)
     (o,) = split_heads(out, 1, H)
-    library, scale = blas.chosen().calls[q.dtype], q.dtype.type(1 / math.sqrt(D))
+    library, scale = blas.chosen().calls[number], number.type(1 / math.sqrt(D))
+
+    kernel: Any = _attention_bfloat16 if q.dtype == bfloat16 else _attention
 
     def heads(start: int, stop: int, p: np.ndarray) -> None:
-        _attention(library, q, k, v, o, lse, p, start, stop, scale, *dropout)
+        buffers = [memory.empty((3, 1, 1, k.shape[2], D), number)] * (q.dtype == bfloat16)
+        kernel(library, *map(bits, (q, k, v, o)), lse, p, *buffers, start, stop, scale, *dropout)
 
     _each_head(heads, q, k.shape[2], blocks=1)
     return out, lse
@@ -833,11 +948,16 @@ def attention_backward(
     q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
     dq, dk, dv = split_heads(dqkv, 3, n_head)
     (do,), (o,) = (split_heads(np.ascontiguousarray(array), 1, n_head) for array in (dout, out))
-    library, scale = blas.chosen().calls[qkv.dtype], qkv.dtype.type(1 / math.sqrt(q.shape[3]))
+    number = sum_dtype(qkv.dtype)
+    library, scale = blas.chosen().calls[number], number.type(1 / math.sqrt(q.shape[3]))
     dropout = _dropout_arguments(qkv.dtype, rate, key)
 
+    kernel: Any = _attention_backward_bfloat16 if q.dtype == bfloat16 else _attention_backward
+
     def heads(start: int, stop: int, p: np.ndarray, dp: np.ndarray) -> None:
-        _attention_backward(library, do, q, k, v, o, lse, dq, dk, dv, p, dp, start, stop, scale, *dropout)
+        buffers = [memory.empty((8, 1, 1, *q.shape[2:]), number)] * (q.dtype == bfloat16)
+        before, after = map(bits, (do, q, k, v, o)), map(bits, (dq, dk, dv))
+        kernel(library, *before, lse, *after, p, dp, *buffers, start, stop, scale, *dropout)
 
     _each_head(heads, q, q.shape[2], blocks=2)
     return dqkv
@@ -869,47 +989,51 @@ _LIMIT = 40.0
 
 @_compiled
 def _gelu(x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
-    one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
-    limit = x.dtype.type(_LIMIT)
+    one, c, k = bias.dtype.type(1), bias.dtype.type(_TWICE_SCALE), bias.dtype.type(_CUBIC)
+    limit = bias.dtype.type(_LIMIT)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            u = x[i, j] + bias[j]
+            u = wide(x[i, j]) + bias[j]
             u = -limit if -np.inf < u < -limit else u  # (-inf gives -inf, so that it is not hidden)
-            y[i, j] = u / (one + _exp(-c * u * (one + k * u * u)))
+            y[i, j] = narrow(u / (one + _exp(-c * u * (one + k * u * u))), y)
 
 
 @_compiled
 def _gelu_backward(
     dy: np.ndarray, x: np.ndarray, bias: np.ndarray, dx: np.ndarray, partial: np.ndarray, first: int
 ) -> None:
-    one, c, k = x.dtype.type(1), x.dtype.type(_TWICE_SCALE), x.dtype.type(_CUBIC)
-    three, limit = x.dtype.type(3), x.dtype.type(_LIMIT)
+    one, c, k = bias.dtype.type(1), bias.dtype.type(_TWICE_SCALE), bias.dtype.type(_CUBIC)
+    three, limit = bias.dtype.type(3), bias.dtype.type(_LIMIT)
     for i in range(x.shape[0]):
         chunk = (first + i) // ROW_CHUNK
         for j in range(x.shape[1]):
-            u = x[i, j] + bias[j]
+            u = wide(x[i, j]) + bias[j]
             u = -limit if u < -limit else (limit if u > limit else u)  # (NaN stays NaN)
             s = one / (one + _exp(-c * u * (one + k * u * u)))
-            value = dy[i, j] * (s + u * s * (one - s) * c * (one + three * k * u * u))
-            dx[i, j] = value
+            value = wide(dy[i, j]) * (s + u * s * (one - s) * c * (one + three * k * u * u))
+            dx[i, j] = narrow(value, dx)
             partial[chunk, j] += value
+
+
+def _gelu_bias(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    return np.zeros(x.shape[-1], dtype=sum_dtype(x.dtype)) if bias is None else as_float32(bias)
 
 
 def gelu_forward(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     rows = _rows(x)
-    y = memory.empty(rows.shape, x.dtype)
-    b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
-    pool.each(lambda start, stop: _gelu(rows[start:stop], b, y[start:stop]), _row_parts(*rows.shape))
+    y, b = memory.empty(rows.shape, x.dtype), _gelu_bias(x, bias)
+    read, written = bits(rows), bits(y)
+    pool.each(lambda start, stop: _gelu(read[start:stop], b, written[start:stop]), _row_parts(*rows.shape))
     return y.reshape(x.shape)
 
 
 def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias: np.ndarray | None) -> np.ndarray:
-    rows, dy2 = _rows(x), _rows(dy)
-    dx, partial = memory.empty(rows.shape, x.dtype), _partial(rows.shape, x.dtype)
-    b = np.zeros(x.shape[-1], dtype=x.dtype) if bias is None else bias
+    rows, dy2 = bits(_rows(x)), bits(_rows(dy))
+    dx, partial = memory.empty(rows.shape, x.dtype), _partial(rows.shape, sum_dtype(x.dtype))
+    b, dx2 = _gelu_bias(x, bias), bits(dx)
 
     def part(start: int, stop: int) -> None:
-        _gelu_backward(dy2[start:stop], rows[start:stop], b, dx[start:stop], partial, start)
+        _gelu_backward(dy2[start:stop], rows[start:stop], b, dx2[start:stop], partial, start)
 
     pool.each(part, _row_parts(*rows.shape))
     if dbias is not None:
@@ -930,27 +1054,27 @@ def _cross_entropy_rows(logits, targets, picked, log_total):
     for i in range(logits.shape[0]):
         row = logits[i]
         largest = _largest(row, V)
-        total = logits.dtype.type(0)
+        total = log_total.dtype.type(0)
         for j in range(V):
-            total += _exp(row[j] - largest)
+            total += _exp(wide(row[j]) - largest)
         log_total[i] = np.log(total)
-        picked[i] = row[targets[i]] - largest
+        picked[i] = wide(row[targets[i]]) - largest
 
 
 @_compiled
 def _cross_entropy_rows_backward(logits, targets, log_total, factor, dlogits):
-    V = logits.shape[1]
+    V, zero = logits.shape[1], factor - factor
     for i in range(logits.shape[0]):
         row = logits[i]
         largest, share = _largest(row, V), factor / np.exp(log_total[i])
-        for j in range(V):
-            dlogits[i, j] = _exp(row[j] - largest) * share
-        dlogits[i, targets[i]] -= factor
+        for j in range(V):  # (in one pass: dlogits may be logits)
+            less = factor if j == targets[i] else zero
+            dlogits[i, j] = narrow(_exp(wide(row[j]) - largest) * share - less, dlogits)
 
 
 def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray) -> tuple[np.floating, np.ndarray]:
-    rows, target = _rows(logits), np.ascontiguousarray(targets).reshape(-1)
-    picked, log_total = np.empty((2, len(rows)), dtype=logits.dtype)
+    rows, target = bits(_rows(logits)), np.ascontiguousarray(targets).reshape(-1)
+    picked, log_total = np.empty((2, len(rows)), dtype=sum_dtype(logits.dtype))
     pool.each(
         lambda a, b: _cross_entropy_rows(rows[a:b], target[a:b], picked[a:b], log_total[a:b]), _row_parts(*rows.shape)
     )
@@ -960,13 +1084,21 @@ def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray) -> tuple[np.f
 def cross_entropy_backward(
     dloss: np.ndarray, logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray
 ) -> np.ndarray:
-    rows, target, totals = _rows(logits), np.ascontiguousarray(targets).reshape(-1), log_total.reshape(-1)
-    dlogits, factor = memory.empty(rows.shape, logits.dtype), logits.dtype.type(dloss / target.size)
+    dlogits = memory.empty(logits.shape, logits.dtype)
+    _write_dlogits(_rows(logits), targets, log_total, dloss, _rows(dlogits))
+    return dlogits
+
+
+def _write_dlogits(
+    logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray, dloss: Any, dlogits: np.ndarray
+) -> None:
+    """cross_entropy_backward for rows of logits, into dlogits, which may be the same array."""
+    target, totals, read, written = targets.reshape(-1), log_total.reshape(-1), bits(logits), bits(dlogits)
+    factor = log_total.dtype.type(dloss / target.size)
     pool.each(
-        lambda a, b: _cross_entropy_rows_backward(rows[a:b], target[a:b], totals[a:b], factor, dlogits[a:b]),
-        _row_parts(*rows.shape),
+        lambda a, b: _cross_entropy_rows_backward(read[a:b], target[a:b], totals[a:b], factor, written[a:b]),
+        _row_parts(*logits.shape),
     )
-    return dlogits.reshape(logits.shape)
 
 
 @_compiled
@@ -992,6 +1124,10 @@ def lm_head_forward(x: np.ndarray, weight: np.ndarray, targets: np.ndarray) -> t
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
     logits = memory.empty((len(rows), len(weight)), x.dtype)
     _matmul(rows, weight.astype(x.dtype, copy=False).T, logits)
+    if x.dtype == bfloat16:  # in two passes, so that exponentials are not rounded before they are divided by their sum
+        value, log_total = cross_entropy_forward(logits, target)
+        _write_dlogits(logits, target, log_total, 1, logits)
+        return value, logits
     loss, count = np.empty(len(rows), dtype=x.dtype), x.dtype.type(len(rows))
     pool.each(
         lambda a, b: _cross_entropy(logits[a:b], target[a:b], loss[a:b], count),
@@ -1004,6 +1140,14 @@ def lm_head_backward(
     dloss: np.floating, dlogits: np.ndarray, x: np.ndarray, weight: np.ndarray, dweight: np.ndarray | None
 ) -> np.ndarray:
     rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == bfloat16:
+        if dweight is not None:
+            scaled = rows if dloss == 1 else cast(as_float32(rows) * dloss, x.dtype)
+            _matmul(dlogits.T, scaled, dweight, add=True)
+        total = memory.empty(rows.shape, np.float32)
+        _matmul(dlogits, weight, total)
+        total *= dloss
+        return cast(total, x.dtype).reshape(x.shape)
     dx = memory.empty(rows.shape, x.dtype)
     if dweight is not None:
         np.multiply(rows, dloss, out=dx)
@@ -1022,15 +1166,15 @@ def lm_head_backward(
 def _square_chunks(x, sums, start, stop):
     smallest, largest = x.dtype.type(1e-30), x.dtype.type(3e38)
     for chunk in range(start, stop):
-        first, last = chunk * FLAT, min((chunk + 1) * FLAT, len(x))
+        part = x[chunk * FLAT : (chunk + 1) * FLAT]  # (indices from 0 are known not to be negative)
         total = x.dtype.type(0)
-        for i in range(first, last):
-            total += x[i] * x[i]
+        for i in range(len(part)):
+            total += part[i] * part[i]
         sums[chunk] = total  # in float64 from here on
         if not smallest < total < largest:  # squares have overflowed or underflowed
             sums[chunk] = 0
-            for i in range(first, last):
-                sums[chunk] += np.float64(x[i]) * np.float64(x[i])
+            for i in range(len(part)):
+                sums[chunk] += np.float64(part[i]) * np.float64(part[i])
 
 
 def squared_norm(x: np.ndarray) -> np.ndarray:
@@ -1119,3 +1263,29 @@ def muon_step(value: np.ndarray, direction: np.ndarray, scale: np.ndarray, lr: n
     rate, shrink = (value.dtype.type(factor) for factor in factors)
     ranges = threads.parts(len(value), -(-FLAT // value.shape[1]))
     pool.each(lambda a, b: _muon(value[a:b], direction[a:b], rate, shrink), ranges)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16 in operations that have no kernel here: the reference in float32
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of reference.py; for arguments of bfloat16 computed in float32, its results rounded to bfloat16."""
+
+    @functools.wraps(function)
+    def call(x: np.ndarray, *more: Any) -> Any:
+        if x.dtype != bfloat16:
+            return function(x, *more)
+        found = function(*(as_float32(y) if isinstance(y, np.ndarray) else y for y in (x, *more)))
+        return tuple(cast(y, x.dtype) for y in found) if isinstance(found, tuple) else cast(found, x.dtype)
+
+    return call
+
+
+gelu_exact_forward = _in_float32(reference.gelu_exact_forward)
+gelu_exact_backward = _in_float32(reference.gelu_exact_backward)
+softmax_forward = _in_float32(reference.softmax_forward)
+softmax_backward = _in_float32(reference.softmax_backward)
+matmul_forward = _in_float32(reference.matmul_forward)
+matmul_backward = _in_float32(reference.matmul_backward)

@@ -17,9 +17,10 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from ml_dtypes import bfloat16
@@ -54,6 +55,71 @@ def source(family: str | Path) -> str:
     return re.sub(r'^#include "(\w+\.cuh)"$', paste, file.read_text(encoding="utf-8"), flags=re.M)
 
 
+class Multiprocessor(NamedTuple):
+    """What the blocks on a multiprocessor share: bytes of shared memory, of which one block can use all but 1 KB, and
+    threads. While the threads of one block wait, another one computes: kernels are sized so that two fit."""
+
+    shared_memory: int
+    threads: int
+
+    def runs_two(self, shared: int) -> bool:
+        """Whether the shared memory suffices for two blocks with so many bytes of dynamic shared memory."""
+        return 2 * (shared + BLOCK_OVERHEAD) <= self.shared_memory
+
+    def largest_tile(self, rows: Iterable[int], shared: Callable[[int], int]) -> int:
+        """The first of several numbers of rows of a tile, in descending order, with which two blocks fit, else the
+        first. `shared` gives the bytes of dynamic shared memory for a number of rows."""
+        rows = list(rows)
+        return next((n for n in rows if self.runs_two(shared(n))), rows[0])
+
+
+class AttentionSizes(NamedTuple):
+    """The sizes of an attention kernel, which are constants of its source.
+
+    owned   rows of queries, or of keys, of a block.
+    stream  rows of the tiles that it reads one after the other.
+    chunk   of those, the rows that a warp processes at a time.
+    shared  bytes of dynamic shared memory.
+    """
+
+    owned: int
+    stream: int
+    chunk: int
+    shared: int
+
+    def constants(self, D: int, dropout: bool) -> Defines:
+        """What the source is compiled with."""
+        return {"D": D, "OWNED": self.owned, "STREAM": self.stream, "CHUNK": self.chunk, "DROPOUT": int(dropout)}
+
+    @staticmethod
+    def forward(D: int, processor: Multiprocessor) -> AttentionSizes:
+        owned = 128 if D <= 64 else 64
+
+        def shared(stream: int) -> int:  # the queries, and two tiles of keys and of values
+            return (owned + 4 * stream) * (D + 8) * 2
+
+        stream = processor.largest_tile((64, 32, 16), shared)
+        return AttentionSizes(owned, stream, stream, shared(stream))
+
+    @staticmethod
+    def backward(D: int, processor: Multiprocessor) -> dict[str, AttentionSizes]:
+        """For each of the two kernels."""
+        chunk = 32 if D <= 64 else 16  # limited by registers
+        # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
+        sizes = {"attention_backward_kv": (64, chunk), "attention_backward_q": (128, 16) if D == 64 else (64, chunk)}
+
+        def of(owned: int, chunk: int) -> AttentionSizes:
+            def shared(stream: int) -> int:
+                # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
+                return (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
+
+            streams = (64, 32, 16) if D < 128 else (32, 16)  # limited by registers
+            stream = processor.largest_tile((rows for rows in streams if rows >= chunk), shared)
+            return AttentionSizes(owned, stream, chunk, shared(stream))
+
+        return {name: of(*size) for name, size in sizes.items()}
+
+
 class LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
 
@@ -66,6 +132,16 @@ class LaunchConfig(ctypes.Structure):
 def driver() -> ctypes.CDLL:
     """The library of NVIDIA's driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def ordering_event(cuda: Any, stream: Any = None) -> Any:
+    """A CUDA event recorded in a stream, the current one by default. It does not measure time, which would cost some.
+
+    cuda  the module cupy.cuda, or a stand-in.
+    """
+    event = cuda.Event(disable_timing=True)
+    event.record(stream)
+    return event
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -121,6 +197,8 @@ class CudaKernels:
         self._np = np
         self._reference = reference
         self._functions: dict[tuple[Hashable, ...], Kernel] = {}
+        self._alone = threading.Lock()  # for launch_alone
+        self._last_stream: Any = None
         self.gemm: Callable[..., Array] = Gemm(np)
 
     def in_tf32(self, reference: Any) -> CudaKernels:
@@ -132,20 +210,42 @@ class CudaKernels:
         other._reference, other.gemm = reference, functools.partial(self.gemm, tf32=True)
         return other
 
-    def function(self, family: str | Path, name: str, *, shared: int = 0, **defines: Any) -> Kernel:
+    def function(
+        self, family: str | Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any
+    ) -> Kernel:
         """A kernel, compiled with these constants when first used.
 
-        shared  bytes of dynamic shared memory that it will be launched with, if the constants determine them.
+        shared       bytes of dynamic shared memory that it will be launched with, if the constants determine them.
+        cooperative  launch it cooperatively: all of its blocks run at the same time, or none.
         """
         key = (family, name, *defines.items())
         if key not in self._functions:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
-            function = self._np.RawModule(code=source(family), options=options).get_function(name)
+            module = self._np.RawModule(code=source(family), options=options, enable_cooperative_groups=cooperative)
+            function = module.get_function(name)
             if shared > 40 << 10:  # more than 48 KB, static shared memory included, must be requested
                 function.max_dynamic_shared_size_bytes = shared
                 function.preferred_shared_memory_carveout = 100  # percent; the rest is L1 cache
             self._functions[key] = function
         return self._functions[key]
+
+    def launch_alone(self, function: Kernel, blocks: int, threads: int, arguments: Any, shared: int) -> None:
+        """Launch a cooperative kernel after the previous one has finished, whatever streams the two are in. Raises
+        ValueError if not all blocks can run at the same time: CuPy would launch fewer, with a warning."""
+        most = self.blocks_at_once(function, threads, shared)
+        if blocks > most:
+            raise ValueError(f"a cooperative launch of {blocks} blocks; this GPU runs at most {most} at the same time")
+        with self._alone:
+            stream = self._np.cuda.get_current_stream()
+            if self._last_stream not in (None, stream):
+                stream.wait_event(ordering_event(self._np.cuda, self._last_stream))
+            self._last_stream = stream
+            function((blocks,), (threads,), arguments, shared_mem=shared)
+
+    def blocks_at_once(self, function: Any, threads: int, shared: int) -> int:
+        """How many blocks of a kernel run at the same time."""
+        each = self._np.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
+        return each * self.properties["multiProcessorCount"]
 
     def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
         """How many thread block clusters of a kernel run at the same time. `blocks`, the size of the grid, must be a
@@ -159,10 +259,17 @@ class CudaKernels:
         return count.value
 
     @functools.cached_property
-    def shared_memory(self) -> int:
-        """Bytes of the shared memory of a multiprocessor: 100 KB to 228 KB. One block can use all but 1 KB of it."""
+    def properties(self) -> dict[str, Any]:
+        """cudaDeviceProp of the GPU."""
         runtime = self._np.cuda.runtime
-        return runtime.getDeviceProperties(runtime.getDevice())["sharedMemPerMultiprocessor"]
+        return runtime.getDeviceProperties(runtime.getDevice())
+
+    @functools.cached_property
+    def processor(self) -> Multiprocessor:
+        """The limits of a multiprocessor of the GPU."""
+        return Multiprocessor(
+            self.properties["sharedMemPerMultiprocessor"], self.properties["maxThreadsPerMultiProcessor"]
+        )
 
     def _packed(self, x: Array) -> Array:
         """x if it is contiguous and aligned to 16 bytes, as the kernels require, else a copy that is."""
@@ -362,18 +469,17 @@ class CudaKernels:
         D = width // (3 * n_head)
         out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
         lse = self._np.empty((B, n_head, T), dtype=numpy.float32)
-        rows, keys = 128 if D <= 64 else 64, 64
-        shared = (rows + 4 * keys) * (D + 8) * 2  # the queries, and two tiles of keys and of values
-        defines: Defines = {"D": D, "DROPOUT": int(key is not None)}
-        kernel = self.function("attention_forward", "attention_forward", shared=shared, **defines)
+        sizes = AttentionSizes.forward(D, self.processor)
+        constants = sizes.constants(D, key is not None)
+        kernel = self.function("attention_forward", "attention_forward", shared=sizes.shared, **constants)
         arrays = out, lse, self._np.ascontiguousarray(qkv)
         scale = numpy.float32(math.log2(math.e) / math.sqrt(D))
         dropout = self._attention_dropout(rate, key)
         kernel(
-            (B * n_head * -(-T // rows),),
+            (B * n_head * -(-T // sizes.owned),),
             (128,),
             (*arrays, numpy.int32(T), numpy.int32(n_head), scale, *dropout),
-            shared_mem=shared,
+            shared_mem=sizes.shared,
         )
         return out, lse
 
@@ -416,23 +522,20 @@ class CudaKernels:
         dout, qkv, out, lse = (self._np.ascontiguousarray(x) for x in (dout, qkv, out, lse))
         delta = self._np.empty((B, n_head, T), dtype=numpy.float32)
         dqkv = self._np.empty(qkv.shape, dtype=qkv.dtype)
-        stream, chunk = 64 if D < 128 else 32, 32 if D <= 64 else 16  # limited by shared memory and registers
-        defines: Defines = {"D": D, "STREAM": stream, "DROPOUT": int(key is not None)}
-        sizes, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
-        row_sums = self.function("attention_backward", "attention_delta", OWNED=64, CHUNK=chunk, **defines)
-        row_sums((-(-rows // 32),), (256,), (delta, dout, out, *sizes, numpy.int32(rows)))
+        dims, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
-        # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
-        q = (128, 16) if D == 64 else (64, chunk)
-        for name, owned, size in ("attention_backward_kv", 64, chunk), ("attention_backward_q", *q):
-            # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
-            shared = (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
-            kernel = self.function("attention_backward", name, shared=shared, OWNED=owned, CHUNK=size, **defines)
+        sizes_of = AttentionSizes.backward(D, self.processor)
+        constants = sizes_of["attention_backward_kv"].constants(D, key is not None)  # the same compilation
+        row_sums = self.function("attention_backward", "attention_delta", **constants)
+        row_sums((-(-rows // 32),), (256,), (delta, dout, out, *dims, numpy.int32(rows)))
+        for name, sizes in sizes_of.items():
+            constants = sizes.constants(D, key is not None)
+            kernel = self.function("attention_backward", name, shared=sizes.shared, **constants)
             kernel(
-                (B * n_head * -(-T // owned),),
+                (B * n_head * -(-T // sizes.owned),),
                 (128,),
-                (dqkv, dout, qkv, lse, delta, *sizes, scale, *dropout),
-                shared_mem=shared,
+                (dqkv, dout, qkv, lse, delta, *dims, scale, *dropout),
+                shared_mem=sizes.shared,
             )
         return dqkv
 
@@ -513,15 +616,14 @@ class CudaKernels:
         logits = np.empty((len(rows), len(aligned)), dtype=x.dtype)
         self.gemm(rows, aligned, logits, transpose_b=True)
 
-        size, packs = len(aligned) * x.dtype.itemsize, -(-V * x.dtype.itemsize // 16)
-        resident = 2 * (size + BLOCK_OVERHEAD) <= self.shared_memory
-        shared, threads = size * resident, min(1024, -(-packs // 32) * 32)
-        defines: Defines = {"REAL": CPP_TYPES[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), "THREADS": threads}
-        kernel = self.function("cross_entropy", "cross_entropy", shared=shared, **defines, RESIDENT=int(resident))
+        sizes = cross_entropy_sizes(V, len(aligned), x.dtype.itemsize, self.processor)
+        defines: Defines = {"REAL": CPP_TYPES[x.dtype], "VOCAB": V, "COLUMNS": len(aligned), **sizes}
+        threads, shared = sizes["THREADS"], len(aligned) * x.dtype.itemsize * sizes["RESIDENT"]
+        kernel = self.function("cross_entropy", "cross_entropy", shared=shared, **defines)
         loss, losses = (np.empty(shape, dtype=numpy.float32) for shape in ((), rows.shape[:1]))
         arguments = logits, losses, np.ascontiguousarray(targets), numpy.float32(1 / len(rows))
         kernel((len(rows),), (threads,), arguments, shared_mem=shared)
-        mean = self.function("cross_entropy", "mean_loss", **defines, RESIDENT=int(resident))
+        mean = self.function("cross_entropy", "mean_loss", **defines)
         mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
         return loss, logits[:, :V]
 
@@ -572,6 +674,13 @@ class CudaKernels:
 
 THREADS = 256  # of a block, by default
 PROCESSORS = 132  # of an H200; a constant, so that sums have the same order and the same bits on every GPU
+
+
+def cross_entropy_sizes(V: int, columns: int, itemsize: int, processor: Multiprocessor) -> dict[str, int]:
+    """THREADS and RESIDENT of cross_entropy.cu, for rows of V logits that are padded to a number of columns."""
+    warps = -(-V * itemsize // (16 * 32))  # with one access for each thread
+    threads = min(1024, processor.threads // 2 // 32 * 32, 32 * warps)
+    return {"THREADS": threads, "RESIDENT": int(processor.runs_two(columns * itemsize))}
 
 
 def _rows_of_a_block(C: int) -> int:

@@ -67,7 +67,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   store_partial(partial, sum);
 }
 
-// y = u / (1 + exp(-2 sqrt(2 / pi) (u + 0.044715 u^3))). Reads x, writes y: 4 bytes an element in bf16, 10 FLOPs. At
+// y = u / (1 + exp(-2 sqrt(2 / pi) (u + 0.044715 u^3))). Reads x, writes y: 4 bytes per element in bf16, 10 FLOPs. At
 // N = 65536, C = 3072: 0.8 GB, 2 GFLOP, floor 0.19 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
@@ -75,7 +75,7 @@ gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __res
 }
 
 // dx = dy (s + 2 u s (1 - s) sqrt(2 / pi) (1 + 3 * 0.044715 u^2)), s the logistic function above; the sums of its columns
-// go to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes an element in bf16, 20 FLOPs. At N = 65536, C = 3072:
+// go to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes per element in bf16, 20 FLOPs. At N = 65536, C = 3072:
 // 1.2 GB, 4 GFLOP, floor 0.28 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from tinygrad2 import blas, threads
 from tinygrad2.kernels import pool
+from tinygrad2.kernels.bfloat16 import wide
 
 _WIDE = binding.get_host_cpu_features().get("avx512f", False)
 LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements of a vector; rows of x at a time, limited by the registers
@@ -170,21 +171,6 @@ def _multiply(
     return types.int64(bits, transposed, *[types.int64] * 8), generate
 
 
-@intrinsic
-def _widened(typing_context: Context, bits: types.Type) -> pool.Intrinsic:
-    """One weight as a float32."""
-
-    def generate(
-        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
-    ) -> ir.Value:
-        if bits == types.float32:
-            return arguments[0]
-        wide = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(wide, ir.IntType(32)(16)), _FLOAT)
-
-    return types.float32(bits), generate
-
-
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
     """The task for columns start ... stop - 1 of w: the arguments are the addresses of x, w and y, then M, K and N."""
     # Numba's disk cache is keyed by the values of closure variables; only numbers are the same in the next process.
@@ -214,10 +200,10 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
                     ys[m, first + j] += sums[m, j]
                 for j in range(first + n, last):  # the remainders at the edges
                     for k in range(whole):
-                        ys[m, j] += xs[m, k] * _widened(ws[k, j])
+                        ys[m, j] += xs[m, k] * wide(ws[k, j])
                 for k in range(whole, K):
                     for j in range(first, last):
-                        ys[m, j] += xs[m, k] * _widened(ws[k, j])
+                        ys[m, j] += xs[m, k] * wide(ws[k, j])
 
     def columns_of_w(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (6,))
@@ -232,7 +218,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         for m in range(M):
             for j in range(start, stop):
                 for k in range(n if j < whole else 0, K):
-                    ys[m, j] += xs[m, k] * _widened(ws[j, k])
+                    ys[m, j] += xs[m, k] * wide(ws[j, k])
 
     return pool.task(columns_of_w if by_columns else rows_of_w)
 

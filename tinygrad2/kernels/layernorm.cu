@@ -1,7 +1,7 @@
 #include "common.cuh"
 // LayerNorm, and the residual addition in front of it. C is the number of channels (-DC).
 //
-// A row is kept in the registers of ROW_WARPS warps, at most 24 channels a lane up to C = 6144, so that no array is
+// A row is kept in the registers of ROW_WARPS warps, at most 24 channels per lane up to C = 6144, so that no array is
 // read twice; a block of WARPS warps has ROWS rows at a time, and a fixed number of blocks iterates over all rows.
 // Weight and bias are kept in shared memory, so that they need no alignment. Where rows are not a multiple of 16 bytes,
 // the same code reads channel by channel.
@@ -9,12 +9,12 @@ constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N;
 constexpr int WARPS = 8, ROW_WARPS = C <= 768 ? 1 : C <= 1536 ? 2 : C <= 3072 ? 4 : 8;
 constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
 constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
-constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64: numbers whose squares overflow are multiplied by it
+constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64: values whose squares overflow are multiplied by it
 
 template <class T>
 using Vec = Pack<T, VEC>;
 
-// Each of N numbers summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
+// Each of N values summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
 // different `slots`: only at the barrier of the second call have all warps read those of the first.
 template <int N>
 __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]
 template <bool ADD>
 __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rstd, const REAL* x, const REAL* delta,
                                         const float* weight, const float* bias, int rows, float eps) {
-  DYN_SMEM(float, gains);  // weight, bias: 2 C numbers
+  DYN_SMEM(float, gains);  // weight, bias: 2 C elements
   __shared__ float slots[WARPS][1], square_slots[WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c], gains[C + c] = bias[c];
   __syncthreads();
@@ -101,7 +101,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
 constexpr int FORWARD_BLOCKS = C > 6144 ? 1 : sizeof(REAL) == 2 ? 4 : 3;
 constexpr int BACKWARD_BLOCKS = C > 6144 || sizeof(REAL) > 2 ? 1 : 2;
 
-// y = w (x - mean) rstd + b. Reads x, writes y: 4 bytes an element in bf16, 8 FLOPs. At N = 65536, C = 768: 0.2 GB,
+// y = w (x - mean) rstd + b. Reads x, writes y: 4 bytes per element in bf16, 8 FLOPs. At N = 65536, C = 768: 0.2 GB,
 // 0.4 GFLOP, floor 0.047 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, const REAL* __restrict__ x,
@@ -109,7 +109,7 @@ layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restr
   forward<false>(nullptr, y, mean, rstd, x, nullptr, weight, bias, rows, eps);
 }
 
-// s = x + delta, y = w (s - mean) rstd + b. Reads x and delta, writes s and y: 8 bytes an element in bf16, 9 FLOPs. At
+// s = x + delta, y = w (s - mean) rstd + b. Reads x and delta, writes s and y: 8 bytes per element in bf16, 9 FLOPs. At
 // N = 65536, C = 768: 0.4 GB, 0.45 GFLOP, floor 0.094 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 add_layernorm_forward(REAL* __restrict__ s, REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd,
@@ -140,7 +140,7 @@ __device__ __forceinline__ void store_partial(float* partial, float* row, const 
 template <bool ADD>
 __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* ds, const REAL* dy, const REAL* x,
                                          const float* weight, const float* mean, const float* rstd, int rows) {
-  DYN_SMEM(float, gains);  // weight: C numbers; later a row of sums
+  DYN_SMEM(float, gains);  // weight: C elements; later a row of sums
   Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, in flight while the rest is computed; no registers are left
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
@@ -200,7 +200,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
 
 // With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)). A block's sums of dy xhat and of
 // dy go to its row of partial[0] and partial[1] (2, blocks, C); columns.cu adds them up. Two blocks share an SM in bf16.
-// Reads dy and x, writes dx: 6 bytes an element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, floor
+// Reads dy and x, writes dx: 6 bytes per element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, floor
 // 0.070 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
@@ -209,7 +209,7 @@ layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REA
   backward<false>(dx, partial, nullptr, dy, x, weight, mean, rstd, rows);
 }
 
-// The same with the gradient of the sum, ds, added to dx: 8 bytes an element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
+// The same with the gradient of the sum, ds, added to dx: 8 bytes per element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 add_layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ ds,
                        const REAL* __restrict__ dy, const REAL* __restrict__ x, const float* __restrict__ weight,

@@ -1,7 +1,7 @@
 #include "common.cuh"
 
-// Four of n numbers, from index i, in one access where the array is aligned and has all four; past the end they are 0.
-// The loops below read the numbers in the same order whether or not an array begins at a multiple of 16 bytes.
+// Four of n elements, from index i, in one access where the array is aligned and has all four; past the end they are 0.
+// The loops below read the elements in the same order whether or not an array begins at a multiple of 16 bytes.
 __device__ __forceinline__ Pack<float> load4(const float* p, long long i, long long n, bool aligned) {
   if (aligned && i + 4 <= n) return *(const Pack<float>*)(p + i);
   Pack<float> r;
@@ -24,9 +24,9 @@ __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long l
 
 // partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th chunk of 4096 elements.
 // One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
-// Each of a thread's four sums runs over every fourth number that it reads. The number of blocks is a function of n
+// Each of a thread's four sums runs over every fourth element that it reads. The number of blocks is a function of n
 // alone: the same sum on every device.
-// Reads 4 B a number: 124M numbers are 0.50 GB, 1 GFLOP; floor 0.12 ms.
+// Reads 4 bytes per element: 124M elements are 0.50 GB, 1 GFLOP; floor 0.12 ms.
 constexpr int UNITS = 3;
 extern "C" __global__ void __launch_bounds__(256)
 square_partials(const float* x, float* partial, long long n) {
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* part
 // Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
 // a difference from 1 would lose digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN,
 // nothing changes: that is how the optimizer skips a step whose gradients are not finite.
-// Reads 16 B a number and writes 12: 124M numbers are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
+// Reads 16 bytes per element and writes 12: 124M elements are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* value, const float* grad, float* m, float* v, const float* grad_scale, const float* lr, const float* step,
       float rest1, float rest2, float log_beta1, float log_beta2, float eps, float weight_decay, long long n) {

@@ -119,14 +119,14 @@ def _call(
     return types.void(*[types.int64] * 4), generate
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no writable folder for the cache
         return njit(nogil=True)(function)
 
 
-@_compiled
+@compiled
 def _spin(count: int) -> None:
     for _ in range(count):
         _pause()
@@ -144,7 +144,7 @@ def _spins() -> int:
     return max(1000, int(1000 * SPIN_SECONDS / min(spent)))
 
 
-@_compiled
+@compiled
 def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
     """Run the compiled tasks that are posted to a slot, given its address. Returns the ticket of a Python task, or 0 if
     nothing was posted for max_spins iterations.
@@ -176,7 +176,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
             spins = 0
 
 
-@_compiled
+@compiled
 def _wait(slots: int, count: int, max_spins: int) -> bool:
     """Spin until the first `count` workers have finished, or for max_spins iterations. Returns whether they have."""
     for worker in range(count):
@@ -190,7 +190,7 @@ def _wait(slots: int, count: int, max_spins: int) -> bool:
     return True
 
 
-@_compiled
+@compiled
 def _post(slots: int, count: int) -> None:
     """Post the tasks in the slots of the first `count` workers."""
     for worker in range(count):
@@ -198,7 +198,7 @@ def _post(slots: int, count: int) -> None:
         _store(slot + 8 * TICKET, _load(slot + 8 * TICKET) + 1)
 
 
-@_compiled
+@compiled
 def _post_and_run(slots: int, count: int, function: int, arguments: int, start: int, stop: int, max_spins: int) -> bool:
     """Post, compute the part start ... stop - 1 on the calling thread, then wait."""
     _post(slots, count)
@@ -321,6 +321,11 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
                 raise worker.error
     finally:
         _busy.release()
+
+
+def clear(array: np.ndarray) -> None:
+    """Fill a flat array with zeros, each thread a part of at least 1 MB."""
+    each(lambda start, stop: array[start:stop].fill(0), threads.parts(len(array), (1 << 20) // array.itemsize))
 
 
 def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:

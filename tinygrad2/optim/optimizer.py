@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 
+from tinygrad2 import missing_names
 from tinygrad2.array import Array
 from tinygrad2.distributed import Comm, all_gather, share
 from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, ParameterList, Region
@@ -53,8 +54,6 @@ class Optimizer(ABC):
     def __init__(
         self, model: HasParameters | Iterable[Parameter], lr: float, weight_decay: float, shared_by: Comm | None = None
     ):
-        self._require("lr", lr, lr >= 0)
-        self._require("weight_decay", weight_decay, weight_decay >= 0)
         is_module = hasattr(model, "named_parameters")
         self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
         self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
@@ -80,6 +79,27 @@ class Optimizer(ABC):
     def _require(self, name: str, value: Any, valid: bool) -> None:
         if not valid:
             raise ValueError(f"{type(self).__name__}: {name} is {value}, out of range")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lr", "weight_decay"):
+            self._require_number(name, value, math.isfinite)
+        super().__setattr__(name, value)
+
+    def _require_number(self, name: str, value: Any, valid: Callable[[Any], bool]) -> None:
+        if not isinstance(value, int | float | numpy.number):
+            raise TypeError(f"{type(self).__name__}: {name} is {value!r}; expected a number")
+        self._require(name, value, bool(value >= 0 and valid(value)))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise missing_names.missing(type(self).__name__, name, missing_names.OPTIMIZER)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: create one for the copy of the model, and call its "
+            f"load_state(optimizer.state(), optimizer.steps)"
+        )
 
     @property
     def arena(self) -> ParameterArena:
@@ -156,6 +176,8 @@ class Optimizer(ABC):
         If the norm or the loss is not finite, the step is skipped: no parameter and no state changes, and `steps` does
         not count it. This is decided on the device, without waiting for the norm on the host.
         """
+        if max_norm is not None:
+            self._require_number("max_norm", max_norm, lambda value: True)
         arena = self.arena
         np = arena.backend.np
         norm = self.grad_norm()

@@ -229,8 +229,7 @@ def test_a_memo_of_four_billion_entries_takes_no_memory(file):
 
 def test_shared_lists_do_not_unfold(file):
     """Sixty lists, each twice in the next: 2**60 elements for whoever copies or prints them."""
-    tree = read_pickle(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)))
-    assert len(tree) == 2
+    refused(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
 
 
 def test_config_objects_are_records(file):

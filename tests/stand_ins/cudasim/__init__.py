@@ -67,7 +67,7 @@ def compiled(text, options):
 class RawModule:
     """As cupy.RawModule: get_function(name)(grid, block, args, shared_mem=n)."""
 
-    def __init__(self, code, options=()):
+    def __init__(self, code, options=(), enable_cooperative_groups=False):
         need_compiler()
         bounds = {name: bounds for bounds, name in BOUNDS.findall(code)}
         exports = "".join(f"CUDASIM_EXPORT({name}, {bounds.get(name, 1024)})\n" for name in KERNEL.findall(code))

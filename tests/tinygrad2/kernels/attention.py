@@ -21,10 +21,17 @@ def no_reference(*arguments):
     raise AssertionError("this has a kernel")
 
 
-def kernels(reference=None):
-    """The launchers on NumPy arrays and simulated kernels; new arrays hold NaN."""
+H200 = cuda.Multiprocessor(228 << 10, 2048)
+A100 = cuda.Multiprocessor(164 << 10, 2048)
+L4 = cuda.Multiprocessor(100 << 10, 1536)  # compute capability 8.6, 8.9 and 12.0
+
+
+def kernels(reference=None, processor=H200):
+    """The launchers on NumPy arrays and simulated kernels; new arrays contain NaN."""
     library = types.SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
-    return cuda.CudaKernels(library, reference or types.SimpleNamespace(attention_forward=no_reference))
+    table = cuda.CudaKernels(library, reference or types.SimpleNamespace(attention_forward=no_reference))
+    table.processor = processor
+    return table
 
 
 def activations(*shape, dtype=bfloat16, scale=1.5):

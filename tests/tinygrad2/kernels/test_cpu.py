@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from tinygrad2 import Key, reference
 from tinygrad2.backend import kernel_table
@@ -204,6 +205,143 @@ def test_the_number_of_threads_changes_no_bit_of_a_sum(name, set_threads):
             np.testing.assert_array_equal(result, right)
 
 
+# bfloat16 -------------------------------------------------------------------------------------------------------------
+
+STATISTICS = {  # positions of the arguments that are float32 where the others are bfloat16
+    "linear_backward": {3, 4},
+    "embedding_backward": {3, 4},
+    "layernorm_forward": {1, 2},
+    "layernorm_backward": {2, 3, 4, 5, 6},
+    "add_layernorm_forward": {2, 3},
+    "add_layernorm_backward": {3, 4, 5, 6, 7},
+    "attention_backward": {3},
+    "gelu_backward": {3},
+    "cross_entropy_backward": {0, 3},
+    "lm_head_backward": {0, 4},
+}
+SUMS = {  # positions of the results that are float32
+    "layernorm_forward": {1, 2},
+    "add_layernorm_forward": {2, 3},
+    "attention_forward": {1},
+    "cross_entropy_forward": {0, 1},
+    "lm_head_forward": {0},
+    "embedding_forward": {0},  # rounded by the operation, which knows the type of the activations
+    "embedding_backward": {0, 1},
+}
+UPDATES = ("squared_norm", "muon_momentum", "orthogonalize", "muon_step", "sgd_step", "adamw_step")  # float32 only
+IN_BFLOAT16 = [name for name in NAMES if name not in UPDATES]
+
+
+@pytest.fixture(params=["float32 products", "oneDNN"])
+def products(request, monkeypatch):
+    """Products of bfloat16 by the portable path, and by oneDNN."""
+    if request.param == "float32 products":
+        monkeypatch.setattr(cpu.onednn, "library", lambda: None)
+    elif cpu.onednn.library() is None:
+        pytest.skip(cpu.onednn.unavailable_reason())
+
+
+def in_bfloat16(name, values, how=np.array):
+    """The arguments rounded to bfloat16, or to float32 where they are statistics or sums."""
+    kinds = ("float32" if i in STATISTICS.get(name, ()) else bfloat16 for i in range(len(values)))
+    return [convert(value, kind, how) for value, kind in zip(values, kinds, strict=True)]
+
+
+def as_float64(value):
+    return value.astype(np.float64) if hasattr(value, "dtype") and value.dtype in (bfloat16, np.float32) else value
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (3, 131, 20), (2, 64, 96)], ids=str)
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_a_kernel_of_bfloat16_equals_the_reference_on_the_same_numbers(products, name, shape):
+    for values in arguments(name, shape):
+        given = in_bfloat16(name, values)
+        wider = [as_float64(value) for value in given]
+        expected = results(getattr(reference, name)(*wider), wider, name)
+        before = [value.copy() if isinstance(value, np.ndarray) else value for value in given]
+        got = results(getattr(cpu, name)(*given), given, name)
+        assert len(got) == len(expected)
+        changed = len([i for i in CHANGED.get(name, ()) if given[i] is not None])
+        for i, (result, right) in enumerate(zip(got, expected, strict=True)):
+            parameter = i >= len(got) - changed and name != "attention_cached"
+            narrow = not parameter and i not in SUMS.get(name, ())
+            assert result.dtype == (bfloat16 if narrow else np.float32)
+            assert result.shape == right.shape
+            # A result is rounded once, by 2^-9 at most; a sum and logits are rounded before what follows in the kernel.
+            bound = {"add_layernorm_forward": 4e-3, "lm_head_forward": 2e-2}.get(name, 4e-3 if narrow else 1e-3)
+            assert error(result, right) <= bound, i
+        for i, (value, old) in enumerate(zip(given, before, strict=True)):
+            if isinstance(value, np.ndarray) and i not in CHANGED.get(name, ()):
+                np.testing.assert_array_equal(value, old, f"{name} changed argument {i}")
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_unusual_strides_and_read_only_inputs_of_bfloat16(products, name):
+    for values in arguments(name, (2, 67, 12)):
+        plain, strided = (in_bfloat16(name, values) for _ in range(2))
+        for i, value in enumerate(strided):
+            if isinstance(value, np.ndarray) and value.dtype == bfloat16 and i not in CHANGED.get(name, ()):
+                strided[i] = awkward(value)
+        got = results(getattr(cpu, name)(*strided), strided, name)
+        for result, right in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
+            assert error(result, as_float64(right)) < 1e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in IN_BFLOAT16 if name != "embedding_backward"])
+def test_a_bfloat16_that_is_not_finite_shows_where_the_reference_shows_it(products, name, bad):
+    values = in_bfloat16(name, arguments(name, (2, 67, 12))[0])
+    spoiled = next(i for i, v in enumerate(values) if isinstance(v, np.ndarray) and v.dtype == bfloat16)
+    values[spoiled].reshape(-1)[5] = bad
+    with np.errstate(all="ignore"):
+        wider = [np.array(value, np.float32) if isinstance(value, np.ndarray) and value.dtype == bfloat16 else value
+                 for value in values]  # fmt: skip
+        wider = [value.copy() if isinstance(value, np.ndarray) else value for value in wider]
+        expected = results(getattr(reference, name)(*wider), wider, name)
+        got = results(getattr(cpu, name)(*values), values, name)
+    for result, right in zip(got, expected, strict=True):
+        bad_here, bad_there = (~np.isfinite(as_float64(array)) for array in (result, right))
+        if name == "attention_backward":
+            assert bad_here.any() == bad_there.any()
+            assert not (bad_here & ~bad_there).any()
+        else:
+            np.testing.assert_array_equal(bad_here, bad_there)
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_result(name, set_threads):
+    """Of products too: their parts are rows, and oneDNN computes a row in the same way in each."""
+    if cpu.onednn.library() is None and name.startswith(("linear", "lm_head")):
+        pytest.skip(cpu.onednn.unavailable_reason())
+    outcomes = []
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        given = in_bfloat16(name, arguments(name, (3, 131, 96))[0])
+        outcomes.append(results(getattr(cpu, name)(*given), given, name))
+    for outcome in outcomes[1:]:
+        for result, right in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, right)
+
+
+def test_operations_without_a_kernel_of_bfloat16_are_computed_in_float32():
+    R = np.random.default_rng(0)
+    x, y = (R.normal(size=(3, 40, 40)).astype(bfloat16) for _ in range(2))
+    for name, given in {
+        "softmax_forward": (x,), "softmax_backward": (x, y), "matmul_forward": (x, y), "matmul_backward": (x, x, y),
+        "gelu_exact_forward": (x, None), "gelu_exact_backward": (x, y, None, None),
+    }.items():  # fmt: skip
+        found, right = (
+            results(function(*arrays), [], name)
+            for function, arrays in (
+                (getattr(cpu, name), given),
+                (getattr(reference, name), [as_float64(array) for array in given]),
+            )
+        )
+        for result, expected in zip(found, right, strict=True):
+            assert result.dtype == bfloat16
+            assert error(result, expected) < 4e-3
+
+
 def test_gelu_of_large_arguments():
     x = np.array([-1e12, -100, -50, -10, -6, 6, 10, 50, 1e12], dtype=np.float32)
     np.testing.assert_allclose(cpu.gelu_forward(x, None), reference.gelu_forward(x.astype("d"), None), atol=1e-7)
@@ -214,7 +352,7 @@ def test_gelu_of_large_arguments():
 def test_the_table_overrides_some_functions_and_keeps_the_rest():
     table = kernel_table(reference, cpu)
     assert table.gelu_forward is cpu.gelu_forward
-    assert table.softmax_forward is reference.softmax_forward
+    assert table.exp_forward is reference.exp_forward
     assert kernel_table(reference, None).gelu_forward is reference.gelu_forward
 
 

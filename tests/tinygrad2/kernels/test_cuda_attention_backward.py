@@ -8,6 +8,7 @@ from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim
 from tests.stand_ins.faults import plant_in
+from tests.tinygrad2.kernels.attention import A100, H200, L4, kernels
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 from tinygrad2.random import Key
@@ -15,15 +16,6 @@ from tinygrad2.random import Key
 pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
 
 KEY = Key(seed=2**40 + 5, step=3, first_sample=2, site=1)
-
-
-def poisoned(shape, dtype):
-    return np.full(shape, np.nan, dtype=dtype)
-
-
-def kernels():
-    np_ = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
-    return cuda.CudaKernels(np_, reference)
 
 
 def problem(B, T, H, D, key, rate=0.25, seed=0):
@@ -72,6 +64,28 @@ def test_backward_agrees_with_the_reference(B, T, H, D, dropout):
     assert all(np.array_equal(x, y) for x, y in zip(before, arguments[:4], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("processor", "D", "streams"),
+    [(H200, 64, (64, 64)), (A100, 64, (64, 64)), (L4, 64, (32, 16)), (L4, 80, (32, 32)), (H200, 128, (32, 32))],
+)
+def test_two_blocks_fit_a_multiprocessor(processor, D, streams):
+    sizes = cuda.AttentionSizes.backward(D, processor).values()
+    assert tuple(size.stream for size in sizes) == streams
+    assert all(2 * (size.shared + 1024) <= processor.shared_memory for size in sizes)
+
+
+def test_one_block_has_the_larger_tiles_where_two_do_not_fit():
+    for size in cuda.AttentionSizes.backward(128, L4).values():
+        assert size.stream == 32
+        assert size.shared + 1024 <= L4.shared_memory < 2 * (size.shared + 1024)
+
+
+@pytest.mark.parametrize("D", [64, 80])
+def test_backward_with_smaller_tiles(D):
+    arguments, want = problem(1, 140, 1, D, KEY)
+    assert error(kernels(processor=L4).attention_backward(*arguments), want) < 1e-2
+
+
 def test_every_schedule_gives_the_same_bits(monkeypatch):
     arguments, _ = problem(1, 140, 2, 16, KEY)
     results = []
@@ -84,7 +98,9 @@ def test_every_schedule_gives_the_same_bits(monkeypatch):
 def test_other_dtypes_and_head_sizes_go_to_the_reference():
     arguments, want = problem(1, 5, 2, 8, None)
     wide = [x.astype(np.float32) for x in arguments[:4]]
-    assert error(kernels().attention_backward(*wide, *arguments[4:]), want) < 1e-2  # `out` was rounded to bfloat16
+    assert (
+        error(kernels(reference).attention_backward(*wide, *arguments[4:]), want) < 1e-2
+    )  # `out` was rounded to bfloat16
     calls = SimpleNamespace(attention_backward=lambda *a: "reference")
     assert cuda.CudaKernels(np, calls).attention_backward(*arguments) == "reference"
 

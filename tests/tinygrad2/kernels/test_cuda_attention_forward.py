@@ -7,8 +7,9 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins.faults import plant_in
-from tests.tinygrad2.kernels.attention import BOUND, activations, error, in_every_schedule, kernels
+from tests.tinygrad2.kernels.attention import A100, BOUND, H200, L4, activations, error, in_every_schedule, kernels
 from tinygrad2 import Key, reference
+from tinygrad2.kernels.cuda import AttentionSizes
 
 pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
 KEY = Key(2**40 + 11, step=3, first_sample=2**40 + 5, site=2)
@@ -34,6 +35,25 @@ def test_forward(B, T, H, D, key, compiled):
     assert error(out, expected) < BOUND["bfloat16"]
     assert np.abs(lse - expected_lse).max() < 1e-5
     assert qkv.tobytes() == before
+
+
+@pytest.mark.parametrize(
+    ("processor", "D", "keys"),
+    [(H200, 64, 64), (A100, 64, 64), (L4, 64, 32), (H200, 128, 64), (A100, 128, 32), (L4, 128, 16), (L4, 80, 32)],
+)
+def test_two_blocks_fit_a_multiprocessor(processor, D, keys):
+    sizes = AttentionSizes.forward(D, processor)
+    assert sizes.stream == keys
+    assert 2 * (sizes.shared + 1024) <= processor.shared_memory
+
+
+@pytest.mark.parametrize(("D", "T"), [(64, 137), (128, 75)])
+def test_forward_with_smaller_tiles(D, T):
+    qkv = activations(1, T, 3 * D)
+    out, lse = kernels(processor=L4).attention_forward(qkv, 1, 0.3, KEY)
+    expected, expected_lse = reference.attention_forward(qkv.astype("d"), 1, 0.3, KEY)
+    assert error(out, expected) < BOUND["bfloat16"]
+    assert np.abs(lse - expected_lse).max() < 1e-5
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])

@@ -59,26 +59,18 @@ def check(family, architecture, defines):
 
 @pytest.mark.parametrize("family", nvrtc.families())
 def test_compiles_for_the_main_size(family):
-    assert family in nvrtc.SIZES, f"SIZES of tests/nvrtc.py does not say what to compile {family}.cu for"
-    check(family, "90", nvrtc.SIZES[family][0])
-
-
-TENSOR_CORES = {"attention_forward", "attention_backward"}
-
-
-@pytest.mark.parametrize("family", sorted(set(nvrtc.families()) - TENSOR_CORES))
-def test_float32_compiles_for_gpus_without_bfloat16(family):
-    defines = next(row for row in nvrtc.SIZES[family] if row.get("REAL", "float") == "float")
-    check(family, "75", defines)
-    if family == "cross_entropy":
-        check(family, "75", {**defines, "VOCAB": 1003, "COLUMNS": 1024, "THREADS": 256, "RESIDENT": 1})
+    rows = nvrtc.sizes("90")
+    assert family in rows, f"sizes() of tests/nvrtc.py does not say what to compile {family}.cu for"
+    check(family, "90", rows[family][0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", nvrtc.GPUS)
 @pytest.mark.parametrize("family", nvrtc.families())
 def test_compiles_for_every_size(family, architecture):
-    for defines in nvrtc.SIZES[family]:
+    rows = nvrtc.sizes(architecture)[family]
+    assert rows or (architecture in nvrtc.FLOAT32_ONLY and family in ("attention_forward", "attention_backward"))
+    for defines in rows:
         check(family, architecture, defines)
 
 
@@ -92,7 +84,7 @@ NARROW = {
 
 @pytest.mark.parametrize("family", nvrtc.families())
 def test_reads_16_bytes_at_a_time(family):
-    loads = nvrtc.narrow_loads(cuda.source(nvrtc.families()[family]), nvrtc.SIZES[family][0])
+    loads = nvrtc.narrow_loads(cuda.source(nvrtc.families()[family]), nvrtc.sizes("90")[family][0])
     assert loads == {name: NARROW.get(name, 0) for name in loads}
 
 

@@ -30,18 +30,19 @@ def head(dtype, shape, C, V):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "resident", "shape", "C", "V"),
+    ("dtype", "resident", "threads", "shape", "C", "V"),
     [
-        (bfloat16, True, (2, 3), 8, 64),
-        (bfloat16, True, (2,), 16, 17001),  # 2126 accesses: up to three for a thread
-        (bfloat16, False, (3,), 8, 1003),
-        ("float32", True, (5,), 8, 1003),
-        ("float32", False, (2, 2), 8, 4099),
-        ("float32", True, (3,), 4, 9),
+        (bfloat16, True, 2048, (2, 3), 8, 64),
+        (bfloat16, True, 2048, (2,), 16, 17001),  # 2126 accesses: up to three for a thread
+        (bfloat16, False, 1536, (2,), 16, 17001),
+        (bfloat16, False, 2048, (3,), 8, 1003),
+        ("float32", True, 2048, (5,), 8, 1003),
+        ("float32", False, 1024, (2, 2), 8, 4099),
+        ("float32", True, 2048, (3,), 4, 9),
     ],
 )
-def test_lm_head(kernels, dtype, resident, shape, C, V):
-    kernels.shared_memory = (228 << 10) * resident
+def test_lm_head(kernels, dtype, resident, threads, shape, C, V):
+    kernels.processor = cuda.Multiprocessor((228 << 10) * resident, threads)
     x, weight, targets = head(dtype, shape, C, V)
     x[..., 0] += 3
     logits = (x.reshape(-1, C).astype("f4") @ weight.astype("f4").T).astype(dtype).astype("d")
@@ -108,20 +109,23 @@ def test_logits_of_large_range(kernels):
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "resident"),
-    [(228, True), (164, False), (100, False)],  # of a multiprocessor of an H100, an A100, an L4 or a GeForce
+    ("kilobytes", "threads", "resident"),
+    # of a multiprocessor of an H200, an A100, an L4 or a GeForce RTX, a T4
+    [(228, 2048, True), (164, 2048, False), (100, 1536, False), (64, 1024, False)],
 )
-def test_a_row_is_resident_where_two_of_them_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, resident):
+def test_two_blocks_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, threads, resident):
+    """Their threads always, and their rows where these are resident."""
     monkeypatch.setattr(cudasim, "shared_memory", kilobytes - 1 << 10)
-    kernels.shared_memory = kilobytes << 10
+    kernels.processor = cuda.Multiprocessor(kilobytes << 10, threads)
     x, weight, targets = head(bfloat16, (1,), 1, 50257)
     loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
     assert error(loss, reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)[0]) < 1e-3
-    assert {dict(key[3:])["RESIDENT"] for key in kernels._functions} == {resident}
+    constants = [dict(key[2:]) for key in kernels._functions]
+    assert {(row["RESIDENT"], row["THREADS"]) for row in constants} == {(resident, threads // 2)}
 
 
-def test_the_device_says_how_much_shared_memory_it_has(kernels):
-    assert kernels.shared_memory == 228 << 10
+def test_the_device_says_what_a_multiprocessor_has(kernels):
+    assert kernels.processor == (228 << 10, 2048)
 
 
 def test_the_mean_of_many_rows(kernels):

@@ -1,0 +1,202 @@
+"""The memory of a training step before it runs, by use: what each rank allocates.
+
+Symbols: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers, P parameters.
+An array is (N, C) where nothing else is said; that of queries, keys and values is three times as wide, those inside an
+MLP four times. The counts of arrays follow from the order of operations in model.py and from what ops.py saves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from gpt2.config import GPT2Config
+from tinygrad2.precision import FLOAT32, Precision
+
+GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds larger arrays up to a multiple
+CHUNK = 64  # rows that kernels/cpu.py adds into one partial sum of a parameter's gradient
+BUCKET = 1 << 22  # elements that ranks sum at a time, and Muon's momentum is computed for (params.py)
+RECEIVED = 16 << 20  # bytes that a rank receives at a time in a sum on the host (distributed.py)
+WORKSPACE = 32 << 20  # bytes for cublasLt (kernels/gemm.py)
+QUERY_ROWS = 128  # rows of scores at a time in attention
+# Python with NumPy and the compiled kernels, as measured; a CUDA context with cublasLt, and NCCL: estimates.
+LIBRARIES, CONTEXT, NCCL = 190_000_000, 600_000_000, 400_000_000
+ALIGNED = 64  # on a GPU the rows of the output layer's matrix are padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step on one rank.
+
+    batch_size, block_size  B and T of a micro-step.
+    optimizer               "adamw", "muon" or "sgd" with momentum.
+    ranks, zero             the number of ranks; whether they share the optimizer's state (ZeRO stage 1).
+    cuda                    on a GPU; else on the CPU with this number of threads.
+    """
+
+    config: GPT2Config
+    batch_size: int
+    block_size: int
+    precision: Precision = FLOAT32
+    recompute: str = "none"
+    head_rows: int | None = None
+    optimizer: str = "adamw"
+    ranks: int = 1
+    zero: bool = False
+    cuda: bool = False
+    threads: int = 1
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.batch_size * self.block_size
+
+    @property
+    def hidden(self) -> int:
+        """The elements of the matrices of all blocks."""
+        return 12 * self.config.n_layer * self.config.n_embd**2
+
+    @property
+    def dropout(self) -> bool:
+        return self.config.resid_pdrop > 0
+
+
+def step_memory(step: Step) -> dict[str, int]:
+    """Bytes of a step on one rank, by use; their sum is the largest amount at any time."""
+    return {
+        **state(step),
+        "activations": activations(step),
+        "logits": logits(step),
+        "buffers": buffers(step),
+        "libraries": CONTEXT + (step.ranks > 1) * NCCL if step.cuda else LIBRARIES,
+    }
+
+
+def state(step: Step) -> dict[str, int]:
+    """Weights (with the copies that layers of another type read), gradients, and the optimizer's moments.
+
+    AdamW has 2 moments per parameter, SGD 1, Muon 1 per element of a hidden layer's matrix and 2 of other parameters.
+    With ZeRO stage 1 (arXiv:1910.02054) every rank has a part of them.
+    """
+    P, types = step.config.n_parameters, step.precision
+    copies = types.activation_bytes if types.copies else 0
+    moments = {"adamw": 2 * P, "sgd": P, "muon": 2 * P - step.hidden}[step.optimizer]
+    return {
+        "weights": P * (types.parameter_bytes + copies),
+        "gradients": P * types.parameter_bytes,
+        "moments": math.ceil(moments / (step.ranks if step.zero else 1)) * types.parameter_bytes,
+    }
+
+
+def activations(step: Step) -> int:
+    """Bytes of the arrays of the forward and the backward pass, without the logits.
+
+    A block saves 16 arrays: 5 of width C (two sums of the residual stream, their normalizations, attention's result),
+    q k v, and 4 + 4 in the MLP; with recompute="block" it saves 2, its inputs, and the 16 exist for one block.
+
+    On the CPU a pool keeps blocks of memory by size (tinygrad2/memory.py), so the largest number of arrays of each
+    width counts, whenever it is reached. On a GPU, CuPy's pool divides blocks, so the largest sum at any one time
+    counts: in the backward pass of the last block's MLP, or, if that is more, of the output layer.
+    """
+    L, s = step.config.n_layer, step.precision.activation_bytes
+    block, dropped = step.recompute == "block", int(step.dropout)
+    array = step.rows * step.config.n_embd * s
+    if step.cuda:
+        in_mlp = (2 * L + 21 if block else 16 * L + 5) + dropped
+        in_head = 2 * L + 2 if block else 16 * L + 3
+        total = max(in_mlp * array - logits(step), in_head * array)
+    else:
+        counts = (
+            {1: min(2 * L + 7 + dropped, 5 * L + 3), 3: 2, 4: 3} if block else {1: 5 * L + 3, 3: L + 1, 4: 2 * L + 1}
+        )
+        total = sum(count * pooled(width * array) for width, count in counts.items())
+        total += array if _chunks(step) > 1 else 0  # the gradient of the features
+    return total + _statistics(step)
+
+
+def _statistics(step: Step) -> int:
+    """Mean and 1 / standard deviation of each row, and attention's log of the sum of exponentials for each head."""
+    layers = 1 if step.recompute == "block" else step.config.n_layer
+    itemsize = max(4, step.precision.activation_bytes)
+    return (layers * (4 + step.config.n_head) + 2) * step.rows * itemsize
+
+
+def logits(step: Step) -> int:
+    """Bytes of the logits, whose gradient replaces them. With head_rows two chunks exist at a time, and the gradient of
+    one chunk's features."""
+    config, s = step.config, step.precision.activation_bytes
+    columns = math.ceil(config.vocab_size / ALIGNED) * ALIGNED if step.cuda else config.vocab_size
+    chunks = _chunks(step)
+    rows = math.ceil(step.rows / chunks)
+    if chunks == 1:
+        return pooled(rows * columns * s)
+    return 2 * pooled(rows * columns * s) + pooled(rows * config.n_embd * s)
+
+
+def _chunks(step: Step) -> int:
+    return math.ceil(step.rows / step.head_rows) if step.head_rows else 1
+
+
+def buffers(step: Step) -> int:
+    """Bytes of temporary arrays: those of kernels, of the optimizer, and of the communication through host memory."""
+    total = _cuda_buffers(step) if step.cuda else _cpu_buffers(step)
+    if step.ranks > 1 and not step.cuda:
+        total += RECEIVED
+    if (
+        step.optimizer == "muon"
+    ):  # all orthogonalized matrices; a bucket's momentum twice; 4 copies of a matrix a thread
+        C = step.config.n_embd
+        bucket = min(step.config.n_parameters, max(BUCKET, 4 * C * C))
+        threads = 1 if step.cuda else step.threads
+        elements = step.hidden + bucket + min(step.hidden, bucket) + threads * 4 * 4 * C * C
+        total += elements * step.precision.parameter_bytes
+    return total
+
+
+def _cpu_buffers(step: Step) -> int:
+    """Two blocks of scores per thread, and partial sums of gradients: of 2 vectors of width C, of 3 C and of 4 C."""
+    T, C, s = step.block_size, step.config.n_embd, step.precision.activation_bytes
+    scores = 2 * step.threads * min(T, QUERY_ROWS if T >= 512 else QUERY_ROWS // 2) * T * s
+    return scores + math.ceil(step.rows / CHUNK) * 9 * C * s
+
+
+def _cuda_buffers(step: Step) -> int:
+    """cublasLt's workspace, the padded copy of the output layer's matrix, and, where reference.py computes attention
+    (not bfloat16), 4 blocks of scores of all heads."""
+    config, types = step.config, step.precision
+    padded = math.ceil(config.vocab_size / ALIGNED) * ALIGNED * config.n_embd * types.activation_bytes
+    if types.copies:
+        return WORKSPACE + padded
+    T = step.block_size
+    return WORKSPACE + padded + 4 * step.batch_size * config.n_head * min(T, QUERY_ROWS) * T * types.activation_bytes
+
+
+def pooled(nbytes: int) -> int:
+    """The size of the memory block of an array."""
+    return nbytes if nbytes < GRANULE else math.ceil(nbytes / GRANULE) * GRANULE
+
+
+def needed(step: Step) -> int:
+    """The bytes of a step on one rank."""
+    return sum(step_memory(step).values())
+
+
+def describe_need(step: Step) -> str:
+    """The memory of a step in one line."""
+    parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in step_memory(step).items())
+    return f"{step.batch_size} sequences of {step.block_size} tokens need {parts} = {needed(step) / 1e9:.2f} GB"
+
+
+def largest_batch(step: Step, available: float) -> int:
+    """The largest batch_size for which `available` bytes suffice, by bisection; 0 if none does."""
+
+    def fits(batch_size: int) -> bool:
+        return needed(replace(step, batch_size=batch_size)) <= available
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,352 @@
+"""Memory and time of a training run before it starts: `python -m gpt2.plan --preset gpt2 --device h200 --ranks 8`.
+
+The memory is computed by memory_model.py, the time by cost_model.py: for a GPU from its data sheet, for this machine's
+CPU from rates that are measured in a second or two. Options are those of train.py, with the same defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpt2 import console, cost_model, cpu_rates
+from gpt2.console import Parser
+from gpt2.cost_model import CARDS, Communication, Device, Kernel
+from gpt2.memory_model import Step, largest_batch, needed, step_memory
+from gpt2.training import setup
+from gpt2.training.options import OptionValues, UsageError, add_options, validate_options
+from tinygrad2 import threads
+from tinygrad2.backend import get_backend
+from tinygrad2.gpus import find_gpu, peak_tflops
+
+GROUPS = {
+    "model": ("preset", "n_layer", "n_head", "n_embd", "init", "dropout"),
+    "batches": ("batch_size", "block_size", "total_batch_size", "max_iters"),
+    "optimizer": ("optimizer", "zero"),
+    "computation": ("threads", "dtype", "recompute", "head_rows"),
+    "sets of options": ("recipe",),
+}
+THIS_MACHINE = ("auto", "cpu", "cuda")
+MODELS = {name.lower().replace(" ", "-"): name for name in CARDS}  # of GPUs, as --device names them
+
+
+@dataclass(frozen=True)
+class Row:
+    """The kernels of a step that are shown together: calls, seconds, FLOPs and bytes of a step on one rank."""
+
+    calls: int
+    seconds: float
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned run.
+
+    step           on each rank;  micro_steps  in a step;  tokens  of the whole run.
+    largest_batch  the largest --batch-size that fits, 0 if none does.
+    dividing       the largest of those that divide the tokens per step, 0 if none does.
+    rows           the kernels of a step by family.
+    seconds        of a step, and `python` the part of it in which only Python runs.
+    """
+
+    step: Step
+    device: Device
+    micro_steps: int
+    tokens: int
+    largest_batch: int
+    dividing: int
+    rows: dict[str, Row]
+    communication: Communication
+    python: float
+    seconds: float
+    peak: float | None
+
+    @property
+    def step_tokens(self) -> int:
+        return self.step.rows * self.micro_steps * self.step.ranks
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.step_tokens / self.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """The FLOPs of the model over those of the devices' peak, or None if that is unknown."""
+        flops = self.tokens_per_second * self.step.config.flops_per_token(self.step.block_size)
+        return None if self.peak is None else flops / (self.peak * self.step.ranks)
+
+    @property
+    def waited(self) -> float:
+        """Seconds of a step's communication that do not overlap with computation."""
+        return self.communication.seconds - self.communication.overlapped
+
+    @property
+    def hours(self) -> float:
+        return self.tokens / self.tokens_per_second / 3600
+
+
+def make_plan(step: Step, device: Device, total_batch_size: int, tokens: int) -> Plan:
+    """The plan of a run of so many tokens, in steps of total_batch_size tokens."""
+    micro_steps = total_batch_size // (step.rows * step.ranks)
+    shards = step.ranks if step.zero else 1
+    once = cost_model.micro_step(
+        step.config,
+        step.batch_size,
+        step.block_size,
+        step.precision,
+        step.recompute,
+        step.head_rows,
+        step.cuda,
+    )
+    update = cost_model.update(step.config, step.precision, step.optimizer, shards)
+    computing, python = (
+        micro_steps * a + b for a, b in zip(_seconds(device, once), _seconds(device, update), strict=True)
+    )
+    backward = _seconds(device, [kernel for kernel in once if kernel.backward])[0]
+    shared = cost_model.communication(step.config, device, step.ranks, step.zero, backward)
+    waiting = max(0.0, python - computing) if device.asynchronous else python
+    available = device.memory or 0
+    largest = largest_batch(step, available)
+    sequences = total_batch_size // step.block_size
+    dividing = next((b for b in range(min(largest, sequences), 0, -1) if sequences % (b * step.ranks) == 0), 0)
+    peak = peak_tflops(device.name, step.precision.name) if step.cuda else None
+    return Plan(
+        step,
+        device,
+        micro_steps,
+        tokens,
+        largest,
+        dividing,
+        _rows(device, [(kernel, micro_steps) for kernel in once] + [(kernel, 1) for kernel in update]),
+        shared,
+        waiting,
+        computing + waiting + shared.seconds - shared.overlapped,
+        None if peak is None else 1e12 * peak,
+    )
+
+
+def _seconds(device: Device, kernels: list[Kernel]) -> tuple[float, float]:
+    """The time of the kernels on the device, and of Python that calls them."""
+    on_device = sum(kernel.calls * device.seconds(kernel.cost) for kernel in kernels)
+    return on_device, device.host * sum(kernel.calls for kernel in kernels)
+
+
+def _rows(device: Device, kernels: list[tuple[Kernel, int]]) -> dict[str, Row]:
+    """The kernels, each with the number of its repetitions, by family."""
+    rows: dict[str, Row] = {}
+    for kernel, repetitions in kernels:
+        calls = repetitions * kernel.calls
+        row = rows.get(_label(kernel), Row(0, 0.0, 0.0, 0.0))
+        rows[_label(kernel)] = Row(
+            row.calls + calls,
+            row.seconds + calls * device.seconds(kernel.cost),
+            row.flops + calls * kernel.cost.flops,
+            row.nbytes + calls * kernel.cost.nbytes,
+        )
+    return rows
+
+
+def _label(kernel: Kernel) -> str:
+    if kernel.name == "orthogonalize":
+        return kernel.name
+    if kernel.cost.family in cost_model.PRODUCTS:
+        return f"products {kernel.name.split()[0]}"
+    if kernel.cost.family in ("squared_norm", "zero_grad", "update", "copies"):
+        return "optimizer"
+    family = kernel.cost.family.replace("reference_attention", kernel.name)
+    return {"column_sums": "bias gradients", "sum": "sums of gradients"}.get(family, family.replace("_", " "))
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> tuple[str, float | None]:
+    """ "cpu", or a name in CARDS, and the memory of this machine's GPU if that is meant.
+
+    Raises UsageError for an unknown name, ValueError if there is no such device or its rates are unknown.
+    """
+    if name in MODELS:
+        return MODELS[name], None
+    if name not in THIS_MACHINE:
+        known = [*THIS_MACHINE, *MODELS]
+        raise UsageError(f"--device is {name}; expected {', '.join(known)}{console.nearest(name, known)}")
+    backend = get_backend(name)
+    if backend.cuda is None:
+        return "cpu", None
+    gpu, memory = backend.cuda.gpu_name(), backend.memory()
+    found = find_gpu(gpu, CARDS)
+    if found is None:
+        raise ValueError(f"the rates of the GPU {gpu} are unknown; name a similar one, such as --device h100")
+    return found, None if memory is None else memory[1]
+
+
+def device_of(name: str, memory: float | None, step: Step) -> Device:
+    """The device that plans are made for. Raises ValueError if it does not support the precision of the step."""
+    if name == "cpu":
+        if reason := get_backend("cpu").unsupported_reason(step.precision):
+            raise ValueError(f"--dtype {reason}")
+        return cpu_rates.measure(step)
+    if step.precision.copies and step.config.head_size not in cost_model.FUSED_HEAD_SIZES:
+        raise ValueError(
+            f"--dtype {step.precision.name} needs a head size that is a multiple of 16, at most 128; got "
+            f"{step.config.head_size}"
+        )
+    found = cost_model.gpu(name, step.precision)
+    return found if memory is None else dataclasses.replace(found, memory=memory)
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan) -> list[str]:
+    """The plan in lines."""
+    step, config = plan.step, plan.step.config
+    rates = "its rates are estimates" if step.cuda else f"{step.threads} threads, rates as measured now"
+    factors = (
+        f"{step.batch_size} x {step.block_size:,} tokens x {plan.micro_steps} (micro-steps) x {step.ranks} (ranks)"
+    )
+    return [
+        f"model      {config.n_parameters:,} parameters ({config.summary()})",
+        f"device     {plan.device.name}, {step.precision.name}; {rates}",
+        f"batch      {plan.step_tokens:,} tokens per step = {factors}",
+        "",
+        f"{'memory of a rank':<24}{'GB':>10}",
+        *(f"  {name:<22}{nbytes / 1e9:10.3f}" for name, nbytes in step_memory(step).items()),
+        f"  {'total':<22}{needed(step) / 1e9:10.3f}",
+        *_fit(plan),
+        "",
+        *_times(plan),
+        "",
+        f"rate       {plan.tokens_per_second:,.0f} tokens/s" + (f", {plan.mfu:.0%} MFU" if plan.mfu else ""),
+        f"run        {plan.tokens:,} tokens = {plan.tokens / plan.step_tokens:,.0f} steps: {plan.hours:,.2f} hours, "
+        "without evaluations and checkpoints",
+    ]
+
+
+def _times(plan: Plan) -> list[str]:
+    """The table of the time of a step."""
+
+    def line(name: str, seconds: float, work: str = "") -> str:
+        return f"  {name:<22}{1e3 * seconds:10.2f}{seconds / plan.seconds:9.1%}{work}"
+
+    lines = [f"{'time of a step':<24}{'ms':>10}{'share':>9}{'calls':>9}{'TFLOP':>10}{'GB':>10}"]
+    for name, row in sorted(plan.rows.items(), key=lambda item: -item[1].seconds):
+        work = f"{row.calls:9,}{row.flops / 1e12:10.3f}{row.nbytes / 1e9:10.2f}"
+        lines.append(line(name, row.seconds, work))
+    if plan.python:
+        lines.append(line("Python", plan.python))
+    if plan.step.ranks > 1:
+        shared = f"  of {1e3 * plan.communication.seconds:.2f} ms; the rest overlaps with the backward pass"
+        lines.append(line("communication", plan.waited, shared))
+    return [*lines, line("total", plan.seconds)]
+
+
+def _fit(plan: Plan) -> list[str]:
+    """The device's memory, whether the step fits, and the largest batch that does."""
+    memory = plan.device.memory
+    if memory is None:
+        return []
+    fits = "it fits" if needed(plan.step) <= memory else "it does not fit"
+    if not plan.largest_batch:
+        advice = "nor does --batch-size 1; see --recompute block, --head-rows, --zero"
+    else:
+        advice = f"the largest --batch-size that does is {plan.largest_batch:,}"
+    if plan.dividing not in (0, plan.largest_batch):
+        advice += f", or {plan.dividing:,}, which divides the tokens per step"
+    return [f"  {'available':<22}{memory / 1e9:10.3f}  {fits}; {advice}"]
+
+
+def as_json(plan: Plan) -> str:
+    """The plan as one JSON object: bytes, seconds, FLOPs."""
+    return json.dumps(
+        {
+            "parameters": plan.step.config.n_parameters,
+            "device": plan.device.name,
+            "dtype": plan.step.precision.name,
+            "ranks": plan.step.ranks,
+            "batch_size": plan.step.batch_size,
+            "block_size": plan.step.block_size,
+            "micro_steps": plan.micro_steps,
+            "step_tokens": plan.step_tokens,
+            "memory": step_memory(plan.step),
+            "memory_total": needed(plan.step),
+            "memory_available": plan.device.memory,
+            "largest_batch_size": plan.largest_batch,
+            "kernels": {name: dataclasses.asdict(row) for name, row in plan.rows.items()},
+            "python_seconds": plan.python,
+            "communication_seconds": plan.communication.seconds,
+            "communication_waited_seconds": plan.waited,
+            "step_seconds": plan.seconds,
+            "tokens_per_s": plan.tokens_per_second,
+            "mfu": plan.mfu,
+            "tokens": plan.tokens,
+            "hours": plan.hours,
+        },
+        indent=2,
+    )
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def command_line() -> Parser:
+    parser = Parser("python -m gpt2.plan", "Print the memory and the time of a training run before it starts.")
+    own = parser.add_argument_group("where and how long")
+    devices = ", ".join([*THIS_MACHINE, *MODELS])
+    own.add_argument("--device", metavar="NAME", default="auto", help=f"a device of this machine, or a GPU: {devices}")
+    own.add_argument("--ranks", metavar="N", type=int, default=1, help="processes, each with its own GPU or machine")
+    own.add_argument(
+        "--link",
+        metavar="GB/S",
+        type=float,
+        help="rate between neighbouring ranks, each way [default: NVLink or PCIe, 400 Gbit/s per GPU beyond 8 ranks; "
+        "for CPUs 10 Gbit/s]",
+    )
+    own.add_argument("--tokens", metavar="N", type=int, help="tokens of the run [default: those of --max-iters]")
+    own.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    for title, names in GROUPS.items():
+        add_options(parser.add_argument_group(title), names)
+    return parser
+
+
+def plan_of(given: OptionValues, device: str, ranks: int, tokens: int | None, link: float | None) -> Plan:
+    """The plan of the run that train.py would make with these options on so many ranks.
+
+    link  GB/s between neighbouring ranks, or None for the device's.
+
+    Raises UsageError for an invalid option, ValueError if the device is not available or lacks the precision.
+    """
+    for flag, value in (("--ranks", ranks), ("--tokens", tokens), ("--link", link)):
+        if value is not None and not 0 < value < 1e18:
+            raise UsageError(f"{flag} is {value}; expected more than 0")
+    options, config, run_options = setup.new_run(validate_options(given))
+    options.fit_batch(run_options.options, ranks)
+    if options.threads:
+        threads.set_count(options.threads)
+    name, memory = find_device(device)
+    step = setup.planned_step(config, options, ranks, cuda=name != "cpu")
+    found = cost_model.with_link(device_of(name, memory, step), None if link is None else 1e9 * link)
+    assert options.total_batch_size is not None  # fit_batch sets it
+    return make_plan(step, found, options.total_batch_size, tokens or options.max_iters * options.total_batch_size)
+
+
+@console.command("gpt2.plan")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line()
+    given = vars(parser.parse_args(arguments))
+    device, ranks, tokens, link, as_text = (given.pop(name) for name in ("device", "ranks", "tokens", "link", "json"))
+    try:
+        plan = plan_of(given, device.lower(), ranks, tokens, link)
+    except UsageError as error:
+        parser.error(str(error))
+    console.say(as_json(plan) if as_text else "\n".join(report(plan)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

@@ -1,0 +1,111 @@
+"""Steps that take far too long: where every rank is in the program, and the end of the job after a time limit."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from tinygrad2.distributed import Comm
+
+POLL = 1.0  # seconds between two looks at the step
+SLOW, LEAST = 20.0, 60.0  # a step is reported after SLOW times the median, and at least LEAST seconds
+MEDIAN_OF = 100  # steps
+LAST_WORDS = 2.0  # seconds for the reports of the other ranks, before the job ends
+STDERR = 2  # the file descriptor
+
+
+class Watch:
+    """Watches the steps of this rank in a background thread, as a context manager; `with watch.step():` for each step.
+
+    Every rank watches its own steps. One that is stuck keeps the others waiting in the same step, so that each of them
+    reports where it is: the stack of each of its threads, on standard error. A heartbeat cannot tell this, since it
+    continues while a step computes for ever. (Code that never releases Python's lock stops this thread. A timer of
+    faulthandler, which needs no lock, then writes the stacks.)
+
+    end_after  seconds of a step after which the job ends with status 1; 0: never.
+    describe   a sentence for that error, such as the name of the last checkpoint.
+    """
+
+    def __init__(self, comm: Comm, end_after: float, describe: Callable[[], str] = lambda: ""):
+        self._comm, self._end_after, self._describe = comm, end_after, describe
+        self._durations: deque[float] = deque(maxlen=MEDIAN_OF)
+        self._steps, self._running = 0, False
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._arm()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The program is in a step."""
+        started, self._steps, self._running = time.monotonic(), self._steps + 1, True
+        try:
+            yield
+        finally:
+            self._running = False
+            self._durations.append(time.monotonic() - started)
+
+    def _limit(self) -> float:
+        """Seconds after which a step is reported."""
+        found = list(self._durations)
+        return max(LEAST, SLOW * statistics.median(found)) if found else float("inf")
+
+    def _watch(self) -> None:
+        watched, elapsed, reported, last = 0, 0.0, False, time.monotonic()
+        while not self._ending.wait(POLL):
+            now = time.monotonic()
+            gap, last = now - last, now
+            self._arm()
+            if not self._running or self._steps != watched:
+                watched, elapsed, reported = self._steps, 0.0, False
+                continue
+            elapsed += min(gap, 2 * POLL)  # the time for which the whole job was suspended does not count
+            limit = self._limit()
+            ends = 0 < self._end_after <= elapsed
+            if ends or (elapsed > limit and not reported):
+                reported = True
+                self._report(elapsed)
+            if ends:
+                time.sleep(LAST_WORDS)
+                self._end(elapsed)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Let faulthandler write the stacks, and end the program if steps have a limit, unless this is called again in
+        time."""
+        limit = self._limit()
+        seconds = min(limit, self._end_after or limit) + POLL
+        if seconds < float("inf"):
+            faulthandler.dump_traceback_later(seconds, exit=bool(self._end_after), file=STDERR)
+
+    def _rank(self) -> str:
+        return f"rank {self._comm.rank}: " if self._comm.size > 1 else ""
+
+    def _report(self, elapsed: float) -> None:
+        found = list(self._durations)
+        usual = f", and the median of the steps before is {statistics.median(found):.2g} s" if found else ""
+        with suppress(OSError):
+            print(f"{self._rank()}this step has taken {elapsed:.0f} s{usual}. Its threads are at:", file=sys.stderr)
+            sys.stderr.flush()
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
+
+    def _end(self, elapsed: float) -> None:
+        with suppress(OSError, ValueError):
+            line = f"a step has taken {elapsed:.0f} s, and --hang-timeout is {self._end_after:.0f}; ending the job"
+            print(f"{self._rank()}error: {line}. {self._describe()}", file=sys.stderr, flush=True)
+        self._comm.abort(1)
+        os._exit(1)

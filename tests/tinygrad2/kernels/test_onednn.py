@@ -1,0 +1,108 @@
+"""Products by oneDNN, on a processor with instructions for bfloat16, and why it is not used on others."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+cpu = pytest.importorskip("tinygrad2.kernels.cpu")
+from tinygrad2.kernels import onednn  # noqa: E402
+
+NO_INSTRUCTIONS = "this processor has no instructions for bfloat16 (avx512_bf16 or amx_bf16)"
+R = np.random.default_rng(0)
+
+
+@pytest.fixture
+def library():
+    if onednn.library() is None:
+        pytest.skip(onednn.unavailable_reason())
+
+
+def error(result, exact):
+    return np.linalg.norm(result.astype(np.float64) - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(96, 64, 80), (37, 51, 29), (1, 9, 4), (40, 1, 3)], ids=str)
+def test_a_product_in_every_layout(library, shape):
+    m, k, n = shape
+    for left, right, dtype, add, biased in itertools.product("CF", "CF", (bfloat16, np.float32), (0, 1), (0, 1)):
+        a, b = (R.normal(size=s).astype(bfloat16) for s in ((m, k), (k, n)))
+        a, b, bias = np.array(a, order=left), np.array(b, order=right), R.normal(size=n).astype(bfloat16)
+        whole = R.normal(size=(m + 2, n + 3)).astype(dtype)
+        out, before = whole[1:-1, 2 : 2 + n], whole.copy()
+        exact = a.astype("d") @ b.astype("d") + add * out.astype("d") + biased * bias.astype("d")
+        onednn.product(a, b, out, bool(add), bias if biased else None)
+        assert error(out, exact) < (6e-3 if dtype == bfloat16 else 1e-6)  # at most 2^-8 twice
+        whole[1:-1, 2 : 2 + n] = before[1:-1, 2 : 2 + n]
+        np.testing.assert_array_equal(whole, before)  # and nothing beside it is written
+
+
+def test_a_prompt_is_read_in_bfloat16(library):
+    """Activations are float32 where only the weights are bfloat16; products of many rows round them."""
+    x, w = R.normal(size=(2, 50, 96)).astype(np.float32), R.normal(size=(96, 70)).astype(bfloat16)
+    bias = R.normal(size=70).astype(np.float32)
+    y = cpu.linear_forward(x, w, bias)
+    assert y.dtype == np.float32
+    assert error(y, x.astype(bfloat16).astype("d") @ w.astype("d") + bias) < 1e-6
+    assert 1e-4 < error(y, x.astype("d") @ w.astype("d") + bias) < 4e-3
+    few = cpu.linear_forward(x[:, :10], w, bias)  # 20 rows: limited by reading the weights
+    assert error(few, x[:, :10].astype("d") @ w.astype("d") + bias) < 1e-6
+
+
+def test_nan_and_infinity_show(library):
+    a, b, out = np.ones((8, 8), bfloat16), np.ones((8, 8), bfloat16), np.empty((8, 8), np.float32)
+    a[1, 2], b[3, 4] = np.nan, np.inf
+    onednn.product(a, b, out)
+    assert np.isnan(out[1]).all()
+    assert np.isinf(np.delete(out, 1, axis=0)[:, 4]).all()
+    assert (np.delete(np.delete(out, 1, axis=0), 4, axis=1) == 8).all()
+
+
+def test_a_product_that_is_impossible_raises(library):
+    with pytest.raises(RuntimeError, match=r"^oneDNN: dnnl_\w+ failed with status \d+$"):
+        onednn.library().new("memory_desc_create_with_strides", -1, None, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("T", "C", "K"),
+    [(1024, 768, 2304), (512, 128, 384), (512, 512, 128), (300, 100, 257), (49, 33, 20), (1536, 64, 900)],
+)
+def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_product(library, set_threads, monkeypatch, T, C, K):
+    monkeypatch.setattr(cpu, "GEMM_FLOPS", 1)  # as many parts as possible
+    x, w, dy = (R.normal(size=shape).astype(bfloat16) for shape in ((T, C), (C, K), (T, K)))
+    outcomes = []
+    for count in (1, 2, 3, 5, 7):
+        set_threads(count)
+        dw, db = (np.random.default_rng(1).normal(size=shape).astype(np.float32) for shape in (w.shape, (K,)))
+        y, dx = cpu.linear_forward(x, w, w[0]), cpu.linear_backward(dy, x, w, dw, db)
+        outcomes.append((y, dx, dw, db))
+    exact = x.astype("d") @ w.astype("d") + w[0].astype("d")
+    assert error(y, exact) < 3e-3
+    for outcome in outcomes[1:]:
+        for result, right in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, right)
+
+
+def test_the_reason_names_the_instructions_or_the_package(monkeypatch):
+    reason = onednn.unavailable_reason.__wrapped__
+    monkeypatch.setattr(onednn.machine, "cpu_features", lambda: {"avx2", "avx512f"})
+    assert reason() == NO_INSTRUCTIONS
+    for features in ({"avx512_bf16"}, {"amx_bf16", "avx2"}):
+        monkeypatch.setattr(onednn.machine, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(onednn, "_file", lambda: None)
+        assert reason().startswith("the package onednn-cpu-gomp is not installed; pip install")
+        monkeypatch.setattr(onednn, "_file", lambda: Path("libdnnl.so.3"))
+        assert reason() is None
+
+
+def test_a_package_without_its_library_counts_as_not_installed(monkeypatch):
+    monkeypatch.setattr(onednn.metadata, "files", lambda name: None)
+    assert onednn._file() is None
+
+    def missing(name):
+        raise onednn.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(onednn.metadata, "files", missing)
+    assert onednn._file() is None

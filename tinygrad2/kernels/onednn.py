@@ -1,0 +1,194 @@
+"""Products of bfloat16 matrices by oneDNN, which uses the processor's instructions for them (AVX-512 BF16, AMX).
+
+oneDNN multiplies by a primitive, which is compiled for the sizes and memory layouts of the matrices and shared by all
+threads. A thread has its own stream, memory objects (which hold the addresses) and scratch memory. kernels/pool.py has
+the threads, so OpenMP is set to one for each of them: with more, products would be slower, and their bits would depend
+on the number of threads. Source: oneDNN's C interface, https://uxlfoundation.github.io/oneDNN, version 3.
+
+The wheel `onednn-cpu-gomp` has this library (54 MB) and needs nothing else; Intel's own, `onednn`, installs 2 GB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from tinygrad2 import machine
+
+PACKAGE = "onednn-cpu-gomp"
+INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
+
+# Constants of dnnl_types.h and dnnl_common_types.h.
+_CPU, _IN_ORDER, _USERS_SCRATCHPAD = 1, 1, 1
+_TYPES = {np.dtype(bfloat16): 2, np.dtype(np.float32): 3}
+_SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD = 1, 33, 17, 41, 80
+_QUERY_SCRATCHPAD = 136
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_RESULT, _LONGS = ctypes.POINTER(_POINTER), ctypes.POINTER(_LONG)
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "engine_create": (_RESULT, _INT, ctypes.c_size_t),
+    "stream_create": (_RESULT, _POINTER, ctypes.c_uint),
+    "memory_desc_create_with_strides": (_RESULT, _INT, _LONGS, _INT, _LONGS),
+    "primitive_attr_create": (_RESULT,),
+    "primitive_attr_set_scratchpad_mode": (_POINTER, _INT),
+    "primitive_attr_set_post_ops": (_POINTER, _POINTER),
+    "post_ops_create": (_RESULT,),
+    "post_ops_append_sum": (_POINTER, ctypes.c_float, ctypes.c_int32, _INT),
+    "matmul_primitive_desc_create": (_RESULT, *[_POINTER] * 6),
+    "primitive_create": (_RESULT, _POINTER),
+    "memory_create": (_RESULT, _POINTER, _POINTER, _POINTER),
+    "memory_set_data_handle": (_POINTER, _POINTER),
+    "primitive_execute": (_POINTER, _POINTER, _INT, _POINTER),
+}
+
+
+class _Argument(ctypes.Structure):
+    """dnnl_exec_arg_t."""
+
+    _fields_ = (("number", _INT), ("memory", _POINTER))
+
+
+class OneDnn:
+    """The library, loaded. Each method is a function of its C interface, without the prefix dnnl_."""
+
+    def __init__(self, path: str):
+        self.library = ctypes.CDLL(path)
+        openmp = ctypes.CDLL("libgomp.so.1")  # (which the library has loaded)
+        self.set_openmp_threads = openmp.omp_set_num_threads
+        for name, arguments in _SIGNATURES.items():
+            function = self.library[f"dnnl_{name}"]
+            function.argtypes, function.restype, function.errcheck = arguments, _INT, _checked
+            setattr(self, name, function)
+        self.query_md = self.library["dnnl_primitive_desc_query_md"]
+        self.query_md.argtypes, self.query_md.restype = (_POINTER, _INT, _INT), _POINTER
+        self.md_size = self.library["dnnl_memory_desc_get_size"]
+        self.md_size.argtypes, self.md_size.restype = (_POINTER,), ctypes.c_size_t
+        self.engine = self.new("engine_create", _CPU, 0)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def new(self, function: str, *arguments: Any) -> ctypes.c_void_p:
+        """The object that this function creates. (Objects are kept until the process ends.)"""
+        result = _POINTER()
+        getattr(self, function)(ctypes.byref(result), *arguments)
+        return result
+
+
+def _checked(status: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
+    if status:
+        raise RuntimeError(f"oneDNN: {function.__name__} failed with status {status}")
+    return status
+
+
+@functools.cache
+def library() -> OneDnn | None:
+    """oneDNN, or None where it is not installed or the processor has no instructions for bfloat16."""
+    return None if unavailable_reason() else OneDnn(str(_file()))
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why products of bfloat16 matrices are not computed by oneDNN; None if they are."""
+    if not machine.cpu_features().intersection(INSTRUCTIONS):
+        return f"this processor has no instructions for bfloat16 ({' or '.join(INSTRUCTIONS)})"
+    if _file() is None:
+        return f"the package {PACKAGE} is not installed; {machine.install_command('bfloat16')}"
+    return None
+
+
+def _file() -> Path | None:
+    """The file of the library, or None if it is not installed."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in files if file.name == "libdnnl.so.3")
+    return next((path for path in found if path.exists()), None)
+
+
+_Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, bool]
+
+
+@functools.cache
+def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None], int]:
+    """The primitive of a product; the descriptions of source, weights, destination, bias and scratch memory; and the
+    size of the last in bytes."""
+    dnn = library()
+    assert dnn is not None
+    (m, n, k), strides, dtype, add, biased = key
+    own = _TYPES[np.dtype(bfloat16)]
+
+    def describe(kind: int, shape: tuple[int, int], steps: tuple[int, int]) -> ctypes.c_void_p:
+        return dnn.new("memory_desc_create_with_strides", 2, (_LONG * 2)(*shape), kind, (_LONG * 2)(*steps))
+
+    source, weights = describe(own, (m, k), strides[0]), describe(own, (k, n), strides[1])
+    destination, bias = describe(_TYPES[dtype], (m, n), strides[2]), describe(own, (1, n), (n, 1)) if biased else None
+    attributes = dnn.new("primitive_attr_create")
+    dnn.primitive_attr_set_scratchpad_mode(attributes, _USERS_SCRATCHPAD)  # else threads could not share the primitive
+    if add:
+        after = dnn.new("post_ops_create")
+        dnn.post_ops_append_sum(after, 1.0, 0, 0)
+        dnn.primitive_attr_set_post_ops(attributes, after)
+    made = dnn.new("matmul_primitive_desc_create", dnn.engine, source, weights, bias, destination, attributes)
+    scratch = _POINTER(dnn.query_md(made, _QUERY_SCRATCHPAD, 0))
+    return dnn.new("primitive_create", made), [source, weights, destination, bias, scratch], dnn.md_size(scratch)
+
+
+class _Thread(threading.local):
+    """What a thread has for itself: its stream, its scratch memory, and the arguments of the products it has made."""
+
+    def __init__(self) -> None:
+        dnn = library()
+        assert dnn is not None
+        self.dnn = dnn
+        self.dnn.set_openmp_threads(1)
+        self.stream = self.dnn.new("stream_create", self.dnn.engine, _IN_ORDER)
+        self.scratch = np.empty(1 << 16, np.uint8)
+        self.plans: dict[_Key, tuple[Any, ...]] = {}
+
+    def plan(self, key: _Key) -> tuple[Any, ...]:
+        """The primitive, the memory objects of source, weights, destination and bias, and all arguments."""
+        primitive, descriptions, size = _primitive(key)
+        if size > self.scratch.nbytes:
+            self.scratch = np.empty(size, np.uint8)
+            self.plans.clear()  # which have the address of the old one
+        memories = [d and self.dnn.new("memory_create", d, self.dnn.engine, None) for d in descriptions]
+        self.dnn.memory_set_data_handle(memories[4], self.scratch.ctypes.data)
+        numbers = (_SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD)
+        present = [_Argument(number, memory) for number, memory in zip(numbers, memories, strict=True) if memory]
+        return primitive, memories[:4], len(present), (_Argument * len(present))(*present)
+
+
+_thread: _Thread | None = None  # created with the first product
+
+
+def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None) -> None:
+    """out = a b, or out += a b, plus a bias for every row, on the calling thread; sums are float32.
+
+    a (m, k), b (k, n), bias (n,) bfloat16, out (m, n) bfloat16 or float32; each matrix with rows or columns that are
+    contiguous. Each element of out has the same bits whichever rows are computed at a time.
+    """
+    global _thread
+    here = _thread = _thread or _Thread()
+    (m, n), k = out.shape, a.shape[1]
+    strides = tuple((x.strides[0] // x.itemsize, x.strides[1] // x.itemsize) for x in (a, b, out))
+    key = (m, n, k), strides, out.dtype, add, bias is not None
+    plan = here.plans.get(key)
+    if plan is None:
+        plan = here.plan(key)
+        here.plans[key] = plan
+    primitive, memories, count, arguments = plan
+    for memory, array in zip(memories, (a, b, out, bias), strict=True):
+        if array is not None:
+            here.dnn.memory_set_data_handle(memory, array.ctypes.data)
+    here.dnn.primitive_execute(primitive, here.stream, count, arguments)
