@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from gpt2 import GPT2, GPT2Config, Tokenizer, decode, familiar_options
-from gpt2.config import WEIGHT_DTYPES
+from gpt2 import GPT2, GPT2Config, Tokenizer, decode, device_options, familiar_options
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
 from gpt2.model import to_generate
-from tinygrad2 import checkpoint, machine, threads
-from tinygrad2.backend import DEVICES, get_backend, silence_compile_notice
+from tinygrad2 import checkpoint, machine
+from tinygrad2.backend import get_backend, silence_compile_notice
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
@@ -79,16 +78,8 @@ def command_line() -> Parser:
     )
     group = parser.add_argument_group("model and device")
     group.add_argument("--checkpoint", metavar="MODEL", help=MODELS)
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="threads on the CPU [default: the cores that may be used]"
-    )
-    group.add_argument(
-        "--dtype",
-        default="float32",
-        choices=WEIGHT_DTYPES,
-        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
-    )
+    device_options.add(group)
+    device_options.add_dtype(group)
     decode.add_option(group)
     return parser
 
@@ -97,12 +88,10 @@ def command_line() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.threads = threads.count() if options.threads is None else options.threads
     options.stop = options.stop or []
     for name, value, least in (
         ("--max-tokens", options.max_tokens, 0),
         ("--samples", options.samples, 1),
-        ("--threads", options.threads, 1),
     ):
         if value < least:
             parser.error(f"{name} is {value}; expected {least} or more")
@@ -120,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         parser.error(f"--{error}")
+    device_options.set_threads(parser, options)
     options.prompt = read_prompt(options)
     return sample(options)
 
@@ -143,7 +133,6 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 def sample(options: argparse.Namespace) -> int:
     """Print the samples that the options describe, then with --interactive those of each line that is typed."""
-    threads.set_count(options.threads)
     model, tokenizer = load_model(options)
     decode.set_decode(model, options.decode)
     if options.prompt or not options.interactive:

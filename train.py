@@ -64,8 +64,7 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
     if fresh and (aside := folder.set_aside()):
         display.say(f"{folder.path}/ renamed to {aside}/")
 
-    watching = Watch(comm, options.hang_timeout, folder.last_checkpoint)
-    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop, watching as watch:
+    with folder.opened(progress, run_options), StopRequest(verbose=comm.size == 1) as stop, Watch.of(trainer) as watch:
         baselines = comm.from_root(partial(display.baseline_losses, trainer))
         comm.from_root(partial(display.describe_start, trainer, run_options.notes, baselines))
         setup.measure_first_loss(trainer)

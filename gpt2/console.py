@@ -320,6 +320,16 @@ class Parser(argparse.ArgumentParser):
         name = self.prog.split()[-1]  # as in the other lines of a command
         self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
 
+    def check_output(self, name: str, path: Path | None) -> None:
+        """Report a file that the command cannot write: its folder must exist, and it must not be a folder.
+
+        name  of the option;  path  None if it is not given.
+        """
+        if path is not None and not path.parent.is_dir():
+            self.error(f"{name} {path}: the folder {path.parent}/ does not exist")
+        if path is not None and path.is_dir():
+            self.error(f"{name} {path} is a folder; expected a file")
+
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
         end = given.index("--") if "--" in given else len(given)

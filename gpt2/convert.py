@@ -55,6 +55,8 @@ def convert(
     source, target = Path(source), Path(target)
     if target.exists():
         raise FileExistsError(f"{target}: already exists; choose another name, or remove it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: the folder {target.parent}/ does not exist")
     if form == "run" and dtype != "float32":
         raise ValueError(f"{target}: a run has parameters in float32; remove --dtype {dtype}")
     model = open_model(source)
@@ -169,7 +171,10 @@ def command_line() -> Parser:
 @console.command("gpt2.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 0, or 1 if SRC cannot be read or DST cannot be written."""
-    options = command_line().parse_args(arguments)
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    if not options.source or not options.target:
+        parser.error("SRC or DST is empty; expected a model, and the file or folder to write")
     with console.on_interrupt(f"{options.target} was not written"):
         source = find_model(Path(options.source), console.print_error)
         config = convert(source, options.target, options.to, options.dtype, options.activation or "")

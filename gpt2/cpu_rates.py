@@ -20,6 +20,7 @@ from gpt2.cost_model import Device, Rate
 from gpt2.memory_model import Step
 from gpt2.model import GPT2
 from tinygrad2 import Key, machine, optim
+from tinygrad2.precision import Precision
 from tinygrad2.profiler import Profiler
 
 SECONDS = 1.0  # of measurement, at least
@@ -52,23 +53,25 @@ def measure(step: Step) -> Device:
     config = replace(step.config, n_layer=1, vocab_size=min(step.config.vocab_size, VOCABULARY))
     T = step.block_size
     B = max(1, min(step.batch_size, ROWS // T))
-    spent, zero_grad = _profiled(config, B, T)
-    outside, names = spent.pop(""), cost_model.micro_step(config, B, T, cuda=False) + cost_model.update(config)
+    spent, zero_grad = _profiled(config, B, T, step.precision)
+    outside, names = spent.pop(""), cost_model.micro_step(config, B, T, step.precision, cuda=False)
+    names += cost_model.update(config, step.precision)
     work = {kernel.name: (kernel.calls * kernel.cost.flops, kernel.calls * kernel.cost.nbytes) for kernel in names}
     rates = _rates(work, spent)
     P = config.n_parameters
     rates["zero_grad"] = rates["copies"] = Rate(math.inf, 4 * P / zero_grad)
     added = work["sum of two gradients"][1] / rates["sum"].nbytes
+    copied = work.get("refresh_copies", (0, 0))[1] / rates["copies"].nbytes
     calls = sum(kernel.calls for kernel in names)
-    host = max(0.0, outside - sum(spent.values()) - zero_grad - added) / calls
+    host = max(0.0, outside - sum(spent.values()) - zero_grad - added - copied) / calls
     memory = machine.memory()
     name = f"this CPU ({machine.processor()})"
     return Device(name, memory[0] if memory else None, rates, 0.0, host, ETHERNET, asynchronous=False)
 
 
-def _profiled(config: GPT2Config, B: int, T: int) -> tuple[dict[str, float], float]:
+def _profiled(config: GPT2Config, B: int, T: int, precision: Precision) -> tuple[dict[str, float], float]:
     """Seconds of a step by kernel, "" for all of it, and of clearing the gradients: medians of several steps."""
-    model = GPT2(config)
+    model = GPT2(config, dtype=precision)
     optimizer = optim.AdamW(model)
     tokens, targets = numpy.random.default_rng(0).integers(config.vocab_size, size=(2, B, T))
     steps: list[dict[str, float]] = []

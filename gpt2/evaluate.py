@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2 import console
+from gpt2 import console, device_options
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser
 from gpt2.formats.model_file import find_model
@@ -16,8 +16,6 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
 from gpt2.training.tasks import TASKS, load_items
-from tinygrad2 import threads
-from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import JsonObject, write_json
 
 
@@ -25,8 +23,7 @@ def command_line() -> Parser:
     parser = Parser("python -m gpt2.evaluate", __doc__, "CHECKPOINT")
     group = parser.add_argument_group("model and device")
     group.add_argument("checkpoint", metavar="CHECKPOINT", help="a model folder or file, or the out-dir of a run")
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    device_options.add(group)
     group.add_argument(
         "--dtype",
         default="float32",
@@ -63,15 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 0, 1 if something cannot be evaluated, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.threads = threads.count() if options.threads is None else options.threads
-    for name in ("batches", "block_size", "items", "batch_size", "threads"):
+    for name in ("batches", "block_size", "items", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: the folder {options.json.parent}/ does not exist")
+    if not options.checkpoint:
+        parser.error("CHECKPOINT is empty; expected a model")
+    parser.check_output("--json", options.json)
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
         parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
+    device_options.set_threads(parser, options)
     try:
         return _evaluate(options)
     except MemoryError:
@@ -79,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    threads.set_count(options.threads)
     # Open all files before computing anything, since one may be missing.
     questions = {
         name: load_items(task, getattr(options, name), options.items)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpt2 import device_options
 from gpt2.console import Parser
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, end_ids, generate
@@ -23,8 +24,6 @@ from gpt2.inspection import PATTERNS, SPREADS, Vocabulary, check_weights, inspec
 from gpt2.model import GPT2
 from gpt2.page import write
 from gpt2.tokenizer import Tokenizer
-from tinygrad2 import threads
-from tinygrad2.backend import DEVICES
 from tinygrad2.checkpoint import JsonObject
 
 PAGE = "inspect.html"
@@ -50,8 +49,7 @@ def command_line() -> Parser:
     group.add_argument(
         "--checkpoint", metavar="MODEL", help="a model, as in sample.py --help [default: checkpoint/, then out/]"
     )
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    device_options.add(group)
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, default=Path(PAGE), metavar="FILE", help="the HTML file to write")
     return parser
@@ -63,30 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.threads = threads.count() if options.threads is None else options.threads
     if options.max_tokens is not None and options.max_tokens < 0:
         parser.error(f"--max-tokens is {options.max_tokens}; expected 0 or more")
-    if options.threads < 1:
-        parser.error(f"--threads is {options.threads}; expected 1 or more")
     if not 0 <= options.seed < 2**64:
         parser.error(f"--seed is {options.seed}; expected 0 to 2**64 - 1")
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
     if not options.prompt and options.max_tokens == 0:
         parser.error("--prompt is empty and --max-tokens 0; there is no text to look at")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: the folder {options.out.parent}/ does not exist")
-    if options.out.is_dir():
-        parser.error(f"--out {options.out} is a folder; expected a file")
+    parser.check_output("--out", options.out)
     try:
         check_sampling(options.temperature, None, None)
     except ValueError as error:
         parser.error(f"--{error}")
+    device_options.set_threads(parser, options)
     return _inspect(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    threads.set_count(options.threads)
     say = console.print_error
     folder = find_model(Path(options.checkpoint), say) if options.checkpoint else default_model(say)
     if folder is None:

@@ -154,10 +154,15 @@ def buffers(step: Step) -> int:
 
 
 def _cpu_buffers(step: Step) -> int:
-    """Two blocks of scores per thread, and partial sums of gradients: of 2 vectors of width C, of 3 C and of 4 C."""
-    T, C, s = step.block_size, step.config.n_embd, step.precision.activation_bytes
+    """Two blocks of scores per thread, and partial sums of gradients: of 2 vectors of width C, of 3 C and of 4 C.
+
+    In bfloat16 (with oneDNN; without it, float32 copies of a product's matrices are not counted) also two arrays in
+    float32 of the features of a chunk of logits.
+    """
+    T, C, s = step.block_size, step.config.n_embd, max(4, step.precision.activation_bytes)
     scores = 2 * step.threads * min(T, QUERY_ROWS if T >= 512 else QUERY_ROWS // 2) * T * s
-    return scores + math.ceil(step.rows / CHUNK) * 9 * C * s
+    wide = 2 * math.ceil(step.rows / _chunks(step)) * C * s if step.precision.copies else 0
+    return scores + wide + math.ceil(step.rows / CHUNK) * 9 * C * s
 
 
 def _cuda_buffers(step: Step) -> int:

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt2 import device_options
 from gpt2.config import RECOMPUTE
 from gpt2.console import Parser, say
 from gpt2.formats import model_file
 from gpt2.model import GPT2
 from gpt2.training import bad_step
-from tinygrad2 import threads
-from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.backend import get_backend
 from tinygrad2.checkpoint import CheckpointError, write_json
 from tinygrad2.precision import TRAINING
 
@@ -31,13 +31,12 @@ def command_line() -> Parser:
     group = parser.add_argument_group("what to run")
     group.add_argument("folder", type=Path, metavar="FOLDER", help="a skipped step, such as out/bad-step-17")
     group = parser.add_argument_group("device and precision")
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    device_options.add(group)
     group.add_argument(
         "--dtype",
         choices=TRAINING,
         help="precision of the computation [default: that of the run, or float32 where the device does not have it]",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to FILE [default: none]")
     return parser
@@ -48,11 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads is {options.threads}; expected 1 or more")
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: the folder {options.json.parent}/ does not exist")
-    threads.set_count(options.threads or threads.count())
+    parser.check_output("--json", options.json)
+    device_options.set_threads(parser, options)
     step = bad_step.read(options.folder)
     model = load_model(options.folder, step, options.device, options.dtype)
     say(

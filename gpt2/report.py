@@ -624,8 +624,10 @@ def command_line() -> Parser:
 
 @console.command("gpt2.report")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, or 1 if a folder is not the out-dir of a run."""
-    options = command_line().parse_args(arguments)
+    """The command. Its exit status: 0, 1 if a folder is not the out-dir of a run, 2 for an invalid option."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    parser.check_output("--output", options.output)
     runs = [Run.load(out) for out in options.out]
     file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
     write(report_page(runs[0], previous_run(options.out[0])) if len(runs) == 1 else comparison_page(runs), file)

@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from gpt2 import decode
+from gpt2 import decode, device_options
 from gpt2.completions import Worker
-from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, generate
@@ -30,8 +29,7 @@ from gpt2.inspection import Vocabulary, check_weights, inspect
 from gpt2.model import GPT2
 from gpt2.page import page, resource
 from gpt2.tokenizer import Tokenizer
-from tinygrad2 import machine, threads
-from tinygrad2.backend import DEVICES
+from tinygrad2 import machine
 from tinygrad2.checkpoint import JsonObject
 
 HOST, PORT = "127.0.0.1", 8000
@@ -46,16 +44,8 @@ def command_line() -> Parser:
     group.add_argument(
         "--checkpoint", metavar="MODEL", help="a model, as in sample.py --help [default: checkpoint/, then out/]"
     )
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="threads on the CPU [default: the cores that may be used]"
-    )
-    group.add_argument(
-        "--dtype",
-        default="float32",
-        choices=WEIGHT_DTYPES,
-        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
-    )
+    device_options.add(group)
+    device_options.add_dtype(group)
     decode.add_option(group)
     return parser
 
@@ -65,13 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. It ends with Ctrl-C; its exit status is 1 if it cannot start, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.threads = threads.count() if options.threads is None else options.threads
     if not 0 <= options.port < 2**16:
         parser.error(f"--port is {options.port}; expected 0 to 65535")
-    if options.threads < 1:
-        parser.error(f"--threads is {options.threads}; expected 1 or more")
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
+    device_options.set_threads(parser, options)
     web = web_module()
     with listen(options.port) as listening:
         service(web, options, listening.getsockname()[1], listening)
@@ -99,7 +87,6 @@ def listen(port: int) -> socket.socket:
 
 def service(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
     """Load the model and serve it until the process is interrupted."""
-    threads.set_count(options.threads)
     model, tokenizer, name = load_model(options)
     decode.set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +14,7 @@ import train
 from data import prepare
 from gpt2 import Tokenizer, convert
 from gpt2.training.run import read_log
+from tests.training_runs import ROOT
 
 SENTENCES = [
     f"{one} {two} {three} {four}."
@@ -20,6 +25,7 @@ SENTENCES = [
         ("sings", "stands by the road", "fell"),
     )
 ]
+LONGER = ["--batch-size", "8", "--block-size", "32", "--max-iters", "250", "--learning-rate", "1e-2", "--threads", "1"]
 QUICK = ["--batch-size", "8", "--block-size", "32", "--eval-iters", "2", "--warmup-iters", "5", "--log-interval", "40"]
 
 
@@ -36,7 +42,13 @@ def make_folder(folder):
     made.train_from_iterator(SENTENCES, trainer)
     folder.mkdir()
     made.model.save(str(folder))
-    tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
+    return save_model(transformers.GPT2Tokenizer.from_pretrained(folder), folder)
+
+
+def save_model(tokenizer, folder):
+    """Save the tokenizer with two added tokens, and a new model of two layers. Returns the id of the end token."""
+    import transformers
+
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"], "eos_token": "<|end|>"})
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     config = transformers.GPT2Config(
@@ -86,3 +98,67 @@ def test_a_model_of_transformers_learns_to_stop_at_its_own_end_token(tmp_path, m
             capsys.readouterr()
             assert sample.main(["--checkpoint", folder, "-p", prompt, "-t", "0", "-m", "40"]) == 0
             assert capsys.readouterr().out == words.decode(generated[:-1]) + "\n"
+
+
+# As a new user would
+
+ENGLISH = itertools.product(
+    ("A", "The", "Every", "One"),
+    ("red", "small", "old", "quiet", "wooden", "narrow"),
+    ("house", "bridge", "river", "garden", "boat", "village"),
+    ("lies", "stands", "begins", "ends"),
+    ("by the sea.", "near the road.", "behind the hills.", "between two trees.", "beyond the forest."),
+)
+GERMAN = itertools.product(
+    ("Ein Haus", "Mein Garten", "Kein Weg", "Dieser Fluss", "Unser Dorf"),
+    ("liegt", "steht", "beginnt", "endet", "bleibt"),
+    ("heute", "morgen", "früh", "spät", "plötzlich", "natürlich"),
+    ("am Meer", "hinter den Hügeln", "über der Brücke", "zwischen zwei Bäumen", "neben der Straße"),
+    ("und wird größer.", "und wird schöner.", "und gehört niemandem."),
+)
+
+
+def run(*command, folder):
+    """What a command of the repository prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.extras("torch", "transformers", "tokenizers")
+def test_own_text_in_two_languages_from_files_to_transformers(tmp_path, gpt2_files):
+    """300 KB of text, GPT-2's vocabulary, a Hugging Face folder of two layers with added tokens, by commands."""
+    import transformers
+
+    texts = [" ".join(words) for words in (*ENGLISH, *GERMAN)]
+    lines = [json.dumps({"text": f"<|user|>{text}"}, ensure_ascii=False) for text in texts * 2]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert (tmp_path / "own.jsonl").stat().st_size > 300_000
+    Tokenizer.load("gpt2").save_hugging_face(tmp_path, 64)
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    end = save_model(tokenizer, tmp_path / "hf")
+    assert end == 50257
+
+    prepare_it = (ROOT / "data" / "prepare.py", "own.jsonl", "--tokenizer", "hf", "--special-tokens")
+    assert "next: python" in run(*prepare_it, folder=tmp_path)
+    said = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
+    first = float(re.search(r"step 0: validation loss ([\d.]+), before training", said)[1])
+    best = float(re.search(r"best validation loss ([\d.]+)", said)[1])
+    assert best < 1 < 9 < first
+    run("-m", "gpt2.convert", "out", "back", "--to", "hf", folder=tmp_path)
+
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
+    assert words.eos_token_id == model.generation_config.eos_token_id == end
+    for prompt in ("<|user|>The red", "<|user|>Unser Dorf bleibt"):
+        inputs = words(prompt, return_tensors="pt")
+        generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=end)[0].tolist()
+        assert generated[-1] == end
+        greedy = ("-p", prompt, "-t", "0", "-m", "40")
+        for folder in ("out", "back"):
+            found = run(ROOT / "sample.py", "--checkpoint", folder, *greedy, folder=tmp_path)
+            assert found == words.decode(generated[:-1]) + "\n"

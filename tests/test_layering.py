@@ -36,7 +36,7 @@ ENGINE = (
 MODEL = (
     ("interrupts",),
     ("config", "console", "familiar_options", "page", "pickles"),
-    ("cost_model", "file_kinds", "memory_model"),
+    ("cost_model", "device_options", "file_kinds", "memory_model"),
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),

@@ -1,8 +1,10 @@
 """Wrong inputs to every command: one line, which names what came and what to do, and no traceback."""
 
 import importlib
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +68,59 @@ WRONG = [  # command, arguments, what the line says
     ("gpt2.evaluate", "model --data nowhere", "data 'nowhere': no such data set"),
     ("gpt2.report", "nowhere", "nowhere: no log.jsonl in this folder; expected the out-dir of a run"),
     ("gpt2.verify", "--preset gpt9", "gpt9"),
+    ("gpt2.plan", "--device h20", "--device is h20; expected auto, cpu, cuda"),
     ("gpt2.doctor", "now", "unexpected argument 'now'"),
     ("gpt2.inspect", "--checkpoint nowhere", "nowhere"),
+    # Numbers that no machine has, and paths that cannot be written.
+    ("train", "--data text --batch-size 100000000", "out of memory: "),
+    ("train", "--data text --threads 100000", "threads: the number is 100,000; expected 1 to 1,024"),
+    ("train", "--data text --block-size 100000", "the split train has"),
+    ("train", "--data text --min-lr 1 --learning-rate 0.1", "--min-lr 1 is more than --learning-rate 0.1"),
+    ("train", "--data text --learning-rate nan", "--learning-rate is nan; expected more than 0"),
+    ("train", "--data text --optimizer sgd --beta1 0.5", "--beta1 is for --optimizer adamw and muon only"),
+    ("train", "--data text --preset gpt3", "--preset is gpt3; expected nano, micro, gpt2"),
+    ("train", "--data text --out-dir a.txt", "--out-dir a.txt is a file; name a folder"),
+    ("train", "--config utf16.toml", "write it in UTF-8"),
+    ("train", "--config words.toml", "words.toml: max_iters is 'ten'; expected a value of type int"),
+    ("train", "--data a.txt", "data 'a.txt': no such data set"),
+    ("sample", "--checkpoint model --threads 0", "--threads is 0; expected 1 to 1,024"),
+    ("sample", "--checkpoint model -n 100000000", "out of memory: 100,000,000 samples"),
+    ("sample", "--checkpoint model --top-p 2", "--top-p is 2.0; expected 0 < top-p <= 1"),
+    ("sample", "--checkpoint model --prompt-file .", ".: Is a directory"),
+    ("sample", "--checkpoint model --prompt-file utf16.toml", "utf16.toml: byte 0 is not UTF-8 (0xff); convert"),
+    ("sample", "--checkpoint model/config.json", "it is text, not a model: '{"),
+    ("sample", "--checkpoint openai-community/gpt2", "openai-community/gpt2: no such file or folder; expected a model"),
+    ("sample", "--checkpoint openai-community/gpt2-medium", "; use gpt2-medium"),
+    ("sample", "--checkpoint distilbert/distilgpt2", "hf download distilbert/distilgpt2 --local-dir distilgpt2"),
+    ("sample", "--checkpoint https://huggingface.co/distilbert/distilgpt2", "hf download distilbert/distilgpt2 --lo"),
+    ("data.prepare", "", "the following arguments are required: SOURCE"),
+    ("data.prepare", "empty.txt", "sources empty.txt: no text in them"),
+    ("data.prepare", "number.jsonl", "number.jsonl: line 1: expected a JSON object with a string under 'text'"),
+    ("data.prepare", "a.txt --out a.txt", "a.txt: already exists; choose another --out"),
+    ("data.prepare", "a.txt --tokenizer a.txt", "a.txt: line 1 is not a base64 token and a rank"),
+    ("data.prepare", "a.txt --tokenizer halves", "halves: the folder has none of"),
+    ("gpt2.convert", "'' new --to hf", "SRC or DST is empty"),
+    ("gpt2.convert", "model no/such/new --to hf", "no/such/new: the folder no/such/ does not exist"),
+    ("gpt2.convert", "model new --to run", "it has no state of a run; expected a checkpoint of nanoGPT"),
+    ("gpt2.convert", "model new --to llmc --dtype float16", "llm.c does not support float16; choose float32 or"),
+    ("gpt2.evaluate", "'' --data text", "CHECKPOINT is empty; expected a model"),
+    ("gpt2.evaluate", "model --data text --block-size 99", "--block-size 99 is longer than the model's context"),
+    ("gpt2.evaluate", "model --hellaswag a.txt", "a.txt: line 1 is not a question of hellaswag"),
+    ("gpt2.report", "text --output no/page.html", "--output no/page.html: the folder no/ does not exist"),
+    ("gpt2.inspect", "--checkpoint model -p a --out no/page.html", "the folder no/ does not exist"),
+    ("gpt2.inspect", "--checkpoint model -p a -t nan", "--temperature is nan; expected 0 (greedy) or more"),
+    ("gpt2.inspect", "--checkpoint model --prompt-file a", "unknown option --prompt-file; did you mean --prompt?"),
+    ("gpt2.serve", "--port 99999", "--port is 99999; expected 0 to 65535"),
+    ("gpt2.serve", "--host 0.0.0.0", "unknown option --host"),
+    ("gpt2.serve", "--checkpoint model --threads -1", "--threads is -1; expected 1 to 1,024"),
+    ("gpt2.plan", "--device abacus", "--device"),
+    ("gpt2.plan", "--ranks 0", "--ranks is 0"),
+    ("gpt2.plan", "--preset gpt3", "--preset is gpt3; expected nano, micro, gpt2"),
+    ("gpt2.replay", "nowhere", "nowhere: not a skipped step; expected the folder bad-step-N of a run"),
+    ("gpt2.replay", "model", "model: not a skipped step; expected the folder bad-step-N of a run"),
+    ("gpt2.replay", "nowhere --threads 0", "--threads is 0; expected 1 to 1,024"),
+    ("gpt2.replay", "nowhere --json no/x.json", "--json no/x.json: the folder no/ does not exist"),
+    ("tinygrad2.gradcheck", "--sed 1", "unrecognized arguments: --sed 1"),
 ]
 
 
@@ -82,6 +135,12 @@ def inputs(workspace):
     Path("a.txt").write_text("some text\n" * 9)
     Path("a.csv").write_text("id;body\n1;some text\n")
     Path("latin.txt").write_bytes("naïve text".encode("cp1252"))
+    Path("empty.txt").touch()
+    Path("number.jsonl").write_text('{"text": 3}\n')
+    Path("words.toml").write_text('max_iters = "ten"\n')
+    Path("utf16.toml").write_text("max_iters = 3\n", encoding="utf-16")
+    Path("halves").mkdir()
+    Path("halves/vocab.json").write_text("{}")
     Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     Path("gradient.toml").write_text("gradient_accumulation_steps = 8\n")
     return workspace
@@ -91,7 +150,7 @@ def inputs(workspace):
 def test_one_line(inputs, capsys, command, arguments, message):
     before = {path for path in inputs.rglob("*") if path.name != "lock" and ".partial" not in str(path)}
     try:
-        status = importlib.import_module(command).main(arguments.split())
+        status = importlib.import_module(command).main(shlex.split(arguments))
     except SystemExit as end:
         status = end.code
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("model: ", "compiling "))]
@@ -104,8 +163,12 @@ def test_one_line(inputs, capsys, command, arguments, message):
 
 
 def test_the_table_is_large_enough():
-    assert len(WRONG) >= 40
-    assert {command for command, _, _ in WRONG} >= {"train", "sample", "data.prepare", "gpt2.convert", "gpt2.report"}
+    """It has every command, and for most of them several rows."""
+    counts = Counter(command for command, _, _ in WRONG)
+    end = "\n    sys.exit(console.run(main))\n"
+    modules = {f"gpt2.{file.stem}" for file in (ROOT / "gpt2").glob("*.py") if end in file.read_text()}
+    assert counts.keys() >= {"train", "sample", "data.prepare", "tinygrad2.gradcheck"} | modules
+    assert counts.total() >= 80
 
 
 @pytest.mark.parametrize("names", [familiar_options.TRAIN, familiar_options.SAMPLE, familiar_options.PREPARE])

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 from numpy.typing import ArrayLike
@@ -498,8 +498,15 @@ COMPOSITIONS = (
 CASES += COMPOSITIONS
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Reports an invalid option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (python -m {self.prog} --help lists the options)\n")
+
+
+def command_line() -> Parser:
+    parser = Parser(
         prog="tinygrad2.gradcheck",
         usage="python -m tinygrad2.gradcheck [OPTIONS]",
         description="Check the backward pass of every operation against finite differences, in float64.",

@@ -38,15 +38,6 @@ class Module(State, metaclass=ModuleType):
             self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
 
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The computation, which a module defines. Raises NotImplementedError for one that does not."""
-        raise NotImplementedError(f"{type(self).__name__} has no __call__; define the computation in __call__(self, x)")
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name):
-            raise missing_names.missing(type(self).__name__, name, missing_names.MODULE)
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Raises TypeError if an array would replace a parameter, or if that is in an arena."""
         old = vars(self).get(name)

@@ -10,16 +10,26 @@ import numpy
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tinygrad2 import missing_names
 from tinygrad2.files import atomic_write
 from tinygrad2.params import Parameter
 
 
 class State:
-    """The base class of nn.Module: everything that needs only the names of its parameters."""
+    """The base class of nn.Module: what needs only the names of its parameters, and what a module does not have."""
 
     if TYPE_CHECKING:
 
         def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
+
+    else:
+
+        def __getattr__(self, name):
+            raise missing_names.missing(type(self).__name__, name, missing_names.MODULE)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The computation, which a module defines. Raises NotImplementedError for one that does not."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; define the computation in __call__(self, x)")
 
     def state_dict(self) -> dict[str, numpy.ndarray]:
         """A copy of every parameter's values on the host, by name."""

@@ -19,6 +19,7 @@ class BlasLibrary(Protocol):
     def set_num_threads(self, num_threads: int) -> None: ...
 
 
+MAX_COUNT = 1024
 _count = machine.usable_threads()
 _lock = threading.Lock()
 # An interrupt may come at any time: BLAS's old setting is recorded before it changes, and dropped with its last user.
@@ -34,10 +35,10 @@ def count() -> int:
 
 
 def set_count(n: int) -> None:
-    """Compute on n threads from now on, also in BLAS."""
+    """Compute on n threads from now on, also in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
     global _count
-    if n < 1:
-        raise ValueError(f"threads: the number is {n}; expected at least 1")
+    if not 1 <= n <= MAX_COUNT:
+        raise ValueError(f"threads: the number is {n:,}; expected 1 to {MAX_COUNT:,}")
     with _lock:
         if not _users:
             _restore()

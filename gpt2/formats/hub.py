@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tinygrad2.machine import install_command
@@ -13,6 +14,18 @@ REVISIONS = {  # the commit of openai-community/NAME
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
 FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+
+
+def advice(path: Path) -> str:
+    """How to get another model of the hub, for the end of an error's line, if `path` is the name or address of one."""
+    named = re.fullmatch(r"(?:https?:/{1,2}huggingface\.co/)?([\w.-]+/)?([\w.-]+)", str(path))
+    is_address = str(path).startswith("http")
+    if named is None or not (is_address or named[1]) or path.is_absolute() or path.parent.is_dir():
+        return ""
+    owner, name = named.groups()
+    if name in REVISIONS and owner in (None, "openai-community/", "openai/"):
+        return f"; use {name}"
+    return f"; to use a model of the Hugging Face hub, download it: hf download {owner or ''}{name} --local-dir {name}"
 
 
 def download(name: str) -> Path:

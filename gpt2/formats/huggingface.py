@@ -57,7 +57,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
         tensors = safe_open(file, framework="numpy")
     except SafetensorError as error:
         if text := text_in(file):
-            raise ValueError(f"it is text, not a model: {text!r}; download the file again") from None
+            raise ValueError(f"it is text, not a model: {text!r}; if it was downloaded, download it again") from None
         if "not fully covered" in str(error):
             raise ValueError(
                 "by its header, its last tensor does not end where the file ends; the download or the copy was "

@@ -88,7 +88,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a model, the out-dir of a run, or one of "
-            f"{', '.join(hub.REVISIONS)}"
+            f"{', '.join(hub.REVISIONS)}{hub.advice(path)}"
         )
     folder, damaged = checkpoint.newest(path)
     for line in damaged:

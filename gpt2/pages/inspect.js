@@ -167,7 +167,8 @@ function bars(rows) {
 function titleView(text, part) {
   const { data, T } = text, { model } = data;
   const line = data.text.replace(/\s+/g, " ").trim(), letters = [...line];
-  part("title").textContent = letters.length > 120 ? `${letters.slice(0, 120).join("")} \u2026` : line || "White space";
+  const cut = letters.slice(0, 120).join(""), end = cut.lastIndexOf(" ");
+  part("title").textContent = letters.length > 120 ? `${end > 80 ? cut.slice(0, end) : cut} \u2026` : line || "White space";
   part("about").textContent =
     `${model.name}: ${model.layers} layers of ${model.heads} attention heads, ${model.width} numbers for each token, ` +
     `${number(model.parameters)} parameters. Layers, heads and tokens are counted from 1.`;
@@ -400,6 +401,7 @@ function headView(text, part, choose) {
     panel.replaceChildren(
       make("h3", {}, `Layer ${layer + 1}, ${head === H ? "mean over the heads" : `head ${head + 1}`}`),
       ...description(text, layer, head),
+      make("p", { class: "axes", "aria-hidden": "true" }, "\u2193 the token that looks, \u2192 what it looks at"),
       make("div", { class: "large" }, axis("across", -1), axis("down", token), canvas),
       make("div", { class: "legend" }, make("span", {}, "0\u00a0%"), make("i", { class: `amounts ${kind}` }),
         make("span", {}, "100\u00a0% of a row's attention")),
@@ -524,9 +526,11 @@ function sizesView(text, part) {
       ...kinds.flatMap(([, colour], i) => [line(usual[i], colour, "usual"), line(own[i], colour, "own")]));
     const dots = kinds.flatMap(([, colour], k) => usual[k].map((value, i) =>
       drawn("circle", { class: colour, r: 3, cx: `${x(i + L + 1 - usual[k].length)}%`, cy: y(value) })));
+    grid.push(drawn("text", { class: "axis-title", x: "4%", y: "0", dy: "-.75em" }, "size (root mean square)"),
+      drawn("text", { class: "axis-title", x: "98%", y: "100%", dy: "3em", "text-anchor": "end" }, "layer \u2192"));
     box.replaceChildren(drawn("svg", { class: "chart", role: "img", "aria-label": "Size by layer" }, ...grid, lines, ...dots));
     part("sizes-text").textContent = `Solid: the median over the tokens. Dotted: the chosen token ${text.name(token)} ` +
-      `(token ${token + 1}). From left to right: the layers.`;
+      `(token ${token + 1}).`;
   };
 }
 

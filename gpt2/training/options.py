@@ -382,7 +382,8 @@ def _read_toml(path: Path) -> OptionValues:
             raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {TOML_BYTES:,}")
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error})"
+        encoding = ", write it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error}){encoding}"
         raise UsageError(f"{path}: {reason}") from None
     given = {}
     names = [f.name for f in fields(Options)]

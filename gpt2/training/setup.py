@@ -310,15 +310,21 @@ def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -
 
 @contextmanager
 def explain_memory(config: ModelConfig, options: Options, ranks: int) -> Iterator[None]:
-    """Turn a MemoryError into one that lists the memory that a step of GPT-2 needs, and what would fit."""
+    """Turn a MemoryError into one that lists the memory that a step of GPT-2 needs, and what would fit.
+
+    Raises it before the block if a step needs more memory than the device has.
+    """
+    if not isinstance(config, GPT2Config):
+        yield
+        return
+    device = get_backend(options.device)
+    memory = device.memory() or machine.memory()
+    step = planned_step(config, options, ranks, device.cuda is not None)
     try:
+        if memory and needed(step) > memory[1]:
+            raise MemoryError
         yield
     except MemoryError:
-        if not isinstance(config, GPT2Config):
-            raise
-        device = get_backend(options.device)
-        memory = device.memory() or machine.memory()
-        step = planned_step(config, options, ranks, device.cuda is not None)
         raise MemoryError(f"out of memory: {describe_need(step)}{_remedy(step, memory) if memory else ''}") from None
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from gpt2.training.trainer import Trainer
 from tinygrad2.distributed import Comm
 
 POLL = 1.0  # seconds between two looks at the step
@@ -26,8 +27,8 @@ class Watch:
 
     Every rank watches its own steps. One that is stuck keeps the others waiting in the same step, so that each of them
     reports where it is: the stack of each of its threads, on standard error. A heartbeat cannot tell this, since it
-    continues while a step computes for ever. (Code that never releases Python's lock stops this thread. A timer of
-    faulthandler, which needs no lock, then writes the stacks.)
+    continues while a step computes for ever. (Code that never releases Python's lock stops this thread, but also the
+    heartbeat, so that the other ranks end the job.)
 
     end_after  seconds of a step after which the job ends with status 1; 0: never.
     describe   a sentence for that error, such as the name of the last checkpoint.
@@ -40,8 +41,12 @@ class Watch:
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
+    @staticmethod
+    def of(trainer: Trainer) -> Watch:
+        """The watch of a run with its options."""
+        return Watch(trainer.comm, trainer.options.hang_timeout, trainer.folder.last_checkpoint)
+
     def __enter__(self) -> Watch:
-        self._arm()
         self._thread.start()
         return self
 
@@ -69,7 +74,6 @@ class Watch:
         while not self._ending.wait(POLL):
             now = time.monotonic()
             gap, last = now - last, now
-            self._arm()
             if not self._running or self._steps != watched:
                 watched, elapsed, reported = self._steps, 0.0, False
                 continue
@@ -82,15 +86,6 @@ class Watch:
             if ends:
                 time.sleep(LAST_WORDS)
                 self._end(elapsed)
-        faulthandler.cancel_dump_traceback_later()
-
-    def _arm(self) -> None:
-        """Let faulthandler write the stacks, and end the program if steps have a limit, unless this is called again in
-        time."""
-        limit = self._limit()
-        seconds = min(limit, self._end_after or limit) + POLL
-        if seconds < float("inf"):
-            faulthandler.dump_traceback_later(seconds, exit=bool(self._end_after), file=STDERR)
 
     def _rank(self) -> str:
         return f"rank {self._comm.rank}: " if self._comm.size > 1 else ""

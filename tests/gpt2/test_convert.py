@@ -84,7 +84,7 @@ def test_mistakes_are_one_line_and_leave_no_file(model, tmp_path, capsys):
         ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
         ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
         ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c does not support float16"),
-        ([tmp_path / "a", tmp_path / "no" / "y", "--to", "pt"], "No such file or directory"),
+        ([tmp_path / "a", tmp_path / "no" / "y", "--to", "pt"], "the folder"),
     ):
         run(*arguments, code=1)
         said = capsys.readouterr()

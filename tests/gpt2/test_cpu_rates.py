@@ -6,12 +6,14 @@ from gpt2 import cost_model, cpu_rates
 from gpt2.config import PRESETS
 from gpt2.memory_model import Step
 from tinygrad2 import machine
+from tinygrad2.precision import Precision
 
 NANO = PRESETS["nano"]
 
 
-def test_rates_are_measured():
-    step = Step(NANO, 2, 64)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rates_are_measured(dtype):
+    step = Step(NANO, 2, 64, Precision.of(dtype))
     device = cpu_rates.measure(step)
     assert set(device.rates) == set(cost_model.FAMILIES)
     assert all(rate.flops > 0 and rate.nbytes > 0 for rate in device.rates.values())
@@ -31,7 +33,7 @@ def test_the_rates_give_back_the_profile(monkeypatch):
     profile = {name: value / 1e3 for name, value in milliseconds.items()}
     sizes = []
 
-    def profiled(config, B, T):
+    def profiled(config, B, T, precision):
         sizes.append((config.n_layer, config.n_embd, B, T))
         return dict(profile), 2e-3
 

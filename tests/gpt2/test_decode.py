@@ -236,6 +236,7 @@ def test_the_operations_compute_everything_unless_the_kernel_is_asked_for(device
         set_decode(GPT2(CONFIG), "fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])
 def test_blocks_that_cannot_all_run_at_once_are_an_error(device, monkeypatch, capability):
     device.blocks = 0

@@ -46,7 +46,7 @@ FILES = {
     "model.xml": (b'<?xml version="1.0"?>\n<net name="main_graph" version="11">', "a model of OpenVINO"),
     "ctranslate2.bin": (b"\x06\0\0\0\x17\0TransformerDecoderSpec\0", "a model of CTranslate2"),
     "pickle.pt": (pickle.dumps({"weights": [1.0]}), "a pickle of Python, not of torch.save"),
-    "line.safetensors": (b"Entry not found\n", "text, not a model: 'Entry not found'; download the file again"),
+    "line.safetensors": (b"Entry not found\n", "text, not a model: 'Entry not found'; if it was downloaded"),
     "answer.safetensors": (b'{"error": "Repository not found"}', "text, not a model: '{"),
     "__0_0.distcp": (bytes(64), "a part of a distributed checkpoint of PyTorch (FSDP); merge its parts: "),
     "model.safetensors.incomplete": (bytes(64), "an unfinished download; download it again"),
@@ -78,7 +78,7 @@ def test_a_file_is_identified(name, tmp_path, capsys):
     content, kind = FILES[name]
     file = tmp_path / name
     file.write_bytes(content)
-    assert kind in (kind_of(file) or f"text, not a model: {text_in(file)!r}; download the file again")
+    assert kind in (kind_of(file) or f"text, not a model: {text_in(file)!r}; if it was downloaded")
     assert convert.main([str(file), str(tmp_path / "out"), "--to", "hf"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"gpt2.convert: error: {file}: it is ")

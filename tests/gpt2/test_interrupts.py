@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 COMMANDS = [["train.py"], ["sample.py"], ["data/prepare.py", "pydoc"]] + [
-    ["-m", f"gpt2.{name}"] for name in ("convert", "doctor", "evaluate", "report", "verify")
+    ["-m", f"gpt2.{name}"] for name in ("convert", "doctor", "evaluate", "plan", "report", "verify")
 ]
 
 

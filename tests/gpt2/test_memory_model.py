@@ -16,6 +16,7 @@ from gpt2.training.options import resolve_options
 from gpt2.training.setup import build_optimizer
 from tests.stand_ins import strict_cupy
 from tinygrad2 import Key, memory
+from tinygrad2.backend import get_backend
 from tinygrad2.distributed import SoloComm
 from tinygrad2.kernels import gemm
 from tinygrad2.precision import Precision
@@ -69,10 +70,13 @@ def allocated(step, device="cpu"):
         ),
         *((DEEP, recompute, None, 0, "muon", "float32") for recompute in ("none", "block")),
         *((DEEP, recompute, 300, 0, "sgd", "float64") for recompute in ("none", "block")),
+        *((DEEP, recompute, rows, 0, "adamw", "bfloat16") for recompute in ("none", "block") for rows in (None, 300)),
         *((FLAT, recompute, None, 0, "adamw", "float32") for recompute in ("none", "block")),
     ],
 )
 def test_a_step_on_the_cpu_allocates_what_is_planned(sizes, recompute, head_rows, rate, optimizer, dtype, set_threads):
+    if reason := get_backend("cpu").slow_reason(dtype):
+        pytest.skip(reason)
     set_threads(2)
     rows = {"batch_size": 8 if sizes is DEEP else 2, "block_size": sizes["n_positions"]}
     kind = {"precision": Precision.of(dtype), "recompute": recompute, "head_rows": head_rows, "optimizer": optimizer}

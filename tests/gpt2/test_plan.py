@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_the_report(capsys):
     assert re.search(r"^  communication +[\d.]+ +[\d.]+%  of [\d.]+ ms; the rest overlaps", text, re.M)
     assert re.search(r"^rate       4,\d{3},\d{3} tokens/s, 4\d% MFU$", text, re.M)
     assert re.search(r"^run        9,999,745,024 tokens = 19,073 steps: 0.\d\d hours", text, re.M)
+
+
+def test_the_figures_of_the_documentation(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    command = re.search(r"^python -m gpt2.plan (.*)$", page, re.M)[1]
+    assert f"```text\n{printed(capsys, *command.split())}```\n" in page
+    scaled = ("--recipe", "modern", "--device", "h200", "--dtype", "bfloat16", "--batch-size", "8", "--ranks")
+    for model, preset in (("124M", "gpt2"), ("355M", "gpt2-medium"), ("774M", "gpt2-large"), ("1.5B", "gpt2-xl")):
+        rows = [found(capsys, "--preset", preset, *scaled, ranks) for ranks in ("1", "8", "64")]
+        cells = [f"{row['tokens_per_s']:,.0f}, {row['hours']:.2f} h" for row in rows]
+        assert f"| {model} | {' | '.join(cells)} | {rows[-1]['memory_total'] / 1e9:.1f} GB |\n" in page
 
 
 def test_json_has_the_same_figures(capsys):
@@ -161,7 +173,7 @@ def test_the_gpu_of_this_machine(capsys, monkeypatch):
         (["--device", "h200", "--ranks", "0"], "--ranks is 0; expected more than 0"),
         (["--device", "h200", "--link", "-1"], "--link is -1.0; expected more than 0"),
         (["--device", "h200", "--dtype", "float64"], "H200 has no known peak in float64; choose one of float32, tf32"),
-        (["--device", "cpu", "--dtype", "bfloat16"], "--dtype bfloat16 needs a GPU"),
+        (["--device", "cpu", "--dtype", "tf32"], "--dtype tf32 needs a GPU"),
         (
             ["--device", "h200", "--dtype", "bfloat16", "--n-embd", "60", "--n-head", "3"],
             "--dtype bfloat16 needs a head size that is a multiple of 16, at most 128; got 20",

@@ -385,17 +385,25 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["nowhere"], "nowhere: no log.jsonl in this folder; expected the out-dir of a run of train.py"),
-        (["a", "nowhere"], "nowhere: no log.jsonl in this folder"),
-        (["a", "--output", "no/such/folder.html"], "no/such/.folder.html.partial: No such file or directory"),
+        (["nowhere"], 1, "nowhere: no log.jsonl in this folder; expected the out-dir of a run of train.py"),
+        (["a", "nowhere"], 1, "nowhere: no log.jsonl in this folder"),
+        (
+            ["a", "--output", "no/such/folder.html"],
+            2,
+            "--output no/such/folder.html: the folder no/such/ does not exist",
+        ),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
-    assert report.main(arguments) == 1
+    try:
+        found = report.main(arguments)
+    except SystemExit as end:
+        found = end.code
+    assert found == status
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"gpt2.report: error: {message}")

@@ -43,7 +43,7 @@ def test_importing_and_computing_do_not_change_blas():
 
 
 def test_set_count_rejects_none():
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="expected 1 to 1,024"):
         threads.set_count(0)
 
 

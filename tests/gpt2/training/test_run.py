@@ -1,6 +1,7 @@
 """gpt2/training/run.py: the folder of a run: what is kept, locked, renamed, passed over where damaged, and logged."""
 
 import ast
+import errno
 import inspect
 import io
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 import train
 from gpt2 import GPT2, Tokenizer, report
 from gpt2.config import GPT2Config
@@ -238,6 +240,26 @@ def test_the_best_checkpoint_is_found_without_its_link(workspace, monkeypatch):
     assert find_model(Path("out/best"), print) == best
     (best / "model.safetensors").unlink()
     assert find_model(Path("out/best"), print) == Path("out/best")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EACCES])
+def test_a_file_system_without_links(number, workspace, monkeypatch, capsys):
+    """Such as FAT, or Windows without the right to create links: the run trains, resumes, and out/best is found."""
+
+    def symlink(source, target, target_is_directory=False, **_):
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+    run("--max-iters", "4")
+    run("--max-iters", "8")
+    assert capsys.readouterr().err == ""
+    names = {path.name for path in Path("out").iterdir()}
+    assert "ckpt-000008" in names
+    assert not {name for name in names if "best" in name or "partial" in name}
+    best = find_model(Path("out/best"), print)
+    assert best.parent == Path("out")
+    assert best.name in names
+    assert sample.main(["--checkpoint", "out/best", "-p", "a", "-m", "3"]) == 0
 
 
 def test_every_option_is_remembered(workspace):

@@ -1,0 +1,35 @@
+"""The options of a command that say where it computes: --device, --threads, and --dtype of the weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from gpt2.config import WEIGHT_DTYPES
+from gpt2.console import Parser
+from tinygrad2 import threads
+from tinygrad2.backend import DEVICES
+
+
+def add(group: argparse._ArgumentGroup) -> None:
+    """Add --device and --threads to a group of a parser."""
+    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+
+
+def add_dtype(group: argparse._ArgumentGroup) -> None:
+    """Add --dtype, of the weights in generation."""
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=WEIGHT_DTYPES,
+        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
+    )
+
+
+def set_threads(parser: Parser, options: argparse.Namespace) -> None:
+    """Compute on --threads threads from now on; reports an invalid number as an invalid option."""
+    if options.threads is None:
+        return
+    if not 1 <= options.threads <= threads.MAX_COUNT:
+        parser.error(f"--threads is {options.threads}; expected 1 to {threads.MAX_COUNT:,}")
+    threads.set_count(options.threads)
