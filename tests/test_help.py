@@ -12,7 +12,7 @@ FILES = [
     file
     for pattern in ("*.py", "data/*.py", "gpt2/**/*.py", "tinygrad2/**/*.py")
     for file in sorted(ROOT.glob(pattern))
-    if re.search(r'^if __name__ == "__main__":\n    (sys\.exit|raise SystemExit)', file.read_text(), re.MULTILINE)
+    if re.search(r'^if __name__ == "__main__":\n +(?:try:\n +)?(sys\.exit|raise SystemExit)', file.read_text(), re.MULTILINE)
 ]
 COMMANDS = [file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in FILES]
 
