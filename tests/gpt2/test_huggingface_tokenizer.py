@@ -101,7 +101,7 @@ def test_both_ways_give_the_same_ids_on_2000_random_texts(which, tmp_path, gpt2_
 
 @needs_library
 @pytest.mark.extras("transformers")
-def test_the_ids_of_a_prompt_are_those_of_transformers(folder):
+def test_prompt_ids_equal_those_of_transformers(folder):
     import transformers
 
     with_user_token(folder)
@@ -478,7 +478,7 @@ def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_refused(folder, ch
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     change(vocab)
     write_json(folder / "vocab.json", vocab)
-    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})  # so that tiktoken's way is not taken
+    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})  # so that tiktoken is not used
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(folder)
     assert str(error.value).startswith(f"tokenizer {folder}")
