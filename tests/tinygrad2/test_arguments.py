@@ -148,7 +148,7 @@ def test_functions_of_integers_that_stay_integers():
         (
             lambda i, b: i[Tensor([0, 1])],
             TypeError,
-            r"^indexing: .*float32; .*: a Tensor of a list is float32;",
+            r"^indexing: .*float32; .*a Tensor made from a list is float32;",
         ),
         (lambda i, b: Tensor(np.ones((0, 2))).max(0), ValueError, r"^max: the tensor has shape \(0, 2\); there is no"),
         (lambda i, b: len(i[0]), TypeError, r"^len\(\): the tensor has shape \(\), which has no length$"),

@@ -222,7 +222,7 @@ REFUSED = {
         ValueError,
         "dropout: the dropout rate is 1.5; expected 0 <=",
     ),
-    "an axis out of range": (lambda: X.sum(5), ValueError, "sum: axis 5 is out of range for a tensor of 2 axes"),
+    "an axis out of range": (lambda: X.sum(5), ValueError, "sum: axis 5 is out of range for a tensor with 2 axes"),
     "PyTorch's max": (lambda: X.max(dim=1), TypeError, "max: dim: PyTorch returns values and indices; use max"),
     "PyTorch's std": (lambda: X.std(dim=1), TypeError, r"std: dim: PyTorch divides by n - 1; use std"),
     "PyTorch's transpose of a matrix": (lambda: X.transpose(0, 1), ValueError, r"transpose: .* use swapaxes\(0, 1\)"),
@@ -235,7 +235,7 @@ REFUSED = {
     "a Tensor as a bound": (
         lambda: X.clip(X),
         TypeError,
-        "clip: min is of type Tensor; expected a number, or use maximum",
+        "clip: min has type Tensor; expected a number, or use maximum",
     ),
     "targets of floats": (
         lambda: tg.cross_entropy(X, Tensor([0, 1])),

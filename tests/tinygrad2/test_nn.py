@@ -332,5 +332,5 @@ def test_a_state_that_does_not_fit_is_rejected_in_one_line_and_changes_nothing(c
 
 def test_a_file_of_another_format_is_rejected(tmp_path):
     (tmp_path / "x").write_bytes(b"0" * 100)
-    with pytest.raises(ValueError, match=r"load: .*x: it is not a valid safetensors file"):
+    with pytest.raises(ValueError, match=r"load: .*x: not a valid safetensors file"):
         nn.Linear(2, 3).load(tmp_path / "x")

@@ -297,7 +297,7 @@ def ones(*shape):
             ValueError,
             "cross_entropy: targets has shape (1,); expected (2,)",
         ),
-        (lambda: ops.cross_entropy(ones(1, 3), [0.5]), TypeError, "cross_entropy: targets are of dtype float64"),
+        (lambda: ops.cross_entropy(ones(1, 3), [0.5]), TypeError, "cross_entropy: targets have dtype float64"),
         (
             lambda: ops.lm_head(ones(2, 3), ones(3, 4), [0, 1]),
             ValueError,

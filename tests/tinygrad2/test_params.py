@@ -257,7 +257,9 @@ def test_without_copies_the_regions_have_none():
 
 def test_copies_of_some_parameters_only_are_rejected():
     a, b = Parameter(np.ones(2), "bfloat16"), Parameter(np.ones(2))
-    with pytest.raises(TypeError, match=r"^ParameterArena: the copy of a is bfloat16, .* others are None; use one"):
+    with pytest.raises(
+        TypeError, match=r"^ParameterArena: the copy of a has dtype bfloat16, other copies None; use one"
+    ):
         ParameterArena([("a", a), ("b", b)])
 
 
