@@ -121,7 +121,7 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch, missing):
     ("options", "code", "message"),
     [
         (["--port", "70000"], 2, "error: --port is 70000; expected 0 to 65535"),
-        (["--threads", "0"], 2, "error: --threads is 0; expected 1 or more"),
+        (["--threads", "0"], 2, "error: --threads is 0; expected 1 to 1,024"),
         (["--checkpoint", ""], 2, "error: --checkpoint is empty; expected a model"),
         (["--port", "0"], 1, "error: no trained model in checkpoint/ or out/"),
         (["--port", "0", "--checkpoint", "nowhere"], 1, "error: nowhere"),
