@@ -257,7 +257,8 @@ def test_another_alternative_is_taken_and_the_text_goes_on_from_it(visit, expect
 @IN_BROWSER
 def test_the_keyboard_alone_is_enough(visit):
     page = visit()
-    page.keyboard.type("def f")  # the prompt has the focus
+    page.wait_for_selector('[data-play="prompt"]:focus')  # without a click
+    page.keyboard.type("def f")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".piece:nth-of-type(50)", timeout=60_000)
     wait_until_idle(page)
