@@ -544,4 +544,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("tinygrad2.gradcheck: interrupted", file=sys.stderr)
+        sys.exit(130)

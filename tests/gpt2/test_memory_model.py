@@ -33,14 +33,14 @@ DEEP = {"vocab_size": 3000, "n_positions": 128, "n_embd": 128, "n_layer": 6, "n_
 FLAT = {"vocab_size": 8000, "n_positions": 512, "n_embd": 192, "n_layer": 1, "n_head": 4}
 
 
-def two_steps(step, device="cpu"):
-    """Train two steps; afterwards tracemalloc's peak is that of the second."""
+def train_steps(step, device="cpu", count=2):
+    """Train some steps; afterwards tracemalloc's peak is that of the last."""
     model = GPT2(step.config, 0, device, step.precision, step.recompute, step.head_rows)
     optimizer = build_optimizer(model, resolve_options({"optimizer": step.optimizer}, step.config), SoloComm())
     tokens, targets = np.random.default_rng(0).integers(
         step.config.vocab_size, size=(2, step.batch_size, step.block_size)
     )
-    for i in range(2):
+    for i in range(count):
         tracemalloc.reset_peak()
         loss = model.loss(tokens, targets, Key(0, i))
         loss.backward()
@@ -51,11 +51,11 @@ def two_steps(step, device="cpu"):
 
 def allocated(step, device="cpu"):
     """The largest number of bytes that two steps have allocated at a time."""
-    two_steps(dataclasses.replace(step, batch_size=1, block_size=16, head_rows=None), device)  # compiles the kernels
+    train_steps(step, device, 1)  # compiles the kernels
     memory.memory_pool.trim()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    two_steps(step, device)
+    train_steps(step, device)
     found = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     return found
@@ -89,11 +89,11 @@ PROCESS = """
 import json, resource, sys
 from gpt2.memory_model import Step
 from gpt2 import GPT2Config
-from tests.gpt2.test_memory_model import two_steps
+from tests.gpt2.test_memory_model import train_steps
 from tinygrad2 import threads
 threads.set_count(2)
 given = json.loads(sys.argv[1])
-two_steps(Step(GPT2Config(**given.pop("config")), **given))
+train_steps(Step(GPT2Config(**given.pop("config")), **given))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
