@@ -1,14 +1,14 @@
 """Continue a prompt with a trained model.
 
-The prompt is an argument, a file, stdin, or typed line by line (-i). Without --checkpoint: the model in checkpoint/,
-else the newest checkpoint of a training run in out/, else an untrained model. The text may be longer than the model's
-context: the first half of the context is then dropped, and the rest processed again. A sample ends at the model's
-end-of-text token, even if that comes first; where the model added no visible text, a line on stderr says so.
+The prompt is an argument, a file, stdin, or typed line by line (-i). Without --checkpoint, the model is the one in
+checkpoint/, or else the newest checkpoint in out/, or else an untrained model. If the text becomes longer than the
+model's context, the first half of the context is dropped and the rest is processed again. A sample ends at the model's
+end-of-text token, even if that is its first token; if it has no visible text, a line on stderr says so.
 """
 
 from __future__ import annotations
 
-from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+from gpt2 import console  # first, so that Ctrl-C during the other imports exits silently
 
 # isort: split
 import argparse
@@ -27,7 +27,7 @@ from tinygrad2 import checkpoint, machine
 from tinygrad2.backend import get_backend, silence_compile_notice
 
 MODELS = (
-    "a model folder, a file (.safetensors, .pt, .bin of PyTorch or llm.c), the out-dir of a training run, or gpt2, "
+    "a model folder, a file (.safetensors, .pt, PyTorch's or llm.c's .bin), the out-dir of a run, or gpt2, "
     "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded [default: checkpoint/, then out/]"
 )
 
@@ -39,42 +39,42 @@ def command_line() -> Parser:
         "-p",
         "--prompt",
         metavar="TEXT",
-        help="text to continue, - for stdin [default: none: the model begins a new text]",
+        help="text to continue, - for stdin [default: none; the model begins a new text]",
     )
     group.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="continue the text in a file in UTF-8, - for stdin; its last line end is left out [default: none]",
+        help="continue the text in a UTF-8 file, - for stdin; a final newline is removed [default: none]",
     )
     group.add_argument(
         "-i",
         "--interactive",
         action="store_true",
-        help="continue each line that is typed, until Ctrl-D; Ctrl-C ends the text that is being printed",
+        help="continue each line that you type, until Ctrl-D; Ctrl-C ends the text that is being printed",
     )
-    group.add_argument("-m", "--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most")
+    group.add_argument("-m", "--max-tokens", type=int, default=200, metavar="N", help="maximum number of new tokens")
     group.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="number of continuations")
     group.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end before this text; may be given several times [default: none]",
+        help="stop before this text; may be given several times [default: none]",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "-t", "--temperature", type=float, default=0.8, metavar="X", help="divides the logits; 0 is greedy decoding"
     )
     group.add_argument(
-        "-k", "--top-k", type=int, metavar="K", help="sample from the K most probable tokens only [default: all]"
+        "-k", "--top-k", type=int, metavar="K", help="sample only from the K most probable tokens [default: all]"
     )
     group.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="sample from the most probable tokens whose probabilities add up to P only [default: all]",
+        help="sample only from the most probable tokens whose probabilities add up to P [default: all]",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the random numbers: the same seed gives the same text"
+        "--seed", type=int, default=0, metavar="N", help="random seed: the same seed gives the same text"
     )
     group = parser.add_argument_group("model and device")
     group.add_argument("--checkpoint", metavar="MODEL", help=MODELS)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.prompt is not None and options.prompt_file is not None:
         parser.error("--prompt and --prompt-file are both given; expected one of them")
     if options.interactive and "-" in (options.prompt, options.prompt_file):
-        parser.error("--interactive and a prompt from stdin (-) exclude each other; use --prompt-file FILE")
+        parser.error("--interactive and a prompt from stdin (-) cannot be combined; use --prompt-file FILE")
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
     if "" in options.stop:
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_prompt(options: argparse.Namespace) -> str:
-    """The prompt: the argument, a file's text, or stdin's. Raises ValueError for a file that is not in UTF-8."""
+    """The prompt: the argument, or the text of a file or stdin. Raises ValueError if it is not UTF-8."""
     file = "-" if options.prompt == "-" else options.prompt_file
     if file is None:
         return (options.prompt or "").removeprefix("\ufeff")
@@ -132,7 +132,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def sample(options: argparse.Namespace) -> int:
-    """Print the samples that the options describe, then with --interactive those of each line that is typed."""
+    """Print the samples for the prompt in the options; with --interactive, also for each line that is typed."""
     model, tokenizer = load_model(options)
     decode.set_decode(model, options.decode)
     if options.prompt or not options.interactive:
@@ -169,7 +169,7 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
         top_p=options.top_p,
         seed=options.seed,
     )
-    # The first two tokens call all kernels: any message that they are being compiled comes before the text.
+    # The first two tokens call all kernels, so the message that they are being compiled comes before the text.
     pieces = chain(list(islice(pieces, options.samples + 1)), pieces)
     silence_compile_notice()  # a long text may need more kernels
     continuations = [""] * options.samples
@@ -179,7 +179,7 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
             print(f"--- sample {i + 1} of {options.samples} ---")
 
     print_heading(0)
-    with TextPrinter() as printer:  # the first sample is printed while it is generated, the others of the batch later
+    with TextPrinter() as printer:  # the first sample is printed while it is generated, the rest of the batch later
         printer.write(options.prompt)
         for i, piece in pieces:
             continuations[i] += piece
@@ -194,7 +194,7 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
 
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
-    """The model that the options name, and its tokenizer."""
+    """Load the model that the options select, and its tokenizer."""
     folder = find_model(Path(options.checkpoint), print_error) if options.checkpoint else default_model(print_error)
     weights = "" if options.dtype == "float32" else f", weights in {options.dtype}"
     if folder is None:
@@ -215,11 +215,11 @@ def report_empty(i: int, continuations: Sequence[str], options: argparse.Namespa
     if options.max_tokens and not continuations[i].strip():
         sys.stdout.flush()
         name = f"sample {i + 1}" if options.samples > 1 else "the sample"
-        print_error(f"{name} is empty: the model generated no visible text before its end; try another --seed")
+        print_error(f"{name} is empty: the model generated no visible text; try another --seed")
 
 
 def check_memory(model: GPT2, samples: int, prompt: int, new: int) -> None:
-    """Raise MemoryError if generating these samples needs more memory than is free, before any is allocated."""
+    """Raise MemoryError, before anything is allocated, if these samples need more memory than is free."""
     itemsize = model.precision.activation_bytes
     need = model.config.memory_to_generate(samples, prompt, new, itemsize)
     free, total = model.backend.memory() or machine.memory() or (math.inf, math.inf)

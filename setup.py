@@ -1,6 +1,6 @@
-"""The commands train.py, sample.py and data/prepare.py go into the wheel as gpt2.train, gpt2.sample and gpt2.prepare.
+"""The wheel contains train.py, sample.py and data/prepare.py as gpt2.train, gpt2.sample and gpt2.prepare.
 
-They stay scripts in the repository; everything else about the package is in pyproject.toml.
+In the repository they are scripts. Everything else about the package is in pyproject.toml.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ MODULES = {
 
 
 class BuildWithCommands(build_py):
-    """Copies MODULES into the package gpt2; what they import from data/ is there, too."""
+    """Copies MODULES into the package gpt2, and adapts their imports from data/."""
 
     def run(self) -> None:
         super().run()

@@ -1,11 +1,11 @@
-"""Train GPT-2. Without options it trains the nano model on the documentation that comes with Python.
+"""Train GPT-2. Without options, train the nano model on the documentation that ships with Python.
 
 A run resumes from the newest checkpoint in its out-dir, if there is one. Ctrl-C finishes the micro-step and saves.
 """
 
 from __future__ import annotations
 
-from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+from gpt2 import console  # first, so that Ctrl-C during the other imports exits silently
 
 # isort: split
 import sys
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps that are not finite are skipped
 def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> int:
-    """Set up a new or resumed run from the options given, and train."""
+    """Set up a new or resumed run from the given options, and train."""
     fresh = given.pop("fresh", False)
     saved = None if fresh else folder.resume(display.say)
     options, config, run_options = setup.resumed_run(given, saved) if saved else setup.new_run(given)
@@ -71,6 +71,7 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
         start = display.start_record(trainer, command, machine.describe(), baselines)
         folder.log_start(progress.step, given=run_options.options, **start)
         folder.catch_up(partial(sample_text, trainer.model, trainer.tokenizer), options.seed, page.update)
+        comm.from_root(page.update)
         written = training_loop(trainer, questions, run_options, stop, page, watch)
     display.say_end(trainer, written, folder.path / report.REPORT)
     return 0
@@ -79,7 +80,7 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
 def training_loop(
     trainer: Trainer, tasks: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer, watch: Watch
 ) -> Path | None:
-    """Train until the last step, or until a rank is requested to stop. Returns the last checkpoint written."""
+    """Train until the last step, or until a stop is requested on a rank. Returns the last checkpoint written."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
     written = None
     trainer.restart_clock()
@@ -120,12 +121,12 @@ def training_loop(
 
 
 def every(interval: int, step: int) -> bool:
-    """Whether something that happens every `interval` steps (0 for never) happens after this step."""
+    """Whether an action that is due every `interval` steps (0 for never) is due after this step."""
     return interval > 0 and step % interval == 0
 
 
 def prepare_pydoc() -> None:
-    """Make the default data set, if it does not exist yet."""
+    """Prepare the default data set, if it does not exist yet."""
     folder = Path("data/pydoc")
     if not folder.exists():
         display.say(f"no data set yet: preparing {folder} from the documentation of this Python")

@@ -1,12 +1,12 @@
-"""Takes the pictures of the documents: `python docs/screenshot.py PAGE`, for a page of gpt2.report, inspect or serve.
+"""Take the screenshots for the documentation: `python docs/screenshot.py PAGE` (of gpt2.report, inspect or serve).
 
-The report, out/report.html after `python train.py`: docs/report.png and, in the page's dark colours,
-docs/report-dark.png. They show the loss, and below it the first, a middle and the last sample, from left to right.
-The inspector, after `python -m gpt2.inspect -p "Return the list of lines"`: docs/inspect.png shows the surprise of the
-tokens, what was expected, and the attention of a head. The rest of a page is hidden.
-The page of gpt2.serve, by its address, while `python -m gpt2.serve` runs: docs/serve.png is a text with the
-alternatives of a token, and the inspector beside it.
-Needs the extra [browser] and a Chromium: the system's, or `playwright install chromium`.
+Report (out/report.html, after `python train.py`): docs/report.png and, in dark colours, docs/report-dark.png. They show
+the loss, and below it the first, middle and last sample, from left to right.
+Inspector (after `python -m gpt2.inspect -p "Return the list of lines"`): docs/inspect.png shows the surprise of each
+token, what was expected, and the attention of one head. The rest of the page is hidden.
+gpt2.serve (its address, while `python -m gpt2.serve` runs): docs/serve.png shows a text with the alternatives of one
+token, and the inspector next to it.
+Requires the extra [browser] and Chromium: the system's, or `playwright install chromium`.
 """
 
 import shutil

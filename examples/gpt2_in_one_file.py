@@ -1,4 +1,4 @@
-"""GPT-2 in one file, in NumPy alone: gradients, the model, training and sampling.
+"""GPT-2 in one file, in pure NumPy: gradients, the model, training and sampling.
 
     python examples/gpt2_in_one_file.py sample -p "Return the"     # the trained model in checkpoint/ continues a text
     python examples/gpt2_in_one_file.py train FILE                 # trains a small model on a text file, in minutes
@@ -6,8 +6,8 @@
 
 Read it from top to bottom:
 
-    1. The tape         what a gradient is, and how a program computes it, backwards
-    2. The operations   eight, each with its formula and the derivation of its backward pass
+    1. The tape         what a gradient is, and how a program computes it, from the end to the beginning
+    2. The operations   eight of them, each with its formula and the derivation of its backward pass
     3. The model        GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), no dropout
     4. The optimizer    AdamW, gradient clipping, and the learning rate of each step
     5. The files        config.json and model.safetensors, which Hugging Face's transformers reads and writes too
@@ -15,7 +15,7 @@ Read it from top to bottom:
     7. Sampling         new text, token by token
     8. The command line
 
-Shapes stand beside the code: B sequences of T tokens, C channels, H heads of D = C / H channels, V token ids.
+Comments give the shapes: B sequences of T tokens, C channels, H heads of D = C / H channels, V token ids.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ import numpy as np
 
 Array = np.ndarray
 Rng = np.random.Generator
-END_OF_TEXT = 256  # the token id after those of the 256 bytes
+END_OF_TEXT = 256  # the token id after the ids of the 256 bytes
 
 # 1. The tape ----------------------------------------------------------------------------------------------------------
 #
-# Training minimizes a loss L: one number, computed from millions of parameters. The gradient of L with respect to an
-# array x has the shape of x, and this file calls it dx:
+# Training minimizes a loss L, a single number computed from millions of parameters. The gradient of L with respect to
+# an array x has the shape of x. This file calls it dx:
 #
-#     dx[i] = ∂L/∂x[i]        how much L grows per unit that x[i] grows, while everything else is unchanged
+#     dx[i] = ∂L/∂x[i]        how much L increases per unit of x[i], while everything else is unchanged
 #
 # One could measure it: change x[i] by a small h and compute L again, once for every parameter. The chain rule gives all
 # of dx in a single backward pass. If y = f(x), and L depends on x only through y,
@@ -63,12 +63,12 @@ _numbers = itertools.count()
 
 
 class Tensor:
-    """An array that remembers how it was computed.
+    """An array that records how it was computed.
 
     data      the values.
     grad      the gradient of the loss with respect to `data`, once `backward` has run.
     parents   the tensors that it was computed from; none for a parameter.
-    function  its backward pass: takes dy, returns one gradient for each parent.
+    function  its backward pass, which takes dy and returns one gradient per parent.
 
     >>> x = Tensor(3.0)
     >>> loss = x + x + x
@@ -81,7 +81,7 @@ class Tensor:
         self.data: Array = np.asarray(data)
         self.grad: Any = None
         self.parents, self.function = parents, function
-        self.number = next(_numbers)  # larger than the numbers of its parents, which exist already
+        self.number = next(_numbers)  # larger than the numbers of its parents, which already exist
 
     def __add__(self, other: Tensor) -> Tensor:
         return add(self, other)
@@ -90,7 +90,7 @@ class Tensor:
         return matmul(self, other)
 
     def backward(self) -> None:
-        """Compute the gradients of this tensor, a loss of one element, with respect to all that it was computed from.
+        """Compute the gradients of this tensor, a loss with one element, with respect to everything it depends on.
 
         The gradients of parameters are added to `grad`. Those of intermediate results are freed, and so is the tape.
         """
@@ -120,16 +120,16 @@ def freed(dy: Array) -> tuple[Array, ...]:
 
 # 2. The operations ----------------------------------------------------------------------------------------------------
 #
-# Each one computes y, and defines `backward`, which can use the results of the forward pass and turns dy into the
+# Each operation computes y and defines `backward`, which can use the results of the forward pass and turns dy into the
 # gradients of the inputs. The derivations write out one element and then give the matrix form.
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """y = a + b. b may lack leading axes of a: it is then added to every row, like a bias."""
+    """y = a + b. If b has fewer axes than a, it is added to every row, like a bias."""
     # y[n,i] = a[n,i] + b[i]. Its derivatives are 1, so da = dy. b[i] is used in every row n, so db[i] = sum_n dy[n,i].
     axes = tuple(range(a.data.ndim - b.data.ndim))
     if a.data.shape[len(axes) :] != b.data.shape:
-        raise ValueError(f"add: shapes {a.data.shape} and {b.data.shape}; expected equal ones, or the last axes of a")
+        raise ValueError(f"add: shapes {a.data.shape} and {b.data.shape}; expected equal shapes, or the last axes of a")
     return Tensor(a.data + b.data, (a, b), lambda dy: (dy, dy.sum(axis=axes)))
 
 
@@ -170,7 +170,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Source: Ba, Kiros, Hinton, arXiv:1607.06450.
     """
-    # xhat = (x - mean) / std, with std = sqrt(variance + eps). Both depend on each of the row's C elements:
+    # xhat = (x - mean) / std, with std = sqrt(variance + eps). Both depend on all C elements of the row:
     # ∂mean/∂x[i] = 1 / C and ∂std/∂x[i] = xhat[i] / C. So
     #     ∂xhat[j]/∂x[i] = ((1 if i = j else 0) - 1 / C - xhat[i] xhat[j] / C) / std
     # and with dxhat = dy weight, the sum over j of dxhat[j] times this is
@@ -193,7 +193,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """y = x (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3): near 0 for x << 0, near x for x >> 0.
 
-    It approximates x times the distribution function of a normal variable. Source: Hendrycks, Gimpel, arXiv:1606.08415.
+    It approximates x times the normal distribution function. Source: Hendrycks and Gimpel, arXiv:1606.08415.
     """
     # By the product rule, with t = tanh u and ∂t/∂x = (1 - t^2) ∂u/∂x:   dx = dy (1 + t + x (1 - t^2) ∂u/∂x) / 2.
     a = math.sqrt(2 / math.pi)
@@ -208,7 +208,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def softmax(x: Array) -> Array:
-    """p[i] = exp(x[i]) / sum_j exp(x[j]) along the last axis: any numbers -> probabilities."""
+    """p[i] = exp(x[i]) / sum_j exp(x[j]) along the last axis: turns any numbers into probabilities."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))  # a common shift cancels, and prevents overflow of exp
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -223,7 +223,7 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
     """
     # out = P v and S = q k^T / sqrt(D) are products of matrices (see matmul):
     #     dP = dout v^T,  dv = P^T dout,  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D).
-    # Between them is the softmax of each row. Its derivative is ∂P[j]/∂S[i] = P[j] ((1 if i = j else 0) - P[i]), so
+    # Between them is the softmax of each row, with the derivative ∂P[j]/∂S[i] = P[j] ((1 if i = j else 0) - P[i]), so
     #     dS[i] = P[i] (dP[i] - sum_j dP[j] P[j]).
     # Where S is -inf, P is 0 and so is dS: no gradient flows back from the future either.
     B, T, C = qkv.data.shape[0], qkv.data.shape[1], qkv.data.shape[2] // 3
@@ -244,9 +244,9 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
-    """The mean of -log p[target], p = softmax(logits): logits (..., V), targets (...) -> a number.
+    """The mean of -log p[target], with p = softmax(logits): logits (..., V), targets (...) -> a number.
 
-    In nats: 0 if each target is predicted with certainty, log V if all V tokens are always equally probable.
+    In nats: 0 if every target is predicted with certainty, log V if all V tokens are equally probable.
     """
     # -log p[t] = log(sum_j exp(x[j])) - x[t]. The first term has the derivative p[i], the second 1 where i = t:
     #     dx[i] = dy (p[i] - (1 if i = t else 0)) / N, for the mean over N targets.
@@ -265,24 +265,24 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 # 3. The model ---------------------------------------------------------------------------------------------------------
 #
 # A language model reads tokens and predicts, at each position, which token comes next. GPT-2 represents a position by a
-# vector of C channels, at first the sum of an embedding of its token and one of its position. Each layer adds to it
-# twice: the result of attention to earlier positions, and the MLP's result for the vector itself. At the end, its dot
-# products with the embeddings of all tokens are the logits, from which softmax makes probabilities.
+# vector of C channels, which starts as the sum of a token embedding and a position embedding. Each layer adds to it
+# twice: the output of attention to earlier positions, and the output of the MLP for the vector itself. At the end, its
+# dot products with the embeddings of all tokens are the logits, which softmax turns into probabilities.
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, under their names in config.json. The defaults train in minutes on a laptop."""
+    """The sizes of a model, with their names in config.json. The defaults train in minutes on a laptop."""
 
     vocab_size: int = 257  # V
-    n_positions: int = 64  # the context: the largest T
+    n_positions: int = 64  # the context: the maximum T
     n_embd: int = 128  # C
     n_layer: int = 4
     n_head: int = 4  # H
     layer_norm_epsilon: float = 1e-5
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and the shape of every parameter. Matrices are (in, out)."""
+        """The name and shape of every parameter. Matrices are (in, out)."""
         C = self.n_embd
         yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
         attention = ("ln_1", (C,)), ("attn.c_attn", (C, 3 * C)), ("attn.c_proj", (C, C))
@@ -301,7 +301,7 @@ class GPT2:
 
     @staticmethod
     def random(config: Config, rng: Rng) -> GPT2:
-        """A model to train: small random matrices, biases 0, gains 1."""
+        """A new model to train: small random matrices, biases of 0, gains of 1."""
         arrays = {}
         for name, shape in config.shapes():
             # 2 n_layer matrices add to the vector; the smaller scale keeps its variance independent of n_layer.
@@ -359,9 +359,9 @@ class AdamW:
         self.v = {name: np.zeros_like(p.data) for name, p in parameters.items()}
 
     def step(self, lr: float, max_norm: float = 1.0) -> float:
-        """Update every parameter and clear its gradient. Returns the norm of the whole gradient.
+        """Update every parameter and clear its gradient. Returns the norm of the total gradient.
 
-        max_norm  a gradient of a larger norm is scaled down to this one, so that an unusual batch does little harm.
+        max_norm  a gradient with a larger norm is scaled down to this norm, to limit the effect of an unusual batch.
         """
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
@@ -378,7 +378,7 @@ class AdamW:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """The rate of a step, counted from 0: linearly up to `peak`, then down to peak / 10 as half a cosine."""
+    """The learning rate of a step, counted from 0: linear warm-up to `peak`, then cosine decay to peak / 10."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -387,11 +387,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 # 5. The files ---------------------------------------------------------------------------------------------------------
 #
-# A model is a folder. config.json has the sizes, model.safetensors the parameters, under Hugging Face's names.
+# A model is a folder: config.json has the sizes, and model.safetensors the parameters, with Hugging Face's names.
 
 
 def read_safetensors(file: Path) -> dict[str, Array]:
-    """The arrays of a file: 8 bytes with the length of a JSON header, the header, then the values, end to end."""
+    """The arrays in a file: 8 bytes with the length of a JSON header, the header, then all values."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     try:
@@ -400,7 +400,7 @@ def read_safetensors(file: Path) -> dict[str, Array]:
         arrays = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
-            if entry["dtype"] == "BF16":  # the first two bytes of a float32
+            if entry["dtype"] == "BF16":  # the upper two bytes of a float32
                 array = (np.frombuffer(values[start:end], "<u2").astype(np.uint32) << 16).view(np.float32)
             else:
                 array = np.frombuffer(values[start:end], {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry["dtype"]])
@@ -425,7 +425,7 @@ def write_safetensors(file: Path, arrays: dict[str, Array]) -> None:
 
 
 def load(folder: Path) -> GPT2:
-    """The model in a folder. Its tokens must be bytes, and one more for the end of a text."""
+    """Load the model in a folder. Its tokens must be the bytes and an end-of-text token."""
     file = folder / "config.json"
     try:
         values = json.loads(file.read_bytes())
@@ -459,14 +459,14 @@ def save(folder: Path, model: GPT2) -> None:
 
 
 def batch(ids: Array, size: int, T: int, rng: Rng) -> tuple[Array, Array]:
-    """`size` random windows of T tokens, and the targets: the same windows, one token later."""
+    """`size` random windows of T tokens, and the targets: the same windows, shifted by one token."""
     starts = rng.integers(0, len(ids) - T, size)
     windows = ids[starts[:, None] + np.arange(T + 1)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
 def train_step(model: GPT2, optimizer: AdamW, ids: Array, targets: Array, lr: float) -> float:
-    """One step: forward, backward, update. Returns the loss before it."""
+    """One step: forward, backward, update. Returns the loss before the update."""
     loss = model.loss(ids, targets)
     loss.backward()
     optimizer.step(lr)
@@ -475,11 +475,11 @@ def train_step(model: GPT2, optimizer: AdamW, ids: Array, targets: Array, lr: fl
 
 @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite is an error below
 def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng) -> None:
-    """Train on all ids but the last tenth, which is used to measure how well the model predicts unseen text."""
+    """Train on all ids except the last tenth, which is used to measure how well the model predicts unseen text."""
     T, n = model.config.n_positions, len(ids) - len(ids) // 10
     if len(ids) // 10 <= T:
         raise ValueError(f"the text has {len(ids):,} bytes; expected at least {10 * (T + 1):,} for a context of {T}")
-    validation = [batch(ids[n:], 16, T, np.random.default_rng(i)) for i in range(4)]  # the same at every report
+    validation = [batch(ids[n:], 16, T, np.random.default_rng(i)) for i in range(4)]  # the same for every report
     optimizer, start, report = AdamW(model.parameters), time.perf_counter(), max(10, steps // 20)
     for step in range(1, steps + 1):
         lr = learning_rate(step - 1, steps, peak, warmup=min(100, steps // 10))
@@ -496,15 +496,15 @@ def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng)
 
 
 def sample(model: GPT2, ids: Sequence[int], temperature: float, top_k: int | None, rng: Rng) -> Iterator[int]:
-    """Continue `ids` without end: predict the next token, draw one, append it, repeat.
+    """Continue `ids` indefinitely: predict the next token, draw one, append it, repeat.
 
-    temperature  divides the logits: below 1, probable tokens become more probable; 0 always takes the most probable.
-    top_k        draw only from the top_k most probable tokens; None: from all.
+    temperature  divides the logits: below 1, probable tokens become more probable; 0 always selects the most probable.
+    top_k        draw only from the top_k most probable tokens; None means all.
     """
     ids = list(ids)
     while True:
-        window = np.array([ids[-model.config.n_positions :]])  # (1, T): the model reads no more than its context
-        logits = model.logits(window).data[0, -1].astype(np.float64)  # (V,), of the token after the last one
+        window = np.array([ids[-model.config.n_positions :]])  # (1, T); the model's context limits the input
+        logits = model.logits(window).data[0, -1].astype(np.float64)  # (V,), for the token after the last
         if top_k is not None and top_k < len(logits):
             logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
         greedy = temperature == 0
@@ -523,7 +523,7 @@ def run_train(options: argparse.Namespace) -> None:
     ids, rng = np.frombuffer(options.file.read_bytes(), np.uint8), np.random.default_rng(options.seed)
     model = load(options.init) if options.init else GPT2.random(Config(), rng)
     n = sum(p.data.size for p in model.parameters.values())
-    print(f"{n:,} parameters, {len(ids):,} bytes; the loss of equal probabilities is log 257 = {math.log(257):.3f}")
+    print(f"{n:,} parameters, {len(ids):,} bytes; the loss of uniform probabilities is log 257 = {math.log(257):.3f}")
     try:
         train(model, ids, options.steps, options.batch_size, options.learning_rate, rng)
     except KeyboardInterrupt:
@@ -557,18 +557,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training.add_argument("file", type=Path, metavar="FILE", help="any text")
     training.add_argument("--init", type=Path, metavar="MODEL", help="continue from this model folder [random weights]")
     training.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="where the model is saved [%(default)s]"
+        "--out", type=Path, default=OUT, metavar="FOLDER", help="where to save the model [%(default)s]"
     )
     training.add_argument("--steps", type=int, default=1000, help="[%(default)s]")
     training.add_argument("--batch-size", type=int, default=16, help="sequences per step [%(default)s]")
-    training.add_argument("--learning-rate", type=float, default=2e-3, help="the highest of all steps [%(default)s]")
+    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate [%(default)s]")
     sampling = commands.add_parser("sample", help="continue a text")
     sampling.set_defaults(run=run_sample)
-    sampling.add_argument("-p", "--prompt", default="", help="the text [none: begin a new one]")
+    sampling.add_argument("-p", "--prompt", default="", help="text to continue [none: begin a new text]")
     sampling.add_argument("--model", type=Path, default=TRAINED, metavar="FOLDER", help="[%(default)s]")
     sampling.add_argument("--tokens", type=int, default=200, help="number of new tokens [%(default)s]")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token [%(default)s]")
-    sampling.add_argument("--top-k", type=int, help="choose among the k most probable tokens only [all]")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [%(default)s]")
+    sampling.add_argument("--top-k", type=int, help="sample only from the k most probable tokens [all]")
     for command in (training, sampling):
         command.add_argument("--seed", type=int, default=0, help="the same seed gives the same result [%(default)s]")
     try:

@@ -1,24 +1,23 @@
-"""A model of Llama's architecture beside GPT-2, trained by the same Trainer on the same batches.
+"""A Llama-style model and GPT-2, trained by the same Trainer on the same batches.
 
     python examples/llama.py
 
 Four things differ from GPT-2 (Touvron et al., arXiv:2307.09288):
 
     RMSNorm            instead of LayerNorm: no mean is subtracted, and there is no bias (arXiv:1910.07467)
-    rotary embedding   queries and keys are rotated by angles that grow with their positions, so that their products
-                       depend on the distance between them; there is no table of positions (arXiv:2104.09864)
+    rotary embedding   queries and keys are rotated by angles proportional to their positions, so that their products
+                       depend on the distance between them; there is no position embedding (arXiv:2104.09864)
     SwiGLU             silu(x W) * (x V), then a third matrix, instead of GELU between two matrices (arXiv:2002.05202)
-    grouped heads      several heads of queries share one head of keys and values, so that the cache of keys and values
-                       is smaller (arXiv:2305.13245)
+    grouped heads      several query heads share one head of keys and values, which makes the key-value cache smaller
+                       (arXiv:2305.13245)
 
-The class Llama has all that the rest of the project asks of a language model (gpt2/language_model.py): the code that
-trains, evaluates and samples is that of GPT-2, unchanged. Both models have 0.83 million parameters (Llama 0.2 % fewer)
-and see the same 400 batches of the documentation inside Python, at the same learning rates. It ends, after one or two
-minutes, with about
+The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
+sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and see the same 400 batches
+of the documentation that ships with Python, at the same learning rates. After one or two minutes, this prints about
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 
-and draws llama.png, the losses of both. `python train.py` trains the same GPT-2 for 3,000 steps, to 1.55.
+and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 for 3,000 steps, to 1.55.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ class LlamaConfig:
     n_positions: int = 64
     n_embd: int = 128
     n_layer: int = 4
-    n_head: int = 4  # of queries
-    n_kv_head: int = 2  # of keys and values
-    n_hidden: int = 392  # of SwiGLU
+    n_head: int = 4  # query heads
+    n_kv_head: int = 2  # heads of keys and values
+    n_hidden: int = 392  # hidden size of SwiGLU
 
     @property
     def head_size(self) -> int:
@@ -67,16 +66,17 @@ class LlamaConfig:
 
     @property
     def n_weights(self) -> int:
-        """The elements of all matrices: the embedding, and those of the layers."""
+        """The number of elements in all matrices: the embedding and the layers."""
         C, F = self.n_embd, self.n_hidden
         layer = 2 * C * C + 2 * C * self.n_kv_head * self.head_size + 3 * C * F
         return self.vocab_size * C + self.n_layer * layer
 
     def summary(self) -> str:
-        return f"{self.n_layer} layers, {self.n_embd} wide, {self.n_head} heads of queries, {self.n_kv_head} of keys"
+        heads = f"{self.n_head} query heads, {self.n_kv_head} key heads"
+        return f"{self.n_layer} layers, embedding size {self.n_embd}, {heads}"
 
     def flops_per_token(self, block_size: int) -> int:
-        """6 for each weight, and those of attention: see GPT2Config.flops_per_token."""
+        """6 per weight, plus attention; see GPT2Config.flops_per_token."""
         return 6 * self.n_weights + 6 * self.n_layer * self.n_embd * block_size
 
 
@@ -103,14 +103,14 @@ class Block(nn.Module):
         return x + self.down(self.gate(h).silu() * self.up(h))
 
     def attention(self, x: Tensor, past: tuple[Any, int] | None) -> Tensor:
-        """past: the layer's part of a cache, (2, B, K, capacity, D), and the number of positions filled."""
+        """past: the layer's key-value cache, (2, B, K, capacity, D), and the number of positions in use."""
         B, T, C = x.shape
         D, before = self.config.head_size, past[1] if past else 0
         q, k, v = (
             layer(x).reshape(B, T, -1, D).transpose(0, 2, 1, 3) for layer in (self.query, self.key, self.value)
-        )  # (B, H, T, D), and K heads of keys and values
+        )  # (B, H, T, D); keys and values have K heads
         q, k = functional.rotary_embedding(q, before), functional.rotary_embedding(k, before)
-        if past:  # generation: the new keys and values are added to those of the preceding tokens
+        if past:  # generation: add the new keys and values to those of the preceding tokens
             cache = past[0][:, :, :, : before + T]
             cache[0, :, :, before:], cache[1, :, :, before:] = k.data, v.data
             k, v = Tensor(cache[0]), Tensor(cache[1])
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LanguageModel: see gpt2/language_model.py for what each method is for."""
+    """A LanguageModel; the methods are documented in gpt2/language_model.py."""
 
     precision = FLOAT32
 
@@ -162,7 +162,7 @@ class Llama(nn.Module):
 
 
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
-    """Train by the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
+    """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
     # Those of train.py for GPT-2 nano, but for the length and the evaluations: batches of 8 sequences, AdamW, a cosine
     # schedule.
@@ -190,18 +190,18 @@ def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[t
 
 
 def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
-    """The validation losses of both models."""
+    """Save a plot of the validation losses of both models."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        print('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+        print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # draws into files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files, without a screen
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for name, rows in reports.items():
         steps, _, losses = zip(*rows, strict=True)
         axes.plot(steps, losses, label=name, marker="o")
-    axes.set(xlabel="step", ylabel="validation loss (nats per byte)", title="0.83 million parameters, the same batches")
+    axes.set(xlabel="step", ylabel="validation loss (nats per byte)", title="0.83 million parameters, same batches")
     axes.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
     print(f"picture: {file}")
@@ -209,8 +209,8 @@ def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each model [%(default)s]")
-    parser.add_argument("--data", type=Path, help="a data set of data/prepare.py [pydoc, prepared now]")
+    parser.add_argument("--steps", type=int, default=400, help="steps per model [%(default)s]")
+    parser.add_argument("--data", type=Path, help="a data set from data/prepare.py [pydoc, prepared now]")
     parser.add_argument("--picture", type=Path, default=Path("llama.png"), help="[%(default)s]")
     options = parser.parse_args()
     if options.steps < 1:
@@ -219,7 +219,7 @@ def main() -> None:
         data = options.data or Path(scratch) / "pydoc"
         if options.data is None:
             prepare = [sys.executable, ROOT / "data/prepare.py", "pydoc", "--tokenizer", "bytes", "--out", data]
-            print("preparing the documentation inside this Python", flush=True)
+            print("preparing the documentation that ships with Python", flush=True)
             subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
         models: dict[str, LanguageModel] = {"Llama": Llama(LlamaConfig()), "GPT-2": GPT2(GPT2Config.preset("nano"))}
         reports = {}

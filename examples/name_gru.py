@@ -1,20 +1,20 @@
-"""A gated recurrent unit reads words of Python's documentation letter by letter, and invents new ones.
+"""A gated recurrent unit learns words from Python's documentation, letter by letter, and invents new ones.
 
     python examples/name_gru.py
 
-The words are those of 4 to 12 letters in pydoc's topics, which are inside every Python: about 2,500. At each letter,
-the network predicts the next one from its state, a vector that it updates from letter to letter:
+It learns from the words of 4 to 12 letters in pydoc's topics, which ship with Python: about 2,500 words. At each
+letter, the network predicts the next one from its state, a vector that it updates with every letter:
 
     z = sigmoid(x W_z + h U_z + b_z)             how much of the old state is kept
-    r = sigmoid(x W_r + h U_r + b_r)             how much of it the new content sees
+    r = sigmoid(x W_r + h U_r + b_r)             how much of the old state enters the new content
     n = tanh(x W_n + r * (h U_n) + b_n)          the new content
     h = z * h + (1 - z) * n                      (Cho et al., arXiv:1406.1078, in PyTorch's form)
 
-Equal probabilities of all letters have a loss of log 27 = 3.30 nats. It ends, after about half a minute, with about
+Uniform probabilities have a loss of log 27 = 3.30 nats. After about half a minute, this prints about
 
     loss 1.33 on the words, 1.91 on words that it has not seen
 
-and draws name_gru.png: the losses, and the embeddings of the letters, where vowels are found together.
+and saves plots of the losses and of the letter embeddings, in which vowels are close together, as name_gru.png.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from tinygrad2 import Tensor, functional, nn, no_grad, optim
 LETTERS = ".abcdefghijklmnopqrstuvwxyz"  # the dot begins and ends a word
 V = len(LETTERS)
 LONGEST = 12
-PADDING = -1  # the target after the end of a word: the loss ignores it
+PADDING = -1  # the target after the end of a word, which the loss ignores
 
 
 class GRU(nn.Module):
-    """Ids of letters (B, T) -> logits (B, T, V) of each next letter."""
+    """Letter ids (B, T) -> logits (B, T, V) of each next letter."""
 
     def __init__(self, width: int = 128):
         self.embedding = nn.Embedding(V, 32)
-        self.of_input = nn.Linear(32, 3 * width)  # W_z, W_r, W_n side by side, and the biases
-        self.of_state = nn.Linear(width, 3 * width, bias=False)  # U_z, U_r, U_n
+        self.of_input = nn.Linear(32, 3 * width)  # W_z, W_r, W_n, concatenated, and the biases
+        self.of_state = nn.Linear(width, 3 * width, bias=False)  # U_z, U_r, U_n, concatenated
         self.output = nn.Linear(width, V)
         self.width = width
 
     def update(self, x: Tensor, h: Tensor) -> Tensor:
-        """The state after one more letter: x (B, 3 C) is the letter's part of the sums, h (B, C) the state."""
+        """The state after one more letter: x (B, 3 C) is the letter's contribution to the sums, h (B, C) the state."""
         C, u = self.width, self.of_state(h)
         z = (x[:, :C] + u[:, :C]).sigmoid()
         r = (x[:, C : 2 * C] + u[:, C : 2 * C]).sigmoid()
@@ -62,13 +62,13 @@ class GRU(nn.Module):
         return self.output(functional.stack(states, axis=1))
 
     def loss(self, words: np.ndarray) -> Tensor:
-        """The mean cross-entropy of each next letter, of words (B, T + 1) as `encode` makes them."""
+        """The mean cross-entropy of predicting each next letter in words (B, T + 1), as returned by `encode`."""
         ids, targets = words[:, :-1], words[:, 1:]
         return functional.cross_entropy(self(np.maximum(ids, 0)), targets, ignore_index=PADDING)
 
 
 def find_words() -> list[str]:
-    """The different words in lower case in pydoc's topics, in alphabetical order."""
+    """The distinct lower-case words in pydoc's topics, in alphabetical order."""
     found = re.findall(rf"\b[a-z]{{4,{LONGEST}}}\b", " ".join(topics.values()))
     return sorted(set(found))
 
@@ -82,7 +82,7 @@ def encode(words: list[str]) -> np.ndarray:
 
 
 def train(model: GRU, words: np.ndarray, unseen: np.ndarray, steps: int) -> list[tuple[int, float, float]]:
-    """Returns (step, loss of the batches since the last report, loss on unseen words) of each report."""
+    """Returns (step, loss on the batches since the last report, loss on unseen words) for each report."""
     optimizer, rng, reports, losses = optim.AdamW(model, weight_decay=0.1), np.random.default_rng(0), [], []
     for step in range(1, steps + 1):
         optimizer.lr = optim.cosine(step - 1, lr=5e-3, min_lr=5e-4, warmup=50, decay_steps=steps)
@@ -100,11 +100,11 @@ def train(model: GRU, words: np.ndarray, unseen: np.ndarray, steps: int) -> list
 
 
 def invent(model: GRU, count: int, rng: np.random.Generator) -> list[str]:
-    """`count` words, drawn letter by letter from the probabilities that the model gives."""
+    """`count` words, sampled letter by letter from the model's probabilities."""
     ids, ended = np.zeros((count, 1), dtype=int), np.zeros(count, dtype=bool)
     while not ended.all() and ids.shape[1] <= LONGEST:
         with no_grad():
-            logits = model(ids).numpy()[:, -1].astype(np.float64)  # (count, V); all letters are read again
+            logits = model(ids).numpy()[:, -1].astype(np.float64)  # (count, V); all letters are processed again
         noise = rng.gumbel(size=logits.shape)  # the largest of logits + Gumbel noise is a draw from the softmax
         chosen = (logits + noise).argmax(axis=1)
         ended |= chosen == 0
@@ -113,13 +113,13 @@ def invent(model: GRU, count: int, rng: np.random.Generator) -> list[str]:
 
 
 def draw(model: GRU, reports: list[tuple[int, float, float]], file: Path) -> None:
-    """The losses, and the two principal components of the letters' embeddings."""
+    """Save plots of the losses and of two principal components of the letter embeddings."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        print('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+        print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # draws into files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files, without a screen
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     steps, seen, unseen = zip(*reports, strict=True)
     left.plot(steps, seen, label="words")
@@ -131,7 +131,7 @@ def draw(model: GRU, reports: list[tuple[int, float, float]], file: Path) -> Non
     for letter, (x, y) in zip(LETTERS[1:], u[:, :2] * s[:2], strict=True):
         right.text(x, y, letter, color="tab:red" if letter in "aeiou" else "black", fontsize=14, ha="center")
     low, high = (u[:, :2] * s[:2]).min(axis=0) - 0.2, (u[:, :2] * s[:2]).max(axis=0) + 0.2
-    right.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="Embeddings of the letters, two components")
+    right.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="Letter embeddings, two components")
     figure.savefig(file, dpi=120, bbox_inches="tight")
     print(f"picture: {file}")
 
@@ -147,7 +147,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(words))
     encoded = encode([words[i] for i in order])
     seen, unseen = encoded[:-300], encoded[-300:]
-    print(f"{len(seen):,} words to learn from, {len(unseen)} to test on; equal probabilities: loss {np.log(V):.2f}")
+    print(f"{len(seen):,} words to learn from, {len(unseen)} to test on; uniform probabilities: loss {np.log(V):.2f}")
     model = GRU()
     reports = train(model, seen, unseen, options.steps)
     new = [word for word in invent(model, 40, np.random.default_rng(1)) if word not in words]

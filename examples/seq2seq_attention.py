@@ -1,21 +1,21 @@
-"""An encoder-decoder with cross-attention reverses and sorts digits, and its attention is drawn.
+"""An encoder-decoder with cross-attention learns to reverse and sort digits, and its attention is plotted.
 
     python examples/seq2seq_attention.py
 
-The input is a command and eight digits, the output the same digits, reversed or in order:
+The input is a command and eight digits; the output is the same digits, reversed or sorted:
 
     R 3 1 4 1 5 9 2 6  ->  6 2 9 5 1 4 1 3            S 3 1 4 1 5 9 2 6  ->  1 1 2 3 4 5 6 9
 
 This is the Transformer of Vaswani et al. (arXiv:1706.03762), with one layer on each side. The encoder reads the input;
-each position attends to all others. The decoder writes the output, one digit after another. In its cross-attention, the
-queries come from the positions of the output, and the keys and values from those of the input: the weights show which
-inputs each output was computed from. There are 10^8 inputs for each command, and every batch is a new one, so the
-network learns the tasks and cannot memorize the answers. It ends, after about half a minute, with about
+each position attends to all others. The decoder writes the output, one digit at a time. In its cross-attention, the
+queries come from the output positions, and the keys and values from the input positions: the weights show which inputs
+each output was computed from. There are 10^8 inputs per command, and every batch is new, so the network learns the
+tasks and cannot memorize the answers. After about half a minute, this prints about
 
     correct: 100.0% of 500 new inputs reversed, 99.8% sorted
 
-and draws seq2seq_attention.png. To reverse, each output attends to one position, along a diagonal; to sort, it attends
-to digits of about its own size, and to the command.
+and saves a plot as seq2seq_attention.png. To reverse, each output attends to one position, along a diagonal; to sort,
+it attends to digits of similar size, and to the command.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ import numpy as np
 
 from tinygrad2 import Tensor, nn, no_grad, ops, optim
 
-DIGITS = 8  # of an input
-REVERSE, SORT, START = 10, 11, 12  # ids after those of the digits 0 ... 9
+DIGITS = 8  # digits per input
+REVERSE, SORT, START = 10, 11, 12  # the ids after the digits 0 ... 9
 V = 13
-C, H = 64, 4  # channels, and heads of attention
+C, H = 64, 4  # channels, and attention heads
 
 
 class Attention(nn.Module):
-    """Each position of x looks at the positions of `source`: x (B, T, C), source (B, S, C) -> (B, T, C)."""
+    """Each position of x attends to the positions of `source`: x (B, T, C), source (B, S, C) -> (B, T, C)."""
 
     def __init__(self) -> None:
         self.query, self.key, self.value, self.output = (nn.Linear(C, C) for _ in range(4))
-        self.weights = np.empty(0)  # of the last call, for the picture: (B, H, T, S)
+        self.weights = np.empty(0)  # the weights in the last call, for the plot: (B, H, T, S)
 
     def __call__(self, x: Tensor, source: Tensor, causal: bool = False) -> Tensor:
         q, k, v = split_heads(self.query(x)), split_heads(self.key(source)), split_heads(self.value(source))
         scores = q @ k.transpose(0, 1, 3, 2) * (1 / math.sqrt(C / H))  # (B, H, T, S)
-        if causal:  # position t must not see t + 1, ..., which it is to predict
+        if causal:  # position t must not see t + 1, ..., which it has to predict
             scores = scores.masked_fill(np.triu(np.ones(scores.shape[-2:], dtype=bool), 1), -np.inf)
         weights = ops.softmax(scores)
         self.weights = weights.numpy()
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         x = self.embed(inputs)
         h = before_attention(x)
         x = x + self.encoder_attention(h, h)
-        x = last(x + self.encoder_mlp(before_mlp(x)))  # (B, S, C): what the decoder reads
+        x = last(x + self.encoder_mlp(before_mlp(x)))  # (B, S, C), the input of the decoder
         before_attention, before_cross, before_mlp, last = self.decoder_norms
         y = self.embed(outputs)
         h = before_attention(y)
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
 
 
 def make_batch(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (count, 1 + DIGITS), the first half with the command to reverse, and the right outputs (count, DIGITS)."""
+    """Inputs (count, 1 + DIGITS), the first half with the command to reverse, and correct outputs (count, DIGITS)."""
     digits = rng.integers(10, size=(count, DIGITS))
     command = np.where(np.arange(count) < count // 2, REVERSE, SORT)[:, None]
     outputs = np.where(command == REVERSE, digits[:, ::-1], np.sort(digits, axis=1))
@@ -101,12 +101,12 @@ def make_batch(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def shifted(outputs: np.ndarray) -> np.ndarray:
-    """What the decoder has seen when it predicts each output: START, then all outputs but the last."""
+    """The input of the decoder for predicting each output: START, then all outputs except the last."""
     return np.concatenate([np.full((len(outputs), 1), START), outputs[:, :-1]], axis=1)
 
 
 def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
-    """The most probable outputs, one after another: each is read when the next one is predicted."""
+    """The most probable outputs, one at a time: each is an input for predicting the next one."""
     outputs = np.full((len(inputs), 1), START)
     while outputs.shape[1] <= DIGITS:
         with no_grad():
@@ -116,7 +116,7 @@ def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
 
 
 def correct(model: Transformer, count: int = 500) -> tuple[float, float]:
-    """The share of new inputs, `count` for each command, that are reversed and sorted without a mistake."""
+    """The fraction of new inputs, `count` per command, that are reversed and sorted without errors."""
     inputs, expected = make_batch(2 * count, np.random.default_rng(1))
     right = (solve(model, inputs) == expected).all(axis=1)
     return float(right[:count].mean()), float(right[count:].mean())
@@ -137,13 +137,13 @@ def train(model: Transformer, steps: int) -> None:
 
 
 def draw(model: Transformer, file: Path) -> None:
-    """The weights of cross-attention, the mean of the heads, for one input under both commands."""
+    """Save a plot of the cross-attention weights, averaged over the heads, for one input with both commands."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        print('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+        print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # draws into files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files, without a screen
     digits = [3, 1, 4, 1, 5, 9, 2, 6]
     inputs = np.array([[REVERSE, *digits], [SORT, *digits]])
     outputs = solve(model, inputs)
@@ -167,7 +167,7 @@ def main() -> None:
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more")
     model = Transformer()
-    print(f"{model.n_parameters():,} parameters; digits that are equally probable have a loss of {math.log(10):.2f}")
+    print(f"{model.n_parameters():,} parameters; uniform probabilities have a loss of {math.log(10):.2f}")
     train(model, options.steps)
     reversed_, sorted_ = correct(model)
     print(f"correct: {reversed_:.1%} of 500 new inputs reversed, {sorted_:.1%} sorted")

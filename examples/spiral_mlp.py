@@ -1,13 +1,13 @@
-"""A multilayer perceptron separates the arms of a spiral, and its decision regions are drawn.
+"""A multilayer perceptron learns to separate the arms of a spiral, and its decision regions are plotted.
 
     python examples/spiral_mlp.py
 
-Three classes of 200 points each lie on the arms of a spiral, so that no straight line separates them. Two hidden layers
-of 64 units with ReLU learn the regions in 400 steps, in a few seconds. It ends with this line, or one close to it:
+Three classes of 200 points each lie on the arms of a spiral, so no straight line separates them. Two hidden layers
+of 64 units with ReLU learn the regions in 400 steps, in a few seconds. This prints about
 
     accuracy 0.998 on 600 training points, 0.980 on 600 new ones
 
-and draws spiral_mlp.png: the points, and the class that the network gives to every place of the plane.
+and saves a plot of the points and the predicted class of every point in the plane as spiral_mlp.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLASSES = len(COLORS)
 
 
 def spiral(points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """`points` points of each class, (N, 2), and their classes, (N,). Each arm turns by 6 radians, with noise."""
+    """`points` points per class, (N, 2), and their classes, (N,). Each arm turns by 6 radians, with noise."""
     radius = np.linspace(0.05, 1, points)
     places, classes = [], []
     for arm in range(CLASSES):
@@ -45,7 +45,7 @@ def accuracy(model: nn.Sequential, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def train(model: nn.Sequential, x: np.ndarray, y: np.ndarray, steps: int) -> None:
-    """Every step uses all of the points: the set is small."""
+    """Every step uses all points, since there are few."""
     optimizer = optim.AdamW(model, lr=0.01, weight_decay=0.01)
     for step in range(1, steps + 1):
         loss = ops.cross_entropy(model(Tensor(x)), y)
@@ -57,13 +57,13 @@ def train(model: nn.Sequential, x: np.ndarray, y: np.ndarray, steps: int) -> Non
 
 
 def draw(model: nn.Sequential, x: np.ndarray, y: np.ndarray, file: Path) -> None:
-    """The class of each place of the plane, as colors, and the points."""
+    """Save a plot of the predicted classes in the plane, as colors, and the points."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        print('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+        print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # draws into files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files, without a screen
     axis = np.linspace(-1.2, 1.2, 300, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1)  # (300, 300, 2)
     regions = predict(model, grid.reshape(-1, 2)).reshape(300, 300)
@@ -90,7 +90,7 @@ def main() -> None:
         nn.ReLU(),
         nn.Linear(64, 64),
         nn.ReLU(),
-        nn.Linear(64, CLASSES),  # no ReLU after it: the logits of the classes may have any sign
+        nn.Linear(64, CLASSES),  # without ReLU, since logits may have any sign
     )
     train(model, x, y, options.steps)
     print(

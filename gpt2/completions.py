@@ -1,8 +1,8 @@
 """Completions for several clients at once: a request in the form of OpenAI's API, its pieces, and the worker thread.
 
-One thread computes everything. It takes the requests that are running in turn, one token of each at a time, so that
-every text is the same as if it were alone, nobody waits for the end of a long text, and a request that is cancelled
-takes no time after its current token. This module uses no server library: see serve.py.
+A single thread does all computation. It serves the running requests in turn, one token at a time: each text is the same
+as if its request were alone, no request waits for another's long text, and a cancelled request ends after its current
+token. This module does not use the server library; see serve.py.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Tensor, no_grad
 from tinygrad2.checkpoint import JsonObject
 
-RUNNING, WAITING = 8, 64  # requests that take turns, and requests that wait for a place
-SECONDS = 600.0  # from a request's arrival to its last token
+RUNNING, WAITING = 8, 64  # the maximum number of running and of waiting requests
+SECONDS = 600.0  # time limit from a request's arrival to its last token
 MAX_TOKENS, MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8192, 16, 16, 4, 1000, 20
-PROMPT_ROWS = 64  # positions of a prompt whose logits are computed at a time
+PROMPT_ROWS = 64  # number of prompt positions whose logits are computed at a time
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
 class RequestError(ValueError):
     """A request that cannot be served.
 
-    status  of the HTTP response.
-    field   the name of the request's field that is wrong, if it is one.
+    status  the status of the HTTP response.
+    field   the name of the invalid field, if any.
     """
 
     def __init__(self, message: str, field: str | None = None, status: int = 400):
@@ -54,7 +54,7 @@ class RequestError(ValueError):
         self.field, self.status = field, status
 
     def describe(self) -> JsonObject:
-        """The error in the form of OpenAI's API."""
+        """The error in the format of OpenAI's API."""
         kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": None}}
@@ -67,14 +67,14 @@ class RequestError(ValueError):
 
 @dataclass
 class Request:
-    """What a client asks for: continuations of one or several prompts. Lengths are in tokens.
+    """A request for continuations of one or several prompts. Lengths are in tokens.
 
-    prompts      ids of each prompt; at least one id.
-    n            continuations of each prompt.
-    top_k        an extension of OpenAI's API, as is first_step: see `gpt2.generate.generate`.
-    logprobs     None, or how many of the most probable tokens to report beside each token.
-    echo         the prompt precedes its continuations.
-    usage        a stream ends with the numbers of tokens.
+    prompts      the ids of each prompt, at least one per prompt.
+    n            the number of continuations per prompt.
+    top_k        an extension of OpenAI's API, like first_step; see `gpt2.generate.generate`.
+    logprobs     None, or the number of most probable alternatives to report with each token.
+    echo         whether the continuations begin with the prompt.
+    usage        whether a stream ends with the token counts.
     """
 
     prompts: list[list[int]]
@@ -93,7 +93,7 @@ class Request:
 
 
 def parse_json(body: bytes) -> JsonObject:
-    """Raises RequestError if the body is not a JSON object."""
+    """The JSON object in a body. Raises RequestError if it is not valid."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -105,7 +105,7 @@ def parse_json(body: bytes) -> JsonObject:
 
 
 def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer, model_name: str) -> Request:
-    """The request in a JSON object of OpenAI's API. Raises RequestError, naming the field, for what is not valid."""
+    """The request in a JSON object of OpenAI's API. Raises RequestError naming the field if one is not valid."""
     fields = Fields(values)
     name = fields.text("model", model_name)
     if name != model_name:
@@ -125,7 +125,7 @@ def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer
         usage=_usage(fields.take("stream_options")),
         first_step=fields.integer("first_step", 0, 0, 2**32 - 1),
     )
-    fields.take("user")  # the name of the client's user, which nothing depends on
+    fields.take("user")  # the name of the client's user, which has no effect
     fields.finish()
     try:
         check_sampling(request.temperature, request.top_k, request.top_p)
@@ -141,7 +141,7 @@ def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer
 
 
 class Fields:
-    """The fields of a JSON object, each of which may be taken once. Errors name the field."""
+    """The fields of a JSON object, each of which can be taken once. Errors name the field."""
 
     def __init__(self, values: JsonObject):
         self._values = dict(values)
@@ -181,7 +181,7 @@ class Fields:
         return default if value is None else value
 
     def finish(self) -> None:
-        """Raise RequestError for a field that nothing took, unless its value has no effect."""
+        """Raise RequestError for a field that was not taken, unless its value has no effect."""
         for name, value in self._values.items():
             if name not in WITHOUT_EFFECT:
                 raise RequestError(f"{name[:80]!r} is not a field of this request", name[:80])
@@ -245,10 +245,10 @@ def _usage(value: object) -> bool:
 class TokenInfo:
     """A token of a text.
 
-    start    the number of characters before it, in the continuation (with `echo` in prompt and continuation).
-    logprob  log p of the token in nats, at temperature 1 among all tokens; None for the first token of a text, which
-             nothing predicts, and where no probabilities were asked for.
-    top      the most probable tokens at this place and their log p, in descending order.
+    start    the number of characters before it in the continuation (with `echo`, in prompt and continuation).
+    logprob  log p of the token in nats, at temperature 1 among all tokens; None if not requested, and for the first
+             token of a text, which is not predicted.
+    top      the most probable tokens at this position and their log p, in descending order.
     """
 
     id: int
@@ -261,11 +261,11 @@ class TokenInfo:
 class Piece:
     """A part of one continuation.
 
-    choice  its number: prompt * n + sample.
-    text    that is final.
-    tokens  whose text is complete with this piece.
+    choice  the number of the continuation: prompt * n + sample.
+    text    text that will not change.
+    tokens  the tokens whose text is complete with this piece.
     finish  why the continuation ends here: "stop" (an end-of-text token or a stop string), "length", or None.
-    ending  the end-of-text token, if the model generated it: it is not a part of the text.
+    ending  the end-of-text token, if the model generated one; it is not part of the text.
     echo    whether this is the prompt.
     """
 
@@ -278,10 +278,10 @@ class Piece:
 
 
 class Choice:
-    """A continuation on its way: from tokens to pieces. Tokens wait until their text is final.
+    """Turns the tokens of a continuation into pieces. Tokens are held back until their text is final.
 
     ends   the ids that end a text.
-    start  the number of characters before it.
+    start  the number of characters before the continuation.
     """
 
     def __init__(self, number: int, text: TextPieces, ends: Sequence[int], start: int = 0):
@@ -290,7 +290,7 @@ class Choice:
         self._waiting: list[TokenInfo] = []
 
     def add(self, token: TokenInfo, last: bool) -> Piece | None:
-        """The piece that a token completes, or None. last: no token follows."""
+        """The piece that a token completes, or None. last: whether this is the last token."""
         token.start = self._start + self.text.decoded
         text = self.text.add(token.id)
         ending = token if token.id in self._ends else None
@@ -303,7 +303,7 @@ class Choice:
         ready: list[TokenInfo] = []
         if finish or not self.text.holding:
             ready, self._waiting = self._waiting, []
-        if finish == "stop" and ending is None:  # a stop string and what follows it are left out
+        if finish == "stop" and ending is None:  # a stop string and the text after it are removed
             ready = [token for token in ready if token.start < self._start + self._final]
         return Piece(self.number, text, ready, finish, ending) if text or ready or finish else None
 
@@ -362,7 +362,7 @@ def _continuations(
 
 
 def describe_tokens(logits: np.ndarray | None, ids: np.ndarray, count: int | None) -> list[TokenInfo]:
-    """The tokens `ids` (B,) with their log-probabilities and those of the `count` most probable, from logits (B, V)."""
+    """The tokens `ids` (B,) with their log-probabilities and the `count` most probable tokens, from logits (B, V)."""
     if logits is None or count is None:
         return [TokenInfo(int(i), 0) for i in ids]
     logp = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
@@ -396,12 +396,12 @@ def _prompt_tokens(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The forms of OpenAI's API
+# The responses of OpenAI's API
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Answer:
-    """The responses to one request: chunks of a stream, or one response with all of the text."""
+    """The response to one request: chunks of a stream, or one object with the whole text."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, model_name: str):
         self._request, self._tokenizer = request, tokenizer
@@ -420,7 +420,7 @@ class Answer:
         return {**self._head, "choices": [self._choice(piece.choice, [piece])]}
 
     def add(self, piece: Piece) -> None:
-        """Keep a piece for `whole`."""
+        """Store a piece for `whole`."""
         self._count(piece)
         self._parts[piece.choice].append(piece)
 
@@ -430,7 +430,7 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     def last_chunk(self) -> JsonObject:
-        """The numbers of tokens, at the end of a stream."""
+        """The token counts, at the end of a stream."""
         return {**self._head, "choices": [], "usage": self._usage()}
 
     def _count(self, piece: Piece) -> None:
@@ -485,8 +485,8 @@ END = object()  # delivered after the last result of a job
 class Job:
     """A computation in steps.
 
-    start    begins it, in the worker thread.
-    deliver  is called there with every result, then with END or with the exception that ended it.
+    start    begins it; called in the worker thread.
+    deliver  called in the worker thread with every result, then with END or with the exception that ended it.
     """
 
     start: Callable[[], Iterator[object]]
@@ -501,10 +501,10 @@ class Job:
 
 
 class Worker:
-    """The thread that computes. It takes the running jobs in turn, a step of each.
+    """The thread that computes. It serves the running jobs in turn, one step at a time.
 
-    running, waiting  at most this many jobs run, and wait for a place.
-    seconds           a job that is not finished this long after it was submitted ends with an error.
+    running, waiting  the maximum number of jobs that run, and that wait.
+    seconds           time limit of a job, from its submission; after that it ends with an error.
     """
 
     def __init__(self, running: int = RUNNING, waiting: int = WAITING, seconds: float = SECONDS):
@@ -517,23 +517,23 @@ class Worker:
         self._thread.start()
 
     def submit(self, start: Callable[[], Iterator[object]], deliver: Callable[[object], None]) -> Job:
-        """Raises RequestError (429) if too many jobs wait."""
+        """Add a job. Raises RequestError (429) if too many jobs are waiting."""
         job = Job(start, deliver, time.monotonic() + self._seconds)
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
             if len(self._waiting) >= self._limits[1]:
-                raise RequestError(f"{len(self._waiting)} requests are waiting already; try again later", status=429)
+                raise RequestError(f"{len(self._waiting)} requests are already waiting; try again later", status=429)
             self._waiting.append(job)
             self._changed.notify()
         return job
 
     def load(self) -> tuple[int, int]:
-        """The numbers of jobs that run, and that wait."""
+        """The numbers of running and of waiting jobs."""
         with self._changed:
             return len(self._running), sum(not job.cancelled for job in self._waiting)
 
     def stop(self) -> None:
-        """End the thread after the current step; jobs that are not finished get no further result."""
+        """End the thread after the current step; unfinished jobs get no further results."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -548,7 +548,7 @@ class Worker:
                         self._running.remove(job)
 
     def _next_round(self) -> bool:
-        """Wait for jobs and start those that have a place; False when the worker is stopped."""
+        """Wait for jobs and start as many as may run; False when the worker is stopped."""
         with self._changed:
             while not (self._stopped or self._running or self._waiting):
                 self._changed.wait()
@@ -557,13 +557,13 @@ class Worker:
             return not self._stopped
 
     def _step(self, job: Job) -> bool:
-        """Compute one step of a job; whether it goes on."""
+        """Compute one step of a job. Returns whether the job has more steps."""
         if job.cancelled:
             job.steps = None  # frees its memory
             return False
         try:
             if time.monotonic() > job.deadline:
-                raise RequestError(f"not finished within {self._seconds:.0f} seconds; ask for fewer tokens", status=503)
+                raise RequestError(f"not finished within {self._seconds:.0f} seconds; request fewer tokens", status=503)
             if job.steps is None:
                 job.steps = job.start()
             result = next(job.steps, END)

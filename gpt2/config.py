@@ -17,7 +17,7 @@ class GPT2Config:
     """
 
     vocab_size: int = 50257
-    n_positions: int = 1024  # the context: the largest number of tokens in a sequence
+    n_positions: int = 1024  # the context: the maximum number of tokens in a sequence
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
@@ -77,7 +77,7 @@ class GPT2Config:
         inner = values.get("n_inner")
         if inner is not None and inner != 4 * values.get("n_embd", GPT2Config.n_embd):
             raise ValueError(f"config: n_inner is {inner}, which is not supported; expected 4 * n_embd")
-        names = {f.name for f in fields(GPT2Config)} - {"generation_config"}  # (which is another file)
+        names = {f.name for f in fields(GPT2Config)} - {"generation_config"}  # (which is in another file)
         given = {name: value for name, value in values.items() if name in names}
         if isinstance(given.get("eos_token_id"), list):
             given["eos_token_id"] = tuple(given["eos_token_id"])
@@ -96,13 +96,13 @@ class GPT2Config:
 
     @property
     def begin_id(self) -> int | None:
-        """The id that begins a text: that of generation_config.json, else of config.json, else None."""
+        """The id that begins a text: from generation_config.json, or else from config.json, or else None."""
         found = self._given_ids("bos_token_id")
         return found[0] if found else None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids that end a generated text, from generation_config.json, else from config.json."""
+        """The ids that end a generated text, from generation_config.json, or else from config.json."""
         return self._given_ids("eos_token_id")
 
     def _given_ids(self, name: str) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ class GPT2Config:
         return ()
 
     def with_ids(self, begin: int | None, ends: tuple[int, ...]) -> GPT2Config:
-        """The config with these ids for those that are not known."""
+        """The config with these ids in place of unknown ones."""
         changes: JsonObject = {}
         if self.begin_id is None and self.bos_token_id is None and begin is not None:
             changes["bos_token_id"] = begin
@@ -128,7 +128,7 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
+        """The sizes as text, such as "4 layers, 4 heads, embedding size 128, context 64"."""
         return f"{self.n_layer} layers, {self.n_head} heads, embedding size {self.n_embd}, context {self.n_positions}"
 
     @property
@@ -141,7 +141,7 @@ class GPT2Config:
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name and shape of every parameter, in the model's order.
 
-        An iterator, because a damaged file may claim so many layers that a list of their names would not fit in memory.
+        An iterator, because a damaged file may claim so many layers that a list of names would not fit in memory.
         """
         C = self.n_embd
         yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
@@ -155,12 +155,13 @@ class GPT2Config:
         yield from (("ln_f.weight", (C,)), ("ln_f.bias", (C,)))
 
     def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
-        """Memory in bytes, by use and without the weights, to add up to `more` tokens to a prompt in each sample.
+        """Memory in bytes, by use and without the weights, to generate up to `more` tokens per sample after a prompt.
 
-        itemsize  bytes of an element of the activations.
+        itemsize  bytes per element of the activations.
 
-        The prompt is processed at once; if the text becomes longer than the context, so is half a context. The arrays
-        of one layer (16 of width C, see memory_model.py) are needed at a time. Temporary arrays are not counted.
+        The prompt is processed at once, and so is half a context if the text becomes longer than the context. The
+        activations of one layer at a time are needed (16 of width C, see memory_model.py). Temporary arrays are not
+        counted.
         """
         context = self.n_positions
         at_once = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
@@ -173,11 +174,11 @@ class GPT2Config:
         }
 
     def flops_per_token(self, block_size: int) -> int:
-        """Floating-point operations per token in training: 6 per weight, and those of causal attention.
+        """Floating-point operations per token in training: 6 per weight, plus causal attention.
 
         The forward pass takes 2 per weight and 2 T C per layer in attention (q k^T and P V, on average half of T keys),
-        the backward pass twice as many. The position embedding is only looked up; the token embedding is counted,
-        since it is the output layer's matrix.
+        and the backward pass twice as many. The position embedding is only looked up. The token embedding is counted,
+        since it is also the matrix of the output layer.
         """
         weights = self.n_parameters - self.n_positions * self.n_embd
         return 6 * weights + 6 * self.n_layer * self.n_embd * block_size
@@ -186,16 +187,16 @@ class GPT2Config:
 def is_matrix(name: str) -> bool:
     """Whether a parameter is the weight matrix of a linear layer.
 
-    It is (in, out) here and in OpenAI's files, and (out, in) in PyTorch's nn.Linear, and therefore in the files of
-    nanoGPT, build-nanogpt and llm.c.
+    It is (in, out) here and in OpenAI's files, but (out, in) in PyTorch's nn.Linear, and therefore in nanoGPT,
+    build-nanogpt and llm.c files.
     """
     return ".c_" in name and name.endswith(".weight")
 
 
-GPT2_VOCAB_SIZE = 50257  # of tiktoken's gpt2
+GPT2_VOCAB_SIZE = 50257  # tiktoken's gpt2
 PADDED_VOCAB_SIZE = 50304  # padded by nanoGPT and build-nanogpt; the added ids never occur in text
 
-WEIGHT_DTYPES = ("float32", "bfloat16")  # of the weights in generation; see model.to_generate
+WEIGHT_DTYPES = ("float32", "bfloat16")  # for generation; see model.to_generate
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name for the first
@@ -212,8 +213,8 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 
-# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are this
-# project's, small enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are our own,
+# small enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
 BYTES: JsonObject = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
 PUBLISHED: JsonObject = {"vocab_size": GPT2_VOCAB_SIZE, "bos_token_id": 50256, "eos_token_id": 50256}
 PRESETS = {

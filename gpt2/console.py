@@ -1,6 +1,6 @@
-"""How a command runs: its options, exit status, one-line errors, Ctrl-C, closed pipes, and text on a terminal.
+"""How commands run: options, exit status, one-line errors, Ctrl-C, closed pipes, and text on a terminal.
 
-The file of a command has
+The file of a command has this form:
 
     def command_line() -> Parser: ...
 
@@ -10,7 +10,7 @@ The file of a command has
     if __name__ == "__main__":
         sys.exit(console.run(main))
 
-prints with `say` and `print_error`, and raises ValueError, OSError or MemoryError with one line for the user.
+It prints with `say` and `print_error`, and raises ValueError, OSError or MemoryError with a one-line message.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def print_error(line: str) -> None:
 
 
 class Wrapper:
-    """Wraps text that arrives in pieces: a line is broken between words, so that it fits the width.
+    """Wraps text that arrives in pieces: lines are broken between words to fit the width.
 
-    width   columns. Wide characters, as in Chinese, take two, and a line may be broken between them.
-    indent  put before every line.
+    width   the number of columns. Wide characters, as in Chinese, take two, and a line may be broken between them.
+    indent  printed before every line.
     """
 
     def __init__(self, write: Callable[[str], object], width: int, indent: str = ""):
@@ -89,7 +89,7 @@ class Wrapper:
                     self._print_word()
 
     def finish(self) -> None:
-        """Print the word that is held back."""
+        """Print the last word."""
         self._print_word()
 
     def _print_word(self) -> None:
@@ -106,9 +106,9 @@ class Wrapper:
 
 
 class TextPrinter:
-    """Prints a text on stdout in pieces, as a context manager that ends its last line, also after Ctrl-C.
+    """Prints a text on stdout in pieces. A context manager, which ends the last line, also after Ctrl-C.
 
-    On a terminal the text is wrapped and control characters are visible; a file or a pipe gets it unchanged.
+    On a terminal the text is wrapped and control characters are visible; in a file or a pipe it is unchanged.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ def _print_piece(text: str) -> None:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal the text takes."""
+    """The number of columns that the text takes on a terminal."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -148,7 +148,7 @@ def wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def terminal_width() -> int:
-    """The columns of the terminal, or of COLUMNS; 80 where there is none."""
+    """The width of the terminal, or the value of COLUMNS, or else 80."""
     return shutil.get_terminal_size().columns
 
 
@@ -159,12 +159,12 @@ SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.
 
 
 def script_name(name: str) -> str:
-    """The name of a script in messages: its file in the repository, or its module in the installed package."""
+    """The name of a script in messages: its file in the repository, or its module in an installed package."""
     return SCRIPTS[name] if (ROOT / SCRIPTS[name]).is_file() else f"gpt2.{name}"
 
 
 def script(name: str) -> str:
-    """The command that starts a script: `python train.py`, or `python -m gpt2.train` from the installed package."""
+    """The command that runs a script: `python train.py`, or `python -m gpt2.train` in an installed package."""
     found = script_name(name)
     return f"python {found}" if found.endswith(".py") else f"python -m {found}"
 
@@ -182,15 +182,15 @@ def command(
     kept: str = "",
     fail: Callable[[str, int], int] = _fail,
 ) -> Callable[[Callable[[Sequence[str] | None], int]], Callable[..., int]]:
-    """A decorator of a command's main function: what it raises becomes one line on stderr and an exit status.
+    """A decorator for a command's main function, which turns exceptions into one line on stderr and an exit status.
 
     ValueError, OSError, MemoryError  "NAME: error: ..." and `failed`
-    an invalid option                 the same and 2, from Parser
-    BrokenPipeError                   `closed_pipe`, without a line: the reader of the output wants no more of it. With
+    an invalid option                 the same line and 2, from Parser
+    BrokenPipeError                   `closed_pipe`, without a line: the reader of the output has stopped reading. With
                                       None it is an error like any other OSError.
     Ctrl-C                            "NAME: interrupted" and 130; see on_interrupt
 
-    kept  what is still valid after an error of the operating system or an interrupt; ends the line.
+    kept  what is still valid after an operating-system error or an interrupt; added at the end of the line.
     fail  prints the line and returns the status.
     """
     remark = f"; {kept}" if kept else ""
@@ -204,7 +204,7 @@ def command(
                 return status
             except (ValueError, OSError, MemoryError) as error:
                 if isinstance(error, BrokenPipeError) and closed_pipe is not None:
-                    discard_stdout()  # Python flushes once more when it ends
+                    discard_stdout()  # Python flushes stdout again when it exits
                     return closed_pipe
                 from_system = isinstance(error, OSError) and error.strerror
                 line, status = f"error: {one_line(error)}{remark if from_system else ''}", failed
@@ -219,7 +219,7 @@ def command(
 
 @contextmanager
 def on_interrupt(remark: str) -> Iterator[None]:
-    """A Ctrl-C within the block is reported with this remark, such as what happens to the output."""
+    """A context in which Ctrl-C is reported with this remark, for example what happens to the output."""
     try:
         yield
     except KeyboardInterrupt:
@@ -227,12 +227,12 @@ def on_interrupt(remark: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a command's main function, for the last line of its file."""
+    """Run a command's main function, in the last line of its file. Returns its exit status."""
     try:
         interrupts.raise_on_ctrl_c()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of a text or a name
+                stream.reconfigure(errors="replace")  # the terminal's encoding may not have all characters
         return main()
     except KeyboardInterrupt:  # just before or after main
         return 130
@@ -241,19 +241,19 @@ def run(main: Callable[[], int]) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message; for an error of the operating system, the file's name and the reason."""
+    """The error's message; for an operating-system error, the file's name and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or the error's type if there is none."""
+    """The first line of an error's message that is not empty, or else the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def clock(seconds: float) -> str:
-    """A duration as 2:03 (minutes, seconds) or 1:02:03 (hours too)."""
+    """A duration as 2:03 (minutes and seconds) or 1:02:03 (with hours)."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -263,8 +263,8 @@ def clock(seconds: float) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help in the same width for every command. Each option ends with [required] or with its default; where that is
-    None, the help text itself says what the command does without the option."""
+    """Help with the same width for every command. Each option ends with [required] or its default; if the default is
+    None, the help text itself says what happens without the option."""
 
     def __init__(self, prog: str):
         width = max(MIN_WIDTH, min(MAX_HELP_WIDTH, terminal_width()))
@@ -274,7 +274,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(action.option_strings)} {value}"  # the value once, also before Python 3.13
+        return f"{', '.join(action.option_strings)} {value}"  # the value only once, also before Python 3.13
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -288,13 +288,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a command, in titled groups. An invalid one is reported in one line, with the most similar flag.
+    """A parser with titled option groups. An invalid option is reported in one line, with the most similar flag.
 
-    Words of a flag may be joined by "_" instead of "-", as nanoGPT's are.
+    Flags may be written with "_" instead of "-", as in nanoGPT.
 
-    command      as it is typed, such as "python -m gpt2.verify".
-    positionals  its arguments without a flag, for the usage line.
-    familiar     flags of other programs, each with what to use instead.
+    command      the command as it is typed, such as "python -m gpt2.verify".
+    positionals  the positional arguments, for the usage line.
+    familiar     flags of other programs, each with advice on what to use instead.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class Parser(argparse.ArgumentParser):
         self._familiar = familiar
 
     def error(self, message: str) -> NoReturn:
-        name = self.prog.split()[-1]  # as in the other lines of a command
+        name = self.prog.split()[-1]  # as in the command's other messages
         self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
 
     def check_output(self, name: str, path: Path | None) -> None:
@@ -344,7 +344,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _with_dashes(argument: str) -> str:
-    """--max_tokens=5 as --max-tokens=5; an argument that is not a flag unchanged."""
+    """--max_tokens=5 as --max-tokens=5; other arguments are unchanged."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if argument.startswith("--") and " " not in name else argument
 
@@ -356,7 +356,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def suggestion(flag: str, known: Sequence[str], familiar: Mapping[str, str]) -> str:
-    """What to use instead of an unknown flag: the answer for a flag of another program, or the most similar flag."""
+    """What to use instead of an unknown flag: the advice for another program's flag, or the most similar flag."""
     plain = flag.replace("--no-", "--", 1)
     if plain in familiar:
         return f"; {familiar[plain]}"

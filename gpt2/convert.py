@@ -28,14 +28,14 @@ FORMATS = {
     "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
     "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer "
     "state, so that --init_from=resume continues it",
-    "llmc": "a .bin file of llm.c, in float32 or bfloat16",
+    "llmc": "an llm.c .bin file, in float32 or bfloat16",
 }
 RUN_FORMAT = {"run": "the out-dir of a run that train.py resumes, from nanoGPT's ckpt.pt or from a checkpoint of a run"}
 ALL_FORMATS = {**FORMATS, **RUN_FORMAT}
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 NANOGPT_GELU = (
-    "nanoGPT computes GELU's exact form, and this model has the tanh form: its activations there differ by up to "
-    "5e-4; use nn.GELU(approximate='tanh') in nanoGPT's model.py"
+    "nanoGPT computes the exact form of GELU, and this model has the tanh form; its activations there differ by up to "
+    "5e-4. Use nn.GELU(approximate='tanh') in nanoGPT's model.py"
 )
 
 
@@ -45,12 +45,12 @@ def convert(
     """Write the model in `source`, in any supported format, to `target`, which must not exist.
 
     form        one of FORMATS or RUN_FORMAT.
-    dtype       of the values written; float32 keeps every bit of float32, float16 and bfloat16 values.
+    dtype       the dtype to write; float32 is exact for float32, float16 and bfloat16 values.
     activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
                 them.
 
     Returns the config that was written. The model's begin and end ids are written unchanged, or those of its tokenizer
-    if it has none. If it fails or is interrupted, nothing is left at `target`. Raises ValueError or OSError.
+    if it has none. After an error or an interrupt, nothing is left at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -100,7 +100,7 @@ def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenize
 
 
 def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState | None:
-    """The state of the run that the source is a checkpoint of. If it has none: None, or for --to run an error."""
+    """The state of the run that the source is a checkpoint of. If there is none: None, or for --to run an error."""
     if form not in ("pt", "run"):
         return None
     if exchange.is_run(source):
@@ -109,7 +109,7 @@ def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState 
         except ValueError as error:
             if form == "run":
                 raise
-            console.print_error(f"the state of the run is left out: {console.one_line(error)}")
+            console.print_error(f"the state of the run was not converted: {console.one_line(error)}")
             return None
     if form == "run":
         return read_training(model)
@@ -131,14 +131,14 @@ def _write_folder(
 
 
 def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, source: Path) -> None:
-    """Copy the files of a Hugging Face tokenizer unchanged; write those of any other tokenizer in that layout."""
+    """Copy the files of a Hugging Face tokenizer unchanged; write any other tokenizer in that layout."""
     copied = [] if (source / VOCABULARY_FILE).is_file() else copied_files(source)
     if copied:
         for file, name in copied:
             shutil.copyfile(file, folder / name)
         return
     tokenizer.save_hugging_face(folder, config.n_positions)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # it splits text in its own way
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # the layout cannot express this tokenizer
         tokenizer.save(folder)
 
 
@@ -153,8 +153,8 @@ def command_line() -> Parser:
     group.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder, a .pt or .bin file of PyTorch (nanoGPT, build-nanogpt, a plain state dict), a "
-        ".bin file of llm.c, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl, which are downloaded",
+        help="a Hugging Face folder, a PyTorch .pt or .bin file (nanoGPT, build-nanogpt, a plain state dict), an "
+        "llm.c .bin file, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl, which are downloaded",
     )
     group.add_argument(
         "--activation",
@@ -164,7 +164,7 @@ def command_line() -> Parser:
     group = parser.add_argument_group("output")
     group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist")
     group.add_argument("--to", required=True, choices=ALL_FORMATS, help="the format to write")
-    group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the values written")
+    group.add_argument("--dtype", choices=WRITTEN_DTYPES, default="float32", help="dtype of the written values")
     return parser
 
 

@@ -5,8 +5,8 @@ Patterson, 2009), each at the rate that the kernel's family sustains on the devi
 
     seconds = max(FLOPs / FLOP rate, bytes / byte rate) + call
 
-Symbols as everywhere: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers,
-P parameters; s bytes of an activation. Parameters, gradients and moments have 4 bytes. A product of (m, k) and (k, n)
+Symbols: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers,
+P parameters; s bytes per activation. Parameters, gradients and moments take 4 bytes. A product of (m, k) and (k, n)
 takes 2 m k n FLOPs.
 """
 
@@ -21,15 +21,15 @@ from gpt2.config import GPT2Config
 from tinygrad2.gpus import BANDWIDTH, PEAK_TFLOPS
 from tinygrad2.precision import Precision, PrecisionLike
 
-WIDE = 4  # bytes of a parameter, a gradient, a moment, a statistic
+WIDE = 4  # bytes per parameter, gradient, moment or statistic
 
 
 class Cost(NamedTuple):
     """One call of a kernel.
 
-    family  whose rates apply.
-    flops   of matrix products; 0 for kernels that are limited by memory.
-    nbytes  read from and written to the device's memory.
+    family  the family of kernels whose rates apply.
+    flops   FLOPs of matrix products; 0 for kernels limited by memory.
+    nbytes  bytes read from and written to the device's memory.
     """
 
     family: str
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel of a step. `backward`: it is part of the backward pass."""
+    """A kernel of a step. `backward`: whether it is part of the backward pass."""
 
     name: str
     calls: int
@@ -55,14 +55,14 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What computes.
+    """A CPU or GPU.
 
     memory  bytes, or None if unknown.
-    rates   by family; every family has one.
-    call    seconds that a call takes on the device besides its work.
+    rates   the rates of every family.
+    call    seconds of overhead per call on the device.
     host    seconds of Python per call.
-    link    bytes/s that a rank sends to its neighbour in a ring, and receives from the other at the same time.
-    asynchronous  kernels run while Python launches the next ones.
+    link    bytes/s that a rank can send to one neighbour in a ring while it receives from the other.
+    asynchronous  whether kernels run while Python launches the next ones.
     """
 
     name: str
@@ -94,7 +94,7 @@ FAMILIES = (*PRODUCTS, *ATTENTION, *MEMORY)
 
 
 def product(m: int, k: int, n: int, s: int, family: str = "product", *, accumulate: bool = False) -> Cost:
-    """(m, k) by (k, n). accumulate: it is added to a gradient of 4 bytes, which is read and written."""
+    """(m, k) by (k, n). accumulate: the result is added to a 4-byte gradient, which is read and written."""
     written = 2 * WIDE * m * n if accumulate else s * m * n
     return Cost(family, 2 * m * k * n, s * (m * k + k * n) + written)
 
@@ -105,9 +105,9 @@ def attention_forward(B: int, T: int, C: int, H: int, s: int) -> Cost:
 
 
 def attention_backward(B: int, T: int, C: int, H: int, s: int, products: int = 5) -> Cost:
-    """S, dP, dV, dK and dQ: 5 products of B H T^2/2 D; 7 where one kernel computes dQ and another dK and dV.
+    """S, dP, dV, dK and dQ: 5 products of B H T^2/2 D; 7 if one kernel computes dQ and another dK and dV.
 
-    Reads qkv, dout, out, lse and writes dqkv; with 7 products qkv and dout are read twice, and delta is kept.
+    Reads qkv, dout, out, lse and writes dqkv; with 7 products, qkv and dout are read twice, and delta is stored.
     """
     arrays = 8 if products == 5 else 8 + 4
     return Cost("attention_backward", products * B * T * T * C, arrays * B * T * C * s + 3 * WIDE * B * H * T)
@@ -124,12 +124,12 @@ def column_sums(N: int, n: int, s: int) -> Cost:
 
 
 def layernorm_forward(N: int, C: int, s: int, arrays: int = 4) -> Cost:
-    """Reads x and delta, writes their sum and y (4 arrays); without the addition 2 arrays. Two statistics a row."""
+    """Reads x and delta, writes their sum and y (4 arrays); without the addition 2 arrays. Two statistics per row."""
     return Cost("layernorm_forward", 0, arrays * N * C * s + 2 * WIDE * N)
 
 
 def layernorm_backward(N: int, C: int, s: int, arrays: int = 4) -> Cost:
-    """Reads ds, dy and the sum, writes dx (4 arrays); without ds 3 arrays."""
+    """Reads ds, dy and the sum, writes dx (4 arrays), or 3 arrays without ds."""
     return Cost("layernorm_backward", 0, arrays * N * C * s + 2 * WIDE * N)
 
 
@@ -144,7 +144,7 @@ def gelu_backward(N: int, n: int, s: int) -> Cost:
 
 
 def cross_entropy(N: int, V: int, s: int) -> Cost:
-    """Reads the logits and writes their gradient in their place."""
+    """Reads the logits and overwrites them with their gradient."""
     return Cost("cross_entropy", 0, 2 * N * V * s)
 
 
@@ -154,7 +154,7 @@ def embedding_forward(N: int, C: int, s: int) -> Cost:
 
 
 def embedding_backward(N: int, T: int, C: int, V: int, s: int) -> Cost:
-    """Reads dy for the tokens and for the positions; adds to the rows of both gradients that occur."""
+    """Reads dy for the tokens and for the positions, and adds to the rows of both gradients that are used."""
     return Cost("embedding", 0, 2 * N * C * s + 2 * WIDE * C * (min(N, V) + T))
 
 
@@ -166,7 +166,7 @@ def elementwise(family: str, elements: float, nbytes: float) -> Cost:
 # A step --------------------------------------------------------------------------------------------------------------
 
 LINEAR = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}  # layers of a block: (inputs, outputs) / C
-FUSED_HEAD_SIZES = range(16, 129, 16)  # of the attention kernels for bfloat16; see kernels/cuda.py
+FUSED_HEAD_SIZES = range(16, 129, 16)  # head sizes of the bfloat16 attention kernels; see kernels/cuda.py
 
 
 def micro_step(
@@ -180,11 +180,12 @@ def micro_step(
 ) -> list[Kernel]:
     """The kernels of the forward and the backward pass of a batch, in the order of the forward pass.
 
-    cuda  on a GPU: bfloat16 attention takes 7 products in its backward pass, other types are left to reference.py.
+    cuda  whether it runs on a GPU, where the backward pass of bfloat16 attention takes 7 products, and reference.py
+          computes attention for other dtypes.
     """
     B, T, C, L, V = batch_size, block_size, config.n_embd, config.n_layer, config.vocab_size
     N, s = B * T, Precision.of(precision).activation_bytes
-    again = 2 * L if recompute == "block" else L  # forward passes of a block
+    again = 2 * L if recompute == "block" else L  # forward passes of blocks
     kernels = [Kernel("embedding_forward", 1, embedding_forward(N, C, s))]
     for name, (k, n) in LINEAR.items():
         k, n, family = k * C, n * C, "small product" if name == "proj" else "product"
@@ -196,7 +197,7 @@ def micro_step(
         if name != "up":  # gelu_backward sums its bias gradient
             kernels.append(Kernel(f"{name} dbias", L, column_sums(N, n, s), True))
     kernels += _attention(config, B, T, s, again, cuda)
-    extra = again - L  # normalizations that are computed again: the first block's has no addition
+    extra = again - L  # recomputed normalizations; the first block's has no addition
     kernels += [
         Kernel("layernorm_forward", 1 + (extra > 0), layernorm_forward(N, C, s, arrays=2)),
         Kernel("add_layernorm_forward", 2 * again - (extra > 0), layernorm_forward(N, C, s)),
@@ -222,7 +223,7 @@ def _attention(config: GPT2Config, B: int, T: int, s: int, again: int, cuda: boo
 
 
 def _dropout(config: GPT2Config, N: int, s: int, again: int) -> list[Kernel]:
-    """Dropout of the embeddings and of the two branches of each block. (That of attention is part of its kernel.)"""
+    """Dropout of the embeddings and of the two branches of each block. (Attention's dropout is part of its kernel.)"""
     forward = (config.embd_pdrop > 0) + 2 * again * (config.resid_pdrop > 0)
     backward = (config.embd_pdrop > 0) + 2 * config.n_layer * (config.resid_pdrop > 0)
     cost = elementwise("dropout", N * config.n_embd, 2 * s)
@@ -231,7 +232,7 @@ def _dropout(config: GPT2Config, N: int, s: int, again: int) -> list[Kernel]:
 
 
 def _head(N: int, C: int, V: int, s: int, head_rows: int | None) -> list[Kernel]:
-    """The output layer and its loss; in chunks of head_rows the logits are computed again in the backward pass."""
+    """The output layer and its loss; with head_rows, chunks of logits are recomputed in the backward pass."""
     chunks = math.ceil(N / head_rows) if head_rows and head_rows < N else 1
     rows, passes = N / chunks, 1 if chunks == 1 else 2
     forward, dgrad, wgrad = (
@@ -257,9 +258,9 @@ def update(
 ) -> list[Kernel]:
     """The kernels of the optimizer's step: the norm, the update, clearing the gradients, the copies of the weights.
 
-    shards  ranks that share the optimizer's state (ZeRO stage 1): each updates a part.
-    AdamW reads value, gradient and two moments and writes all but the gradient: 28 bytes a parameter. SGD has one
-    moment: 20. Muon is SGD's traffic for matrices of hidden layers, and their orthogonalization.
+    shards  number of ranks that share the optimizer state (ZeRO stage 1); each updates a part.
+    AdamW reads value, gradient and two moments and writes all but the gradient: 28 bytes per parameter. SGD has one
+    moment: 20. Muon has SGD's traffic for hidden-layer matrices, plus their orthogonalization.
     """
     P, types = config.n_parameters, Precision.of(precision)
     hidden = 12 * config.n_layer * config.n_embd**2 if optimizer == "muon" else 0
@@ -274,7 +275,7 @@ def update(
     if hidden:
         kernels.append(Kernel("muon_step", 1, elementwise("update", hidden, 8 * WIDE)))
         kernels.append(Kernel("orthogonalize", 1, orthogonalize(config, shards)))
-    if types.copies:  # converted into a temporary array, which is copied
+    if types.copies:  # converted to a temporary array, which is then copied
         kernels.append(Kernel("refresh_copies", 1, elementwise("copies", P, WIDE + 3 * types.activation_bytes)))
     return kernels
 
@@ -294,15 +295,15 @@ def orthogonalize(config: GPT2Config, ranks: int) -> Cost:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU model. Its peaks in FLOP/s and its memory's bandwidth are in tinygrad2/gpus.py, by the same name.
+    """A GPU model. Its peak FLOP/s and memory bandwidth are in tinygrad2/gpus.py under the same name.
 
     memory     bytes; from data sheets, as is
     link       bytes/s to another GPU, each way: NVLink, PCIe, or half of PCIe where data passes through the host.
-    products   the part of the bfloat16 peak that cublasLt's first choice of an algorithm is expected to sustain.
-    attention  the same of the attention kernels, forward and backward. Hopper and later reach their peak only with
+    products   the fraction of the bfloat16 peak that cublasLt's first choice of algorithm is expected to sustain.
+    attention  the same for the attention kernels, forward and backward. Hopper and later reach their peak only with
                instructions that these do not use (wgmma, tcgen05).
 
-    The parts of the peak are estimates, from counting instructions and from published benchmarks of other programs.
+    These fractions are estimates, from counting instructions and from published benchmarks of other programs.
     """
 
     memory: float
@@ -332,20 +333,20 @@ CARDS = {
     "RTX 4090": Card(24e9, 15.8e9, 0.91, (0.515, 0.435)),
     "RTX 3090": Card(24e9, 15.8e9, 0.85, (0.50, 0.42)),
 }
-SMALL_PRODUCT = 0.84  # of the rate of other products: fewer tiles than fill the GPU evenly
-NARROW = 0.75  # of the peak in float32 and TF32, which more kernels sustain
-COPY = 0.92  # of the data sheet's bandwidth, which a copy reaches
-REACHED = {  # the part of that which the kernels limited by memory are expected to reach
+SMALL_PRODUCT = 0.84  # relative to the rate of other products: too few tiles to fill the GPU evenly
+NARROW = 0.75  # fraction of the peak in float32 and TF32, which is easier to sustain
+COPY = 0.92  # fraction of the data sheet's bandwidth that a copy reaches
+REACHED = {  # fraction of the copy bandwidth that memory-limited kernels are expected to reach
     "column_sums": 0.8, "layernorm_forward": 0.85, "layernorm_backward": 0.78, "gelu_forward": 0.87,
     "gelu_backward": 0.85, "cross_entropy": 0.8, "embedding": 0.7, "dropout": 0.85, "sum": 0.85, "squared_norm": 0.85,
     "update": 0.85, "zero_grad": 0.85, "copies": 0.8, "reference_attention": 0.7,
 }  # fmt: skip
-LAUNCH, PYTHON = 2e-6, 27e-6  # seconds a call on the device, and on the host
-RING = 0.8  # of a link's rate, which NCCL's ring reaches
+LAUNCH, PYTHON = 2e-6, 27e-6  # seconds per call on the device, and on the host
+RING = 0.8  # fraction of a link's rate that NCCL's ring reaches
 
 
 def gpu(name: str, precision: PrecisionLike) -> Device:
-    """A GPU of this name in CARDS, computing in a precision. Raises ValueError if its peak in that is unknown."""
+    """The GPU with this name in CARDS, in a precision. Raises ValueError if its peak in this precision is unknown."""
     card, types = CARDS[name], Precision.of(precision)
     peak = PEAK_TFLOPS[name].get(types.name)
     if peak is None:
@@ -362,37 +363,37 @@ def gpu(name: str, precision: PrecisionLike) -> Device:
 
 # Several ranks -------------------------------------------------------------------------------------------------------
 
-NODE = 8  # GPUs of a machine
-NETWORK = 50e9  # bytes/s of the network adapter of each GPU between machines, 400 Gbit/s
+NODE = 8  # GPUs per machine
+NETWORK = 50e9  # bytes/s between machines: one 400 Gbit/s network adapter per GPU
 
 
 class Communication(NamedTuple):
-    """Seconds of a step's communication, and the part of them that overlaps with computation."""
+    """Seconds of communication per step, and the part that overlaps with computation."""
 
     seconds: float
     overlapped: float
 
 
 def communication(config: GPT2Config, device: Device, ranks: int, zero: bool, backward: float) -> Communication:
-    """The sum of the gradients over the ranks, and with ZeRO the gathering of the new values.
+    """Summing the gradients over the ranks and, with ZeRO, gathering the new values.
 
-    A ring all-reduce of n ranks sends and receives 2 (n - 1) / n of the gradients' bytes at every rank (Patarasuk and
-    Yuan, 2009). With ZeRO stage 1 half of that, a reduce-scatter; an all-gather of the values, the other half, follows
+    In a ring all-reduce, each of n ranks sends and receives 2 (n - 1) / n of the gradients' bytes (Patarasuk and Yuan,
+    2009). With ZeRO stage 1 half of that, a reduce-scatter; an all-gather of the values, the other half, follows
     the update. A bucket is summed while the backward pass computes the next ones, so what overlaps is at most
 
     backward  the seconds of the backward pass of the last micro-step;
 
-    the token embedding's gradient is final last, and its sum overlaps with nothing.
+    the gradient of the token embedding is complete last, and its sum overlaps with nothing.
     """
     if ranks == 1:
         return Communication(0.0, 0.0)
     link = device.link if ranks <= NODE else min(device.link, NODE * NETWORK)
-    once = (ranks - 1) / ranks * WIDE / (RING * link)  # seconds a parameter, for a reduce-scatter or an all-gather
+    once = (ranks - 1) / ranks * WIDE / (RING * link)  # seconds per parameter, for a reduce-scatter or an all-gather
     ways = 1 if zero else 2
     blocks = (config.n_parameters - config.vocab_size * config.n_embd) * once * ways
     return Communication(2 * once * config.n_parameters, min(blocks, backward))
 
 
 def with_link(device: Device, link: float | None) -> Device:
-    """The device with another rate of its link, in bytes/s; None leaves it."""
+    """The device with another link rate, in bytes/s, or unchanged for None."""
     return device if link is None else replace(device, link=link)

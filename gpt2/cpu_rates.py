@@ -1,8 +1,8 @@
-"""The rates of this machine's CPU, for cost_model.py: measured in a second or two, by steps of a small model.
+"""The rates of this machine's CPU, for cost_model.py, measured in a second or two by training a small model.
 
 The model has the width, the heads and the sequences of the planned one, but one layer, few rows and a part of the
-vocabulary, so that each kernel works on arrays of the same shape. The profiler divides the steps into kernels; what is
-left, divided by the number of calls, is the time of Python for each.
+vocabulary, so each kernel works on arrays of similar shape. The profiler measures the kernels; the rest of the time,
+divided by the number of calls, is Python's time per call.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tinygrad2 import Key, machine, optim
 from tinygrad2.precision import Precision
 from tinygrad2.profiler import Profiler
 
-SECONDS = 1.0  # of measurement, at least
+SECONDS = 1.0  # minimum duration of the measurement
 FEWEST_STEPS = 2
-ROWS = 1024  # at most, or one sequence
-VOCABULARY = 8192  # at most
-ETHERNET = 1.25e9  # bytes/s between machines, if nothing else is given: 10 Gbit/s
+ROWS = 1024  # maximum, unless one sequence has more
+VOCABULARY = 8192  # maximum
+ETHERNET = 1.25e9  # default bytes/s between machines: 10 Gbit/s
 
-# The families of kernels.py's names; those of products and of the head are separated below.
+# Families by kernel name; products and the head are separated below.
 FAMILY_OF = {
     "attention_forward": "attention_forward",
     "attention_backward": "attention_backward",
@@ -49,7 +49,7 @@ FAMILY_OF = {
 
 
 def measure(step: Step) -> Device:
-    """This CPU, with the rates that kernels of this step's shapes reach."""
+    """This CPU, with the rates that kernels reach on arrays of this step's shapes."""
     config = replace(step.config, n_layer=1, vocab_size=min(step.config.vocab_size, VOCABULARY))
     T = step.block_size
     B = max(1, min(step.batch_size, ROWS // T))
@@ -70,7 +70,7 @@ def measure(step: Step) -> Device:
 
 
 def _profiled(config: GPT2Config, B: int, T: int, precision: Precision) -> tuple[dict[str, float], float]:
-    """Seconds of a step by kernel, "" for all of it, and of clearing the gradients: medians of several steps."""
+    """Seconds per step by kernel ("" is the total), and for clearing the gradients: medians of several steps."""
     model = GPT2(config, dtype=precision)
     optimizer = optim.AdamW(model)
     tokens, targets = numpy.random.default_rng(0).integers(config.vocab_size, size=(2, B, T))
@@ -108,7 +108,7 @@ def _rates(work: dict[str, tuple[float, float]], spent: dict[str, float]) -> dic
             seconds = sum(spent[name] for name in kernels)
             flops, nbytes = (sum(work[name][i] for name in kernels) for i in (0, 1))
             rates[family] = Rate(flops / seconds, math.inf) if flops else Rate(math.inf, nbytes / seconds)
-    rates.setdefault("dropout", rates["gelu_forward"])  # not measured: there is no dropout
+    rates.setdefault("dropout", rates["gelu_forward"])  # not measured: the model has no dropout
     rates["sum"] = rates["layernorm_forward"]
     rates["reference_attention"] = rates["layernorm_forward"]
     return rates

@@ -2,21 +2,21 @@
 #include "gelu.cuh"
 // One token of GPT-2 for each of B texts, from the token's id to the logits, in one launch.
 //
-// A token reads every weight once and computes two operations on it, so memory bandwidth is the limit: 124M in bf16 is
-// 248 MB, 58 us at 4.3 TB/s. With a launch for each operation it would take several times as long, since each of
-// 100 kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and the limit is how
+// A token reads every weight once and does two operations with it, so memory bandwidth is the limit: 124M in bf16 is
+// 248 MB, 58 us at 4.3 TB/s. With one launch per operation it would take several times as long, since each of 100
+// kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and the limit is how
 // fast they exchange results: among all blocks twice per layer, within a cluster up to four times in between.
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
 //             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without,
-//             they write to each other's part of global memory.
+//             they write to each other's mailbox in global memory.
 //   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
 //             rank have the same values in every cluster.
 //   message   8 bytes: a float32 and a 32-bit tag, written in one access. The tag is incremented with every
 //             half of a layer: a reader that sees the expected tag has the value. Neither a barrier of
 //             all blocks nor a fence is needed.
-//   mailbox   the messages that a block receives from its cluster; an entry for each.
+//   mailbox   the messages that a block receives from its cluster, one entry for each.
 //   results   the messages that every cluster sends to all blocks of a rank: its contribution to x.
 //   half      half a layer: attention or the MLP.
 //
@@ -38,10 +38,10 @@
 // (Clusters without heads send none in attention, so results have room for four halves, two of each kind, in rotation.)
 //
 // Weights are prefetched. Each block knows its parts of all matrices, and copies them to shared memory PREFETCH
-// accesses before it needs them (Stream): after waiting for a message, it finds the next matrix there.
+// accesses before it needs them (Stream), so the next matrix is available when the wait for a message ends.
 //
 // Sums are f32, in a fixed order, and only keys and values are rounded in between, to the type of the cache. All blocks
-// must run at the same time, so there can be at most as many as fit on the GPU.
+// must run at the same time, so the grid is limited to the number of blocks that fit on the GPU.
 constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = CLUSTERS * RANKS, D = C / H, OWN = C / RANKS;
 constexpr int WIDTH = HEADS * D;                        // columns of a cluster's heads
 constexpr int ATTENTION_CLUSTERS = (H + HEADS - 1) / HEADS;      // clusters that have heads
@@ -88,7 +88,7 @@ constexpr __host__ __device__ int at_once(int matrix) { return THREADS / (column
 constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // of a block
 constexpr __host__ __device__ int steps(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
 
-// The entries of a mailbox: where the messages of each kind begin.
+// The first entry of each kind of message in a mailbox.
 constexpr int STATISTICS = 0, PARTIAL_SUMS = STATISTICS + B * RANKS * 2;
 constexpr int TOTALS = PARTIAL_SUMS + RANKS * B * slots(larger(3 * WIDTH, HIDDEN));
 constexpr int HEAD_PARTS = TOTALS + B * larger(larger(3 * WIDTH, HIDDEN), C);
@@ -168,7 +168,7 @@ struct Share {
 // A thread's Share as an offset and a stride, computed once, since the divisions take longer than some accesses.
 struct Traversal {
   int first, stride;  // the offset of its first access, and from one to the next
-  int steps, rows;    // of the block; and those in which this thread has a row
+  int steps, rows;    // the steps of the block, and those in which this thread has a row
   __device__ __forceinline__ explicit Traversal(int matrix)
       : stride(at_once(matrix) * outputs(matrix)), steps(::steps(matrix)) {
     Share share(matrix);
@@ -183,7 +183,7 @@ struct Stream {
   const Layer* layers;
   Access* ring;  // PREFETCH accesses of each thread
   const Traversal qkv, projection, mlp_in, mlp_out;
-  const REAL *weight, *next;  // of the next access; and the matrix after this one
+  const REAL *weight, *next;  // the address of the next access, and the matrix after this one
   int stage, slot, left, rows, stride;
   __device__ Stream(const Layer* layers, void* memory)
       : layers(layers), ring((Access*)memory + threadIdx.x), qkv(QKV), projection(PROJECTION), mlp_in(MLP_IN),
@@ -421,8 +421,8 @@ __device__ __forceinline__ void combine_heads(float* heads, const Message* mailb
   __syncthreads();
 }
 
-// The largest of some logits and its token, the first of equal ones. A logit that is not finite counts as the largest,
-// with token -1.
+// The largest of some logits and its token (the first, if several are equal). A logit that is not finite counts as the
+// largest, with token -1.
 struct Choice {
   float logit, token;
   __device__ __forceinline__ void none() { logit = NEG_INF, token = 1e9f; }
@@ -469,7 +469,7 @@ __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices
 }
 
 // The token of each text with the largest logit, one warp per text: first of this block; then block 0 receives the
-// choices of all blocks.
+// the choices of all blocks.
 __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Message* mailbox, unsigned tag) {
   __syncthreads();
   int b = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -565,7 +565,7 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
 // their texts. Either logits (B, V) or chosen (B), chosen among the first `choices` tokens, may be null.
 // results (4, CLUSTERS, B, C): messages to all blocks of a rank; behind them (B, BLOCKS, 2) to block 0.
 // mailbox (BLOCKS, MAILBOX): used without hardware clusters.
-// tag: of the first messages of this launch, which uses the 2 L tags after it too.
+// tag: the tag of the first messages of this launch, which also uses the 2 L tags after it.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_DIMS
 decode(float* logits, int* chosen, const int* previous, const Layer* layers, const REAL* wte, const REAL* wpe,
        const float* ln_f_weight, const float* ln_f_bias, Message* results, Message* mailbox,

@@ -22,8 +22,8 @@ from tinygrad2.nn import Parameter
 THREADS, ACCESS = 512, 16
 MAX_RANKS = 8  # the largest number of blocks per cluster that every GPU with clusters supports
 MIN_PREFETCH, MAX_PREFETCH = 4, 16  # memory accesses in flight per thread; 16 are 128 KB per block
-MAX_TEXTS = 6  # per launch: the sums of all of them are kept in registers
-RESERVED = 1024  # bytes of a block's shared memory that CUDA reserves
+MAX_TEXTS = 6  # per launch, since the sums for all texts are kept in registers
+RESERVED = 1024  # bytes of shared memory that CUDA reserves in each block
 WITHOUT = "generate with --decode ordinary (in Python: model.fused_decode = False)"
 
 
@@ -68,7 +68,7 @@ def explained(decoder: Decoder | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The sizes of a launch, which are constants of decode.cu; see its glossary.
+    """The sizes of a launch, which are compile-time constants of decode.cu; see its glossary.
 
     texts, ranks, clusters
     heads, hidden      attention heads, and columns of the MLP, per cluster.
@@ -134,7 +134,7 @@ class Decoder:
     """The logits of the next token, given one more token of each text and a key-value cache: generate.next_logits for
     T = 1, in one launch. The parameters must stay at the addresses that they have at the first call."""
 
-    first_tag = 1  # of the messages of the first launch; 0 is the value of memory that has not been written
+    first_tag = 1  # the first tag of the first launch; 0 is the value of memory that has not been written
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
@@ -170,11 +170,11 @@ class Decoder:
         return logits
 
     def greedy(self, tokens: np.ndarray, position: int, count: int, choices: int) -> Iterator[np.ndarray]:
-        """Greedy decoding: `count` times, for each text, the token with the largest logit among the first `choices`,
-        (B,), beginning with the one that follows `tokens` at `position`; -1 if the logits are not finite.
+        """Greedy decoding after `tokens` at `position`: yields `count` times, for each text, the token with the largest
+        logit among the first `choices` ids, (B,); -1 if the logits are not finite.
 
         Each token is passed to the next launch on the device. That launch is queued before the host has received the
-        token, so that the GPU does not wait. Raises ValueError for a token or a position out of range."""
+        token, so the GPU does not wait. Raises ValueError for a token or a position out of range."""
         if count < 1:
             return
         self._check(tokens, position, count)
@@ -231,7 +231,7 @@ class Decoder:
         self._cuda.launch_alone(kernel, plan.blocks, THREADS, arguments, plan.shared)
 
     def _compile(self) -> Callable[..., None]:
-        """Compile the kernel for as many blocks as can run concurrently, and make the common arguments."""
+        """Compile the kernel for as many blocks as can run concurrently, and create the arguments of all launches."""
         model, config, backend, cuda = self._model, self._config, self._model.backend, self._cuda
         limits, itemsize = cuda.limits(), self._layers[0].dtype.itemsize
         assert limits is not None
@@ -267,7 +267,7 @@ class Decoder:
         return kernel
 
     def _layer(self, named: dict[str, Parameter], layer: int) -> list[Array]:
-        """The arrays that a struct Layer of decode.cu points to."""
+        """The arrays that a struct Layer in decode.cu points to."""
         linears = [f"h.{layer}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
         norms = [f"h.{layer}.{norm}.{kind}" for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
         matrices = [_matrix(self._model, named[f"{linear}.weight"]) for linear in linears]

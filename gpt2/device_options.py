@@ -1,4 +1,4 @@
-"""The options of a command that say where it computes: --device, --threads, and --dtype of the weights."""
+"""The options --device, --threads and --dtype, which several commands share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tinygrad2.backend import DEVICES
 def add(group: argparse._ArgumentGroup) -> None:
     """Add --device and --threads to a group of a parser."""
     group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
-    group.add_argument("--threads", type=int, metavar="N", help="threads on the CPU [default: the cores it may use]")
+    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads [default: available cores]")
 
 
 def add_dtype(group: argparse._ArgumentGroup) -> None:
-    """Add --dtype, of the weights in generation."""
+    """Add --dtype, the dtype of the weights for generation."""
     group.add_argument(
         "--dtype",
         default="float32",
         choices=WEIGHT_DTYPES,
-        help="dtype of the weights: bfloat16 halves the bytes that are read for each token",
+        help="dtype of the weights: bfloat16 halves the bytes read per token",
     )
 
 
 def set_threads(parser: Parser, options: argparse.Namespace) -> None:
-    """Compute on --threads threads from now on; reports an invalid number as an invalid option."""
+    """Use --threads threads from now on; an invalid number is reported as an invalid option."""
     if options.threads is None:
         return
     if not 1 <= options.threads <= threads.MAX_COUNT:

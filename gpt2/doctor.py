@@ -38,7 +38,7 @@ PIP = f"{PYTHON} -m pip install"
 REPOSITORY = (ROOT / "pyproject.toml").is_file()  # or the installed package
 SOURCE = f"-e {shlex.quote(str(ROOT))}" if REPOSITORY else "tinygrad2"
 
-# Code that `ask` runs in a separate process.
+# Code for `ask` to run in a separate process.
 BLAS = "from tinygrad2 import diagnose; result = diagnose.blas()"
 KERNELS = "from tinygrad2 import diagnose; result = diagnose.compiled_kernels()"
 DRIVER = "from tinygrad2 import machine; result = machine.nvidia_driver()"
@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 
 def with_extra(extra: str) -> str:
-    """What pip installs for an extra."""
+    """The argument of `pip install` for an extra."""
     return f'-e "{ROOT}[{extra}]"' if REPOSITORY else f'"tinygrad2[{extra}]"'
 
 
@@ -83,7 +83,7 @@ def probe_python() -> Finding:
 
 
 def probe_packages() -> Finding:
-    """Whether the packages in pyproject.toml are installed in the right version and importable (not Numba)."""
+    """Whether the packages in pyproject.toml (except Numba) are importable and have supported versions."""
 
     def numbers(version: str) -> list[int]:  # "14.2.0rc1" is [14, 2, 0]
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
@@ -105,7 +105,7 @@ def probe_packages() -> Finding:
 
 
 def probe_blas() -> Finding:
-    """The BLAS library, MKL or NumPy's: its name, number of threads and speed."""
+    """The name, number of threads and speed of the BLAS library, MKL or NumPy's."""
     result = {"speed": 0, "libraries": [], "mkl": None, "chosen": "", **ask(BLAS)}
     slow, speed = result["speed"] < SLOW_BLAS, f"{result['speed'] / 1e9:,.0f} GFLOP/s in float32"
     library = result["libraries"][0] if result["libraries"] else {}
@@ -115,7 +115,7 @@ def probe_blas() -> Finding:
     below = _speed_without_settings(result["speed"])
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
     limit = f"{names[0]}={os.environ[names[0]]}" if names and threads == 1 and len(machine.cores()) > 1 else ""
-    no_blas, reinstall = "NumPy has no optimised BLAS library", "--force-reinstall --only-binary :all: numpy"
+    no_blas, reinstall = "NumPy has no optimized BLAS library", "--force-reinstall --only-binary :all: numpy"
     return first(  # (MKL computes on the calling thread)
         ("error" in result, WRONG, result.get("error"), "see the line packages", True),
         (
@@ -124,14 +124,14 @@ def probe_blas() -> Finding:
             f"MKL {result['mkl']}, {speed} on each thread{in_use}; NumPy's own library is not used",
         ),
         (not library and slow, WRONG, f"{no_blas}: {speed}", f"{PIP} {reinstall}"),
-        (not library, OK, f"a BLAS library unknown to threadpoolctl (Accelerate on macOS): {speed}"),
+        (not library, OK, f"a BLAS library that threadpoolctl does not know (Accelerate on macOS): {speed}"),
         (limit, WRONG, f"{text}: {limit} limits it", f"unset {' '.join(names)}"),
         (below, WRONG, f"{text}: {below}", f"unset {' '.join(OPENBLAS_SETTINGS)}"),
         (
             slow,
             WRONG,
             f"{text}: slow",
-            "close other programs that use the CPU; if that does not help, reinstall NumPy from its wheel",
+            "close other programs that use the CPU; if that does not help, reinstall NumPy from a wheel",
         ),
         (True, OK, text),
     )
@@ -156,8 +156,8 @@ def probe_numba() -> Finding:
     state = f"{kept} cached in" if kept else "to be compiled at first use and cached in"
     no_cache, move = "has no writable folder for its cache", "set NUMBA_CACHE_DIR to a writable folder"
     return first(
-        (not result["compiled"], WRONG, f"{numba} is installed, but none of the kernels is in use", install),
-        (not cache, WRONG, f"{numba} {no_cache}: every start compiles the kernels", move),
+        (not result["compiled"], WRONG, f"{numba} is installed, but no kernel uses it", install),
+        (not cache, WRONG, f"{numba} {no_cache}; the kernels are compiled at every start", move),
         (True, OK, f"{numba}, {result['compiled']} compiled functions, {state} {cache}"),
     )
 
@@ -189,14 +189,14 @@ def probe_memory() -> Finding:
 def probe_disk() -> Finding:
     free, remedy = (
         shutil.disk_usage(Path.cwd()).free,
-        "free some space, or change to another disk: a full disk ends a run",
+        "free some space or use another disk; a full disk ends a run",
     )
     text = f"{free / 1e9:,.1f} GB free here; a run of gpt2 keeps three checkpoints of 1.5 GB"
     return first((free < DISK_NEEDED, WRONG, text, remedy, True), (True, OK, text))
 
 
 def probe_folders() -> Finding:
-    """Whether the folders that a run, a download or a compiler writes to are writable."""
+    """Whether the folders for runs, downloads and compiled kernels are writable."""
     here, listed = write_error(Path.cwd()), ", ".join(map(str, machine.cache_folders().values()))
     bad = {name: why for name, folder in machine.cache_folders().items() if (why := write_error(folder))}
     return first(
@@ -207,7 +207,7 @@ def probe_folders() -> Finding:
 
 
 def probe_tokenizer() -> Finding:
-    """GPT-2's vocabulary, which tiktoken downloads once. The default tokenizer, bytes, needs none."""
+    """GPT-2's vocabulary, which tiktoken downloads once. The default tokenizer, bytes, does not need it."""
     result = ask(TOKENIZER, seconds=40)
     folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], result.get("error", "").split(";")[0]
     connect = f"needed for --tokenizer gpt2 only: connect to the network once, or copy tiktoken's two files to {folder}"
@@ -236,7 +236,7 @@ def probe_gpu() -> Finding:
     no_gpu = f"the driver ({cuda}) reports no GPU (status {status})"
     return first(
         ("OSError" in failed, MISSING, f"no NVIDIA driver; {cupy}", get_driver),
-        (failed, WRONG, f"the driver fails: {failed}", "run nvidia-smi; if it fails too, restart the machine"),
+        (failed, WRONG, f"the NVIDIA driver fails: {failed}", "run nvidia-smi; if it fails too, restart the machine"),
         (status or not gpus, MISSING, f"{no_gpu}; {cupy}", f"needed for a GPU only: {hides}"),
         (version < 12000, WRONG, f"{seen}: too old for CuPy 14", "install a driver of CUDA 12 or 13"),
         (not wheels, MISSING, f"{seen}; {cupy}", install),
@@ -248,7 +248,7 @@ def probe_gpu() -> Finding:
 
 
 def probe_mpi() -> Finding:
-    """mpi4py, its MPI library, and whether an mpirun belongs to that library, so that two ranks see each other."""
+    """mpi4py, its MPI library, and whether an mpirun of that library is found, so that two ranks see each other."""
     install = f"needed for several processes only: {PIP} {with_extra('mpi')}"
     try:
         version = f"mpi4py {metadata.version('mpi4py')}"
@@ -277,7 +277,7 @@ PROBES = {probe.__name__[6:]: probe for probe in (*ORDER, probe_tokenizer, probe
 
 
 def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) -> Iterator[tuple[str, Finding]]:
-    """The finding of each probe, in order. They run concurrently; one that raises or hangs has a finding too."""
+    """The finding of each probe, in order. The probes run concurrently; one that raises or hangs has a finding too."""
     late = Finding(WRONG, f"no answer within {seconds:g} s", "a disk or a driver may be hanging")
     found = {}
 
@@ -298,7 +298,7 @@ def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) ->
 
 
 def training_command(findings: dict[str, Finding]) -> str:
-    """The command that trains on this machine: on all of its GPUs, if it has several and MPI works."""
+    """The command to train on this machine: on all GPUs, if there are several and MPI works."""
     facts = {key: value for finding in findings.values() for key, value in finding.facts.items()}
     installed = not (ROOT / "train.py").is_file()
     here = Path("train.py").is_file() and not installed
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Its exit status: 1 if something that training needs does not work, else 0."""
     command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
-    # If Python is too old, nothing else is checked. Nothing else runs while the speed of BLAS is measured.
+    # If Python is too old, nothing else is checked. While the speed of BLAS is measured, nothing else runs.
     for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
         for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding

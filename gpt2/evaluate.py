@@ -47,7 +47,7 @@ def command_line() -> Parser:
         "--block-size", type=int, metavar="TOKENS", help="tokens per sequence [default: the model's context]"
     )
     group.add_argument(
-        "--items", type=int, metavar="N", help="only N items of each task, spread evenly over its file [default: all]"
+        "--items", type=int, metavar="N", help="only N items of each task, evenly spaced in its file [default: all]"
     )
     group.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="sequences per batch")
     group = parser.add_argument_group("output")
@@ -57,7 +57,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if something cannot be evaluated, 2 for an invalid option."""
+    """The command. Exit status: 0; 1 if something cannot be evaluated; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     for name in ("batches", "block_size", "items", "batch_size"):
@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("CHECKPOINT is empty; expected a model")
     parser.check_output("--json", options.json)
     if options.data is None and all(getattr(options, name) is None for name in TASKS):
-        parser.error(f"nothing to evaluate: give {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
+        parser.error(f"nothing to evaluate; pass {', '.join(['--data NAME', *(f'--{name}' for name in TASKS)])}")
     device_options.set_threads(parser, options)
     try:
         return _evaluate(options)
     except MemoryError:
-        raise MemoryError(f"out of memory; use a smaller --batch-size than {options.batch_size}") from None
+        raise MemoryError(f"out of memory; use a --batch-size below {options.batch_size}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    # Open all files before computing anything, since one may be missing.
+    # Open all files before computing anything, in case one is missing.
     questions = {
         name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()
@@ -110,7 +110,14 @@ def _evaluate(options: argparse.Namespace) -> int:
             console.say(describe_task(TASKS[name], results[name]))
         return results
 
-    console.say(f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}")
+    work = [f"{len(items):,} items of {name}" for name, items in questions.items()]
+    if data is not None:
+        windows = min(data.windows(block_size), (options.batches or sys.maxsize) * options.batch_size)
+        work.insert(0, f"{windows * block_size:,} tokens")
+    console.say(
+        f"{folder}: {model.n_parameters():,} parameters, {model.precision.name} on {model.backend.device}; "
+        f"evaluating {', '.join(work)} ..."
+    )
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
     if options.dtype == "bfloat16":
         console.say("the same with weights in bfloat16:")

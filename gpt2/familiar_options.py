@@ -7,12 +7,12 @@ BATCH_SIZE = "use --batch-size SEQUENCES"
 TOTAL_BATCH_SIZE = (
     "use --total-batch-size TOKENS: micro-steps x --batch-size x --block-size x ranks (a multiple of one micro-step)"
 )
-EPOCHS = "use --max-iters STEPS: epochs x training tokens / tokens per step, which the opening lines show"
+EPOCHS = "use --max-iters STEPS: epochs x training tokens / tokens per step, which train.py prints at the start"
 OUT_DIR = "use --out-dir FOLDER"
 EVALUATE = "use python -m gpt2.evaluate MODEL --data NAME, which prints the loss of a model without training"
-COMPILE = "leave it out: the kernels are always compiled (TINYGRAD2_KERNELS=reference turns them off)"
+COMPILE = "omit it: the kernels are always compiled (TINYGRAD2_KERNELS=reference turns them off)"
 TRACKING = "read the report.html and log.jsonl that every run writes; wandb is not supported"
-INIT = "use --init MODEL to fine-tune; a new model needs no option, and a run in the out-dir is resumed by itself"
+INIT = "use --init MODEL to fine-tune; a new model needs no option, and a run in the out-dir is resumed automatically"
 RANKS = "start one process per GPU or socket instead: mpirun -n 4 python train.py"
 SAMPLES = "use -n N (--samples)"
 PROMPT = "use -p TEXT (--prompt), or --prompt-file FILE"
@@ -27,7 +27,7 @@ TRAIN = {
     "--amp": "use --dtype bfloat16, on a GPU",
     "--backend": RANKS,
     "--bf16": "use --dtype bfloat16, on a GPU",
-    "--bias": "leave it out: GPT-2 has biases",
+    "--bias": "omit it: GPT-2 has biases",
     "--checkpoint": "use --init MODEL to fine-tune, or --out-dir FOLDER to resume a run",
     "--compile": COMPILE,
     "--context-length": "use --block-size TOKENS",
@@ -69,15 +69,15 @@ TRAIN = {
     "--overwrite-output-dir": "use --fresh, which renames the existing folder",
     "--patience": "use --early-stop N",
     "--per-device-train-batch-size": BATCH_SIZE,
-    "--resume": "leave it out: the run in the out-dir is resumed by itself",
-    "--resume-from-checkpoint": "leave it out: the run in the out-dir is resumed by itself",
+    "--resume": "omit it: the run in the out-dir is resumed automatically",
+    "--resume-from-checkpoint": "omit it: the run in the out-dir is resumed automatically",
     "--save-steps": "use --save-interval STEPS",
     "--save-total-limit": "use --keep N",
     "--seq-len": "use --block-size TOKENS",
     "--sequence-length": "use --block-size TOKENS",
     "--steps": "use --max-iters STEPS",
-    "--tokenizer": "leave it out: the data set names its tokenizer (python data/prepare.py ... --tokenizer NAME)",
-    "--vocab-size": "leave it out: the vocabulary is that of the data's tokenizer",
+    "--tokenizer": "omit it: the data set determines the tokenizer (python data/prepare.py ... --tokenizer NAME)",
+    "--vocab-size": "omit it: the data's tokenizer determines the vocabulary",
     "--wandb": TRACKING,
     "--wandb-log": TRACKING,
     "--wandb-project": TRACKING,
@@ -115,7 +115,7 @@ SAMPLE = {
 
 PREPARE = {
     "--column": "use --text-column NAME",
-    "--input": "name the files without an option: SOURCE...",
+    "--input": "pass the files as arguments, without an option: SOURCE...",
     "--key": "use --text-key NAME",
     "--num-proc": "use --threads N",
     "--output": "use --out FOLDER",

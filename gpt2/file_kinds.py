@@ -1,6 +1,7 @@
-"""Identify files and folders that are not models: pointers of Git LFS, web pages, models of other programs, ...
+"""Identify files and folders that are not models: Git LFS pointers, web pages, models of other programs, ...
 
-A file with a familiar name may have other contents: a clone without git-lfs has pointers, a download may be a web page.
+A file with a familiar name may have other contents: a clone without git-lfs has pointers, and a download may be a web
+page.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from tinygrad2.checkpoint import JSON_BYTES
 
 FILES_INSIDE = 100  # in the folders of a folder that are looked at
 DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
-START_BYTES = 512  # at the start of a file, which identify its kind
+START_BYTES = 512  # the number of bytes at the start of a file that are read to identify its kind
 PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # not that of old files of torch.save
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
-LFS = "a pointer of Git LFS, not the file itself; fetch the file: git lfs install && git lfs pull, in its folder"
+LFS = "a Git LFS pointer, not the file itself; fetch the file with git lfs install && git lfs pull, in its folder"
 PICKLE = "a pickle of Python, not of torch.save; save model.state_dict() with torch.save instead"
-WEB_PAGE = "an HTML page, not the file itself; download the file again, from its `resolve` link (not `blob`), or log in"
+WEB_PAGE = "an HTML page, not the file itself; download it again from its `resolve` link (not `blob`), or log in"
 
 # Kinds by the first bytes.
 STARTS = (
     (b"version https://git-lfs.github.com/spec/", LFS),
-    (b"GGUF", "a GGUF file of llama.cpp; it is not supported, use the model's safetensors"),
-    (b"ggml", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
-    (b"lmgg", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
-    (b"tjgg", "a GGML file of llama.cpp; it is not supported, use the model's safetensors"),
-    (b"\x89HDF\r\n\x1a\n", f"an HDF5 file of TensorFlow or Keras; it is not supported, {TRANSFORMERS}"),
+    (b"GGUF", "a llama.cpp GGUF file, which is not supported; use the model's safetensors"),
+    (b"ggml", "a llama.cpp GGML file, which is not supported; use the model's safetensors"),
+    (b"lmgg", "a llama.cpp GGML file, which is not supported; use the model's safetensors"),
+    (b"tjgg", "a llama.cpp GGML file, which is not supported; use the model's safetensors"),
+    (b"\x89HDF\r\n\x1a\n", f"a TensorFlow or Keras HDF5 file, which is not supported; {TRANSFORMERS}"),
     (b"\x93NUMPY", "a NumPy array, not a model"),
     (b"\x1f\x8b", "a file compressed with gzip; decompress it first"),
     (b"\x28\xb5\x2f\xfd", "a file compressed with zstd; decompress it first"),
@@ -47,20 +48,20 @@ STARTS = (
     (b"%PDF", "a PDF document, not a model"),
     (b"PAR1", f"a Parquet table, not a model; {script_name('prepare')} reads it"),
 )
-# Kinds by the end of the name, for formats that the first bytes do not identify.
+# Kinds by the end of the file name, for formats without distinctive first bytes.
 ENDINGS = (
     (".gguf", dict(STARTS)[b"GGUF"]),
     (".llamafile", "a llamafile of llama.cpp; it is not supported, use the model's safetensors"),
-    (".onnx", "an ONNX model; it is not supported, use the model's safetensors or pytorch_model.bin"),
-    (".msgpack", f"a Flax model; it is not supported, {TRANSFORMERS}"),
+    (".onnx", "an ONNX model, which is not supported; use the model's safetensors or pytorch_model.bin"),
+    (".msgpack", f"a Flax model, which is not supported; {TRANSFORMERS}"),
     (".h5", dict(STARTS)[b"\x89HDF\r\n\x1a\n"]),
-    (".keras", "a model of Keras; it is not supported"),
-    (".tflite", "a model of TensorFlow Lite; it is not supported"),
-    (".ckpt.index", "a part of a TensorFlow checkpoint; it is not supported"),
-    (".ckpt.meta", "a part of a TensorFlow checkpoint; it is not supported"),
-    ("saved_model.pb", "a SavedModel of TensorFlow; it is not supported"),
-    (".ot", "a model of rust-bert; it is not supported, use the model's safetensors or pytorch_model.bin"),
-    (".mlmodel", "a model of Core ML; it is not supported"),
+    (".keras", "a Keras model, which is not supported"),
+    (".tflite", "a TensorFlow Lite model, which is not supported"),
+    (".ckpt.index", "a part of a TensorFlow checkpoint, which is not supported"),
+    (".ckpt.meta", "a part of a TensorFlow checkpoint, which is not supported"),
+    ("saved_model.pb", "a TensorFlow SavedModel, which is not supported"),
+    (".ot", "a rust-bert model, which is not supported; use the model's safetensors or pytorch_model.bin"),
+    (".mlmodel", "a Core ML model, which is not supported"),
     (
         ".distcp",
         "a part of a distributed checkpoint of PyTorch (FSDP); merge its parts: "
@@ -69,7 +70,7 @@ ENDINGS = (
     *((end, "an unfinished download; download it again") for end in (".incomplete", ".crdownload", ".part", ".aria2")),
 )
 OPENAI_FOLDER = (
-    "a TensorFlow checkpoint, as OpenAI and gpt-2-simple write it; it is not supported: use gpt2, gpt2-medium, "
+    "a TensorFlow checkpoint, as written by OpenAI and gpt-2-simple, which is not supported; use gpt2, gpt2-medium, "
     "gpt2-large or gpt2-xl for OpenAI's weights, or convert your own with transformers "
     "(convert_gpt2_original_tf_checkpoint_to_pytorch)"
 )
@@ -81,8 +82,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocabulary.j
 
 
 def kind_of(file: Path) -> str:
-    """The kind of a file that is neither a model nor JSON, and what to do, such as "an HTML page, ..."; "" if it is
-    unknown."""
+    """The kind of a file that is neither a model nor JSON, and what to do about it, such as "an HTML page, ..."; "" if
+    the kind is unknown."""
     with file.open("rb") as opened:
         start = opened.read(START_BYTES)
     if start.startswith(ZIP_START):
@@ -99,7 +100,7 @@ def _kind_of_start(start: bytes, name: str) -> str:
     if text.startswith(b"<?xml") and b"<net name=" in text:
         return "a model of OpenVINO; it is not supported, use the model's safetensors"
     if text.startswith(b"<?xml"):
-        return "an XML document, not the file itself; a server may have answered with an error: download it again"
+        return "an XML document, perhaps a server's error message, not the file itself; download it again"
     if start[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     found = next((kind for begin, kind in STARTS if start.startswith(begin)), "")
@@ -110,11 +111,11 @@ def _kind_of_start(start: bytes, name: str) -> str:
     if PICKLE_START.match(start) and name.endswith(WEIGHTS_ENDINGS):
         return PICKLE
     if start[4:8] == b"TFL3":
-        return "a model of TensorFlow Lite; it is not supported"
+        return "a TensorFlow Lite model, which is not supported"
     if start[:1] == b"\x08" and start[2:3] == b"\x12" and (b"onnx" in start or b"pytorch" in start):
         return dict(ENDINGS)[".onnx"]
     if ".ckpt.data-" in name or ".ckpt-" in name:
-        return "a part of a TensorFlow checkpoint; it is not supported"
+        return "a part of a TensorFlow checkpoint, which is not supported"
     return next((kind for end, kind in ENDINGS if name.lower().endswith(end)), "")
 
 
@@ -147,24 +148,24 @@ def open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _kind_of_zip(file: Path) -> str:
-    """The kind of an archive that torch.save did not write; "" if it has torch.save's data.pkl, or is damaged."""
+    """The kind of a zip archive; "" if it was written by torch.save (it has data.pkl) or is damaged."""
     try:
         with open_zip(file) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-                return "a TorchScript archive (torch.jit.save); it is not supported, save model.state_dict() instead"
+                return "a TorchScript archive (torch.jit.save), which is not supported; save model.state_dict() instead"
             if any(name.rpartition("/")[2] == "data.pkl" for name in names):
                 return ""
             if "model.weights.h5" in names:
-                return "a model of Keras; it is not supported"
+                return "a Keras model, which is not supported"
             if any(name.endswith(".npy") for name in names):
-                return "an .npz archive of NumPy, not a model"
+                return "a NumPy .npz archive, not a model"
             for name in names[:100]:
                 if not name.endswith("/"):
                     with archive.open(name) as entry:
                         kind = _kind_of_start(entry.read(START_BYTES), name)
                     if kind:
-                        return f"a zip archive, in which {printable(name)} is {kind}"
+                        return f"a zip archive in which {printable(name)} is {kind}"
             held = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", "config.json"))]
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError):
         return ""
@@ -172,7 +173,7 @@ def _kind_of_zip(file: Path) -> str:
 
 
 def kind_of_folder(folder: Path) -> str:
-    """The kind of a folder without a model, and what to do; "" if it is unknown."""
+    """The kind of a folder without a model, and what to do about it; "" if the kind is unknown."""
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         base = _base_of(folder / "adapter_config.json")
@@ -186,11 +187,11 @@ def kind_of_folder(folder: Path) -> str:
         return DEEPSPEED_FOLDER
     for name in names:
         if (folder / name).is_file() and (kind := kind_of(folder / name)):
-            return f"a folder whose {printable(name)} is {kind}"
+            return f"a folder in which {printable(name)} is {kind}"
     for name in names:
         inside = folder / name
         if inside.is_dir() and any((inside / file).is_file() for file in ("config.json", "model.safetensors")):
-            return f"a folder with a model in {printable(name)}/; name {inside}"
+            return f"a folder with a model in {printable(name)}/; use {inside}"
     return _kind_of_contents(folder, names)
 
 
@@ -202,10 +203,10 @@ def _kind_of_contents(folder: Path, names: list[str]) -> str:
         index = "".join(found.groups()) + ".index.json"
         return f"a folder with shards of a model, in which their index is missing; add {index}"
     if other:
-        return f"a folder with {printable(other[0])}; name {folder / other[0]}"
+        return f"a folder with {printable(other[0])}; use {folder / other[0]}"
     snapshots = sorted((folder / "snapshots").glob("*/config.json"))
     if snapshots:
-        return f"a folder of the Hugging Face cache; name {snapshots[-1].parent}"
+        return f"a folder of the Hugging Face cache; use {snapshots[-1].parent}"
     if any(name in names for name in TOKENIZER_FILES):
         return "a folder with a tokenizer only; the weights (model.safetensors or pytorch_model.bin) are missing"
     if weights:
@@ -245,5 +246,5 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text`, at most 80 characters of it, without control characters."""
+    """The first 80 characters of `text`, without control characters."""
     return "".join(c if c.isprintable() else " " for c in text[:80])

@@ -17,10 +17,10 @@ from tinygrad2.not_finite import damage
 
 
 class KVCache:
-    """Keys and values of the tokens processed so far, so that each token is processed once.
+    """Keys and values of the tokens processed so far, so that each token is processed only once.
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
-    length   the number of positions filled.
+    length   the number of positions in use.
     decoder  processes one more token of each text in one kernel launch; None if the model has not asked for it, or it
              is not supported.
     """
@@ -32,8 +32,8 @@ class KVCache:
         self.decoder = Decoder.fitting(model, self)
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
-        """Greedy continuation of `tokens` (B,), among the first `choices` ids: yields up to `most` tokens of each text,
-        fewer if the cache is full. Requires a decoder (see Decoder.greedy)."""
+        """Greedy continuation of `tokens` (B,), among the first `choices` ids. Yields up to `most` tokens of each text,
+        or fewer if the cache becomes full. Requires a decoder (see Decoder.greedy)."""
         assert self.decoder is not None
         first, count = self.length, min(most, self.capacity - self.length)
         with explained(self.decoder):
@@ -43,7 +43,7 @@ class KVCache:
 
 
 def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
-    """The logits of the token after the last one: tokens (B, T) -> (B, V).
+    """The logits of the token after the last: tokens (B, T) -> (B, V).
 
     cache  keys and values of the preceding tokens; those of `tokens` are appended.
     """
@@ -91,7 +91,7 @@ def choose(
     """The next token of each row: logits (B, V), draws (B,) uniform in [0, 1) -> (B,) int64.
 
     temperature  divides the logits; 0 is greedy: the most probable token.
-    top_k        sample from the k most probable tokens only (and all that tie with the k-th).
+    top_k        sample only from the k most probable tokens (and any that tie with the k-th).
     top_p        of those, sample from the smallest set of most probable tokens whose probabilities add up to p or more
                  (nucleus sampling, arXiv:1904.09751, section 3.1).
     """
@@ -105,8 +105,8 @@ def _choose(
     logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int | np.integer:
     """The first token, in descending order of probability, whose cumulative probability exceeds `draw`."""
-    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is faster in the
-    # logits' float32 than in float64.
+    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is computed in
+    # float32, the dtype of the logits, because it is faster than float64.
     with np.errstate(over="ignore"):
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     weights = np.exp(scaled)
@@ -127,7 +127,7 @@ def _choose(
 
 
 def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
-    """Tokens in descending order of their logit: first those near the largest (which is 0), then more, finally all.
+    """Tokens in descending order of their logits: first those near the largest (which is 0), then more, finally all.
 
     Sorting the whole vocabulary takes longer than the forward pass of a small model.
     """
@@ -136,13 +136,13 @@ def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
-    """The indices of the values >= `lowest`, in descending order of value; ties are in order of index."""
+    """The indices of the values >= `lowest`, in descending order of the values; ties are in order of the index."""
     tokens = np.flatnonzero(values >= lowest)
     return tokens[np.argsort(-values[tokens], kind="stable")]
 
 
 def _not_finite(model: LanguageModel, tokens: np.ndarray) -> ValueError:
-    """The error for logits that are not finite, which names the damaged tensor."""
+    """The error for logits that are not finite; it names the damaged tensor."""
     return ValueError(f"{NOT_FINITE}; {damage(model, lambda: next_logits(model, tokens, None))}")
 
 
@@ -162,15 +162,15 @@ def generate(
     first_step: int = 0,
     on_logits: Callable[[np.ndarray], object] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continue a prompt of token ids: yields `max_tokens` times the next token of every sample, (samples,) int64.
+    """Continue a prompt of token ids. Yields `max_tokens` times the next token of every sample, (samples,) int64.
 
-    When the text outgrows the model's context, its first half is dropped and the rest is processed again.
-    The token of sample s at step t is drawn with the random number (seed, t, s): the same seed gives the same text,
+    If the text becomes longer than the model's context, its first half is dropped and the rest is processed again.
+    The token of sample s at step t is drawn with the random number (seed, t, s), so the same seed gives the same text,
     for any number of samples.
-    vocab_size  sample from the first vocab_size ids only: a padded model has more ids than its tokenizer.
-    never       ids below it that are never sampled, since no token has them.
-    cache       False processes the whole text for every token, which is slow; the tests compare with it.
-    first_step  the number t of the first step: where a text that was interrupted after t tokens is continued with the
+    vocab_size  sample only from the first vocab_size ids: a padded model has more ids than its tokenizer.
+    never       ids below vocab_size that are never sampled, because no token has them.
+    cache       False processes the whole text again for every token, which is slow; the tests compare with it.
+    first_step  the number t of the first step: if a text that was interrupted after t tokens is continued with the
                 same seed, the random numbers are those of the uninterrupted text.
     on_logits   called with the logits (samples, vocab_size) of each step before its tokens are yielded.
 
@@ -226,8 +226,8 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 def complete(
     model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
-    """Continue `tokens` (ids). Returns the new ids of each sample, up to the id `stop` (such as end-of-text), or the
-    first of several, excluded.
+    """Continue `tokens` (ids). Returns the new ids of each sample, up to but not including the id `stop` (such as
+    end-of-text) or the first of several.
 
     sampling  see `generate`, which yields tokens as they are sampled.
     """
@@ -245,11 +245,11 @@ def complete(
 
 
 class TextPieces:
-    """Decodes the tokens of one sample incrementally, into pieces of text that will not change.
+    """Decodes the tokens of one sample incrementally into pieces of text that will not change.
 
-    The text ends at one of the ids `ends` or before a `stop` string. Of several stop strings the one that is complete
-    first counts, whatever the tokens' borders are. Bytes of an incomplete character, and text that may be the start of
-    a stop string, are held back until more tokens arrive.
+    The text ends at one of the ids `ends` or before a `stop` string: of several, the one that is complete first, no
+    matter how the text is divided into tokens. Bytes of an incomplete character, and text that may be the start of a
+    stop string, are held back until more tokens arrive.
 
     ended    whether the text has ended; further tokens must not be added.
     decoded  the number of characters in all tokens added, including those held back.
@@ -262,7 +262,7 @@ class TextPieces:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Add a token. Returns the text that it makes final."""
+        """Add a token. Returns the text that is now final."""
         self.ended = token in self._ends
         data = b"" if self.ended else self._tokenizer.decode_bytes([token])
         new = self._decoder.decode(data, final=self.ended)
@@ -285,7 +285,7 @@ class TextPieces:
         return bool(self._held or self._decoder.getstate()[0])
 
     def finish(self) -> str:
-        """The text that is held back, after the last token."""
+        """The text that is still held back after the last token."""
         return "" if self.ended else self._held + self._decoder.decode(b"", final=True)
 
 
@@ -316,13 +316,13 @@ def stream_text(
 
 
 def begin_id(model: LanguageModel, tokenizer: Tokenizer) -> int:
-    """The id with which a text without a prompt begins: the one in the model's config, else the tokenizer's."""
+    """The id with which a text without a prompt begins, from the model's config, or else from the tokenizer."""
     known = getattr(model.config, "begin_id", None)
     return tokenizer.begin if known is None else known
 
 
 def end_ids(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text: those in the model's config, else the tokenizer's."""
+    """The ids that end a text, from the model's config, or else from the tokenizer."""
     return getattr(model.config, "end_ids", ()) or tokenizer.end_ids
 
 
@@ -333,13 +333,13 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
 
 
 def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """Where the text ends: before the stop string that is complete first, read character by character; else None."""
+    """The start of the stop string that is complete first, reading character by character; None if there is none."""
     found = ((at + len(s), at) for s in stop if (at := text.find(s)) >= 0)
     return min(found, default=(0, None))[1]
 
 
 def _split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str]:
-    """(text that is final, end of the text that may be the start of a stop string)."""
+    """Split a text into its final part and an end that may be the start of a stop string."""
     for length in range(min(len(text), max(map(len, stop), default=0)), 0, -1):
         if any(s.startswith(text[-length:]) for s in stop):
             return text[:-length], text[-length:]

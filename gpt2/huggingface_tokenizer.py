@@ -1,9 +1,9 @@
-"""The tokenizer's files in a folder of the Hugging Face layout, and tokenization by `tokenizers`, which wrote them.
+"""The tokenizer files in a Hugging Face folder, and tokenization by the library `tokenizers`.
 
 tokenizer.json                        vocabulary, merges, added tokens, normalizer, pre-tokenizer, post-processor
 vocab.json, merges.txt                vocabulary and merges; OpenAI names them encoder.json and vocab.bpe
-tokenizer_config.json                 settings that take precedence, the names of special tokens, added tokens by id
-special_tokens_map.json               the names of special tokens
+tokenizer_config.json                 settings that take precedence, names of special tokens, added tokens by id
+special_tokens_map.json               names of special tokens
 added_tokens.json                     ids of added tokens
 generation_config.json, config.json   ids of the tokens that begin and end a text
 """
@@ -33,16 +33,16 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 TOKENIZER_BYTES = 64 << 20  # of tokenizer.json and vocab.json; those of 256,000 tokens have 33 MB
 MERGES_PER_TOKEN = 8  # several pairs may make the same token
-ID_LIMIT = 1 << 24  # of added tokens
+ID_LIMIT = 1 << 24  # upper bound for ids of added tokens
 INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
-GPT2_CLASSES = (  # of tokenizers that split text as GPT-2 does; without "Fast" in the name
+GPT2_CLASSES = (  # tokenizers that split text as GPT-2 does; without "Fast" in the name
     "GPT2Tokenizer",
     "CodeGenTokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-# Settings of tokenizer.json that change ids, with GPT-2's values (null, "" or 0 are allowed too for those not True).
+# Settings in tokenizer.json that change ids, with GPT-2's values. (Unless that is True, null, "" and 0 are valid too.)
 HF_SETTINGS = {
     "normalizer": None,
     "add_prefix_space": False,
@@ -59,7 +59,8 @@ MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token tha
 class AddedToken:
     """A token that is not the result of a merge: its text is one token where special tokens are recognized.
 
-    The other fields are those of `tokenizers`: whether it marks structure (special) or is a word, and how it matches.
+    The other fields are as in `tokenizers`: whether the token marks structure (special) or is a word, and how it is
+    matched.
     """
 
     content: str
@@ -73,13 +74,13 @@ class AddedToken:
 
 @dataclass
 class TokenizerFiles:
-    """The contents of the files of a folder.
+    """The contents of a folder's tokenizer files.
 
-    file       the one to name in errors: tokenizer.json, or vocab.json.
-    merges     each pair with its place in the file;  vocab  may be anything if the file is damaged.
+    file       the file to name in errors: tokenizer.json or vocab.json.
+    merges     each pair with its place in the file;  vocab  may have any type if the file is damaged.
         document   the contents of tokenizer.json, or None.
         config     the contents of tokenizer_config.json;  added  every added token.
-        begin_id, end_ids   of a text; None and () if no file has them.
+        begin_id, end_ids   the ids that begin and end a text; None and () if no file has them.
     """
 
     folder: Path
@@ -97,7 +98,7 @@ class TokenizerFiles:
         return ValueError(f"tokenizer {file or self.file}: {reason}; {ONLY_PLAIN}")
 
     def plain_ranks(self) -> dict[bytes, int]:
-        """The results of the merges and their ids, if this is byte-level BPE like GPT-2's, which tiktoken computes.
+        """The merged tokens and their ids, if this is byte-level BPE like GPT-2's, which tiktoken can compute.
 
         Raises ValueError naming the setting that changes the ids, or the error in a file.
         """
@@ -115,8 +116,8 @@ class TokenizerFiles:
         return _ranks(self.vocab, self.file, self.merges, self.merges_file, others)
 
     def check_prompts(self) -> None:
-        """Raise ValueError, naming the setting, if a prompt is more than its plain text and its added tokens, or if
-        these match more than their text."""
+        """Raise ValueError naming the setting, if tokens are put around a prompt, or if its added tokens match more
+        than their text."""
         for name in ("add_bos_token", "add_eos_token"):
             self._check_setting(name)
         for token in self.added:
@@ -144,8 +145,8 @@ class TokenizerFiles:
                 raise self.refuse(f"its {name} is {str(value)[:80]!r}")
 
     def library_document(self) -> JsonObject:
-        """The contents of a tokenizer.json with the settings of all files. Raises ValueError if the files do not
-        determine it."""
+        """The contents of a tokenizer.json that combines all files. Raises ValueError if the files do not determine
+        it."""
         document = dict(self.document) if self.document is not None else self._own_document()
         document |= {"truncation": None, "padding": None, "added_tokens": [asdict(token) for token in self.added]}
         if "add_prefix_space" in self.config:
@@ -209,8 +210,7 @@ class TokenizerFiles:
 
 
 def copied_files(folder: Path) -> list[tuple[Path, str]]:
-    """The files of a tokenizer in the folder, each with its name in the Hugging Face layout; empty if there are
-    none."""
+    """The tokenizer files in the folder, each with its name in the Hugging Face layout; empty if there are none."""
     if not is_tokenizer_folder(folder):
         return []
     pair = _pair_of_files(folder) or ()
@@ -220,7 +220,7 @@ def copied_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
-    """Whether the folder has the files of a tokenizer in the Hugging Face layout or under OpenAI's names."""
+    """Whether the folder has tokenizer files in the Hugging Face layout or under OpenAI's names."""
     return (folder / HF_TOKENIZER).is_file() or _pair_of_files(folder) is not None
 
 
@@ -241,7 +241,7 @@ def _pair_of_files(folder: Path) -> tuple[Path, Path] | None:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """The files in the folder `path`, or the file tokenizer.json and those beside it. Raises ValueError."""
+    """Read the files in the folder `path`, or those next to the file `path`, a tokenizer.json. Raises ValueError."""
     folder, alone = (path.parent, path) if path.is_file() else (path, path / HF_TOKENIZER)
     config = _read_object(folder / HF_CONFIG)
     document, places = None, _pair_of_files(folder)
@@ -289,7 +289,7 @@ def _read_document(file: Path) -> JsonObject:
 
 
 def _read_object(file: Path) -> JsonObject:
-    """The JSON object in a file; an empty one if there is no such file."""
+    """The JSON object in a file; an empty one if the file does not exist."""
     if not file.is_file():
         return {}
     try:
@@ -319,8 +319,8 @@ def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
 def _added_tokens(
     file: Path, folder: Path, document: JsonObject | None, config: JsonObject, vocab: Mapping[str, object]
 ) -> list[AddedToken]:
-    """Every added token, in order of the ids, from all files that list them. A special token without an id gets the
-    next free one, as in transformers."""
+    """All added tokens in order of their ids, from all files that list them. A special token without an id gets the
+    next free id, as in transformers."""
     found: dict[str, AddedToken] = {}
     texts: dict[int, str] = {}
     of_vocab = {i: token for token, i in _integers(vocab).items()}
@@ -372,7 +372,7 @@ FLAGS = ("special", *MATCHING, "normalized")
 
 
 def _special_tokens(config: JsonObject, special: JsonObject) -> Iterator[str | JsonObject]:
-    """The special tokens in the two files: bos_token and so on, and lists of further ones."""
+    """The special tokens in the two files: bos_token and so on, and lists of additional ones."""
     for values in (config, special):
         for key, value in values.items():
             if key.endswith("_token") and isinstance(value, str | dict):
@@ -394,14 +394,14 @@ def _named(config: JsonObject, folder: Path, key: str) -> str:
 
 
 def _begin_and_ends(folder: Path, config: JsonObject, ids: Mapping[str, int]) -> tuple[int | None, tuple[int, ...]]:
-    """The ids that begin and end a text: those of generation_config.json, else of config.json, else of the
+    """The ids that begin and end a text, from generation_config.json, or else from config.json, or else those of the
     special tokens bos_token and eos_token."""
     begin: int | None = None
     ends: tuple[int, ...] = ()
     for name in (GENERATION_FILE, MODEL_FILE):
         try:
             values = read_json(folder / name) if (folder / name).is_file() else {}
-        except ValueError:  # not a file of the tokenizer: reading the model reports the error
+        except ValueError:  # not a tokenizer file; reading the model reports the error
             values = {}
         if isinstance(values, dict):
             begin = begin if begin is not None else next(iter(as_ids(values.get("bos_token_id"))), None)
@@ -413,14 +413,14 @@ def _begin_and_ends(folder: Path, config: JsonObject, ids: Mapping[str, int]) ->
 
 
 def as_ids(value: object) -> tuple[int, ...]:
-    """The ids of a setting that is an id, a list of ids, or null."""
+    """The ids in a setting that is an id, a list of ids, or null."""
     listed = value if isinstance(value, list | tuple) else [value]
     return tuple(i for i in listed if type(i) is int and i >= 0)
 
 
 def byte_of() -> dict[str, int]:
-    """The byte that each character in vocab.json and merges.txt represents: printable bytes are the characters of the
-    same number, the others are U+0100, U+0101, ..."""
+    """The byte that each character in vocab.json and merges.txt represents: printable bytes are represented by the
+    character with the same number, the others by U+0100, U+0101, ..."""
     printable_bytes = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable_bytes]
     return {chr(byte): byte for byte in printable_bytes} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -433,11 +433,11 @@ def _is_text(value: object) -> bool:
 def _ranks(
     vocab: object, vocab_file: Path, merges: list[tuple[str, Any]], merges_file: Path, others: set[str]
 ) -> dict[bytes, int]:
-    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes, and merges, each with its place in
-    the file. `others` are the texts of tokens that are not the result of a merge.
+    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes, and the merges, each with its place
+    in the file. `others` are the texts of tokens that are not the result of a merge.
 
-    tiktoken merges the pair of lowest rank first. Raises ValueError if the merges are not in the order of the ids of
-    their results.
+    tiktoken merges the pair with the lowest rank first. Raises ValueError if the merges are not in the order of the
+    ids of their results.
     """
     bytes_of = byte_of()
     try:
@@ -466,7 +466,7 @@ def _ranks(
     return ranks
 
 
-# Tokenization by the library.
+# Tokenization by the library
 
 
 def library() -> ModuleType | None:
@@ -479,7 +479,7 @@ def library() -> ModuleType | None:
 
 
 def with_prefix_space(splitter: Any, wanted: bool) -> Any:
-    """A pre-tokenizer or normalizer, with or without a space before the first word."""
+    """A pre-tokenizer or normalizer that adds a space before the first word, or one that does not."""
     if not isinstance(splitter, dict):
         return splitter
     for key in ("pretokenizers", "normalizers"):
@@ -497,7 +497,7 @@ def with_prefix_space(splitter: Any, wanted: bool) -> Any:
 
 
 class LibraryEncoding:
-    """Text to ids by `tokenizers`, as described by the document, the contents of a tokenizer.json.
+    """Encoding by `tokenizers`. The document is the contents of a tokenizer.json.
 
     Raises ValueError, naming the file, if the library is not installed or cannot read the document, or gives an added
     token another id.
@@ -543,7 +543,7 @@ class LibraryEncoding:
             return tokenizers.Tokenizer.from_str(json.dumps({**self.document, **changes}))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library panics on some documents, which is not an Exception
+        except BaseException as error:  # a panic in the library is not an Exception
             raise ValueError(
                 f"tokenizer {self._file}: the package tokenizers cannot read it ({printable(str(error))})"
             ) from None
@@ -582,7 +582,7 @@ class LibraryEncoding:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether a text is the concatenation of the bytes of its tokens."""
+        """Whether the bytes of a text are the concatenated bytes of its tokens."""
         decoder = self.document.get("decoder") or {}
         return "ByteLevel" in [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))]
 
@@ -608,11 +608,11 @@ class LibraryEncoding:
         return found | {i: bytes.fromhex(digits) for i, digits in hexadecimal.items()}
 
     def identity(self) -> bytes:
-        """What determines the ids of plain text."""
+        """The bytes that determine the ids of plain text."""
         ignored = ("added_tokens", "post_processor", "decoder", "truncation", "padding", "version")
         return json.dumps({k: v for k, v in self.document.items() if k not in ignored}, sort_keys=True).encode()
 
     def without(self, ids: set[int]) -> LibraryEncoding:
-        """The same without some of the added tokens."""
+        """The same encoding without some of the added tokens."""
         kept = [token for token in self.document["added_tokens"] if token["id"] not in ids]
         return LibraryEncoding({**self.document, "added_tokens": kept}, self._file)

@@ -1,13 +1,13 @@
-"""Look inside a model: a page that shows what it computes for a text.
+"""Look inside a model: write a page that shows what it computes for a text.
 
-The page shows how surprising each token is and what the model expected instead, where each attention head looks and
-what it is for, what every layer would predict, and how the residual stream grows. It is one file and needs no network.
-Without --prompt the model first generates a text, and of a text longer than the model's context the end is taken.
+The page shows how surprising each token is and what the model expected instead, what each attention head attends to,
+what every layer would predict, and how the residual stream grows. It is a single file and needs no network. Without
+--prompt the model first generates a text. If the text is longer than the model's context, only its end is used.
 """
 
 from __future__ import annotations
 
-from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+from gpt2 import console  # first, so that Ctrl-C during the other imports exits silently
 
 # isort: split
 import argparse
@@ -27,7 +27,7 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2.checkpoint import JsonObject
 
 PAGE = "inspect.html"
-GENERATED = 100  # tokens, where neither a prompt nor a number is given
+GENERATED = 100  # number of tokens to generate if neither a prompt nor a number is given
 
 
 def command_line() -> Parser:
@@ -39,12 +39,12 @@ def command_line() -> Parser:
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"tokens that the model adds to the text first [default: 0; without a text {GENERATED}]",
+        help=f"number of tokens that the model adds to the text first [default: 0, or {GENERATED} without a text]",
     )
     group.add_argument(
         "-t", "--temperature", type=float, default=0.8, metavar="X", help="divides the logits; 0 is greedy"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random numbers")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed")
     group = parser.add_argument_group("model and device")
     group.add_argument(
         "--checkpoint", metavar="MODEL", help="a model, as in sample.py --help [default: checkpoint/, then out/]"
@@ -57,7 +57,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if there is no valid model or the page cannot be written, 2 for an invalid
+    """The command. Exit status: 0; 1 if there is no valid model or the page cannot be written; 2 for an invalid
     option."""
     parser = command_line()
     options = parser.parse_args(arguments)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
     if not options.prompt and options.max_tokens == 0:
-        parser.error("--prompt is empty and --max-tokens 0; there is no text to look at")
+        parser.error("--prompt is empty and --max-tokens is 0; there is no text to show")
     parser.check_output("--out", options.out)
     try:
         check_sampling(options.temperature, None, None)
@@ -82,7 +82,7 @@ def _inspect(options: argparse.Namespace) -> int:
     say = console.print_error
     folder = find_model(Path(options.checkpoint), say) if options.checkpoint else default_model(say)
     if folder is None:
-        raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or give --checkpoint")
+        raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or pass --checkpoint")
     model = GPT2.from_pretrained(folder, device=options.device)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     check_weights(model, str(folder))
@@ -97,13 +97,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> tuple[list[int], int, list[str]]:
-    """The tokens to look at, how many of them were given and not generated, and what is to be said of them."""
+    """The tokens to show, how many of them were given rather than generated, and notes about them."""
     tokens = tokenizer.encode_prompt((options.prompt or "").removeprefix("\ufeff")).tolist()
     given, context = len(tokens), model.config.n_positions
     more = options.max_tokens if options.max_tokens is not None else 0 if given else GENERATED
     if more:
         if not given:
-            console.print_error(f"there is no prompt: the model generates {more:,} tokens")
+            console.print_error(f"no prompt given; the model generates {more:,} tokens")
         start, ends = tokens or [begin_id(model, tokenizer)], end_ids(model, tokenizer)
         for (token,) in generate(
             model,
@@ -118,7 +118,7 @@ def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> t
                 break
             tokens.append(int(token))
     if not tokens:
-        raise ValueError("the model generated an empty text; give a --prompt, or another --seed")
+        raise ValueError("the model generated an empty text; pass a --prompt or another --seed")
     notes = []
     if len(tokens) > context:
         count = f"{len(tokens):,} tokens"

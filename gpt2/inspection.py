@@ -1,6 +1,6 @@
-"""What the inspector shows of a text: probabilities, attention and what each head does, words, the logit lens.
+"""The data of the inspector: probabilities, attention and what each head does, words, the logit lens.
 
-`inspect` returns all of it as JSON for the script pages/inspect.js, and `inspector_page` makes a page of that.
+`inspect` returns all of it as JSON for the script pages/inspect.js, and `inspector_page` builds a page from that.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tinygrad2 import Tensor, no_grad
 from tinygrad2.checkpoint import JsonObject
 
 CHOICES, NEIGHBOURS, WORDS = 10, 8, 6  # how many of each are shown
-EXACT = 128  # tokens; of a longer text only the strongest LINKS of each query, and an overview of GRID x GRID
+EXACT = 128  # tokens; for a longer text, only the strongest LINKS of each query, and an overview of GRID x GRID
 LINKS, GRID = 8, 64
-ROWS = 128  # positions whose logits are computed at a time
-BEAM, LONGEST = 12, 16  # words: hypotheses that are followed, and tokens of a word
-STANDS_OUT, ENOUGH = 0.2, 3  # from what score, and from how many queries on, a pattern describes a head
+ROWS = 128  # number of positions whose logits are computed at a time
+BEAM, LONGEST = 12, 16  # for words: the width of the beam search, and the maximum number of tokens
+STANDS_OUT, ENOUGH = 0.2, 3  # the minimum score and number of queries for a pattern to describe a head
 
-# What a head may do, in the order in which equal scores are decided: name, and what it looks at.
+# What a head may do: its name, and what it attends to. Of equal scores, the first pattern wins.
 PATTERNS = {
     "previous": ("previous token", "the token just before"),
-    "first": ("first token", "the first token of the text; heads often rest there when they have nothing to add"),
+    "first": ("first token", "the first token of the text; heads often attend to it when they have nothing to add"),
     "word": ("start of the word", "where the current word began: the space before it, or its first token"),
     "same": ("same token earlier", "earlier occurrences of the same token"),
     "induction": (
@@ -56,12 +56,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def in_chunks(length: int) -> Iterator[slice]:
-    """Slices of at most ROWS that together are range(length): an array (T, V) is large."""
+    """Slices of at most ROWS positions that cover range(length), since an array (T, V) is large."""
     return (slice(first, min(first + ROWS, length)) for first in range(0, length, ROWS))
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the `count` largest values of each row, in descending order of the values."""
+    """The indices of the `count` largest values in each row, in descending order of the values."""
     count = min(count, values.shape[-1])
     found = np.argpartition(-values, count - 1, axis=-1)[..., :count]
     order = np.argsort(-np.take_along_axis(values, found, -1), axis=-1, kind="stable")
@@ -69,8 +69,8 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def predictions(trace: Trace) -> JsonObject:
-    """For each token its surprise, -log2 of its probability, and its rank among all; and after each position the most
-    probable next tokens with their probabilities. Nothing predicts the first token."""
+    """For each token its surprise, -log2 of its probability, and its rank; and for each position the most probable next
+    tokens with their probabilities. The first token has no prediction."""
     surprise: list[float | None] = [None]
     rank: list[int | None] = [None]
     ids, p = [], []
@@ -82,7 +82,7 @@ def predictions(trace: Trace) -> JsonObject:
         following = trace.tokens[rows.start + 1 : rows.stop + 1]
         actual = probability[np.arange(len(following)), following]
         with np.errstate(divide="ignore"):
-            bits = np.minimum(-np.log2(actual), 1074)  # (a probability below the least of float64 is 0)
+            bits = np.minimum(-np.log2(actual), 1074)  # a probability below the smallest float64 is 0
         surprise += [float(f"{value:.6g}") for value in bits]
         rank += (1 + (probability[: len(following)] > actual[:, None]).sum(axis=-1)).tolist()
     return {
@@ -93,8 +93,8 @@ def predictions(trace: Trace) -> JsonObject:
 
 
 def lens(model: GPT2, trace: Trace) -> JsonObject:
-    """The logit lens: the most probable next token and its probability, if the model ended before each layer, and after
-    the last: the final LayerNorm and the output layer applied to the residual stream. Both (L + 1, T)."""
+    """The logit lens: the most probable next token and its probability if the model ended before each layer, and after
+    the last; the final LayerNorm and the output layer are applied to the residual stream. Both (L + 1, T)."""
     streams = [layer.stream for layer in trace.layers] + [trace.stream]
     ids = np.empty((len(streams), len(trace.tokens)), dtype=np.int32)
     p = np.empty(ids.shape, dtype=np.float32)
@@ -118,9 +118,9 @@ def lens(model: GPT2, trace: Trace) -> JsonObject:
 
 
 def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarray]:
-    """For each of PATTERNS, which keys a query looks at if its head follows it: (query, key), booleans.
+    """For each of PATTERNS, the keys that a query attends to under this pattern: (query, key), booleans.
 
-    begins_word  (T,), whether a token begins with what is not part of a word, as a space.
+    begins_word  (T,), whether a token begins with a character that is not part of a word, such as a space.
     """
     T = len(tokens)
     query, key = np.arange(T)[:, None], np.arange(T)[None]
@@ -143,11 +143,11 @@ def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarra
 def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np.ndarray) -> list[JsonObject]:
     """What each head of a layer does: weights (H, T, T), the keys of each pattern (T, T), and the ids (T,).
 
-    For each pattern [share, even, queries]: the part of a query's attention that goes to its keys, the part that would
-    if attention were spread evenly, both as means over the queries that have such keys, and how many these are.
-    kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS where none stands out.
-    spread  over how many tokens attention is spread: 2 to the power of its entropy in bits, as a mean over the queries.
-    most    [id, share, even]: of all the ids in the text, the one whose share exceeds the even one by most.
+    For each pattern [share, even, queries]: the share of attention on its keys, the share under uniform attention (both
+    are means over the queries that have such keys), and the number of these queries.
+    kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS if none is high enough.
+    spread  the number of tokens that attention is spread over: 2^(entropy in bits), averaged over the queries.
+    most    [id, share, even]: the id in the text whose share exceeds its uniform share by the largest amount.
     """
     T = weights.shape[-1]
     seen = np.arange(1, T + 1)
@@ -176,7 +176,7 @@ def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np
 
 
 def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
-    """The weights of every head, and in each layer after the last head their mean; and what each head does."""
+    """The weights of every head, followed in each layer by their mean; and what each head does."""
     T = len(trace.tokens)
     heads, parts = [], []
     for layer in trace.layers:
@@ -199,9 +199,9 @@ def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
 
 
 def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of weights (H, T, T): the keys of the LINKS largest of each query and their weights, (H, T, LINKS), and an
-    overview (H, GRID, GRID): queries and keys in GRID groups, the part of the attention of a group of queries that goes
-    to a group of keys. Weights are in units of 1/255."""
+    """From weights (H, T, T): the keys and values of the LINKS largest weights of each query, (H, T, LINKS), and an
+    overview (H, GRID, GRID): the share of attention from each group of queries to each group of keys. Weights are in
+    units of 1/255."""
     T = weights.shape[-1]
     keys = largest(weights, LINKS)
     links = np.take_along_axis(weights, keys, -1)
@@ -220,8 +220,8 @@ def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 class Vocabulary:
     """The tokens of a model as text, and which of them form words.
 
-    tokenizer  of the model.
-    size       the number of the model's ids, which may be more than the tokenizer has.
+    tokenizer  the model's tokenizer.
+    size       the number of ids in the model, which may be more than in the tokenizer.
     """
 
     tokenizer: Tokenizer
@@ -229,14 +229,14 @@ class Vocabulary:
 
     @cached_property
     def special(self) -> dict[int, str]:
-        """The added tokens, such as the one that ends a text, by id."""
+        """The added tokens by id, such as end-of-text."""
         return {token.id: token.content for token in self.tokenizer.added}
 
     def token(self, i: int) -> bytes:
         return self.tokenizer.tokens.get(i, b"")
 
     def label(self, i: int) -> str:
-        """A token as it is shown: line ends and tabs as symbols, invisible characters and parts of a character as
+        """A token as it is displayed: newlines and tabs as symbols, invisible characters and parts of a character as
         escape sequences."""
         if i in self.special:
             return visible(self.special[i])
@@ -251,23 +251,23 @@ class Vocabulary:
 
     @cached_property
     def begins_word(self) -> np.ndarray:
-        """(size,) whether a token ends the word before it: a space, punctuation, an added token."""
+        """(size,) whether a token ends the preceding word: a space, punctuation, an added token."""
         return np.array([i in self.special or not _in_word(self.token(i)[:1]) for i in range(self.size)])
 
     @cached_property
     def ends_in_word(self) -> np.ndarray:
-        """(size,) whether the last character of a token is part of a word, which the next token may continue."""
+        """(size,) whether a token ends within a word, which the next token may continue."""
         return np.array([i not in self.special and _in_word(self.token(i)[-1:]) for i in range(self.size)])
 
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
-        """(T,) whether a word, or what is between two words, begins at a token."""
+        """(T,) whether a word, or the text between two words, begins at a token."""
         after_word = np.concatenate(([False], self.ends_in_word[tokens[:-1]]))
         starts = self.begins_word[tokens] | ~after_word
         starts[:1] = True
         return starts
 
     def words(self, tokens: np.ndarray) -> list[slice]:
-        """The words that consist of several tokens, except for one that begins the text: nothing predicts its start."""
+        """The words that consist of several tokens, except at the start of the text, where there is no prediction."""
         starts = np.flatnonzero(self.word_starts(tokens))
         ends = np.append(starts[1:], len(tokens))
         return [
@@ -282,14 +282,14 @@ def _in_word(byte: bytes) -> bool:
 
 
 def expected_words(model: GPT2, vocabulary: Vocabulary, trace: Trace) -> JsonObject:
-    """What the model expected where a word of the text has several tokens: by the position of its first token
+    """What the model expected in place of each word that has several tokens, by the position of its first token:
 
     end     the position after its last token.
     begins  the probability that any word begins there.
-    p       that of the word itself: the product of the probabilities of its tokens and of ending there.
+    p       the probability of the word: the product of the probabilities of its tokens and of the word ending there.
     words   [word, probability] of the most probable words that a beam search finds.
 
-    Nothing for a text of more than EXACT tokens.
+    Empty for a text of more than EXACT tokens.
     """
     words = vocabulary.words(trace.tokens) if len(trace.tokens) <= EXACT else []
     if not words:
@@ -320,7 +320,7 @@ def beam_search(
 ) -> list[tuple[float, list[int]]]:
     """The most probable words at a position, each with its probability: [(p, tokens)], in descending order of p.
 
-    read   keys and values of the text.   start  the position.   first  probabilities (V,) of the first token.
+    read   keys and values of the text.   start  the position.   first  the probabilities (V,) of the first token.
     """
     room = min(start + LONGEST, model.config.n_positions) - start
     cache = KVCache(model, 1, start + room)
@@ -351,7 +351,7 @@ def beam_search(
 
 
 def neighbours(model: GPT2, vocabulary: Vocabulary, tokens: np.ndarray) -> dict[str, list[list[float]]]:
-    """For each token of the text [id, cosine] of those whose embeddings point most nearly in the same direction."""
+    """For each token of the text, [id, cosine] of the tokens with the most similar embeddings."""
     table = model.wte.weight.numpy().astype(np.float32)[: vocabulary.tokenizer.vocab_size]
     table = table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
     ids = np.unique(tokens)
@@ -370,12 +370,12 @@ def neighbours(model: GPT2, vocabulary: Vocabulary, tokens: np.ndarray) -> dict[
 
 
 def inspect(model: GPT2, tokenizer: Tokenizer, tokens: Sequence[int], prompt: int, name: str) -> JsonObject:
-    """What the page shows of a text: everything that its script, pages/inspect.js, is given as JSON.
+    """The contents of the page for a text: the JSON that its script, pages/inspect.js, reads.
 
     tokens  the ids, at most as many as the model's context.
     prompt  how many of them were given; the model generated the others.
-    name    of the model.
-    Raises ValueError where a result is not finite, naming the first.
+    name    the name of the model.
+    Raises ValueError if a result is not finite, naming the first.
     """
     trace = model.trace(tokens)
     check_activations(trace)
@@ -428,37 +428,37 @@ def packed(values: np.ndarray, dtype: str) -> JsonObject:
 
 
 def unpacked(data: JsonObject) -> np.ndarray:
-    """The array of `packed`."""
+    """The inverse of `packed`."""
     dtype = np.dtype(data["dtype"]).newbyteorder("<")
     return np.frombuffer(base64.b64decode(data["base64"]), dtype).reshape(data["shape"])
 
 
 def check_weights(model: GPT2, name: str) -> None:
-    """Raise ValueError, naming the tensor, where a parameter has values that are not finite."""
+    """Raise ValueError naming the tensor, if a parameter has values that are not finite."""
     for tensor, parameter in model.named_parameters():
         values = parameter.numpy()
         bad = int(values.size - np.isfinite(values).sum())
         if bad:
             raise ValueError(
-                f"{name}: {bad:,} of {values.size:,} values of tensor {tensor} are not finite numbers; the model is "
-                f"damaged: convert or train it again"
+                f"{name}: {bad:,} of {values.size:,} values of tensor {tensor} are not finite; the model is "
+                f"damaged; convert or train it again"
             )
 
 
 def check_activations(trace: Trace) -> None:
-    """Raise ValueError, naming what was computed, at the first result that is not finite."""
+    """Raise ValueError naming the first result that is not finite."""
     for i, layer in enumerate(trace.layers, 1):
         for name, values in (("attention", layer.attention), ("MLP", layer.mlp)):
             if values is not None and not np.isfinite(values).all():
                 raise ValueError(
-                    f"the {name} of layer {i} gives values that are not finite numbers; the model's weights are damaged"
+                    f"the {name} of layer {i} has values that are not finite; the model's weights are damaged"
                 )
     if not np.isfinite(trace.logits).all():
         raise ValueError(NOT_FINITE.replace("generate", "inspect"))
 
 
 def inspector_page(data: JsonObject) -> str:
-    """The page of a text, from the data of `inspect`."""
+    """The page for a text, from the data that `inspect` returns."""
     shortened = data["text"][:60].replace("\n", " ")
     script = resource("inspect.js") + resource("inspect_page.js")
     return page(f"Inside the model: {shortened}", resource("inspect.html"), resource("inspect.css"), script, data)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command imports its modules, and after its main function: it ends silently, with status 130.
+"""Handling of Ctrl-C while a command imports its modules, and after its main function: exit silently, with status 130.
 
 Otherwise KeyboardInterrupt could be raised anywhere within an import, which may turn it into another error, and Python
 would print a traceback. The package imports this module first, before NumPy and the rest. During the main function
@@ -21,7 +21,7 @@ def exit_silently(number: int, frame: object) -> None:
 
 
 def exit_silently_on_ctrl_c() -> None:
-    """From now on Ctrl-C ends this process, unless it is ignored (as in a shell's background jobs) or handled."""
+    """From now on Ctrl-C exits silently, unless it is ignored (as in a shell's background jobs) or handled."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_silently)
 

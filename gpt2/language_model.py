@@ -1,4 +1,4 @@
-"""The interface that generation, evaluation and training require of a model, whatever its architecture."""
+"""The interface of a model that generation, evaluation and training require, for any architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelConfig(Protocol):
     """The sizes of a language model.
 
     vocab_size   the number of token ids.
-    n_positions  the context: the largest number of tokens in a sequence.
+    n_positions  the context: the maximum number of tokens in a sequence.
     """
 
     @property
@@ -30,7 +30,7 @@ class ModelConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def summary(self) -> str:
-        """The sizes in words, such as "4 layers, 4 heads, embedding size 128, context 64"."""
+        """The sizes as text, such as "4 layers, 4 heads, embedding size 128, context 64"."""
 
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations per token in training, in sequences of block_size tokens."""
@@ -39,7 +39,7 @@ class ModelConfig(Protocol):
 class Cache(Protocol):
     """Keys and values of the tokens processed so far (see generate.KVCache).
 
-    layers  one array per layer;  length  the number of positions filled.
+    layers  one array per layer;  length  the number of positions in use.
     """
 
     layers: list[Array]
@@ -49,11 +49,11 @@ class Cache(Protocol):
 class LanguageModel(Protocol):
     """A causal language model: token ids (B, T) -> features (B, T, C) -> logits (B, T, V) of each next token.
 
-    It is a tinygrad2.nn.Module, which provides the methods on parameters.
+    It is a tinygrad2.nn.Module, which provides the methods for parameters.
 
-    config     its sizes.
-    backend    of its parameters, which computes the model.
-    precision  what it computes in.
+    config     the sizes.
+    backend    the backend of the parameters, which computes the model.
+    precision  the dtypes of parameters and activations.
     """
 
     @property
@@ -66,7 +66,7 @@ class LanguageModel(Protocol):
     def features(self, tokens: ArrayLike, key: Key | None = None, cache: Cache | None = None) -> Tensor:
         """The input of the output layer: tokens (B, T) -> (B, T, C).
 
-        key    of the dropout masks; None for no dropout.
+        key    the key of the dropout masks; None for no dropout.
         cache  keys and values of the preceding tokens; those of `tokens` are appended.
         """
 

@@ -1,8 +1,8 @@
-"""The memory of a training step before it runs, by use: what each rank allocates.
+"""An estimate of the memory that each rank allocates in a training step, by use.
 
 Symbols: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers, P parameters.
-An array is (N, C) where nothing else is said; that of queries, keys and values is three times as wide, those inside an
-MLP four times. The counts of arrays follow from the order of operations in model.py and from what ops.py saves.
+Arrays are (N, C) unless noted; the array of queries, keys and values is three times as wide, and those inside an MLP
+four times. The numbers of arrays follow from the order of operations in model.py and from what ops.py saves.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tinygrad2.precision import FLOAT32, Precision
 
 GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds larger arrays up to a multiple
 CHUNK = 64  # rows that kernels/cpu.py adds into one partial sum of a parameter's gradient
-BUCKET = 1 << 22  # elements that ranks sum at a time, and Muon's momentum is computed for (params.py)
-RECEIVED = 16 << 20  # bytes that a rank receives at a time in a sum on the host (distributed.py)
+BUCKET = 1 << 22  # elements that are summed over ranks at a time, and for which Muon's momentum is computed (params.py)
+RECEIVED = 16 << 20  # bytes that a rank receives at a time when sums are computed on the host (distributed.py)
 WORKSPACE = 32 << 20  # bytes for cublasLt (kernels/gemm.py)
 QUERY_ROWS = 128  # rows of scores at a time in attention
-# Python with NumPy and the compiled kernels, as measured; a CUDA context with cublasLt, and NCCL: estimates.
+# Python with NumPy and the compiled kernels, measured; a CUDA context with cublasLt, and NCCL, estimated.
 LIBRARIES, CONTEXT, NCCL = 190_000_000, 600_000_000, 400_000_000
 ALIGNED = 64  # on a GPU the rows of the output layer's matrix are padded to a multiple of this
 
@@ -30,8 +30,8 @@ class Step:
 
     batch_size, block_size  B and T of a micro-step.
     optimizer               "adamw", "muon" or "sgd" with momentum.
-    ranks, zero             the number of ranks; whether they share the optimizer's state (ZeRO stage 1).
-    cuda                    on a GPU; else on the CPU with this number of threads.
+    ranks, zero             the number of ranks; whether they share the optimizer state (ZeRO stage 1).
+    cuda                    whether it runs on a GPU, rather than on the CPU with this number of threads.
     """
 
     config: GPT2Config
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def hidden(self) -> int:
-        """The elements of the matrices of all blocks."""
+        """The number of elements in the matrices of all blocks."""
         return 12 * self.config.n_layer * self.config.n_embd**2
 
     @property
@@ -62,7 +62,7 @@ class Step:
 
 
 def step_memory(step: Step) -> dict[str, int]:
-    """Bytes of a step on one rank, by use; their sum is the largest amount at any time."""
+    """Bytes per rank, by use; their sum is the peak."""
     return {
         **state(step),
         "activations": activations(step),
@@ -76,7 +76,7 @@ def state(step: Step) -> dict[str, int]:
     """Weights (with the copies that layers of another type read), gradients, and the optimizer's moments.
 
     AdamW has 2 moments per parameter, SGD 1, Muon 1 per element of a hidden layer's matrix and 2 of other parameters.
-    With ZeRO stage 1 (arXiv:1910.02054) every rank has a part of them.
+    With ZeRO stage 1 (arXiv:1910.02054) each rank stores a part of them.
     """
     P, types = step.config.n_parameters, step.precision
     copies = types.activation_bytes if types.copies else 0
@@ -94,9 +94,9 @@ def activations(step: Step) -> int:
     A block saves 16 arrays: 5 of width C (two sums of the residual stream, their normalizations, attention's result),
     q k v, and 4 + 4 in the MLP; with recompute="block" it saves 2, its inputs, and the 16 exist for one block.
 
-    On the CPU a pool keeps blocks of memory by size (tinygrad2/memory.py), so the largest number of arrays of each
-    width counts, whenever it is reached. On a GPU, CuPy's pool divides blocks, so the largest sum at any one time
-    counts: in the backward pass of the last block's MLP, or, if that is more, of the output layer.
+    On the CPU a pool keeps blocks of memory by size (tinygrad2/memory.py), so the maximum number of arrays of each
+    width counts, at whatever time it is reached. On a GPU, CuPy's pool divides blocks, so the maximum sum at any time
+    counts: in the backward pass of the last block's MLP or of the output layer, whichever is larger.
     """
     L, s = step.config.n_layer, step.precision.activation_bytes
     block, dropped = step.recompute == "block", int(step.dropout)
@@ -138,13 +138,13 @@ def _chunks(step: Step) -> int:
 
 
 def buffers(step: Step) -> int:
-    """Bytes of temporary arrays: those of kernels, of the optimizer, and of the communication through host memory."""
+    """Bytes of temporary arrays in kernels, the optimizer, and communication through host memory."""
     total = _cuda_buffers(step) if step.cuda else _cpu_buffers(step)
     if step.ranks > 1 and not step.cuda:
         total += RECEIVED
     if (
         step.optimizer == "muon"
-    ):  # all orthogonalized matrices; a bucket's momentum twice; 4 copies of a matrix a thread
+    ):  # all orthogonalized matrices; a bucket's momentum twice; 4 copies of a matrix per thread
         C = step.config.n_embd
         bucket = min(step.config.n_parameters, max(BUCKET, 4 * C * C))
         threads = 1 if step.cuda else step.threads
@@ -154,10 +154,10 @@ def buffers(step: Step) -> int:
 
 
 def _cpu_buffers(step: Step) -> int:
-    """Two blocks of scores per thread, and partial sums of gradients: of 2 vectors of width C, of 3 C and of 4 C.
+    """Two blocks of scores per thread, and partial gradient sums: two vectors of width C, one of 3 C and one of 4 C.
 
-    In bfloat16 (with oneDNN; without it, float32 copies of a product's matrices are not counted) also two arrays in
-    float32 of the features of a chunk of logits.
+    In bfloat16 (with oneDNN; without it, float32 copies of a product's matrices are not counted) also two float32
+    arrays with the features of a chunk of logits.
     """
     T, C, s = step.block_size, step.config.n_embd, max(4, step.precision.activation_bytes)
     scores = 2 * step.threads * min(T, QUERY_ROWS if T >= 512 else QUERY_ROWS // 2) * T * s
@@ -166,7 +166,7 @@ def _cpu_buffers(step: Step) -> int:
 
 
 def _cuda_buffers(step: Step) -> int:
-    """cublasLt's workspace, the padded copy of the output layer's matrix, and, where reference.py computes attention
+    """cublasLt's workspace, the padded copy of the output layer's matrix, and, if reference.py computes attention
     (not bfloat16), 4 blocks of scores of all heads."""
     config, types = step.config, step.precision
     padded = math.ceil(config.vocab_size / ALIGNED) * ALIGNED * config.n_embd * types.activation_bytes
@@ -182,7 +182,7 @@ def pooled(nbytes: int) -> int:
 
 
 def needed(step: Step) -> int:
-    """The bytes of a step on one rank."""
+    """The bytes needed for a step on one rank."""
     return sum(step_memory(step).values())
 
 

@@ -22,7 +22,7 @@ from tinygrad2.backend import Backend, get_backend
 from tinygrad2.precision import BFLOAT16, BFLOAT16_WEIGHTS, Precision, PrecisionLike
 from tinygrad2.random import INIT_STEP
 
-SITES_PER_BLOCK = 3  # of dropout in a block: on attention's weights, on its result, and on the MLP's
+SITES_PER_BLOCK = 3  # dropout sites: the attention weights, the output of attention, the output of the MLP
 
 
 class _Placement(TypedDict):
@@ -50,7 +50,7 @@ class _Init:
 class Attention(nn.Module):
     """Causal multi-head self-attention: one linear layer computes queries, keys and values, another mixes the heads.
 
-    past  the layer's part of a key-value cache, (2, B, H, capacity, D), and the number of positions filled.
+    past  this layer's key-value cache, (2, B, H, capacity, D), and the number of positions in use.
     """
 
     def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between them. GELU's kernel adds the bias of the first."""
+    """Two linear layers with GELU between them. The GELU kernel adds the bias of the first."""
 
     def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
         self.config, self.precision = config, placement["precision"]
@@ -110,10 +110,10 @@ class GPT2(nn.Module):
     """GPT-2: token and position embeddings, pre-LayerNorm blocks, a final LayerNorm, and the output layer tied to the
     token embedding.
 
-    config  sizes and dropout rates.
-    seed    of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual stream
-            scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
-    device  of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
+    config  the sizes and dropout rates.
+    seed    the seed of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual
+            stream scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
+    device  where the parameters are: "cpu", "cuda", or "auto" (a GPU if there is one).
     dtype   the precision, or its name: "float32" for training, "float64" for checks, "bfloat16" (activations, and
             copies of the weights; the parameters themselves, their gradients and all sums stay float32), on a GPU also
             "tf32" (float32, with faster and less precise matrix products), and on a CPU also "bfloat16_weights"
@@ -160,7 +160,7 @@ class GPT2(nn.Module):
     def features(self, tokens: ArrayLike, key: Key | None = None, cache: Cache | None = None) -> Tensor:
         """The activations after the final LayerNorm: tokens (B, T) -> (B, T, C).
 
-        key    of the dropout masks; None for no dropout.
+        key    the key of the dropout masks; None for no dropout.
         cache  keys and values of the preceding tokens; those of `tokens` are appended.
         """
         shape = tokens.shape if hasattr(tokens, "shape") else self.backend.asarray(tokens).shape
@@ -200,7 +200,7 @@ class GPT2(nn.Module):
     def loss(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None) -> Tensor:
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar.
 
-        key  of the dropout masks of this batch; None for no dropout, as in evaluation.
+        key  the key of this batch's dropout masks; None for no dropout, as in evaluation.
         """
         x, tf32 = self.features(tokens, key), self.precision.tf32
         return ops.lm_head(x, self.wte.weight, targets, self.head_rows, tf32)
@@ -211,7 +211,7 @@ class GPT2(nn.Module):
         return [(2, batch, c.n_head, capacity, c.head_size)] * c.n_layer
 
     def hidden_matrices(self) -> dict[str, int]:
-        """The names of the matrices of the blocks; queries, keys and values are three matrices in one."""
+        """The names of the blocks' matrices, and how many each contains: 3 for queries, keys and values, else 1."""
         return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
@@ -224,8 +224,8 @@ class GPT2(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
-        """The model in a folder of the Hugging Face layout (config.json and model.safetensors), or in any other file or
-        folder that gpt2.formats reads. With bfloat16 on the CPU, it can generate but not train: see `to_generate`.
+        """Load a model from a folder in the Hugging Face layout (config.json and model.safetensors), or from any other
+        file or folder that gpt2.formats reads. With bfloat16 on a CPU it can generate but not train; see `to_generate`.
 
         Raises ValueError if a tensor is missing, unexpected, or of another shape, and FileNotFoundError if a file is
         missing. The message names it.

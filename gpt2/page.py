@@ -1,7 +1,7 @@
-"""A page in one HTML file, with its style, script and data, which needs no server, network or library.
+"""A page in one HTML file with its style, script and data. It needs no server, network or library.
 
-A Content-Security-Policy with the hashes of the page's own style and script forbids everything else, so that no text in
-it can ever be executed.
+A Content-Security-Policy allows only the page's own style and script, by their hashes, so no text in the page can be
+executed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def page(
     refresh: int | None = None,
     live: bool = False,
 ) -> str:
-    """A whole HTML document.
+    """A complete HTML document.
 
     title    plain text.
-    body     markup, in which every text from elsewhere is escaped.
-    style    CSS, after the colours, fonts and tables of pages/page.css.
-    data     what the script finds as JSON in the element #data.
-    refresh  seconds after which the browser loads the page again; None for never.
-    live     the page is sent by gpt2.serve, and its script may send requests there.
+    body     markup, in which all external text is escaped.
+    style    CSS, added after pages/page.css (colours, fonts and tables).
+    data     the contents of the element #data, as JSON, for the script.
+    refresh  seconds after which the browser reloads the page; None for never.
+    live     whether the page is served by gpt2.serve, so that its script may send requests to the server.
     """
     style = resource("page.css") + style
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
@@ -64,17 +64,17 @@ def page(
 
 
 def data_block(data: JsonObject) -> str:
-    """The element #data with `data` as JSON, which is not executed and cannot end early: it has no "<"."""
+    """The element #data with `data` as JSON. It is not executed, and contains no "<" that could end it early."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="data">{text}</script>'
 
 
 def write(text: str, file: Path) -> None:
-    """Write a page atomically: a reader sees the old or the new content."""
+    """Write a page atomically: a reader sees either the old or the new content."""
     with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD in place of each control character, which could change the page."""
+    """The text with control characters, which could change the page, replaced by U+FFFD."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

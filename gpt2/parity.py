@@ -6,7 +6,7 @@ The results are named arrays, in the order of computation:
     activation.NAME    the residual stream (B, T, C): after the embedding (`embedding`), after attention and after the
                        MLP of each layer (`h.0.attn`, `h.0.mlp`), and after the last LayerNorm (`ln_f`)
     logits, loss       (B, T, V), and the mean cross-entropy
-    gradient.NAME      of each parameter, in the order in which the backward pass completes them
+    gradient.NAME      the gradient of each parameter, in the order in which the backward pass completes them
     text               the greedy continuation of half a row of tokens, as ids
 """
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens per sequence, tokens generated; fewer if the context is shorter
+BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens per sequence, new tokens; fewer if the context is shorter
 
 # The largest error that rounding can explain, by dtype. For activations, logits and the loss it is relative to the
-# largest value. For gradients it is |a - b| / |b| over the whole tensor: element by element it would be meaningless
-# where the true gradient is zero. (A constant added to every key shifts all scores of a row equally, so the gradient of
-# the key bias is rounding noise.)
+# largest value. For gradients it is |a - b| / |b| over the whole tensor, since an elementwise error would be
+# meaningless where the true gradient is zero. (A constant added to every key shifts all scores of a row equally, so the
+# gradient of the key bias is rounding noise.)
 BOUNDS = {
     "float32": {"activation": 2e-5, "logits": 2e-5, "loss": 1e-5, "gradient": 1e-4},
     "float64": {"activation": 1e-12, "logits": 1e-12, "loss": 1e-12, "gradient": 1e-11},
@@ -61,7 +61,7 @@ def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str 
     """A model in which every parameter affects the results: random gains and biases, matrices that preserve the size of
     the activations, and queries and keys so large that attention is far from uniform.
 
-    The weights are scaled uniform numbers. Normal ones are computed with a logarithm, whose last bit may differ between
+    The weights are scaled uniform random numbers. Normal ones require a logarithm, whose last bit may differ between
     machines.
     """
     model = GPT2(config, seed=None, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ def random_tokens(config: GPT2Config, seed: int) -> np.ndarray:
 
 
 def _prompt(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, int]:
-    """The prompt's ids, and the number of tokens to generate; the last of which is never an input."""
+    """The prompt's ids, and the number of tokens to generate; the last of them is never an input."""
     prompt = tokens[0, : max(1, (tokens.shape[1] - 1) // 2)]
     return prompt, min(NEW, n_positions - len(prompt) + 1)
 
@@ -99,7 +99,7 @@ def fingerprint(model: GPT2) -> str:
 
 
 def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The activations of this engine's model: calls its blocks one after the other, as `features` does."""
+    """The activations of this engine's model. Calls its blocks in order, as `features` does."""
     with no_grad():
         x = ops.embedding(tokens, model.wte.weight, model.wpe.weight)
         found, delta = {"embedding": x.numpy()}, None
@@ -111,9 +111,9 @@ def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]
 
 
 def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Row], bool]:
-    """A row for each result except the text, in the order of computation, and whether the text is the same.
+    """Returns a row for each result except the text, in the order of computation, and whether the text is the same.
 
-    expected  returns a result of `torch_results` for the same weights, by name.
+    expected  returns the result of `torch_results` with this name, for the same weights.
     Raises ValueError if its shapes differ from the model's.
     """
     bounds = BOUNDS[model.precision.parameters]
@@ -156,8 +156,8 @@ def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"{error.name} is not installed: {install_command('parity')}, or compare --against FILE, which "
-            f"--record FILE writes on a machine that has it"
+            f"{error.name} is not installed; use {install_command('parity')}, or --against FILE with a file that "
+            f"--record FILE has written on a machine where it is installed"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -168,7 +168,7 @@ def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
 
 
 def torch_versions() -> str:
-    """The names and versions of the libraries that compute the reference."""
+    """The names and versions of the reference libraries."""
     import torch
     import transformers
 

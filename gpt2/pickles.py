@@ -1,4 +1,4 @@
-"""Pickles read without Python's unpickler, which can be made to call any function. Nothing in a file is executed.
+"""A pickle reader that executes nothing. (A file can make Python's unpickler call any function.)
 
 A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, text and numbers.
 A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
@@ -22,11 +22,12 @@ PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has
 OPCODE_LIMIT = 1 << 18  # opcodes of a pickle; GPT-2 XL's, with its optimizer, has less than 100,000
 OBJECT_LIMIT = 1 << 20  # objects in the result, each counted as often as it occurs
 DEPTH_LIMIT = 100  # containers within containers
-KEY_LIMIT = 1 << 31  # bound on integers that are keys: larger ones can be chosen to have equal hashes
+KEY_LIMIT = 1 << 31  # upper bound for integer keys: larger ones can be chosen to have equal hashes
 
 
 class Meanings:
-    """What a program's names, calls, attributes and references to stored objects mean. Here, every one is an error."""
+    """Defines the meaning of a program's names, calls, attributes and references to stored objects. Here, all of them
+    are errors."""
 
     def name(self, text: str) -> object:
         """The object that stands for a name, such as `collections.OrderedDict`."""
@@ -38,7 +39,7 @@ class Meanings:
 
     def stored(self, identity: object) -> object:
         """The object with a persistent id."""
-        raise ValueError("its pickle refers to an object outside of it; expected plain data")
+        raise ValueError("its pickle refers to an object outside the pickle; expected plain data")
 
     def build(self, target: object, state: object) -> None:
         """Set an object's attributes."""

@@ -1,7 +1,7 @@
 """Memory and time of a training run before it starts: `python -m gpt2.plan --preset gpt2 --device h200 --ranks 8`.
 
-The memory is computed by memory_model.py, the time by cost_model.py: for a GPU from its data sheet, for this machine's
-CPU from rates that are measured in a second or two. Options are those of train.py, with the same defaults.
+memory_model.py computes the memory, and cost_model.py the time: for a GPU from its data sheet, for this machine's CPU
+from rates measured in a second or two. Options are those of train.py, with the same defaults.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ GROUPS = {
     "sets of options": ("recipe",),
 }
 THIS_MACHINE = ("auto", "cpu", "cuda")
-MODELS = {name.lower().replace(" ", "-"): name for name in CARDS}  # of GPUs, as --device names them
+MODELS = {name.lower().replace(" ", "-"): name for name in CARDS}  # GPUs, under the names that --device accepts
 
 
 @dataclass(frozen=True)
 class Row:
-    """The kernels of a step that are shown together: calls, seconds, FLOPs and bytes of a step on one rank."""
+    """The kernels that share a line: calls, seconds, FLOPs and bytes per step and rank."""
 
     calls: int
     seconds: float
@@ -49,7 +49,7 @@ class Plan:
 
     step           on each rank;  micro_steps  in a step;  tokens  of the whole run.
     largest_batch  the largest --batch-size that fits, 0 if none does.
-    dividing       the largest of those that divide the tokens per step, 0 if none does.
+    dividing       the largest such value that divides the tokens per step, 0 if none does.
     rows           the kernels of a step by family.
     seconds        of a step, and `python` the part of it in which only Python runs.
     """
@@ -76,13 +76,13 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """The FLOPs of the model over those of the devices' peak, or None if that is unknown."""
+        """The model's FLOPs as a fraction of the devices' peak, or None if the peak is unknown."""
         flops = self.tokens_per_second * self.step.config.flops_per_token(self.step.block_size)
         return None if self.peak is None else flops / (self.peak * self.step.ranks)
 
     @property
     def waited(self) -> float:
-        """Seconds of a step's communication that do not overlap with computation."""
+        """Seconds per step of communication that does not overlap with computation."""
         return self.communication.seconds - self.communication.overlapped
 
     @property
@@ -91,7 +91,7 @@ class Plan:
 
 
 def make_plan(step: Step, device: Device, total_batch_size: int, tokens: int) -> Plan:
-    """The plan of a run of so many tokens, in steps of total_batch_size tokens."""
+    """Plan a run on `tokens` tokens, with total_batch_size tokens per step."""
     micro_steps = total_batch_size // (step.rows * step.ranks)
     shards = step.ranks if step.zero else 1
     once = cost_model.micro_step(
@@ -131,13 +131,13 @@ def make_plan(step: Step, device: Device, total_batch_size: int, tokens: int) ->
 
 
 def _seconds(device: Device, kernels: list[Kernel]) -> tuple[float, float]:
-    """The time of the kernels on the device, and of Python that calls them."""
+    """The time of the kernels on the device, and of the Python code that calls them."""
     on_device = sum(kernel.calls * device.seconds(kernel.cost) for kernel in kernels)
     return on_device, device.host * sum(kernel.calls for kernel in kernels)
 
 
 def _rows(device: Device, kernels: list[tuple[Kernel, int]]) -> dict[str, Row]:
-    """The kernels, each with the number of its repetitions, by family."""
+    """Group the kernels, each with its number of repetitions, by family."""
     rows: dict[str, Row] = {}
     for kernel, repetitions in kernels:
         calls = repetitions * kernel.calls
@@ -166,7 +166,7 @@ def _label(kernel: Kernel) -> str:
 
 
 def find_device(name: str) -> tuple[str, float | None]:
-    """ "cpu", or a name in CARDS, and the memory of this machine's GPU if that is meant.
+    """The name of the device ("cpu" or a name in CARDS), and the memory of this machine's GPU if that is selected.
 
     Raises UsageError for an unknown name, ValueError if there is no such device or its rates are unknown.
     """
@@ -181,12 +181,12 @@ def find_device(name: str) -> tuple[str, float | None]:
     gpu, memory = backend.cuda.gpu_name(), backend.memory()
     found = find_gpu(gpu, CARDS)
     if found is None:
-        raise ValueError(f"the rates of the GPU {gpu} are unknown; name a similar one, such as --device h100")
+        raise ValueError(f"the rates of the GPU {gpu} are unknown; pass a similar one, such as --device h100")
     return found, None if memory is None else memory[1]
 
 
 def device_of(name: str, memory: float | None, step: Step) -> Device:
-    """The device that plans are made for. Raises ValueError if it does not support the precision of the step."""
+    """The device to plan for. Raises ValueError if it does not support the precision of the step."""
     if name == "cpu":
         if reason := get_backend("cpu").unsupported_reason(step.precision):
             raise ValueError(f"--dtype {reason}")
@@ -204,7 +204,7 @@ def device_of(name: str, memory: float | None, step: Step) -> Device:
 
 
 def report(plan: Plan) -> list[str]:
-    """The plan in lines."""
+    """The lines of the report."""
     step, config = plan.step, plan.step.config
     rates = "its rates are estimates" if step.cuda else f"{step.threads} threads, rates as measured now"
     factors = (
@@ -229,7 +229,7 @@ def report(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan) -> list[str]:
-    """The table of the time of a step."""
+    """The lines of the table of times."""
 
     def line(name: str, seconds: float, work: str = "") -> str:
         return f"  {name:<22}{1e3 * seconds:10.2f}{seconds / plan.seconds:9.1%}{work}"
@@ -295,7 +295,7 @@ def as_json(plan: Plan) -> str:
 
 
 def command_line() -> Parser:
-    parser = Parser("python -m gpt2.plan", "Print the memory and the time of a training run before it starts.")
+    parser = Parser("python -m gpt2.plan", "Estimate the memory and time of a training run before it starts.")
     own = parser.add_argument_group("where and how long")
     devices = ", ".join([*THIS_MACHINE, *MODELS])
     own.add_argument("--device", metavar="NAME", default="auto", help=f"a device of this machine, or a GPU: {devices}")
@@ -307,7 +307,7 @@ def command_line() -> Parser:
         help="rate between neighbouring ranks, each way [default: NVLink or PCIe, 400 Gbit/s per GPU beyond 8 ranks; "
         "for CPUs 10 Gbit/s]",
     )
-    own.add_argument("--tokens", metavar="N", type=int, help="tokens of the run [default: those of --max-iters]")
+    own.add_argument("--tokens", metavar="N", type=int, help="tokens to train on [default: from --max-iters]")
     own.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     for title, names in GROUPS.items():
         add_options(parser.add_argument_group(title), names)
@@ -315,7 +315,7 @@ def command_line() -> Parser:
 
 
 def plan_of(given: OptionValues, device: str, ranks: int, tokens: int | None, link: float | None) -> Plan:
-    """The plan of the run that train.py would make with these options on so many ranks.
+    """Plan the run of train.py with these options and this number of ranks.
 
     link  GB/s between neighbouring ranks, or None for the device's.
 

@@ -1,9 +1,9 @@
-"""The report of a run, out/report.html: one HTML file that needs no server, network or library.
+"""The report of a run, out/report.html: a single HTML file that needs no server, network or library.
 
-`python -m gpt2.report OUT` writes the report of a run again, `python -m gpt2.report OUT1 OUT2 ...` compares runs. A
-curve has at most BINS points, each the mean of the values in its interval of the axis. The table below a chart contains
-the same values; the readout under the pointer is taken from it. All text is escaped, and the page's
-Content-Security-Policy (see page.py) forbids every script but its own, so that no sample can ever be executed.
+`python -m gpt2.report OUT` rewrites the report of a run; `python -m gpt2.report OUT1 OUT2 ...` compares runs. A curve
+has at most BINS points, each the mean of the values in its interval of the axis. The table below a chart contains the
+same values, and the readout at the pointer comes from it. All text is escaped, and the page's Content-Security-Policy
+(see page.py) forbids every script but its own, so no sample can be executed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
 from tinygrad2.checkpoint import JsonObject
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-BINS, DOTS = 200, 40  # points per curve; with at most DOTS points each is marked by a dot
+BINS, DOTS = 200, 40  # maximum number of points per curve; up to DOTS points are marked with dots
 SAMPLES_SHOWN = 20
-COLOURS = 8  # as in the style sheet; further curves repeat them, dashed
-SHARE = 0.01  # of a run's time that may be spent on its report
-REFRESH = 30  # seconds after which a browser loads the page of a run that trains again
+COLOURS = 8  # the number of colours in the style sheet; further curves repeat them, dashed
+SHARE = 0.01  # maximum fraction of a run's time to spend on its report
+REFRESH = 30  # seconds after which a browser reloads the page of a run in progress
 
 LABELS = {
     "loss": "Training loss, nats per token",
@@ -40,14 +40,14 @@ LABELS = {
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_s": "Tokens per second",
     "comm_seconds": "Seconds per step spent waiting for other ranks",
-    "mfu": "Share of the device's peak that the model's FLOPs take (MFU)",
+    "mfu": "Model FLOP utilization (MFU), as a fraction of the device's peak",
 }
-NOT_DRAWN = ("step", "seconds", "tokens")  # other numbers of the log's rows
+NOT_DRAWN = ("step", "seconds", "tokens")  # numbers in the log without a chart
 
 
 @dataclass
 class Run:
-    """The contents of a run's folder: the rows of its log, its samples, and a record of each start."""
+    """The contents of an out-dir: the rows of the log, the samples, and a record of each start."""
 
     name: str
     rows: list[JsonObject]
@@ -58,7 +58,7 @@ class Run:
     def load(out: Path) -> Run:
         """Raises FileNotFoundError if the folder is not the out-dir of a run."""
         if not (out / LOG).is_file():
-            raise FileNotFoundError(f"{out}: no {LOG} in this folder; expected the out-dir of a run of train.py")
+            raise FileNotFoundError(f"{out}: no {LOG} in this folder; expected the out-dir of a train.py run")
         return Run(str(out), *(read_log(out / name) for name in (LOG, SAMPLES, STARTS)))
 
     def started(self, part: str) -> JsonObject:
@@ -67,13 +67,13 @@ class Run:
         return value if isinstance(value, dict) else {}
 
     def values(self, key: str, x: str = "step") -> list[tuple[float, float]]:
-        """(x, value) of every row that has both as finite numbers."""
+        """(x, value) of every row in which both are finite numbers."""
         first = self.starts[:1] if key == "val_loss" and x == "step" else []  # the loss before the first step
         pairs = ((row.get(x), row.get(key)) for row in [*first, *self.rows])
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
-        """The keys of the log's numbers except the losses: first those of LABELS, then the others by name."""
+        """The keys of the numbers in the log except the losses: first those in LABELS, then the others by name."""
         found = {key for row in self.rows for key, value in row.items() if is_number(value)}
         found -= {"loss", "val_loss", *NOT_DRAWN}
         if not any(seconds for _, seconds in self.values("comm_seconds")):
@@ -86,7 +86,7 @@ class Run:
         return self.rows[-1]["step"] if self.rows else 0
 
     def baselines(self) -> dict[str, float]:
-        """The losses of n-gram models of the data, by name, from the record of the first start."""
+        """The losses of n-gram models, by name, from the record of the first start."""
         found = self.starts[0].get("baselines") if self.starts else None
         return {name: y for name, y in found.items() if is_number(y)} if isinstance(found, dict) else {}
 
@@ -96,7 +96,7 @@ class Run:
         return loss / (math.log(2) * size) if is_number(size) and size > 0 else None
 
     def tokenizer(self) -> object:
-        """What identifies the tokenizer: its fingerprint, or its name in the records of earlier versions."""
+        """The identity of the tokenizer: its fingerprint, or its name in records of earlier versions."""
         data = self.started("data")
         return data.get("tokenizer fingerprint", data.get("tokenizer"))
 
@@ -107,7 +107,7 @@ class Run:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a log can be drawn: finite, and not so large that an axis overflows."""
+    """Whether a value in a log can be plotted: finite, and not so large that an axis overflows."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100
 
 
@@ -117,7 +117,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def number(value: float) -> str:
-    """A number in a table: 12,000, 1.557, 3.00e-04."""
+    """A number for a table: 12,000, 1.557, 3.00e-04."""
     if value == int(value):
         return f"{int(value):,}"
     if abs(value) >= 1000:
@@ -126,7 +126,7 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """A number on an axis: 12k, 1.5M, 0.003, 3e-4."""
+    """A number for an axis: 12k, 1.5M, 0.003, 3e-4."""
     for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{sign}"
@@ -137,7 +137,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Three to eight round numbers from low to high; on a logarithmic axis powers of ten, if there are enough."""
+    """Three to eight round numbers from low to high; on a logarithmic axis, powers of ten if there are enough."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for mantissas in ((1,), (1, 2, 5), tuple(range(1, 10))):
@@ -154,7 +154,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
 
 @dataclass
 class Axis:
-    """Maps values from low to high to 0 ... 1, linearly or by their logarithm."""
+    """Maps values from low to high to 0 ... 1, linearly or logarithmically."""
 
     low: float
     high: float
@@ -162,7 +162,7 @@ class Axis:
 
     @staticmethod
     def over(values: Iterable[float], log: bool = False, from_zero: bool = False, margin: float = 0.0) -> Axis:
-        """The axis that contains all values. It is linear if a value is not positive."""
+        """The axis for these values. It is linear if a value is not positive."""
         low, high = min(values := list(values)), max(values)
         log = log and low > 1e-100
         if from_zero and low > 0 and not log:
@@ -189,10 +189,10 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points and the number of its colour.
+    """A named curve: its points and its colour, by number.
 
-    spread  whether the spread of each bin is shown.
-    level   whether it is a constant, which a dashed line from the first point to the last shows.
+    spread  whether to show the spread of each bin.
+    level   whether it is a constant, drawn as a dashed line from the first point to the last.
     """
 
     name: str
@@ -202,13 +202,13 @@ class Curve:
     level: bool = False
 
     def classes(self) -> str:
-        """The classes of its colour and its line."""
+        """The CSS classes of the colour and the line."""
         return colour(self.colour) + " level" * self.level
 
 
 @dataclass
 class Bin:
-    """The points of a curve in one interval of the axis."""
+    """The points of a curve within one interval of the axis."""
 
     xs: list[float]
     ys: list[float]
@@ -223,7 +223,7 @@ class Bin:
 
 
 def binned(points: list[tuple[float, float]], axis: Axis) -> dict[int, Bin]:
-    """The points by the interval of the axis that they are in, from left to right."""
+    """The points grouped by intervals of the axis, from left to right."""
     bins: dict[int, Bin] = {}
     for x, y in sorted(points):
         group = bins.setdefault(min(int(axis.at(x) * BINS), BINS - 1), Bin([], []))
@@ -242,10 +242,10 @@ def chart(
     from_zero: bool = False,
     kind: str = "",
 ) -> str:
-    """A figure: title, key, drawing, the values under the pointer, and a table of the values.
+    """A figure: title, legend, chart, the values at the pointer, and a table of the values.
 
-    The drawing scales with the page: the curves are in a box of 1000 x 1000 units, which is scaled without changing the
-    width of the lines; the labels are placed by percentages, so that they keep their size.
+    The chart scales with the page: the curves are in a box of 1000 x 1000 units, which is scaled without changing line
+    widths; the labels are positioned by percentages, so that their size does not change.
     """
     curves = [curve for curve in curves if curve.points]
     if len({x for curve in curves if not curve.level for x, _ in curve.points}) < 2:
@@ -307,13 +307,13 @@ def chart(
 
 
 def colour(i: int) -> str:
-    """The classes of the i-th curve."""
+    """The CSS classes of the i-th curve."""
     return f"c{i % COLOURS}" + " dashed" * (i >= COLOURS)
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A scrollable table: the heads of the columns, and the attributes and the cells of each row; the first cell is the
-    row's head. All of them are HTML already."""
+    """A scrollable table: the column headers, and the attributes and cells of each row; the first cell is the row's
+    header. All of them are HTML."""
     top = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = (
         f'<tr {attributes}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -331,8 +331,8 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 def report_page(run: Run, previous: Run | None = None, refresh: int | None = None) -> str:
     """The page of one run.
 
-    previous  an earlier run of the same data, which the loss is compared with.
-    refresh   seconds after which the browser loads the page again.
+    previous  an earlier run on the same data, to compare the loss with.
+    refresh   seconds after which the browser reloads the page.
     """
     total = run.started("options").get("max_iters")
     steps, bar = f"{run.step:,} steps", ""
@@ -358,7 +358,7 @@ def report_page(run: Run, previous: Run | None = None, refresh: int | None = Non
 
 
 def loss_curves(run: Run, previous: Run | None) -> list[Curve]:
-    """The losses of a run, the validation loss of an earlier one over steps with as many tokens, and the baselines."""
+    """The losses of a run, the validation loss of an earlier one at equal numbers of tokens, and the baselines."""
     training = run.values("loss")
     curves = [Curve("training", training, spread=True), Curve("validation", run.values("val_loss"), colour=1)]
     if not training:
@@ -376,7 +376,7 @@ def loss_curves(run: Run, previous: Run | None) -> list[Curve]:
 
 
 def previous_run(out: Path) -> Run | None:
-    """The latest earlier run of the same data in a folder beside `out`, or None."""
+    """The latest earlier run on the same data in a folder next to `out`, or None."""
     own = read_log(out / STARTS)
     data = _data_fingerprint(own)
     if data is None:
@@ -402,7 +402,7 @@ def _time(starts: Sequence[JsonObject]) -> float:
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """The page that compares runs: results, differences of their options, curves, last samples."""
+    """The page that compares runs: results, differences in their options, curves, last samples."""
     keys = dict.fromkeys(key for run in runs for key in run.others())
     in_bytes = len({run.tokenizer() for run in runs}) > 1 and all(run.bits_per_byte(1.0) for run in runs)
     losses = boxes("charts large", (chart_of(key, runs, "wide", in_bytes) for key in ("val_loss", "loss")))
@@ -419,7 +419,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def boxes(kind: str, parts: Iterable[str]) -> str:
-    """Parts side by side, as many as fit in a row."""
+    """Parts next to each other, as many as fit in a row."""
     inside = "".join(parts)
     return f'<div class="{kind}">{inside}</div>' if inside else ""
 
@@ -429,9 +429,9 @@ def section(title: str, *parts: str) -> str:
 
 
 def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = False) -> str:
-    """The chart of a number of the log, over steps, or over tokens if the runs have steps of different size.
+    """The chart of a value in the log, over steps, or over tokens if the runs have steps of different sizes.
 
-    in_bytes  it is a loss in nats per token, and is shown in bits per byte.
+    in_bytes  convert a loss from nats per token to bits per byte.
     """
     ends = [point for run in runs for point in run.values("tokens")[-1:]]
     over = "tokens" if len({round(tokens / max(step, 1)) for step, tokens in ends}) > 1 else "step"
@@ -452,17 +452,18 @@ def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = Fal
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of each result of a run."""
+    """(name, value, remark) for each result of a run."""
     best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
+    before = [(f"{loss:.4f}", "before training") for step, loss in run.values("val_loss") if step == 0]
     last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
     tokens, seconds = run.values("tokens"), sum(y for _, y in run.values("seconds"))
     in_bytes = f", {bits:.4f} bits per byte" if best and (bits := run.bits_per_byte(best[1])) else ""
     of_last = f"mean of the last {len(last):,}" if len(last) > 1 else "at the last step"
+    validation = before[0] if before else ("-", "not measured")
+    if best:
+        validation = (f"{best[1]:.4f}", f"at step {number(best[0])}{in_bytes}")
     return [
-        (
-            "best validation loss",
-            *((f"{best[1]:.4f}", f"at step {number(best[0])}{in_bytes}") if best else ("-", "not measured")),
-        ),
+        ("best validation loss", *validation),
         ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
         ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
         ("tokens per second", number(round(speeds[len(speeds) // 2])) if speeds else "-", "median"),
@@ -476,8 +477,8 @@ def tile(figure: tuple[str, str, str]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """The table of the runs' results. The best one is marked: by bits per byte if the tokenizers differ, else by
-    validation loss."""
+    """The table of results. The best run is marked, by bits per byte if the tokenizers differ, else by validation
+    loss."""
     losses = [best[1] if (best := run.best()) else math.inf for run in runs]
     if len({run.tokenizer() for run in runs}) > 1:
         bits = [run.bits_per_byte(loss) for run, loss in zip(runs, losses, strict=True)]
@@ -492,7 +493,7 @@ def results(runs: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """The table of the differences between the runs' options, models, data and machines."""
+    """The table of differences between the runs: options, models, data and machines."""
     rows = []
     for part in ("options", "model", "data", "machine"):
         recorded = [run.started(part) for run in runs]
@@ -503,12 +504,12 @@ def differences(runs: Sequence[Run]) -> str:
                     ("", [escape(flag(name) if part == "options" else f"{part}: {name}"), *map(escape, values)])
                 )
     if not rows:
-        return "<p>None in the records of their starts.</p>"
+        return "<p>No differences are recorded.</p>"
     return table(["option", *(escape(run.name) for run in runs)], rows)
 
 
 def samples(run: Run) -> str:
-    """The samples, newest first; if there are many, a selection spread evenly over the run."""
+    """The samples, newest first; if there are many, an evenly spaced selection."""
     count = len(run.samples)
     if not count:
         return ""
@@ -531,7 +532,7 @@ def configuration(run: Run) -> str:
     if not run.starts:
         return ""
     given, command = run.started("given"), run.starts[-1].get("command")
-    if not isinstance(command, str):  # of an earlier version
+    if not isinstance(command, str):  # a record of an earlier version
         command = shlex.join([*console.script("train").split(), *(word(name, value) for name, value in given.items())])
     parts = []
     for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
@@ -566,7 +567,7 @@ def start(row: JsonObject) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of the configuration as text; of a fingerprint the first digits."""
+    """A value of the configuration as text; only the first digits of a fingerprint."""
     if value is None:
         return "-"
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value):
@@ -580,7 +581,7 @@ def shown(value: object) -> str:
 
 
 class Writer:
-    """Updates out/report.html during training, using at most the fraction SHARE of the time.
+    """Updates out/report.html during training, in at most the fraction SHARE of the time.
 
     say  prints one line if the page cannot be written; training continues.
     """
@@ -591,9 +592,9 @@ class Writer:
         self.previous: Run | None = None
 
     def update(self, last: bool = False) -> None:
-        """Write the page, unless the last update was too recent for the time it took.
+        """Write the page, unless the last update was too recent for the time that it took.
 
-        last  write it in any case; from then on browsers do not load it again by themselves.
+        last  always write it, as a page that browsers no longer reload.
         """
         began = time.perf_counter()
         if not last and began - self.written < self.cost / SHARE:
@@ -617,7 +618,7 @@ def command_line() -> Parser:
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"the HTML file to write [default: {REPORT} in the out-dir; {COMPARISON} here for several runs]",
+        help=f"the HTML file to write [default: {REPORT} in the out-dir, or {COMPARISON} here for several runs]",
     )
     return parser
 

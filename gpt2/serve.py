@@ -1,12 +1,12 @@
-"""Try a model in the browser: write a prompt, watch the text, take another alternative of a token and continue from it.
+"""Try a model in the browser: write a prompt, watch the text, choose another token and continue from there.
 
-The page shows the inspector's view of the text beside it. OpenAI's API of completions is served at /v1. The server is
-for this machine only: it listens on 127.0.0.1 and refuses requests of other web pages. Ctrl-C ends it.
+Next to the text, the page shows the inspector's view. OpenAI's completions API is served at /v1. The server is for this
+machine only: it listens on 127.0.0.1 and rejects requests from other web pages. Ctrl-C ends it.
 """
 
 from __future__ import annotations
 
-from gpt2 import console  # first: Ctrl-C during the other imports ends silently
+from gpt2 import console  # first, so that Ctrl-C during the other imports exits silently
 
 # isort: split
 import argparse
@@ -38,7 +38,7 @@ HOST, PORT = "127.0.0.1", 8000
 def command_line() -> Parser:
     parser = Parser("python -m gpt2.serve", __doc__)
     group = parser.add_argument_group("server")
-    group.add_argument("--port", type=int, default=PORT, metavar="N", help="port of 127.0.0.1; 0 takes a free one")
+    group.add_argument("--port", type=int, default=PORT, metavar="N", help="port on 127.0.0.1; 0 selects a free one")
     group.add_argument("--open", action="store_true", help="open the page in the browser")
     group = parser.add_argument_group("model and device")
     group.add_argument(
@@ -52,7 +52,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.serve")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. It ends with Ctrl-C; its exit status is 1 if it cannot start, 2 for an invalid option."""
+    """The command, which runs until Ctrl-C. Exit status: 1 if it cannot start; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 2**16:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def web_module() -> ModuleType:
-    """gpt2.web. Raises ValueError if the server library is not installed."""
+    """The module gpt2.web. Raises ValueError if the server library is not installed."""
     try:
         from gpt2 import web
     except ImportError as error:
@@ -76,12 +76,12 @@ def web_module() -> ModuleType:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on the port of this machine. Raises OSError, naming the port, if it cannot."""
+    """A socket that listens on a port of this machine. Raises OSError naming the port, if that is not possible."""
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise OSError(f"port {port} of {HOST} is in use; --port 0 takes a free one") from None
+            raise OSError(f"port {port} of {HOST} is in use; --port 0 selects a free one") from None
         raise OSError(f"port {port} of {HOST}: {error.strerror}; choose another --port") from None
 
 
@@ -101,21 +101,21 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
         inspect=partial(inspect, model, tokenizer, name=name),
         memory=lambda: (model.backend.memory() or machine.memory() or (math.inf,))[0],
     )
-    # The first tokens call all kernels, which may have to be compiled: before the first request, and beside the page.
+    # The first tokens call all kernels. This compiles them before the first request, while the page is opened.
     worker.submit(lambda: generate(model, [begin_id(model, tokenizer)], 2), lambda result: None)
     url = f"http://{HOST}:{port}"
-    console.say(f"{url} has the page, {url}/v1 OpenAI's API; Ctrl-C ends the server")
+    console.say(f"page: {url}, OpenAI's API: {url}/v1; Ctrl-C ends the server")
     if options.open:
         webbrowser.open(url)
     web.serve(served, listening)
 
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:
-    """The model that the options name, its tokenizer, and its name for clients."""
+    """Load the model that the options select. Returns it, its tokenizer, and its name for clients."""
     say = console.print_error
     folder = find_model(Path(options.checkpoint), say) if options.checkpoint else default_model(say)
     if folder is None:
-        raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or give --checkpoint")
+        raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or pass --checkpoint")
     model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
     check_weights(model, str(folder))
@@ -124,7 +124,7 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:
 
 
 def live_page(model: GPT2, name: str) -> str:
-    """The page of the server: the part in which one plays, and the inspector beside it."""
+    """The server's page: the playground, with the inspector next to it."""
     about: JsonObject = {"name": name, "context": model.config.n_positions}
     body = resource("serve.html").replace("<!-- inspector -->", resource("inspect.html"))
     style, script = (resource(f"inspect.{kind}") + resource(f"serve.{kind}") for kind in ("css", "js"))

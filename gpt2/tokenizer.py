@@ -1,5 +1,5 @@
-"""Encoding of text to token ids and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, if it
-is installed, computes any tokenizer in a folder of Hugging Face."""
+"""Encoding of text as token ids, and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, if it is
+installed, computes any tokenizer in a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from gpt2.huggingface_tokenizer import (
 from tinygrad2.checkpoint import JsonObject
 
 VOCABULARY_FILE, RANKS_FILE = "vocabulary.json", "vocabulary.tiktoken"  # written by `save`
-CHARACTERS_FILE = "meta.pkl"  # of nanoGPT, for a vocabulary of characters
+CHARACTERS_FILE = "meta.pkl"  # nanoGPT's file for a vocabulary of characters
 BUILT_IN = ("bytes", "gpt2")
 
-# GPT-2's pre-tokenizer: it splits text before bytes are merged (Radford et al., 2019, section 2.2) into contractions,
-# words, numbers and punctuation, each with the space before it, and white space. With possessive quantifiers, as in
-# tiktoken: the same pieces, faster.
+# GPT-2's pre-tokenizer: before bytes are merged, it splits text (Radford et al., 2019, section 2.2) into contractions,
+# words, numbers and punctuation, each with the space before it, and white space. The possessive quantifiers, as in
+# tiktoken, are faster and give the same pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES_PATTERN = r"(?s:.+)"  # no split: this vocabulary has no merges
-NO_ID = (1 << 32) - 1  # in a fingerprint
+NO_ID = (1 << 32) - 1  # stands for a missing id in a fingerprint
 
 
 class Encoding(Protocol):
-    """How plain text becomes ids.
+    """Encodes plain text as ids.
 
     tokens      the bytes of each token, by id.
-    byte_level  whether a text is the concatenation of the bytes of its tokens.
+    byte_level  whether the bytes of a text are the concatenated bytes of its tokens.
     """
 
     @property
@@ -64,19 +64,19 @@ class Encoding(Protocol):
     def byte_level(self) -> bool: ...
 
     def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
-        """The ids (uint32) of a text. continues: the text follows another part of the same text."""
+        """The ids (uint32) of a text. continues: whether it follows another part of the same text."""
 
     def identity(self) -> bytes:
-        """The text that, with the tokens, determines the ids."""
+        """The bytes that, together with the tokens, determine the ids."""
 
 
 class Tokenizer:
-    """A vocabulary: ids 0 ... vocab_size - 1, each for a byte string, and the rule that divides text into these.
+    """A vocabulary: ids 0 ... vocab_size - 1, each for a byte string, and the rule that splits text into these.
 
     name         "bytes", "gpt2", or the name of the file or folder that it was loaded from.
-    vocab_size   the number of ids, those of added tokens included.
-    added        the added tokens, such as <|endoftext|>. `encode` makes plain text of them, unless it is told to
-                 recognize them; in a prompt, each is one token.
+    vocab_size   the number of ids, including added tokens.
+    added        the added tokens, such as <|endoftext|>. `encode` treats them as plain text by default; in a prompt,
+                 each is one token.
     end_of_text  the id that separates documents, and ends a generated text; None for a vocabulary of characters.
     end_ids      every id that ends a generated text, end_of_text first.
     begin        the id with which a text without a prompt begins.
@@ -96,8 +96,8 @@ class Tokenizer:
         plain: BytePairs | None = None,
         portable: bool = True,
     ):
-        """plain     an encoding by tiktoken that gives the same ids of plain text as `encoding`; None if there is none.
-        portable  tiktoken computes the ids of prompts too, so `save` writes its files."""
+        """plain     an encoding by tiktoken with the same ids for plain text as `encoding`; None if there is none.
+        portable  whether tiktoken computes the ids of prompts too, so that `save` can write its files."""
         self.name, self.added = name, tuple(added)
         self._encoding, self._plain, self._built_in, self._portable = encoding, plain, built_in, portable
         if isinstance(encoding, BytePairs):
@@ -121,7 +121,7 @@ class Tokenizer:
 
     @cached_property
     def unused_ids(self) -> list[int]:
-        """The ids below vocab_size that no token has."""
+        """The ids below vocab_size that have no token."""
         return [] if len(self.tokens) == self.vocab_size else sorted(set(range(self.vocab_size)) - self.tokens.keys())
 
     @cached_property
@@ -136,10 +136,10 @@ class Tokenizer:
 
         "bytes"   256 bytes and <|endoftext|>; needs no file.
         "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
-        a path    a .tiktoken file (lines of base64 token and rank), which is split by GPT-2's pattern and whose
-                  <|endoftext|> gets the first unused id; a folder of Hugging Face with tokenizer.json, or
-                  with vocab.json and merges.txt (or encoder.json and vocab.bpe), with its added tokens; nanoGPT's
-                  meta.pkl; or a folder written by `save`.
+        a path    a .tiktoken file (lines of base64 token and rank), used with GPT-2's pattern, with the first unused id
+                  as <|endoftext|>; a Hugging Face folder with tokenizer.json, or with vocab.json and merges.txt (or
+                  encoder.json and vocab.bpe), with its added tokens; nanoGPT's meta.pkl; or a folder written by
+                  `save`.
 
         Raises ValueError or FileNotFoundError for an unknown name and for files that are not a valid vocabulary.
         """
@@ -171,11 +171,11 @@ class Tokenizer:
 
     @staticmethod
     def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
-        """The tokenizer of the model in `folder`: the one saved there, else the built-in one of this vocabulary size.
+        """The tokenizer of the model in `folder`: the one saved there, or else the built-in one of this size.
 
-        If the model is a file, the tokenizer saved beside it, unless only a built-in one has the right size. Added
-        tokens whose ids the model does not have are left out. Raises ValueError if no tokenizer of this size is known,
-        or if the folder's has more tokens than the model.
+        If the model is a file: the tokenizer saved next to it, unless only a built-in one has the right size. Added
+        tokens whose ids the model does not have are omitted. Raises ValueError if no tokenizer of this size is known,
+        or if the one in the folder has more tokens than the model.
         """
         folder, is_file = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
         names = (VOCABULARY_FILE, HF_MERGES, OPENAI_MERGES, HF_TOKENIZER, CHARACTERS_FILE)
@@ -187,7 +187,7 @@ class Tokenizer:
         if tokenizer is None:
             raise ValueError(
                 f"{folder}: no tokenizer is known for a vocabulary of {vocab_size}; add {HF_VOCAB} and {HF_MERGES}, "
-                f"or {HF_TOKENIZER}, or for a model of characters nanoGPT's {CHARACTERS_FILE}"
+                f"or {HF_TOKENIZER}, or nanoGPT's {CHARACTERS_FILE} for a character-level model"
             )
         limited = tokenizer if tokenizer.vocab_size <= vocab_size else tokenizer._limited(vocab_size)
         if limited.vocab_size > vocab_size:
@@ -195,7 +195,7 @@ class Tokenizer:
         return limited
 
     def _limited(self, vocab_size: int) -> Tokenizer:
-        """The same without the added tokens whose ids are vocab_size or more; <|endoftext|> stays."""
+        """This tokenizer without added tokens whose ids are vocab_size or more, except <|endoftext|>."""
         dropped = {token.id for token in self.added if token.id >= vocab_size and token.content != END_OF_TEXT}
         added = [token for token in self.added if token.id not in dropped]
         encoding = self._encoding.without(dropped) if isinstance(self._encoding, LibraryEncoding) else self._encoding
@@ -211,14 +211,14 @@ class Tokenizer:
 
     @property
     def _written(self) -> Encoding:
-        """The contents of the files that `save` writes."""
+        """The encoding that `save` writes to files."""
         return self._plain if self._plain is not None and self._portable else self._encoding
 
     @cached_property
     def fingerprint(self) -> str:
-        """The identity of the vocabulary of plain text: SHA-256 (hex) of the pattern, the tokens in order of their ids,
-        and the id of <|endoftext|>. It depends neither on the name nor on the format of the file, nor on added tokens
-        other than <|endoftext|>."""
+        """The identity of the vocabulary for plain text: SHA-256 (hex) of the pattern, the tokens in order of their
+        ids, and the id of <|endoftext|>. It does not depend on the name or format of the file, or on other added
+        tokens."""
         encoding = self._plain or self._encoding
         if isinstance(encoding, LibraryEncoding):
             return hashlib.sha256(encoding.identity()).hexdigest()
@@ -232,7 +232,7 @@ class Tokenizer:
         return sha.hexdigest()
 
     def includes(self, other: Tokenizer) -> bool:
-        """Whether every id of `other` is the same token here: its data suits a model of this tokenizer."""
+        """Whether every id of `other` is the same token here, so that a model of this tokenizer can use its data."""
         added = {(token.content, token.id) for token in self.added}
         ids = self.tokens.keys()
         return self.fingerprint == other.fingerprint and all(
@@ -241,17 +241,17 @@ class Tokenizer:
         )
 
     def encode(self, text: str, special_tokens: bool = False, continues: bool = False) -> np.ndarray:
-        """Ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
+        """The ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
 
-        special_tokens  the text of each added token is one token; otherwise it is plain text.
-        continues       the text follows another part of a text: a tokenizer that puts a space before a text does not
-                                        put one here.
+        special_tokens  encode the text of each added token as one token; otherwise it is plain text.
+        continues       the text follows another part of the same text, so a tokenizer that puts a space before a text
+                        does not put one here.
 
-        Raises ValueError for a character that a vocabulary of characters does not have.
+        Raises ValueError for a character that is not in a vocabulary of characters.
         """
         try:
             return self._encode(text, special_tokens, continues)
-        except (UnicodeEncodeError, TypeError):  # the types of tiktoken and of tokenizers
+        except (UnicodeEncodeError, TypeError):  # raised by tiktoken, and by tokenizers
             replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._encode(replaced, special_tokens, continues)
 
@@ -277,8 +277,8 @@ class Tokenizer:
         return {token.content: token.id for token in self.added}
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Ids of a prompt: added tokens are recognized, and tokens that the tokenizer's settings put around a text,
-        such as one that begins it, are included."""
+        """The ids of a prompt. Added tokens are recognized, and tokens that the tokenizer puts around a text, such as a
+        begin token, are included."""
         if not isinstance(self._encoding, LibraryEncoding):
             return self.encode(text, special_tokens=True)
         try:
@@ -287,14 +287,14 @@ class Tokenizer:
             return self._encoding.encode_prompt(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`. Bytes that are not valid UTF-8, such as a part of a character, become U+FFFD."""
+        """The text of `ids`. Bytes that are not valid UTF-8, such as part of a character, become U+FFFD."""
         if isinstance(self._encoding, LibraryEncoding) and not self._encoding.byte_level:
             return self._encoding.decode(self._checked(ids))
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `ids`, for streaming: a character may be spread over several tokens. If the tokenizer is not
-        byte-level, those that continue a text.
+        """The bytes of `ids`, for streaming, since a character may be spread over several tokens. If the tokenizer is
+        not byte-level, the bytes that they add to a text after another token.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -310,7 +310,7 @@ class Tokenizer:
         return array.tolist()
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that `load(folder)` reads: name, fingerprint, added tokens, and the tokens if they are not
+        """Write the files that `load(folder)` reads: name, fingerprint, added tokens, and the tokens unless they are
         built in."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -332,8 +332,8 @@ class Tokenizer:
         (folder / VOCABULARY_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
-        """Write the files from which transformers creates the same tokenizer: vocab.json and merges.txt, or
-        tokenizer.json, and tokenizer_config.json.
+        """Write the tokenizer for transformers: vocab.json and merges.txt, or tokenizer.json, and
+        tokenizer_config.json.
 
         Raises ValueError if the vocabulary cannot be built by merging pairs of tokens.
 
@@ -351,7 +351,7 @@ class Tokenizer:
             self._save_vocabulary(folder, encoding)
             kind = "GPT2Tokenizer"
         else:
-            raise ValueError(f"the tokenizer {self.name} is of characters; transformers has no such tokenizer")
+            raise ValueError(f"the tokenizer {self.name} has characters as tokens, which transformers does not support")
         config: JsonObject = {"tokenizer_class": kind, "model_max_length": n_positions, **special}
         if len(self.added) > 1:
             config["added_tokens_decoder"] = {
@@ -375,14 +375,14 @@ class Tokenizer:
         (folder / HF_MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
     def describe(self) -> dict[str, str | int]:
-        """The identity of the tokenizer, as recorded in other files."""
+        """The identity of the tokenizer, for other files to record."""
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
 
 
 class BytePairs:
     """Byte-level BPE, computed by tiktoken.
 
-    pattern  splits text into pieces, within which bytes are merged;  ids  of the results of the merges.
+    pattern  splits text into pieces, within which bytes are merged;  ids  the ids of the merged tokens.
     """
 
     byte_level = True
@@ -402,9 +402,9 @@ class BytePairs:
 
 
 class Characters:
-    """One token for each character, as in nanoGPT's first example.
+    """One token per character, as in nanoGPT's first example.
 
-    characters  by id.
+    characters  the characters, by id.
     """
 
     byte_level = True
@@ -432,8 +432,8 @@ class Characters:
 def _make(
     name: str, ranks: dict[bytes, int], path: Path, pattern: str = GPT2_PATTERN, built_in: bool = False
 ) -> Tokenizer:
-    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first. <|endoftext|> has
-    the first id that is not used by them."""
+    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first. <|endoftext|> gets
+    the first unused id."""
     mark = AddedToken(END_OF_TEXT, _first_free(ranks.values()))
     _check_ids(ranks, [mark], path)
     return Tokenizer(name, _byte_pairs(name, ranks, pattern), [mark], built_in=built_in)
@@ -451,11 +451,11 @@ def _first_free(ids: Iterable[int]) -> int:
 
 
 def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path) -> None:
-    """Raise ValueError unless each byte has a token, and so has each id except those of added tokens."""
+    """Raise ValueError unless each byte has a token, and each id has a token or an added token."""
     ids = set(ranks.values())
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; each of the 256 bytes needs one")
+        raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; expected one for each of the 256 bytes")
     others = {token.id for token in added}
     below = {i for i in others if i < max(ids)}
     if len(ids) != len(ranks) or ids & others or min(ids) < 0 or max(ids) + 1 != len(ids) + len(below):
@@ -468,7 +468,7 @@ def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path)
 def _download_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, a cache that cannot be written, a wrong checksum
+    except (OSError, ValueError) as error:  # no network, a cache that is not writable, a wrong checksum
         raise FileNotFoundError(
             f"tokenizer gpt2: its vocabulary could not be downloaded ({type(error).__name__}); connect once, or set "
             f"TIKTOKEN_CACHE_DIR to a folder that has tiktoken's two files, or pass a folder with {HF_VOCAB} and "
@@ -477,7 +477,7 @@ def _download_gpt2() -> tiktoken.Encoding:
 
 
 def _load_hugging_face(path: Path) -> Tokenizer:
-    """Use `tokenizers` if it is installed. If tiktoken computes the same ids of plain text, they are saved for
+    """Use `tokenizers` if it is installed. If tiktoken computes the same ids for plain text, `save` writes files for
     tiktoken, which needs no other package."""
     files = read_files(path)
     name = files.file.resolve().parent.name
@@ -526,7 +526,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
-            f"{fingerprint[:12]}; a file has been changed, restore it from a backup"
+            f"{fingerprint[:12]}; a file has been changed; restore it from a backup"
         )
     return tokenizer
 
@@ -534,7 +534,7 @@ def _load_saved(folder: Path) -> Tokenizer:
 def _saved_vocabulary(
     folder: Path, name: str, characters: list[str] | None, added: Sequence[AddedToken] | None
 ) -> Tokenizer:
-    """The vocabulary of a folder that `save` wrote, without the added tokens that it lists."""
+    """The vocabulary in a folder written by `save`, without the added tokens that it lists."""
     ranks_file = folder / RANKS_FILE
     if characters is not None:
         return Tokenizer(name, Characters(characters))
@@ -551,7 +551,7 @@ def _saved_vocabulary(
         tokenizer.name = name
         return tokenizer
     raise FileNotFoundError(
-        f"tokenizer {ranks_file}: no such file; it contains the vocabulary {printable(name)!r} of {VOCABULARY_FILE}"
+        f"tokenizer {ranks_file}: no such file; {VOCABULARY_FILE} requires it for the vocabulary {printable(name)!r}"
     )
 
 
@@ -561,7 +561,7 @@ def _read_characters(file: Path) -> list[str]:
     characters = meta.get("itos") if isinstance(meta, dict) else None
     listed = [characters.get(i) for i in range(len(characters))] if isinstance(characters, dict) else None
     if not _is_characters(listed):
-        raise ValueError(f"tokenizer {file}: it has no characters under itos; expected nanoGPT's meta.pkl")
+        raise ValueError(f"tokenizer {file}: no characters under the key itos; expected nanoGPT's meta.pkl")
     return listed
 
 
@@ -588,7 +588,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that merge into `token`: the result of the merges of lower rank on its bytes."""
+    """The two tokens that merge into `token`: the result of applying all merges of lower rank to its bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]

@@ -1,8 +1,8 @@
-"""What a model computes on its way from a text to the probabilities of the next token: trace(model, tokens).
+"""trace(model, tokens): all values that a model computes from a text to the probabilities of the next token.
 
-`tinygrad2.tracing` reports every operation of the forward pass. The tracer follows one value through them: the residual
-stream, which starts as the embedding of the tokens and to which every attention and every MLP adds its result. It works
-for every model that is made of the engine's operations and adds to its stream by `+` or `ops.add_layernorm`.
+`tinygrad2.tracing` reports every operation of the forward pass. The tracer follows the residual stream through them: it
+starts as the token embedding, and every attention and MLP adds its output to it. This works for every model that uses
+the engine's operations and adds to its stream with `+` or `ops.add_layernorm`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpt2.language_model import LanguageModel
 from tinygrad2 import Tensor, no_grad, tracing
 from tinygrad2.tracer import Operation
 
-ATTENTION_N_HEAD = 4  # the index of n_head in what ops.attention saves
+ATTENTION_N_HEAD = 4  # the index of n_head in the values that ops.attention saves
 
 
 @dataclass
@@ -25,8 +25,8 @@ class LayerTrace:
     """One layer of a trace, for the T tokens of a text. The next layer reads stream + attention + mlp.
 
     stream     (T, C), the residual stream that the layer reads.
-    attention  (T, C), what its attention adds to the stream; None where the layer has none.
-    mlp        (T, C), what its MLP (or whatever follows the attention) adds; None where the layer has none.
+    attention  (T, C), what the attention adds to the stream; None if the layer has none.
+    mlp        (T, C), what the MLP (or whatever follows the attention) adds; None if the layer has none.
     """
 
     stream: np.ndarray
@@ -35,10 +35,10 @@ class LayerTrace:
     _weights: Callable[[], np.ndarray] | None = None
 
     def weights(self) -> np.ndarray:
-        """The attention weights, (H, T, T): head, query, key. Each row of a query adds up to 1; keys after it get 0.
+        """The attention weights, (H, T, T): head, query, key. The weights of a query add up to 1; later keys get 0.
 
-        No attention kernel ever has them all, so they are computed here, at every call, from the queries and keys of
-        the trace. Raises ValueError where the layer has no attention.
+        Attention kernels do not store them, so they are computed here, in every call, from the queries and keys.
+        Raises ValueError if the layer has no attention.
         """
         if self._weights is None:
             raise ValueError("trace: this layer has no attention, so it has no attention weights")
@@ -48,13 +48,13 @@ class LayerTrace:
 @dataclass
 class Trace:
     """What a model computed for a text of T tokens, as NumPy arrays on the host, in the precision of the model's
-    activations (float32 where that is bfloat16).
+    activations (float32 if that is bfloat16).
 
     tokens     (T,), the ids.
-    embedding  (T, C), the embedding of the tokens, with that of their positions where the model adds one.
-    layers     one LayerTrace for each layer, in order.
+    embedding  (T, C), the token embedding, plus the position embedding if the model has one.
+    layers     one LayerTrace per layer, in order.
     stream     (T, C), the residual stream after the last layer.
-    features   (T, C), the input of the output layer: the stream, normalised.
+    features   (T, C), the input of the output layer: the normalized stream.
     logits     (T, V); softmax(logits[t]) are the probabilities of token t + 1.
     """
 
@@ -69,8 +69,8 @@ class Trace:
 def trace(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> Trace:
     """The activations of `model` for the ids `tokens` (T,), without dropout and without gradients.
 
-    Raises ValueError where `tokens` is empty, is not one text, or is longer than the model's context, and for a model
-    without an embedding.
+    Raises ValueError if `tokens` is empty, is not one text, or is longer than the model's context, or if the model has
+    no embedding.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if ids.ndim != 1 or not len(ids):
@@ -89,7 +89,7 @@ def trace(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> Trace:
 def attention_weights(qkv: np.ndarray, n_head: int) -> np.ndarray:
     """softmax(q k^T / sqrt(D)) over the keys up to each query, as `ops.attention` computes it without dropout.
 
-    qkv (T, 3 n_head D): queries, keys and values side by side -> (n_head, T, T).
+    qkv (T, 3 n_head D): queries, keys and values, concatenated -> (n_head, T, T).
     Source: arXiv:1706.03762, eq. 1.
     """
     T, width = qkv.shape
@@ -104,9 +104,9 @@ def attention_weights(qkv: np.ndarray, n_head: int) -> np.ndarray:
 
 @dataclass
 class _Tracer:
-    """Follows the residual stream of a text of `length` tokens from operation to operation, and keeps what is added.
+    """Follows the residual stream of a text of `length` tokens through the operations, and records what is added.
 
-    A layer begins with what an attention adds. What is added after it, without an attention, is its MLP.
+    A layer begins when the output of an attention is added. The next addition without attention is its MLP.
     """
 
     length: int
@@ -114,7 +114,7 @@ class _Tracer:
     embedding: Tensor | None = None
     layers: list[LayerTrace] = field(default_factory=list)
     _embeddings: list[Tensor] = field(default_factory=list)
-    _weights: Callable[[], np.ndarray] | None = None  # of an attention whose result is not yet added to the stream
+    _weights: Callable[[], np.ndarray] | None = None  # of an attention whose output has not been added yet
 
     def __call__(self, operation: Operation) -> None:
         result = operation.results[0]
@@ -135,7 +135,7 @@ class _Tracer:
 
     def _add(self, added: Tensor, total: Tensor) -> None:
         assert self.stream is not None
-        if any(added is one for one in self._embeddings):  # of the positions
+        if any(added is one for one in self._embeddings):  # the position embedding
             self.embedding = total
         elif self._weights is None and self.layers and self.layers[-1].mlp is None:
             self.layers[-1].mlp = _on_host(added)

@@ -1,7 +1,7 @@
-"""Verify the whole model: compare it with PyTorch's, or its gradients with finite differences.
+"""Verify the whole model: compare it with PyTorch, or its gradients with finite differences.
 
 A comparison covers the residual stream after each part of each layer, the logits, the loss, the gradient of each
-parameter, and the text of greedy decoding (see gpt2/parity.py).
+parameter, and the text from greedy decoding (see gpt2/parity.py).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
 
 BOUND = 1e-6
-SCALE = 0.2  # of check's step, which is chosen for values around 1: this model has larger derivatives
+SCALE = 0.2  # scales the step of `check`, which is meant for values around 1: this model has larger derivatives
 FORMS = {"gelu_new": "tanh form", "gelu": "exact form"}
-BATCH, LENGTH = 3, 9  # shorter than the context: the last positions are not used and get no gradient
+BATCH, LENGTH = 3, 9  # shorter than the context, so the last positions are not used and get no gradient
 
 
 def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
     """A float64 GPT-2 with dropout in which every parameter affects the loss: random gains and biases, matrices that
-    preserve the size of the activations, and queries and keys so large that attention is far from uniform. (With the
-    weights of the start of training, the gradients of attention are tiny.)
+    preserve the size of the activations, and queries and keys so large that attention is far from uniform. (With
+    initial weights, the gradients of attention are tiny.)
     """
     config = GPT2Config(
         vocab_size=31,
@@ -67,10 +67,10 @@ def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
 
 
 def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
-    """The relative error of each parameter's gradient of model.loss, with dropout, against finite differences.
+    """The relative error of the gradient of model.loss, with dropout, for each parameter, against finite differences.
 
     The bias of queries, keys and values is checked as one parameter. The gradient of its middle third is zero (a
-    constant added to every key shifts all scores of a row equally), so a relative error of that third is meaningless.
+    constant added to every key shifts all scores of a row equally), so its own relative error would be meaningless.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
     text = numpy.random.default_rng(seed).integers(model.config.vocab_size, size=(BATCH, LENGTH + 1))
@@ -110,8 +110,8 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
-COMPARISONS = "cases"  # the key in a reference file's metadata of a JSON list; the arrays of each case are NUMBER/NAME
-Expected = Callable[[str], numpy.ndarray]  # returns a result of the reference by name
+COMPARISONS = "cases"  # the key of a JSON list in a reference file's metadata; the arrays of a case are NUMBER/NAME
+Expected = Callable[[str], numpy.ndarray]  # returns the reference result with a name
 
 
 @dataclass
@@ -119,8 +119,8 @@ class Comparison:
     """The weights of a comparison, and the libraries that computed the reference.
 
     model        a folder or a name; None for random weights, given by preset, activation and seed.
-    fingerprint  of the weights.
-    reference    names and versions of the libraries.
+    fingerprint  the fingerprint of the weights.
+    reference    the names and versions of the libraries.
     """
 
     model: str | None
@@ -141,7 +141,7 @@ class Comparison:
 
 
 def requested(options: argparse.Namespace) -> list[Comparison]:
-    """The cases that --against MODEL or --preset asks for."""
+    """The cases for --against MODEL or --preset."""
     if options.against is not None:
         return [Comparison(options.against, None, None, options.seed, options.dtype)]
     forms = [options.activation] if options.activation else FORMS
@@ -167,7 +167,7 @@ def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]
 
 
 def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> None:
-    """Write the results of transformers for these cases."""
+    """Write the results of transformers for these cases to a file."""
     arrays: dict[str, numpy.ndarray] = {}
     for number, case in enumerate(cases):
         arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
@@ -176,7 +176,7 @@ def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> Non
 
 
 def is_reference(path: Path) -> bool:
-    """Whether a file was written by `write_reference`, and is not a model."""
+    """Whether a file was written by `write_reference`, rather than being a model."""
     try:
         with safe_open(path, framework="numpy") as file:
             return COMPARISONS in (file.metadata() or {})
@@ -185,10 +185,10 @@ def is_reference(path: Path) -> bool:
 
 
 def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Comparison, GPT2, Expected]]:
-    """The cases in a reference file, each with this engine's model of the same weights.
+    """The cases in a reference file, each with this engine's model with the same weights.
 
     folder  the model's folder, if it has moved since the recording.
-    Raises ValueError if the file is damaged, or if the weights are not those of the recording.
+    Raises ValueError if the file is damaged, or if the weights differ from the recorded ones.
     """
     with safe_open(path, framework="numpy") as file:
         try:
@@ -214,7 +214,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Compar
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2, Expected]]:
-    """The cases that the options ask for, one after the other."""
+    """The cases that the options select, one after the other."""
     if options.against is not None and is_reference(Path(options.against)):
         yield from stored(Path(options.against), options.device, options.model)
     else:
@@ -249,7 +249,7 @@ def command_line() -> Parser:
         "--against",
         metavar="MODEL|FILE",
         help="this engine against transformers with the weights of MODEL (a folder, or a name such as gpt2); or, "
-        "without PyTorch, against a FILE that --record wrote where it is installed [default: off]",
+        "without PyTorch, against a FILE written by --record on a machine that has it [default: off]",
     )
     group.add_argument(
         "--preset",
@@ -274,22 +274,22 @@ def command_line() -> Parser:
     )
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--record", type=Path, metavar="FILE", help="write the results of transformers to FILE, and stop [default: off]"
+        "--record", type=Path, metavar="FILE", help="write the results of transformers to FILE and exit [default: off]"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the comparison to FILE [default: off]")
     return parser
 
 
-@console.command("gpt2.verify", failed=2, closed_pipe=2)  # 2, since nothing has been verified then
+@console.command("gpt2.verify", failed=2, closed_pipe=2)  # 2: nothing has been verified
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0 if everything agrees, 1 if something does not, 2 if nothing could be verified."""
+    """The command. Exit status: 0 if everything agrees; 1 if something differs; 2 if nothing could be verified."""
     parser = command_line()
     options = parser.parse_args(arguments)
     comparing = options.against is not None or options.preset is not None
     if not comparing and not options.gradients:
-        parser.error("nothing to verify: give --against, --preset or --gradients")
+        parser.error("nothing to verify; pass --against, --preset or --gradients")
     if options.against is not None and options.preset is not None:
-        parser.error("--against names the weights, --preset makes random ones; give one of them")
+        parser.error("--against selects weights, --preset creates random ones; pass only one of them")
     for name, file in (("--record", options.record), ("--json", options.json)):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{name} {file}: the folder {file.parent}/ does not exist")

@@ -1,8 +1,8 @@
-"""The web service of one model: its page, OpenAI's API of completions, and what keeps other web pages out.
+"""The web service of one model: its page, OpenAI's completions API, and protection from other web pages.
 
 The service is for programs and browsers on this machine. A page of another site that is open in the same browser can
-send requests here too, so each request must name this host (which DNS rebinding cannot), must not have the Origin of
-another site, and must be JSON where it has a body (which a form cannot send). There are no cookies.
+also send requests to it. Each request must therefore name this host (which prevents DNS rebinding), must not have the
+Origin of another site, and must be JSON if it has a body (which a form cannot send). There are no cookies.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2.checkpoint import JsonObject
 
 BODY_BYTES, BODY_SECONDS, CONNECTIONS = 1 << 20, 10, 256
-CHOICES = 10  # tokens that the page shows as alternatives
+CHOICES = 10  # number of alternatives that the page shows for a token
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "frame-ancestors 'none'",  # the page has its own, stricter policy
@@ -50,7 +50,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# What the page is given beside the text: the inspector's data of the tokens, of which the first `prompt` were given.
+# Returns the inspector's data for the tokens, of which the first `prompt` were given.
 Inspect = Callable[[Sequence[int], int], JsonObject]
 FreeMemory = Callable[[], float]
 
@@ -58,10 +58,10 @@ FreeMemory = Callable[[], float]
 class Service:
     """Answers requests about one model.
 
-    name     of the model, as clients see it.
-    label    a token as the page shows it.
+    name     the name of the model for clients.
+    label    returns a token as the page displays it.
     inspect  see Inspect.
-    memory   the free memory in bytes.
+    memory   returns the free memory in bytes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Service:
         self._page, self._label, self._inspect, self._memory = page, label, inspect, memory
 
     def app(self, hosts: Sequence[str]) -> Guard:
-        """The ASGI application. hosts: the values of the header Host that it accepts, such as localhost:8000."""
+        """The ASGI application. hosts: the accepted values of the header Host, such as localhost:8000."""
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -122,7 +122,7 @@ class Service:
         return JSONResponse(answer.whole())
 
     async def generate(self, request: HTTPRequest) -> Response:
-        """The page's own form: lines of JSON, first the prompt, then each piece with alternatives of its tokens."""
+        """For the page: lines of JSON, first the prompt, then each piece with the alternatives of its tokens."""
         values = await body_of(request)
         asked = self._parse({**values, "logprobs": CHOICES})
         if len(asked.prompts) > 1 or asked.n > 1 or asked.echo:
@@ -134,7 +134,7 @@ class Service:
         return StreamingResponse(lines(results, head, self._shown), media_type="application/x-ndjson")
 
     async def inspect(self, request: HTTPRequest) -> Response:
-        """The inspector's data of a text: {"tokens": ids, "prompt": how many of them were given}."""
+        """The inspector's data for a text: {"tokens": ids, "prompt": how many of them were given}."""
         values = await body_of(request)
         tokens, prompt = values.get("tokens"), values.get("prompt", 0)
         if not isinstance(tokens, list) or not tokens:
@@ -153,7 +153,7 @@ class Service:
         return Response(text, media_type="application/json")
 
     def _parse(self, values: JsonObject) -> Request:
-        """The request, if there is enough memory for it."""
+        """The request. Raises RequestError if there is not enough memory for it."""
         config: GPT2Config = self.model.config
         asked = parse_request(values, self.model, self.tokenizer, self.name)
         longest = max(map(len, asked.prompts))
@@ -161,15 +161,15 @@ class Service:
         if (need := sum(parts.values())) > (free := self._memory()):
             tokens = min(longest + asked.max_tokens, config.n_positions)
             raise RequestError(
-                f"out of memory: {asked.n} choices of {tokens:,} tokens need {need / 1e9:,.2f} GB, {free / 1e9:,.2f} "
-                "GB are free; ask for fewer",
+                f"out of memory: {asked.n} choices of {tokens:,} tokens need {need / 1e9:,.2f} GB; {free / 1e9:,.2f} "
+                "GB are free; request fewer",
                 "n",
                 503,
             )
         return asked
 
     def _shown(self, token: TokenInfo) -> JsonObject:
-        """A token as the page gets it. top: id, label, log-probability, and the characters that are complete in it."""
+        """A token for the page. top: id, label, log-probability, and the complete characters in it."""
         top = [
             [i, self._label(i), logprob, self.tokenizer.decode_bytes([i]).decode("utf-8", "ignore")]
             for i, logprob in token.top
@@ -177,14 +177,14 @@ class Service:
         return {"id": token.id, "label": self._label(token.id), "logprob": token.logprob, "top": top}
 
     def _run(self, request: HTTPRequest, start: Callable[[], Iterator[object]]) -> AsyncIterator[Any]:
-        """The results of a job, which is submitted now. When the client has gone, the job is cancelled.
+        """Submit a job. Returns its results. When the client disconnects, the job is cancelled.
 
-        Raises RequestError if the worker is busy; what the job raised, and ClientDisconnect, when iterated.
+        Raises RequestError if the worker is busy. Iterating raises the job's exceptions, and ClientDisconnect.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def deliver(result: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server has ended
+            with suppress(RuntimeError):  # the loop is closed if the server has ended
                 loop.call_soon_threadsafe(queue.put_nowait, result)
 
         job = self.worker.submit(start, deliver)
@@ -209,7 +209,7 @@ class Service:
 
 
 async def disconnected(request: HTTPRequest) -> None:
-    """Wait until the client has gone. The body must have been read."""
+    """Wait until the client disconnects. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -229,7 +229,7 @@ async def body_of(request: HTTPRequest) -> JsonObject:
 
 
 async def events(results: AsyncIterator[Piece], answer: Answer, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error ends the stream, as an event in the form of a response."""
+    """Server-sent events. An error ends the stream, as an event with the format of an error response."""
     try:
         async for piece in results:
             yield f"data: {json.dumps(answer.chunk(piece))}\n\n"
@@ -243,7 +243,7 @@ async def events(results: AsyncIterator[Piece], answer: Answer, usage: bool) -> 
 async def lines(
     results: AsyncIterator[Piece], head: JsonObject, shown: Callable[[TokenInfo], JsonObject]
 ) -> AsyncIterator[str]:
-    """Lines of JSON for the page. An error is the last one."""
+    """Lines of JSON for the page. An error is the last line."""
     yield json.dumps(head) + "\n"
     try:
         async for piece in results:
@@ -254,13 +254,13 @@ async def lines(
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Any error as one with a status and a message for the client."""
+    """Convert any error to one with a status and a message for the client."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
         return RequestError(error.detail, status=error.status_code)
     if isinstance(error, MemoryError):
-        return RequestError(f"out of memory: {error}; ask for fewer or shorter texts", status=503)
+        return RequestError(f"out of memory: {error}; request fewer or shorter texts", status=503)
     return RequestError(f"{type(error).__name__}: {error}", status=500)
 
 
@@ -276,7 +276,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """Refuses requests of other web pages, and adds HEADERS to every response."""
+    """Rejects requests from other web pages, and adds HEADERS to every response."""
 
     def __init__(self, app: Any, hosts: Sequence[str]):
         self._app = app
@@ -299,7 +299,7 @@ class Guard:
                 await response(scope, receive, send_with_headers)
 
     def refusal(self, request: HTTPRequest) -> RequestError | None:
-        """Why a request is refused, or None."""
+        """Why a request is rejected, or None."""
         headers = request.headers
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
@@ -309,7 +309,7 @@ class Guard:
             "none",
             "same-origin",
         ):
-            return RequestError("requests of other web pages are refused", status=403)
+            return RequestError("requests from other web pages are rejected", status=403)
         media = headers.get("content-type", "").split(";")[0].strip().lower()
         if request.method == "POST" and media != "application/json":
             return RequestError(f"the header Content-Type is {media[:80]!r}; expected application/json", status=415)
@@ -317,7 +317,7 @@ class Guard:
 
 
 class Server(uvicorn.Server):
-    """Ends at once on Ctrl-C: open streams are cut, and the worker stops after its current token."""
+    """Ends immediately on Ctrl-C: open streams are closed, and the worker stops after its current token."""
 
     def __init__(self, app: Any, worker: Worker):
         super().__init__(

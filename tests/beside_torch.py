@@ -1,6 +1,6 @@
-"""PyTorch's counterparts of the rows of gradcheck's table, and comparisons with it in float64.
+"""PyTorch's counterparts to the rows of gradcheck's table, and comparisons with them in float64.
 
-Nothing here imports torch: the tests, which need it, pass the module.
+Nothing here imports torch; tests that need it pass the module.
 """
 
 import numpy as np
@@ -8,14 +8,14 @@ import numpy as np
 from tinygrad2 import Tensor
 from tinygrad2.gradcheck import PLACES, SELECTED, TARGETS, VISIBLE, WEIGHTS
 
-# What PyTorch calls each row of gradcheck's table: a function of the module torch and of the inputs.
+# PyTorch's version of each row of gradcheck's table, as a function of the module torch and the inputs.
 THEIRS = {
     "arccosh, from 1": lambda t, x: t.arccosh(x + 1),
     "elu": lambda t, x: t.nn.functional.elu(x),
     "elu, alpha": lambda t, x: t.nn.functional.elu(x, 0.5),
     "celu": lambda t, x: t.nn.functional.celu(x),
     "celu, alpha": lambda t, x: t.nn.functional.celu(x, 0.5),
-    "hardsigmoid": lambda t, x: t.nn.functional.relu6(x + 3) / 6,  # PyTorch's own multiplies by float32(1 / 6)
+    "hardsigmoid": lambda t, x: t.nn.functional.relu6(x + 3) / 6,  # PyTorch's function multiplies by float32(1 / 6)
     "quick_gelu": lambda t, x: x * t.sigmoid(1.702 * x),
     "log_softmax": lambda t, x: x.log_softmax(-1),
     "log_softmax, axis": lambda t, x: x.log_softmax(0),
@@ -148,7 +148,7 @@ def rotated(t, x, first, interleaved):
 
 
 def theirs(t, name):
-    """PyTorch's function for a row of the table: that of THEIRS, or the one of the same name."""
+    """PyTorch's function for a row of the table, from THEIRS or with the same name."""
     if name in THEIRS:
         return THEIRS[name]
     plain = name.split(",")[0]
@@ -164,7 +164,7 @@ def gradients_of(results, inputs, dy):
 
 
 def compare(t, ours, theirs, arrays, rtol=1e-12, atol=1e-13):
-    """Values and gradients of both, of the results of a floating-point type."""
+    """Compare values, and gradients of floating-point results."""
     ours_in = [Tensor(array, requires_grad=True) for array in arrays]
     theirs_in = [t.tensor(array, requires_grad=True) for array in arrays]
     got, expected = ours(*ours_in), theirs(t, *theirs_in)
@@ -191,7 +191,7 @@ def compare(t, ours, theirs, arrays, rtol=1e-12, atol=1e-13):
 
 @np.errstate(all="ignore")
 def differences(t, ours, other, arrays):
-    """Where a result ("value") or a gradient differs from PyTorch's: the inputs at these positions."""
+    """The inputs for which a result ("value") or a gradient differs from PyTorch's."""
     found = {}
     ours_in = [Tensor(array, requires_grad=True) for array in arrays]
     theirs_in = [t.tensor(array, requires_grad=True) for array in arrays]

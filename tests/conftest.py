@@ -41,14 +41,14 @@ os.environ.setdefault("TINYGRAD2_CACHE_DIR", str(Path(tempfile.gettempdir()) / "
 
 
 def pytest_configure(config):
-    backend.silence_compile_notice()  # on stderr, where tests expect a command's messages alone
+    backend.silence_compile_notice()  # tests expect only a command's own messages on stderr
     if config.getoption("--ptx"):
         from tests.stand_ins import ptxsim
 
         cudasim.RawModule = ptxsim.RawModule
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by marks
 def pytest_collection_modifyitems(items):
     folder = Path(__file__).parent
     for item in items:
@@ -66,7 +66,7 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """A module that skips itself while it is imported fails too with --require-extras."""
+    """With --require-extras, a module that skips itself on import fails too."""
     report = yield
     if report.skipped and collector.config.getoption("--require-extras"):
         report.outcome, report.longrepr = "failed", report.longrepr[2]
@@ -87,7 +87,7 @@ def _read_only(value):
 
 @pytest.fixture(autouse=True)
 def saved_is_read_only(monkeypatch):
-    """A backward function gets the saved data and the incoming gradient as read-only views: writing raises."""
+    """Backward functions get the saved data and the incoming gradient as read-only views, so that writing raises."""
     node = autograd.Node
 
     def guarded(parents, backward, saved, forms, name, kernel=False):
@@ -104,7 +104,7 @@ def saved_is_read_only(monkeypatch):
 
 @pytest.fixture
 def set_threads():
-    """Sets how many threads compute; restored afterwards."""
+    """A function that sets the number of threads, which is restored afterwards."""
     before = threads.count()
     yield threads.set_count
     threads.set_count(before)
@@ -112,16 +112,16 @@ def set_threads():
 
 @pytest.fixture(scope="session")
 def gpt2_files():
-    """The folder where tiktoken keeps GPT-2's two files: tests do not download."""
+    """The folder with tiktoken's two files for GPT-2; tests do not download them."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder:
-        pytest.skip("needs GPT-2's vocabulary: TIKTOKEN_CACHE_DIR names no folder that has it")
+        pytest.skip("needs GPT-2's vocabulary in the folder TIKTOKEN_CACHE_DIR")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def prepared_text(tmp_path_factory):
-    """A data set of the text of tests/training_runs.py."""
+    """A data set with the text in tests/training_runs.py."""
     from data.prepare import prepare
     from tests.training_runs import TEXT
 
@@ -160,5 +160,5 @@ def fake_cublaslt():
 
 @pytest.fixture
 def cublaslt(fake_cublaslt, monkeypatch):
-    """Products of matrices on the stand-in for CuPy go to the stand-in for cublasLt."""
+    """Matrix products on the stand-in for CuPy use the stand-in for cublasLt."""
     monkeypatch.setattr(gemm, "_in_wheels", lambda: fake_cublaslt)

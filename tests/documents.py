@@ -1,13 +1,13 @@
-"""The code blocks of the documents, each run alone in a fresh copy of the repository.
+"""Runs the code blocks in Markdown files, each alone in a fresh copy of the repository.
 
-`python -m tests.documents README.md ...` runs a page's shell blocks exactly as written, installations included: CI
-calls it in an empty virtual environment. tests/test_documents.py runs the blocks of every other page.
+`python -m tests.documents README.md ...` runs a page's shell blocks exactly as written, including installations; CI
+calls it in an empty virtual environment. tests/test_documents.py runs the blocks of all other pages.
 
-The first word after the fence is the language: `sh` and `python` blocks run, `text` blocks do not. The words after it,
-which a rendered page does not show, say what a block needs:
+The first word after the fence is the language: `sh` and `python` blocks run, `text` blocks do not. The words after it
+are not shown on a rendered page and say what the block needs:
 
-    continues        the block continues the block before it, in the same copy
-    needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which no test has
+    continues        the block continues the previous block, in the same copy
+    needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which is never available
     quotes=FILE      an excerpt: its statements and lines are those of FILE; comments and docstrings may be left out
     varies           the output of the block before, which differs from machine to machine
 
@@ -42,7 +42,7 @@ ELSEWHERE = {
 @dataclass
 class Block:
     page: Path
-    line: int  # of the opening fence, from 1
+    line: int  # the line of the opening fence, from 1
     language: str
     code: str
     options: dict[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def copy_repository(folder: Path) -> None:
-    """Copy the working tree: what git tracks, and new files that it does not ignore."""
+    """Copy the working tree: tracked files, and new files that are not ignored."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -90,7 +90,7 @@ def copy_repository(folder: Path) -> None:
 
 
 def main(pages: list[str]) -> int:
-    """Run the shell blocks of the pages as they are; stops at the first command that fails."""
+    """Run the shell blocks of the pages as written; stop at the first command that fails."""
     for block in (b for page in pages for b in blocks(ROOT / page) if b.language == "sh"):
         missing = [ELSEWHERE[name] for name in block.needs if name in ELSEWHERE]
         print(f"\n== {block.name}" + (f": skipped, needs {', '.join(missing)}" if missing else ""), flush=True)

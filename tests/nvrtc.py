@@ -1,8 +1,8 @@
-"""Compiles the CUDA kernels for the GPUs that matter, on a machine without one: python -m tests.nvrtc prints a table.
+"""Compile the CUDA kernels for current GPUs on a machine without a GPU: python -m tests.nvrtc prints a table.
 
-NVRTC needs no driver. It is called through CuPy's binding with the options that CuPy's RawModule adds to ours, and
-asked what each kernel takes: registers, shared memory, and whether registers were spilled to memory or an array was put
-there (a stack frame), which costs more than any other fault that still gives the right numbers.
+NVRTC needs no driver. It is called through CuPy's binding, with the options that CuPy's RawModule adds to ours, and
+reports the resources of each kernel: registers, shared memory, and whether registers were spilled or an array was
+placed in memory (a stack frame), the most expensive faults that still give correct results.
 
 Needs CuPy, NVRTC and CUDA's headers: pip install -e ".[cuda-check]", or any machine on which the kernels run.
 """
@@ -44,7 +44,7 @@ Defines = dict[str, Any]
 
 
 def _each(**choices: Sequence[Any]) -> list[Defines]:
-    """Every combination of one value each; the first is what the 124M model is trained with."""
+    """Every combination of values; the first has the sizes of the 124M model."""
     rows: list[Defines] = [{}]
     for name, values in choices.items():
         rows = [{**row, name: value} for row in rows for value in values]
@@ -103,7 +103,7 @@ DELTA = {"attention_backward_kv": ("attention_delta",)}  # launched with the sam
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes, as ptxas reports it; bytes, but for the registers of a thread."""
+    """The resources of a kernel, as reported by ptxas: registers per thread, all others in bytes."""
 
     name: str
     registers: int
@@ -113,33 +113,33 @@ class Usage:
 
 
 class CompileError(RuntimeError):
-    """A source that NVRTC rejects, with its messages."""
+    """NVRTC rejected a source; contains its messages."""
 
 
 def families() -> dict[str, Path]:
-    """The families of kernels that there are, and their sources."""
+    """The families of kernels, and their sources."""
     files = *cuda.FOLDER.glob("*.cu"), Path(gpt2.__file__).with_name("decode.cu")
     return {file.stem: file for file in sorted(files)}
 
 
 def compiled(code: str, architecture: str, defines: dict[str, Any]) -> list[Usage]:
-    """Compile a source as CuPy would on such a GPU. Raises CompileError."""
+    """Compile a source as CuPy would on a GPU with this architecture. Raises CompileError."""
     only = defines.get("kernels")
     with _program(code, f"sm_{architecture}", defines) as (_, log):
         return [use for use in _usages(log) if only is None or use.name in only]
 
 
 def narrow_loads(code: str, defines: dict[str, Any]) -> dict[str, int]:
-    """How many loads of a single 16-bit number each kernel has in its PTX.
+    """The number of loads of single 16-bit values in each kernel's PTX.
 
-    Where the compiler takes what should be one access of 16 bytes apart into its members, they are what is left of it.
+    They appear if the compiler splits an access of 16 bytes into its elements.
     """
     kernels = ptx(code, "compute_90", defines).split(".visible .entry ")[1:]
     return {kernel.split("(")[0]: len(re.findall(r"\bld\.global(?:\.nc)?\.[bus]16\b", kernel)) for kernel in kernels}
 
 
 def ptx(code: str, target: str, defines: dict[str, Any]) -> str:
-    """What NVRTC makes of a source for a virtual architecture such as compute_90. Raises CompileError."""
+    """The PTX for a virtual architecture such as compute_90. Raises CompileError."""
     from cupy_backends.cuda.libs import nvrtc
 
     with _program(code, target, defines) as (program, _):
@@ -149,13 +149,13 @@ def ptx(code: str, target: str, defines: dict[str, Any]) -> str:
 
 @contextmanager
 def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[Any, str]]:
-    """A source compiled for a real or a virtual architecture with CuPy's options, and the log."""
+    """Compile a source for a real or virtual architecture with CuPy's options. Yields the program and the log."""
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
     defines = {name: value for name, value in defines.items() if name != "kernels"}
     own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-    # RawModule adds what assemble_cupy_compiler_options does, and these (cupy/cuda/compiler.py).
+    # RawModule adds the options of assemble_cupy_compiler_options, and these (cupy/cuda/compiler.py).
     added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
     try:
@@ -168,12 +168,12 @@ def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[
 
 
 def _usages(log: str) -> Iterator[Usage]:
-    """The kernels of a log of ptxas -v."""
+    """The kernels in a log of ptxas -v."""
     for part in log.split("Compiling entry function")[1:]:
         name = re.search(r"'(\w+)'", part)
         used = re.search(r"Used (\d+) registers", part)
         shared = re.search(r"(\d+) bytes smem", part)
-        # Functions that were not inlined have a frame of their own.
+        # Functions that were not inlined have their own stack frames.
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         if name is None or used is None or not frames:
             raise CompileError(f"unknown output of ptxas: {part}")
@@ -182,7 +182,7 @@ def _usages(log: str) -> Iterator[Usage]:
 
 
 def main() -> bool:
-    """Print a table of all kernels; whether none spills."""
+    """Print a table of all kernels. Returns whether none of them spills."""
     work = [
         (family, architecture, defines)
         for family in (sys.argv[1:] or families())
@@ -190,7 +190,7 @@ def main() -> bool:
         for defines in sizes(architecture)[family]
     ]
     good = True
-    compiled("", "90", {})  # NVRTC 13.0 opens its own library at the first compilation, and not in two threads at once
+    compiled("", "90", {})  # NVRTC 13.0 loads its own library on the first compilation, which is not thread-safe
     with ThreadPoolExecutor() as pool:
         results = [pool.submit(compiled, cuda.source(families()[family]), *rest) for family, *rest in work]
         for (family, architecture, defines), result in zip(work, results, strict=True):

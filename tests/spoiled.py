@@ -1,4 +1,4 @@
-"""Training steps of GPT-2 that go wrong: an operation of a user whose gradient is not finite."""
+"""GPT-2 training steps that fail: a user's operation with a gradient that is not finite."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ LAYER = 2
 
 
 def spoil(x, value=np.nan, index=7):
-    """x; one value of its gradient becomes `value`."""
+    """Returns x; one value of its gradient becomes `value`."""
 
     def spoil_backward(saved, dy, into):
         dx = dy.copy()
@@ -21,7 +21,7 @@ def spoil(x, value=np.nan, index=7):
 
 
 def spoil_steps(monkeypatch, *steps, value=np.nan):
-    """In these steps, counted from 0, spoil the gradient of the result of the MLP of layer LAYER."""
+    """In these steps, counted from 0, spoil the gradient of the MLP output in layer LAYER."""
     call = MLP.__call__
 
     def spoiled(self, x, key, site):

@@ -1,4 +1,4 @@
-"""README.md, docs/ and the other pages: their code runs, their links lead somewhere, their lists are complete."""
+"""README.md, docs/ and other Markdown files: code blocks run, links have targets, lists are complete."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ import tinygrad2
 from tests.documents import ELSEWHERE, PAGES, ROOT, TUTORIAL, blocks, copy_repository
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-RUN_BY_CI = {ROOT / "README.md", ROOT / "CONTRIBUTING.md"}  # as they are, in an empty virtual environment: see .ci/run
+RUN_BY_CI = {ROOT / "README.md", ROOT / "CONTRIBUTING.md"}  # in an empty virtual environment, see .ci/run
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 INSTALL = re.compile(r"pip install -e (?:\.|\"\.\[([\w,-]+)\]\")(?= |$)", re.MULTILINE)
 
@@ -52,7 +52,7 @@ def test_a_block_runs_alone_in_a_fresh_copy(block, tmp_path):
 
 
 def test_a_block_that_fails_is_reported(tmp_path):
-    """The runner itself: a command that fails in the middle, and a block that continues another."""
+    """Tests the runner: a command that fails in the middle, and a block that continues another."""
     page = ROOT / "docs" / "a-page-of-the-tests.md"
     text = "```sh\ntrue\n```\n\n```sh continues needs=gpu\nfalse | true\n```\n"
     page.write_text(text)
@@ -101,7 +101,7 @@ def test_quoted_code_is_the_code():
 
 
 def anchors(page):
-    """The fragments that GitHub gives a page's headings."""
+    """The anchors that GitHub generates for a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A model of transformers with added tokens and its own end token is fine-tuned, sampled, and exported."""
+"""A transformers model with added tokens and its own end token is fine-tuned, sampled, and exported."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ QUICK = ["--batch-size", "8", "--block-size", "32", "--eval-iters", "2", "--warm
 
 
 def make_folder(folder):
-    """Two layers, a vocabulary trained on the text, two added tokens, of which one ends a text."""
+    """Two layers, a vocabulary trained on the text, and two added tokens, one of which ends a text."""
     import tokenizers
     import transformers
 
@@ -62,7 +62,7 @@ def save_model(tokenizer, folder):
 
 @pytest.mark.slow
 @pytest.mark.extras("torch", "transformers", "tokenizers")
-def test_a_model_of_transformers_learns_to_stop_at_its_own_end_token(tmp_path, monkeypatch, capsys):
+def test_a_transformers_model_learns_to_stop_at_its_own_end_token(tmp_path, monkeypatch, capsys):
     import transformers
 
     monkeypatch.chdir(tmp_path)

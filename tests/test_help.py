@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMMAND = re.compile(r'^if __name__ == "__main__":\n +(?:try:\n +)?(sys\.exit|raise SystemExit)', re.MULTILINE)
 FILES = [
     file
     for pattern in ("*.py", "data/*.py", "gpt2/**/*.py", "tinygrad2/**/*.py")
     for file in sorted(ROOT.glob(pattern))
-    if re.search(r'^if __name__ == "__main__":\n    (sys\.exit|raise SystemExit)', file.read_text(), re.MULTILINE)
+    if COMMAND.search(file.read_text())
 ]
 COMMANDS = [file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in FILES]
 

@@ -1,4 +1,4 @@
-"""Which module may import which: from rows above its own only, type-checking imports included."""
+"""Which modules may import which: only from rows above their own, including type-checking imports."""
 
 import ast
 import functools
@@ -11,8 +11,8 @@ import tinygrad2
 
 ROOT = Path(__file__).parent.parent
 
-# Each package from the bottom up. A module imports only from rows above its own; a name that is a folder (a room)
-# stands for all modules in it, which import one another without a cycle.
+# Each package from the bottom up. A module imports only from rows above its own. The name of a folder (a room) stands
+# for all modules in it, which may import each other without cycles.
 ENGINE = (
     ("missing_names",),
     ("array", "files", "gpus", "machine", "precision", "tracer"),
@@ -57,9 +57,9 @@ RANK = {
     for name in row
 }
 ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
-# Packages from the bottom up: the engine does not know the model, the model does not know the scripts.
+# Packages from the bottom up: the engine does not import the model, and the model does not import the scripts.
 PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "examples": 3, "tests": 4}
-# What gpt2 and the scripts may import of the engine, besides the names that the package itself exports.
+# What gpt2 and the scripts may import from the engine, in addition to the names that the package exports.
 PUBLIC_MODULES = {
     "array",
     "backend",
@@ -102,7 +102,7 @@ def sources():
 
 @functools.cache  # most sources are the same in every test
 def imports(source):
-    """(module, name) of everything that the source imports, wherever it stands; name is None for `import module`."""
+    """(module, name) for all imports anywhere in the source; name is None for `import module`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -122,17 +122,17 @@ def target_of(module, name, modules):
 
 
 def rank_of(module):
-    """The row of a module, or of the room that it lies in; None for one that stands in no row."""
+    """The row of a module or of its room; None if it is not in any row."""
     return next((rank for name, rank in RANK.items() if module == name or module.startswith(f"{name}.")), None)
 
 
 def room_of(module):
-    """The folder that a module lies in, where that is a room, else the module itself."""
+    """The module's folder if that is a room, else the module itself."""
     return next((room for room in ROOMS if module.startswith(f"{room}.")), module)
 
 
 def violations(modules):
-    """A line for every forbidden import in `modules`, a source by dotted name."""
+    """One line for every forbidden import in `modules`, a dictionary of sources by dotted name."""
     bad = []
     edges = {}
     for module, source in modules.items():
@@ -149,7 +149,7 @@ def violations(modules):
 
 
 def forbidden(module, package, top, target, name):
-    """Why a module may not import a name from another one, or None if it may."""
+    """Why a module may not import a name from another module, or None if it may."""
     if top in ONLY_IN and not module.startswith(ONLY_IN[top]):
         return f"only {' and '.join(ONLY_IN[top])} may"
     if top not in PACKAGES:
@@ -191,7 +191,7 @@ def cycles(edges):
 
 
 def found_by_planting(module, line):
-    """The violations that one more line in a module brings."""
+    """The violations after adding one line to a module."""
     modules = sources()
     before = violations(modules)
     modules[module] = f"{modules.get(module, '')}\n{line}\n"
@@ -265,11 +265,11 @@ def test_optional_packages_are_imported_where_they_are_used():
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
         optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tokenizers", "torch", "transformers"}
         optional |= {"starlette", "uvicorn"}
-        # (gpt2.web, which is all about them, is itself imported where it is used: tests/gpt2/test_serve.py)
+        # (gpt2.web requires them, and is itself imported where it is used: tests/gpt2/test_serve.py)
         assert module.startswith(("tinygrad2.kernels.", "gpt2.web")) or not names & optional, module
 
 
-# Modules without a test file of their own name, and the file that tests them (mypy alone checks array.py's protocol).
+# Modules without a test file of their name, and the files that test them (array.py's protocol is checked by mypy).
 TESTED_BY = {
     "data.parquet_pages": "data/test_hostile_sources.py",
     "gpt2.familiar_options": "test_wrong_inputs.py",
@@ -294,7 +294,7 @@ def test_every_module_has_a_test_file_of_its_name():
 
 
 def test_a_file_that_needs_an_extra_is_marked():
-    """CI runs by its mark what the quick tests skip: `extras("package")`, or `slow`."""
+    """CI selects tests that the quick run skips by their mark: `extras("package")` or `slow`."""
     extras = ("cupy", "huggingface_hub", "openai", "playwright", "pyarrow", "tokenizers", "torch", "transformers")
     for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""train.py under a real mpirun: equal results on any layout, elastic resume, and no rank that outlives a dead one."""
+"""train.py under a real mpirun: equal results on any layout, elastic resume, and no surviving ranks after a failure."""
 
 import os
 import shlex
@@ -56,7 +56,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def user(prepared, tmp_path, monkeypatch):
-    """A current directory with data/text in it."""
+    """A current directory that contains data/text."""
     shutil.copytree(prepared, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +68,7 @@ class Job:
     def __init__(self, ranks, *options, patch="", limit=90, env=None, launcher=None):
         program = ["-c", PROGRAM.format(patch)] if patch is not None else [str(ROOT / "train.py")]
         launcher = [MPIRUN, "--oversubscribe", "-n", str(ranks)] if launcher is None else launcher
-        # Files, not pipes: the daemon of a host that was cut off may hold a pipe open for longer than the job lasts.
+        # Files, not pipes: the daemon of a disconnected host may keep a pipe open longer than the job runs.
         self.files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
         self.process = subprocess.Popen(
             [*launcher, sys.executable, *program, *QUICK, *options],
@@ -119,7 +119,7 @@ def arrays(out, file="model.safetensors"):
 
 
 def distance(a, b):
-    """The largest distance between two arrays of the same name, relative to the second's norm."""
+    """The largest distance between two arrays with the same name, relative to the norm of the second."""
     assert a.keys() == b.keys()
     return max(np.linalg.norm(a[name] - b[name]) / np.linalg.norm(b[name]) for name in a)
 
@@ -127,7 +127,7 @@ def distance(a, b):
 def wait_for(condition, limit=60):
     end = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < end, "it did not come to this"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.02)
 
 
@@ -148,7 +148,7 @@ optim.AdamW.step = recorded
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_two_and_four_ranks_compute_the_same(user, dtype):
-    """1 x 4 micro-steps, 2 x 2 and 4 x 1, with dropout; and with the moments shared out."""
+    """1 x 4, 2 x 2 and 4 x 1 micro-steps, with dropout; also with sharded moments."""
     again = ["--recompute", "block"]
     layouts = (("1", 1, []), ("2", 2, []), ("4", 4, []), ("z2", 2, ["--zero"]), ("z4", 4, ["--zero"]), ("r2", 2, again))
     for name, ranks, more in layouts:
@@ -176,7 +176,7 @@ def test_ranks_compute_the_same_in_bfloat16(user):
 
 
 @pytest.mark.parametrize("more", [[], ["--zero"]])
-def test_two_runs_of_the_same_layout_are_the_same_bits(user, more):
+def test_two_runs_with_the_same_layout_are_bit_identical(user, more):
     for out in ("a", "b"):
         run(4, *SAME, *more, "--out-dir", out)
     assert losses("a") == losses("b")
@@ -215,7 +215,7 @@ def test_a_run_on_four_ranks_resumes_on_one_two_or_three(user):
         assert sorted(i for first, count in pairs for i in range(first, first + count)) == list(range(26 * 12))
 
 
-def test_a_new_run_takes_the_same_tokens_a_step_on_any_number_of_ranks(user):
+def test_a_new_run_has_the_same_tokens_per_step_on_any_number_of_ranks(user):
     common = ["--max-iters", "3", "--dtype", "float64", "--dropout", "0"]
     for ranks in (1, 2, 4):
         out, _ = run(ranks, *common, "--out-dir", f"n{ranks}")
@@ -223,7 +223,7 @@ def test_a_new_run_takes_the_same_tokens_a_step_on_any_number_of_ranks(user):
         assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [128, 256, 384]
         np.testing.assert_allclose(losses(f"n{ranks}"), losses("n1"), rtol=1e-9)
     out, _ = run(3, *common, "--out-dir", "n3")
-    assert "batch      8 sequences per step do not divide over 3 ranks: 9 are used" in out
+    assert "batch      8 sequences per step do not divide among 3 ranks; 9 are used" in out
     run(2, "--max-iters", "5", "--out-dir", "n4")  # on fewer ranks
     assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 128
 
@@ -233,7 +233,7 @@ def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
         "train.py: error: --total-batch-size 64 is not a multiple of 3 ranks x --batch-size 2 x --block-size 16 = 96 "
-        "tokens; the nearest multiple is 96. Its 4 sequences divide over 1, 2, 4 ranks\n"
+        "tokens; the nearest multiple is 96. Its 4 sequences can be divided among 1, 2, 4 ranks\n"
     ) in err
     assert err.count("train.py:") == 1
     _, err = run(4, "--max-iters", "4", status=1)
@@ -267,7 +267,7 @@ def pid_of(rank):
 
 
 def assert_goes_on(out="out"):
-    """The last checkpoint is whole, and a run on it makes the next steps."""
+    """Check that the last checkpoint is complete and that a run resumed from it continues."""
     folder, damaged = checkpoint.newest(Path(out))
     assert folder is not None
     assert not damaged
@@ -284,7 +284,7 @@ def assert_goes_on(out="out"):
         ("ValueError('data: a bad shard')", "train.py: error: data: a bad shard\n"),
     ],
 )
-def test_an_error_on_one_rank_ends_all_and_is_printed(user, rank, error, said):
+def test_an_error_on_one_rank_ends_all_ranks_and_is_printed(user, rank, error, said):
     code = f"""
 indices = SampleOrder.indices
 def failing(self, first, count):
@@ -296,7 +296,7 @@ SampleOrder.indices = failing
     began = time.monotonic()
     _, err = run(4, *LONG, patch=code, status=1, limit=60)
     assert said.format(rank=rank) in err
-    assert err.count(error.split("'")[1]) <= 2  # once as the error, once in the line of code that a traceback shows
+    assert err.count(error.split("'")[1]) <= 2  # once as the error, once in the source line in a traceback
     assert time.monotonic() - began < 30
     assert_goes_on()
 
@@ -337,7 +337,7 @@ SampleOrder.indices = for_ever
 
 
 def test_slow_saves_and_steps_are_not_failures(user):
-    """Rank 0 saves for six seconds, rank 1 computes for six: more than the silence that is allowed here."""
+    """Rank 0 saves for six seconds and rank 1 computes for six: longer than the timeout here."""
     code = """
 distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0
 save, indices = checkpoint.write_json, SampleOrder.indices
@@ -356,7 +356,7 @@ checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
 
 
 def test_a_suspended_job_continues(user):
-    """After a suspension, by a laptop or a batch system, no rank takes the others for dead."""
+    """After a suspension, by a laptop or a batch system, no rank considers the others dead."""
     job = Job(2, *LONG, patch=PIDS + "distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0")
     wait_for(lambda: steps_made() >= 3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -370,7 +370,7 @@ def test_a_suspended_job_continues(user):
 
 
 @pytest.mark.parametrize("to", ["mpirun", "rank"])
-def test_a_signal_lets_all_finish_the_step_and_save(user, to):
+def test_a_signal_makes_all_ranks_finish_the_step_and_save(user, to):
     job = Job(4, *LONG, patch=PIDS)
     wait_for(lambda: steps_made() >= 5)
     if to == "mpirun":
@@ -384,7 +384,7 @@ def test_a_signal_lets_all_finish_the_step_and_save(user, to):
     assert_goes_on()
 
 
-def test_mpirun_that_is_terminated_leaves_the_last_checkpoint(user):
+def test_terminating_mpirun_leaves_the_last_checkpoint_intact(user):
     job = Job(2, *LONG, "--total-batch-size", "64", patch=PIDS)
     wait_for(lambda: steps_made() >= 5)
     job.process.terminate()
@@ -393,7 +393,7 @@ def test_mpirun_that_is_terminated_leaves_the_last_checkpoint(user):
 
 
 @pytest.mark.parametrize("more", [[], ["--zero"]], ids=["whole", "zero"])
-def test_a_nan_is_one_decision(user, more):
+def test_all_ranks_skip_the_step_if_one_has_a_nan(user, more):
     code = """
 from gpt2 import GPT2
 loss = GPT2.loss
@@ -433,7 +433,7 @@ optim.AdamW.step = drifting
     assert len(losses("out")) == 3
 
 
-# How it is started ----------------------------------------------------------------------------------------------------
+# Starting -------------------------------------------------------------------------------------------------------------
 
 
 def test_only_one_rank_prints_and_writes(user):
@@ -446,7 +446,7 @@ def test_only_one_rank_prints_and_writes(user):
     assert all(0 < row["comm_seconds"] <= row["seconds"] for row in rows)
 
 
-def test_one_rank_prints_that_all_compile(user):
+def test_one_rank_prints_that_kernels_are_compiled(user):
     patch = """
 from tinygrad2.backend import get_backend
 get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4))
@@ -456,7 +456,7 @@ sys.exit()
     assert error.count("compiling kernels") == 1
 
 
-def test_help_and_mistakes_are_printed_once(user):
+def test_help_and_errors_are_printed_once(user):
     out, _ = run(3, "--help")
     assert out.count("usage: python train.py") == 1
     _, err = run(3, "--batch-sise", "2", status=2)
@@ -486,14 +486,14 @@ atexit.register(count)
 
 
 def test_an_mpirun_of_another_mpi_is_rejected(user):
-    """As MPICH's mpiexec starts a Python whose mpi4py uses Open MPI: as many jobs of one rank."""
+    """MPICH's mpiexec starts a Python whose mpi4py uses Open MPI as several jobs of one rank."""
     _, err = run(2, "--max-iters", "1", launcher=[], env={"PMI_SIZE": "2", "PMI_RANK": "0"}, patch=None, status=1)
     assert "train.py: error: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
     assert not Path("out").exists()
 
 
 def test_gradients_of_a_gpu_are_staged(user):
-    """On the stand-in for CuPy, which notices memory that is read or changed before a copy has taken place."""
+    """On the stand-in for CuPy, which detects memory that is read or changed before its copy is done."""
     code = "from tests.stand_ins import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8"]
     for more in ([], ["--zero"]):
@@ -504,7 +504,7 @@ def test_gradients_of_a_gpu_are_staged(user):
 
 
 def test_gradients_go_from_gpu_to_gpu(user):
-    """On the stand-ins for CuPy and NCCL, which notice what is read, changed or freed while a sum is being made."""
+    """On the stand-ins for CuPy and NCCL, which detect memory that is read, changed or freed during a sum."""
     code = """
 from mpi4py import MPI
 from tests.stand_ins import nccl as fake_nccl, strict_cupy
@@ -530,15 +530,15 @@ for context in contexts:
 
 @pytest.fixture
 def two_hosts(tmp_path):
-    """(mpirun for two ranks on each of two hosts, a function that cuts the wire between them, one that counts bytes).
+    """(mpirun for two ranks on each of two hosts, a function that disconnects them, a function that counts bytes).
 
-    The hosts are network and host-name namespaces of this machine; a virtual cable joins them, TCP runs through it.
+    The hosts are network and host-name namespaces on this machine, connected by a virtual Ethernet cable.
     """
     names, wires = [f"tg{os.getpid()}{end}" for end in "ab"], [f"tg{os.getpid()}{end}" for end in "xy"]
     if not all(map(shutil.which, ("ip", "unshare"))):
         pytest.skip("two hosts on one machine need the programs ip and unshare")
     if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
-        pytest.skip("this process may not create network namespaces (it takes root)")
+        pytest.skip("this process may not create network namespaces (root is required)")
     try:
         subprocess.run(["ip", "netns", "add", names[1]], check=True)
         cable = ["ip", "link", "add", wires[0], "netns", names[0], "type", "veth"]
@@ -547,7 +547,7 @@ def two_hosts(tmp_path):
             subprocess.run(["ip", "-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", wire], check=True)
             for device in ("lo", wire):
                 subprocess.run(["ip", "-n", name, "link", "set", device, "up"], check=True)
-        agent = tmp_path / "agent"  # what mpirun takes for ssh
+        agent = tmp_path / "agent"  # used by mpirun in place of ssh
         agent.write_text(
             f'#!/bin/sh\nshift\nexec ip netns exec {names[1]} unshare --uts sh -c "hostname {names[1]}; $*"\n'
         )
@@ -600,12 +600,12 @@ def test_two_hosts_compute_what_one_computes(user, two_hosts):
     np.testing.assert_array_equal(losses("two0"), losses("one"))
     np.testing.assert_allclose(losses("two1"), losses("one"), rtol=1e-5)
     parameters = sum(array.nbytes for array in arrays("one").values())
-    assert sent() > 2 * 10 * parameters  # in each step, each host sends half of the gradients' parts, and of their sums
+    assert sent() > 2 * 10 * parameters  # in each step, each host sends half of the gradient parts and of their sums
 
 
 @pytest.mark.parametrize("how", ["cut", "stalled"])
 def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
-    """mpirun itself waits on for the daemon that it cannot reach any more; here it is helped to its end."""
+    """mpirun keeps waiting for the daemon that it can no longer reach, so the test ends it."""
     launcher, breaks, _ = two_hosts
     job = Job(4, *LONG, launcher=launcher, patch=PIDS)
     wait_for(lambda: steps_made() >= 5)

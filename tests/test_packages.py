@@ -1,4 +1,4 @@
-"""The wheel and the sdist, built from a copy of the repository and used outside it, in an environment of their own."""
+"""The wheel and the sdist, built from a copy of the repository and used outside it, in a separate environment."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def call(*command, cwd, env=None, status=0):
 
 
 def environment(python):
-    """No package of this process, no repository, and the commands of this Python first on the PATH."""
+    """Environment variables without this process's packages and the repository, with this Python first on the PATH."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {**kept, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -53,7 +53,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The Python of an environment in which only the wheel and what it needs are installed."""
+    """The Python of an environment with only the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("installed")
     call(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"

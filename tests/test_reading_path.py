@@ -1,6 +1,6 @@
-"""README's list of what one reads in an afternoon: its files exist, their lines are counted, and together they are few.
+"""README's reading list: the files exist, the line counts are correct, and the total is limited.
 
-`python tests/test_reading_path.py` counts the lines again and writes them into README.md.
+`python tests/test_reading_path.py` updates the line counts in README.md.
 """
 
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-LIMIT = 3000  # lines of all files on the list
+LIMIT = 3000  # maximum number of lines in all files on the list
 ROW = re.compile(r"^ *[\d,]+ ((?:tinygrad2|gpt2)/\S+|train\.py)( .*)?$", re.MULTILINE)  # lines, file, what it is
 TOTAL = re.compile(r"^ *[\d,]+ lines$", re.MULTILINE)
 
@@ -24,7 +24,7 @@ def count(name):
 
 
 def counted(text):
-    """The listing with today's counts."""
+    """The listing with the current counts."""
     total = sum(count(row[1]) for row in ROW.finditer(text))
     text = ROW.sub(lambda row: f"{count(row[1]):6,} {row[1]}{row[2] or ''}", text)
     return TOTAL.sub(f"{total:6,} lines", text)

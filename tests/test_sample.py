@@ -39,7 +39,7 @@ def run(capsys, *options, code=0):
     return capsys.readouterr()
 
 
-def test_it_prints_which_model_it_uses(user, capsys):
+def test_it_prints_the_model_that_it_uses(user, capsys):
     assert "sampling from an untrained model" in run(capsys, "-m", "2").err
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000010")
@@ -69,7 +69,7 @@ def test_the_prompt_is_continued_and_the_seed_decides(user, capsys):
     assert run(capsys, "-p", "Hello", "-m", "0").out == "Hello\n"
 
 
-def test_both_spellings_and_every_option(user, capsys):
+def test_every_option_in_both_spellings(user, capsys):
     save_model("checkpoint")
     short = ["-p", "x", "-m", "5", "-n", "2", "-t", "0.7", "-k", "9", "--top-p", "0.9", "--seed", "1", "--stop", "qq"]
     long = ["--prompt", "x", "--max_tokens", "5", "--samples", "2", "--temperature", "0.7", "--top_k", "9"]
@@ -141,7 +141,7 @@ def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
     assert lines[0] == "model: checkpoint, weights in bfloat16"
     assert (
         lines[1]
-        == "sample.py: error: GPT2: bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+        == "sample.py: error: GPT2: bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference disables"
     )
     assert len(lines) == 2
 
@@ -207,7 +207,7 @@ def test_bad_input_gets_one_line(user, capsys, case):
 
 
 def test_text_streams(user):
-    """The first characters are there long before the last."""
+    """The first characters are printed long before the last."""
     save_model("checkpoint")
     command = [sys.executable, "-u", ROOT / "sample.py", "-p", "abc", "-m", "100000"]
     process = subprocess.Popen(
@@ -239,7 +239,7 @@ def test_compilation_is_announced_before_any_text(user):
 @pytest.mark.parametrize(
     ("pieces", "options", "reported"),
     [
-        ([], [], ["the sample is empty: the model generated no visible text before its end; try another --seed"]),
+        ([], [], ["the sample is empty: the model generated no visible text; try another --seed"]),
         ([(0, " \n"), (0, "\n")], [], ["the sample is empty"]),
         ([(0, "\n"), (0, "a")], [], []),
         ([], ["-m", "0"], []),
@@ -297,7 +297,7 @@ def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user
     save_model("checkpoint")
     monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
-    # 10 positions of 2 x 16 numbers, 3 tokens read in 19 x 16 numbers, 257 logits: 7,241 bytes each.
+    # 10 positions with 2 x 16 values, 3 prompt tokens with 19 x 16 values, 257 logits: 7,241 bytes per sample.
     said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
     assert said.out == ""
     assert said.err.splitlines()[1:] == [
@@ -307,7 +307,7 @@ def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
     monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
-    monkeypatch.setattr(machine, "memory", lambda: None)  # unknown to the system
+    monkeypatch.setattr(machine, "memory", lambda: None)  # not reported by the system
     run(capsys, "-p", "abc", "-n", "1000")
 
 
@@ -372,11 +372,11 @@ def test_the_damaged_tensor_is_named(user, capsys, value):
     assert f"{error}; {found}{value:.7g} (1 of 16 values)" in said
 
 
-# Where the prompt comes from
+# Sources of the prompt
 
 
 class Typed:
-    """stdin with these bytes; `terminal` makes it a terminal."""
+    """A stdin with these bytes; a terminal if `terminal` is true."""
 
     def __init__(self, text, terminal=False):
         self.buffer, self.lines, self.isatty = io.BytesIO(text), iter(text.decode().splitlines()), lambda: terminal
@@ -432,7 +432,7 @@ def test_control_c_ends_a_text_and_not_the_session(user, capsys, monkeypatch):
     assert interactive(monkeypatch, capsys, ["one", "two"]).out == expected
 
 
-def test_the_same_prompt_typed_again_gets_another_text(user, capsys, monkeypatch):
+def test_the_same_prompt_gives_another_text_when_typed_again(user, capsys, monkeypatch):
     save_model("checkpoint")
     first, second = interactive(monkeypatch, capsys, ["one", "one"], "-t", "2", "-m", "12").out.splitlines()[:2]
     assert first != second

@@ -20,7 +20,7 @@ from tinygrad2 import checkpoint
 
 
 def interrupt_at(monkeypatch, position, error):
-    """Make the data loader fail when it comes to this sample."""
+    """Make the data loader fail at this sample."""
     whole = SampleOrder.indices
 
     def indices(self, first, count):
@@ -39,7 +39,7 @@ def interrupt_at(monkeypatch, position, error):
         pytest.param([], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_crashed_resumes_to_the_same_bits(workspace, monkeypatch, capsys, more):
+def test_a_crashed_run_resumes_bit_identically(workspace, monkeypatch, capsys, more):
     run("--max-iters", "9", "--save-interval", "3", "--out-dir", "whole", *more)
     per_step = 6 if more else 2
     mend = interrupt_at(monkeypatch, 7 * per_step, RuntimeError("power cut"))
@@ -47,13 +47,13 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(workspace, monkeypatch, cap
         run("--max-iters", "9", "--save-interval", "3", "--out-dir", "cut", *more)
     assert [row["step"] for row in rows("cut")] == [1, 2, 3, 4, 5, 6, 7]
     mend()
-    assert train.main(["--out-dir", "cut"]) == 0  # no other option: the run knows how it was started
+    assert train.main(["--out-dir", "cut"]) == 0  # no other option, since the run stores its options
     assert "resuming from cut/ckpt-000006, step 6" in capsys.readouterr().out
     assert_same_run("whole", "cut")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_other_optimizers_resume_to_the_same_bits(workspace, capsys, optimizer):
+def test_other_optimizers_resume_bit_identically(workspace, capsys, optimizer):
     given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
     run("--out-dir", "whole", "--max-iters", "6", *given)
     run("--out-dir", "cut", "--max-iters", "3", *given)
@@ -100,7 +100,7 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert starts[1]["command"].endswith("--max-iters 12 --batch-size 4 --total-batch-size 64")
     assert 0 < starts[0]["baselines"]["bigram"] < starts[0]["baselines"]["unigram"] < 6
     assert starts[1]["baselines"] == {}
-    assert 0.99 < starts[0]["data"]["bytes per token"] < 1  # an end-of-text token has none
+    assert 0.99 < starts[0]["data"]["bytes per token"] < 1  # an end-of-text token has no bytes
     assert [sample["step"] for sample in samples] == [4, 6, 8, 12]
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "12 of 12 steps" in page
@@ -110,17 +110,17 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert 'http-equiv="refresh"' not in page
 
 
-def test_the_report_is_written_at_evaluations_and_when_stopped(workspace, monkeypatch):
+def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(workspace, monkeypatch):
     steps = []
     page = report.report_page
     monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
     monkeypatch.setattr(report, "SHARE", 1e9)
     run("--max-iters", "10")
-    assert steps == [4, 8, 10]
+    assert steps == [0, 4, 8, 10]
     monkeypatch.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "requested", True) or self)
     monkeypatch.setattr(train.StopRequest, "__exit__", lambda *ignored: None)
     run("--max-iters", "12")
-    assert steps == [4, 8, 10, 11]
+    assert steps == [0, 4, 8, 10, 10, 11]
 
 
 def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):
@@ -129,7 +129,7 @@ def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypa
     assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out
 
 
-def test_the_help_needs_no_data_and_is_quick():
+def test_help_needs_no_data_and_is_fast():
     began = time.perf_counter()
     said = subprocess.run(
         [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Wrong inputs to every command: one line, which names what came and what to do, and no traceback."""
+"""Invalid input to every command gives one line that says what is wrong and what to do, and no traceback."""
 
 import importlib
 import shlex
@@ -15,17 +15,17 @@ from tests.training_runs import ROOT
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 548118077\n"
 
-WRONG = [  # command, arguments, what the line says
-    # Options of other programs, and misspelt ones.
+WRONG = [  # command, arguments, part of the expected line
+    # Options of other programs, and misspelled ones.
     ("train", "--n-layers 6", "unknown option --n-layers; did you mean --n-layer?"),
     ("train", "--init_from=gpt2", "unknown option --init-from=gpt2; use --init MODEL to fine-tune"),
     ("train", "--eval_only=True", "use python -m gpt2.evaluate MODEL --data NAME"),
     ("train", "--gradient_accumulation_steps=8", "use --total-batch-size TOKENS: micro-steps x --batch-size"),
-    ("train", "--compile=False", "unknown option --compile=False; leave it out: the kernels are always compiled"),
+    ("train", "--compile=False", "unknown option --compile=False; omit it: the kernels are always compiled"),
     ("train", "--wandb_log=True", "read the report.html and log.jsonl that every run writes"),
     ("train", "--wandb-projekt=x", "read the report.html and log.jsonl"),
     ("train", "--dataset=shakespeare_char", "use --data NAME"),
-    ("train", "--no-bias", "unknown option --no-bias; leave it out: GPT-2 has biases"),
+    ("train", "--no-bias", "unknown option --no-bias; omit it: GPT-2 has biases"),
     ("train", "--num-train-epochs 3", "use --max-iters STEPS: epochs x training tokens / tokens per step"),
     ("train", "--lr 3e-4", "unknown option --lr; use --learning-rate X"),
     ("train", "--config gradient.toml", "gradient.toml: unknown option gradient_accumulation_steps; use --total-batch"),
@@ -41,15 +41,15 @@ WRONG = [  # command, arguments, what the line says
     ("train", "--batch-size 2.5", "--batch-size: invalid int value: '2.5'"),
     ("train", "--early-stop -1", "--early-stop is -1; expected 0 or more"),
     ("train", "--init model --n-head 2 --data text", "--init determines the sizes of the model; remove --n-head"),
-    ("train", "--preset gpt2 --data text --block-size 64", "the tokenizer bytes (257 tokens); expected that of the"),
+    ("train", "--preset gpt2 --data text --block-size 64", "with tokenizer bytes (257 tokens); expected that of the"),
     ("sample", "-t -1", "--temperature is -1.0; expected 0 (greedy) or more"),
     ("sample", "-p a --prompt-file a.txt", "--prompt and --prompt-file are both given; expected one of them"),
-    ("sample", "-i -p -", "--interactive and a prompt from stdin (-) exclude each other; use --prompt-file FILE"),
+    ("sample", "-i -p -", "--interactive and a prompt from stdin (-) cannot be combined; use --prompt-file FILE"),
     ("data.prepare", "a.txt --val-fraction 5", "--val-fraction is 5.0; expected 0 < fraction < 1"),
     ("data.prepare", "a.txt --encoding utf8mb4", "--encoding utf8mb4: unknown; expected a name that Python knows"),
     ("data.prepare", "a.csv --delimiter comma", "--delimiter is 'comma'; expected one character, or tab"),
     # Files that are missing, damaged, or of another kind.
-    ("train", "--data nowhere", "data 'nowhere': no such data set (data/ contains text); make one with"),
+    ("train", "--data nowhere", "data 'nowhere': no such data set (data/ contains text); prepare one with"),
     ("train", "--data text --init nowhere", "nowhere: no such file or folder; expected a model"),
     ("train", "--config nowhere.toml", "nowhere.toml: No such file or directory"),
     ("sample", "--checkpoint a.txt", "a.txt: "),
@@ -66,7 +66,7 @@ WRONG = [  # command, arguments, what the line says
     ("gpt2.convert", "model new --to onnx", "invalid choice: 'onnx'"),
     ("gpt2.evaluate", "model", "--data"),
     ("gpt2.evaluate", "model --data nowhere", "data 'nowhere': no such data set"),
-    ("gpt2.report", "nowhere", "nowhere: no log.jsonl in this folder; expected the out-dir of a run"),
+    ("gpt2.report", "nowhere", "nowhere: no log.jsonl in this folder; expected the out-dir of a train.py run"),
     ("gpt2.verify", "--preset gpt9", "gpt9"),
     ("gpt2.plan", "--device h20", "--device is h20; expected auto, cpu, cuda"),
     ("gpt2.doctor", "now", "unexpected argument 'now'"),
@@ -126,7 +126,7 @@ WRONG = [  # command, arguments, what the line says
 
 @pytest.fixture
 def inputs(workspace):
-    """A current directory with a data set, a model, and files that are not what they seem."""
+    """A current directory with a data set, a model, and files with unexpected contents."""
     GPT2(GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained("model")
     Tokenizer.load("bytes").save(Path("model"))
     Path("lfs").mkdir()
@@ -172,7 +172,7 @@ def test_the_table_is_large_enough():
 
 
 @pytest.mark.parametrize("names", [familiar_options.TRAIN, familiar_options.SAMPLE, familiar_options.PREPARE])
-def test_answers_name_options_that_exist_and_no_known_option_is_listed(names):
+def test_the_advice_refers_to_existing_options(names):
     commands = {id(familiar_options.TRAIN): "train.py", id(familiar_options.SAMPLE): "sample.py"}
     script = commands.get(id(names), "data/prepare.py")
     text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
@@ -185,7 +185,7 @@ def test_answers_name_options_that_exist_and_no_known_option_is_listed(names):
 
 
 def test_a_shard_that_shrinks_during_a_run_is_one_line(workspace, capsys, monkeypatch):
-    """A shorter file is copied over an open one."""
+    """A shorter file replaces an open one."""
     from gpt2.training.dataset import SampleOrder
     from tests.training_runs import run
 

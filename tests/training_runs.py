@@ -1,4 +1,4 @@
-"""Short runs of train.py and what they leave, for tests. The fixture `workspace` gives them their data set."""
+"""Short runs of train.py, and their results, for tests. The fixture `workspace` provides the data set."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ def run(*options, code=0):
 
 
 def rows(out):
-    """What the log holds that does not depend on time."""
+    """The entries of the log that do not depend on time."""
     return [{key: row[key] for key in SAME if key in row} for row in read_log(Path(out) / "log.jsonl")]
 
 
 def newest_arrays(out):
-    """The weights and the optimizer's state of the newest checkpoint."""
+    """The weights and the optimizer state in the newest checkpoint."""
     folder, damaged = checkpoint.newest(Path(out))
     assert not damaged
     arrays = checkpoint.load_arrays(folder / "model.safetensors")
@@ -53,7 +53,7 @@ def one_line(capsys):
 
 
 def update_checksums(folder):
-    """Write the manifest of a checkpoint again after a test has changed its files."""
+    """Rewrite the manifest of a checkpoint after a test has changed its files."""
     manifest = folder / "manifest.json"
     listed = json.loads(manifest.read_text())["files"]
     for name in listed:

@@ -1,10 +1,10 @@
-"""tinygrad2: a small autograd engine whose every backward pass is written by hand and checked.
+"""tinygrad2: a small autograd engine, in which every backward pass is written by hand and checked.
 
     from tinygrad2 import Tensor, nn, ops, optim
     import tinygrad2 as tg                       # tg.relu(x), tg.where(x > 0, x, 0), tg.zeros(2, 3): see functional.py
 
-The names below, and every function of functional.py, are imported when they are first used, so that `tinygrad2.machine`
-and `tinygrad2.files`, which need the standard library only, can be imported where NumPy is missing.
+The names below, and all functions in functional.py, are imported on first use, so that `tinygrad2.machine` and
+`tinygrad2.files`, which need only the standard library, can be imported without NumPy.
 """
 
 from importlib import import_module

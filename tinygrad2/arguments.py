@@ -1,13 +1,13 @@
-"""Arguments of operators and methods of a Tensor other than Tensors: numbers and arrays, axes, indices, shapes.
+"""Conversion of the arguments of Tensor methods and operators: numbers and arrays, axes, indices, shapes.
 
-Types are promoted as in PyTorch, with float32 as the default float:
+Types are promoted as in PyTorch, with float32 as the default floating-point type:
   - integers and booleans combined with a floating-point array are converted to its dtype;
   - an integer or boolean array and a Python float give float32, and so does the quotient of integers;
-  - two integer types give the same type as in NumPy;
+  - two integer types are combined as in NumPy;
   - two Tensors of different floating-point types are an error: convert one;
   - a number or an array combined with a floating-point Tensor is a constant, and is converted to its dtype. So a
-    float32 Tensor times a float64 array is float32: NumPy's arrays are float64 by default, and one of them must not
-    turn a whole model into float64. (PyTorch's tensors would give float64 here.)
+    float32 Tensor times a float64 array is float32: NumPy arrays are float64 by default, and one of them must not turn
+    a whole model into float64. (Two PyTorch tensors would give float64 here.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_FLOAT = numpy.dtype("float32")
 
 
 def is_float(dtype: numpy.dtype) -> bool:
-    """Whether a dtype is a floating-point type, bfloat16 included."""
+    """Whether a dtype is a floating-point type, including bfloat16."""
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
@@ -39,7 +39,7 @@ def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
 
 
 def of_numpy(value: Any) -> Any:
-    """An array of another library, such as PyTorch, as one of NumPy; whatever else there is, as it is."""
+    """Convert an array of another library, such as PyTorch, to NumPy; return any other value unchanged."""
     if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype):
         return value
     try:
@@ -49,7 +49,7 @@ def of_numpy(value: Any) -> Any:
 
 
 def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
-    """A number, list or array combined with a Tensor of `dtype`, as an array of the dtype by the rules above."""
+    """A number, list or array that is combined with a Tensor of `dtype`, as an array with the dtype defined above."""
     if type(value) is float or type(value) is int:
         array_dtype = dtype if is_float(dtype) else DEFAULT_FLOAT if type(value) is float else None
         if array_dtype is not None:
@@ -61,7 +61,7 @@ def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array
         raise TypeError(f"{op}: an operand has dtype {array.dtype}; expected floats, integers or booleans")
     if is_float(dtype):
         return backend.asarray(array, dtype=dtype)
-    if is_float(array.dtype):  # lists of Python floats have the default type, arrays keep their own
+    if is_float(array.dtype):  # lists of Python floats get the default type; arrays keep theirs
         return backend.asarray(array, dtype=None if is_array else DEFAULT_FLOAT)
     if (
         isinstance(value, int) and not isinstance(value, bool) and dtype.kind in "iu"
@@ -90,7 +90,7 @@ def numpy_array(op: str, value: Any) -> numpy.ndarray:
     try:
         array = numpy.asarray(value)
     except ValueError:
-        raise ValueError(f"{op}: nested lists of different lengths; expected lists of equal lengths") from None
+        raise ValueError(f"{op}: nested lists have different lengths; expected equal lengths") from None
     if array.dtype.kind == "O" and isinstance(value, int):
         raise OverflowError(f"{op}: {value} does not fit in 64 bits; expected a smaller integer, or a float")
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
@@ -111,7 +111,8 @@ def _check_no_gradient(op: str, value: Any) -> None:
 
 
 def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
-    """`axis` (an axis, several, or None for all) as axes from 0 to ndim - 1. If ndim is 0, 0 and -1 are ignored.
+    """`axis` (one axis, several, or None for all) as a tuple of axes from 0 to ndim - 1. If ndim is 0, 0 and -1 are
+    ignored.
 
     Raises ValueError for an axis out of range or given twice, TypeError for anything but integers.
     """
@@ -122,7 +123,7 @@ def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
         if isinstance(i, bool) or not isinstance(i, int | numpy.integer):
             raise TypeError(f"{op}: axis is {axis!r}; expected an integer, a tuple of integers or None")
         if not -max(ndim, 1) <= i < max(ndim, 1):
-            raise ValueError(f"{op}: axis {i} is out of range for a tensor of {ndim} axes")
+            raise ValueError(f"{op}: axis {i} is out of range for a tensor with {ndim} axes")
     axes = tuple(int(i) % ndim for i in given) if ndim else ()
     if len(set(axes)) < len(axes):
         raise ValueError(f"{op}: axis {axis!r} gives an axis of a tensor of {ndim} axes twice")
@@ -157,15 +158,15 @@ def _plain(index: Any) -> Index:
     if array.dtype.kind in "iub":
         return array.copy()
     if array.size == 0 and not hasattr(index, "dtype"):
-        return array.astype(numpy.int64)  # an empty list has no integers to tell
+        return array.astype(numpy.int64)  # NumPy makes an empty list float64
     raise TypeError(
-        f"indexing: an index of dtype {array.dtype}; expected integers or booleans"
-        + (": a Tensor of a list is float32; pass the list, or Tensor(list, dtype='int64')" * is_tensor)
+        f"indexing: an index has dtype {array.dtype}; expected integers or booleans"
+        + (" (a Tensor made from a list is float32; pass the list, or Tensor(list, dtype='int64'))" * is_tensor)
     )
 
 
 def describe_index(index: Index) -> str:
-    """An index for an error message: arrays by their shape."""
+    """An index as text for error messages; arrays are described by their shapes."""
     parts: Iterable[Any] = index if isinstance(index, tuple) else (index,)
     return ", ".join(
         f"[{'mask' if i.dtype.kind == 'b' else 'array'} of shape {i.shape}]" if hasattr(i, "dtype")

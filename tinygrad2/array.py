@@ -1,4 +1,4 @@
-"""What the engine asks of an array: the part of NumPy's ndarray that CuPy's has too."""
+"""The array interface that the engine needs: the part of NumPy's ndarray that CuPy's ndarray has too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy
 
 from tinygrad2 import missing_names
 
-Index = Any  # what NumPy indexing takes: integers, slices, None, ..., arrays, and tuples of these
+Index = Any  # any index that NumPy accepts: integers, slices, None, ..., arrays, and tuples of these
 
 
 class Array(Protocol):
-    """An n-dimensional array of NumPy or CuPy: `shape`, `dtype`, arithmetic, comparison, indexing.
+    """An n-dimensional NumPy or CuPy array: `shape`, `dtype`, arithmetic, comparison, indexing.
 
-    Arithmetic follows NumPy: elementwise, with broadcasting; `@` is a matrix product over the last two axes. The other
+    Arithmetic is as in NumPy: elementwise with broadcasting; `@` is a matrix product over the last two axes. The other
     operand is an array of the same library or a Python number.
     """
 
@@ -42,9 +42,9 @@ class Array(Protocol):
     @property
     def T(self) -> Array: ...
     @property
-    def reshape(self) -> Callable[..., Array]: ...  # (a method has overloads that no single signature matches)
+    def reshape(self) -> Callable[..., Array]: ...  # no single signature matches NumPy's overloads
 
-    def __array__(self) -> numpy.ndarray[Any, Any]: ...  # CuPy's raises: to_host() copies explicitly
+    def __array__(self) -> numpy.ndarray[Any, Any]: ...  # in CuPy it raises; to_host() copies explicitly
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
     def __getitem__(self, index: Index, /) -> Any: ...
@@ -82,7 +82,7 @@ class Array(Protocol):
 
 
 def may_share_memory(a: Array, b: Array) -> bool:
-    """Whether two arrays of one library overlap in memory, judged by the first and the last byte of each."""
+    """Whether two arrays of one library may overlap in memory: compares their first and last bytes."""
     if not a.size or not b.size or isinstance(a, numpy.ndarray) != isinstance(b, numpy.ndarray):
         return False
     (a_first, a_last), (b_first, b_last) = _bounds(a), _bounds(b)

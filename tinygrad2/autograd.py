@@ -51,7 +51,7 @@ def no_grad() -> AbstractContextManager[None]:
 
 
 # The form of a gradient: the array type, shape and dtype of the result that it belongs to, and the `zeros` function of
-# its array library. (A plain tuple, since one is made for every result.)
+# its array library. (A plain tuple, for speed: one is created for every result.)
 Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any], Array]]
 
 
@@ -65,10 +65,10 @@ class Leaf:
     """The node of a parameter, or of an input that needs a gradient. It has no parents.
 
     grad      the gradient summed so far, or None before the first contribution.
-    forms     the form of the gradient, alone in a tuple as in a Node of one result.
+    forms     a tuple with the form of the gradient, as in a Node with one result.
     on_final  called without arguments when a backward pass has added its last contribution to `grad`.
     written   when the leaf's data was last changed in place, as a number in the order of Node.number; -1 for never.
-    memory    the arrays that were changed then.
+    memory    the arrays that were changed at that time.
     """
 
     __slots__ = ("grad", "forms", "on_final", "written", "memory")
@@ -102,8 +102,8 @@ class Node:
     backward  backward(saved, dy, into) -> a gradient or None for each parent; see `record` in tensor.py.
     saved     what backward needs from the forward pass.
     forms     the form of each output.
-    name      of the backward function.
-    kernel    backward is a kernel instead: kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
+    name      the name of the backward function.
+    kernel    if true, backward is a kernel: kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
 
     A node never refers to its own output; the output refers to the node, so there is no reference cycle to collect.
     """
@@ -151,7 +151,7 @@ class GradientBuffers:
         return None if edge is None else self._pending.buffer(edge)
 
 
-BackwardFunction = Callable[[Saved, Any, GradientBuffers], Gradients]  # of an op of several results, dy is a tuple
+BackwardFunction = Callable[[Saved, Any, GradientBuffers], Gradients]  # for several results, dy is a tuple
 
 
 class _PendingGradients:
@@ -199,7 +199,7 @@ class _PendingGradients:
         return edge[0].grad if isinstance(edge[0], Leaf) else self._gradients.get(edge, (None, False))[0]
 
     def pop(self, node: Node) -> Any:
-        """The gradient of the node's output, or for several outputs a tuple of them; None where none arrived."""
+        """The gradient of the node's output, or a tuple of gradients for several; None if none has arrived."""
         if len(node.forms) == 1:
             return self._gradients.pop((node, 0), (None, False))[0]
         arrived = [self._gradients.pop((node, output), (None, False))[0] for output in range(len(node.forms))]
@@ -207,7 +207,7 @@ class _PendingGradients:
 
 
 def as_array(value: Any) -> Any:
-    """The value; a scalar, which NumPy returns for arithmetic on arrays without axes, is made such an array."""
+    """The value, converted to an array if it is a NumPy scalar: NumPy returns scalars for 0-d arithmetic."""
     return numpy.asarray(value) if isinstance(value, numpy.generic) else value
 
 
@@ -217,8 +217,8 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
     Gradients are summed into `Leaf.grad` until they are cleared. The data that a node saved is freed as soon as its
     backward function has run, so a graph can be used once.
 
-    recomputed  the graph is that of an operation with this number, recorded again for its backward pass.
-    Raises RuntimeError if a part of the graph has been used before, or if data that it needs has been changed since;
+    recomputed  the number of the operation whose graph this is, if it was recorded again for the backward pass.
+    Raises RuntimeError if a part of the graph has been used before, or if data that it needs has been changed;
     TypeError or ValueError if a backward function returns something other than the gradients of its parents.
     """
     nodes, uses = _reachable([edge[0] for edge, _ in gradients], recomputed)
@@ -276,18 +276,18 @@ def _wrong_results(node: Node, results: Any, n: int) -> Exception:
 
 
 def _checked(node: Node, i: int, returned: Any, form: Form) -> Array:
-    """Convert a gradient that does not have exactly the form of parent i, or raise an error if it cannot be."""
+    """Check a gradient that does not have exactly the form of parent i. Raises an error if it is not acceptable."""
     kind, shape, dtype, _ = form
     what, gradient = f"{node.operation}: backward returned for parent {i}", as_array(returned)
     array_type: type[Any] = numpy.ndarray if issubclass(kind, numpy.ndarray) else kind
     if not isinstance(gradient, array_type):
         raise TypeError(f"{what} an object of type {type(gradient).__name__}; expected an array of shape {shape}")
     if gradient.shape != shape:
-        raise ValueError(f"{what} a gradient of shape {gradient.shape}; expected {shape}, the parent's own")
+        raise ValueError(f"{what} a gradient of shape {gradient.shape}; expected {shape}, the shape of the parent")
     sizes = sorted((gradient.dtype.itemsize, dtype.itemsize))
     short = sizes[0] == 2 and sizes[1] <= 4 and gradient.dtype.kind not in "iub"  # sums of bfloat16 are in float32
     if gradient.dtype != dtype and not short:
-        raise TypeError(f"{what} a gradient of dtype {gradient.dtype}; expected {dtype}, the parent's own")
+        raise TypeError(f"{what} a gradient of dtype {gradient.dtype}; expected {dtype}, the dtype of the parent")
     return gradient
 
 
@@ -297,7 +297,7 @@ def _call_on_final(leaf: Leaf) -> None:
 
 
 def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[Node], Counter[Leaf]]:
-    """Every node that is reachable from the roots, and the number of edges that lead to each leaf."""
+    """Every node that is reachable from the roots, and the number of edges to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Leaf] = Counter()
     written: set[Leaf] = set()

@@ -1,7 +1,8 @@
 """A backend: an array library, and the table of kernels that compute on its arrays.
 
-Code above this file asks the backend of the arrays at hand and never branches on a device or a dtype. The array library
-is a parameter of the whole reference module, which is loaded once for each library, with that library as its `np`.
+Code above this file uses the backend of the arrays that it is given, and never branches on a device or a dtype. The
+array library is a parameter of the whole reference module, which is loaded once per library, with that library as its
+`np`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Event(Protocol):
 class Backend:
     """NumPy arrays in host memory; the base class of every other backend.
 
-    device   its name.
+    device   the name of the device.
     np       the array library.
-    kernels  x_forward / x_backward for every operation, by the names of reference.py.
+    kernels  x_forward and x_backward for every operation, under their names in reference.py.
     cuda     features of NVIDIA GPUs; None on other devices.
     """
 
@@ -59,8 +60,8 @@ class Backend:
         self.cuda = cuda
 
     def kernels_for(self, tf32: bool) -> SimpleNamespace:
-        """The kernels, or with `tf32` others by the same names, whose products of float32 matrices round their operands
-        to TF32. Raises ValueError where the device has none."""
+        """The kernels; with `tf32`, a table in which float32 matrix products round their operands to TF32. Raises
+        ValueError if the device does not support TF32."""
         if tf32:
             raise ValueError(f"tf32 needs a GPU; the arrays are on {self.device}")
         return self.kernels
@@ -73,30 +74,30 @@ class Backend:
         return self.np.zeros(shape, dtype=dtype)
 
     def upload(self, values: numpy.ndarray) -> Array:
-        """A host array as an array of this backend, without waiting for the device; here, the array itself."""
+        """Convert a host array to this backend, without waiting for the device; here, returns the array itself."""
         return values
 
     def to_host(self, array: Array) -> numpy.ndarray:
-        """The array as a NumPy array, after waiting for the device; shares memory if it is on the host already."""
+        """The array as a NumPy array, after waiting for the device; shares memory if it is already on the host."""
         return numpy.asarray(array)
 
     def fetch(self, *scalars: Scalar) -> PendingScalars:
-        """Start to copy 0-d arrays to the host, without waiting for the device."""
+        """Start copying 0-d arrays to the host, without waiting for the device."""
         return PendingScalars([float(scalar) for scalar in scalars])
 
     def staging(self, array: Any, previous: numpy.ndarray | None) -> numpy.ndarray:
-        """Host memory for a copy of a flat array: `previous` if that fits, else new; here, the array itself."""
+        """Host memory for a copy of a flat array: `previous` if it fits, else new memory; here, the array itself."""
         return array
 
     def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
-        """Start to copy a flat array into its staging memory; the function returned waits until that is done."""
+        """Start copying a flat array into its staging memory; the returned function waits until the copy is done."""
         return lambda: None
 
     def copy_back(self, staging: numpy.ndarray, array: Any) -> None:
-        """Copy the staging memory of a flat array into it, without waiting for the device."""
+        """Copy a flat array back from its staging memory, without waiting for the device."""
 
     def memory(self) -> tuple[int, int] | None:
-        """(free, total) bytes of the device's own memory, or None if it uses the host's."""
+        """(free, total) bytes of the device's memory, or None if it uses the host's memory."""
         return None
 
     def name(self) -> str:
@@ -142,22 +143,22 @@ class Backend:
 
 
 class PendingScalars:
-    """Numbers that are being copied from a device to the host."""
+    """Scalars that are being copied from a device to the host."""
 
     def __init__(self, values: list[float]):
         self._values = values
 
     def ready(self) -> bool:
-        """Whether `get` would return at once."""
+        """Whether `get` would return immediately."""
         return True
 
     def get(self) -> list[float]:
-        """The numbers, after waiting for the copy."""
+        """The values, after waiting for the copy."""
         return self._values
 
 
 class Limits(NamedTuple):
-    """The limits of kernels on a GPU.
+    """The limits of a GPU for kernels.
 
     processors     number of multiprocessors: at least this number of blocks run concurrently.
     shared_memory  the largest number of bytes per block.
@@ -173,7 +174,7 @@ class Cuda:
     """Features of NVIDIA GPUs: kernels in CUDA C++, limits, NCCL, peak rates.
 
     np         CuPy, or a stand-in.
-    launchers  of the kernels in kernels/cuda.py; None if reference.py computes everything.
+    launchers  the launchers in kernels/cuda.py; None if reference.py computes everything.
     """
 
     def __init__(self, np: Library, launchers: CudaKernels | None):
@@ -181,7 +182,7 @@ class Cuda:
         self.launchers = launchers
 
     def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Kernel:
-        """The kernel `name` in a file of CUDA C++, compiled with these constants at first use.
+        """The kernel `name` in a CUDA C++ file, compiled with these constants at first use.
 
         shared       bytes of dynamic shared memory of its launches.
         cooperative  its blocks wait for each other; for launch_alone.
@@ -212,27 +213,27 @@ class Cuda:
 
     @staticmethod
     def type_name(dtype: str) -> str | None:
-        """The name in CUDA C++ of a dtype that the kernels support, or None."""
+        """The CUDA C++ name of a dtype that the kernels support, or None."""
         return cpp_type(dtype)
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None) -> str | None:
         """See Backend.unsupported_reason."""
         wanted = Precision.of(precision)
         if not wanted.trains:
-            return f"{wanted.name} (weights in {wanted.matrices}, nothing else) is supported on the CPU only"
+            return f"{wanted.name} (only weights in {wanted.matrices}) is supported only on the CPU"
         if not (wanted.copies or wanted.tf32):
             return None
         capability = int(self._np.cuda.Device().compute_capability)
         if capability < 80:
-            return f"{wanted.name} needs a GPU of compute capability 8.0 or more, this one has {capability / 10}"
+            return f"{wanted.name} needs a GPU with compute capability 8.0 or higher; this one has {capability / 10}"
         if wanted.copies and self.launchers is None:
-            return f"{wanted.name} needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+            return f"{wanted.name} needs the CUDA kernels, which TINYGRAD2_KERNELS=reference disables"
         if wanted.copies and head_size is not None and not tensor_cores_take(head_size):
             return f"{wanted.name} needs a head size that is a multiple of 16, at most 128; got {head_size}"
         return None
 
     def peak(self, precision: PrecisionLike) -> float | None:
-        """The peak in TFLOP/s in a precision, or None if unknown."""
+        """The peak rate in TFLOP/s in a precision, or None if unknown."""
         return gpus.peak_tflops(self.gpu_name(), Precision.of(precision).name)
 
     def event(self, stream: Any = None) -> Event:
@@ -240,19 +241,19 @@ class Cuda:
         return ordering_event(self._np.cuda, stream)
 
     def gpu_name(self) -> str:
-        """The driver's name of the GPU."""
+        """The name of the GPU, from the driver."""
         runtime = self._np.cuda.runtime
         return runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
 
     def address(self) -> str:
-        """The PCI address of the GPU, unique on its machine."""
+        """The PCI address of the GPU, which is unique on its machine."""
         runtime = self._np.cuda.runtime
         return runtime.deviceGetPCIBusId(runtime.getDevice())
 
     def nccl(self) -> Any:
-        """CuPy's binding of NCCL, or None if it is not installed."""
+        """CuPy's NCCL bindings, or None if NCCL is not installed."""
         try:
-            with warnings.catch_warnings(action="ignore"):  # about a missing library
+            with warnings.catch_warnings(action="ignore"):  # warnings about a missing library
                 nccl = importlib.import_module(f"{self._np.__name__}.cuda.nccl")
         except ImportError:
             return None
@@ -260,24 +261,24 @@ class Cuda:
 
     def _needed(self) -> CudaKernels:
         if self.launchers is None:
-            raise RuntimeError("TINYGRAD2_KERNELS=reference leaves CUDA kernels out")
+            raise RuntimeError("TINYGRAD2_KERNELS=reference disables the CUDA kernels")
         return self.launchers
 
 
 class CudaBackend(Backend):
-    """CuPy arrays on one GPU, the current device of this process.
+    """CuPy arrays on a single GPU, the current device of this process.
 
     A process uses one GPU, in all of its threads: each has its own current device, which CUDA sets to GPU 0 at first.
 
-    All work goes to CuPy's current stream, in the order in which it is launched, and a launch does not wait: the host
-    runs ahead of the device. The two synchronise in four places only:
+    All work goes to CuPy's current stream, in launch order, and a launch does not wait: the host runs ahead of the
+    device. They synchronize in only four places:
       - `upload` copies into pinned host memory and launches the copy to the device from there. A pinned buffer is
-        reused when its copy is done; there are at most PINNED, so that the host is at most a step or two ahead.
+        reused when its copy is done; there are at most PINNED buffers, so the host is at most a step or two ahead.
       - `fetch` launches a copy of results into pinned memory; `PendingScalars.get` waits for that copy, a step later.
       - `download` launches a copy into memory that its owner keeps; the owner waits when it needs the values.
       - `to_host` waits for everything launched before.
 
-    plain  use reference.py only; else the kernels in kernels/cuda.py are used where they support the operation.
+    plain  use only reference.py; otherwise, use the kernels in kernels/cuda.py for the operations that they support.
     """
 
     PINNED = 16
@@ -290,11 +291,11 @@ class CudaBackend(Backend):
         super().__init__("cuda", cupy, kernel_table(base, overrides), Cuda(cupy, overrides))
         self._gpu: int = cupy.cuda.runtime.getDevice()
         linalg = cupy._core._routines_linalg
-        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)  # whatever CUPY_TF32 says
+        linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)  # ignore CUPY_TF32
         in_tf32 = reference_in_tf32(cupy, base)
         self._tf32_kernels = kernel_table(in_tf32, None if overrides is None else overrides.in_tf32(in_tf32))
-        self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, its last copy), the oldest first
-        self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # of fetches, whose results may be dropped
+        self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, its last copy), oldest first
+        self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # the same for fetches that may be dropped
 
     def kernels_for(self, tf32: bool) -> SimpleNamespace:
         return self._tf32_kernels if tf32 else self.kernels
@@ -314,7 +315,7 @@ class CudaBackend(Backend):
         return super().asarray(values, dtype)
 
     def upload(self, values: numpy.ndarray) -> Array:
-        values = numpy.asarray(values, order="C")  # (ascontiguousarray would give a 0-d array an axis)
+        values = numpy.asarray(values, order="C")  # ascontiguousarray would add an axis to a 0-d array
         raw = values.reshape(-1).view(numpy.uint8)
         buffer = self._take_pinned(raw.nbytes)
         buffer[: raw.nbytes] = raw
@@ -325,7 +326,7 @@ class CudaBackend(Backend):
         return array
 
     def _take_pinned(self, nbytes: int) -> numpy.ndarray:
-        """Pinned host memory of at least `nbytes` that no copy uses."""
+        """Pinned host memory of at least `nbytes` that no pending copy uses."""
         if self._pinned and (len(self._pinned) >= self.PINNED or self._pinned[0][1].done):
             buffer, event = self._pinned.popleft()
             event.synchronize()
@@ -395,7 +396,7 @@ class CudaBackend(Backend):
 
 
 class CudaPendingScalars(PendingScalars):
-    """Numbers that are copied before a CUDA event; the device array is kept alive until the copy is done."""
+    """Scalars whose copy precedes a CUDA event; the device array is kept alive until the copy is done."""
 
     def __init__(self, event: Event, host: numpy.ndarray, source: Array):
         self._event, self._host, self._source = event, host, source
@@ -420,9 +421,9 @@ def instantiate_reference(library: Library) -> ModuleType:
 
 
 def reference_in_tf32(cupy: Library, base: ModuleType) -> SimpleNamespace:
-    """The functions of the reference module `base`, which multiply float32 matrices in TF32.
+    """The functions of the reference module `base`, with float32 matrix products in TF32.
 
-    This is a setting of CuPy for the whole process, which is changed while a function runs and restored afterwards.
+    CuPy's setting applies to the whole process, so it is changed while a function runs and restored afterwards.
     """
     linalg = cupy._core._routines_linalg
 
@@ -442,17 +443,17 @@ def reference_in_tf32(cupy: Library, base: ModuleType) -> SimpleNamespace:
 
 
 def kernel_functions(base: ModuleType | SimpleNamespace) -> dict[str, Callable[..., Any]]:
-    """The public functions of the reference module, by their names."""
+    """The public functions of the reference module, by name."""
     return {name: f for name, f in vars(base).items() if callable(f) and not name.startswith("_")}
 
 
 def kernel_table(base: ModuleType | SimpleNamespace, overrides: object | None) -> SimpleNamespace:
-    """Every function of the reference module `base`, or the override of the same name."""
+    """Every function of the reference module `base`, replaced by the override of the same name if there is one."""
     return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in kernel_functions(base).items()})
 
 
 def _textbook() -> bool:
-    """Whether only reference.py is used."""
+    """Whether to use only reference.py."""
     return os.environ.get("TINYGRAD2_KERNELS") == "reference"
 
 
@@ -469,7 +470,7 @@ def _cpu_overrides() -> ModuleType | None:
 
 _backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, kernel_table(reference, _cpu_overrides()))}
 _by_type: dict[type, Backend] = {numpy.ndarray: _backends["cpu"]}
-_gpu = 0  # the number of the GPU of a CUDA backend; see choose_gpu
+_gpu = 0  # the number of this process's GPU; see choose_gpu
 
 
 def choose_gpu(number: int) -> None:
@@ -483,20 +484,20 @@ def choose_gpu(number: int) -> None:
 
 
 def silence_compile_notice() -> None:
-    """Do not print that kernels are being compiled; the first of several processes prints it."""
+    """Do not print that kernels are being compiled: of several processes, only the first prints it."""
     if cpu := _cpu_overrides():
         cpu.notice.said = True
 
 
 def register(backend: Backend) -> Backend:
-    """Register a backend, for get_backend by its device's name, and for backend_of by its array type."""
+    """Register a backend under its device name, for get_backend, and its array type, for backend_of."""
     _backends[backend.device] = backend
     _by_type[backend.np.ndarray] = backend
     return backend
 
 
 def get_backend(device: str = "cpu") -> Backend:
-    """The backend of "cpu" or "cuda", built once; "auto" is "cuda" if that is available, else "cpu".
+    """The backend of "cpu" or "cuda", created once; "auto" means "cuda" if that is available, else "cpu".
 
     Raises ValueError if the device is not available; the message names what is missing.
     """
@@ -520,7 +521,7 @@ def get_backend(device: str = "cpu") -> Backend:
 
 
 def _import_cupy() -> Library:
-    if write_error(machine.cache_folders()["CUPY_CACHE_DIR"]):  # CuPy cannot be imported without it
+    if write_error(machine.cache_folders()["CUPY_CACHE_DIR"]):  # CuPy cannot be imported without this folder
         os.environ["CUPY_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"cupy-{machine.user()}")
     try:
         import cupy
@@ -528,18 +529,18 @@ def _import_cupy() -> Library:
         no_cupy = isinstance(error, ImportError) and error.name == "cupy"
         missing = "CuPy is not installed" if no_cupy else f"CuPy cannot be imported ({error})"
         raise ValueError(
-            f"device 'cuda': {missing}; {machine.install_command('cuda13')} (or cuda12, for a driver of CUDA 12: "
-            f"nvidia-smi names the version)"
+            f"device 'cuda': {missing}; {machine.install_command('cuda13')} (or cuda12, for a CUDA 12 driver; "
+            f"nvidia-smi prints the version)"
         ) from None
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise ValueError(
-            f"device 'cuda': no working NVIDIA driver was found ({error}); does nvidia-smi run, and is its CUDA "
-            f"version at least that of the installed CuPy?"
+            f"device 'cuda': no working NVIDIA driver was found ({error}); check that nvidia-smi runs, and that its "
+            f"CUDA version is at least that of the installed CuPy"
         ) from None
     if devices == 0:
-        raise ValueError("device 'cuda': the driver shows no GPU; CUDA_VISIBLE_DEVICES may hide it")
+        raise ValueError("device 'cuda': the driver reports no GPU; CUDA_VISIBLE_DEVICES may hide it")
     cupy.cuda.Device(_gpu % devices).use()
     return cupy
 
@@ -548,7 +549,7 @@ def backend_of(array: object) -> Backend:
     """The backend of arrays of this type. Raises TypeError if there is none."""
     backend = _by_type.get(type(array))
     if backend is None:
-        if isinstance(array, numpy.ndarray | numpy.generic):  # memory-mapped files, and NumPy's own scalars
+        if isinstance(array, numpy.ndarray | numpy.generic):  # includes memory-mapped files and NumPy scalars
             return _backends["cpu"]
         raise TypeError(f"expected an array, got {type(array).__name__}; wrap values as Tensor(...) or an array first")
     return backend

@@ -1,6 +1,6 @@
 """Diagnostics for gpt2/doctor.py: the BLAS library, the compiled kernels, the GPU.
 
-Each function may crash or hang in code of another library, so call it in a separate process. Results are valid JSON.
+Each function may crash or hang in another library's code, so call it in a separate process. Results are valid JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def blas() -> dict[str, Any]:
     """The BLAS library: FLOP/s in float32, threadpoolctl's description of NumPy's libraries, MKL's version if it is
     used, and a description of the library that was chosen."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    from tinygrad2 import backend, blas  # (later, since it may load MKL)
+    from tinygrad2 import backend, blas  # imported late, since it may load MKL
 
     compiled = backend.get_backend("cpu").kernels.linear_forward.__module__ == "tinygrad2.kernels.cpu"
     mkl = metadata.version("mkl") if blas.chosen().name == "mkl" and compiled else None

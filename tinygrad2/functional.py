@@ -1,7 +1,7 @@
 """Operations as functions: tinygrad2.relu(x), tinygrad2.maximum(a, b), tinygrad2.concatenate([a, b]).
 
 Each method of Tensor (tensor.py, methods.py) has a function of the same name here, which also accepts an array, a
-number or nested lists instead of a Tensor. Further functions join several tensors, create one, or are for networks:
+number or nested lists instead of a Tensor. Other functions join or create tensors, or are for neural networks:
 
     join        concatenate (cat) stack vstack hstack dstack meshgrid
     products    einsum matmul vdot kron
@@ -9,7 +9,7 @@ number or nested lists instead of a Tensor. Further functions join several tenso
     losses      cross_entropy nll_loss mse_loss l1_loss binary_cross_entropy binary_cross_entropy_with_logits
     create      zeros ones full eye arange linspace rand randn zeros_like ones_like full_like
 
-The operations that GPT-2 is made of are in ops.py, and are functions of this module too.
+The operations of GPT-2 are in ops.py, and are also available in this module.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def _tensor(value: Operand) -> Tensor:
 
 
 def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
-    """All as Tensors of one dtype, by the rules of arguments.py."""
+    """The values as Tensors of one dtype, by the rules of arguments.py."""
     if not isinstance(values, list | tuple):
         raise TypeError(f"{op}: expected a list or tuple of tensors, got {type(values).__name__}")
     if not values:
         raise ValueError(f"{op}: the list is empty; expected at least one tensor")
     like = next((value for value in values if isinstance(value, Tensor)), _tensor(values[0]))
-    for value in values:  # promotes it if a dtype is wider
+    for value in values:  # promotes it if another dtype is wider
         like = like._operands(op, value, broadcast=False)[0]
     return [like._operands(op, value, broadcast=False)[1] for value in values]
 
@@ -112,35 +112,35 @@ cat = concatenate
 
 @protocols.pytorch_names
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
-    """Tensors of one shape joined along a new axis at `axis`."""
+    """Join tensors of the same shape along a new axis at `axis`."""
     given = _tensors("stack", tensors)
     for i, x in enumerate(given):
         if x.shape != given[0].shape:
-            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, that of the first")
+            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, as the first")
     at = axis_of("stack", axis, given[0].ndim + 1)
     return methods.concatenate([x.unsqueeze(at) for x in given], at)
 
 
 def vstack(tensors: Sequence[Operand]) -> Tensor:
-    """Tensors joined along the first axis, vectors as rows."""
+    """Join tensors along the first axis, vectors as rows."""
     given = _tensors("vstack", tensors)
     return methods.concatenate([x if x.ndim > 1 else x.reshape(1, x.size) for x in given], 0)
 
 
 def hstack(tensors: Sequence[Operand]) -> Tensor:
-    """Tensors joined along the second axis, vectors along their only axis."""
+    """Join tensors along the second axis, vectors along their only axis."""
     given = [x if x.ndim else x.reshape(1) for x in _tensors("hstack", tensors)]
     return methods.concatenate(given, builtins.min(1, given[0].ndim - 1))
 
 
 def dstack(tensors: Sequence[Operand]) -> Tensor:
-    """Tensors joined along the third axis; vectors count as (1, n, 1) and matrices as (m, n, 1)."""
+    """Join tensors along the third axis; vectors are treated as (1, n, 1) and matrices as (m, n, 1)."""
     given = [x.reshape(1, x.size) if x.ndim < 2 else x for x in _tensors("dstack", tensors)]
     return methods.concatenate([x.unsqueeze(-1) if x.ndim < 3 else x for x in given], 2)
 
 
 def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
-    """For each vector, its elements along its own axis of a grid; with "xy" the first two axes are exchanged."""
+    """The coordinates of a grid: each vector's elements along its own axis. "xy" exchanges the first two axes."""
     if indexing not in ("xy", "ij"):
         raise ValueError(f'meshgrid: indexing is {indexing!r}; expected "xy" or "ij"')
     given = [x.ravel() for x in map(_tensor, vectors)]
@@ -158,9 +158,9 @@ def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
 def einsum(subscripts: str, *operands: Operand) -> Tensor:
     """The sum of products given by the subscripts, as in NumPy's einsum: "ij,jk->ik" is a matrix product.
 
-    Each operand has a letter for each axis, and "..." for further axes, which broadcast. Letters that are not in the
-    result are summed over; without "->", the result has those that appear once, in alphabetical order. Operands are
-    multiplied from left to right, two at a time, as matrix products.
+    Each operand has one letter per axis; "..." stands for further axes, which broadcast. Letters that are not in the
+    result are summed over; without "->", the result has the letters that appear once, in alphabetical order. Operands
+    are multiplied from left to right, two at a time, as matrix products.
     """
     tensors = _tensors("einsum", operands)
     terms, result = _parse_einsum(subscripts, [x.ndim for x in tensors])
@@ -172,7 +172,7 @@ def einsum(subscripts: str, *operands: Operand) -> Tensor:
             elif n not in (1, lengths[letter]):
                 raise ValueError(
                     f"einsum: {subscripts!r}: operand {i} has shape {x.shape}, where {letter!r} has length {n}; "
-                    f"expected {lengths[letter]}, as in an operand before it"
+                    f"expected {lengths[letter]}, as in an earlier operand"
                 )
     term, x = _reduce(terms[0], tensors[0], {*result, *"".join(terms[1:])})
     for i in range(1, len(terms)):
@@ -195,12 +195,12 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
         or builtins.any("." in term.replace("...", "", 1) for term in (*terms, result))
     ):
         raise ValueError(
-            f"einsum: {subscripts!r} with {len(axes)} operands; expected letters for each of them, separated by commas"
+            f"einsum: {subscripts!r} with {len(axes)} operands; expected letters for each operand, separated by commas"
         )
     further = [n - len(term.replace("...", "")) for term, n in zip(terms, axes, strict=True)]
     for i, (term, more) in enumerate(zip(terms, further, strict=True)):
         if more < 0 or (more and "..." not in term):
-            raise ValueError(f"einsum: {subscripts!r}: operand {i} has {axes[i]} axes; expected those of {term!r}")
+            raise ValueError(f"einsum: {subscripts!r}: operand {i} has {axes[i]} axes, which do not match {term!r}")
     spare = [letter for letter in string.ascii_letters if letter not in letters]
     dots = spare[: builtins.max((n for n, term in zip(further, terms, strict=True) if "..." in term), default=0)]
     terms = [t.replace("...", "".join(dots[len(dots) - n :])) for t, n in zip(terms, further, strict=True)]
@@ -214,7 +214,7 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
 
 
 def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """Take the diagonal of every letter that appears twice in a term, and sum over those that are not kept."""
+    """Take the diagonal for every letter that appears twice in a term, and sum over letters that are not kept."""
     for letter in dict.fromkeys(term):
         while term.count(letter) > 1:
             first, second = term.index(letter), term.rindex(letter)
@@ -225,7 +225,7 @@ def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
 
 
 def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """The product of two terms: letters that are in both are batch axes if they are kept, else summed over."""
+    """The product of two terms: letters in both terms are batch axes if they are kept, else summed over."""
     lengths = dict(zip(a, x.shape, strict=True))
     for letter, n in zip(b, y.shape, strict=True):
         lengths[letter] = n if lengths.get(letter, 1) == 1 else lengths[letter]
@@ -247,7 +247,7 @@ def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str
 
 
 def matmul(a: Operand, b: Operand) -> Tensor:
-    """a @ b: the product over the last two axes, the leading ones broadcast."""
+    """a @ b: the matrix product over the last two axes, with the leading axes broadcast."""
     return _tensor(a) @ b if isinstance(a, Tensor) or not isinstance(b, Tensor) else b.__rmatmul__(a)
 
 
@@ -257,7 +257,7 @@ def vdot(a: Operand, b: Operand) -> Tensor:
 
 
 def kron(a: Operand, b: Operand) -> Tensor:
-    """The Kronecker product: each element of a times the whole of b, in blocks."""
+    """The Kronecker product: a block matrix, in which each block is an element of a times b."""
     x, y = (a if isinstance(a, Tensor) else _tensor(a))._operands("kron", b, broadcast=False)
     ndim = builtins.max(x.ndim, y.ndim)
     rows, blocks = (1,) * (ndim - x.ndim) + x.shape, (1,) * (ndim - y.ndim) + y.shape
@@ -299,8 +299,8 @@ def rotary_embedding(
     """Rotate pair i, (u, v), of the last axis by the angle position base^(-2 i / D) (arXiv:2104.09864).
 
     x (..., T, D), D even -> (..., T, D): queries or keys. (u cos - v sin, v cos + u sin).
-    positions    of the T tokens (T,), or the first one.
-    interleaved  pairs are elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as in Llama's files.
+    positions    the positions of the T tokens (T,), or the first position.
+    interleaved  if true, pair i is elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as in Llama files.
     """
     x = _tensor(x)
     if x.ndim < 2 or x.shape[-1] % 2:
@@ -309,7 +309,7 @@ def rotary_embedding(
     at = numpy.asarray(positions)
     at = at + numpy.arange(T) if at.ndim == 0 else at
     if at.shape != (T,):
-        raise ValueError(f"rotary_embedding: positions have shape {at.shape}; expected ({T},), one for each token")
+        raise ValueError(f"rotary_embedding: positions have shape {at.shape}; expected ({T},), one per token")
     angle = at[:, None] * base ** (-numpy.arange(0, D, 2) / D)
     cos, sin = (Tensor(x.backend.asarray(f(angle).astype(x.dtype))) for f in (numpy.cos, numpy.sin))
     if interleaved:
@@ -333,8 +333,8 @@ def scaled_dot_product_attention(
 
     query (..., H, T, D), key (..., K, S, D), value (..., K, S, E) -> (..., H, T, E). H is a multiple of K: H / K
     consecutive queries share a key and a value (arXiv:2305.13245). The shapes (H, T, D) and (T, D) are allowed too.
-    attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may attend to a key, or numbers
-                 that are added to the scores. A query that may attend to no key gets 0.
+    attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may attend to a key, or floats that are
+                 added to the scores. The output is 0 for a query that may not attend to any key.
     is_causal    query t attends to the keys 0 ... t.
     scale        1 / sqrt(D) if None.
     dropout_key  if given, dropout acts on the attention weights at the rate dropout_p.
@@ -359,7 +359,7 @@ def scaled_dot_product_attention(
     if is_causal:
         below = query.backend.np.tri(T, S, dtype=bool)
         visible = below if visible is None else visible & below
-    if visible is not None:  # a finite number, so that a row without any key does not produce NaN
+    if visible is not None:  # a finite value, so that a row without visible keys does not produce NaN
         scores = scores.where(visible, float(numpy.finfo(query.dtype).min) / 2)
     p = scores.softmax(-1)
     if visible is not None:
@@ -371,12 +371,12 @@ def scaled_dot_product_attention(
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[int, ...], int, int]:
-    """The leading axes, the heads of the queries, and those of the keys."""
+    """The leading axes, the number of query heads, and the number of key heads."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"attention: {name} is of type {type(x).__name__}; expected a Tensor")
+            raise TypeError(f"attention: {name} has type {type(x).__name__}; expected a Tensor")
         if x.ndim < 2 or x.ndim != query.ndim:
-            raise ValueError(f"attention: {name} has shape {x.shape}; expected (..., heads, time, size) as all three")
+            raise ValueError(f"attention: {name} has shape {x.shape}; expected (..., heads, time, size) for all three")
     B, H, K = (query.shape[:-3], query.shape[-3], key.shape[-3]) if query.ndim > 2 else ((), 1, 1)
     expected = (*B, *((K,) if query.ndim > 2 else ()), key.shape[-2])
     if (
@@ -426,18 +426,18 @@ def _like(x: Tensor, value: Operand) -> Tensor:
 def _same_shape(op: str, x: Operand, target: Operand) -> tuple[Tensor, Tensor]:
     a, b = _tensor(x)._operands(op, target)
     if a.shape != b.shape:
-        raise ValueError(f"{op}: the target has shape {b.shape}; expected {a.shape}, that of the input")
+        raise ValueError(f"{op}: the target has shape {b.shape}; expected {a.shape}, the shape of the input")
     return a, b
 
 
 def mse_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of (input - target)^2, or its sum, or each element of it ("none")."""
+    """The mean of (input - target)^2, or the sum, or all elements ("none")."""
     a, b = _same_shape("mse_loss", input, target)
     return _reduced("mse_loss", (a - b).square(), reduction)
 
 
 def l1_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of |input - target|, or its sum, or each element of it ("none")."""
+    """The mean of |input - target|, or the sum, or all elements ("none")."""
     a, b = _same_shape("l1_loss", input, target)
     return _reduced("l1_loss", (a - b).abs(), reduction)
 
@@ -450,14 +450,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...), or (..., V) if probabilities.
+    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...), or (..., V) probabilities.
 
-    weight           of each class (V,): the mean is weighted by those of the targets (not if they are probabilities).
+    weight           the weight of each class (V,). The mean is weighted, except if the targets are probabilities.
     ignore_index     a target that is ignored.
-    reduction        "mean", "sum", or "none": the loss of each row (...).
-    label_smoothing  e: the target has 1 - e more than the e / V of every class (arXiv:1512.00567, section 7).
-    Without these, and with integers, it is ops.cross_entropy, which saves less. Raises ValueError for a target outside
-    [0, V).
+    reduction        "mean", "sum", or "none" for the loss of each row (...).
+    label_smoothing  e: every class gets e / V, and the target 1 - e in addition (arXiv:1512.00567, section 7).
+    Without these options and with integer targets it calls ops.cross_entropy, which saves less. Raises ValueError for a
+    target outside [0, V).
     """
     logits = _tensor(logits)
     if logits.ndim == 0:
@@ -498,7 +498,7 @@ def cross_entropy(
 
 
 def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") -> Tensor:
-    """The mean of -log_probabilities[target], or its sum, or each: (..., V) and (...) integers."""
+    """The mean of -log_probabilities[target], or the sum, or all elements: (..., V) and (...) integers."""
     x = _tensor(log_probabilities)
     at = _tensor(numpy.asarray(targets) if isinstance(targets, list | tuple | int) else targets)
     if x.ndim == 0 or at.shape != x.shape[:-1]:
@@ -507,7 +507,7 @@ def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") 
 
 
 def binary_cross_entropy(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of -(t log p + (1 - t) log(1 - p)), p the input; logarithms are at least -100, as in PyTorch."""
+    """The mean of -(t log p + (1 - t) log(1 - p)) for input p; logarithms are limited to -100, as in PyTorch."""
     p, t = _same_shape("binary_cross_entropy", _tensor(input) * 1.0, target)
     np = p.backend.np
     with numpy.errstate(divide="ignore"):
@@ -606,7 +606,7 @@ def arange(
     Integers (int64) if all numbers are integers, else float32.
     """
     if step == 0:
-        raise ValueError("arange: step is 0; expected another number")
+        raise ValueError("arange: step is 0; expected a nonzero number")
     first, last = (0, start) if stop is None else (start, stop)
     _check_numbers("arange", first, last, step)
     whole = builtins.all(isinstance(x, int | numpy.integer) for x in (first, last, step))
@@ -617,7 +617,7 @@ def arange(
 
 
 def linspace(start: float, stop: float, num: int = 50, dtype: DTypeLike = "float32", device: str = "cpu") -> Tensor:
-    """`num` values from `start` to `stop`, both included, evenly spaced."""
+    """`num` evenly spaced values from `start` to `stop`, both included."""
     _check_numbers("linspace", start, stop)
     (count,) = _shape("linspace", (num,))
     return Tensor(
@@ -654,7 +654,7 @@ def randn(
 
 
 def _function(method: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Operand, P], R]:
-    """A method as a function, whose first argument may be an array, a number or nested lists."""
+    """Convert a method to a function whose first argument may also be an array, a number or nested lists."""
 
     @functools.wraps(method)
     def call(x: Operand, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -664,7 +664,7 @@ def _function(method: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
 
 
 def _function_of_two(method: Callable[[Tensor, Any], Tensor]) -> Callable[[Operand, Operand], Tensor]:
-    """A method of two operands as a function; either may be an array or a number, which takes the other's dtype."""
+    """Convert a method with two operands to a function. Either may be an array or a number, with the other's dtype."""
 
     @functools.wraps(method)
     def call(a: Operand, b: Operand) -> Tensor:

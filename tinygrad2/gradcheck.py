@@ -1,7 +1,7 @@
 """Check backward passes against finite differences, in float64.
 
 `check(fn, inputs)` tests any function. `python -m tinygrad2.gradcheck` tests every operation of the engine
-and a small transformer, prints a table, and exits with 1 if the error of a row is above its bound. To check another
+and a small transformer, prints a table, and exits with status 1 if an error is above its bound. To check another
 operation, add a row to CASES.
 """
 
@@ -26,9 +26,9 @@ from tinygrad2.gradient_checkpointing import recompute
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
-STEP = 5e-4  # of the differences; their truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
+STEP = 5e-4  # step of the differences: truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
 FLOOR = (
-    1e-4  # errors are relative to the slope, but at least to this fraction of the outputs, which bounds their rounding
+    1e-4  # errors are relative to the slope, or to this fraction of the outputs if larger, because of rounding errors
 )
 
 
@@ -43,7 +43,7 @@ def check(
     names: Sequence[str] | None = None,
     device: str = "cpu",
 ) -> list[float]:
-    """The relative error of the gradient of each input of `fn`; that of a correct gradient is about 1e-10.
+    """The relative error of the gradient of each input of `fn`; about 1e-10 for a correct gradient.
 
     >>> (error,) = check(lambda x: x.tanh(), [[-1.0, 0.5, 2.0]])
     >>> error < 1e-9
@@ -52,26 +52,24 @@ def check(
     fn          takes one Tensor per input and returns a Tensor of any shape or a tuple of them. It must be smooth
                 within 2e-3 of the inputs and give the same result each time (dropout: with a fixed key).
     inputs      a list or tuple of arrays, Tensors or nested lists, of values around 1; copied to float64.
-    tolerance   with raises=True, the largest error that is accepted.
-    directions  how many random directions are tried for each input.
-    names       of the inputs, for error messages.
+    tolerance   with raises=True, the maximum error.
+    directions  the number of random directions for each input.
+    names       the names of the inputs, for error messages.
     device      where fn computes; the comparison is done on the host.
 
     With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> by backward is
     compared with the slope of L along v: [8 (L(x+hv) - L(x-hv)) - (L(x+2hv) - L(x-2hv))] / 12h. Its truncation error is
     of the order h^4; that of the two-point difference is h^2, never reliably below 1e-9. No component of v or w is
-    near zero, so that every coordinate counts. An input's error is |backward - slope| / |slope|, norms over its
-    directions. The denominator is at least FLOOR max(1, |w y|): a gradient that is truly zero is then no failure, and
-    one wrong by 0.1 % is found unless it is below 1e-8 of the outputs. A missing gradient counts as zero; NaN or
+    near zero, so every coordinate counts. An input's error is |backward - slope| / |slope|, with norms over its
+    directions. The denominator is at least FLOOR max(1, |w y|), so that a gradient of zero does not fail, while one
+    that is wrong by 0.1% is detected unless it is below 1e-8 of the outputs. A missing gradient counts as zero; NaN or
     infinity anywhere makes the error infinite.
 
     Raises AssertionError with raises=True if an error exceeds the tolerance; TypeError for inputs that are not a list
     or tuple, and for an `fn` that does not return Tensors.
     """
     if not isinstance(inputs, list | tuple):
-        raise TypeError(
-            f"gradcheck: inputs are of type {type(inputs).__name__}; expected a list with one array for each"
-        )
+        raise TypeError(f"gradcheck: inputs has type {type(inputs).__name__}; expected a list with one array per input")
     arrays = [numpy.array(x.numpy() if isinstance(x, Tensor) else x, dtype=numpy.float64) for x in inputs]
     for array in arrays:
         array.flags.writeable = False  # an fn that modifies its inputs would change every later evaluation
@@ -174,12 +172,12 @@ def positive(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.nd
 
 
 def distinct(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values at least 0.1 apart in random order, for functions that depend on which element is the largest."""
+    """Values at least 0.1 apart, in random order, for functions that depend on which element is the largest."""
     return 0.1 * random.permutation(math.prod(shape)).reshape(shape)
 
 
 def nonzero(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values of both signs at least 0.5 from zero, for functions that are not smooth at zero."""
+    """Values of both signs, at least 0.5 from zero, for functions that are not smooth at zero."""
     return _away_from_zero(random, shape)
 
 
@@ -189,7 +187,7 @@ def fraction(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.nd
 
 
 def spread(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values at least 0.31 apart, none near an integer, half of them negative: for functions with corners there."""
+    """Values at least 0.31 apart, not near integers, half of them negative, for functions with corners at integers."""
     return distinct(random, shape) * 3.7 - 0.05 - 0.37 * (math.prod(shape) // 2)
 
 
@@ -210,7 +208,7 @@ class GradientCase:
     bound: float = 1e-7
 
     def error(self, seed: int = 0, device: str = "cpu") -> float:
-        """The largest error of all inputs."""
+        """The largest error over all inputs."""
         random = numpy.random.default_rng([seed, *self.name.encode()])  # independent of the other rows
         return max(check(self.fn, [self.draw(random, shape) for shape in self.shapes], seed=seed, device=device))
 
@@ -332,11 +330,11 @@ CASES: tuple[GradientCase, ...] = (
 
 SELECTED = numpy.array([[True, False, True, True], [False, False, True, False], [True, True, False, False]])
 PLACES = numpy.array([[2, 0, 0], [1, 1, 3]])
-WEIGHTS = numpy.linspace(0.5, 2.0, 11)  # of classes
+WEIGHTS = numpy.linspace(0.5, 2.0, 11)  # class weights
 VISIBLE = numpy.array([[True, False, True, False, True], [True, True, True, True, True], [False] * 5])
 QUERIES, GROUPS, PAIRS = (2, 4, 3, 6), (2, 2, 5, 6), (2, 2, 5, 4)  # query, key and value of attention
 
-# Of methods.py and functional.py: the rows of an operation begin with its name.
+# Operations in methods.py and functional.py: the names of their rows begin with the operation's name.
 COMPOSITIONS = (
     *(
         GradientCase(name, getattr(f, name), shape, draw)
@@ -514,15 +512,15 @@ def command_line() -> Parser:
     )
     group = parser.add_argument_group("computation")
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the inputs and the directions [default: %(default)s]"
+        "--seed", type=int, default=0, metavar="N", help="random seed of inputs and directions [default: %(default)s]"
     )
     group.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute [default: %(default)s]")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check every row of CASES and print the table. Returns 0 if all are within their bounds, 1 if not, 2 if the device
-    is not available."""
+    """Check every row of CASES and print the table. Returns 0 if all errors are within their bounds, 1 if not, 2 if the
+    device is not available."""
     parser = command_line()
     options = parser.parse_args(arguments)
     try:
@@ -539,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])
         print(f"{case.name:29}{shapes:42}{error:9.1e}{case.bound:9.0e}  {'ok' if error <= case.bound else 'FAILED'}")
     seconds = time.perf_counter() - start
-    print(f"{len(CASES) - failed} of {len(CASES)} gradients are right ({seconds:.1f} s)")
+    print(f"{len(CASES) - failed} of {len(CASES)} gradients are correct ({seconds:.1f} s)")
     return 1 if failed else 0
 
 

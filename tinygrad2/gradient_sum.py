@@ -13,27 +13,27 @@ from tinygrad2.params import HasParameters
 
 
 class GradientSum:
-    """Sums the gradients over the ranks, each bucket as soon as the backward pass has finished it.
+    """Sums the gradients over the ranks. Each bucket starts as soon as the backward pass has finished it.
 
-    Between `start()` and `finish()` one backward pass runs, the last one of a step: earlier ones have accumulated in
+    Between `start()` and `finish()` runs one backward pass, the last one of a step; earlier ones have accumulated in
     the same buffers. A bucket is transferred while the pass computes the next ones. Buckets start in the same order on
-    every rank; one that the pass has not finished (because a parameter is not used) starts in `finish`.
+    every rank; a bucket that the pass has not finished (because a parameter is not used) starts in `finish`.
 
     share_only  for a sharded optimizer: each rank needs only the sum of its own share of every bucket.
 
-    The backward pass raises RuntimeError if a parameter gets a gradient after it was reported as final, which happens
-    if it is used both inside and outside of a recomputed function. Do not call `start` for such a model.
+    The backward pass raises RuntimeError if a parameter gets a gradient after it was reported as final. This happens if
+    it is used both inside and outside of a recomputed function. Do not call `start` for such a model.
     """
 
     def __init__(self, model: HasParameters, comm: Comm, share_only: bool = False):
         self.model, self.comm, self.share_only = model, comm, share_only
-        self._missing: list[set[str]] = []  # of each bucket, the parameters that are not final yet
-        self._started = 0  # buckets
-        self._transfers: list[HostTransfer] = []  # of the buckets that pass through host memory
+        self._missing: list[set[str]] = []  # for each bucket, the parameters that are not final yet
+        self._started = 0  # number of buckets
+        self._transfers: list[HostTransfer] = []  # for buckets that are transferred through host memory
         self._nccl = comm.nccl(model.arena().backend)
 
     def start(self) -> None:
-        """From now on transfer each bucket as soon as it is final."""
+        """From now on, transfer each bucket as soon as it is final."""
         if self.comm.size > 1:
             arena = self.model.arena()
             self._nccl = self.comm.nccl(arena.backend)
@@ -45,8 +45,8 @@ class GradientSum:
     def _on_final(self, name: str) -> None:
         if any(name in bucket.names for bucket in self.model.arena().buckets[: self._started]):
             raise RuntimeError(
-                f"GradientSum: {name} got a gradient after its sum had started: it is used both in a recomputed "
-                f"function and outside of it; do not call start() for this model"
+                f"GradientSum: {name} got a gradient after its sum had started, since it is used both inside and "
+                f"outside of a recomputed function; do not call start() for this model"
             )
         for missing in self._missing:
             missing.discard(name)
@@ -65,7 +65,7 @@ class GradientSum:
         self._started += 1
 
     def finish(self, *numbers: Array | float) -> list[Any]:
-        """Wait until the gradients are summed; returns the sums over the ranks of these numbers, such as the loss.
+        """Wait until the gradients are summed. Returns the sums over the ranks of these numbers, such as the loss.
 
         With NCCL the host does not wait, and the sum of 0-d GPU arrays is a 0-d GPU array.
         """

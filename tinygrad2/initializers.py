@@ -1,4 +1,4 @@
-"""Initial values of parameters, and the streams of random numbers that layers without a key draw them from."""
+"""Initial values of parameters, and the random streams for layers without a key."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Initializer = Callable[[tuple[int, ...]], numpy.ndarray]
 class _NormalInit:
     std: float
     key: random.Key
-    movable: bool  # to another site
+    movable: bool  # whether it may be moved to another site
 
     def __call__(self, shape: tuple[int, ...]) -> numpy.ndarray:
         return random.normal(self.key, shape, self.std)
 
 
 class _Construction(threading.local):
-    """The module that is being constructed in this thread: the sites at which its layers draw, in order."""
+    """The module that is being constructed in this thread: the sites of its layers, in order."""
 
     sites: Iterator[int] | None = None
 
@@ -35,8 +35,8 @@ _construction = _Construction()
 
 
 def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std). Without a key they are drawn from seed 0, at a site that is unique in
-    the model: they depend only on the structure of the model, not on what was constructed before."""
+    """Initial values from normal(0, std). Without a key they are drawn with seed 0, at a site that is unique in the
+    model, so they depend only on the structure of the model, not on what was constructed before."""
     if key is not None:
         return _NormalInit(std, key, False)
     site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
@@ -44,15 +44,15 @@ def normal_init(std: float, key: random.Key | None = None) -> Initializer:
 
 
 def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
-    """Initial values of 0: for biases, and for weights that are about to be loaded."""
+    """Initial values of 0, for biases and for weights that will be loaded."""
     return numpy.zeros(shape, dtype=numpy.float32)
 
 
 class ModuleType(type):
-    """Numbers the layers of a module by the order of their construction, and then those that were passed to it."""
+    """Numbers the layers of a module in the order of their construction, then those that were passed to it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if _construction.sites is not None:  # part of a module
+        if _construction.sites is not None:  # this is a part of a module
             return super().__call__(*args, **kwargs)
         _construction.sites = sites = itertools.count(random.LAYER_SITES)
         try:
@@ -64,9 +64,9 @@ class ModuleType(type):
 
 
 def _separate_sites(module: Any, sites: Iterator[int]) -> None:
-    """Redraw the initial values of layers that share a site with an earlier layer, at a free site: such layers were
-    constructed separately. Values that were changed in the meantime are kept."""
-    modules: dict[int, Any] = {id(m): m for m in module.modules()}  # each once
+    """Redraw the initial values of layers that share a site with an earlier layer (because they were constructed
+    separately), at a free site. Values that have been changed in the meantime are kept."""
+    modules: dict[int, Any] = {id(m): m for m in module.modules()}  # each module once
     layers = [m for m in modules.values() if getattr(vars(m).get("init"), "movable", False)]
     occupied = {layer.init.key.site for layer in layers}
     seen: set[int] = set()

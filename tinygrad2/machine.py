@@ -1,7 +1,7 @@
-"""The machine: cores and memory, limits by control groups (containers, batch systems), the GPU driver.
+"""The machine: cores and memory, limits from control groups (containers, batch systems), the GPU driver.
 
-It needs only the standard library, and its syntax is valid in old versions of Python: gpt2/doctor.py uses it where
-everything else is missing.
+This file needs only the standard library, and its syntax is valid in old versions of Python: gpt2/doctor.py uses it
+when everything else is missing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cores(process: int = 0) -> set[int]:
-    """The numbers of the cores that a process may use; 0 stands for this process."""
+    """The numbers of the cores that a process may use; 0 means this process."""
     return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def usable_threads() -> int:
-    """The number of threads to compute with: one per core, or fewer if control groups limit the CPU time.
+    """The number of threads to use: one per core, or fewer if control groups limit the CPU time.
 
-    A quota of 1.5 cores counts as 2: two threads use all of it, each throttled for a quarter of every period, while
-    one thread would leave a third unused.
+    A quota of 1.5 cores is rounded up to 2: two threads use all of it, with each throttled for a quarter of every
+    period, while one thread would leave a third unused.
     """
     return max(1, math.ceil(min(len(cores()), cpu_quota() or math.inf)))
 
@@ -48,7 +48,7 @@ def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
                 each = period[0] if period else file.with_name("cpu.cfs_period_us").read_text(encoding="ascii")
                 allowed.append(int(quota) / int(each))
         except (OSError, ValueError):
-            continue  # not readable: as if there were no limit
+            continue  # not readable; treated as no limit
     return min(allowed, default=None)
 
 
@@ -64,7 +64,7 @@ def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
 
 
 def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Path) -> Iterator[Path]:
-    """The files that limit this process, of its control group and its ancestors (version 2 or 1)."""
+    """The files with the limits of this process's control group and its ancestors (version 2 or 1)."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -105,6 +105,14 @@ def _cpu_info(*names: str) -> list[str]:
     return [match[1].strip() for match in found if match]
 
 
+def load_average() -> float:
+    """The mean number of running or waiting threads on this machine over the last minute; 0 if it is unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows, or not readable
+        return 0.0
+
+
 def processor() -> str:
     """The processor's name."""
     return next(iter(_cpu_info("model name")), "") or platform.processor() or platform.machine()
@@ -135,7 +143,7 @@ def describe() -> dict[str, str]:
 
 
 def nvidia_driver() -> dict[str, int]:
-    """NVIDIA's driver: the CUDA version that it supports (13000 is 13.0), its status (0: it works), and its GPUs.
+    """The NVIDIA driver: the CUDA version that it supports (13000 is 13.0), its status (0 if it works), and its GPUs.
 
     Raises OSError if there is none. It may crash or hang, so call it in a separate process.
     """
@@ -148,7 +156,7 @@ def nvidia_driver() -> dict[str, int]:
 
 
 def mpirun_command(launcher: str, ranks: int) -> list[str]:
-    """The start of the command line that runs this number of ranks on this machine."""
+    """The start of the command line to run this number of ranks on this machine."""
     version, _ = call([launcher, "--version"], 20)
     flags = []
     if "Open MPI" in version or "OpenRTE" in version:
@@ -158,7 +166,7 @@ def mpirun_command(launcher: str, ranks: int) -> list[str]:
 
 
 def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[str, str]:
-    """Run another program: (its output, "") if it succeeds, else ("", the reason in one line).
+    """Run another program. Returns (its output, "") if it succeeds, else ("", the reason in one line).
 
     After `seconds` it is killed together with its child processes.
     """
@@ -192,7 +200,7 @@ def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[st
 
 
 def requirements(root: Path) -> list[tuple[str, ...]]:
-    """(name, oldest version, first version too new) of every package that the project in the folder `root` needs."""
+    """(name, oldest supported version, first unsupported version) of every package that the project in `root` needs."""
     import tomllib
 
     file = root / "pyproject.toml"
@@ -205,18 +213,18 @@ def requirements(root: Path) -> list[tuple[str, ...]]:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra: of the repository, or of the package where there is none."""
+    """The command to install an extra: of the repository, or of the installed package if there is no repository."""
     repository = (Path(__file__).parents[1] / "pyproject.toml").is_file()
     return f'pip install -e ".[{extra}]"' if repository else f'pip install "tinygrad2[{extra}]"'
 
 
 def user() -> str:
-    """The number of the user, for the name of a folder of its own; "" where users have none (Windows)."""
+    """The user id, for the name of a per-user folder; "" on systems without user ids (Windows)."""
     return str(os.getuid()) if hasattr(os, "getuid") else ""
 
 
 def home() -> Path:
-    """The user's home directory, or the folder of temporary files if the user is unknown, as in some containers."""
+    """The user's home directory, or the folder for temporary files if the user is unknown, as in some containers."""
     try:
         return Path.home()
     except RuntimeError:

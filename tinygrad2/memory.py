@@ -1,8 +1,8 @@
 """A memory pool for NumPy arrays: each step reuses the previous step's memory.
 
-The operating system maps and zeroes the pages of a large array at the first write, and unmaps them when the array is
-freed, which takes much of the time of a training step. Here a large array uses a block of a pool, and the block returns
-to the pool when the last view of the array is freed, by NumPy's reference counts. (CuPy has its own pool.)
+The operating system maps and zeroes the pages of a large array on the first write, and unmaps them when the array is
+freed, which takes much of the time of a training step. Here a large array uses a block from a pool, and the block
+returns to the pool when the last view of the array is freed, by NumPy's reference counts. (CuPy has its own pool.)
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 SMALL = 1 << 16  # bytes; below this size NumPy's allocator is as fast
-GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple, so that arrays of nearly equal size share blocks
+GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple of it, so that arrays of similar size can share blocks
 LINE = 64  # bytes of a cache line: the alignment of arrays
-SLACK = 2.0  # the pool holds at most this many times the memory that was ever in use at once
+SLACK = 2.0  # the pool keeps at most this multiple of the maximum memory in use
 
 
 class MemoryPool:
     """Blocks of memory, in use or free.
 
-    held       bytes of all blocks.
-    used       bytes of the blocks in use;  most_used  its maximum since the last trim().
+    held       the bytes in all blocks.
+    used       the bytes in blocks that are in use;  most_used  its maximum since the last trim().
     """
 
     def __init__(self) -> None:
         self.held = self.used = self.most_used = 0
         self._free: dict[int, list[np.ndarray]] = {}  # by size
-        self._lock = threading.RLock()  # (re-entrant: an array may be freed while its thread holds the lock)
+        self._lock = threading.RLock()  # re-entrant, since an array may be freed while its thread holds the lock
 
     def take(self, nbytes: int) -> np.ndarray:
-        """A block of at least `nbytes`; return it with give_back()."""
+        """A block of at least `nbytes`, to be returned with give_back()."""
         size = -(-nbytes // GRANULE) * GRANULE + LINE
         with self._lock:
             blocks = self._free.get(size)
@@ -43,7 +43,7 @@ class MemoryPool:
 
     def _new(self, size: int) -> np.ndarray:
         if self.held + size > SLACK * max(self.most_used, self.used + size):
-            self.trim()  # the sizes have changed: the free blocks no longer fit
+            self.trim()  # the sizes have changed, so the free blocks no longer fit
         try:
             block = np.empty(size, dtype=np.uint8)
         except MemoryError:
@@ -60,13 +60,13 @@ class MemoryPool:
     def trim(self) -> None:
         """Return all free blocks to the operating system."""
         with self._lock:
-            free, self._free = self._free, {}  # (an array may be freed meanwhile)
+            free, self._free = self._free, {}  # an array may be freed in the meantime
             self.held -= sum(size * len(blocks) for size, blocks in free.items())
             self.most_used = self.used
 
 
 class _BlockOwner:
-    """The base of an array that uses a block: when no view of the array is left, the block returns to its pool."""
+    """The base of an array that uses a block: when the last view of the array is freed, it returns the block."""
 
     __slots__ = ("_block", "_pool", "__array_interface__")
 
@@ -88,7 +88,7 @@ memory_pool = MemoryPool()
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An uninitialised array, like numpy.empty; a large one uses a block of the pool."""
+    """An uninitialized array, like numpy.empty; a large one uses a block from the pool."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
@@ -100,7 +100,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """The same, filled with zeros."""
+    """An array of zeros, like numpy.zeros; a large one uses a block from the pool."""
     array = empty(shape, dtype)
     array.fill(0)
     return array

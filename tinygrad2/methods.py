@@ -1,4 +1,4 @@
-"""Methods of Tensor that are compositions of others, a few lines each. functional.py has each as a function too.
+"""Tensor methods that are compositions of others, a few lines each. functional.py has them as functions too.
 
     elementwise   abs sign sqrt rsqrt square reciprocal exp2 expm1 log1p log2 log10 erf floor ceil round trunc
                   sin cos tan sinh cosh arcsin arccos arctan arcsinh arccosh arctanh degrees radians
@@ -13,9 +13,9 @@
     elements      gather take diagonal diag trace tril triu
     products      dot inner outer tensordot
 
-Names and arguments are NumPy's, or PyTorch's where NumPy has no such function. Where a function has no derivative, the
-gradient is PyTorch's: relu'(0) = abs'(0) = 0, the two equal operands of maximum get half each, clip's bounds count as
-inside. Integers and booleans become float32 where a function gives fractions.
+Names and arguments are as in NumPy, or as in PyTorch if NumPy has no such function. Where a function has no derivative,
+the gradient is as in PyTorch: relu'(0) = abs'(0) = 0, equal operands of maximum get half each, and the bounds of clip
+count as inside. Integers and booleans are converted to float32 by functions with fractional results.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Sav
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.protocols import takes_pytorch_names
 
-T = TypeVar("T", bound="Methods[Any]")  # Tensor, which this file cannot import: Tensor is made of it
+T = TypeVar("T", bound="Methods[Any]")  # Tensor, which this file cannot import, since it is a base class of Tensor
 Axis = int | tuple[int, ...] | None
-Function = Callable[[Any, Any], Any]  # of the array library and an array
+Function = Callable[[Any, Any], Any]  # called with the array library and an array
 
 
 @takes_pytorch_names
 class Methods(Generic[T]):
-    """The base class of Tensor: every method here gives Tensors, which the type variable stands for."""
+    """A base class of Tensor. The methods return Tensors, for which the type variable stands."""
 
     __slots__ = ()
 
-    if TYPE_CHECKING:  # what Tensor defines, and these methods are made of
+    if TYPE_CHECKING:  # the methods of Tensor that are used here
         data: Any
 
         @property
@@ -83,7 +83,7 @@ class Methods(Generic[T]):
     # Elementwise ------------------------------------------------------------------------------------------------------
 
     def _map(self, name: str, forward: Function, slope: Function | None = None, of_result: bool = False) -> T:
-        """y = forward(np, x) and dx = dy slope(np, x), with of_result dx = dy slope(np, y); without a slope, dx = 0.
+        """y = forward(np, x), and dx = dy slope(np, x), or dy slope(np, y) with of_result; without a slope, dx = 0.
 
         np  the array library. Saves x, or the result.
         """
@@ -124,7 +124,7 @@ class Methods(Generic[T]):
         return self._map("round", lambda np, x: np.rint(x))
 
     def trunc(self) -> T:
-        """The integer part, towards 0; the gradient is 0."""
+        """The integer part, rounding towards 0; the gradient is 0."""
         return self._map("trunc", lambda np, x: np.trunc(x))
 
     def sqrt(self) -> T:
@@ -156,11 +156,11 @@ class Methods(Generic[T]):
         return self._float()._map("log1p", lambda np, x: np.log1p(x), lambda np, x: 1 / (1 + x))
 
     def log2(self) -> T:
-        """The logarithm of base 2."""
+        """The base-2 logarithm."""
         return self._float()._map("log2", lambda np, x: np.log2(x), lambda np, x: 1 / (x * math.log(2)))
 
     def log10(self) -> T:
-        """The logarithm of base 10."""
+        """The base-10 logarithm."""
         return self._float()._map("log10", lambda np, x: np.log10(x), lambda np, x: 1 / (x * math.log(10)))
 
     def sin(self) -> T:
@@ -208,11 +208,11 @@ class Methods(Generic[T]):
         return self._float()._map("arctanh", lambda np, x: np.arctanh(x), lambda np, x: 1 / (1 - x * x))
 
     def degrees(self) -> T:
-        """x in radians, in degrees."""
+        """Convert x from radians to degrees."""
         return self * (180 / math.pi)
 
     def radians(self) -> T:
-        """x in degrees, in radians."""
+        """Convert x from degrees to radians."""
         return self * (math.pi / 180)
 
     def erf(self) -> T:
@@ -222,19 +222,19 @@ class Methods(Generic[T]):
         )
 
     def isnan(self) -> T:
-        """Whether x is NaN: booleans, without a gradient."""
+        """Whether x is NaN. Booleans, without a gradient."""
         return self._constant(self.backend.np.isnan(self.data))
 
     def isinf(self) -> T:
-        """Whether x is infinite: booleans, without a gradient."""
+        """Whether x is infinite. Booleans, without a gradient."""
         return self._constant(self.backend.np.isinf(self.data))
 
     def isfinite(self) -> T:
-        """Whether x is neither infinite nor NaN: booleans, without a gradient."""
+        """Whether x is neither infinite nor NaN. Booleans, without a gradient."""
         return self._constant(self.backend.np.isfinite(self.data))
 
     def nan_to_num(self, nan: float = 0.0) -> T:
-        """x with NaN replaced by `nan` and infinities by the largest finite numbers; there, the gradient is 0."""
+        """x with NaN replaced by `nan`, and infinities by the largest finite values. The gradient there is 0."""
         return self._map("nan_to_num", lambda np, x: np.nan_to_num(x, nan=nan), lambda np, x: np.isfinite(x))
 
     # Activations ------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class Methods(Generic[T]):
         return (self / alpha).elu() * alpha
 
     def selu(self) -> T:
-        """1.0507 elu(x, alpha=1.6733): keeps mean 0 and variance 1 (arXiv:1706.02515, eq. 2)."""
+        """1.0507 elu(x, alpha=1.6733), which preserves mean 0 and variance 1 (arXiv:1706.02515, eq. 2)."""
         return self.elu(1.6732632423543772848170429916717) * 1.0507009873554804934193349852946
 
     def sigmoid(self) -> T:
@@ -312,7 +312,7 @@ class Methods(Generic[T]):
 
     def hardtanh(self, min_val: float = -1.0, max_val: float = 1.0) -> T:
         """x limited to [min_val, max_val]; the gradient at both bounds is 0."""
-        min_val, max_val = float(min_val), float(max_val)  # (a NumPy scalar would promote the result)
+        min_val, max_val = float(min_val), float(max_val)  # NumPy scalars would promote x
         _check(min_val <= max_val, f"hardtanh: min_val is {min_val} and max_val {max_val}; expected min_val <= max_val")
         return self._float()._map(
             "hardtanh", lambda np, x: np.clip(x, min_val, max_val), lambda np, x: ~((x <= min_val) | (x >= max_val))
@@ -333,22 +333,22 @@ class Methods(Generic[T]):
     # Two operands -----------------------------------------------------------------------------------------------------
 
     def maximum(self, other: Any) -> T:
-        """The larger of two elements, with broadcasting; equal elements get half of the gradient each."""
+        """The elementwise maximum, with broadcasting; equal elements get half of the gradient each."""
         a, b = self._operands("maximum", other)
         y = self.backend.np.maximum(a.data, b.data)
         return self._record(y, (a, b), _maximum_backward, saved=(a.data, b.data))
 
     def minimum(self, other: Any) -> T:
-        """The smaller of two elements, with broadcasting; equal elements get half of the gradient each."""
+        """The elementwise minimum, with broadcasting; equal elements get half of the gradient each."""
         a, b = self._operands("minimum", other)
         return self._record(self.backend.np.minimum(a.data, b.data), (a, b), _minimum_backward, saved=(a.data, b.data))
 
     def power(self, exponent: Any) -> T:
-        """x^exponent, both tensors. The gradient of the exponent, y ln x, is taken to be 0 if x = 0 <= exponent."""
+        """x^exponent, both tensors. The gradient of the exponent, y ln x, is defined as 0 if x = 0 <= exponent."""
         a, b = self._operands("power", exponent)
         np = self.backend.np
         if b.dtype.kind == "i" and b.size and bool((b.data < 0).any()):
-            raise ValueError("power: the exponent has negative integers, and x integers; convert x to a float type")
+            raise ValueError("power: x is an integer and the exponent is negative; convert x to a float type")
         wanted = (a.requires_grad, b.requires_grad)
         y = np.power(a.data, b.data)
         return self._record(y, (a, b), _power_backward, saved=(a.data, b.data, y if wanted[1] else None, wanted))
@@ -366,7 +366,7 @@ class Methods(Generic[T]):
         return self._record(y, (a, b), _logaddexp_backward, saved=(a.data, b.data))
 
     def arctan2(self, other: Any) -> T:
-        """The angle between the point (other, x) and the first axis, in [-pi, pi]; the gradient at the origin is 0."""
+        """The angle of the point (other, x) to the first axis, in [-pi, pi]; the gradient at the origin is 0."""
         a, b = self._float()._operands("arctan2", other)
         y = self.backend.np.arctan2(a.data, b.data)
         return self._record(y, (a, b), _arctan2_backward, saved=(a.data, b.data))
@@ -394,10 +394,10 @@ class Methods(Generic[T]):
         return self.where(~self._mask("masked_fill", "mask", mask), value)
 
     def clip(self, min: float | None = None, max: float | None = None) -> T:
-        """x limited to [min, max], numbers or None; the gradient is 0 outside, and dy on the bounds."""
+        """x limited to [min, max], each a number or None; the gradient is 0 outside, and dy on the bounds."""
         for name, bound in (("min", min), ("max", max)):
             if bound is not None and not isinstance(bound, int | float | numpy.number):
-                raise TypeError(f"clip: {name} is of type {type(bound).__name__}; expected a number, or use maximum()")
+                raise TypeError(f"clip: {name} has type {type(bound).__name__}; expected a number, or use maximum()")
         low, high = -math.inf if min is None else float(min), math.inf if max is None else float(max)
         if self.dtype.kind in "iu" and all(math.isinf(bound) or bound.is_integer() for bound in (low, high)):
             low, high = (int(bound) if math.isfinite(bound) else None for bound in (low, high))  # type: ignore[assignment]
@@ -408,35 +408,35 @@ class Methods(Generic[T]):
         """`values` as a boolean array of this tensor's backend."""
         array = values.data if isinstance(values, Methods) else self.backend.asarray(values)
         if array.dtype.kind != "b":
-            raise TypeError(f"{op}: {name} is of dtype {array.dtype}; expected booleans")
+            raise TypeError(f"{op}: {name} has dtype {array.dtype}; expected booleans")
         return array
 
     # Reductions -------------------------------------------------------------------------------------------------------
 
     def min(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """The minimum over `axis`; equal smallest elements share the gradient equally."""
+        """The minimum over `axis`; if several elements are equal to it, they share the gradient equally."""
         return -(-self).max(axis, keepdims)
 
     def prod(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """The product over `axis` (an axis, several, or None for all). The gradient is correct if elements are 0."""
+        """The product over `axis` (one, several, or None for all). The gradient is also correct for elements of 0."""
         axes, x = axes_of("prod", axis, self.ndim), self._wide()
         y = self.backend.np.prod(x.data, axis=axes, keepdims=keepdims, dtype=x.dtype)
         return self._record(y, (x,), _prod_backward, saved=(x.data, axes))
 
     def _wide(self) -> Methods[T]:
-        """This tensor, with integers and booleans converted to int64, for sums and products of them."""
+        """This tensor, with integers and booleans converted to int64, for sums and products."""
         return self._constant(self.data.astype("int64")) if self.dtype.kind in "biu" else self
 
     def var(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The mean of (x - mean)^2 over `axis`, with n - ddof instead of n. NumPy's default is ddof = 0,
-        PyTorch's is 1, which it calls `correction`."""
+        """The sum of (x - mean)^2 over `axis`, divided by n - ddof. NumPy's default is ddof = 0; PyTorch's is 1, and
+        it calls the argument `correction`."""
         axes, x = axes_of("var", axis, self.ndim), self._float()
         centred = x - x.mean(axes, keepdims=True)
         count = math.prod(self.shape[i] for i in axes) - (ddof if correction is None else correction)
         return centred.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
 
     def std(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The square root of var(); where it is 0, so is the gradient."""
+        """The square root of var(). Where it is 0, the gradient is 0."""
         return self.var(axis, keepdims, ddof, correction)._root()
 
     def norm(self, p: float = 2, axis: Axis = None, keepdims: bool = False) -> T:
@@ -462,21 +462,21 @@ class Methods(Generic[T]):
         return self._map("sqrt", lambda np, x: np.sqrt(x), slope, of_result=True)
 
     def all(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """Whether all elements are true, over `axis`: without a gradient."""
+        """Whether all elements along `axis` are true. No gradient."""
         y = self.backend.np.all(self.data, axis=axes_of("all", axis, self.ndim), keepdims=keepdims)
         return self._constant(y)
 
     def any(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """Whether an element is true, over `axis`: without a gradient."""
+        """Whether any element along `axis` is true. No gradient."""
         y = self.backend.np.any(self.data, axis=axes_of("any", axis, self.ndim), keepdims=keepdims)
         return self._constant(y)
 
     def argmax(self, axis: int | None = None, keepdims: bool = False) -> T:
-        """The index of the first largest element along `axis`, or in the flattened tensor: without a gradient."""
+        """The index of the first maximum along `axis`, or in the flattened tensor. No gradient."""
         return self._arg("argmax", axis, keepdims)
 
     def argmin(self, axis: int | None = None, keepdims: bool = False) -> T:
-        """The index of the first smallest element along `axis`, or in the flattened tensor: without a gradient."""
+        """The index of the first minimum along `axis`, or in the flattened tensor. No gradient."""
         return self._arg("argmin", axis, keepdims)
 
     def _arg(self, op: str, axis: int | None, keepdims: bool) -> T:
@@ -484,7 +484,7 @@ class Methods(Generic[T]):
         along = 0 if x.ndim == 1 else axis_of(op, axis, self.ndim)
         if axis is not None:
             axis_of(op, axis, self.ndim)
-        _check(x.shape[along] > 0, f"{op}: the tensor has shape {self.shape}; expected an element along the axis")
+        _check(x.shape[along] > 0, f"{op}: shape {self.shape} has no element along the axis; expected at least one")
         y = getattr(self.backend.np, op)(x, axis=along)
         if keepdims or (axis is not None and self.ndim == 0):
             kept = (1,) * self.ndim if axis is None else tuple(1 if i == along else n for i, n in enumerate(self.shape))
@@ -492,7 +492,7 @@ class Methods(Generic[T]):
         return self._constant(y)
 
     def logsumexp(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """log(sum e^x) over `axis`, computed with the largest element subtracted, so that it does not overflow."""
+        """log(sum e^x) over `axis`. The largest element is subtracted first, so that it does not overflow."""
         axes, x, np = axes_of("logsumexp", axis, self.ndim), self._float(), self.backend.np
         if not all(self.shape[i] for i in axes):
             return x.sum(axes, keepdims).log()
@@ -510,7 +510,7 @@ class Methods(Generic[T]):
         return inverse(self._record(y, (last,), "softmax_backward", saved=(y,)))
 
     def log_softmax(self, axis: int = -1) -> T:
-        """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which is accurate at any offset."""
+        """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which is accurate for any offset."""
         last, inverse = self._to_last("log_softmax", axis)
         if not self.size:
             return inverse(last)
@@ -527,7 +527,7 @@ class Methods(Generic[T]):
         return x.swapaxes(along, -1), lambda y: y.swapaxes(along, -1)
 
     def cumsum(self, axis: int | None = None) -> T:
-        """The sums of the first 1, 2, ... elements along `axis`, or of the flattened tensor."""
+        """The cumulative sum along `axis`, or of the flattened tensor."""
         if axis is None:
             return self.ravel().cumsum(0)
         along = axis_of("cumsum", axis, self.ndim)
@@ -538,7 +538,7 @@ class Methods(Generic[T]):
         return self._record(y, (x,), _cumsum_backward, saved=(along,))
 
     def diff(self, n: int = 1, axis: int = -1) -> T:
-        """The differences of neighbours along `axis`, taken n times."""
+        """The n-th differences of consecutive elements along `axis`."""
         along = axis_of("diff", axis, self.ndim)
         _check(
             self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape} and n is {n}; expected an axis, n >= 0"
@@ -549,7 +549,7 @@ class Methods(Generic[T]):
         return y
 
     def cumprod(self, axis: int | None = None) -> T:
-        """The products of the first 1, 2, ... elements along `axis`, or of the flattened tensor, in O(n^2) time."""
+        """The cumulative product along `axis`, or of the flattened tensor, in O(n^2) time."""
         if axis is None:
             return self.ravel().cumprod(0)
         along = axis_of("cumprod", axis, self.ndim)
@@ -560,7 +560,7 @@ class Methods(Generic[T]):
         return concatenate(parts, along)
 
     def argsort(self, axis: int = -1, descending: bool = False) -> T:
-        """The indices that sort along `axis`: without a gradient."""
+        """The indices that sort the elements along `axis`. No gradient."""
         along = axis_of("argsort", axis, self.ndim)
         if self.ndim == 0:
             return self._constant(self.backend.zeros((), "int64"))
@@ -568,12 +568,12 @@ class Methods(Generic[T]):
         return self._constant(self.backend.np.flip(order, along) if descending else order)
 
     def sort(self, axis: int = -1, descending: bool = False) -> Sorted[T]:
-        """(values, indices): the elements in order along `axis`, and their old positions, as in PyTorch."""
+        """(values, indices): the sorted elements along `axis`, and their original positions, as in PyTorch."""
         order = self.argsort(axis, descending)
         return Sorted(self._gather(axis_of("sort", axis, self.ndim), order.data), order)
 
     def topk(self, k: int, axis: int = -1, largest: bool = True) -> Sorted[T]:
-        """(values, indices) of the k largest elements along `axis`, the largest first (or smallest)."""
+        """(values, indices) of the k largest (or smallest) elements along `axis`, in order."""
         length = 1 if self.ndim == 0 else self.shape[axis_of("topk", axis, self.ndim)]
         _check(0 <= k <= length, f"topk: k is {k}; expected 0 <= k <= {length}, the length of axis {axis}")
         values, order = self.sort(axis, descending=largest)
@@ -585,12 +585,12 @@ class Methods(Generic[T]):
     # Shapes -----------------------------------------------------------------------------------------------------------
 
     def squeeze(self, axis: Axis = None) -> T:
-        """Without the axes of length 1, or without `axis` if its length is 1 (as in PyTorch)."""
+        """Remove the axes of length 1, or `axis` if its length is 1 (as in PyTorch)."""
         axes = axes_of("squeeze", axis, self.ndim)
         return self.reshape(tuple(n for i, n in enumerate(self.shape) if n != 1 or i not in axes))
 
     def unsqueeze(self, axis: int) -> T:
-        """With a new axis of length 1 at `axis`."""
+        """Insert an axis of length 1 at `axis`."""
         at = axis_of("unsqueeze", axis, self.ndim + 1)
         return self.reshape((*self.shape[:at], 1, *self.shape[at:]))
 
@@ -599,13 +599,13 @@ class Methods(Generic[T]):
         return self.unsqueeze(axis)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> T:
-        """The axes start_dim ... end_dim as one."""
+        """Merge the axes start_dim ... end_dim into one."""
         first, last = axis_of("flatten", start_dim, self.ndim), axis_of("flatten", end_dim, self.ndim)
         _check(first <= last, f"flatten: start_dim is {start_dim} and end_dim {end_dim}; expected start_dim <= end_dim")
         return self.reshape((*self.shape[:first], math.prod(self.shape[first : last + 1]), *self.shape[last + 1 :]))
 
     def ravel(self) -> T:
-        """All axes as one."""
+        """Merge all axes into one."""
         return self.reshape((self.size,))
 
     def view(self, *shape: int | tuple[int, ...]) -> T:
@@ -613,7 +613,7 @@ class Methods(Generic[T]):
         return self.reshape(*shape)
 
     def unflatten(self, axis: int, shape: tuple[int, ...]) -> T:
-        """The axis `axis` as several, of lengths `shape`."""
+        """Divide `axis` into several axes with the lengths `shape`."""
         at = axis_of("unflatten", axis, self.ndim)
         return self.reshape((*self.shape[:at], *shape, *self.shape[at + 1 :]))
 
@@ -623,7 +623,7 @@ class Methods(Generic[T]):
         return self.transpose(tuple(order))
 
     def swapaxes(self, axis1: int, axis2: int) -> T:
-        """Two axes exchanged."""
+        """Exchange two axes."""
         order = list(range(self.ndim))
         i, j = axis_of("swapaxes", axis1, self.ndim), axis_of("swapaxes", axis2, self.ndim)
         if self.ndim:
@@ -631,25 +631,25 @@ class Methods(Generic[T]):
         return self.transpose(tuple(order))
 
     def moveaxis(self, source: int, destination: int) -> T:
-        """The axis `source` moved to `destination`, the others in their old order."""
+        """Move the axis `source` to `destination`; the others keep their order."""
         i, j = axis_of("moveaxis", source, self.ndim), axis_of("moveaxis", destination, self.ndim)
         order = [axis for axis in range(self.ndim) if axis != i]
         order.insert(j, i)
         return self.transpose(tuple(order[: self.ndim]))
 
     def flip(self, axis: Axis = None) -> T:
-        """The elements in reverse order along `axis` (an axis, several, or None for all)."""
+        """Reverse the elements along `axis` (one axis, several, or None for all)."""
         axes = axes_of("flip", axis, self.ndim)
         return self[tuple(slice(None, None, -1) if i in axes else slice(None) for i in range(self.ndim))]
 
     def roll(self, shift: int | tuple[int, ...], axis: Axis = None) -> T:
-        """The elements moved by `shift` along `axis`, those past the end to the front; None rolls the flattened x."""
+        """Shift the elements along `axis`; those past the end wrap around. axis None rolls the flattened tensor."""
         if axis is None:
             _check(isinstance(shift, int), f"roll: shift is {shift}; expected an integer if axis is None")
             return self.ravel().roll(shift, 0).reshape(self.shape) if self.size else self[...]
         axes = axes_of("roll", axis, self.ndim)
         shifts = (shift,) * len(axes) if isinstance(shift, int) else tuple(shift)
-        _check(len(shifts) == len(axes), f"roll: {len(shifts)} shifts for {len(axes)} axes; expected one for each")
+        _check(len(shifts) == len(axes), f"roll: {len(shifts)} shifts for {len(axes)} axes; expected one per axis")
         y = self[...]
         for along, by in zip(axes, shifts, strict=True):
             if n := self.shape[along]:
@@ -658,7 +658,7 @@ class Methods(Generic[T]):
         return y
 
     def broadcast_to(self, *shape: int | tuple[int, ...]) -> T:
-        """x repeated along its axes of length 1 and along new leading axes; -1 keeps a length. A read-only view."""
+        """Repeat x along its axes of length 1 and along new leading axes; -1 keeps a length. A read-only view."""
         wanted: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         extra = len(wanted) - self.ndim
         lengths = tuple(self.shape[i - extra] if n == -1 and i >= extra else n for i, n in enumerate(wanted))
@@ -672,7 +672,7 @@ class Methods(Generic[T]):
         return self.broadcast_to(*shape)
 
     def repeat(self, repeats: int | Sequence[int], axis: int | None = None) -> T:
-        """Each element `repeats` times along `axis`, or in the flattened x: NumPy's repeat (PyTorch's is tile)."""
+        """Repeat each element along `axis`, or of the flattened tensor, as in NumPy (PyTorch's repeat is `tile`)."""
         if axis is None:
             return self.ravel().repeat(repeats, 0)
         x: Any = self.reshape(1) if self.ndim == 0 else self
@@ -680,11 +680,11 @@ class Methods(Generic[T]):
         n = x.shape[along]
         counts = numpy.asarray(repeats)
         fits = counts.dtype.kind in "iu" and counts.shape in ((), (1,), (n,)) and (counts >= 0).all()
-        _check(bool(fits), f"repeat: repeats is {repeats!r}; expected a count, or {n} of them, one for each element")
+        _check(bool(fits), f"repeat: repeats is {repeats!r}; expected a count, or {n} counts, one per element")
         return x.take(numpy.repeat(numpy.arange(n), counts), along)
 
     def tile(self, *reps: int | tuple[int, ...]) -> T:
-        """The whole tensor reps[i] times along axis i; with fewer reps than axes, of the last axes."""
+        """Repeat the whole tensor reps[i] times along axis i; fewer reps than axes apply to the last axes."""
         given: Any = reps[0] if len(reps) == 1 and isinstance(reps[0], tuple | list) else reps
         ndim = max(len(given), self.ndim)
         counts = (1,) * (ndim - len(given)) + tuple(given)
@@ -694,7 +694,7 @@ class Methods(Generic[T]):
         return repeated.reshape(tuple(r * n for r, n in zip(counts, shape, strict=True)))
 
     def split(self, size: int | Sequence[int], axis: int = 0) -> tuple[T, ...]:
-        """Parts along `axis`: of length `size` (the last may be shorter), or of the lengths listed, as in PyTorch."""
+        """Split along `axis` into parts of length `size` (the last may be shorter) or of given lengths (PyTorch)."""
         along = axis_of("split", axis, self.ndim)
         n = self.shape[along] if self.ndim else 0
         _check(self.ndim > 0, "split: the tensor has shape (); expected an axis to split")
@@ -710,19 +710,19 @@ class Methods(Generic[T]):
         )
 
     def chunk(self, chunks: int, axis: int = 0) -> tuple[T, ...]:
-        """At most `chunks` parts of equal length along `axis`, the last may be shorter, as in PyTorch."""
+        """Split along `axis` into at most `chunks` parts of equal length; the last may be shorter, as in PyTorch."""
         _check(chunks > 0, f"chunk: chunks is {chunks}; expected 1 or more")
         return self.split(max(1, -(-self.shape[axis_of("chunk", axis, self.ndim)] // chunks)) if self.ndim else 1, axis)
 
     def array_split(self, sections: int, axis: int = 0) -> tuple[T, ...]:
-        """`sections` parts along `axis` whose lengths differ by at most 1, the longer first, as NumPy."""
+        """Split along `axis` into `sections` parts with lengths that differ by at most 1, longer ones first (NumPy)."""
         _check(sections > 0, f"array_split: sections is {sections}; expected 1 or more")
         along = axis_of("array_split", axis, self.ndim)
         each, longer = divmod(self.shape[along] if self.ndim else 0, sections)
         return self.split([each + (i < longer) for i in range(sections)], along)
 
     def pad(self, pad_width: Any, mode: str = "constant", constant_values: float = 0.0) -> T:
-        """x with elements added before and after each axis: pad_width is a count, (before, after), or a pair per axis.
+        """Add elements before and after each axis: pad_width is a count, (before, after), or one pair per axis.
 
         mode  "constant" (constant_values), or a mode of numpy.pad that copies elements: "edge", "reflect", "wrap", ...
         """
@@ -749,7 +749,7 @@ class Methods(Generic[T]):
     # Elements ---------------------------------------------------------------------------------------------------------
 
     def take(self, indices: Any, axis: int | None = None) -> T:
-        """x[..., indices, ...], the indices (of any shape) in place of `axis`, or into the flattened x."""
+        """x[..., indices, ...] with indices (of any shape) in place of `axis`, or in the flattened tensor."""
         if axis is None:
             return self.ravel().take(indices, 0)
         along = axis_of("take", axis, self.ndim)
@@ -758,17 +758,17 @@ class Methods(Generic[T]):
         return self[(*(slice(None),) * along, at)]
 
     def gather(self, axis: int, index: Any) -> T:
-        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and likewise for others; y has index's shape (PyTorch)."""
+        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and so on; y has the shape of index (as in PyTorch)."""
         along = axis_of("gather", axis, self.ndim)
         at = self._indices("gather", index, self.shape[along] if self.ndim else 1)
         fits = at.ndim == self.ndim and all(
             i == along or m <= n for i, (m, n) in enumerate(zip(at.shape, self.shape, strict=True))
         )
-        _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape} but for axis {axis}")
+        _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape}, except for axis {axis}")
         return self._gather(along, at)
 
     def _gather(self, axis: int, at: Any) -> T:
-        """gather() of indices on this device, known to be in range."""
+        """gather() with indices on this device that are known to be in range."""
         if not self.ndim:
             return self[...]
         np, shape = self.backend.np, (1,) * self.ndim
@@ -778,11 +778,11 @@ class Methods(Generic[T]):
     def _indices(self, op: str, indices: Any, length: int, negative: bool = False) -> Any:
         """`indices` as an int64 array of this tensor's backend, each checked to be in [0, length).
 
-        negative  -length to -1 are allowed too, and count from the end.
+        negative  also allow -length to -1, which count from the end.
         """
         values = indices.data if isinstance(indices, Methods) else numpy.asarray(indices)
         if values.dtype.kind not in "iu" and values.size:
-            raise TypeError(f"{op}: the indices are of dtype {values.dtype}; expected integers")
+            raise TypeError(f"{op}: the indices have dtype {values.dtype}; expected integers")
         host = backend_of(values).to_host(values).astype(numpy.int64)
         lowest = -length if negative else 0
         if host.size and not lowest <= host.min() <= host.max() < length:
@@ -791,7 +791,7 @@ class Methods(Generic[T]):
         return self.backend.upload(numpy.where(host < 0, host + length, host))
 
     def diagonal(self, offset: int = 0, axis1: int = 0, axis2: int = 1) -> T:
-        """The elements x[i, i + offset] of two axes, as the last axis of the result."""
+        """The elements x[i, i + offset] of two axes, in the last axis of the result."""
         i, j = axis_of("diagonal", axis1, self.ndim), axis_of("diagonal", axis2, self.ndim)
         _check(self.ndim > 1 and i != j, f"diagonal: axes {axis1} and {axis2} of shape {self.shape}; expected two axes")
         x = self.transpose((*(axis for axis in range(self.ndim) if axis not in (i, j)), i, j))
@@ -799,7 +799,7 @@ class Methods(Generic[T]):
         return x[(..., self.backend.upload(rows), self.backend.upload(rows + offset))]
 
     def diag(self, offset: int = 0) -> T:
-        """The diagonal of a matrix; of a vector, the matrix with it on the diagonal."""
+        """The diagonal of a matrix, or the matrix with a vector on its diagonal."""
         _check(self.ndim in (1, 2), f"diag: the tensor has shape {self.shape}; expected a vector or a matrix")
         if self.ndim == 2:
             return self.diagonal(offset)
@@ -814,11 +814,11 @@ class Methods(Generic[T]):
         return self.diagonal(offset).sum(-1)
 
     def tril(self, k: int = 0) -> T:
-        """The last two axes with zeros above diagonal k."""
+        """The lower triangle of the last two axes: elements above diagonal k are set to 0."""
         return self._triangle("tril", k, lower=True)
 
     def triu(self, k: int = 0) -> T:
-        """The last two axes with zeros below diagonal k."""
+        """The upper triangle of the last two axes: elements below diagonal k are set to 0."""
         return self._triangle("triu", k - 1, lower=False)
 
     def _triangle(self, op: str, k: int, lower: bool) -> T:
@@ -829,7 +829,7 @@ class Methods(Generic[T]):
     # Products ---------------------------------------------------------------------------------------------------------
 
     def tensordot(self, other: Any, axes: int | tuple[Any, Any] = 2) -> T:
-        """The sum over axes of x and axes of `other`: the last n and the first n, or (axes of x, axes of other)."""
+        """The sum of products over axes of both: n (last n of x, first n of other), or (axes of x, axes of other)."""
         a, b = self._operands("tensordot", other, broadcast=False)
         pairs: Any = (range(a.ndim - axes, a.ndim), range(axes)) if isinstance(axes, int) else axes
         first, second = (
@@ -839,7 +839,7 @@ class Methods(Generic[T]):
         lengths = [a.shape[i] for i in first], [b.shape[i] for i in second]
         _check(
             lengths[0] == lengths[1],
-            f"tensordot: the axes have lengths {lengths[0]} and {lengths[1]}; expected equal ones",
+            f"tensordot: the axes have lengths {lengths[0]} and {lengths[1]}; expected equal lengths",
         )
         free_a = [i for i in range(a.ndim) if i not in first]
         free_b = [i for i in range(b.ndim) if i not in second]
@@ -850,19 +850,19 @@ class Methods(Generic[T]):
         return (left @ right).reshape((*rows, *columns))
 
     def dot(self, other: Any) -> T:
-        """NumPy's dot: the sum over the last axis of x and the second to last (or the only) axis of `other`."""
+        """NumPy's dot: the sum of products over the last axis of x and the second to last (or only) axis of `other`."""
         a, b = self._operands("dot", other, broadcast=False)
         if a.ndim == 0 or b.ndim == 0:
             return a * b
         return a.tensordot(b, ((a.ndim - 1,), (max(0, b.ndim - 2),)))
 
     def inner(self, other: Any) -> T:
-        """The sum over the last axes of both."""
+        """The sum of products over the last axes of both."""
         a, b = self._operands("inner", other, broadcast=False)
         return a * b if a.ndim == 0 or b.ndim == 0 else a.tensordot(b, ((a.ndim - 1,), (b.ndim - 1,)))
 
     def outer(self, other: Any) -> T:
-        """x_i other_j of the flattened operands."""
+        """The products x_i other_j of the flattened operands."""
         a, b = self._operands("outer", other, broadcast=False)
         return a.reshape(a.size, 1) * b.reshape(1, b.size)
 
@@ -875,12 +875,12 @@ class Sorted(NamedTuple, Generic[T]):
 
 
 def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
-    """Tensors of one dtype, and of equal shapes except for `axis`, joined along it."""
+    """Join tensors of one dtype, whose shapes are equal except for `axis`, along it."""
     first = tensors[0]
     along = axis_of("concatenate", axis, first.ndim)
     for i, x in enumerate(tensors):
         if x.ndim == 0 or x.ndim != first.ndim or _without(x.shape, along) != _without(first.shape, along):
-            expected = f"{first.shape} but for axis {axis}" if first.ndim else "one axis or more"
+            expected = f"{first.shape}, except for axis {axis}" if first.ndim else "one axis or more"
             raise ValueError(f"concatenate: tensor {i} has shape {x.shape}; expected {expected}")
     ends = numpy.cumsum([x.shape[along] for x in tensors]).tolist()
     places = tuple((*(slice(None),) * along, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False))
@@ -889,7 +889,7 @@ def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
 
 
 def axis_of(op: str, axis: Any, ndim: int) -> int:
-    """`axis` counted from the front; 0 for a tensor without axes, where 0 and -1 are allowed, as in PyTorch."""
+    """`axis`, counted from the front. If ndim is 0, 0 and -1 are allowed and give 0, as in PyTorch."""
     axes = axes_of(op, (axis,), ndim)
     return axes[0] if axes else 0
 
@@ -911,7 +911,7 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _as(x: Array, value: float) -> Any:
-    """A number of x's dtype: a Python float combined with booleans would give float64."""
+    """A scalar of x's dtype: a Python float combined with booleans would give float64."""
     return x.dtype.type(value)
 
 
@@ -926,7 +926,7 @@ def _padded_indices(mode: str, n: int, pair: list[int]) -> numpy.ndarray:
 
 
 class Slope:
-    """The backward function of an elementwise operation of this name: dx = dy slope(np, x), or 0 without a slope."""
+    """The backward function of the elementwise operation `name`: dx = dy slope(np, x), or 0 without a slope."""
 
     __slots__ = ("__name__", "slope")
 
@@ -941,7 +941,7 @@ class Slope:
 
 
 def _maximum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """y is the larger operand, which gets dy. Two equal ones get half each; where one is NaN, both get dy (PyTorch)."""
+    """The larger operand gets dy. Equal operands get half each; if one is NaN, both get dy (as in PyTorch)."""
     a, b = saved
     np, unbroadcast = backend_of(dy).np, backend_of(dy).kernels.unbroadcast
     shared = np.where(a == b, dy / 2, dy)
@@ -967,7 +967,7 @@ def _cumsum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradient
 
 
 def _power_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """The power rule; and y = e^(b ln a), so the derivative by b is y ln a."""
+    """The power rule for a. For b: y = e^(b ln a), so the derivative with respect to b is y ln a."""
     a, b, y, (base_wanted, exponent_wanted) = saved
     np, unbroadcast = backend_of(dy).np, backend_of(dy).kernels.unbroadcast
     da = db = None
@@ -988,7 +988,7 @@ def _remainder_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 
 
 def _logaddexp_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """The shares e^a / (e^a + e^b) = 1 / (1 + e^(b - a)) and 1 / (1 + e^(a - b))."""
+    """The derivatives are e^a / (e^a + e^b) = 1 / (1 + e^(b - a)) and 1 / (1 + e^(a - b))."""
     a, b = saved
     np, unbroadcast = backend_of(dy).np, backend_of(dy).kernels.unbroadcast
     e = np.exp(-np.abs(a - b))
@@ -1012,7 +1012,7 @@ def _hypot_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
 
 
 def _prod_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """dx_j = dy times the product of the other elements: of those before it and those after it, without a division."""
+    """dx_j = dy times the product of the elements before x_j and after it, which needs no division."""
     x, axes = saved
     np = backend_of(dy).np
     kept = [i for i in range(x.ndim) if i not in axes]

@@ -1,4 +1,4 @@
-"""PyTorch's names of what Tensor has under NumPy's or as an operator: x.add(y) is x + y, x.clamp(0, 1) x.clip(0, 1)."""
+"""PyTorch's names for Tensor's operators and NumPy-style methods: x.add(y) is x + y, x.clamp(0, 1) is x.clip(0, 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinygrad2.methods import concatenate
 
 
 class PyTorchNames:
-    """A part of Tensor; each method is what its line says."""
+    """A base class of Tensor. Each method is an alias, defined by its expression."""
 
     __slots__ = ()
 
@@ -109,7 +109,7 @@ class PyTorchNames:
         return tuple(self.moveaxis(dim, 0))
 
     def logcumsumexp(self: Any, dim: builtins.int) -> Any:
-        """log(the sums of the first 1, 2, ... e^x); time n^2."""
+        """The logarithm of the cumulative sum of e^x, in O(n^2) time."""
         x = self.moveaxis(dim, -1)
         parts = [x[..., : i + 1].logsumexp(-1, keepdims=True) for i in range(x.shape[-1])] if x.ndim else []
         return concatenate(parts, -1).moveaxis(-1, dim) if parts else self[...]

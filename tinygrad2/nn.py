@@ -39,7 +39,7 @@ class Module(State, metaclass=ModuleType):
         return self._arena
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. Raises TypeError if an array would replace a parameter, or if that is in an arena."""
+        """Set an attribute. Raises TypeError if it is a parameter that is in an arena, or the value is an array."""
         old = vars(self).get(name)
         if isinstance(old, Parameter) and old is not value:
             if value is not None and not isinstance(value, Parameter):
@@ -50,13 +50,13 @@ class Module(State, metaclass=ModuleType):
             if old.arena is not None:
                 raise TypeError(
                     f"{type(self).__name__}.{name} belongs to an optimizer, which would not see the new parameter; "
-                    f"copy the values into it, or replace it before the optimizer is made"
+                    f"copy the values into it, or replace it before you create the optimizer"
                 )
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle contains: everything but the arena, as the copied parameters get their own, and
-        the initializer, which may be a lambda."""
+        """The state to copy or pickle, without the arena (copied parameters get a new one) and the initializer
+        (which may be a lambda)."""
         return {name: value for name, value in vars(self).items() if name not in ("_arena", "init")}
 
     def modules(self) -> Iterator[Module]:
@@ -72,7 +72,7 @@ class Module(State, metaclass=ModuleType):
         """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
 
         Values are rounded to their new dtype, and copies are recreated if the precision has them. Gradients whose
-        dtype changes are dropped. Returns the module. Its optimizer follows by itself.
+        dtype changes are dropped. Returns the module. Its optimizer is moved automatically.
         Raises ValueError if the device does not support the precision; nothing is changed then.
         """
         target = None if device is None else get_backend(device)
@@ -108,8 +108,8 @@ class Module(State, metaclass=ModuleType):
 class Layer(Module):
     """A module with its own parameters.
 
-    device     of its parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
-    precision  to compute in: a Precision, or the name of one. The input must have the dtype of the activations.
+    device     where its parameters are: "cpu", "cuda", or "auto" (a GPU if there is one).
+    precision  a Precision, or the name of one. The input must have the dtype of its activations.
     """
 
     def __init__(self, device: str, precision: PrecisionLike):
@@ -153,7 +153,7 @@ class Linear(Layer):
 
 
 class LayerNorm(Layer):
-    """Normalises the last axis, of length n; then y = weight xhat + bias. weight starts at 1, bias at 0."""
+    """Normalizes the last axis, of length n; then y = weight xhat + bias. weight starts at 1, bias at 0."""
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
@@ -240,7 +240,7 @@ class Dropout(Module):
 
 
 class Sequential(Module):
-    """The layers one after the other. A key, given in training, is passed to each Dropout, with its own site."""
+    """Applies the layers in order. In training, pass a key: each Dropout receives it, with a site of its own."""
 
     def __init__(self, *layers: Callable[..., Tensor]):
         self.layers = list(layers)

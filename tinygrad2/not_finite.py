@@ -1,10 +1,10 @@
-"""Where values first stop being finite numbers in a forward and backward pass: the tensor, the operation, the layer.
+"""Find the first value that is not finite in a forward and backward pass: its tensor, operation and layer.
 
     checker = Checker(model)
     checker.run(lambda: model.loss(tokens, targets).backward())
     print(checker.first)
 
-It checks every result and every gradient through `tracing`, so a pass outside of `run` costs nothing.
+It checks every result and every gradient through `tracing`, so passes outside of `run` are not slowed down.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from tinygrad2.precision import sum_dtype
 from tinygrad2.tensor import Tensor
 from tinygrad2.tracer import BackwardOperation, Operation, tracing
 
-LARGE = 2.0**64  # its square is larger than every number of float32 and bfloat16
-CHUNK = 1 << 22  # elements that are checked at a time, which bounds the memory of the check
+LARGE = 2.0**64  # its square overflows in float32 and bfloat16
+CHUNK = 1 << 22  # number of elements to check at a time, which limits the memory for the check
 
 
 @dataclass(frozen=True)
 class Place:
-    """The first bad value of a tensor of an operation.
+    """The first bad value in a tensor.
 
     phase      "forward" or "backward"; "" for a parameter that was checked by itself.
-    operation  its name, such as "linear"; "" likewise.
+    operation  the name of the operation, such as "linear"; "" for such a parameter.
     layer      the module whose parameters the operation reads, such as "h.2.mlp.c_fc"; "after h.2.attn.c_attn" for an
-               operation without parameters, which follows that module; "" where there is none.
-    tensor     what it is to the operation, such as "its result", or "parameter h.2.mlp.c_fc.weight".
-    parameter  its name if it is a parameter, not a result or a gradient; "" otherwise.
-    shape, index, value  of the tensor, and of its first bad value.
-    bad        number of its bad values.
+               operation without parameters after that module; "" if there is none.
+    tensor     the role of the tensor in the operation, such as "its result" or "parameter h.2.mlp.c_fc.weight".
+    parameter  the parameter's name if the tensor is one, not a result or a gradient; else "".
+    shape, index, value  the shape of the tensor, and the index and value of its first bad value.
+    bad        the number of bad values.
     """
 
     phase: str
@@ -60,7 +60,7 @@ class Place:
 
     @property
     def fraction(self) -> float:
-        """The part of the tensor's values that are bad."""
+        """The fraction of the tensor's values that are bad."""
         return self.bad / math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -75,10 +75,10 @@ class _FoundError(Exception):
 
 
 class Checker:
-    """Checks all that is computed in `run`.
+    """Checks everything that is computed in `run`.
 
     first  the first tensor with a value that is not finite, or None.
-    large  the first tensor with a finite value larger than LARGE, or None: there overflows begin.
+    large  the first tensor with a finite value larger than LARGE, where overflows begin, or None.
     """
 
     def __init__(self, model: HasParameters):
@@ -92,11 +92,11 @@ class Checker:
 
     @property
     def origin(self) -> Place | None:
-        """Where the first value that is not finite comes from: from too large a value before it, if there is one."""
+        """The origin of the first value that is not finite: an earlier value that is too large, if there is one."""
         return self.large or self.first
 
     def run(self, function: Callable[[], object]) -> bool:
-        """Call the function, until a value is not finite; returns whether none was found."""
+        """Call the function until a value is not finite. Returns whether all values are finite."""
         with suppress(_FoundError), numpy.errstate(all="ignore"), tracing(self._forward, self._backward):
             function()
         self._operations.clear()
@@ -139,7 +139,7 @@ class Checker:
         return size <= LARGE or (math.isfinite(size) and self.large is not None)
 
     def _note(self, phase: str, operation: str, layer: str, tensors: list[tuple[str, str, Array]]) -> None:
-        """Set `first` or `large` from an operation that has bad values: its first tensor that does."""
+        """Set `first` or `large` to the first tensor with bad values in an operation."""
         for finite in (True, False):
             if finite and self.large is not None:
                 continue
@@ -154,7 +154,7 @@ class Checker:
 
 
 def bad_parameters(model: HasParameters) -> Iterator[Place]:
-    """Every parameter with values that are not finite, or are larger than LARGE."""
+    """The parameters with values that are not finite or are larger than LARGE."""
     for name, parameter in model.named_parameters():
         if not largest(parameter.data) <= LARGE:
             found = _locate(parameter.data, finite=False) or _locate(parameter.data, finite=True)
@@ -163,8 +163,8 @@ def bad_parameters(model: HasParameters) -> Iterator[Place]:
 
 
 def damage(model: HasParameters, function: Callable[[], object] | None = None) -> str:
-    """A clause that says why a model's results are not finite, for error messages: its first damaged parameter, or else
-    where the first bad value appears when the function is called."""
+    """A clause for error messages that says why a model's results are not finite: its first damaged parameter, or else
+    the first bad value when the function is called."""
     place = next(bad_parameters(model), None)
     if place is not None:
         return f"its weights are damaged: {place}"
@@ -176,7 +176,7 @@ def damage(model: HasParameters, function: Callable[[], object] | None = None) -
 
 
 def largest(x: Array | Tensor) -> float:
-    """The largest absolute value; NaN or infinite if a value is. 0 for integers and for no values."""
+    """The largest absolute value; NaN or infinity if there is one; 0 for integers and empty arrays."""
     values: Array = x.data if isinstance(x, Tensor) else x
     if values.dtype.kind in "biu" or not values.size:
         return 0.0
@@ -191,8 +191,8 @@ def largest(x: Array | Tensor) -> float:
 
 
 def _locate(x: Array, finite: bool) -> tuple[tuple[int, ...], float, int] | None:
-    """The index and the value of the first value that is not finite, or is finite and larger than LARGE, and how many
-    there are; None if there are none."""
+    """The index of the first value that is not finite (or, if `finite`, that is finite but larger than LARGE), the
+    value, and the number of such values; None if there are none."""
     if x.dtype.kind in "biu":
         return None
     flat, backend = x.reshape(-1), backend_of(x)

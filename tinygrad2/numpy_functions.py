@@ -1,8 +1,8 @@
-"""NumPy's functions of Tensors, with NumPy's names and arguments: np.sort(x), np.where(mask, x, y), np.stack([x, y]).
+"""NumPy functions for Tensors, with NumPy's names and arguments: np.sort(x), np.where(mask, x, y), np.stack([x, y]).
 
-protocols.py answers np.f(x), where x is a Tensor, by a method of the same arguments, or by the function of that name
-here. Most are compositions of a line or two; what they do is said in NumPy's documentation. Arguments that would choose
-memory (out, order="F" of a copy) or an algorithm are not offered.
+If x is a Tensor, protocols.py implements np.f(x) with a method that has the same arguments, or with the function f
+here. Most are compositions of one or two lines; they are described in NumPy's documentation. Arguments that select
+memory (out, order="F" of a copy) or an algorithm are not supported.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def array_split(ary: Tensor, indices_or_sections: Any, axis: int = 0) -> list[Te
 def split(ary: Tensor, indices_or_sections: Any, axis: int = 0) -> list[Tensor]:
     n = ary.shape[axis_of("split", axis, ary.ndim)] if ary.ndim else 0
     if isinstance(indices_or_sections, int) and n % indices_or_sections:
-        raise ValueError(f"split: an axis of length {n} does not divide into {indices_or_sections}; use array_split")
+        raise ValueError(f"split: length {n} cannot be split into {indices_or_sections} equal parts; use array_split")
     return array_split(ary, indices_or_sections, axis)
 
 
@@ -214,7 +214,7 @@ def sort(a: Tensor, axis: int | None = -1, kind: Any = None) -> Tensor:
 
 
 def partition(a: Tensor, kth: int, axis: int | None = -1) -> Tensor:
-    return sort(a, axis)  # (which has every element where a partition would)
+    return sort(a, axis)  # a sorted array is a valid partition
 
 
 def take_along_axis(arr: Tensor, indices: Any, axis: int = -1) -> Tensor:
@@ -295,7 +295,7 @@ def ediff1d(ary: Tensor) -> Tensor:
 
 
 def gradient(f: Tensor, spacing: float = 1.0, axis: int | None = None) -> Any:
-    """Central differences, one-sided at the ends, along one axis or along each."""
+    """Central differences, one-sided at the ends, along one axis or each axis."""
     if axis is None and f.ndim > 1:
         return [gradient(f, spacing, i) for i in range(f.ndim)]
     x = f.moveaxis(axis or 0, -1)
@@ -311,11 +311,11 @@ def trapezoid(y: Tensor, x: Any = None, dx: float = 1.0, axis: int = -1) -> Tens
 
 
 def norm(x: Tensor, ord: Any = None, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """np.linalg.norm of vectors, and the Frobenius norm of matrices."""
+    """np.linalg.norm for vectors, and the Frobenius norm for matrices."""
     if ord in (None, "fro"):
         return x.norm(2, axis, keepdims)
     if not (isinstance(axis, int) or x.ndim == 1) or ord in ("nuc", 0):
-        raise ValueError(f"norm: ord is {ord!r}; of a matrix only the Frobenius norm is offered, None or 'fro'")
+        raise ValueError(f"norm: ord is {ord!r}; for a matrix, only the Frobenius norm is supported (None or 'fro')")
     if ord == -math.inf:
         return x.abs().min(axis, keepdims)
     return x.norm(ord, axis, keepdims) if ord >= 1 else (x.abs() ** float(ord)).sum(axis, keepdims) ** (1 / ord)
@@ -329,7 +329,7 @@ def einsum(subscripts: str, *operands: Operand, optimize: Any = False) -> Tensor
 
 
 def cross(a: Operand, b: Operand) -> Tensor:
-    """Of vectors of length 3, along the last axis."""
+    """The cross product of vectors of length 3 along the last axis."""
     x, y = _two("cross", a, b)
     if x.shape[-1:] != (3,) or y.shape[-1:] != (3,):
         raise ValueError(f"cross: shapes {x.shape} and {y.shape}; expected vectors of length 3 along the last axis")

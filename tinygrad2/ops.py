@@ -1,7 +1,7 @@
 """The operations that GPT-2 is made of, on Tensors.
 
 Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records its
-backward pass: the name of a kernel or, if that adds to gradient buffers of parameters, the function below it.
+backward pass: the name of a kernel or, if parameters have gradients to add to, the function below it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
 
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
     tf32  multiply float32 in TF32, here and in the backward pass.
-    Raises ValueError where the shapes do not fit, and where the device has no TF32.
+    Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     _check_tensors("linear", x)
     w, b = _read("linear", "weight", weight, x.dtype), _read_optional("linear", "bias", bias, x.dtype)
@@ -55,7 +55,7 @@ def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
 
     x (..., C), weight (V, C) -> (..., V). Saves x and weight.
     tf32  multiply float32 in TF32, here and in the backward pass.
-    Raises ValueError where the shapes do not fit, and where the device has no TF32.
+    Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     _check_tensors("logits", x)
     w = _read("logits", "weight", weight, x.dtype)
@@ -83,7 +83,7 @@ def embedding(
     """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
 
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
-    dtype  of the result, in which the tables are read; None means that of wte, but float32 if that is bfloat16.
+    dtype  the dtype to read the tables in, and of the result. None means wte's dtype, or float32 if that is bfloat16.
     Saves the tokens, on the host. Raises ValueError for a token outside [0, V) or a position beyond P.
     """
     _check_tensors("embedding", wte)
@@ -153,7 +153,7 @@ def _layernorm_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 
 
 def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """s = x + delta and y = layernorm(s), the residual connection and the normalisation after it, in one pass.
+    """s = x + delta and y = layernorm(s), the residual connection and the normalization after it, in one pass.
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
@@ -193,7 +193,7 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
     no T x T array.
     tf32  multiply float32 in TF32, here and in the backward pass.
-    Raises ValueError if qkv does not divide into heads, or if the device has no TF32.
+    Raises ValueError if qkv does not divide into heads, or if the device does not support TF32.
     """
     rate = _check_rate("attention", rate, key)
     _check_tensors("attention", qkv)
@@ -226,7 +226,7 @@ def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: 
         raise RuntimeError("attention_cached: there is no backward pass; call it inside no_grad()")
     end = length + qkv.shape[1]
     if end > cache.shape[3]:
-        raise ValueError(f"attention_cached: {end} positions needed; the cache holds {cache.shape[3]}")
+        raise ValueError(f"attention_cached: {end} positions needed; the cache has space for {cache.shape[3]}")
     return Tensor(backend_of(qkv.data).kernels_for(tf32).attention_cached(qkv.data, cache, length, n_head))
 
 
@@ -291,8 +291,8 @@ def lm_head(
     """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
-    holds first the logits and then their gradient. Raises ValueError for a target outside [0, V).
-    head_rows  process at most this many of the N rows at a time: the buffer has as many rows, and the backward pass
+    contains first the logits and then their gradient. Raises ValueError for a target outside [0, V).
+    head_rows  process at most this many of the N rows at a time: the buffer has this many rows, and the backward pass
                computes the logits again (a third more work in the head).
     tf32       multiply float32 in TF32, here and in the backward pass.
     """
@@ -355,7 +355,7 @@ def _check_tensors(op: str, *tensors: Tensor) -> None:
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) != 1 or not is_float(tensors[0].dtype):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise TypeError(f"{op}: the arguments are of dtypes {names}; expected one float type")
+        raise TypeError(f"{op}: the arguments have dtypes {names}; expected one floating-point dtype")
 
 
 def _check_is_tensor(op: str, value: object) -> None:
@@ -374,8 +374,8 @@ def _read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLik
 
 
 def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
-    """The result of an operation on empty arrays, which kernels do not support: it is empty too, or the mean of no
-    elements, NaN. The gradients of its parents are zeros."""
+    """The result of an operation on empty arrays, which kernels do not support: an empty array, or NaN for a mean.
+    The gradients of its parents are zeros."""
     wanted = tuple(parent for parent in parents if parent is not None)
     backend, dtype = wanted[0].backend, wanted[0].data.dtype
     zeros = tuple(parent.data.shape for parent in wanted)
@@ -409,13 +409,13 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
         try:
             values = numpy.asarray(values)
         except ValueError:
-            raise ValueError(f"{op}: {name} are rows of different lengths; expected rows of equal lengths") from None
+            raise ValueError(f"{op}: {name} have rows of different lengths; expected equal lengths") from None
     if not hasattr(values, "dtype"):
-        raise TypeError(f"{op}: {name} are of type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:  # (an empty list has no integers to tell its type)
+        raise TypeError(f"{op}: {name} have type {type(values).__name__}; expected an array of integers")
+    if values.size == 0:  # (NumPy makes an empty list float64)
         return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
-        raise TypeError(f"{op}: {name} are of dtype {values.dtype}; expected integers")
+        raise TypeError(f"{op}: {name} have dtype {values.dtype}; expected integers")
     host = backend_of(values).to_host(values)
     low, high = int(host.min()), int(host.max())
     if low < 0 or high >= limit:

@@ -20,19 +20,19 @@ from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
 from tinygrad2.tensor import Tensor, form_of, gradient_array
 
-BUCKET_SIZE = 1 << 22  # elements that ranks transfer at a time, unless a parameter has more
+BUCKET_SIZE = 1 << 22  # maximum number of elements that ranks transfer at a time, unless a parameter has more
 
 
 class Parameter(Tensor):
     """A tensor that an optimizer updates: always a leaf.
 
-    Assigning to `.data` and `.grad` copies into the parameter's memory (and assigning None to `.grad` clears it), so
-    that a parameter never leaves the arena it was placed in. Operators and methods of Tensor act on the data.
+    Assigning to `.data` or `.grad` copies into the parameter's memory (assigning None to `.grad` clears it), so a
+    parameter never leaves its arena. Tensor operators and methods act on the data.
 
-    copy  dtype of a copy of the data, kept equal to it, or None. Layers whose activations have that dtype read the
+    copy  the dtype of a copy that is kept equal to the data, or None. Layers with activations of that dtype read the
           copy, while the optimizer adds its small updates to the data.
 
-    A parameter with only bfloat16 data can only be read, inside no_grad().
+    A parameter with only bfloat16 data has no gradient and can only be read inside no_grad().
     """
 
     __slots__ = ("_data", "_copy", "_arena")
@@ -93,7 +93,7 @@ class Parameter(Tensor):
 
     @property
     def arena(self) -> ParameterArena | None:
-        """The arena that the values and the gradient are in, or None."""
+        """The arena that contains the values and the gradient, or None."""
         return None if self._arena is None else self._arena()
 
     def _leave_arena(self) -> None:
@@ -102,7 +102,7 @@ class Parameter(Tensor):
         self._arena = None
 
     def mark_written(self) -> None:
-        """Note that the values have been changed in place, so that a backward pass that needs the old ones raises."""
+        """Note that the values were changed in place, so that a backward pass that needs the old values raises."""
         self._leaf.mark_written(*(array for array in (self._data, self._copy) if array is not None))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,8 +120,8 @@ class Parameter(Tensor):
         return array
 
     def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:
-        """Move the values to a backend and a dtype, with a copy in another dtype or none. The parameter leaves its
-        arena. The gradient moves too, but is dropped if the dtype changes."""
+        """Move the values to a backend and a dtype, with or without a copy in another dtype. The parameter leaves its
+        arena. The gradient is moved too, but is dropped if the dtype changes."""
         old, grad = backend_of(self._data), self._leaf.grad
         same, values = self._data.dtype == dtype, old.to_host(self._data)
         self._data = backend.asarray(values if same else values.astype(dtype))
@@ -133,7 +133,7 @@ class Parameter(Tensor):
     def place(self, arena: ParameterArena, data: Array, grad: Array, copy: Array | None = None) -> None:
         """Move the values to the memory `data`, `grad` and `copy` of an arena (views of the parameter's shape).
 
-        copy  given if and only if the parameter has a copy.
+        copy  must be given if and only if the parameter has a copy.
         """
         data[...] = self._data
         if self._leaf.grad is not None:
@@ -146,7 +146,7 @@ class Parameter(Tensor):
 def _rebuild_parameter(
     function: Callable[..., Parameter], arguments: tuple[Any, ...], copy: DTypeLike | None
 ) -> Parameter:
-    """Make the copy of a parameter, outside of any arena; see Parameter.__reduce__."""
+    """Create the copy of a parameter, outside of any arena; see Parameter.__reduce__."""
     parameter = function(*arguments)
     parameter._copy = _rounded(parameter._data, copy)
     return parameter
@@ -158,10 +158,10 @@ def _rounded(data: Array, dtype: DTypeLike | None) -> Array | None:
 
 @dataclass
 class Region:
-    """A flat buffer of the parameters with weight decay, or of those without.
+    """A flat buffer with the parameters that have weight decay, or with those that do not.
 
     values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
-    copies  the values in the dtype that layers read, kept equal to them, or None.
+    copies  the values in the dtype that layers read, kept up to date, or None.
     """
 
     name: str
@@ -173,7 +173,7 @@ class Region:
 
 @dataclass
 class Bucket:
-    """The elements start ... stop - 1 of a region, which ranks transfer at a time, and the names of its parameters.
+    """Elements start ... stop - 1 of a region, which ranks transfer together, and the names of its parameters.
 
     staging  host memory for the transfer.
     """
@@ -193,7 +193,7 @@ class HasParameters(Protocol):
 
 
 class ParameterList:
-    """Parameters without their module, for an optimizer; their names are their positions."""
+    """Parameters without a module, for an optimizer; their names are their positions."""
 
     def __init__(self, parameters: Iterable[Parameter]):
         given = list(parameters) if isinstance(parameters, Iterable) else [parameters]
@@ -201,7 +201,7 @@ class ParameterList:
         for i, parameter in enumerate(self._parameters):
             if not isinstance(parameter, Parameter):
                 raise TypeError(
-                    f"optimizer: item {i} of the parameters is of type {type(parameter).__name__}; expected a module, "
+                    f"optimizer: item {i} of the parameters has type {type(parameter).__name__}; expected a module, "
                     f"or an iterable of Parameters such as model.parameters()"
                 )
 
@@ -210,7 +210,7 @@ class ParameterList:
         return ((f"{prefix}{i}", parameter) for i, parameter in enumerate(self._parameters))
 
     def arena(self) -> ParameterArena:
-        """The arena that the parameters are in; the first call moves them there."""
+        """The arena that contains the parameters; the first call moves them there."""
         if not hasattr(self, "_arena") or not self._arena.valid:
             self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
@@ -228,10 +228,10 @@ def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterAren
 class ParameterArena:
     """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
 
-    Clearing the gradients is one memset per region, the optimizer one kernel per region, and ranks sum a sequence of
-    final gradients as one slice. For that, parameters are in the order in which the backward pass finishes their
-    gradients: the last registered is final first. An embedding that is tied to the output layer is registered first and
-    final last.
+    Clearing the gradients takes one memset per region, the optimizer runs one kernel per region, and ranks sum a
+    sequence of final gradients as one slice. For this, parameters are in the order in which the backward pass finishes
+    their gradients: the last registered is final first. An embedding that is tied to the output layer is registered
+    first and is final last.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]):
@@ -244,7 +244,7 @@ class ParameterArena:
                     f"ParameterArena: {name} is in the arena of another module or optimizer, with other parameters; "
                     f"create one optimizer for all of them"
                 )
-        self.valid = True  # until a parameter leaves, for example for another device
+        self.valid = True  # until a parameter leaves, for example to another device
         self.parameters = dict(backward_order)
         self.backend: Backend = backend_of(backward_order[0][1].data)
         self.dtype = backward_order[0][1].dtype
@@ -254,7 +254,7 @@ class ParameterArena:
                 raise TypeError(f"ParameterArena: {name} is {parameter.dtype}, others are {self.dtype}; use one dtype")
             if parameter.copy_dtype != self.copy_dtype:
                 raise TypeError(
-                    f"ParameterArena: the copy of {name} is {parameter.copy_dtype}, those of others are "
+                    f"ParameterArena: the copy of {name} has dtype {parameter.copy_dtype}, other copies "
                     f"{self.copy_dtype}; use one precision"
                 )
         self.regions = [
@@ -293,8 +293,8 @@ class ParameterArena:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The regions cut into buckets of whole parameters, in the order in which the backward pass finishes them. A
-        bucket has up to BUCKET_SIZE elements, or one larger parameter."""
+        """The regions, divided into buckets of whole parameters, in the order in which the backward pass finishes them.
+        A bucket has up to BUCKET_SIZE elements, or one larger parameter."""
         buckets: list[Bucket] = []
         for region in self.regions:
             for name, (start, stop) in region.where.items():
@@ -318,6 +318,6 @@ class ParameterArena:
         if differs.any():
             first = int(differs.any(axis=0).argmax())
             raise ValueError(
-                f"the ranks have diverged: {names[first]} on rank {differs[:, first].argmax()} differs from rank 0, "
-                f"compared by checksum. The machines may differ, or one may be faulty; resume from a checkpoint"
+                f"the ranks have diverged: {names[first]} on rank {differs[:, first].argmax()} differs from rank 0 "
+                f"(by checksum). The machines may differ, or one may be faulty; resume from a checkpoint"
             )

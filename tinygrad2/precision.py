@@ -1,4 +1,4 @@
-"""Precision: the types that a model computes in."""
+"""Precision: the dtypes of a model's parameters and activations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import DTypeLike
 
 @dataclass(frozen=True)
 class Precision:
-    """The types of what a model holds and computes. A model has one, and gives it to all of its layers.
+    """The dtypes of a model's parameters and activations. A model has one precision for all of its layers.
 
-    name         as users give it.
-    parameters   dtype of the parameters, their gradients and the optimizer's state.
-    activations  dtype of what the layers compute, and in which they read the parameters.
-    matrices     dtype of the parameters with two or more axes, where it is not that of the others. They are converted
-                 as they are read, and have no gradients: the model generates, but does not train.
-    tf32         matrix products of float32 round their operands to 10 bits of mantissa.
+    name         the name for users.
+    parameters   the dtype of the parameters, their gradients and the optimizer state.
+    activations  the dtype in which layers read the parameters and compute.
+    matrices     the dtype of parameters with two or more axes, if it differs from that of the others. They are
+                 converted as they are read, and have no gradients: the model can generate, but not train.
+    tf32         whether float32 matrix products round their operands to a 10-bit mantissa.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Precision:
 
     @staticmethod
     def of(value: PrecisionLike) -> Precision:
-        """The precision of this name or dtype, or `value` itself. Raises ValueError where there is none."""
+        """The precision with this name or dtype, or `value` itself. Raises ValueError if there is none."""
         if isinstance(value, Precision):
             return value
         name = value if isinstance(value, str) else numpy.dtype(value).name
@@ -39,7 +39,7 @@ class Precision:
 
     @property
     def copies(self) -> str | None:
-        """The dtype of the copies of the parameters that layers read, or None where they read the parameters."""
+        """The dtype of the parameter copies that layers read, or None if they read the parameters themselves."""
         return None if self.activations == self.parameters else self.activations
 
     @property
@@ -56,11 +56,11 @@ class Precision:
         return numpy.dtype(self.activations).itemsize
 
     def dtype_of(self, ndim: int) -> str:
-        """The dtype of a parameter with so many axes."""
+        """The dtype of a parameter with this number of axes."""
         return self.matrices if self.matrices and ndim >= 2 else self.parameters
 
 
-PrecisionLike = Precision | DTypeLike  # what Precision.of takes, such as "bfloat16"
+PrecisionLike = Precision | DTypeLike  # what Precision.of accepts, such as "bfloat16"
 
 FLOAT32 = Precision("float32", "float32", "float32")
 TF32 = Precision("tf32", "float32", "float32", tf32=True)
@@ -69,9 +69,9 @@ FLOAT64 = Precision("float64", "float64", "float64")
 BFLOAT16_WEIGHTS = Precision("bfloat16_weights", "float32", "float32", matrices="bfloat16")
 
 _BY_NAME = {p.name: p for p in (FLOAT32, TF32, BFLOAT16, FLOAT64, BFLOAT16_WEIGHTS)}
-TRAINING = tuple(p.name for p in _BY_NAME.values() if p.trains)  # names of the precisions that models train in
+TRAINING = tuple(p.name for p in _BY_NAME.values() if p.trains)  # the names of precisions for training
 
 
 def sum_dtype(dtype: numpy.dtype) -> numpy.dtype:
-    """The dtype of sums of such numbers, of gradients and of LayerNorm's gains: float32, or `dtype` where wider."""
+    """The dtype of sums of such values, of gradients and of LayerNorm gains: float32, or `dtype` if it is wider."""
     return dtype if dtype.itemsize >= 4 else numpy.dtype(numpy.float32)

@@ -9,9 +9,9 @@ from tinygrad2.backend import Backend, Timestamp
 
 
 class Profiler:
-    """Times every kernel of a backend that is called inside the context, which is entered once for each step.
+    """Times every kernel of a backend that is called inside this context. Enter the context once per step.
 
-    On a GPU the times are between events in the device's stream; `table` waits for them.
+    On a GPU, the times are measured by events in the device's stream; `table` waits for them.
     """
 
     def __init__(self, backend: Backend):
@@ -50,7 +50,7 @@ class Profiler:
         return found
 
     def table(self) -> list[str]:
-        """A line for each operation, slowest first: calls and milliseconds per step, and the share of its time."""
+        """One line per operation, slowest first: calls and milliseconds per step, and its share of the time."""
         totals = self.totals()
         whole = totals.pop("", (0, 0.0))[1]
         seconds: dict[str, list[float]] = {}  # by operation: forward, backward, calls

@@ -1,4 +1,4 @@
-"""Support of Tensor for Python's built-in functions, NumPy's functions, and the names of other libraries."""
+"""Tensor's support for Python's built-in functions, NumPy functions, and the names of other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygrad2.arguments import axes_of
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
-# np.add(a, b) for a Tensor a or b: the method of the first or, if that is not a Tensor, of the second.
+# np.add(a, b), if a or b is a Tensor: the method of a or, if that is not a Tensor, of b.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.add: ("__add__", "__radd__"),
     numpy.subtract: ("__sub__", "__rsub__"),
@@ -54,7 +54,7 @@ _SAME_NAMES = """
 """
 UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
-# np.sum(x, axis) is x.sum(axis): functions of a Tensor whose other arguments are those of the method.
+# np.sum(x, axis) is x.sum(axis): functions whose other arguments are those of the method.
 METHODS = {
     numpy.sum: "sum",
     numpy.mean: "mean",
@@ -100,13 +100,13 @@ METHODS = {
     numpy.dot: "dot",
 }
 
-# Arguments that NumPy's functions and our methods name differently.
+# Arguments whose names differ between NumPy's functions and our methods.
 NUMPY_NAMES = {"a_min": "min", "a_max": "max", "k": "offset"}
 
 
 @functools.cache
 def _functions() -> dict[Any, Callable[..., Any]]:
-    """The table of numpy_functions.py, imported when it is first used: that file imports Tensor, which imports this."""
+    """The table in numpy_functions.py, imported on first use: that file imports Tensor, which imports this file."""
     table: dict[Any, Callable[..., Any]] = importlib.import_module("tinygrad2.numpy_functions").FUNCTIONS
     return table
 
@@ -116,7 +116,7 @@ def takes_tensors(function: Any) -> bool:
     return any(function in table for table in (UFUNCS, METHODS, ON_ARRAYS, _functions()))
 
 
-# Functions that only inspect values and shapes, so that no gradient is lost: they get the arrays.
+# Functions that only inspect values and shapes, so that no gradient is lost; they are called with the arrays.
 ON_ARRAYS = {
     numpy.allclose,
     numpy.array_equal,
@@ -137,11 +137,11 @@ ON_ARRAYS = {
 }
 
 PYTORCH_NAMES = {"dim": "axis", "keepdim": "keepdims", "dim0": "axis1", "dim1": "axis2"}
-DIFFERS_FROM_PYTORCH = {  # methods that give other results than PyTorch's, so that its names are answered with ours
-    "max": "PyTorch's gives values and indices: use max(axis=...) and argmax(axis=...)",
-    "min": "PyTorch's gives values and indices: use min(axis=...) and argmin(axis=...)",
-    "var": "PyTorch's divides by n - 1: use var(axis=..., correction=1), or correction=0",
-    "std": "PyTorch's divides by n - 1: use std(axis=..., correction=1), or correction=0",
+DIFFERS_FROM_PYTORCH = {  # methods with other results than PyTorch's, for which PyTorch's argument names are errors
+    "max": "PyTorch returns values and indices; use max(axis=...) and argmax(axis=...)",
+    "min": "PyTorch returns values and indices; use min(axis=...) and argmin(axis=...)",
+    "var": "PyTorch divides by n - 1; use var(axis=..., correction=1), or correction=0",
+    "std": "PyTorch divides by n - 1; use std(axis=..., correction=1), or correction=0",
 }
 
 
@@ -167,7 +167,7 @@ K = TypeVar("K", bound=type[Any])
 
 
 def pytorch_names(function: C) -> C:
-    """A function with arguments axis and keepdims which takes them by PyTorch's names too, dim and keepdim."""
+    """Make a function with arguments axis and keepdims also accept PyTorch's names for them, dim and keepdim."""
     accepted = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -185,7 +185,7 @@ def pytorch_names(function: C) -> C:
 
 
 def takes_pytorch_names(cls: K) -> K:
-    """The class, with pytorch_names applied to its public methods that have such arguments."""
+    """A class decorator: apply pytorch_names to the public methods that have such arguments."""
     for name, method in list(vars(cls).items()):
         public = inspect.isfunction(method) and not name.startswith("_")
         if public and set(PYTORCH_NAMES.values()) & inspect.signature(method).parameters.keys():
@@ -194,7 +194,7 @@ def takes_pytorch_names(cls: K) -> K:
 
 
 class Protocols:
-    """The part of Tensor that supports the built-in functions of Python and the functions of NumPy."""
+    """A base class of Tensor that supports Python's built-in functions and NumPy functions."""
 
     __slots__ = ()
 
@@ -215,7 +215,7 @@ class Protocols:
         if not spec and self.ndim:
             return str(self)
         if self.size != 1:
-            raise TypeError(f"format: {spec!r} needs one element; the tensor has shape {self.shape}")
+            raise TypeError(f"format: {spec!r} requires one element; the tensor has shape {self.shape}")
         return format(self.item(), spec)
 
     def __len__(self: Any) -> int:
@@ -225,7 +225,7 @@ class Protocols:
 
     def __iter__(self: Any) -> Iterator[Any]:
         if not self.ndim:
-            raise TypeError("iteration: the tensor has shape (), no axis to iterate over; use item() for its value")
+            raise TypeError("iteration: the tensor has shape () and no axis to iterate over; use item() for its value")
         return (self[i] for i in range(len(self.data)))
 
     def __contains__(self: Any, value: Any) -> bool:
@@ -246,9 +246,9 @@ class Protocols:
         return int(self)
 
     def __setitem__(self: Any, index: Any, value: Any) -> None:
-        raise TypeError("a Tensor cannot be changed in place: write into x.data before the forward pass")
+        raise TypeError("a Tensor cannot be changed in place; write into x.data before the forward pass")
 
-    if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+    if not TYPE_CHECKING:  # so that a type checker finds misspelled names
 
         def __getattr__(self, name):
             if name.endswith("_") and not name.startswith("_") and name not in missing_names.TENSOR:
@@ -265,12 +265,12 @@ class Protocols:
 
     def __array__(self: Any, dtype: DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray:
         if self.backend is not get_backend():
-            raise TypeError("a Tensor on a GPU is not copied to the host implicitly: use .numpy()")
+            raise TypeError("a Tensor on a GPU is not copied to the host implicitly; use .numpy()")
         values = numpy.asarray(self.data, dtype=dtype)
         return values.copy() if copy and values is self.data else values
 
     def __dlpack__(self: Any, **options: Any) -> Any:
-        """For torch.tensor(x), cupy.from_dlpack(x) and others: the values, without a copy where that is possible."""
+        """For torch.tensor(x), cupy.from_dlpack(x) and others: the values, without a copy if possible."""
         return self.data.__dlpack__(**options)
 
     def __dlpack_device__(self: Any) -> tuple[int, int]:
@@ -290,7 +290,7 @@ class Protocols:
             if function is not None:
                 return function(first, *others)
         call = ufunc.__name__ + (f".{method}" if method != "__call__" else "") + (" with options" if options else "")
-        raise TypeError(f"np.{call} does not take Tensors; use an operation of Tensor or ops, or pass x.numpy()")
+        raise TypeError(f"np.{call} does not support Tensors; use an operation of Tensor or ops, or pass x.numpy()")
 
     def __array_function__(
         self: Any, function: Any, types: Any, arguments: tuple[Any, ...], options: dict[str, Any]
@@ -309,7 +309,7 @@ class Protocols:
         if function in ON_ARRAYS:
             return function(*map(_as_numpy, arguments), **{name: _as_numpy(value) for name, value in options.items()})
         raise TypeError(
-            f"np.{function.__name__} does not take Tensors: its result would have no gradient; use an operation of "
+            f"np.{function.__name__} does not support Tensors, since it has no gradient; use an operation of "
             f"Tensor or ops, or pass x.numpy()"
         )
 

@@ -1,7 +1,7 @@
-"""Random numbers without state: every draw is a pure function of (seed, step, site, element).
+"""Stateless random numbers: every draw is a pure function of (seed, step, site, element).
 
 A counter-based generator has no state to save, restore or share. The numbers do not depend on earlier draws, so they
-stay the same when a batch is split over micro-steps or machines, when a run is resumed, and on another device.
+are the same if a batch is split into micro-steps or over machines, if a run is resumed, and on another device.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox4x32-10, Random123).
 """
@@ -21,14 +21,14 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # the round multipliers
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)  # the key increments: golden ratio, sqrt(3) - 1
 
 
-Word = Any  # np.uint64 or arrays of it, of any library: each a 32-bit value
+Word = Any  # 32-bit values, as np.uint64 scalars or uint64 arrays of any library
 
 
 def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10: four 32-bit words of counter and two of key -> four 32-bit random words.
 
-    Every argument is a uint64 scalar or array holding a 32-bit value, so that a 32 x 32 product fits; arrays of any
-    library broadcast. It uses arithmetic only, so that NumPy, CuPy and Numba can run the same function.
+    Every argument is a uint64 scalar or array of 32-bit values, so that 32 x 32-bit products fit. Arrays of any
+    library broadcast. Only arithmetic is used, so that NumPy, CuPy and Numba can run the same function.
     """
     for _ in range(10):
         p0 = _M0 * c0
@@ -39,11 +39,11 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
     return c0, c1, c2, c3
 
 
-# Sites, which keep the streams of random numbers apart; the sites of a model's dropout are 0, 1, 2, ...
+# Sites, which separate the streams of random numbers; dropout in a model has the sites 0, 1, 2, ...
 SAMPLING_SITE = 1 << 30  # sampling of the next token
-LAYER_SITES = 1 << 31  # the first of the layers without an initializer of their own
-DATA_SITE = 2**32 - 1  # the order of samples; the step is the epoch
-INIT_STEP = 2**32 - 1  # the step of a model's initial values: no training reaches it
+LAYER_SITES = 1 << 31  # the first site of layers without an initializer of their own
+DATA_SITE = 2**32 - 1  # the order of samples, with the epoch as the step
+INIT_STEP = 2**32 - 1  # the step for a model's initial values, which no training reaches
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Key:
 
     seed          64 bits, chosen by the user.
     step          the training step (or the epoch, for the data order).
-    first_sample  position of the first sample in the *global* batch; it shifts the element index, so that a part of a
-                  batch gets the same numbers as in the whole batch.
-    site          which operation of the model draws (see `at`).
+    first_sample  the position of the first sample in the *global* batch; it shifts the element index, so that a part
+                  of a batch gets the same numbers as in the whole batch.
+    site          the operation of the model that draws (see `at`).
 
     The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.
     """
@@ -70,7 +70,7 @@ class Key:
             if not hasattr(value, "__index__"):
                 raise TypeError(f"Key: {name} is {value!r}; expected an integer")
             if not 0 <= value < 1 << bits:
-                raise ValueError(f"Key: {name} is {value}; it must be in [0, 2**{bits})")
+                raise ValueError(f"Key: {name} is {value}; expected 0 to 2**{bits} - 1")
 
     def at(self, site: int) -> Key:
         """The same key at another site."""
@@ -107,7 +107,7 @@ def uniform(key: Key, count: int) -> np.ndarray:
 
 
 def permutation(key: Key, n: int) -> np.ndarray:
-    """A uniformly random order of 0 ... n-1 (int64, on the host): the order that sorts n random 64-bit integers."""
+    """A uniformly random permutation of 0 ... n-1 (int64, on the host), which sorts n random 64-bit integers."""
     return np.argsort(bits64(key, n), kind="stable")
 
 
@@ -118,7 +118,7 @@ def normal(key: Key, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
     """
     count = int(np.prod(shape, dtype=np.int64))
     out = np.empty((-(-count // 4), 4))
-    chunk = 1 << 14  # groups at a time: the temporaries stay in the cache
+    chunk = 1 << 14  # groups at a time, so that temporary arrays stay in the cache
     for first in range(0, len(out), chunk):
         rows = out[first : first + chunk]
         u = (_words(key, first, len(rows)) + 0.5) * 2.0**-32  # (0, 1): the logarithm is finite

@@ -1,15 +1,15 @@
 """The math: the forward and the backward pass of every operation, on plain arrays.
 
 Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
-GPT-2 needs them, with its formula and the derivation of its gradient. The same functions are the reference that faster
-kernels are tested against, and the fallback if there is no faster kernel.
+GPT-2 needs them, with its formula and the derivation of its gradient. Faster kernels are tested against these
+functions, which are also the fallback where no faster kernel exists.
 
 Conventions
-    L               the loss, a number; dx is dL/dx, of x's shape, and dy = dL/dy is given.
+    L               the loss, a scalar; dx is dL/dx, with the shape of x, and dy = dL/dy is given.
     B T C V H D     batch, time, channels, vocabulary, heads, head size (C = H * D); N = B * T rows.
     dweight, dbias  are *added to* (a parameter may be used more than once); None means not needed.
     dx              is *returned*, as a new array. Inputs are never changed, except where a docstring says so.
-    dtype           of the results is that of the inputs (float32 to train, float64 to check); indices are integers.
+    dtype           results have the dtype of the inputs (float32 to train, float64 to check); indices are integers.
 
 How a gradient is derived
     By the chain rule, dx_j = sum_i dy_i (dy_i / dx_j), where the fraction is the derivative of y_i with respect to x_j.
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
     _A = TypeVar("_A", bound=Array)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Elementwise and shape operations
-# ---------------------------------------------------------------------------------------------------------------------
+# Elementwise and shape operations ------------------------------------------------------------------------------------
 
 MAX_RUN = 1024  # terms that are added sequentially
 
@@ -102,7 +100,7 @@ def multiply_forward(a: Array, b: Array) -> Array:
 
 
 def multiply_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """The derivative by a is b, and by b it is a: da = dy b, db = dy a."""
+    """The derivative with respect to a is b, and with respect to b it is a: da = dy b, db = dy a."""
     return unbroadcast(dy * b, a.shape), unbroadcast(dy * a, b.shape)
 
 
@@ -112,21 +110,21 @@ def divide_forward(a: Array, b: Array) -> Array:
 
 
 def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """The derivative of a / b by a is 1 / b, and by b it is -a / b^2 (the power rule for b^-1). So
+    """The derivatives of a / b are 1 / b for a, and -a / b^2 for b (the power rule for b^-1). So
 
-    da = dy / b,    db = -dy (a / b) / b, where b^2 would vanish or overflow before the quotients do.
+    da = dy / b,    db = -dy (a / b) / b. Two divisions, since b^2 could underflow or overflow.
     """
     return unbroadcast(dy / b, a.shape), unbroadcast(-dy * (a / b / b), b.shape)
 
 
 def power_forward(x: Array, exponent: float) -> Array:
-    """y = x^exponent, the exponent a Python number."""
+    """y = x^exponent; the exponent is a Python number."""
     return x**exponent
 
 
 def power_backward(dy: Array, x: Array, exponent: float) -> Array:
     """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
-    formula gives 0 times infinity. For 0.5, y is the square root, which -inf has none of: dx is NaN there, as y is.
+    formula gives 0 times infinity. For 0.5, y is the square root: at x = -inf, dx is NaN, as y is.
     """
     if exponent == 0.5:
         return dy * (0.5 / np.sqrt(x))
@@ -209,13 +207,11 @@ def getitem_backward(dy: Array, index: Index, dx: Array) -> None:
 
 # reshape and transpose are views; their backward passes are the inverse view, in tensor.py.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Matrix products
-# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products -----------------------------------------------------------------------------------------------------
 
 
 def matmul_forward(a: Array, b: Array) -> Array:
-    """y = a @ b over the last two axes, the leading ones broadcast: (..., m, k) (..., k, n) -> (..., m, n)."""
+    """y = a @ b over the last two axes, with the others broadcast: (..., m, k) (..., k, n) -> (..., m, n)."""
     return np.matmul(a, b)
 
 
@@ -254,9 +250,7 @@ def linear_backward(dy: Array, x: Array, weight: Array, dweight: Array | None, d
     return np.matmul(dy2, weight.T).reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Embedding
-# ---------------------------------------------------------------------------------------------------------------------
+# Embedding -----------------------------------------------------------------------------------------------------------
 
 
 def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
@@ -279,8 +273,8 @@ def embedding_backward(
 
     dwte[v] += the sum of dy[b, t] with tokens[b, t] = v,    dwpe[first_position + t] += the sum of dy[b, t] over b.
 
-    tokens  a NumPy array in every array library: equal tokens are found on the host, without waiting for the
-                    device. (np.add.at(dwte, tokens, dy) is the same sum, but on a GPU its order varies between runs.)
+    tokens  a NumPy array, even if dy is not: equal tokens are found on the host, without waiting for the device.
+            (np.add.at(dwte, tokens, dy) computes the same sum, but on a GPU its order varies between runs.)
     """
     if dwte is not None:
         rows, flat = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
@@ -292,9 +286,7 @@ def embedding_backward(
         dwpe[first_position : first_position + T] += row_sum(dy.reshape(-1, T, dy.shape[-1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dropout
-# ---------------------------------------------------------------------------------------------------------------------
+# Dropout -------------------------------------------------------------------------------------------------------------
 
 
 def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: numpy.typing.DTypeLike) -> Array:
@@ -315,7 +307,7 @@ def dropout_forward(x: Array, rate: float, key: Key) -> Array:
     """y = x m / (1 - rate), m ~ Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
 
     The first axis of x counts samples; key.first_sample is the position of the first one in the global batch.
-    Source: Srivastava et al., JMLR 15 (2014), in the inverted form.
+    Source: Srivastava et al., JMLR 15 (2014), as inverted dropout.
     """
     return x * dropout_scale(key, key.first_sample * (x.size // x.shape[0]), x.size, rate, x.dtype).reshape(x.shape)
 
@@ -328,13 +320,11 @@ def dropout_backward(dy: Array, rate: float, key: Key) -> Array:
     return dropout_forward(dy, rate, key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LayerNorm
-# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm -----------------------------------------------------------------------------------------------------------
 
 
 def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
-    """y = w (x - mean) rstd + b over the last axis, rstd = 1 / sqrt(var + eps), var the biased variance.
+    """y = w (x - mean) rstd + b over the last axis, with rstd = 1 / sqrt(var + eps) and the biased variance var.
 
     x (..., C), w and b (C,) -> y (..., C), mean (..., 1), rstd (..., 1).   Source: arXiv:1607.06450, eq. 4.
     """
@@ -397,9 +387,7 @@ def add_layernorm_backward(
     return ds + layernorm_backward(dy, s, weight, mean, rstd, dweight, dbias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Causal softmax attention
-# ---------------------------------------------------------------------------------------------------------------------
+# Causal softmax attention --------------------------------------------------------------------------------------------
 
 QUERY_ROWS = 128  # rows of the score matrix at a time: memory is linear in T, and blocks above the diagonal are skipped
 
@@ -410,7 +398,7 @@ def query_blocks(T: int) -> list[tuple[slice, slice]]:
 
 
 def split_heads(packed: _A, parts: int, n_head: int) -> list[_A]:
-    """(B, T, parts * C), heads side by side in each part -> `parts` views of shape (B, H, T, D)."""
+    """(B, T, parts * C), with the heads concatenated in each part -> `parts` views of shape (B, H, T, D)."""
     B, T, width = packed.shape
     split = packed.reshape(B, T, parts, n_head, width // (parts * n_head)).transpose(2, 0, 3, 1, 4)
     return [split[i] for i in range(parts)]
@@ -424,7 +412,7 @@ def _scores(q: Array, k: Array, rows: slice, cols: slice) -> Array:
 
 
 def _attention_dropout(qkv: Array, n_head: int, rows: slice, cols: slice, rate: float, key: Key) -> Array:
-    """Dropout's factors for a block; element ((sample * H + h) * T + row) * T + col of the (B, H, T, T) attention."""
+    """Dropout factors for a block; its elements have index ((sample * H + h) * T + row) * T + col."""
     B, T, _ = qkv.shape
     head = np.arange(B * n_head, dtype=np.uint64).reshape(B, n_head, 1) + np.uint64(key.first_sample * n_head)
     row = np.arange(rows.start, rows.stop, dtype=np.uint64)
@@ -434,9 +422,9 @@ def _attention_dropout(qkv: Array, n_head: int, rows: slice, cols: slice, rate: 
 def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> tuple[Array, Array]:
     """softmax(q k^T / sqrt(D), causal) v for each head; with a key, dropout at `rate` on the attention weights.
 
-    qkv (B, T, 3 C), queries, keys and values side by side, the heads side by side in each; key None means no dropout.
+    qkv (B, T, 3 C): queries, keys and values, each with its heads concatenated; key None means no dropout.
     Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that a
-    tiled backward pass needs to recompute the weights, so that no T x T array is kept.
+    tiled backward pass needs to recompute the weights, so that no T x T array is stored.
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
@@ -460,7 +448,7 @@ def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> 
 def attention_backward(
     dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
 ) -> Array:
-    """For one head, S = Q K^T / sqrt(D), P = softmax(S) = exp(S - lse) row by row, M dropout's factors, O = (P M) V.
+    """For one head, S = Q K^T / sqrt(D), P = softmax(S) = exp(S - lse) by rows, M the dropout factors, O = (P M) V.
     O and S are matrix products, and P M is elementwise, so their gradients are those of matmul and multiply:
 
     dV = (P M)^T dO,    dP = (dO V^T) M,    dQ = dS K / sqrt(D),    dK = dS^T Q / sqrt(D);
@@ -497,7 +485,7 @@ def attention_backward(
 def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Array:
     """Attention of new tokens to themselves and to all earlier ones, for generation. It has no backward pass.
 
-    qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) holds the keys
+    qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) contains the keys
     and values of earlier positions, and those of the new tokens are written to it. Returns out (B, T, C).
     """
     B, T, width = qkv.shape
@@ -517,9 +505,7 @@ def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Arra
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GELU
-# ---------------------------------------------------------------------------------------------------------------------
+# GELU ----------------------------------------------------------------------------------------------------------------
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
@@ -606,7 +592,7 @@ def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Array) 
 def erf(x: Array) -> Array:
     """2 / sqrt(pi) times the integral of exp(-t^2) from 0 to x, to the precision of x's dtype (Cody 1969).
 
-    Three ranges of |x|: up to 0.46875 erf itself; up to 4 and beyond, 1 - erfc.
+    |x| has three ranges: up to 0.46875, where erf itself is computed, then up to 4, and above 4, as 1 - erfc.
     """
     a = np.minimum(np.abs(x), 30.0)  # erf(6) is 1 in float64; a larger square could overflow
     small = x * _ratio(_ERF_SMALL, np.minimum(a, 0.46875) ** 2)
@@ -619,9 +605,7 @@ def erf(x: Array) -> Array:
     return np.where(a <= 0.46875, small, np.sign(x) * (1 - tail))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax, cross-entropy, and the language-model head
-# ---------------------------------------------------------------------------------------------------------------------
+# Softmax, cross-entropy, and the language-model head -----------------------------------------------------------------
 
 
 def softmax_forward(x: Array) -> Array:
@@ -635,7 +619,7 @@ def softmax_forward(x: Array) -> Array:
 
 
 def softmax_backward(dy: Array, y: Array) -> Array:
-    """x_j affects the numerator of y_j, and the denominator of every y_i (by exp(x_j)):
+    """x_j affects the numerator of y_j, and the denominator of every y_i (through exp(x_j)):
 
     dy_i / dx_j = y_i (delta_ij - y_j), so
     dx_j = sum_i dy_i y_i (delta_ij - y_j) = y_j (dy_j - sum_i dy_i y_i).
@@ -656,7 +640,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, log_total: Array) -> Array:
-    """The derivative of log sum_j exp(z_j) by z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of -z[target]
+    """The derivative of log sum_i exp(z_i) for z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of -z[target]
     is -1 at the target. Each row has weight 1 / rows in the mean:
 
     dlogits = dloss (softmax(logits) - onehot(target)) / rows,    softmax(z) = exp((z - largest) - log_total).
@@ -688,9 +672,10 @@ def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Arr
 
 def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dweight: Array | None) -> Array:
     """logits = x W^T, so by the rule for matmul dx = (dloss dlogits) W and dW += (dloss dlogits)^T x, where dlogits is
-    the gradient for dloss = 1. The number dloss may multiply any factor of a product: here
+    the gradient for dloss = 1. The scalar dloss may multiply any factor of a product. Here it multiplies arrays that
+    are smaller than the (N, V) buffer:
 
-    dx = dloss (dlogits W),    dW += dlogits^T (dloss x),    both smaller than the (N, V) buffer.
+    dx = dloss (dlogits W),    dW += dlogits^T (dloss x).
     """
     if dweight is not None:
         dweight += np.matmul(dlogits.T, x.reshape(-1, x.shape[-1]) * dloss)
@@ -699,9 +684,7 @@ def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dwei
     return dx.reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer -----------------------------------------------------------------------------------------------------------
 
 
 def squared_norm(x: Array) -> Array:
@@ -753,7 +736,7 @@ def sgd_step(
 
 
 def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> Array:
-    """The direction that Muon orthogonalizes, of flat arrays; buffer is changed in place.
+    """The direction that Muon orthogonalizes, for flat arrays; buffer is changed in place.
 
     g = scale grad;  buffer = momentum buffer + (1 - momentum) g;  direction = momentum buffer + (1 - momentum) g
     direction uses the new buffer (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
@@ -783,7 +766,7 @@ def orthogonalize(*matrices: Array) -> None:
 def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
     """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value) for a matrix, in place.
 
-    The factor gives updates the root mean square of AdamW's, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
+    The factor gives updates the same root mean square as AdamW, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
     """
     _assign(scale, (value, value - lr * (0.2 * math.sqrt(max(value.shape)) * direction + weight_decay * value)))
 

@@ -1,4 +1,4 @@
-"""The parameters of a module by name: found in its attributes, printed as a tree, saved to a file and loaded."""
+"""A module's parameters by name: finding them in its attributes, printing, saving and loading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class State:
         return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Self:
-        """Set every parameter to the array (or Tensor) of its name; returns the module.
+        """Set every parameter to the array (or Tensor) with its name; returns the module.
 
         strict  the state must have every parameter and nothing else; if False, other names are ignored.
         Raises ValueError if a name is missing or unknown, or a shape differs, TypeError for what is not an array of
@@ -60,7 +60,7 @@ class State:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the parameters to a safetensors file, completely or not at all."""
+        """Write the parameters to a safetensors file, atomically."""
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"save: the folder {Path(path).parent} does not exist")
         with atomic_write(Path(path)) as partial:
@@ -71,7 +71,7 @@ class State:
         try:
             state = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"load: {path}: it is not a valid safetensors file ({error})") from None
+            raise ValueError(f"load: {path}: not a valid safetensors file ({error})") from None
         return self.load_state_dict(state)
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-    """Every parameter in a module, list, tuple or dict under its dotted name; a shared one under each of its names."""
+    """Every parameter in a module, list, tuple or dict, with its dotted name; a shared one with each of its names."""
     for name, member in _members(value):
         if isinstance(member, Parameter):
             yield f"{prefix}{name}", member
@@ -106,7 +106,7 @@ def modules_in(value: Any) -> Iterator[Any]:
 
 
 def _tree(value: Any) -> str:
-    """A module as text: its numbers, the shapes of its parameters, and its modules, indented."""
+    """A module as text: its numeric attributes, the shapes of its parameters, and its modules, indented."""
     inside, modules = [], []
     for name, member in _members(value):
         if isinstance(member, Parameter):

@@ -163,7 +163,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     ) -> None:
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
 
-        dy  the gradient of the loss with respect to this tensor; may be left out for a scalar (then it is 1).
+        dy  the gradient of the loss with respect to this tensor; may be omitted for a scalar (then it is 1).
         create_graph, retain_graph  must be False: there are no second-order gradients, and a graph is used once.
         Raises RuntimeError if nothing is recorded, if an earlier backward() used the same graph, or if a parameter that
         it needs has changed since the forward pass.
@@ -186,7 +186,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         else:
             gradient = self.backend.asarray(dy.data if isinstance(dy, Tensor) else dy, dtype=self.dtype)
         if gradient.shape != self.shape:
-            raise ValueError(f"backward: dy has shape {gradient.shape}; expected {self.shape}, the tensor's own")
+            raise ValueError(f"backward: dy has shape {gradient.shape}; expected {self.shape}, the shape of the tensor")
         autograd.backward([(self._edge, gradient)])
 
     # Operators ------------------------------------------------------------------------------------------------------
@@ -309,20 +309,20 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return record(y, (x,), "tanh_backward", (y,))
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The sum over `axis` (an axis, several, or None for all)."""
+        """The sum over `axis` (one axis, several, or None for all)."""
         axes = arguments.axes_of("sum", axis, self.ndim)
         y = backend_of(self.data).kernels.sum_forward(self.data, axes, keepdims)
         return record(y, (self,), "sum_backward", (self.shape, axes))
 
     def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The mean over `axis` (an axis, several, or None for all): NaN for no elements, float32 for integers."""
+        """The mean over `axis` (one, several, or None for all): NaN for no elements, float32 for integers."""
         x = _float(self)
         axes = arguments.axes_of("mean", axis, x.ndim)
         count = math.prod(x.shape[i] for i in axes)
         return x.sum(axes, keepdims) * (1 / count if count else math.nan)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The maximum over `axis`; equal largest elements share the gradient equally."""
+        """The maximum over `axis`; if several elements are equal to it, they share the gradient equally."""
         axes = arguments.axes_of("max", axis, self.ndim)
         if not all(self.shape[i] for i in axes):
             raise ValueError(f"max: the tensor has shape {self.shape}; there is no maximum over an axis of length 0")
@@ -341,7 +341,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return record(y, (self,), _reshape_backward, (self.shape,))
 
     def transpose(self, *axes: int | tuple[int, ...] | None) -> Tensor:
-        """The axes in another order, reversed if none is given."""
+        """Permute the axes; without arguments, reverse them."""
         given = axes[0] if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], tuple | list)) else axes or None
         order = arguments.axes_of("transpose", given, self.ndim)[:: -1 if given is None else 1]
         if len(axes) == 2 and (order == (0, 1) or len(order) < self.ndim):  # PyTorch exchanges two axes
@@ -350,7 +350,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
-    # Used by methods.py, which this file imports, beside the operators and methods above ---------- ----------------
+    # Also used by methods.py, which this file imports ----------------------------------------------------------------
 
     def _record(
         self, data: Any, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
@@ -376,7 +376,7 @@ def record(
 def record(
     data: Array | tuple[Array, ...], parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
 ) -> Tensor | tuple[Tensor, ...]:
-    """Make an operation's result a Tensor, and put it on the tape if a parent needs a gradient.
+    """Wrap an operation's result in a Tensor, and record it on the tape if a parent needs a gradient.
 
     data      the result: an array, or a tuple of arrays for an operation with several results.
     parents   the Tensors it was computed from.
@@ -387,7 +387,7 @@ def record(
               kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
     saved     the data that backward needs; only kept if a gradient is needed. Backward must not change it.
 
-    This is the only way onto the tape. An operation is two functions, and its forward function ends in record().
+    This is the only way onto the tape. An operation is two functions, and its forward function ends with record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
     try:
@@ -432,7 +432,7 @@ def form_of(data: Array) -> autograd.Form:
 
 
 def _constant(data: Array) -> Tensor:
-    """Tensor(data), but faster, for an array, or for a scalar that NumPy returned for an array without axes."""
+    """Tensor(data), but faster, for an array or a NumPy scalar (the result of 0-d arithmetic)."""
     result = _new(Tensor)
     result.data = autograd.as_array(data)
     result._edge = None

@@ -1,4 +1,4 @@
-"""The number of threads for computation on the CPU, and the division of work. The thread pool is kernels/pool.py."""
+"""The number of CPU threads, and the division of work among them. The thread pool is kernels/pool.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygrad2 import machine
 
 
 class BlasLibrary(Protocol):
-    """A BLAS library that is loaded, as threadpoolctl controls it."""
+    """A loaded BLAS library, as controlled by threadpoolctl."""
 
     def get_num_threads(self) -> int: ...
     def set_num_threads(self, num_threads: int) -> None: ...
@@ -22,7 +22,7 @@ class BlasLibrary(Protocol):
 MAX_COUNT = 1024
 _count = machine.usable_threads()
 _lock = threading.Lock()
-# An interrupt may come at any time: BLAS's old setting is recorded before it changes, and dropped with its last user.
+# An interrupt may come at any time, so BLAS's old setting is recorded before it is changed, until its last user ends.
 _before: list[
     tuple[BlasLibrary, int]
 ] = []  # the libraries and their thread counts, while BLAS is limited to one thread
@@ -30,12 +30,12 @@ _users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
-    """The number of threads that compute."""
+    """The number of threads for computation."""
     return _count
 
 
 def set_count(n: int) -> None:
-    """Compute on n threads from now on, also in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
+    """Use n threads from now on, also in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
     global _count
     if not 1 <= n <= MAX_COUNT:
         raise ValueError(f"threads: the number is {n:,}; expected 1 to {MAX_COUNT:,}")
@@ -48,13 +48,13 @@ def set_count(n: int) -> None:
 
 
 def parts(n: int, grain: int) -> list[tuple[int, int]]:
-    """0 ... n-1 in at most count() contiguous parts (start, stop) of nearly equal size, each of at least `grain`."""
+    """Divide 0 ... n-1 into at most count() contiguous parts (start, stop) of nearly equal size, at least `grain`."""
     pieces = max(1, min(_count, n // max(1, grain)))
     return [(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
 
 class blas_on_one_thread:  # noqa: N801 - used as a function
-    """A context in which BLAS computes on the calling thread. The last of several contexts restores the old setting."""
+    """A context in which BLAS uses only the calling thread. The last of several contexts restores the old setting."""
 
     def __enter__(self) -> None:
         global _before

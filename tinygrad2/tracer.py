@@ -1,5 +1,5 @@
-"""Tracing: functions of yours are called for every operation of a forward pass, with its inputs and results, and of a
-backward pass, with the gradients that it computed."""
+"""Tracing: calls your functions for every operation of a forward pass, with its inputs and results, and of a backward
+pass, with the gradients that it computed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 class Operation(NamedTuple):
     """One operation of a forward pass.
 
-    name     such as "linear", "attention" or "add"; "an operation" where its backward function has no name.
+    name     such as "linear", "attention" or "add"; "an operation" if its backward function has no name.
     parents  the Tensors that it was computed from.
     results  the Tensors that it returned.
-    saved    what its backward function needs.
+    saved    the values that its backward function needs.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Operation(NamedTuple):
 class BackwardOperation(NamedTuple):
     """One operation of a backward pass.
 
-    name       of the operation, as in the forward pass.
-    node       of its results, on the tape.
-    edges      where the gradients of its parents go: (node or leaf, output), or None for a parent that wants none.
-    gradients  of its parents, each with what other operations have added to it so far; None where there is none.
+    name       the name of the operation, as in the forward pass.
+    node       the node of its results on the tape.
+    edges      where the gradients of its parents go: (node or leaf, output), or None for a parent that needs none.
+    gradients  the gradients of its parents, including what other operations have added so far, or None.
     """
 
     name: str
@@ -43,8 +43,8 @@ Tracer = Callable[[Operation], object]
 BackwardTracer = Callable[[BackwardOperation], object]
 _tracer: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 _backward_tracer: ContextVar[BackwardTracer | None] = ContextVar("backward_tracer", default=None)
-active = _tracer.get  # () -> the function that is called for each operation in this thread at the moment, or None
-active_backward = _backward_tracer.get  # () -> the same of backward passes
+active = _tracer.get  # () -> the callback for operations that is currently active in this thread, or None
+active_backward = _backward_tracer.get  # () -> the same for backward passes
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def tracing(callback: Tracer, backward: BackwardTracer | None = None) -> Iterato
     """Inside this context, in this thread, `callback` is called for every operation that returns through record(), and
     `backward` for every operation of a backward pass.
 
-    They may keep what they are given, and must not change it. Outside of the context, an operation only looks whether
-    there is a callback, and so does each backward pass.
+    They may store their arguments, but must not change them. Outside of the context, each operation and each backward
+    pass only checks whether there is a callback.
     """
     token, backward_token = _tracer.set(callback), _backward_tracer.set(backward)
     try:
@@ -64,7 +64,7 @@ def tracing(callback: Tracer, backward: BackwardTracer | None = None) -> Iterato
 
 
 def report(backward: Any, parents: tuple[Any, ...], results: tuple[Any, ...], saved: tuple[Any, ...]) -> None:
-    """Call the active callback for an operation with this backward function, or kernel of this name."""
+    """Call the active callback for an operation with this backward function, or this kernel as its backward pass."""
     callback = active()
     assert callback is not None
     name = backward if isinstance(backward, str) else getattr(backward, "__name__", "an operation")
@@ -72,5 +72,5 @@ def report(backward: Any, parents: tuple[Any, ...], results: tuple[Any, ...], sa
 
 
 def operation_name(backward: str) -> str:
-    """The name of an operation: that of its backward function, without what says that it is one."""
+    """The name of an operation: the name of its backward function, without "_" and "_backward"."""
     return backward.removesuffix("_backward").lstrip("_") or backward

@@ -1,12 +1,12 @@
-// The views of one text. inspector(root, data) fills the markup of inspect.html in `root` with what gpt2.inspect
-// measured, and may be called again with other data. Texts reach the page by textContent: they are never parsed.
+// The views of one text. inspector(root, data) fills the markup of inspect.html in `root` with the results of
+// gpt2.inspect, and may be called again with other data. All text is set as textContent, so it is never parsed.
 
 const KIND_CLASS = { previous: "c0", first: "c1", word: "c2", same: "c3", induction: "c5", itself: "c6", spreads: "spreads" };
 const MOST_BITS = 10; // the surprise that gets the strongest colour
-const LENS_COLUMNS = 128; // columns of the logit lens at most, around the chosen token
-const SMALL = 44; // rows of a small map at most
-const AXIS_LABELS = 24; // up to how many tokens are written along a map
-const SHORT = 40; // up to how many tokens a text is short: all of them are among the arcs, and written larger
+const LENS_COLUMNS = 128; // maximum number of columns in the logit lens, around the selected token
+const SMALL = 44; // maximum number of rows in a small map
+const AXIS_LABELS = 24; // maximum number of tokens to label along a map
+const SHORT = 40; // up to this many tokens, all are shown among the arcs, in larger letters
 
 let redraw = () => {};
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
@@ -32,7 +32,7 @@ function inspector(root, data) {
 // The data
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What the views ask of the data. Tokens t, layers and heads are counted from 0; head H is the mean of a layer's heads.
+// The data, as the views read it. Tokens t, layers and heads are counted from 0; head H is the mean of a layer's heads.
 function reader(data) {
   const T = data.tokens.length, { layers: L, heads: H } = data.model, attention = data.attention;
   const choices = { ids: unpack(data.choices.ids), p: unpack(data.choices.p), count: data.choices.ids.shape[1] };
@@ -61,7 +61,7 @@ function reader(data) {
     lens: (layer, t) => [lens.ids[layer * T + t], lens.p[layer * T + t]],
     kind: (layer, head) => (head === H ? "mean" : attention.heads[layer][head].kind),
     measures: (layer, head) => attention.heads[layer][head],
-    // What query t looks at, strongest first: [[key, weight]]; all keys, or of a long text the strongest.
+    // The keys that query t attends to, strongest first: [[key, weight]]; for a long text, only the strongest.
     links(layer, head, t) {
       const at = layer * (H + 1) + head;
       const pairs = attention.exact
@@ -72,7 +72,7 @@ function reader(data) {
           }).filter(([key, weight]) => weight > 0 && key <= t);
       return pairs.sort((a, b) => b[1] - a[1]);
     },
-    // The map of a head: its number of rows, and the weight in a row and a column.
+    // The map of a head: its number of rows, and the weight at a row and column.
     map(layer, head) {
       const at = layer * (H + 1) + head;
       if (!attention.exact) return { size: grid, weight: (i, j) => overview[(at * grid + i) * grid + j] / 255 };
@@ -91,14 +91,14 @@ function unpack(array) {
 const number = (value) => value.toLocaleString("en");
 const percent = (p) => {
   const value = 100 * p;
-  return value > 0 && value < 0.05 ? "< 0.1\u00a0%" : `${value.toFixed(value >= 9.95 || value === 0 ? 0 : 1)}\u00a0%`;
+  return value > 0 && value < 0.05 ? "< 0.1%" : `${value.toFixed(value >= 9.95 || value === 0 ? 0 : 1)}%`;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Elements
 // ---------------------------------------------------------------------------------------------------------------------
 
-// An element with attributes, style variables (names that begin with --), listeners (on...) and children.
+// Creates an element with attributes, style variables (names that begin with --), listeners (on...) and children.
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -117,8 +117,8 @@ function drawn(tag, attributes, ...children) {
   return element;
 }
 
-// Makes the options of a list reachable by the keyboard: one of them has the focus, and the arrow keys choose another.
-// steps  how far each key goes.
+// Makes the options of a list accessible by keyboard: one of them has the focus, and the arrow keys move it.
+// steps  how far each key moves.
 function keyboard(list, options, steps, chosen) {
   list.onkeydown = (event) => {
     const at = options.indexOf(document.activeElement);
@@ -131,7 +131,7 @@ function keyboard(list, options, steps, chosen) {
   };
 }
 
-// Marks one of the options as chosen.
+// Marks one of the options as selected.
 function mark(options, at) {
   options.forEach((option, i) => {
     option.setAttribute("aria-selected", i === at);
@@ -139,7 +139,7 @@ function mark(options, at) {
   });
 }
 
-// Scrolls a box, and not the page, so that an element in it can be seen.
+// Scrolls a box, not the page, so that an element in it is visible.
 function show(box, element) {
   const outer = box.getBoundingClientRect(), inner = element.getBoundingClientRect();
   if (inner.left < outer.left || inner.right > outer.right)
@@ -170,15 +170,15 @@ function titleView(text, part) {
   const cut = letters.slice(0, 120).join(""), end = cut.lastIndexOf(" ");
   part("title").textContent = letters.length > 120 ? `${end > 80 ? cut.slice(0, end) : cut} \u2026` : line || "White space";
   part("about").textContent =
-    `${model.name}: ${model.layers} layers of ${model.heads} attention heads, ${model.width} numbers for each token, ` +
+    `${model.name}: ${model.layers} layers with ${model.heads} attention heads each, embedding size ${model.width}, ` +
     `${number(model.parameters)} parameters. Layers, heads and tokens are counted from 1.`;
   const tile = (name, value, remark) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, remark)));
   const most = text.mostSurprising, bits = data.surprise[most];
   part("tiles").replaceChildren(
-    tile("tokens", number(T), `of ${number(model.context)} that the model can read at once`),
+    tile("tokens", number(T), `of at most ${number(model.context)}, the model's context`),
     tile("bits per byte", data.bits_per_byte === null ? "-" : data.bits_per_byte.toFixed(2),
-         T > 1 ? "mean surprise for each byte of the text; a byte by pure chance takes 8" : "one token: nothing is predicted"),
+         T > 1 ? "mean surprise per byte of the text; uniform guessing has 8" : "one token: nothing is predicted"),
     tile("most surprising", T > 1 ? text.name(most) : "-", T > 1 ? `token ${most + 1}, ${bits.toFixed(1)} bits` : ""),
   );
   const generated = T - data.prompt;
@@ -213,7 +213,7 @@ function textView(text, part, choose) {
   };
 }
 
-// The tokens with a line break after each line end, and the tokens of a word together, so that lines break between words.
+// The tokens, with a line break after each newline. The tokens of a word are grouped, so that lines break between words.
 function lines(text, options) {
   const groups = [];
   let group = null;
@@ -230,17 +230,17 @@ function lines(text, options) {
 // What the model expected at token t.
 function expected(text, t) {
   const { data } = text, title = make("h3", {}, `Token ${t + 1}: `, mono(text.name(t)));
-  if (!t) return [title, make("p", {}, "The first token: there is nothing before it from which it could be predicted.")];
+  if (!t) return [title, make("p", {}, "The first token: there is nothing before it to predict it from.")];
   const p = 2 ** -data.surprise[t], own = data.tokens[t], rows = text.choices(t).map(([id, p]) => [text.id(id), p, id === own]);
   if (!rows.some(([, , actual]) => actual)) rows.push([text.id(own), p, true]);
-  const first = data.rank[t] === 1 ? "It was the first choice" : `It was choice number ${number(data.rank[t])}`;
+  const first = data.rank[t] === 1 ? "It was the first choice" : `It was choice ${number(data.rank[t])}`;
   const about = make("div", {}, title, make("p", {}, `Surprise ${data.surprise[t].toFixed(2)} bits: the model gave it ` +
     `${percent(p)}. ${first} of ${number(data.model.vocabulary)} possible tokens.`));
   const tokens = make("div", {}, make("h4", {}, "Expected here, one token"), bars(rows)), words = expectedWords(text, t);
   return words.likely ? [about, ...words.shown, tokens] : [about, tokens, ...words.shown];
 }
 
-// What the model expected instead of a whole word that token t is a part of; `likely` where it expected a word at all.
+// What the model expected instead of the whole word that contains token t; `likely` if it expected a word at all.
 function expectedWords({ data, label }, t) {
   const [start, word] = Object.entries(data.words).find(([at, place]) => +at <= t && t < place.end) ?? [];
   if (!word) return { likely: false, shown: [] };
@@ -248,7 +248,7 @@ function expectedWords({ data, label }, t) {
   const rows = word.words.map(([name, p]) => [name, p, name === actual]);
   if (!rows.some(([, , same]) => same)) rows.push([actual, word.p, true]);
   const title = likely ? `Expected instead of the whole word \u201c${actual}\u201d`
-    : `Of words, to which it gave only ${percent(word.begins)} where \u201c${actual}\u201d begins`;
+    : `Expected words where \u201c${actual}\u201d begins (any word had only ${percent(word.begins)})`;
   return { likely, shown: [make("div", {}, make("h4", {}, title), bars(rows))] };
 }
 
@@ -256,7 +256,7 @@ function expectedWords({ data, label }, t) {
 // Attention
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Draws a map in the colour of the canvas: the more attention, the more opaque; what lies ahead in the colour of the page.
+// Draws a map in the colour of the canvas: more attention is more opaque; later keys have the colour of the page.
 function draw(canvas, map) {
   const { size, weight } = map, style = getComputedStyle(canvas);
   const rgb = (name) => {
@@ -276,7 +276,7 @@ function draw(canvas, map) {
   context.putImageData(image, 0, 0);
 }
 
-// A map of at most SMALL rows: each square has the largest weight of a group of them, so that no thin line is lost.
+// A map of at most SMALL rows: each square has the largest weight of a group, so that thin lines remain visible.
 function small({ size, weight }) {
   const group = Math.ceil(size / SMALL), smaller = Math.ceil(size / group);
   return { size: smaller, weight(i, j) {
@@ -309,10 +309,10 @@ function mapsView(text, part, choose) {
   select.onchange = () => choose({ order: select.value });
   part("kinds").replaceChildren(...[...kinds, "spreads"].map((kind) =>
     make("span", { class: KIND_CLASS[kind] }, kindName(text, kind))), make("span", { class: "mean" }, "mean over the heads"));
-  part("maps-note").textContent = "A map has the colour of what its head mostly does on this text. " +
+  part("maps-note").textContent = "The colour of a map shows what its head mostly does on this text. " +
     (text.exact ? "" : `The text has more than 128 tokens: each map is an overview of ${data.attention.grid} x ` +
-      `${data.attention.grid} groups of tokens, and of every token only the 8 strongest links are kept, each rounded to 1/255. `) +
-    (text.T < 32 ? "On a short text this is a hint; a longer one says more." : "");
+      `${data.attention.grid} groups of tokens, and only the 8 largest weights of every token are kept, each rounded to 1/255. `) +
+    (text.T < 32 ? "A short text gives only a hint; a longer one says more." : "");
   const marked = (order) => (head) => (order === "spreads" ? head.spread : (head[order]?.[0] ?? -1));
   let arranged = null, options = [];
   const arrange = (order) => {
@@ -360,7 +360,7 @@ function description(text, layer, head) {
       `spread over about ${measured.spread.toFixed(1)} tokens.${most}`)];
   const [part, chance, queries] = measured[kind], [name, what] = text.data.patterns[kind];
   return [make("p", {}, dot, make("strong", {}, `${name[0].toUpperCase()}${name.slice(1)}: `),
-    `it looks at ${what}. ${percent(part)} of its attention goes there; spread evenly it would be ${percent(chance)}. ` +
+    `it looks at ${what}. ${percent(part)} of its attention goes there; uniform attention would be ${percent(chance)}. ` +
     `Measured on ${number(queries)} token${queries === 1 ? "" : "s"} of this text.${most}`)];
 }
 
@@ -369,8 +369,8 @@ function measureTable(text, layer, head) {
   const rows = Object.entries(text.data.patterns).map(([kind, [name]]) => make("tr", {}, make("th", { scope: "row" }, name),
     ...(measured[kind] ? [percent(measured[kind][0]), percent(measured[kind][1]), number(measured[kind][2])] : ["-", "-", "0"])
       .map((value) => make("td", {}, value))));
-  const titles = ["looks at", "share", "if even", "tokens"].map((title) => make("th", { scope: "col" }, title));
-  return make("details", {}, make("summary", {}, "All that was measured"), make("div", { class: "scroll" },
+  const titles = ["looks at", "share", "uniform", "tokens"].map((title) => make("th", { scope: "col" }, title));
+  return make("details", {}, make("summary", {}, "All measurements"), make("div", { class: "scroll" },
     make("table", {}, make("thead", {}, make("tr", {}, ...titles)), make("tbody", {}, ...rows))));
 }
 
@@ -379,9 +379,9 @@ function headView(text, part, choose) {
   return (state) => {
     const { layer, head, token } = state, map = text.map(layer, head), kind = kindClass(text.kind(layer, head));
     const canvas = make("canvas", { class: kind, role: "img",
-      "aria-label": "The enlarged map; the sentences and arcs below say the same in words." });
+      "aria-label": "The enlarged map; the sentences and arcs below describe it." });
     const readout = make("p", { class: "readout" });
-    const rest = () => { readout.textContent = "Point at the map to read a weight; click it to choose the token of that row."; };
+    const rest = () => { readout.textContent = "Point at the map to read a weight; click it to select the token of that row."; };
     const cell = (event) => {
       const box = canvas.getBoundingClientRect();
       const along = (value, size) => Math.max(0, Math.min(map.size - 1, Math.floor((value / size) * map.size)));
@@ -390,7 +390,7 @@ function headView(text, part, choose) {
     canvas.onpointermove = canvas.onpointerdown = (event) => {
       const [i, j] = cell(event), [query, lastQuery] = text.group(i), [key, lastKey] = text.group(j);
       const named = (a, b) => (a === b ? `${text.name(a)} (token ${a + 1})` : `tokens ${a + 1} to ${b + 1}`);
-      readout.textContent = j > i ? `${named(key, lastKey)} comes later: it cannot be seen yet.`
+      readout.textContent = j > i ? `${named(key, lastKey)} comes later, so it is not visible.`
         : `${named(query, lastQuery)} \u2192 ${named(key, lastKey)}: ${percent(map.weight(i, j))}`;
     };
     canvas.onpointerleave = rest;
@@ -403,8 +403,8 @@ function headView(text, part, choose) {
       ...description(text, layer, head),
       make("p", { class: "axes", "aria-hidden": "true" }, "\u2193 the token that looks, \u2192 what it looks at"),
       make("div", { class: "large" }, axis("across", -1), axis("down", token), canvas),
-      make("div", { class: "legend" }, make("span", {}, "0\u00a0%"), make("i", { class: `amounts ${kind}` }),
-        make("span", {}, "100\u00a0% of a row's attention")),
+      make("div", { class: "legend" }, make("span", {}, "0%"), make("i", { class: `amounts ${kind}` }),
+        make("span", {}, "100% of a row's attention")),
       readout, ...(head === H ? [] : [measureTable(text, layer, head)]));
     draw(canvas, map);
   };
@@ -417,7 +417,7 @@ function arcsView(text, part, choose) {
   const strip = make("div", { role: "listbox", "aria-label": "The token that looks" }, svg, ...options);
   box.replaceChildren(strip);
   keyboard(strip, options, { ArrowLeft: -1, ArrowRight: 1 }, (token) => choose({ token }));
-  part("arcs-note").textContent = text.T <= SHORT ? "" : "Tokens that have no part in this are left out.";
+  part("arcs-note").textContent = text.T <= SHORT ? "" : "Tokens without an arc are omitted.";
   return (state) => {
     const { layer, head, token } = state, links = text.links(layer, head, token);
     const drawnLinks = links.filter(([, w]) => w >= 0.01).slice(0, 16), weight = new Map(drawnLinks);
@@ -445,14 +445,14 @@ function arcsView(text, part, choose) {
   };
 }
 
-// Which tokens a head looks at from the chosen one, in words.
+// A sentence about the tokens that a head looks at from the selected one.
 function sentence(text, { layer, head, token }, links) {
   const who = head === text.H ? `the heads of layer ${layer + 1} together look` : `head ${head + 1} of layer ${layer + 1} looks`;
   const place = ([key, weight]) => `${key === token ? "itself" : `${text.name(key)} (token ${key + 1})`} ${percent(weight)}`;
   const begin = `From ${text.name(token)} (token ${token + 1}), ${who} `;
-  if (!token) return [begin, "only at itself: nothing is before it."];
+  if (!token) return [begin, "only at itself, since it is the first token."];
   const [first, ...rest] = links.filter(([, weight]) => weight >= 0.01).slice(0, 5);
-  if (!first) return [begin, "at no token with 1\u00a0% or more."];
+  if (!first) return [begin, "at no token with 1% or more."];
   return [begin, "most at ", make("strong", {}, place(first)), rest.length ? `, then at ${rest.map(place).join(", ")}.` : "."];
 }
 
@@ -482,7 +482,7 @@ function lensView(text, part, choose) {
     const next = (t) => (t + 1 < T ? text.id(text.data.tokens[t + 1]) : "");
     box.replaceChildren(make("table", { class: "lens" },
       make("thead", {}, row("after the token", all.map((t) => cell(t, "head", text.id(text.data.tokens[t]), { scope: "col" })))),
-      make("tbody", {}, ...body), make("tfoot", {}, row("the text goes on", all.map((t) => cell(t, "cell", next(t)))))));
+      make("tbody", {}, ...body), make("tfoot", {}, row("next token in the text", all.map((t) => cell(t, "cell", next(t)))))));
   };
   return ({ token }) => {
     if (first < 0 || token < first || token >= first + columns.length) build(token);
@@ -495,7 +495,7 @@ function lensView(text, part, choose) {
     const when = since === L ? `${L > 1 ? `Layer ${L - 1}` : "The embedding alone"} would say ${says(L - 1)}.`
       : `It has predicted this since ${since ? `layer ${since}, with ${percent(text.lens(since, token)[1])}` : "the embedding, before any layer"}.`;
     hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. ${when}` +
-      (T > LENS_COLUMNS ? ` Shown are ${LENS_COLUMNS} of ${number(T)} tokens, around the chosen one.` : "");
+      (T > LENS_COLUMNS ? ` ${LENS_COLUMNS} of ${number(T)} tokens are shown, around the selected one.` : "");
   };
 }
 

@@ -1,4 +1,4 @@
-// The values under the pointer: the nearest row of the figure's table.
+// The values at the pointer: the nearest row of the figure's table.
 for (const figure of document.querySelectorAll("figure")) {
   const plot = figure.querySelector(".plot"), cross = plot.querySelector(".cross");
   const readout = figure.querySelector(".readout"), rows = [...figure.querySelectorAll("tbody tr")];

@@ -1,5 +1,5 @@
-// The live page: streams a text from the server, lets the reader take another alternative of a token, and shows the
-// inspector (inspect.js) beside a text that is complete. Texts reach the page by textContent: they are never parsed.
+// The live page: streams a text from the server, lets the reader choose another token, and shows the inspector
+// (inspect.js) next to a complete text. All text is set as textContent, so it is never parsed.
 
 const about = JSON.parse(document.querySelector("#data").textContent);
 const play = (name) => document.querySelector(`[data-play="${name}"]`);
@@ -9,7 +9,7 @@ const FIELDS = ["prompt", "temperature", "top_k", "top_p", "seed", "max_tokens"]
 // The text: ids of the prompt, and the pieces that were generated, each { text, tokens, element }.
 const text = { given: [], dropped: 0, pieces: [] };
 let running = null; // the AbortController of the stream
-let inspecting = null; // of the inspector's request
+let inspecting = null; // the AbortController of the inspector's request
 
 const generated = () => text.pieces.flatMap((piece) => piece.tokens.map((token) => token.id));
 const tokensSaid = (count) => `${number(count)} token${count === 1 ? "" : "s"}`;
@@ -19,7 +19,7 @@ function say(message, failed = false) {
   play("status").classList.toggle("failed", failed);
 }
 
-// The settings, as the server takes them; fields that are empty are left out.
+// The settings for a request; empty fields are omitted.
 function settings() {
   const values = {};
   for (const name of FIELDS.slice(1)) if (play(name).value !== "") values[name] = Number(play(name).value);
@@ -63,7 +63,7 @@ async function* lines_of(response) {
   }
 }
 
-// Generates from a prompt, a text or ids; `fresh` begins a new text, else the pieces so far are kept.
+// Generates from a prompt (text or ids). `fresh` begins a new text; otherwise the pieces so far are kept.
 async function stream(prompt, fresh) {
   running?.abort();
   inspecting?.abort();
@@ -104,13 +104,13 @@ async function stream(prompt, fresh) {
 function failed(error) {
   beside.classList.remove("stale");
   const gone = error instanceof TypeError;
-  say(gone ? "The server does not answer. Is it still running?" : error.message, true);
+  say(gone ? "The server does not respond. Is it still running?" : error.message, true);
   if (error.param) markField(error.param);
 }
 
 function finished(how, count) {
-  const cut = text.dropped ? `The prompt's first ${tokensSaid(text.dropped)} were left out: the model reads ${number(about.context)}.` : "";
-  say([how || `${tokensSaid(count)} added.`, cut, "Choose a token to see its alternatives."].filter(Boolean).join(" "));
+  const cut = text.dropped ? `The prompt's first ${tokensSaid(text.dropped)} were omitted: the model reads only ${number(about.context)}.` : "";
+  say([how || `${tokensSaid(count)} added.`, cut, "Select a token to see its alternatives."].filter(Boolean).join(" "));
   look();
 }
 
@@ -127,7 +127,7 @@ function add(piece) {
   const box = play("text"), atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 40;
   const index = text.pieces.length, [token] = piece.tokens;
   text.pieces.push(piece);
-  if (!token) return box.append(piece.text); // a rest without a token of its own
+  if (!token) return box.append(piece.text); // remaining text without its own token
   const ended = piece.finish === "stop", bits = -(token.logprob ?? 0) / Math.LN2;
   piece.element = make("span", {
     class: ended ? "piece end" : "piece", role: "option", "aria-selected": "false", tabindex: index ? -1 : 0,
@@ -186,7 +186,7 @@ function choose(index) {
         "aria-label": `${label}, ${percent(p)}: continue from here`,
       }, mono(shown(label)), make("span", {}, make("i", { "--p": p / most })), make("span", { class: "value" }, percent(p))));
     })),
-    make("p", {}, "The model\u2019s most probable tokens at this place. Choose one, and the text continues from it."),
+    make("p", {}, "The model\u2019s most probable tokens at this position. Select one to continue the text from there."),
   );
   play("alternatives").hidden = false;
   play("alternatives").scrollIntoView({ block: "nearest" });
@@ -204,7 +204,7 @@ play("alternatives").addEventListener("keydown", (event) => {
   }
 });
 
-// Puts another token in the place of a piece and continues from it.
+// Replaces a piece by another token and continues from there.
 function take(index, id, label, logprob, characters) {
   const { top } = text.pieces[index].tokens[0];
   running?.abort();
@@ -231,7 +231,7 @@ async function look() {
     play("waiting").hidden = true;
     beside.classList.remove("stale");
   } catch (error) {
-    if (error.name !== "AbortError") play("waiting").textContent = error.message ?? "The server does not answer.";
+    if (error.name !== "AbortError") play("waiting").textContent = error.message ?? "The server does not respond.";
   }
 }
 

@@ -1,11 +1,11 @@
 """Token data sets on disk, the order of samples in training, and baseline losses.
 
 A data set is a folder: manifest.json, vocabulary.json (the tokenizer), and the shards train-00000.bin, ...,
-val-00000.bin, ...: raw little-endian ids, uint16, or uint32 if the vocabulary has more than 65536. `data/prepare.py`
-writes it.
+val-00000.bin, ...: raw little-endian ids, uint16, or uint32 if the vocabulary has more than 65536 tokens.
+`data/prepare.py` writes it.
 
-A folder without a manifest may contain shards of other GPT-2 programs, uint16 ids of GPT-2's vocabulary, or of the
-characters in nanoGPT's meta.pkl:
+A folder without a manifest may contain shards of other GPT-2 programs: uint16 ids of GPT-2's vocabulary, or of the
+characters in nanoGPT's meta.pkl.
 
 nanoGPT        train.bin, val.bin: raw ids
 build-nanogpt  NAME_train_000001.npy, ..., NAME_val_000000.npy: one-dimensional arrays
@@ -37,7 +37,7 @@ PREPARE = f"{console.script('prepare')} SOURCE..."
 FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
 FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
 LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 20240801
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks of another program's shard that its fingerprint covers
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks covered by the fingerprint of another program's shard
 BASELINE_TOKENS = 10_000_000
 MAX_VOCAB = 1 << 31
 MAX_BIGRAM_VOCAB = 4096  # larger vocabularies have no bigram baseline: its table has vocab_size^2 entries
@@ -49,7 +49,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def find_dataset(data: str | Path) -> Path:
-    """The folder of `--data NAME|PATH`: data/NAME under the current directory, else the path itself.
+    """The folder of `--data NAME|PATH`: data/NAME in the current directory, or else the path itself.
 
     Raises FileNotFoundError with a list of the data sets in data/.
     """
@@ -60,7 +60,7 @@ def find_dataset(data: str | Path) -> Path:
         ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
     )
     raise FileNotFoundError(
-        f"data {str(data)!r}: no such data set (data/ contains {existing}); make one with {PREPARE}"
+        f"data {str(data)!r}: no such data set (data/ contains {existing}); prepare one with {PREPARE}"
     )
 
 
@@ -69,16 +69,16 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _foreign_files(folder: Path, split: str) -> list[Path]:
-    """The shards of a split that another program wrote, sorted by name."""
+    """The shards of a split written by another program, sorted by name."""
     named = ((FOREIGN.fullmatch(file.name), file) for file in sorted(folder.glob("*")))
     return [file for match, file in named if match and match[1] == split]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`tokens` ids of a data set in a file, from byte `offset` on.
+    """`tokens` ids of a data set in a file, starting at byte `offset`.
 
-    They are read from the file each time, since a process that reads a memory map of a file that has shrunk is killed.
+    It is read, not memory-mapped: if the file of a memory map shrinks, reading the map kills the process.
     """
 
     file: Path
@@ -90,7 +90,7 @@ class Shard:
         return self.tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """At most `count` ids from position `start` on. Raises ValueError if the file has become shorter."""
+        """At most `count` ids, starting at position `start`. Raises ValueError if the file has become shorter."""
         count = min(count, self.tokens - start)
         ids = np.fromfile(self.file, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
         if len(ids) < count:
@@ -108,9 +108,9 @@ class TokenDataset:
     path        the folder.
     manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents, bytes,
                 tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources. For shards of
-                another program: tokenizer {name, vocab_size}, and the split's shards, where sha256 covers the size and
+                another program: tokenizer {name, vocab_size}, and the split's shards, with the sha256 of the size and
                 some blocks.
-    vocab_size  the number of ids; `read` raises for ids outside.
+    vocab_size  the number of ids; `read` raises ValueError for larger ids.
     """
 
     def __init__(self, path: Path, split: str, manifest: JsonObject, shards: list[Shard]):
@@ -122,7 +122,7 @@ class TokenDataset:
 
     @staticmethod
     def open(path: str | Path, split: str) -> TokenDataset:
-        """The split "train" or "val" of the data set in the folder `path`.
+        """Open the split "train" or "val" of the data set in the folder `path`.
 
         Raises FileNotFoundError for a missing folder, manifest or shard, and ValueError for a damaged or empty one. The
         checksums of splits larger than CHECKED_BYTES are not verified.
@@ -158,7 +158,7 @@ class TokenDataset:
         same = {**self.manifest["tokenizer"], "name": ""} == {**tokenizer.describe(), "name": ""}
         if not same:
             raise ValueError(
-                f"{self.path}: manifest.json and vocabulary.json name different tokenizers; prepare the data again: "
+                f"{self.path}: manifest.json and vocabulary.json have different tokenizers; prepare the data again: "
                 f"{PREPARE} --fresh"
             )
         return tokenizer
@@ -167,7 +167,7 @@ class TokenDataset:
         """The number of windows, (tokens - 1) // block_size. Raises ValueError if it is 0."""
         if self.tokens < block_size + 1:
             raise ValueError(
-                f"{self.path}: the split {self.split} has {self.tokens} tokens; a block size of {block_size} needs "
+                f"{self.path}: the split {self.split} has {self.tokens} tokens; a block size of {block_size} requires "
                 f"{block_size} + 1 = {block_size + 1}; use a smaller --block-size or more text"
             )
         return (self.tokens - 1) // block_size
@@ -183,7 +183,7 @@ class TokenDataset:
             if piece.max() >= self.vocab_size:
                 raise ValueError(
                     f"{self._shards[k].file}: contains the id {piece.max()}, but the vocabulary has {self.vocab_size} "
-                    f"ids ({self.manifest['tokenizer']['name']}); the shard is damaged or of another vocabulary, "
+                    f"ids ({self.manifest['tokenizer']['name']}); the shard is damaged or has another vocabulary; "
                     f"recreate the data set: {PREPARE} --fresh"
                 )
             pieces.append(piece)
@@ -191,10 +191,10 @@ class TokenDataset:
         return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
 
     def batch(self, indices: Sequence[int] | np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Windows -> (tokens, targets), int64 of shape (len(indices), block_size); targets are one position ahead.
+        """The windows at `indices` as (tokens, targets): int64, (len(indices), block_size), with targets one id ahead.
 
-        Window i covers the ids i * block_size ... i * block_size + block_size, so that every id is a target once,
-        except the first of the split and those after the last complete window.
+        Window i covers the ids i * block_size ... i * block_size + block_size, so every id is a target exactly once,
+        except the first one and those after the last complete window.
         """
         windows = self.windows(block_size)
         rows = np.empty((len(indices), block_size + 1), dtype=np.int64)
@@ -208,9 +208,9 @@ class TokenDataset:
 def _read_manifest(path: Path) -> JsonObject:
     file = path / MANIFEST
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such data set; make one with {PREPARE}")
+        raise FileNotFoundError(f"{path}: no such data set; prepare one with {PREPARE}")
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; make the data set with {PREPARE}")
+        raise FileNotFoundError(f"{file}: no such file; prepare the data set with {PREPARE}")
     try:
         manifest = read_json(file)
         version, dtype = manifest["format"], manifest["dtype"]
@@ -252,7 +252,7 @@ def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) ->
     if got != expected or not expected:
         raise ValueError(
             f"{file}: the shard has {got} bytes, expected {expected} ({entry['tokens']} tokens of "
-            f"{dtype.itemsize} bytes); it is truncated or of another data set, recreate the data set: {PREPARE} --fresh"
+            f"{dtype.itemsize} bytes); it is truncated or from another data set; recreate it: {PREPARE} --fresh"
         )
     if verify and file_sha256(file) != entry["sha256"]:
         raise ValueError(
@@ -275,7 +275,7 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
             vocabulary = Tokenizer.load(path / CHARACTERS_FILE).describe()
         except ValueError as error:
             raise ValueError(
-                f"{error}; the ids are of another vocabulary than GPT-2's: prepare the text itself instead: {PREPARE}"
+                f"{error}; the ids are not from GPT-2's vocabulary; prepare the text itself instead: {PREPARE}"
             ) from None
     shards: list[Shard] = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
     entries = [
@@ -286,7 +286,7 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
 
 
 def _open_array(file: Path) -> Shard:
-    """A shard of build-nanogpt. Raises ValueError unless it is a one-dimensional array of uint16."""
+    """A build-nanogpt shard. Raises ValueError unless it is a one-dimensional array of uint16."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError:
@@ -300,7 +300,7 @@ def _open_array(file: Path) -> Shard:
 
 
 def _open_bin(file: Path) -> Shard:
-    """A shard of llm.c if it starts with its magic number, which is not a pair of GPT-2 ids, else raw ids of nanoGPT.
+    """An llm.c shard if it starts with the magic number, which is not a pair of GPT-2 ids, else a nanoGPT shard.
     Raises ValueError if the size of the file is wrong."""
     size = file.stat().st_size
     header = np.fromfile(file, "<i4", 256)
@@ -315,7 +315,7 @@ def _open_bin(file: Path) -> Shard:
     if version != 1 or tokens < 1 or size != LLMC_HEADER_BYTES + 2 * tokens:
         raise ValueError(
             f"{file}: llm.c's header says version {version} and {tokens} ids, in {size} bytes; expected version 1 and "
-            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged, copy it again"
+            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged; copy it again"
         )
     return Shard(file, np.dtype("<u2"), tokens, LLMC_HEADER_BYTES)
 
@@ -339,8 +339,8 @@ class SampleOrder:
     """The order of `n` samples in training: an endless sequence of epochs, each a permutation of 0 ... n-1.
 
     Position p is sample i = p % n of epoch e = p // n, that is permutation(Key(seed, step=e, site=DATA_SITE), n)[i]: a
-    fixed function of (seed, e, i). The samples at a position therefore do not depend on how a run is split into
-    micro-steps, ranks and restarts, and each sample occurs once per epoch.
+    fixed function of (seed, e, i). The sample at a position therefore does not depend on how a run is split into
+    micro-steps, ranks and restarts, and each sample occurs exactly once per epoch.
     """
 
     def __init__(self, n: int, seed: int):
@@ -370,11 +370,11 @@ class SampleOrder:
 def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
     """Cross-entropies in nats per token, on `val`, of n-gram models of `train`.
 
-    unigram  p(b) = (n(b) + 1) / (N + V), with n(b) targets b among N targets, and V ids in the vocabulary
-    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), with n(a, b) targets b that follow a; only for V <= 4096
+    unigram  p(b) = (n(b) + 1) / (N + V), where n(b) of N targets are b, and the vocabulary has V ids
+    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), where n(a, b) targets b follow a; only for V <= 4096
 
-    With add-one (Laplace) smoothing. Every id of a split except its first is a target; at most the first 10 million ids
-    are used.
+    Add-one (Laplace) smoothing. Every id of a split except the first is a target; at most the first 10 million ids are
+    used.
     """
     V = train.vocab_size
     order = 2 if V <= MAX_BIGRAM_VOCAB else 1
@@ -393,8 +393,8 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
 
 
 def bytes_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
-    """The mean number of bytes of a target, as `baselines` counts targets: loss / (log(2) * bytes_per_token) is in bits
-    per byte, which runs with different tokenizers have in common."""
+    """The mean number of bytes per target, with targets as in `baselines`. loss / (log(2) * bytes_per_token) is in bits
+    per byte, which is comparable between tokenizers."""
     counts = _counts(data, 1)
     ids = np.flatnonzero(counts)
     sizes = np.array([0 if i in tokenizer.end_ids else len(tokenizer.decode_bytes([int(i)])) for i in ids])
@@ -402,7 +402,7 @@ def bytes_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
 
 
 def _counts(data: TokenDataset, order: int) -> np.ndarray:
-    """How often each target occurs in `data`, shape (V,), or each pair of an id and its target, shape (V, V)."""
+    """The number of occurrences of each target in `data`, (V,), or of each pair of an id and its target, (V, V)."""
     if data.tokens < 2:
         raise ValueError(f"{data.path}: the split {data.split} has {data.tokens} token; expected at least 2")
     V, total = data.vocab_size, min(data.tokens, BASELINE_TOKENS)

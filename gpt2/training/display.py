@@ -18,15 +18,15 @@ from gpt2.training.evaluation import describe_task
 from gpt2.training.options import MODEL_SIZES, Options
 from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
-from tinygrad2 import blas, threads
+from tinygrad2 import blas, machine, threads
 from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import discard_stdout
 
-PROMPT_TOKENS = 4096  # at the start of the validation data, from which the suggested prompt is taken
+PROMPT_TOKENS = 4096  # the suggested prompt comes from this many tokens at the start of the validation data
 
 
 def say(line: str) -> None:
-    """Print a line. Output that fails (a closed pipe, a full disk) must not end a run."""
+    """Print a line. An output error (a closed pipe, a full disk) must not end a run."""
     try:
         console.say(line)
     except OSError:
@@ -34,13 +34,13 @@ def say(line: str) -> None:
 
 
 def baseline_losses(trainer: Trainer) -> dict[str, float]:
-    """The losses of n-gram models by name, where a run begins; they are recorded once."""
+    """The losses of n-gram models by name, at the start of a new run only, since they are recorded once."""
     return {} if trainer.progress.step else baselines(trainer.train, trainer.validation)
 
 
 def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, float]) -> None:
-    """Print the model, the data, the batch and the schedule before training starts, notes on what was chosen, and the
-    `losses` of n-gram models."""
+    """Print the model, the data, the batch, the schedule, notes about chosen values, and the `losses` of n-gram
+    models."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     per_step, count = options.total_batch_size or 0, threads.count()
     preset = GPT2Config.preset(options.preset)
@@ -51,12 +51,14 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
     say(f"device     {model.backend.device}, {options.dtype}, {_plural(count, 'thread')}{each}")
     if not model.backend.cuda:
         say(f"products   {blas.description()}")
+    if (load := machine.load_average()) > (cores := os.cpu_count() or 1) + 0.5:
+        say(f"load       other programs use the cores (load average {load:.1f} on {cores}); steps will be slower")
     if comm.size > 1 and model.backend.cuda:
         direct = comm.nccl(model.backend)
         say(f"all-reduce {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         idle = f"{_plural(comm.idle_cores, 'core')} of this machine idle"
-        say(f"cores      {idle}: the launcher bound the ranks to others; mpirun --bind-to none uses all")
+        say(f"cores      {idle}: the launcher bound the ranks to the others; mpirun --bind-to none uses all")
     say(
         f"data       {train.path}: {train.tokens:,} training tokens, {trainer.validation.tokens:,} validation tokens "
         f"(tokenizer {trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size:,})"
@@ -88,7 +90,7 @@ def describe_schedule(options: Options) -> str:
     peak, warmup = f"{options.learning_rate:.1e}", options.warmup_iters
     if warmup >= options.max_iters:
         last = options.learning_rate_at(options.max_iters - 1)
-        return f"warm-up to {peak} over {warmup:,} steps; this run ends before, at {last:.1e}"
+        return f"warm-up to {peak} over {warmup:,} steps; this run ends earlier, at {last:.1e}"
     rise = f"warm-up to {peak} over {_plural(warmup, 'step')}" if warmup else f"from {peak}"
     return f"{rise}, cosine decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
 
@@ -102,8 +104,8 @@ def _interval(steps: int) -> str:
 
 
 def start_record(trainer: Trainer, command: str, machine: dict[str, str], losses: dict[str, float]) -> JsonObject:
-    """The command, options, model, data and machine of this start, the validation loss before a new run and the
-    `losses` of n-gram models, for the report."""
+    """The command, options, model, data and machine of this start, the validation loss before training and the `losses`
+    of n-gram models, for the report."""
     model, train = trainer.model, trainer.train
     return {
         "command": command,
@@ -130,9 +132,9 @@ def start_record(trainer: Trainer, command: str, machine: dict[str, str], losses
 
 
 def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
-    """The command line of this run as it was typed, with the launcher of several ranks.
+    """The command line of this run as it was typed, including the launcher if there are several ranks.
 
-    arguments  those given to main; None for those of the process.
+    arguments  the arguments of main; None for those of the process.
     """
     own = sys.orig_argv if arguments is None else ["python", "train.py", *arguments]
     if ranks == 1:
@@ -143,12 +145,12 @@ def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
         words = [""]
     launcher = Path(words[0]).name
     if launcher in ("prterun", "mpirun", "mpiexec", "orterun", "mpiexec.hydra", "srun"):
-        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5's own name for it
+        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5's mpirun
     return shlex.join(["srun" if "SLURM_STEP_ID" in os.environ else "mpirun", "-n", str(ranks), *own])
 
 
 def say_step(row: JsonObject, trainer: Trainer) -> None:
-    """Print the line of a step, with the estimated time left from the second step on; of a skipped step the reason."""
+    """Print the line of a step, with the estimated time left after the first; for a skipped step, the reason."""
     steps, done = trainer.options.max_iters, row["step"] - trainer.first_step
     if "skipped" in row:
         say(
@@ -161,7 +163,7 @@ def say_step(row: JsonObject, trainer: Trainer) -> None:
     left = f" | eta {clock(trainer.elapsed() / (done + 1) * (steps - row['step']))}" if done else ""
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
     update = f" | {trainer.options.optimizer} {1000 * row['optimizer_seconds']:,.0f} ms" if trainer.profiler else ""
-    mfu = f" | {100 * row['mfu']:.0f} % MFU" if "mfu" in row else ""
+    mfu = f" | {100 * row['mfu']:.0f}% MFU" if "mfu" in row else ""
     say(
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | "
         f"{1000 * row['seconds']:,.0f} ms{update}{comm} | {row['tokens_per_s']:,.0f} tok/s{mfu}{left}"
@@ -174,7 +176,7 @@ def say_first_loss(loss: float) -> None:
 
 
 def say_tasks(row: JsonObject, questions: Questions) -> None:
-    """Print a line with each task's results in a row of the log."""
+    """Print a line for each task that has results in a row of the log."""
     for task, _ in questions:
         prefix = f"{task.name}_"
         results = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
@@ -182,9 +184,9 @@ def say_tasks(row: JsonObject, questions: Questions) -> None:
 
 
 def say_sample(val_loss: float, is_best: bool, text: str) -> None:
-    """Print the loss of an evaluation, and a sampled text with its control characters visible."""
+    """Print the loss of an evaluation, and a sample with visible control characters."""
     say(f"  validation loss {val_loss:.4f}{' (the best so far)' if is_best else ''}. A sample:")
-    shown = console.visible(text) or "(empty: the model generated no visible text before its end)"
+    shown = console.visible(text) or "(empty: the model generated no visible text)"
     say(console.wrapped(shown, console.terminal_width(), indent="    "))
 
 
@@ -223,8 +225,8 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
 
 
 def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
-    """The first three words of a line of the data, which begins with a capital letter if there is such a line; "" if no
-    line begins with three words of letters."""
+    """The first three words of a line of the data, preferably a line that begins with a capital letter; "" if no line
+    begins with three words of letters."""
     text = tokenizer.decode(data.read(0, min(data.tokens, PROMPT_TOKENS)).tolist())
     starts = [" ".join(line.split()[:3]) for line in text.splitlines()[1:] if len(line.split()) > 3]
     plain = [start for start in starts if len(start) <= 40 and all(word.isalpha() for word in start.split())]

@@ -27,9 +27,9 @@ def summed_loss(
     block_size: int,
     show_after: float | None = None,
 ) -> float:
-    """The loss in nats, summed over all targets of these windows (not averaged, so that sums of ranges add up).
+    """The loss in nats, summed over all targets of these windows (not averaged, so that sums can be added).
 
-    show_after  seconds after which a terminal shows the progress; None: never.
+    show_after  seconds after which progress is shown on a terminal; None: never.
     """
     total = 0.0
     firsts = range(0, len(windows), batch_size)
@@ -52,7 +52,7 @@ def mean_loss(
 ) -> float:
     """The mean loss in nats per token over the first `batches` batches of windows, or all windows if there are fewer.
 
-    Every window has the same weight, even in an incomplete last batch. The ranks of `comm` share the windows.
+    Every window has the same weight, even in an incomplete last batch. The ranks of `comm` divide the windows.
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
     own = windows[slice(*share(len(windows), comm.rank, comm.size))]
@@ -72,16 +72,16 @@ def evaluate_data(
     """The results on the first `batches` batches of windows of a data set, by default on all of them.
 
     loss           nats per token;  perplexity  its exponential.
-    bits_per_byte  the bits to encode the targets with the model, per byte of their text: comparable between tokenizers.
-                   The end-of-text token between documents costs bits and has no bytes.
-    tokens, bytes  of the targets.
+    bits_per_byte  the number of bits that the model needs to encode the targets, per byte of their text: comparable
+                   between tokenizers. The end-of-text token between documents adds bits but no bytes.
+    tokens, bytes  the size of the targets.
 
     Raises ValueError if the data set was made with another tokenizer.
     """
     made_with = data.tokenizer()
     if not tokenizer.includes(made_with):
         raise ValueError(
-            f"{data.path}: made with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
+            f"{data.path}: prepared with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
             f"prepare the data with the model's"
         )
     count = data.windows(block_size)
@@ -110,7 +110,7 @@ def evaluate_task(
 ) -> dict[str, float]:
     """The task's metrics on these items, the number of items, and the number that exceed the model's context.
 
-    The ranks of `comm` share the items.
+    The ranks of `comm` divide the items.
     """
     own = score(task, model, tokenizer, items[comm.rank :: comm.size], batch_size)
     totals = comm.all_gather(np.array(list(own.values()))).sum(axis=0)
@@ -119,7 +119,7 @@ def evaluate_task(
 
 
 def describe_task(task: Task, results: dict[str, float]) -> str:
-    """One line with the metrics, accuracies with their standard error."""
+    """One line with the metrics; accuracies have their standard error."""
     n, parts = results["items"], []
     for name in results.keys() - {"items", "cut"}:
         value = results[name]

@@ -1,4 +1,4 @@
-"""A run of train.py to and from a checkpoint of nanoGPT: optimizer state, step, best loss and options."""
+"""Conversion of runs to and from nanoGPT checkpoints: optimizer state, step, best loss and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2.training.run import OPTIMIZER, TRAINER, Best, Progress, RunState, read
 from tinygrad2 import checkpoint
 from tinygrad2.checkpoint import JsonObject
 
-# The options that nanoGPT has under the same names.
+# Options that have the same names in nanoGPT.
 SAME_NAMES = (
     "batch_size",
     "block_size",
@@ -33,12 +33,12 @@ SAME_NAMES = (
     "beta2",
     "grad_clip",
 )
-ACCUMULATION = "gradient_accumulation_steps"  # of nanoGPT, over all ranks
-UNKNOWN_DATA = ""  # the fingerprint of data that the file does not name
+ACCUMULATION = "gradient_accumulation_steps"  # nanoGPT's option; the total over all ranks
+UNKNOWN_DATA = ""  # the fingerprint of data that the file does not identify
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of train.py, with the state of its run."""
+    """Whether a folder is a checkpoint of train.py, including the state of its run."""
     return (folder / TRAINER).is_file() and (folder / OPTIMIZER).is_file()
 
 
@@ -76,11 +76,11 @@ def write_run(
             tokenizer.save(partial)
         checkpoint.save_arrays(partial / OPTIMIZER, {name: stored.read() for name, stored in state.moments.items()})
         checkpoint.write_json(partial / TRAINER, state.trainer or _trainer(partial, state))
-        read_state(partial)  # raises for what train.py would not read
+        read_state(partial)  # raises an error if train.py could not read it
 
 
 def _trainer(folder: Path, state: TrainingState) -> JsonObject:
-    """The contents of trainer.json for the run of another program. Its training data is not known."""
+    """The contents of trainer.json for a run of another program, whose training data is not known."""
     options = _options(state)
     tokens = options.get("total_batch_size", 0) * state.step
     best: Best | None = None
@@ -91,7 +91,7 @@ def _trainer(folder: Path, state: TrainingState) -> JsonObject:
 
 
 def _options(state: TrainingState) -> OptionValues:
-    """The options of train.py that continue a run of nanoGPT."""
+    """The options with which train.py continues a nanoGPT run."""
     given: OptionValues = {"beta1": state.betas[0], "beta2": state.betas[1], "weight_decay": state.weight_decay}
     kinds: dict[str, Any] = {f.name: f.metadata["kind"] for f in fields(Options)}
     for name in SAME_NAMES:

@@ -20,13 +20,13 @@ from tinygrad2.backend import DEVICES
 from tinygrad2.precision import TRAINING
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
-OptionValues = dict[str, Any]  # values by option; their types are those of the fields of Options
+OptionValues = dict[str, Any]  # option values by name, with the types of the fields of Options
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
 TOML_BYTES = 1 << 14  # of a file of options
 SHOWN = 80  # characters of a name or a value that a message shows
-TOO_LARGE = 2**31  # for any number of steps, tokens or bytes
+TOO_LARGE = 2**31  # upper bound for any number of steps, tokens or bytes
 
 
 class UsageError(ValueError):
@@ -42,7 +42,7 @@ def _option(
     expected: str = "",
 ) -> Value:
     metadata = {"kind": kind, "unit": unit, "help": help, "allowed": allowed, "expected": expected}
-    return cast(Value, field(default=default, metadata=metadata))  # Options replaces it by the value
+    return cast(Value, field(default=default, metadata=metadata))  # the dataclass replaces it with the value
 
 
 def _positive(default: Number | None, kind: type[Number], unit: str, help: str) -> Number:
@@ -90,33 +90,31 @@ class Options:
         "[default: train a new model]",
     )
     device: str = _one_of("auto", "NAME", "where to compute: {}", DEVICES)
-    threads: int | None = _positive(
-        None, int, "N", "threads on the CPU [default: the number of cores that this process may use]"
-    )
+    threads: int | None = _positive(None, int, "N", "number of CPU threads [default: the number of available cores]")
     dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 needs a GPU)", TRAINING)
     data: str | None = _text(
         None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
     )
-    out_dir: str = _text("out", "FOLDER", "folder of the checkpoints, the log and the report")
+    out_dir: str = _text("out", "FOLDER", "folder for the checkpoints, the log and the report")
     fresh: bool = _option(False, bool, "", "rename an existing out-dir and start a new run, instead of resuming")
     batch_size: int = _positive(
         None,
         int,
         "SEQUENCES",
-        "sequences per micro-step and rank; without --total-batch-size, per step, shared by the ranks",
+        "sequences per micro-step and rank; without --total-batch-size, sequences per step, divided among the ranks",
     )
     block_size: int = _positive(
         None, int, "TOKENS", "tokens per sequence; a new model gets at least this context [default: the preset's]"
     )
     recompute: str = _one_of("none", "NAME", "what to recompute in the backward pass, to save memory: {}", RECOMPUTE)
     head_rows: int | None = _positive(
-        None, int, "ROWS", "tokens whose logits are computed at a time; fewer save memory [default: all]"
+        None, int, "ROWS", "number of tokens whose logits are computed at a time; fewer use less memory [default: all]"
     )
     total_batch_size: int | None = _positive(
         None,
         int,
         "TOKENS",
-        "tokens per step, which sets the number of micro-steps (gradient accumulation) [default: one micro-step]",
+        "tokens per step; determines the number of micro-steps (gradient accumulation) [default: one micro-step]",
     )
     max_iters: int = _positive(
         None, int, "STEPS", "number of steps of the whole run; with --init at most 3 epochs of the data"
@@ -125,24 +123,24 @@ class Options:
     eval_iters: int = _positive(None, int, "BATCHES", "batches per evaluation of the validation loss")
     eval: str | None = _some_of(None, "NAME", "tasks to score at each evaluation: {} [default: none]", tuple(TASKS))
     eval_items: int | None = _positive(
-        None, int, "N", "use only N items of each task, spread evenly over its file [default: all]"
+        None, int, "N", "use only N items of each task, evenly spaced in its file [default: all]"
     )
     early_stop: int = _at_least_0(
-        0, int, "N", "stop after N evaluations in a row without a lower validation loss; 0: never"
+        0, int, "N", "stop after N consecutive evaluations without a lower validation loss; 0: never"
     )
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
-    keep: int = _positive(2, int, "N", "number of checkpoints to keep, besides the best")
+    keep: int = _positive(2, int, "N", "number of checkpoints to keep, in addition to the best")
     learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
     min_lr: float = _at_least_0(
         None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
     )
     warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up; at most a tenth of the steps")
-    lr_decay_iters: int = _positive(None, int, "STEP", "step at which it reaches min-lr [default: max-iters]")
+    lr_decay_iters: int = _positive(None, int, "STEP", "step at which the rate reaches min-lr [default: max-iters]")
     optimizer: str = _one_of(
         "adamw",
         "NAME",
-        "{}; muon orthogonalizes the momentum of the hidden layers' matrices, and uses AdamW for the rest",
+        "{}; muon orthogonalizes the momentum of hidden-layer matrices and uses AdamW for the rest",
         OPTIMIZERS,
     )
     weight_decay: float = _at_least_0(0.1, float, "X", "weight decay of matrices; vectors have none")
@@ -152,7 +150,7 @@ class Options:
     nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
     max_bad_steps: int = _positive(
-        3, int, "N", "end after N steps in a row that were skipped because the loss or the gradient was not finite"
+        3, int, "N", "end the run after N consecutive steps skipped because the loss or gradient was not finite"
     )
     hang_timeout: int = _at_least_0(
         0, int, "SECONDS", "end the job when a step takes longer than this; 0: only report it, with every rank's stack"
@@ -161,13 +159,13 @@ class Options:
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
     )
     profile: bool = _option(False, bool, "", "print a table of the time per operation at the end")
-    zero: bool = _option(False, bool, "", "shard the optimizer's state over the ranks (ZeRO stage 1)")
+    zero: bool = _option(False, bool, "", "shard the optimizer state over the ranks (ZeRO stage 1)")
     seed: int = _option(
         1337, int, "N", "seed of the weights, the data order and dropout", lambda v: 0 <= v < 2**64, "0 to 2**64 - 1"
     )
 
     def micro_steps(self, ranks: int) -> int:
-        """Micro-steps per step on every rank. Raises UsageError if the tokens per step are not a multiple of one."""
+        """Micro-steps per step on each rank. Raises UsageError if that is not a whole number."""
         B, T = self.batch_size, self.block_size
         micro = B * T * ranks
         total = self.total_batch_size or micro
@@ -179,7 +177,7 @@ class Options:
             if ranks > 1 and total % T == 0 and not fitting:
                 sequences = total // T
                 counts = [str(n) for n in range(1, min(sequences, 2 * ranks) + 1) if sequences % n == 0]
-                other = f". Its {sequences:,} sequences divide over {', '.join(counts)} ranks"
+                other = f". Its {sequences:,} sequences can be divided among {', '.join(counts)} ranks"
             step = f"{f'{ranks} ranks x ' * (ranks > 1)}--batch-size {B} x --block-size {T} = {micro:,} tokens"
             raise UsageError(
                 f"--total-batch-size {total:,} is not a multiple of {step}; the nearest multiple is {near}{other}"
@@ -187,10 +185,10 @@ class Options:
         return total // micro
 
     def fit_batch(self, given: OptionValues, ranks: int) -> str:
-        """Set the tokens per step, if they are not set, and fit the batch of a rank to them. Returns a note, or "".
+        """Set the tokens per step, if not set, and derive the batch of each rank from them. Returns a note, or "".
 
         A step has the same tokens on any number of ranks: --batch-size sequences, rounded up to a multiple of the
-        ranks. A rank takes its share. Only a --batch-size that is given together with --total-batch-size stays.
+        number of ranks, of which each rank takes its share. With --total-batch-size, a given --batch-size is kept.
         Raises UsageError if the batch does not divide the tokens per step.
         """
         note = ""
@@ -198,7 +196,7 @@ class Options:
             sequences = math.ceil(self.batch_size / ranks) * ranks
             self.total_batch_size = sequences * self.block_size
             if sequences > self.batch_size:
-                note = f"{self.batch_size} sequences per step do not divide over {ranks} ranks: {sequences} are used"
+                note = f"{self.batch_size} sequences per step do not divide among {ranks} ranks; {sequences} are used"
         if not {"batch_size", "total_batch_size"} <= given.keys():
             total, unit = self.total_batch_size, self.block_size * ranks
             fitting = (batch for batch in range(self.batch_size, 0, -1) if total % (batch * unit) == 0)
@@ -221,7 +219,7 @@ class Options:
         )
 
 
-# Defaults that depend on the size of the model; those of small models are for runs of minutes on a CPU.
+# Defaults that depend on the size of the model. Those of small models are for runs of a few minutes on a CPU.
 SMALL_MODEL = 20_000_000  # parameters
 SIZE_DEFAULTS: dict[str, OptionValues] = {
     "small": {
@@ -275,14 +273,14 @@ RECIPES: dict[str, OptionValues] = {
     },
 }
 
-REMOVED_OPTIONS = ("tensorboard",)  # of earlier versions, which checkpoints still name
+REMOVED_OPTIONS = ("tensorboard",)  # options of earlier versions, which old checkpoints may contain
 MODEL_SIZES = ("n_layer", "n_head", "n_embd")
-# Follow from other options or from the model if they are not given.
+# Derived from other options or from the model if they are not given.
 DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
 
 FINE_TUNING_EPOCHS = 3
-# Defaults that are limited by the number of steps: at most this part of them. (A whole run of nano has 3000 steps, an
-# evaluation every 500 and 100 of warm-up.)
+# Defaults that are limited to this fraction of the number of steps. (A full run of nano has 3000 steps, with an
+# evaluation every 500 and 100 steps of warm-up.)
 PART_OF_STEPS = {"warmup_iters": 10, "eval_interval": 5, "save_interval": 2, "log_interval": 10}
 
 # Options that only some optimizers use.
@@ -292,9 +290,9 @@ OPTIMIZER_OPTIONS = {
     "momentum": ("muon", "sgd"),
     "nesterov": ("sgd",),
 }
-# A run can only be resumed with the same values of these. For dtype only the dtype of the parameters must be the same:
-# the precision of the computation may change, and so may the device. The data must be the same too; it is identified by
-# its fingerprint, so its folder may be renamed.
+# A run can only be resumed with the same values of these. Of dtype, only the dtype of the parameters must be the same;
+# the precision of the computation and the device may change. The data must also be the same. It is identified by its
+# fingerprint, so its folder may be renamed.
 FIXED_OPTIONS = ("preset", *MODEL_SIZES, "init", "block_size", "dtype", "seed", "optimizer")
 
 
@@ -327,10 +325,10 @@ def flag(name: str) -> str:
 
 
 def command_line(description: str | None) -> Parser:
-    """The command line of train.py. Options that are not given are left out of what it parses."""
+    """The parser of train.py. Its result contains only the options that are given."""
     note = (
-        f"Of two defaults, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run keeps its "
-        "options, except those given again."
+        f"Where two defaults are listed, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run "
+        "keeps its options, except those that are given again."
     )
     parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
     for title, names in GROUPS.items():
@@ -365,7 +363,7 @@ def _help(name: str, text: str, default: object) -> str:
 
 
 def parse_options(argv: Sequence[str] | None, description: str | None) -> OptionValues:
-    """The options given on the command line and in a file that --config names, without defaults. The command line takes
+    """The options given on the command line and in the --config file, without defaults. The command line takes
     precedence."""
     parser = command_line(description)
     given = vars(parser.parse_args(argv))
@@ -406,7 +404,7 @@ def _read_toml(path: Path) -> OptionValues:
 
 
 def validate_options(given: OptionValues) -> OptionValues:
-    """Raise UsageError for a value of a wrong type or out of range; returns `given`."""
+    """Raise UsageError for a value that has the wrong type or is out of range; returns `given`."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
         if value is not None and type(value) is not f.metadata["kind"]:
@@ -420,15 +418,15 @@ def validate_options(given: OptionValues) -> OptionValues:
 
 
 def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
-    """The values of options that are not given: the recipe's, else those for the size of the model, else the general
-    defaults. Without DERIVED_OPTIONS (see `resolve_options`)."""
+    """The default values: the recipe's, or else those for the size of the model, or else the general ones. Without
+    DERIVED_OPTIONS (see `resolve_options`)."""
     by_size = dict(SIZE_DEFAULTS["small" if config.n_parameters < SMALL_MODEL else "large"])
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
     for values in (by_size, recipe):  # at most the model's context
         if "block_size" in values:
             values["block_size"] = min(values["block_size"], config.n_positions)
     if recipe and "block_size" not in given and recipe["block_size"] < 1024:
-        recipe["total_batch_size"] = 512 * recipe["block_size"]  # as many sequences
+        recipe["total_batch_size"] = 512 * recipe["block_size"]  # the same number of sequences
     if "init" in given:
         by_size["learning_rate"] /= 10  # fine-tuning starts near a minimum
     elif given.get("preset", Options.preset) in BYTE_PRESETS:
@@ -438,7 +436,7 @@ def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
 
 
 def model_config(given: OptionValues) -> GPT2Config:
-    """The config of a new model: the preset's, with the sizes given, and a context of at least --block-size."""
+    """The config of a new model: the preset's, with the given sizes, and a context of at least --block-size."""
     config = GPT2Config.preset(given.get("preset", Options.preset))
     sizes = {name: given[name] for name in MODEL_SIZES if name in given}
     heads, size = (sizes.get(name, getattr(config, name)) for name in ("n_head", "n_embd"))
@@ -450,12 +448,12 @@ def model_config(given: OptionValues) -> GPT2Config:
 
 
 def _nearest(number: int, factor: int) -> int:
-    """The multiple of `factor` nearest to `number`, at least `factor`."""
+    """The multiple of `factor` that is nearest to `number`, but at least `factor`."""
     return max(1, round(number / factor)) * factor
 
 
 def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, data_tokens: int) -> list[str]:
-    """Limit the defaults of a new run by its data and its number of steps. Returns a note on each that has changed.
+    """Limit the defaults of a new run by its data and its number of steps. Returns a note for each change.
 
     Fine-tuning takes at most FINE_TUNING_EPOCHS epochs; see PART_OF_STEPS for the other limits.
     """
@@ -481,10 +479,10 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: those given, else the defaults, else derived from other options. Those of another version, which a
-    resumed run may have, are left out.
+    """All options: as given, or else the defaults, or else derived from other options. Options of other versions, which
+    a resumed run may have, are ignored.
 
-    defaults  those that a resumed run was started with, perhaps by another version; None for the current ones.
+    defaults  the defaults that a resumed run was started with, perhaps of another version; None for the current ones.
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
@@ -492,4 +490,4 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
     known = {f.name for f in fields(Options)}
-    return Options(**{name: value for name, value in values.items() if name in known})  # a run may have others
+    return Options(**{name: value for name, value in values.items() if name in known})  # not those of other versions

@@ -1,4 +1,4 @@
-"""Setup of a run before its first step: options, the model's config, data, the model and its optimizer."""
+"""What happens before the first step of a run: options, config, data, model and optimizer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 
 
 def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
-    """The options and the model's config of a new run, from the options given."""
+    """The options and the model's config of a new run, from the given options."""
     if "init" in given:
         if extra := [flag(name) for name in ("preset", *MODEL_SIZES) if name in given]:
             raise UsageError(f"--init determines the sizes of the model; remove {' and '.join(extra)}")
@@ -63,11 +63,11 @@ def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
 
 
 def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Config, RunOptions]:
-    """The options and the model's config of a resumed run: options given now take precedence over earlier ones."""
+    """The options and the model's config of a resumed run. Options given now take precedence over earlier ones."""
     config = model_file.load_config(saved.folder)
     merged = {**saved.options, **given}
     first_defaults = saved.defaults or default_options(saved.options, config)
-    # The defaults are those of the first start, unless a recipe is given now: it applies to all options never given.
+    # The defaults are those of the first start. A recipe given now applies to all options that were never given.
     defaults = default_options(merged, config) if "recipe" in given else first_defaults
     before = resolve_options(saved.options, config, first_defaults)
     options = resolve_options(merged, config, defaults)
@@ -85,7 +85,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
 
 
 def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
-    """A note if the learning rate rises after `step` because the schedule of a resumed run has become longer."""
+    """A note if the learning rate rises after `step`, because a resumed run has a longer schedule."""
     was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
     if step < before.warmup_iters or now <= 1.1 * was:
         return []
@@ -97,7 +97,7 @@ def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
-    """The config with the options' dropout rate, if given, for embeddings, attention and residuals."""
+    """The config with --dropout, if given, as the rate of embeddings, attention and residuals."""
     if options.dropout is None:
         return config
     rate = options.dropout
@@ -115,7 +115,7 @@ def settle_options(options: Options, run_options: RunOptions, saved: RunState | 
         raise UsageError("--early-stop needs evaluations during the run; expected an --eval-interval of 1 or more")
     if note := options.fit_batch(run_options.options, ranks):
         run_options.notes.append(f"batch      {note}")
-    if "total_batch_size" not in run_options.options:  # it stays when the run is resumed on another number of ranks
+    if "total_batch_size" not in run_options.options:  # kept on any number of ranks
         run_options.defaults["total_batch_size"] = options.total_batch_size
     settle_precision(options, run_options, saved)
     if options.threads:
@@ -183,13 +183,13 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     """
     if options.data is None:
         raise UsageError(
-            f"--data is missing: make a data set, such as `{console.script('prepare')} my.txt --out data/mine`, then "
-            f"use --data mine"
+            f"--data is missing: prepare a data set, for example `{console.script('prepare')} my.txt --out data/mine`, "
+            f"then use --data mine"
         )
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
     for split in (data, validation):
-        split.windows(options.block_size)  # if the split is too short, this raises before the first step
+        split.windows(options.block_size)  # raises here, before the first step, if the split is too short
     if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
@@ -208,7 +208,7 @@ def load_questions(options: Options, comm: Comm) -> Questions:
 def build_trainer(
     options: Options, config: GPT2Config, data: Splits, folder: RunFolder, saved: RunState | None
 ) -> Trainer:
-    """The Trainer with its optimizer and its model, which is new, or loaded from a checkpoint or a model file."""
+    """The Trainer, with an optimizer and a model that is new or loaded from a checkpoint or a model file."""
     ranks.compare(folder.comm, options, data[:2])
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
@@ -231,13 +231,13 @@ def build_trainer(
 
 
 def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
-    """The model in a checkpoint as it computes in its run, and its tokenizer."""
+    """The model in a checkpoint, in the precision of its run, and its tokenizer."""
     dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
     return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
 
 
 def measure_first_loss(trainer: Trainer) -> None:
-    """Print the validation loss of a new run before its first step, and keep it for the record of the start."""
+    """Measure and print the validation loss of a new run before its first step."""
     if trainer.progress.step == 0:
         with explain_memory(trainer.model.config, trainer.options, trainer.comm.size):
             trainer.loss_before = trainer.validation_loss()
@@ -245,7 +245,7 @@ def measure_first_loss(trainer: Trainer) -> None:
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
-    """The optimizer that --optimizer names, for the model's parameters."""
+    """The optimizer selected by --optimizer, for the model's parameters."""
     shared_by = comm if options.zero else None
     decay, betas, momentum = options.weight_decay, (options.beta1, options.beta2), options.momentum
     match options.optimizer:
@@ -270,11 +270,11 @@ def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim
 def with_vocabulary(
     config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str
 ) -> tuple[GPT2Config, Tokenizer]:
-    """The config and the tokenizer of a model that is trained on data of `tokenizer`.
+    """The config and the tokenizer of a model to be trained on data of `tokenizer`.
 
-    A new model of BYTE_PRESETS takes the vocabulary of the data. A model that is loaded keeps its vocabulary, its
-    tokenizer and its begin and end ids: it may have added tokens that the data does not use, and more ids than its
-    tokenizer (padding). Raises UsageError if the data's ids are other tokens there.
+    A new model of BYTE_PRESETS gets the vocabulary of the data. A loaded model keeps its vocabulary, its tokenizer and
+    its begin and end ids: it may have added tokens that the data does not use, and more ids than its tokenizer
+    (padding). Raises UsageError if the data's ids stand for other tokens in the model.
     """
     ends = tokenizer.end_ids
     if source is None and (preset in BYTE_PRESETS or config.vocab_size == tokenizer.vocab_size):
@@ -285,7 +285,7 @@ def with_vocabulary(
         if own.includes(tokenizer):
             return config.with_ids(own.begin if own.end_ids else None, own.end_ids), own
     raise UsageError(
-        f"the data was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
+        f"the data was prepared with tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
         f"{source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
         "tokenizer"
     )

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-SignalHandler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
+SignalHandler = Callable[[int, FrameType | None], object] | int | None  # what signal.signal returns
 
 
 class StopRequest:
-    """Sets `requested` at the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (the terminal was closed; nohup ignores it); a
+    """Sets `requested` on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (the terminal was closed; nohup ignores it); a
     second one has its usual effect immediately.
 
     Only the main thread can install signal handlers: in other threads `requested` stays False.
@@ -33,7 +33,7 @@ class StopRequest:
         self._before: dict[int, SignalHandler] = {}
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # which shells ignore after &
+                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # ignored after &
                     self._before[number] = signal.signal(number, self._request)
         return self
 
@@ -45,5 +45,5 @@ class StopRequest:
         self.requested = True
         signal.signal(number, self._before[number])
         if self.verbose:
-            with suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(2, b"stopping after this micro-step, then saving (repeat to stop at once)\n")
+            with suppress(OSError):  # not print, since the signal may have interrupted a print
+                os.write(2, b"stopping after this micro-step or compilation, then saving (repeat to stop at once)\n")

@@ -1,10 +1,10 @@
-"""Zero-shot tasks: HellaSwag and LAMBADA. Both score the endings of a context by the model's loss.
+"""Zero-shot tasks: HellaSwag and LAMBADA. Both score endings of a context by the model's loss.
 
 HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings continues a text. Completion style, as in Karpathy's
-           build-nanogpt and llm.c: each ending is read after the context, and the one of lowest loss is the answer, by
-           the sum over its tokens (acc) or by their mean (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
-LAMBADA    Paperno et al., arXiv:1606.06031, in the form that OpenAI published with GPT-2: the last word of a passage.
-           acc counts the words whose tokens are all the greedy choice, perplexity is exp(mean nats per word).
+           build-nanogpt and llm.c: each ending is read after the context, and the answer is the ending with the lowest
+           loss, summed over its tokens (acc) or averaged (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
+LAMBADA    Paperno et al., arXiv:1606.06031, in the version that OpenAI published with GPT-2: predict the last word of a
+           passage. acc is the share of words that greedy decoding predicts; perplexity is exp(mean nats per word).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tinygrad2.files import atomic_write
 from tinygrad2.not_finite import damage
 
 LINE_BYTES = 1 << 20  # of a line of a task's file; the published ones have less than 4,000
-TIMEOUT = 30  # seconds without an answer from a server
+TIMEOUT = 30  # seconds to wait for a response from a server
 
 
 class Item(NamedTuple):
-    """One question: a context, possible endings (each with its leading space), and the index of the right one."""
+    """One question: a context, possible endings (each with a leading space), and the index of the correct one."""
 
     context: str
     endings: tuple[str, ...]
@@ -47,10 +47,10 @@ class Item(NamedTuple):
 class Task:
     """A published set of questions.
 
-    url, sha256  of its file.
-    item         makes an Item from the JSON object of a line; raises an error other than OSError if it cannot.
-    expected     the form of a line, for the error message.
-    metrics      computes the metrics from the sums of `score`.
+    url, sha256  the address and the checksum of its file.
+    item         creates an Item from the JSON object of a line; raises an error other than OSError if it is invalid.
+    expected     the format of a line, for the error message.
+    metrics      computes the metrics from the sums that `score` returns.
     """
 
     name: str
@@ -65,7 +65,7 @@ Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with the
 
 
 def _hellaswag_item(line: JsonObject) -> Item:
-    context, endings, label = line["ctx"], line["endings"], int(line["label"])  # some copies have the label as text
+    context, endings, label = line["ctx"], line["endings"], int(line["label"])  # in some copies the label is a string
     if not isinstance(context, str) or not isinstance(endings, list) or not 0 <= label < len(endings):
         raise ValueError
     return Item(context, tuple(" " + ending for ending in endings), label)
@@ -100,19 +100,19 @@ TASKS = {
 
 
 def perplexity(nats: float) -> float:
-    """e^nats, at most the largest float."""
+    """e^nats, limited to the largest float."""
     return math.exp(min(nats, 709.0))
 
 
 def cache_folder() -> Path:
-    """The folder of downloaded files: tinygrad2/ in XDG_CACHE_HOME, by default in ~/.cache."""
+    """The folder for downloads: tinygrad2/ in XDG_CACHE_HOME, which defaults to ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or machine.home() / ".cache") / "tinygrad2"
 
 
 def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
-    """The task's items, from `file`, or by default from the published one, which is downloaded at the first use.
+    """The task's items, from `file`, or by default from the published file, which is downloaded at first use.
 
-    limit  the largest number of items, spread evenly over the file (which may be sorted).
+    limit  the maximum number of items, evenly spaced in the file (which may be sorted).
 
     Raises OSError if the file cannot be read or downloaded, and ValueError naming an invalid line.
     """
@@ -143,7 +143,7 @@ def _download(task: Task) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            atomic_write(path, suffix=str(os.getpid())) as partial,  # other processes may download it too
+            atomic_write(path, suffix=str(os.getpid())) as partial,  # another process may be downloading it too
             urllib.request.urlopen(task.url, timeout=TIMEOUT) as response,
             partial.open("wb") as out,
         ):
@@ -164,7 +164,7 @@ def _download(task: Task) -> Path:
 
 
 class _Row(NamedTuple):
-    """Token ids, of which the last `length` are an ending; `cut` if the beginning did not fit in the context."""
+    """Token ids, of which the last `length` are an ending; `cut` if the beginning was cut off to fit the context."""
 
     ids: np.ndarray
     length: int
@@ -172,7 +172,7 @@ class _Row(NamedTuple):
 
 
 def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
-    """One row for each ending. The first token is only an input, so a row has up to one token more than the context."""
+    """One row per ending. The last token is only a target, so a row may have one token more than the context."""
     before = tokenizer.encode(item.context)
     if len(before) == 0:
         before = np.array([tokenizer.begin], dtype=before.dtype)
@@ -188,15 +188,15 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
 def score(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
 ) -> dict[str, float]:
-    """Sums over the items, from which the task computes its metrics (the sums of disjoint sets of items add up).
+    """Sums over the items, from which the task computes its metrics (sums over disjoint sets of items can be added).
 
     items          the number of items.
-    right_by_sum   items whose right ending has the lowest total loss;  right_by_mean  the lowest loss per token.
-    nats           the total loss of the right endings;  greedy  the number of them that greedy decoding would produce.
-    cut            items whose beginning did not fit in the model's context.
+    right_by_sum   items whose correct ending has the lowest total loss;  right_by_mean  the lowest loss per token.
+    nats           the total loss of the correct endings;  greedy  how many of them greedy decoding would generate.
+    cut            items whose beginning was cut off to fit the model's context.
 
-    batch_size  endings per batch, the longest first. They are padded on the right, which does not change the results
-                of a causal model at earlier positions.
+    batch_size  endings per batch, longest first. They are padded on the right, which does not change a causal model's
+                results at earlier positions.
     Raises ValueError if a loss is not finite.
     """
     rows = [_rows(item, tokenizer, model.config.n_positions) for item in items]
@@ -223,9 +223,9 @@ def score(
 
 
 def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of each row's ending in nats, and how many of its tokens are the greedy choice, both (B,).
+    """The loss in nats of each row's ending, and how many of its tokens greedy decoding would choose, both (B,).
 
-    The output layer, by far the widest, is computed only at the positions of the endings.
+    The output layer is by far the widest, so it is computed only at the positions of the endings.
     """
     lengths = np.array([row.length for row in rows])
     tokens = np.zeros((len(rows), max(len(row.ids) for row in rows) - 1), dtype=np.int64)
@@ -238,7 +238,7 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray,
     with no_grad():
         x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
         logits = model.head(x)  # (N, V)
-        shifted = logits - logits.max(axis=-1, keepdims=True)  # so that a common offset costs no digits
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # so that a common offset costs no precision
         target_logits = shifted[upload(np.arange(len(target))), upload(target)]
         losses = (shifted.exp().sum(axis=-1).log() - target_logits).numpy().astype(np.float64)
         greedy = target_logits.numpy() == 0

@@ -26,8 +26,8 @@ from tinygrad2.checkpoint import JsonObject
 from tinygrad2.gradient_sum import GradientSum
 from tinygrad2.profiler import Profiler
 
-COMPARE_INTERVAL = 100  # steps between comparisons of the parameters of all ranks
-SHOW_AFTER = 2.0  # seconds until a step or an evaluation shows its progress
+COMPARE_INTERVAL = 100  # steps between checks that the parameters of all ranks are equal
+SHOW_AFTER = 2.0  # seconds before a step or an evaluation shows its progress
 
 
 class Trainer:
@@ -35,8 +35,8 @@ class Trainer:
 
     model, optimizer, options     any LanguageModel, its optimizer, and the options of train.py.
     train, validation, tokenizer  the data.
-    folder                        for the checkpoints; its `comm` connects the ranks that train together.
-    progress                      updated by every step.
+    folder                        the out-dir, for checkpoints; its `comm` connects the ranks that train together.
+    progress                      the counters of the run, updated by every step.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trainer:
         self.loss_before: float | None = None  # the validation loss before the first step of a new run
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         self.first_skipped: int | None = None  # the first step that was skipped since this start
-        self.explanation: list[str] = []  # of that step
+        self.explanation: list[str] = []  # why it was skipped
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
@@ -69,8 +69,8 @@ class Trainer:
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
 
-        stop_requested  on this rank, asked after each micro-step: one such rank sets `stopping` on all of them, and
-                        an incomplete step is dropped. Returns whether the step was made.
+        stop_requested  whether this rank is requested to stop; called after each micro-step. If any rank is, `stopping`
+                        is set on all, and an incomplete step is dropped. Returns whether the step was completed.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
@@ -80,7 +80,7 @@ class Trainer:
                 self.stopping = True
                 return False
             loss, step_tokens, stopping = summed
-            # (If the step before was skipped, the weights still are those that it had.)
+            # If the previous step was skipped, its weights have not been changed yet.
             for launched in self._launched:
                 self._receive(launched)
             # 2. The learning rate of this step.
@@ -106,7 +106,7 @@ class Trainer:
 
     def accumulate_gradients(self, stop_requested: Callable[[], bool]) -> tuple[Array | float, float, float] | None:
         """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
-        tokens and that of ranks requested to stop; None if a rank was requested before the last micro-step."""
+        tokens and of ranks that are requested to stop; None if there was such a rank before the last micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         loss: Array | float = 0.0
@@ -125,17 +125,17 @@ class Trainer:
         return mean_loss, step_tokens, stopping
 
     def batch(self, step: int, samples: int, position: int) -> Batch:
-        """A batch of the step after these steps and samples, by its position in the global batch, like its dropout."""
+        """The batch at a position in the global batch of a step, after so many steps and samples before it."""
         first_sample = position * self.options.batch_size
         indices = self.order.indices(samples + first_sample, self.options.batch_size)
         tokens, targets = self.train.batch(indices, self.options.block_size)
         return Batch(Key(self.options.seed, step, first_sample), tokens, targets)
 
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
-        """A row for the log for each step whose loss has arrived; on a GPU one step later, unless `wait`.
+        """Yield a log row for each step whose loss has arrived; on a GPU, that is one step later unless `wait`.
 
-        The row of a step that the optimizer has skipped, since its loss or the norm of its gradient is not finite, has
-        "skipped". `explanation` says what went wrong in the first one.
+        If the optimizer skipped the step because its loss or gradient norm is not finite, the row has "skipped".
+        `explanation` says what went wrong in the first such step.
         Raises ValueError after `max_bad_steps` of them in a row.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
@@ -167,7 +167,7 @@ class Trainer:
         return time.perf_counter() - self._started
 
     def restart_clock(self) -> None:
-        """Start timing the next step now, to exclude evaluation and checkpoints from it."""
+        """Start timing the next step now, so that evaluation and checkpoints are not included."""
         self._mark, self._waited, self._spans = self.model.backend.timestamp(), self.comm.waited, []
         if self.progress.step < self.first_step:
             self._started = time.perf_counter()
@@ -189,6 +189,6 @@ class Trainer:
         return found
 
     def save(self, run_options: RunOptions) -> Path:
-        """Write a checkpoint: the model, the optimizer's state, and the options that a resumed run uses."""
+        """Write a checkpoint: the model, the optimizer state, and the options for a resumed run."""
         state = self.model, self.optimizer, self.tokenizer, self.progress
         return self.folder.save(*state, run_options, self.train.fingerprint)

@@ -1,4 +1,4 @@
-"""Steps that take far too long: where every rank is in the program, and the end of the job after a time limit."""
+"""Steps that take far too long: report where each rank is in the program, and end the job after a time limit."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from contextlib import contextmanager, suppress
 from gpt2.training.trainer import Trainer
 from tinygrad2.distributed import Comm
 
-POLL = 1.0  # seconds between two looks at the step
-SLOW, LEAST = 20.0, 60.0  # a step is reported after SLOW times the median, and at least LEAST seconds
+POLL = 1.0  # seconds between checks
+SLOW, LEAST = 20.0, 60.0  # a step is reported after SLOW times the median, but not before LEAST seconds
 MEDIAN_OF = 100  # steps
-LAST_WORDS = 2.0  # seconds for the reports of the other ranks, before the job ends
+LAST_WORDS = 2.0  # seconds to wait for the other ranks' reports before the job ends
 STDERR = 2  # the file descriptor
 
 
 class Watch:
     """Watches the steps of this rank in a background thread, as a context manager; `with watch.step():` for each step.
 
-    Every rank watches its own steps. One that is stuck keeps the others waiting in the same step, so that each of them
-    reports where it is: the stack of each of its threads, on standard error. A heartbeat cannot tell this, since it
-    continues while a step computes for ever. (Code that never releases Python's lock stops this thread, but also the
-    heartbeat, so that the other ranks end the job.)
+    Each rank watches its own steps. If one is stuck, the others wait in the same step, so every rank reports where it
+    is: the stacks of its threads, on standard error. A heartbeat cannot detect this, since it continues while a step
+    computes forever. (Code that never releases Python's lock stops this thread, but also the heartbeat, so the other
+    ranks end the job.)
 
-    end_after  seconds of a step after which the job ends with status 1; 0: never.
-    describe   a sentence for that error, such as the name of the last checkpoint.
+    end_after  the job ends with status 1 if a step takes longer than this, in seconds; 0: never.
+    describe   returns a sentence for that error, such as the name of the last checkpoint.
     """
 
     def __init__(self, comm: Comm, end_after: float, describe: Callable[[], str] = lambda: ""):
@@ -43,7 +43,7 @@ class Watch:
 
     @staticmethod
     def of(trainer: Trainer) -> Watch:
-        """The watch of a run with its options."""
+        """A watch with the options of a run."""
         return Watch(trainer.comm, trainer.options.hang_timeout, trainer.folder.last_checkpoint)
 
     def __enter__(self) -> Watch:
@@ -56,7 +56,7 @@ class Watch:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The program is in a step."""
+        """A context manager around each step."""
         started, self._steps, self._running = time.monotonic(), self._steps + 1, True
         try:
             yield
@@ -77,7 +77,7 @@ class Watch:
             if not self._running or self._steps != watched:
                 watched, elapsed, reported = self._steps, 0.0, False
                 continue
-            elapsed += min(gap, 2 * POLL)  # the time for which the whole job was suspended does not count
+            elapsed += min(gap, 2 * POLL)  # time during which the whole job was suspended does not count
             limit = self._limit()
             ends = 0 < self._end_after <= elapsed
             if ends or (elapsed > limit and not reported):

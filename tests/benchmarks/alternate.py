@@ -1,13 +1,13 @@
-"""Programs measured in alternation, for the CPU benchmarks in this folder.
+"""Measures programs in alternation, for the CPU benchmarks in this folder.
 
-Figures taken one after the other compare the hours of a shared machine as much as the programs. So every contender is a
-process of its own, which is kept, and each round lets one after the other do the same task: A B C, A B C. What counts
-are the ratios within a round. A contender answers only when its threads have gone to sleep, and then waits for its next
-turn in a read: no thread pool computes, or spins, while another one is measured.
+On a shared machine, measurements at different times compare the load as much as the programs. So every contender has
+its own process, which is kept, and in each round they do the same task one after the other: A B C, A B C. Only ratios
+within a round are compared. A contender answers only when its threads sleep, and then blocks in a read until its next
+turn, so that no thread pool computes or spins while another program is measured.
 
 The machine's limits (a matrix product, reading and copying memory) are measured in the same rounds.
 
-Nothing large is imported here: a contender's peak memory is its own.
+No large package is imported here, so that the peak memory is the contender's own.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-MATRIX, BUFFER = 3072, 1 << 29  # rows of the square product, and bytes of the memory, that show the machine's limits
+MATRIX, BUFFER = 3072, 1 << 29  # size of the square product, and bytes of memory, that measure the machine's limits
 LIMITS = "the machine's limits"
-MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "bfloat16, tinygrad2", "read", "copy")  # what they are
+MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "bfloat16, tinygrad2", "read", "copy")  # the tasks that measure them
 SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # of the environment, which can slow a library down: removed
 PACKAGES = ("numpy", "numba", "mkl", "onednn-cpu-gomp", "torch", "transformers", "ctranslate2")
 
-Tasks = dict[str, Callable[[], float]]  # by name, what does a task once and returns the seconds that it took
+Tasks = dict[str, Callable[[], float]]  # by name, functions that do a task once and return the seconds that it took
 
 
 class Work(NamedTuple):
-    """What doing a task once amounts to; 0 is of no interest. Bytes are those that must be read and written."""
+    """The amount of work in a task; 0 means not reported. Bytes are the minimum that must be read and written."""
 
     tokens: int = 0
     flops: float = 0
@@ -53,9 +53,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One program: make(*arguments), called in its own process, gives its tasks.
+    """One program: make(*arguments), called in its own process, returns its tasks.
 
-    peer  a program of others, which the ratios refer to.
+    peer  whether it is another project's program, to compare with.
     """
 
     name: str
@@ -74,7 +74,7 @@ def slug() -> str:
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """The function, returning how many seconds it took."""
+    """Wrap a function so that it returns the seconds that it took."""
 
     def call() -> float:
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """The versions of the installed packages among these."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -120,7 +120,7 @@ def _measure(task: str, least: float) -> float:
 
 
 def _settle() -> None:
-    """Wait, but not forever, until no thread of this process computes: many look for work before they sleep."""
+    """Wait, with a limit, until no thread of this process computes, since many threads spin before they sleep."""
     for _ in range(100):
         before = time.process_time()
         time.sleep(0.02)
@@ -129,12 +129,12 @@ def _settle() -> None:
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process has held. (Linux counts KiB, macOS bytes.)"""
+    """The peak memory of this process. (Linux reports KiB, macOS bytes.)"""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def limits(count: int, matrix: int, nbytes: int) -> Tasks:
-    """The contender that shows what the machine can do: float32 products by two routes, bfloat16 products (without
+    """The contender that measures the machine's limits: float32 products with two libraries, bfloat16 products (without
     instructions for them, by the slower path of float32), memory read and copied."""
     import numpy as np
 
@@ -171,7 +171,7 @@ def limits(count: int, matrix: int, nbytes: int) -> Tasks:
 
 
 def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
-    """A new process, which exits silently at Ctrl-C."""
+    """A new process, which exits silently on Ctrl-C."""
     return stack.enter_context(
         ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
@@ -180,13 +180,13 @@ def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments) in a separate process, so that this one stays small."""
+    """Call function(*arguments) in a separate process, so that this one stays small."""
     with contextlib.ExitStack() as stack:
         return _process(stack).submit(function, *arguments).result()
 
 
 class Measured(NamedTuple):
-    """Seconds by task, contender and round; peak bytes by contender; an error for each contender that gave up."""
+    """Seconds by task, contender and round; peak bytes by contender; an error for each contender that failed."""
 
     seconds: dict[str, dict[str, list[float]]]
     peak_bytes: dict[str, int]
@@ -194,9 +194,9 @@ class Measured(NamedTuple):
 
 
 def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) -> Measured:
-    """Do every task in every round, one contender after the other, each for at least `least` seconds at a time.
+    """Run every task in every round, one contender after the other, each for at least `least` seconds at a time.
 
-    A contender that fails is left out from there on; what it has measured stays.
+    A contender that fails is excluded from then on; its earlier results are kept.
     """
     from tqdm import tqdm
 
@@ -207,7 +207,7 @@ def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) 
         processes: dict[str, ProcessPoolExecutor] = {}
 
         def ask(contender: Contender, function: Callable, *arguments: Any) -> Any:
-            """The answer of the program's process, or None if it fails or has failed."""
+            """The result from the program's process, or None if it fails or has failed."""
             bar.set_description(contender.name)
             try:
                 if contender.name not in found.errors:
@@ -240,15 +240,15 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def compared(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """How many times as fast we are, in the rounds that both have made."""
+    """Our speedup, over the rounds that both have completed."""
     return spread(b / a for a, b in zip(ours, theirs, strict=False))
 
 
 def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
-    """What the seconds mean: rates, their shares of the machine's limits, and ratios to each peer.
+    """Derived figures: rates, their fractions of the machine's limits, and ratios to each peer.
 
-    The limits are medians over the rounds, of the faster of the two products. The share of memory is of what reading
-    alone, or copying, reaches; what fits into caches may exceed it.
+    The limits are medians over the rounds, for products that of the faster library. Memory rates are compared with the
+    rate of reading or copying; work that fits into caches may exceed it.
     """
     work = {contender.name: contender.works for contender in contenders}
     rate = {
@@ -286,7 +286,7 @@ def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """The record in lines: every task and contender, the machine's limits, and the peak memory."""
+    """The lines to print: every task and contender, the machine's limits, and the peak memory."""
     lines = [
         f"{record['processor']}, {record['threads']} threads, {record['date']}, {record['rounds']} rounds, "
         f"load average before {record['load_average']:.2f}",
@@ -304,7 +304,7 @@ def table(record: dict[str, Any]) -> list[str]:
     return lines + [f"FAILED  {name}: {error}" for name, error in record["errors"].items()]
 
 
-# Heading, width, and the text of a figure of one contender at one task; a column without figures is left out.
+# Heading, width, and the text of a contender's figure for one task; columns without figures are omitted.
 COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
     ("median ms", 12, lambda e: f"{1e3 * e['median']:,.3f}"),
     ("min", 11, lambda e: f"{1e3 * e['min']:,.3f}"),
@@ -319,7 +319,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
 
 
 def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The heading and a line for each contender, ours with the ratio to the fastest peer."""
+    """The heading and one line per contender, ours with the ratio to the fastest peer."""
     columns = [column for column in COLUMNS if any(column[2](entry) for entry in by_name.values())]
     yield f"{task:<28}" + "".join(f"{heading:>{width}}" for heading, width, _ in columns)
     for name, entry in by_name.items():
@@ -334,7 +334,7 @@ def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def command(main: Callable[[], int]) -> int:
-    """main(), with one line instead of a traceback for errors and Ctrl-C."""
+    """Call main(), with one line instead of a traceback for errors and Ctrl-C."""
     try:
         return main()
     except (ValueError, OSError, BrokenExecutor) as error:
@@ -346,29 +346,29 @@ def command(main: Callable[[], int]) -> int:
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options that all benchmarks have in common."""
     from gpt2.console import Parser
     from tinygrad2 import threads
 
     parser = Parser(f"python tests/benchmarks/{prog}", description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="how often each does it [%(default)s]")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="number of rounds [%(default)s]")
     parser.add_argument(
-        "--threads", type=positive, default=threads.count(), metavar="N", help="threads of each [%(default)s]"
+        "--threads", type=positive, default=threads.count(), metavar="N", help="threads per program [%(default)s]"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="[in results/ beside this file]")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="[in results/ next to this file]")
     return parser
 
 
 def positive(text: str) -> int:
-    """The whole number of an option, at least 1."""
+    """The integer value of an option, at least 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"is {value}; expected 1 or more")
     return value
 
 
 def new_file(text: str) -> Path:
-    """The file of an option, in a folder that exists."""
+    """The file of an option, in an existing folder."""
     if not (path := Path(text)).parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}/")
     return path
@@ -377,9 +377,9 @@ def new_file(text: str) -> Path:
 def report(
     name: str, options: argparse.Namespace, contenders: Sequence[Contender], least: float = 0.0, **more: Any
 ) -> int:
-    """Measure, write the JSON and print the table: 0 if nothing failed, else 1.
+    """Measure, write the JSON and print the table. Returns 0 if nothing failed, else 1.
 
-    name  of the benchmark, for the file.  more  what else the record is to hold.
+    name  the name of the benchmark, for the file.  more  additional entries of the record.
     """
     from tinygrad2.machine import processor_model
 

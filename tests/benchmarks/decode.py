@@ -1,10 +1,10 @@
 """Text generation on the CPU, compared with other programs: python tests/benchmarks/decode.py [--json FILE]
 
-Tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for one text and for several
-at once, and the reading of a prompt of 512 tokens: by this project with weights in float32 and bfloat16, by
-transformers and by CTranslate2 in float32, where they are installed, in alternation. All have the same random weights.
+Measures, in alternation, tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for
+one text and for several in a batch, and the processing of a prompt of 512 tokens: this project with weights in float32
+and bfloat16, and transformers and CTranslate2 in float32, if installed. All use the same random weights.
 
-With --checkpoint and --data it prints first what holding weights in bfloat16 costs in validation loss.
+With --checkpoint and --data it first prints the effect of bfloat16 weights on the validation loss.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.benchmarks.alternate import (
     versions,
 )
 
-CONTEXT, NEW = 16, 32  # tokens read before the clock starts, and tokens that it measures
+CONTEXT, NEW = 16, 32  # tokens before the measurement starts, and measured tokens
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
@@ -75,7 +75,7 @@ def ours(folder: str, batches: Sequence[int], prefill: int, count: int, dtype: s
 
 
 def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int], prefill: int) -> Tasks:
-    """The tasks under their names, each done once."""
+    """The tasks by name; each runs once."""
     tasks: Tasks = {f"batch {batch}": lambda batch=batch: decode(batch) for batch in batches}
     tasks[f"prompt of {prefill}"] = timed(read)
     for task in tasks.values():
@@ -84,7 +84,7 @@ def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int]
 
 
 def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
-    """Its model in a loop, without the overhead of generate."""
+    """transformers' model in a loop, without the overhead of generate."""
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
@@ -111,7 +111,7 @@ def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: 
 
 
 def convert(folder: str, target: str) -> None:
-    """CTranslate2's model of the one in `folder`, which has no tokenizer: token 5 is the word "5"."""
+    """Convert the model in `folder` to CTranslate2. It has no tokenizer, so token 5 is the word "5"."""
     from ctranslate2.converters import TransformersConverter
     from transformers.utils.logging import disable_progress_bar
 
@@ -133,7 +133,7 @@ def convert(folder: str, target: str) -> None:
 
 
 def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
-    """Its generator, which reads the prompt each time: what one token more than the prompt takes is subtracted."""
+    """CTranslate2's generator. It processes the prompt each time, so the time for one new token is subtracted."""
     import ctranslate2
 
     target = os.path.join(folder, "ctranslate2")
@@ -157,7 +157,7 @@ def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: i
 
 
 def bfloat16_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
-    """The validation loss with weights in float32 and in bfloat16, nats a token, over so many windows of the data."""
+    """The validation loss in nats per token, with weights in float32 and in bfloat16, over this many windows."""
     from gpt2 import GPT2
     from gpt2.formats.model_file import find_model
     from gpt2.training.dataset import TokenDataset, find_dataset
@@ -177,23 +177,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("decode.py", __doc__)
     add = options.add_argument
     add("--preset", default="gpt2", choices=tuple(PRESETS), help="sizes of the model [%(default)s]")
-    add("--batch", type=positive, nargs="+", default=[1, 5], metavar="B", help="texts at once [1 5]")
-    add("--prompt", type=positive, default=512, metavar="T", help="tokens of the prompt that is read [%(default)s]")
+    add("--batch", type=positive, nargs="+", default=[1, 5], metavar="B", help="batch sizes [1 5]")
+    add("--prompt", type=positive, default=512, metavar="T", help="tokens in the prompt [%(default)s]")
     add("--checkpoint", metavar="DIR", help="a trained model, to measure the effect of bfloat16 on its loss")
-    add("--data", metavar="NAME", help="on this data set: a name under data/, or a folder")
-    add("--windows", type=positive, default=20, metavar="N", help="on the first N windows of it [%(default)s]")
+    add("--data", metavar="NAME", help="the data set for this: a name in data/, or a folder")
+    add("--windows", type=positive, default=20, metavar="N", help="use its first N windows [%(default)s]")
     given = options.parse_args(arguments)
     config = GPT2Config.preset(given.preset)
     if max(given.prompt, CONTEXT + 1 + NEW) > config.n_positions:
         options.error(f"--prompt {given.prompt}: the model's context is {config.n_positions} tokens")
     if (given.checkpoint is None) != (given.data is None):
-        options.error("--checkpoint and --data go together")
+        options.error("--checkpoint and --data must be used together")
     loss = None
     if given.checkpoint is not None:
         loss = apart(bfloat16_loss, given.checkpoint, given.data, given.windows)
         print(
             f"validation loss: float32 {loss['float32']:.5f}, bfloat16 {loss['bfloat16']:.5f}, "
-            f"difference {loss['difference']:+.5f} nats a token",
+            f"difference {loss['difference']:+.5f} nats per token",
             flush=True,
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -202,13 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Contender]:
-    """Who is there, and what each reads for a token: every weight but the table of positions."""
+    """The installed programs, and the bytes that each reads per token: all weights except the position embedding."""
     read = (config.n_parameters - config.n_positions * config.n_embd) * NEW
 
     def works(itemsize: int) -> dict[str, Work]:
         found = {f"batch {batch}": Work(tokens=batch * NEW, read=itemsize * read) for batch in given.batch}
         flops = given.prompt * config.flops_per_token(given.prompt) / 3
-        flops -= 2 * (given.prompt - 1) * config.vocab_size * config.n_embd  # the last position's logits alone
+        flops -= 2 * (given.prompt - 1) * config.vocab_size * config.n_embd  # only the logits of the last position
         return found | {f"prompt of {given.prompt}": Work(tokens=given.prompt, flops=flops)}
 
     arguments = (folder, given.batch, given.prompt, given.threads)

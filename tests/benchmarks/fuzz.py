@@ -1,11 +1,11 @@
-"""Test every reader with damaged and hostile files: python tests/benchmarks/fuzz.py [--cases 10000] [--seed 0]
+"""Test every reader with damaged and malicious files: python tests/benchmarks/fuzz.py [--cases 10000] [--seed 0]
 
-Each case takes one good input (a model file of some format, a data set, a tokenizer, a checkpoint, a skipped step, text
+Each case takes a valid input (a model file of some format, a data set, a tokenizer, a checkpoint, a skipped step, text
 in one of the formats of data/sources.py, a journal, a task file, options in TOML), changes one of its files, and reads
-it. Right is a ValueError or OSError of one line that names the file or its folder, or a result that is whole: shapes as
-the config says, ids within the vocabulary, text that survives encoding. Wrong is any other exception, a case that takes
-more than 2 seconds of processor time or 1 GB of memory (the system ends the process), and anything executed, imported,
-written or connected to, which an audit hook sees.
+it. A correct outcome is a one-line ValueError or OSError that names the file or its folder, or a valid result: shapes
+as in the config, ids within the vocabulary, text that survives encoding. Any other exception is wrong, and so is a case
+that takes more than 2 seconds of processor time or 1 GB of memory (the system ends the process), or executes, imports,
+writes or connects to anything, which an audit hook detects.
 
 Prints a table; the exit status is 1 if anything was wrong. A case depends only on the seed and its number:
 --first 4711 --cases 1 repeats it. --targets limits the kinds of input.
@@ -67,11 +67,11 @@ from tinygrad2.checkpoint import save_arrays  # noqa: E402
 
 SECONDS, MEMORY = 2, 1 << 30  # of the processor, and of memory in addition to the program, for one case
 WAIT = 60  # seconds until a case that waits for something is ended
-LONGEST = 1000  # characters of an error
+LONGEST = 1000  # maximum number of characters in an error
 CONFIG = GPT2Config(vocab_size=257, n_positions=8, n_embd=4, n_layer=2, n_head=2)
 TEXT = "It was 7 o'clock, naïve 🙂\n\tand then"
 
-# Actions that no reader needs: Python's names of the events (see "Audit events" in its documentation).
+# Actions that no reader needs, by Python's event names (see "Audit events" in its documentation).
 FORBIDDEN = {
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.chmod", "os.putenv"),
@@ -111,8 +111,8 @@ HOSTILE = (
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of input: the files that may be changed, and how it is read. `read` raises AssertionError for a result
-    that is not whole.
+    """One kind of input: the files that may be changed, and the function that reads it. `read` raises AssertionError
+    for an invalid result.
 
     allowed  actions of FORBIDDEN that the reader needs.
     """
@@ -259,7 +259,7 @@ READABLE = [
 
 
 def make_originals(folder: Path) -> None:
-    """A good input of each kind, in a folder of its name."""
+    """Create a valid input of each kind, in a folder with its name."""
     model = GPT2(CONFIG, seed=1)
     model.save_pretrained(folder / "safetensors")
     shutil.copytree(folder / "safetensors", folder / "config")
@@ -377,7 +377,7 @@ def make_sources(folder: Path) -> None:
 
 
 def to_legacy(new: Path, old: Path) -> None:
-    """A zip file of PyTorch as the chain of pickles that PyTorch before 1.6 wrote; its model's tensors alone."""
+    """Convert a PyTorch zip file to the pickles that PyTorch wrote before 1.6, with only the model's tensors."""
     with zipfile.ZipFile(new) as file:
         program = file.read("archive/data.pkl")
         memory = {name.rpartition("/")[2]: file.read(name) for name in file.namelist() if "/data/" in name}
@@ -392,7 +392,7 @@ def to_legacy(new: Path, old: Path) -> None:
 
 
 def change(rng: random.Random, file: Path, other: bytes) -> None:
-    """Change a file: in a way that only its format knows, byte by byte, or both."""
+    """Change a file: in a way specific to its format, byte by byte, or both."""
     structured = {
         ".json": change_json,
         ".jsonl": change_json,
@@ -414,7 +414,7 @@ def change(rng: random.Random, file: Path, other: bytes) -> None:
 
 
 def change_bytes(rng: random.Random, content: bytearray, other: bytes) -> None:
-    """One change; half of them where the headers are."""
+    """One change; half of them are in the headers."""
     where = rng.randrange(min(len(content), 2048) if rng.random() < 0.5 else len(content)) if content else 0
     length = min(rng.choice((1, 2, 4, 8, 64, 1024)), len(content))
     match rng.randrange(9):
@@ -495,7 +495,7 @@ def change_json(rng: random.Random, file: Path) -> None:
 
 
 def changed_json(rng: random.Random, text: str) -> str:
-    """A value, key or whole document replaced; occasionally nested too deeply for a parser."""
+    """Replace a value, a key or the whole document, occasionally with something nested too deeply for a parser."""
     tree = {"": json.loads(text)}
     places = list(nodes(tree))
     for _ in range(rng.choice((1, 1, 2))):
@@ -510,7 +510,7 @@ def changed_json(rng: random.Random, text: str) -> str:
                     parent[key] = "DEEP"
                 case _:
                     parent[key] = rng.choice(ODD_VALUES)
-        except (KeyError, IndexError):  # it went with the first change
+        except (KeyError, IndexError):  # removed by the first change
             pass
     deep = rng.choice(
         ("[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 5000, "[" + "[]," * 100_000 + "[]]", "-" + "9" * 5000)
@@ -526,7 +526,7 @@ def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_header(rng: random.Random, file: Path) -> None:
-    """Of a safetensors file: its length, and JSON."""
+    """Change the header of a safetensors file: its length, and the JSON."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = changed_json(rng, content[8 : 8 + length].decode()).encode(errors="replace")
@@ -539,7 +539,7 @@ def change_pickle(rng: random.Random, file: Path) -> None:
 
 
 def changed_pickle(rng: random.Random, program: bytes) -> bytes:
-    """Opcodes put in, taken out, repeated, exchanged, and bytes changed."""
+    """Insert, remove, repeat and exchange opcodes, and change bytes."""
     starts = [position for _, _, position in pickletools.genops(program)]
     for _ in range(rng.choice((1, 1, 2, 3))):
         i = rng.randrange(1, len(starts))
@@ -561,7 +561,7 @@ def changed_pickle(rng: random.Random, program: bytes) -> bytes:
         program = program[:start] + part + program[stop:]
         try:
             starts = [position for _, _, position in pickletools.genops(program)]
-        except ValueError:  # the bytes are not opcodes any more
+        except ValueError:  # the bytes are no longer valid opcodes
             break
     if rng.random() < 0.3:
         damaged = bytearray(program)
@@ -571,8 +571,8 @@ def changed_pickle(rng: random.Random, program: bytes) -> bytes:
 
 
 def rewrite_zip(file: Path, edit: Callable[[bytes], bytes], rng: random.Random | None = None) -> None:
-    """The archive again, its checksums right, with its pickle edited; now and then compressed, with an entry twice,
-    with one less, or with another size."""
+    """Rewrite the archive with correct checksums and a modified pickle, sometimes compressed, or with an entry that is
+    duplicated, missing or of another size."""
     with zipfile.ZipFile(file) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     kind = zipfile.ZIP_STORED
@@ -597,7 +597,7 @@ def rewrite_zip(file: Path, edit: Callable[[bytes], bytes], rng: random.Random |
 
 
 def restore_checksums(rng: random.Random, name: str, folder: Path, file: Path) -> None:
-    """Mostly list the changed file with its new checksum and size, or nothing behind the checksums would be reached."""
+    """In most cases, update the checksum and size of the changed file, so that the code after the checks is tested."""
     if rng.random() < 0.2 or file.name == "manifest.json":
         return
     sha = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -618,7 +618,7 @@ def restore_checksums(rng: random.Random, name: str, folder: Path, file: Path) -
 
 
 def make_case(originals: Path, folder: Path, seed: int, number: int) -> str:
-    """The input of a case in `folder`; returns the target's name."""
+    """Write the input of a case to `folder`; returns the target's name."""
     name = list(TARGETS)[number % len(TARGETS)]
     rng = random.Random(f"{seed}:{number}")
     shutil.copytree(originals / name, folder)
@@ -630,7 +630,7 @@ def make_case(originals: Path, folder: Path, seed: int, number: int) -> str:
 
 
 def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[str]) -> None:
-    """Print a line of JSON for each case: its number, target, outcome (refused, read or wrong) and what was said."""
+    """Print a line of JSON per case: its number, target, outcome (refused, read or wrong) and message."""
     seen: list[str] = []
     watching = False
 
@@ -646,7 +646,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         codecs.lookup(encoding)
     for name in READABLE:
-        TARGETS[name].read(originals / name)  # modules that are imported at the first use are imported here
+        TARGETS[name].read(originals / name)  # so that modules that are imported on first use are imported now
     sys.addaudithook(watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -658,7 +658,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
             name = make_case(originals, folder, seed, number)
             print(json.dumps([number, name, "started", ""]), flush=True)
             seen.clear()
-            signal.setitimer(signal.ITIMER_REAL, WAIT)  # the signal ends the process, wherever it hangs
+            signal.setitimer(signal.ITIMER_REAL, WAIT)  # the signal ends the process, even if it hangs
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             watching = True
             try:
@@ -681,7 +681,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
 def fuzz(
     seed: int, first: int, count: int, targets: str = ",".join(READABLE)
 ) -> tuple[dict[str, Counter[str]], list[str]]:
-    """How often each outcome came for each target, and a line for each case that was wrong."""
+    """The number of outcomes of each kind for each target, and a line for each wrong case."""
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
     wrong = []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -718,7 +718,7 @@ def fuzz(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", type=int, default=10_000, help="how many (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of cases (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
     parser.add_argument("--targets", default=",".join(READABLE), help="kinds of input (default: all)")

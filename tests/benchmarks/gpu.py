@@ -1,10 +1,10 @@
-"""The GPU path, checked and timed by one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
+"""Check and time the GPU code with one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
 
-Compiles the kernels, then measures, in this order: the matrix products of a training step; attention beside PyTorch's;
-`pytest -m gpu`; the training step of the 124M model beside the same step in PyTorch, where that is installed; each
-kernel of a step; generation; launches, copies, the step in other precisions. Beside each time stand the time that
-gpt2/cost_model.py predicts, and the least that the bytes and FLOPs take on this GPU. Prints a table last and writes
-JSON.
+Compiles the kernels, then measures, in this order: the matrix products of a training step; attention, compared with
+PyTorch's; `pytest -m gpu`; the training step of the 124M model, compared with PyTorch's, if it is installed; each
+kernel of a step; generation; launches, copies, and the step in other precisions. Each time is printed with the time
+that gpt2/cost_model.py predicts, and with the lower bound for its bytes and FLOPs on this GPU. Prints a table at the
+end and writes JSON.
 
 GPU time is expensive, and a fault in a kernel ends its process's access to the GPU. So each part runs in its own
 process with its own time limit, and its results are printed and written at once; a part that fails is recorded with its
@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results"
 REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
 EXCHANGE = 5e-6  # predicted seconds per layer in which the blocks of decode.cu exchange results
 
-# Arguments that a kernel adds to, or changes in place: they are read and written.
+# Arguments that a kernel adds to or changes in place, which are both read and written.
 CHANGED = {
     "linear_backward": (3, 4),
     "layernorm_backward": (5, 6),
@@ -88,11 +88,11 @@ TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resi
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """The amount of measurements."""
 
     model: GPT2Config
     block_size: int = 1024
-    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one is looked at closely
+    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one in detail
     batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
     wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
     steps: int = 5  # in one measurement of a step
@@ -117,7 +117,7 @@ QUICK = Sizes(
 class Bench:
     """The measurements on one device; each method named in LIMITS returns its figures, independently of the others.
 
-    seconds  after which nothing long is begun.
+    seconds  the time after which nothing long is started.
     keep     called with the figures so far whenever there are new ones.
     """
 
@@ -155,11 +155,11 @@ class Bench:
         return {"results": self.results, "errors": self.errors}
 
     def release(self) -> None:
-        """Give freed memory back to the driver, for PyTorch or for what comes next."""
+        """Return freed memory to the driver, for PyTorch or the next part."""
         self.np.get_default_memory_pool().free_all_blocks()
 
     def timed(self, function: Callable[[], Any], repeats: int, warmup: int = 2) -> tuple[float, float]:
-        """Seconds a call: by the clock, from the first launch to the last result, and between two CUDA events."""
+        """Seconds per call: wall-clock time from the first launch to the last result, and between two CUDA events."""
         for _ in range(warmup):
             function()
         begin, end = self.np.cuda.Event(), self.np.cuda.Event()
@@ -174,7 +174,7 @@ class Bench:
         return seconds / repeats, self.np.cuda.get_elapsed_time(begin, end) / 1e3 / repeats
 
     def floor(self, nbytes: float, flops: float) -> float | None:
-        """The least seconds for so many bytes of the device's memory and so many FLOPs, where its peaks are known."""
+        """The lower bound in seconds for this many bytes of device memory and FLOPs, if the peaks are known."""
         peak = self.backend.cuda.peak(self.sizes.precisions[0])
         if peak is None or self.bandwidth is None:
             return None
@@ -209,7 +209,7 @@ class Bench:
         }
 
     def array(self, *shape: int) -> Any:
-        """Random numbers on the device: a block of them, over and over (zeros would take less power, so less time)."""
+        """Random numbers on the device: one block, repeated (zeros would use less power, and therefore less time)."""
         count = int(numpy.prod(shape))
         block = numpy.random.default_rng(0).standard_normal(min(count, 1 << 20), dtype=numpy.float32)
         values, array = self.backend.asarray(block.astype(self.dtype)), self.np.empty((count,), dtype=self.dtype)
@@ -285,7 +285,7 @@ class Bench:
         return figures
 
     def gemm(self) -> dict[str, Any]:
-        """The matrix products of a training step: of the four linear layers of a block, and of the output layer."""
+        """The matrix products of a training step: the four linear layers of a block, and the output layer."""
         from tinygrad2.kernels.gemm import Gemm
 
         gemm, C = Gemm(self.np), self.sizes.model.n_embd
@@ -321,7 +321,7 @@ class Bench:
         return figures
 
     def attention(self) -> dict[str, Any]:
-        """Attention of one layer, without dropout, beside PyTorch's scaled_dot_product_attention."""
+        """Attention of one layer, without dropout, compared with PyTorch's scaled_dot_product_attention."""
         config, B, T = self.sizes.model, self.sizes.batch_sizes[0], self.sizes.block_size
         C, H = config.n_embd, config.n_head
         kernels, qkv, dout = self.backend.kernels, self.array(B, T, 3 * C), self.array(B, T, C)
@@ -366,7 +366,7 @@ class Bench:
         return rows
 
     def wide_step(self) -> list[dict[str, Any]]:
-        """The same in the other precisions, each at the first batch size that fits."""
+        """The training step in the other precisions, each at the first batch size that fits."""
         rows = self.results["wide_step"] = []
         for precision in self.sizes.precisions[1:]:
             for batch_size in self.sizes.wide_batch_sizes:
@@ -388,7 +388,7 @@ class Bench:
         self.release()
 
     def contest(self, row: dict[str, Any]) -> None:
-        """One precision at one batch size: figures of our step, and of PyTorch's, into the row."""
+        """Add the figures of our step and of PyTorch's to the row, for one precision and batch size."""
         sizes, precision, batch_size = self.sizes, row["precision"], row["batch_size"]
         ours = self.our_step(precision, batch_size)
         theirs = None
@@ -413,7 +413,7 @@ class Bench:
         self.add_figures(row, seconds)
 
     def add_figures(self, row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
-        """The figures of a step from the times that there are so far."""
+        """The figures of a step from the times so far."""
         peak = self.backend.cuda.peak(row["precision"])
         for kind, values in seconds.items():
             if values:
@@ -424,7 +424,7 @@ class Bench:
         self.keep(self.found())
 
     def kernels(self) -> dict[str, Any]:
-        """The kernels of a training step: how often each is called, its time on the device, and its floor."""
+        """The kernels of a training step: the number of calls, time on the device, and lower bound of each."""
         for batch_size in self.sizes.batch_sizes:
             try:
                 return {"batch_size": batch_size, **self.watched_steps(batch_size)}
@@ -455,7 +455,7 @@ class Bench:
         rows = {}
         for name, (calls, ms, nbytes, flops, floor_ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
             figures = self.against_floor(ms / 1e3, nbytes, flops, predicted.get(name))
-            if figures["floor_ms"] is not None:  # the sum of the calls' floors is not the floor of their sum
+            if figures["floor_ms"] is not None:  # the sum of the bounds is not the bound of the sum
                 figures |= {"floor_ms": floor_ms, "share": floor_ms / ms}
             rows[name] = {"calls": round(calls), **figures}
         outside = total - sum(row["ms"] for row in rows.values())
@@ -486,7 +486,7 @@ class Bench:
                 self.keep(self.found())
         return figures
 
-    # What they are made of ------------------------------------------------------------------------------------------
+    # Helpers --------------------------------------------------------------------------------------------------------
 
     def token(self, model: GPT2, nbytes: int, precision: str) -> dict[str, Any]:
         """One token: in one launch the time on the device alone, as separate operations also that of the host."""
@@ -511,7 +511,7 @@ class Bench:
         return self.against_floor(seconds, nbytes, nbytes, predicted)  # one multiplication and one addition per 2 bytes
 
     def decoding(self, model: GPT2) -> float:
-        """Seconds for the tokens after the first one."""
+        """Seconds for the tokens after the first."""
         prompt = self.tokens[0, : self.sizes.block_size // 4].tolist()
         tokens = generate(model, prompt, 1 + self.sizes.new_tokens, temperature=0)
         next(tokens)  # reads the prompt
@@ -521,7 +521,7 @@ class Bench:
         return time.perf_counter() - started
 
     def our_step(self, precision: str, batch_size: int) -> Callable[[], Any]:
-        """A training step as train.py makes it, without fetching the loss."""
+        """A training step as in train.py, without fetching the loss."""
         model = GPT2(self.sizes.model, device="cuda", dtype=precision)
         optimizer = optim.AdamW(model, lr=1e-4, weight_decay=0.1)
         tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
@@ -535,8 +535,8 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Any, Any, int, int]]]:
-        """Inside, every kernel that is called from outside the kernels leaves (name, start, stop, bytes, FLOPs), start
-        and stop being CUDA events."""
+        """Inside, every kernel call (except from other kernels) appends (name, start, stop, bytes, FLOPs), where start
+        and stop are CUDA events."""
         kernels, spans, inside = self.backend.kernels, [], []
         originals = {name: getattr(kernels, name) for name in dir(kernels) if re.search(KERNEL, name)}
 
@@ -617,10 +617,10 @@ def prediction(name: str, sizes: Sizes) -> list[str]:
 
 
 def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
-    """The bytes that a call of a kernel has to move at least, and the FLOPs of its matrix products.
+    """The minimum number of bytes that a kernel call moves, and the FLOPs of its matrix products.
 
-    Each array that goes in is read once and each that comes out is written once, as if nothing between them left the
-    chip. Attention is causal: half of each product.
+    Each input array is read once and each output array is written once, as if intermediate results stayed on the chip.
+    Attention is causal: half of each product.
     """
     changed = [arguments[i] for i in CHANGED.get(name, ())]
     nbytes, flops = bytes_of(arguments) + bytes_of(result) + bytes_of(changed), 0
@@ -642,7 +642,7 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
     elif name == "attention_backward":
         B, T, C = arguments[0].shape
         flops = 5 * B * T * T * C
-    elif name == "embedding_forward":  # only the rows that the tokens name
+    elif name == "embedding_forward":  # only the rows of the tokens
         tokens, wte, *_ = arguments
         nbytes = tokens.nbytes + result.nbytes + min(wte.nbytes, tokens.size * wte.shape[1] * wte.itemsize)
     elif name == "embedding_backward":
@@ -652,15 +652,15 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
 
 
 def bytes_of(x: Any) -> int:
-    """The bytes of an array, or of all in a tuple or a list; numbers and None have none."""
+    """The bytes of an array, or of all arrays in a tuple or list; numbers and None have none."""
     if isinstance(x, tuple | list):
         return sum(map(bytes_of, x))
     return x.nbytes if hasattr(x, "nbytes") and hasattr(x, "strides") else 0
 
 
 class TorchStep:
-    """The same model and step in PyTorch, with scaled_dot_product_attention and the fused AdamW. In bfloat16 as nanoGPT
-    does it: compiled, under autocast, with the vocabulary padded."""
+    """The same model and step in PyTorch, with scaled_dot_product_attention and fused AdamW. In bfloat16 as in nanoGPT:
+    compiled, with autocast and a padded vocabulary."""
 
     def __init__(
         self,
@@ -681,7 +681,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
         self.call = self.model
         if narrow and compiled:
-            torch._dynamo.reset()  # else a second batch size would compile for all of them
+            torch._dynamo.reset()  # otherwise a second batch size would be compiled with dynamic shapes
             self.call = torch.compile(self.model, dynamic=False)
         self.tokens, self.targets = (torch.from_numpy(ids.copy()).to(device) for ids in (tokens, targets))
 
@@ -695,7 +695,7 @@ class TorchStep:
         return loss
 
     def timed(self, steps: int) -> float:
-        """Seconds a step, by the clock."""
+        """Seconds per step, wall-clock time."""
         self.torch.set_float32_matmul_precision(self.matmul)
         return torch_timed(self.torch, self.device, self.step, steps)
 
@@ -729,7 +729,7 @@ def import_torch(device: str) -> Any:
 
 
 def torch_timed(torch: Any, device: str, function: Callable[[], Any], repeats: int) -> float:
-    """Seconds a call, by the clock, after two that compile and take memory; the memory is given back afterwards."""
+    """Seconds per call, after two calls that compile and allocate memory; the memory is returned afterwards."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(2):
         function()
@@ -752,12 +752,12 @@ def torch_version() -> str | None:
 
 
 def padded_vocabulary(config: GPT2Config) -> int:
-    """The vocabulary as products of matrices like it best, a multiple of 64: 50,304 for GPT-2's."""
+    """The vocabulary size padded to a multiple of 64, which is faster: 50,304 for GPT-2's."""
     return -(-config.vocab_size // 64) * 64
 
 
 def version(number: int) -> str:
-    """13020, as CUDA gives it, is 13.2."""
+    """Convert CUDA's version number: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -766,7 +766,7 @@ def one_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """The error in one line, once all of it has been printed."""
+    """Print the whole error; returns it in one line."""
     traceback.print_exception(error)
     return one_line(error)
 
@@ -782,9 +782,9 @@ def step_figures(
 
 
 def run_checks(seconds: float) -> dict[str, Any]:
-    """pytest -m gpu in a separate process: its exit status, its last line, and the names of what failed.
+    """pytest -m gpu in a separate process: its exit status, its last line, and the names of failed tests.
 
-    Where a test lost the GPU, those behind it run in another process.
+    If a test loses the GPU, the remaining tests run in another process.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rpfEs", "--tb=short", "--continue-on-collection-errors"]
     command += ["-o", "faulthandler_timeout=60", "tests"]  # reports where a test hangs
@@ -833,7 +833,7 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def part_table(part: str, found: Any, block_size: int) -> list[str]:
-    """What a part has found, in a few lines."""
+    """The figures of a part, in a few lines."""
     lines = []
     if part == "compile":
         lines.append(f"compile    {', '.join(f'{name} {seconds:.1f} s' for name, seconds in found.items())}")
@@ -884,7 +884,7 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
 
 
 def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of what Bench.against_floor gives, and the calls where they were counted."""
+    """A table of the figures from Bench.against_floor, with the number of calls if counted."""
     lines = [f"{title:34}      ms predicted    floor  share  TFLOP/s    GB/s"]
     for name, row in rows.items():
         calls = f"x{row['calls']}" if "calls" in row else ""
@@ -905,7 +905,7 @@ def percent(share: float | None) -> str:
 
 
 def device() -> dict[str, Any]:
-    """What is measured, and with what."""
+    """The measured machine and software."""
     backend = get_backend("cuda")
     runtime = backend.np.cuda.runtime
     return {
@@ -999,14 +999,14 @@ def in_a_process(part: str, seconds: float, quick: bool, precision: str | None =
         if out.exists():
             found = json.loads(out.read_text(encoding="utf-8"))
         elif error is None:
-            error = "its process left no figures"
+            error = "its process wrote no figures"
     if error:
         found["errors"][part] = error
     return found
 
 
 def measure(sizes: Sizes, out: Path | None, run: Callable[[str], Found], parts: Sequence[str] = tuple(LIMITS)) -> int:
-    """Run these parts, write the JSON after each, and print the table last; 0 where nothing failed, else 1."""
+    """Run these parts, write the JSON after each, and print the table. Returns 0 if nothing failed, else 1."""
     record = {**device(), "results": {}, "errors": {}, "sizes": asdict(sizes)}
     if out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")

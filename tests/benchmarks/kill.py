@@ -1,13 +1,13 @@
-"""Kill train.py at many moments: every run must end in the same bytes as one that was never interrupted.
+"""Kill train.py at many points: every run must end with the same bytes as an uninterrupted one.
 
     python tests/benchmarks/kill.py                      200 kills of single processes, in at least 60 runs
-    python tests/benchmarks/kill.py --kills 20 --runs 6  a short campaign
+    python tests/benchmarks/kill.py --kills 20 --runs 6  a short test
     python tests/benchmarks/kill.py --ranks 4            50 kills of one of 4 ranks (mpirun)
 
-A process is killed at a random moment; before its k-th change of the file system; or at a random moment on a disk whose
-flushes are slow. The same command then continues the run, and may be killed again. At the end all files are compared
-with those of an undisturbed run, except for what is time: seconds and rates in trainer.json and log.jsonl, the records
-of the starts, and report.html, which must be the page that its folder gives, but for the date.
+A process is killed at a random time; before its k-th change to the file system; or at a random time on a disk with slow
+flushes. The same command then continues the run, and may be killed again. At the end, all files are compared with those
+of an undisturbed run, except for times: seconds and rates in trainer.json and log.jsonl, the records of the starts, and
+report.html, which must equal the page that is generated from its folder, except for the date.
 
 A killed rank must also end its job within 30 s.
 """
@@ -43,10 +43,10 @@ OPTIONS = (
 )
 TIMES = ("seconds", "comm_seconds", "tokens_per_s")  # in the rows of the log
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "os.utime", "shutil.rmtree"}
-MODES = ("change", "change", "slow", "random")  # how often each is drawn
-MOST_CHANGES = 420  # about as many as a run makes
+MODES = ("change", "change", "slow", "random")  # drawn with these frequencies
+MOST_CHANGES = 420  # about the number of changes in a run
 SLOW_FLUSH = 0.03  # seconds
-LIMIT = 30.0  # seconds in which a job must have ended after one of its ranks was killed
+LIMIT = 30.0  # seconds within which a job must end after one of its ranks is killed
 RANK = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -63,7 +63,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def kill_before_change(k: int, out: Path) -> None:
-    """Kill this process before its k-th change of the file system in `out`, flushes included."""
+    """Kill this process before its k-th change to the file system in `out`, including flushes."""
     count = 0
 
     def tick() -> None:
@@ -101,7 +101,7 @@ def start(out: Path, log: Path, mode: str, k: int) -> int:
 
 
 def wait(pid: int, seconds: float) -> int:
-    """Kill a process after this time, if it still runs. Returns its exit status, negative for a signal."""
+    """Kill a process after this time if it still runs. Returns its exit status, which is negative for a signal."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -113,7 +113,7 @@ def wait(pid: int, seconds: float) -> int:
 
 
 def contents(out: Path) -> dict[str, object]:
-    """Everything in the folder of a run that must not depend on interruptions, by file."""
+    """Everything in an out-dir that must not depend on interruptions, by file."""
     found: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -143,7 +143,7 @@ def undated(page: str) -> str:
 
 
 def kill_one_run(draw: random.Random, folder: Path, run: int, most: int) -> tuple[Path, Counter, str]:
-    """A run that is killed up to `most` times. Returns its folder, the kills by mode, and what failed."""
+    """A run that is killed up to `most` times. Returns its folder, the kills by mode, and an error message."""
     out, log, kills = folder / f"run{run:03}", folder / f"run{run:03}.txt", Counter[str]()
     for _ in range(most):
         mode = draw.choice(MODES)
@@ -178,7 +178,7 @@ def kill_processes(kills: int, runs: int, seed: int, folder: Path) -> None:
             raise SystemExit(f"FAILED: {failed or f'other contents: {differing}'}\nkept in {kept}, --seed {seed}")
         shutil.rmtree(out)
     listed = ", ".join(f"{count} {mode}" for mode, count in sorted(done.items()))
-    print(f"{run} runs, {done.total()} kills ({listed}): each ended in the bytes of the undisturbed run")
+    print(f"{run} runs, {done.total()} kills ({listed}): each ended with the same bytes as the undisturbed run")
 
 
 # Ranks
@@ -187,7 +187,7 @@ def kill_processes(kills: int, runs: int, seed: int, folder: Path) -> None:
 def start_ranks(ranks: int, out: str, steps: int) -> subprocess.Popen:
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if mpirun is None:
-        raise SystemExit('kill.py: there is no mpirun; pip install -e ".[mpi]"')
+        raise SystemExit('kill.py: mpirun is not installed; pip install -e ".[mpi]"')
     env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     options = f"--batch-size 1 --block-size 64 --dropout 0.1 --max-iters {steps} --save-interval 3 --eval-interval 0"
     command = [mpirun, "--oversubscribe", "-n", str(ranks), sys.executable, "-c", RANK.format(root=str(ROOT))]
@@ -201,7 +201,7 @@ def start_ranks(ranks: int, out: str, steps: int) -> subprocess.Popen:
 
 
 def finish(job: subprocess.Popen, limit: float) -> str:
-    """The output of the job; a job that does not end is a failure."""
+    """The output of the job. A job that does not end is a failure."""
     try:
         return job.communicate(timeout=limit)[1].decode()
     except subprocess.TimeoutExpired:
@@ -210,7 +210,7 @@ def finish(job: subprocess.Popen, limit: float) -> str:
 
 
 def outlived(pids: list[int]) -> list[int]:
-    """Which of these processes still run five seconds after their mpirun has ended."""
+    """The processes that are still running five seconds after their mpirun has ended."""
     end = time.monotonic() + 5
     while pids and time.monotonic() < end:
         time.sleep(0.05)
@@ -233,7 +233,7 @@ def kill_a_rank(
     while job.poll() is None and (time.monotonic() - began < after or not file.exists()):
         time.sleep(0.005)
     if job.poll() is not None:
-        raise SystemExit("a run reached its last step before a rank could be killed; take more --steps")
+        raise SystemExit("a run reached its last step before a rank could be killed; use more --steps")
     pids = [int(path.read_text()) for path in Path().glob("pid-[0-9]*") if path.suffix == ""]
     os.kill(int(file.read_text()), signal.SIGKILL)
     killed = time.monotonic()
@@ -272,11 +272,11 @@ def kill_ranks(kills: int, ranks: int, steps: int, longest: float, seed: int, fo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, help="kills in all [default: 200, of ranks 50]")
-    parser.add_argument("--runs", type=int, default=60, help="runs over which they are spread, at least")
+    parser.add_argument("--kills", type=int, help="number of kills [default: 200, or 50 with --ranks]")
+    parser.add_argument("--runs", type=int, default=60, help="minimum number of runs")
     parser.add_argument("--ranks", type=int, default=1, help="ranks per run")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of a run of several ranks")
-    parser.add_argument("--longest", type=float, default=8.0, help="seconds after which a rank is killed at the latest")
+    parser.add_argument("--steps", type=int, default=2000, help="steps per run with several ranks")
+    parser.add_argument("--longest", type=float, default=8.0, help="maximum number of seconds before a rank is killed")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What two ranks with one core each make of what one rank makes of the two cores: python tests/benchmarks/mpi.py
+"""The speed of two ranks with one core each, relative to one rank with both cores: python tests/benchmarks/mpi.py
 
 Trains GPT-2 124M on T = 512 tokens a sequence, one sequence a micro-step, with as many tokens a step on one rank as on
 two: four micro-steps per rank, the same with the moments shared out (--zero), and a single micro-step per rank. The

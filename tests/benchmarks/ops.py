@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository
 
 from tests.benchmarks.alternate import Contender, Tasks, Work, command, parser, positive, report, timed, versions
 
-RATE = 0.1  # of dropout
-LEAST = 0.1  # seconds that an operation is repeated for in a turn
+RATE = 0.1  # dropout rate
+LEAST = 0.1  # minimum seconds for which an operation is repeated per turn
 
 
 def works(T: int, C: int, V: int) -> dict[str, Work]:
-    """FLOPs of what multiplies matrices, and of everything else the bytes that must be read and written."""
+    """FLOPs for operations with matrix products, and for all others the bytes that must be read and written."""
     linear, attention, narrow, wide, table = 8 * T * C * C, 2 * T * T * C, 4 * T * C, 16 * T * C, 4 * V * C
     return {
         "linear forward": Work(flops=linear),
@@ -40,7 +40,7 @@ def works(T: int, C: int, V: int) -> dict[str, Work]:
 
 
 def arrays(T: int, C: int, V: int) -> dict[str, Any]:
-    """The operands by name, the same for all."""
+    """The operands by name, the same for all programs."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def arrays(T: int, C: int, V: int) -> dict[str, Any]:
 
 
 def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tasks:
-    """This project's kernels; kernels="reference" takes reference.py on NumPy."""
+    """This project's kernels; kernels="reference" uses reference.py on NumPy."""
     if kernels is not None:
         os.environ["TINYGRAD2_KERNELS"] = kernels
     import numpy as np
@@ -100,14 +100,14 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
 
 
 def ready(functions: dict[str, Callable[[], Any]]) -> Tasks:
-    """The tasks, each done once."""
+    """The tasks; each runs once."""
     for function in functions.values():
         function()
     return {name: timed(function) for name, function in functions.items()}
 
 
 def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
-    """PyTorch's: only autograd's backward pass, on a retained graph."""
+    """PyTorch's operations; backward is only autograd's backward pass, on a retained graph."""
     import torch
     from torch.nn import functional
 
@@ -116,7 +116,7 @@ def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
     for name in ("x", "wide", "qkv", "gain", "bias", "wide_bias", "weight", "wte"):
         a[name].requires_grad_()
     x, wte = a["x"], a["wte"]
-    weight = a["weight"].detach().T.contiguous().requires_grad_()  # (out, in), as nn.Linear keeps it
+    weight = a["weight"].detach().T.contiguous().requires_grad_()  # (out, in), as in nn.Linear
     wte.grad = a["dwte"]
     optimizer = torch.optim.AdamW([wte], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 

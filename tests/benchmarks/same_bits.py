@@ -1,4 +1,4 @@
-"""Does this tree compute the same bits as another commit? `python tests/benchmarks/same_bits.py [--commit REVISION]`
+"""Check that this tree is bit-identical to another commit: `python tests/benchmarks/same_bits.py [--commit REVISION]`
 
 Both train `nano` for 40 steps with dropout on the same data: in float32, in float64, with --recompute block, on 2
 ranks, and on 2 ranks with --zero. Compared are the step, loss, lr, grad_norm and tokens of every row of log.jsonl, and
@@ -27,7 +27,7 @@ FIELDS = ("step", "loss", "lr", "grad_norm", "tokens")
 OPTIONS = ["--dropout", "0.1", "--max-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "2",
            "--save-interval", "20", "--log-interval", "20", "--keep", "9", "--device", "cpu",
            "--warmup-iters", "100"]  # fmt: skip
-TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (their defaults were other ones in earlier versions)
+TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (the defaults differed in earlier versions)
 CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
     "float32": (1, []),
     "float64": (1, ["--dtype", "float64"]),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
 
 
 def train(tree: Path, out: Path, ranks: int, options: list[str]) -> None:
-    """Run train.py of a tree; exits if it fails."""
+    """Run a tree's train.py; exits if it fails."""
     command = [sys.executable, "train.py", "--out-dir", str(out), *OPTIONS, *options]
     if ranks > 1:
         mpirun = str(Path(sys.executable).with_name("mpirun"))
@@ -78,7 +78,7 @@ def difference(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="HEAD", help="the commit to compare with [%(default)s]")
-    parser.add_argument("--only", choices=[*CASES, "resume"], nargs="*", help="these cases only")
+    parser.add_argument("--only", choices=[*CASES, "resume"], nargs="*", help="only these cases")
     parser.add_argument("--zero-tolerance", type=float, default=0.0, help="relative, for --zero [%(default)s]")
     options = parser.parse_args()
     failed = 0

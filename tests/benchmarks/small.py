@@ -1,4 +1,4 @@
-"""Small work on the CPU, beside PyTorch's eager mode: python tests/benchmarks/small.py [--json FILE]
+"""Small models on the CPU, compared with PyTorch's eager mode: python tests/benchmarks/small.py [--json FILE]
 
 Steps so small that the time is that of the calls, not of the arithmetic; forward, loss, backward and optimizer, in
 float32, in alternation:
@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository
 
 from tests.benchmarks.alternate import Contender, Tasks, Work, command, parser, report, timed, versions
 
-SIZES, BATCH = (2, 64, 64, 3), 128  # of the MLP
-STEPS, SEQUENCES, WIDTH = 8, 32, 32  # of the GRU
-LEAST = 0.2  # seconds that a step is repeated for in a turn
+SIZES, BATCH = (2, 64, 64, 3), 128  # the MLP
+STEPS, SEQUENCES, WIDTH = 8, 32, 32  # the GRU
+LEAST = 0.2  # minimum seconds for which a step is repeated per turn
 TASKS = ("MLP, SGD", "MLP, AdamW", "GRU, SGD")
 
 
@@ -41,7 +41,7 @@ def sequences() -> Any:
 
 
 def gru_weights() -> list[Any]:
-    """Of each gate: the matrix of the input, that of the state, and the bias."""
+    """For each gate: the input matrix, the state matrix, and the bias."""
     import numpy as np
 
     generator = np.random.default_rng(2)
@@ -50,7 +50,7 @@ def gru_weights() -> list[Any]:
 
 
 def gru_loss(library: Any, parameters: Sequence[Any], x: Any) -> Any:
-    """The mean square of the last state; `library` has sigmoid and tanh, `parameters` are those of gru_weights."""
+    """The mean square of the last state. `library` has sigmoid and tanh; `parameters` come from gru_weights."""
     update, reset, new = (parameters[i : i + 3] for i in (0, 3, 6))
 
     def gate(part: Sequence[Any], inputs: Any, state: Any) -> Any:
@@ -64,7 +64,7 @@ def gru_loss(library: Any, parameters: Sequence[Any], x: Any) -> Any:
 
 
 def step_of(loss: Callable[[], Any], optimizer: Any) -> Callable[[], float]:
-    """One step of training; returns the loss before it."""
+    """One training step; returns the loss before the update."""
 
     def step() -> float:
         optimizer.zero_grad()
@@ -127,7 +127,7 @@ def torch_steps() -> dict[str, Callable[[], float]]:
 
 
 def ready(steps: dict[str, Callable[[], float]]) -> Tasks:
-    """The steps as tasks, after some that compile and allocate what later ones use again."""
+    """The steps as tasks, after a warm-up that compiles and allocates memory."""
     for step in steps.values():
         for _ in range(20):
             step()

@@ -1,4 +1,4 @@
-"""The alternation and its arithmetic, that the peers compute the same, and a tiny run of each benchmark."""
+"""The alternation and its arithmetic, equal results of the peers, and a tiny run of each benchmark."""
 
 import datetime
 import json
@@ -25,7 +25,7 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(alternate, "BUFFER", 1 << 20)
 
 
-# Contenders of the tests; they are imported by the processes that they run in.
+# Contenders for the tests, imported by the processes in which they run.
 
 
 def leaves_its_name(name, path):
@@ -66,7 +66,7 @@ def test_results_of_another_process_are_returned():
 
 
 def figures():
-    """Of two rounds, in which the second product is the faster, and memory is read at 20 and copied at 40 bytes/s."""
+    """Two rounds, in which the second product is faster, and memory is read at 20 and copied at 40 bytes/s."""
     work = {"step": Work(tokens=10, flops=300), "copying": Work(read=10, written=10)}
     machine = dict(zip(alternate.MACHINE, (*[Work(flops=200)] * 3, Work(read=20), Work(20, 0, 20, 20)), strict=True))
     contenders = [
@@ -92,7 +92,7 @@ def test_figures():
     assert step["share_of_bfloat16"] == pytest.approx(200 / 800)
     assert step["times_as_fast_as"] == {
         "slow": {"median": 2.5, "min": 2.0, "max": 3.0},
-        "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # of the one round that both have made
+        "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # from the only round that both completed
     }
     assert "times_as_fast_as" not in found["tasks"]["step"]["slow"]
     assert found["tasks"]["copying"]["ours"]["bytes_per_s"] == 20

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, and whether it would notice."""
+"""A short run of the fuzzer, and a check that it detects wrong readers."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ from tests.benchmarks import fuzz
 ROOT = Path(__file__).parents[2]
 
 if not sys.platform.startswith("linux"):
-    pytest.skip("limits memory as Linux does", allow_module_level=True)
+    pytest.skip("requires Linux's memory limits", allow_module_level=True)
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ CASES = {  # the behaviour of a reader, and the expected verdict
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    """run_cases with readers that do these things in their first case, a hang last."""
+    """run_cases with readers that do these things in their first case; the hang is last."""
     folder = tmp_path_factory.mktemp("originals")
     program = (
         "import os, socket, sys\nfrom pathlib import Path\nfrom tests.benchmarks import fuzz\n"

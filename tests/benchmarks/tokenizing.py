@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)  # instead of this folder, whose tokenize.py would be taken for Python's
+sys.path[0] = str(ROOT)  # instead of this folder
 
 import tiktoken  # noqa: E402
 
@@ -27,7 +27,7 @@ DOCUMENT_CHARS = 5000  # OpenWebText's mean
 
 
 def documents(size: int) -> list[str]:
-    """So many bytes of Python's documentation, repeated, as documents of about the size of a web page."""
+    """This many bytes of Python's documentation, repeated, as documents of about the size of a web page."""
     text = "\n\n".join(pydoc_corpus())
     pages = [text[i : i + DOCUMENT_CHARS] for i in range(0, len(text), DOCUMENT_CHARS)]
     return pages * (1 + size // len(text))
@@ -39,7 +39,7 @@ def main() -> int:
     cores = os.cpu_count() or 1
     encoding = tiktoken.get_encoding("gpt2")
     ours, theirs = [], []
-    print(f"{len(texts):,} documents, {megabytes:.1f} MB, {cores} threads; MB of text a second", flush=True)
+    print(f"{len(texts):,} documents, {megabytes:.1f} MB, {cores} threads; MB of text per second", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "texts.jsonl"
         with source.open("w", encoding="utf-8") as stream:

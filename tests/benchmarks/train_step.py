@@ -34,7 +34,7 @@ def random_tokens(vocab_size: int, batch: int, block: int) -> tuple[Any, Any]:
 
 
 def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
-    """A step as train.py makes it; returns the loss before it."""
+    """A step as in train.py; returns the loss before the update."""
     from tinygrad2 import optim
 
     optimizer = optim.AdamW(model, weight_decay=DECAY, **ADAMW)
@@ -62,13 +62,13 @@ def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str |
 
 
 def ready(step: Callable[[], float]) -> Tasks:
-    """The step as a task, after two that allocate what later ones use again."""
+    """The step as a task, after two warm-up steps that allocate memory."""
     step(), step()
     return {"step": timed(step)}
 
 
 def torch_model(config: Any) -> Any:
-    """GPT-2 in PyTorch's modules, its parameters in the order of ours (matrices of linear layers are transposed)."""
+    """GPT-2 with PyTorch's modules and its parameters in our order (matrices of linear layers are transposed)."""
     import torch
     from torch import nn
     from torch.nn import functional

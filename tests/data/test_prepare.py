@@ -686,7 +686,7 @@ BAD = [  # files by name, arguments, what the line says
 
 
 @pytest.mark.parametrize(("files", "arguments", "message"), BAD, ids=[message[:40] for *_, message in BAD])
-def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, message):
+def test_errors_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name, data in files.items():
         Path(name).parent.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ SIZES = {"vocab_size": 29, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_hea
 
 @pytest.fixture
 def one_blas_thread():
-    """The matrices are small, and other tests may be running on the other cores."""
+    """Limit BLAS to one thread: the matrices are small, and other tests may use the other cores."""
     with threadpool_limits(1):
         yield
 
@@ -138,11 +138,11 @@ def test_shapes_that_add_does_not_broadcast_are_rejected():
         one_file.add(Tensor(np.ones((2, 1))), Tensor(np.ones((1, 2))))
 
 
-# Beside the engine.
+# Comparison with the engine.
 
 
 def twins(dtype, config=None, seed=1):
-    """The same model in the engine and in the file: that of a config, with random values everywhere, or checkpoint/."""
+    """The same model in the engine and in the file: with a config and random values everywhere, or from checkpoint/."""
     if config is None:
         engine = GPT2.from_pretrained(CHECKPOINT, dtype=dtype)
     else:
@@ -183,7 +183,7 @@ def test_logits_loss_and_gradients_equal_the_engines(config):
     ("dtype", "bound"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
 )
 def test_ten_training_losses_equal_the_engines(dtype, bound):
-    """From checkpoint/, on the same batches, with AdamW, clipping and the schedule."""
+    """Starting from checkpoint/, on the same batches, with AdamW, clipping and the schedule."""
     engine, model = twins(dtype)
     ids = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8)
     theirs, ours = optim.AdamW(engine, betas=(0.9, 0.95), weight_decay=0.1), one_file.AdamW(model.parameters)
@@ -199,7 +199,7 @@ def test_ten_training_losses_equal_the_engines(dtype, bound):
         theirs.zero_grad()
         losses.append(expected.item())
         assert one_file.train_step(model, ours, tokens, targets, lr) == pytest.approx(losses[-1], rel=bound)
-    assert losses[9] < losses[1] - 0.5  # of the same batch
+    assert losses[9] < losses[1] - 0.5  # on the same batch
     assert all(p.data.dtype == dtype for p in model.parameters.values())
 
 
@@ -240,7 +240,7 @@ def saved(tmp_path):
     return tmp_path / "model", model
 
 
-def test_it_reads_what_it_wrote(saved):
+def test_it_reads_its_own_files(saved):
     folder, model = saved
     read = one_file.load(folder)
     assert read.config == model.config
@@ -248,7 +248,7 @@ def test_it_reads_what_it_wrote(saved):
         np.testing.assert_array_equal(read.parameters[name].data, parameter.data)
 
 
-def test_the_engine_loads_what_it_wrote(saved):
+def test_the_engine_loads_its_files(saved):
     folder, model = saved
     engine, ids = GPT2.from_pretrained(folder), np.arange(32).reshape(2, 16)
     assert engine.config.embd_pdrop == engine.config.attn_pdrop == engine.config.resid_pdrop == 0
@@ -261,7 +261,7 @@ def test_the_engine_loads_what_it_wrote(saved):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_transformers_loads_what_it_wrote(saved):
+def test_transformers_loads_its_files(saved):
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""examples/llama.py, and its model beside that of transformers."""
+"""examples/llama.py, and its model compared with transformers' model."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_llama_trains_beside_gpt2(run, losses, prepared_text):
     for name in ("Llama: 832,768", "GPT-2: 834,432"):
         found = losses(printed.split(name)[1])
         assert found[0] == pytest.approx(np.log(257), abs=0.6)
-        assert found[5] < 4  # the sixth report of this model
+        assert found[5] < 4  # the sixth report for this model
     last = re.search(r"validation loss after 12 steps: Llama (\S+), GPT-2 (\S+) nats per byte", printed).groups()
     assert all(float(loss) < 4 for loss in last)
 
@@ -66,8 +66,8 @@ def test_llama_generates_beyond_its_context():
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_llama_is_that_of_transformers(tmp_path):
-    """Logits and gradients, with the weights under transformers' names."""
+def test_llama_equals_transformers(tmp_path):
+    """Compare logits and gradients, after loading the weights under transformers' names."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""examples/name_gru.py, and its network beside PyTorch's."""
+"""examples/name_gru.py, and its network compared with PyTorch's."""
 
 import re
 

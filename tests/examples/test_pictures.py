@@ -1,4 +1,4 @@
-"""What every script in examples/ that draws a picture has in common."""
+"""Tests for all scripts in examples/ that save a plot."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ SCRIPTS = ("spiral_mlp", "name_gru", "seq2seq_attention", "llama")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_matplotlib_it_says_so_and_ends_well(name, run, prepared_text, tmp_path):
     printed = run(name, "--steps", 1, *(("--data", prepared_text) if name == "llama" else ()))
-    assert printed.splitlines()[-1] == ('no picture: it needs matplotlib; install it with pip install -e ".[examples]"')
+    assert printed.splitlines()[-1] == ('no plot: matplotlib is not installed; pip install -e ".[examples]"')
     assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.slow
 @pytest.mark.extras("matplotlib")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_it_draws(name, run, prepared_text, tmp_path):
+def test_it_saves_a_plot(name, run, prepared_text, tmp_path):
     data = ("--data", prepared_text) if name == "llama" else ()
     printed = run(name, "--steps", 6, "--picture", "made.png", *data, pictures=True)
     assert printed.splitlines()[-1] == "picture: made.png"

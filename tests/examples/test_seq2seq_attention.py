@@ -12,7 +12,7 @@ from tinygrad2 import no_grad
 @pytest.mark.slow
 def test_seq2seq_attention_learns(run, losses):
     printed = run("seq2seq_attention", "--steps", 40)
-    assert losses(printed)[-1] < 2.0  # from 2.7; equal probabilities have 2.30
+    assert losses(printed)[-1] < 2.0  # from 2.7; uniform probabilities have 2.30
     assert re.search(r"correct: \d+\.\d% of 500 new inputs reversed, \d+\.\d% sorted", printed)
 
 
@@ -23,7 +23,7 @@ def test_seq2seq_attention_solves_both_tasks(run):
     assert all(float(share) > 90 for share in right)
 
 
-def test_batches_have_the_right_answers():
+def test_batches_have_correct_answers():
     inputs, outputs = seq2seq_attention.make_batch(4, np.random.default_rng(0))
     for (command, *digits), answer in zip(inputs.tolist(), outputs.tolist(), strict=True):
         assert answer == (digits[::-1] if command == seq2seq_attention.REVERSE else sorted(digits))

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium: one that is installed, or Playwright's own."""
+    """A headless Chromium: the installed one, or Playwright's."""
     from playwright import sync_api as api
 
     names = ("chromium", "chromium-browser", "google-chrome")

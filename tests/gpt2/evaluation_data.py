@@ -1,4 +1,4 @@
-"""What evaluation is tested on: a small model, data sets of two tokenizers, and files of both tasks."""
+"""Data for tests of evaluation: a small model, data sets with two tokenizers, and files for both tasks."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ def make_model(vocab_size, seed: int | None = 1):
 
 
 def make_folder(folder):
-    """Write a model, data sets of two tokenizers, and files of both tasks into the folder, and return it."""
+    """Write a model, data sets with two tokenizers, and files for both tasks into the folder. Returns the folder."""
     lines = (json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n"))
     (folder / "text.jsonl").write_text("".join(lines))
     prepare([str(folder / "text.jsonl")], "bytes", folder / "data" / "text", val_fraction=0.3)

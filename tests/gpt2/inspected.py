@@ -1,4 +1,4 @@
-"""A small model that the tests of the inspector look into, and what is on a page."""
+"""A small model for the tests of the inspector, and the data in a page."""
 
 import json
 import re
@@ -10,7 +10,7 @@ TEXT = "to be, or not to be"
 
 
 def made(config=CONFIG, scale=8.0, seed=1):
-    """A model whose attention is not almost even."""
+    """A model whose attention is far from uniform."""
     model = GPT2(config, seed=seed)
     for _, parameter in model.named_parameters():
         if parameter.ndim == 2:

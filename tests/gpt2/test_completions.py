@@ -56,7 +56,7 @@ def answer_of(model, **values):
 # Requests ------------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_the_api():
+def test_defaults_are_the_apis():
     request = parse(prompt="ab")
     assert (request.prompts, request.max_tokens, request.n, request.temperature) == ([[97, 98]], 16, 1, 1.0)
     assert (request.top_k, request.top_p, request.stop, request.logprobs) == (None, None, [], None)
@@ -117,7 +117,7 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("temprature", 1, "'temprature' is not a field of this request"),
     ],
 )
-def test_what_is_wrong_is_named(field, value, message):
+def test_an_invalid_field_is_named(field, value, message):
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
     assert str(caught.value).startswith(message)
@@ -146,7 +146,7 @@ def test_a_body_that_is_not_a_json_object(body):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 5}])
-def test_the_text_is_that_of_the_command_line(model, sampling):
+def test_the_text_is_the_same_as_on_the_command_line(model, sampling):
     expected = ["", ""]
     for i, piece in stream_text(model, BYTES, [97, 98], 50, samples=2, stop=["zz"], **sampling):
         expected[i] += piece
@@ -164,7 +164,7 @@ def test_several_prompts_are_numbered_one_after_the_other(model):
         assert [choice["text"] for choice in alone] == [choice["text"] for choice in both[2 * i : 2 * i + 2]]
 
 
-def test_an_interrupted_text_is_continued_as_if_it_were_not(model):
+def test_an_interrupted_text_continues_unchanged(model):
     whole = list(pieces(model, BYTES, parse(prompt="ab", max_tokens=20, seed=3, logprobs=0)))
     ids = [token.id for piece in whole if piece for token in piece.tokens]
     assert len(ids) == 20
@@ -206,7 +206,7 @@ def test_a_prompt_alone_is_scored(model):
 
 
 def fed(ids, stop=(), last=None):
-    """The pieces of a choice that is given these tokens."""
+    """The pieces of a choice for these tokens."""
     choice = Choice(0, TextPieces(BYTES, BYTES.end_ids, stop), BYTES.end_ids)
     return [choice.add(TokenInfo(i, 0), last=at == last) for at, i in enumerate(ids)]
 
@@ -227,7 +227,7 @@ def test_a_stop_string_and_its_tokens_are_left_out():
     assert [piece.finish for piece in found][-1] == "stop"
 
 
-def test_end_of_text_is_beside_the_text():
+def test_end_of_text_is_not_part_of_the_text():
     a, end = fed([97, BYTES.end_of_text])
     assert (a.text, end.text, end.tokens, end.finish, end.ending.id) == ("a", "", [], "stop", BYTES.end_of_text)
 
@@ -260,7 +260,7 @@ def worker():
     worker.stop()
 
 
-def test_jobs_take_turns(worker):
+def test_jobs_run_in_turn(worker):
     order, entered, both = [], threading.Event(), threading.Event()
 
     def steps(name):
@@ -293,7 +293,7 @@ def endless(entered, go):
     return start
 
 
-def test_a_cancelled_job_takes_no_further_step(worker):
+def test_a_cancelled_job_runs_no_more_steps(worker):
     entered, go, closed = threading.Event(), threading.Event(), threading.Event()
     counted = []
 
@@ -320,12 +320,12 @@ def test_a_cancelled_job_takes_no_further_step(worker):
     assert worker.load() == (0, 0)
 
 
-def test_too_many_jobs_are_refused_and_cancelled_ones_do_not_count(worker):
+def test_too_many_jobs_are_rejected_and_cancelled_jobs_do_not_count(worker):
     entered, go = [threading.Event(), threading.Event()], threading.Event()
     first = [worker.submit(endless(event, go), lambda result: None) for event in entered[:1]]
     assert entered[0].wait(timeout=10)
     waiting = [worker.submit(lambda: iter(()), lambda result: None) for _ in range(3)]
-    with pytest.raises(RequestError, match="3 requests are waiting already") as caught:
+    with pytest.raises(RequestError, match="3 requests are already waiting") as caught:
         worker.submit(lambda: iter(()), lambda result: None)
     assert caught.value.status == 429
     assert caught.value.describe()["error"]["type"] == "rate_limit_error"

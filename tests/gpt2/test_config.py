@@ -100,7 +100,7 @@ def test_memory_to_generate_counts_the_cache_and_the_prompt(prompt, more, tokens
 
 
 @pytest.mark.parametrize("ends", [None, 3, (3, 5)])
-def test_begin_and_end_ids_are_written_as_they_are(ends):
+def test_begin_and_end_ids_are_written_unchanged(ends):
     values = GPT2Config(vocab_size=7, bos_token_id=2, eos_token_id=ends).to_dict()
     assert values["eos_token_id"] == (list(ends) if isinstance(ends, tuple) else ends)
     assert "generation_config" not in values

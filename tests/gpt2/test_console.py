@@ -1,4 +1,4 @@
-"""gpt2/console.py: how a command starts and ends: Ctrl-C, closed pipes, and terminals without all characters."""
+"""gpt2/console.py: how commands start and end: Ctrl-C, closed pipes, and terminals with limited encodings."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def handler():
-    """What SIGINT does is restored afterwards; a process that a test starts has the default."""
+    """Restores the SIGINT handler after a test; processes started by tests get the default."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -38,7 +38,7 @@ def test_main_receives_keyboard_interrupt(handler):
     assert signal.getsignal(signal.SIGINT) is ending
 
 
-def test_a_terminal_without_all_characters_is_not_an_error(tmp_path):
+def test_a_terminal_with_a_limited_encoding_is_not_an_error(tmp_path):
     (tmp_path / "café.txt").write_text("text " * 20)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     program = [sys.executable, ROOT / "data" / "prepare.py", "café.txt", "--tokenizer", "bytes", "--out", "café"]
@@ -105,7 +105,7 @@ def test_a_bug_keeps_its_traceback():
         raising(TypeError("ours"))([])
 
 
-def test_ranks_report_errors_in_their_own_way():
+def test_a_command_can_replace_the_error_function():
     said = []
 
     def fail(line, status):
@@ -174,7 +174,7 @@ def test_wrapping_keeps_the_words_and_fits_the_width(width, indent):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_text_in_pieces_is_wrapped_as_the_whole(size):
+def test_text_in_pieces_is_wrapped_like_the_whole_text(size):
     pieces = []
     wrapper = console.Wrapper(pieces.append, 24)
     for start in range(0, len(TEXT), size):
@@ -183,7 +183,7 @@ def test_text_in_pieces_is_wrapped_as_the_whole(size):
     assert "".join(pieces) == console.wrapped(TEXT, 24)
 
 
-def test_a_text_is_wrapped_on_a_terminal_only(monkeypatch):
+def test_text_is_wrapped_only_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     for screen, expected in (
         (Terminal(), "one two three four\nfive \\x1b\n"),

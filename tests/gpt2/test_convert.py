@@ -23,7 +23,7 @@ def model():
 
 
 def test_round_trips_are_equal_bit_by_bit(model, tmp_path):
-    """Each format into each, and back: six files from one."""
+    """Each format is converted to each format and back: six files from one."""
     model.save_pretrained(tmp_path / "start")
     for first in convert.FORMATS:
         convert.convert(tmp_path / "start", tmp_path / first, first)
@@ -38,7 +38,7 @@ def test_round_trips_are_equal_bit_by_bit(model, tmp_path):
         assert (tmp_path / folder / name).read_bytes() == (tmp_path / "start" / name).read_bytes()
 
 
-def test_a_config_survives_a_file_of_pytorch(tmp_path):
+def test_a_config_survives_a_pytorch_file(tmp_path):
     model = random_model(activation_function="gelu", layer_norm_epsilon=1e-6, attn_pdrop=0.3, initializer_range=0.1)
     model.save_pretrained(tmp_path / "start")
     convert.convert(tmp_path / "start", tmp_path / "model.pt", "pt")
@@ -47,7 +47,7 @@ def test_a_config_survives_a_file_of_pytorch(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["hf", "pt"])
-def test_values_of_two_bytes(dtype, form, model, tmp_path):
+def test_two_byte_values(dtype, form, model, tmp_path):
     model.save_pretrained(tmp_path / "start")
     convert.convert(tmp_path / "start", tmp_path / "half", form, dtype)
     found = values(GPT2.from_pretrained(tmp_path / "half"))
@@ -71,7 +71,7 @@ def test_the_command(model, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.pt", "c"]
 
 
-def test_mistakes_are_one_line_and_leave_no_file(model, tmp_path, capsys):
+def test_errors_are_one_line_and_leave_no_file(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "a")
     (tmp_path / "there.pt").write_text("mine")
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04")
@@ -149,7 +149,7 @@ def test_a_model_without_a_tokenizer_is_written_without(tmp_path, capsys):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_files):
-    """By way of both other formats to a folder: equal logits, equal greedy text, equal ids of a text."""
+    """Through both other formats to a folder: equal logits, equal greedy text, equal ids for a text."""
     import torch
     import transformers
 
@@ -206,7 +206,7 @@ def ids_of(folder):
     ],
 )
 def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
-    """By save_pretrained and by convert, through each format that has a place for them."""
+    """With save_pretrained and with convert, through each format that can store them."""
     model.save_pretrained(tmp_path / "a")
     write_ids(tmp_path / "a", config, generation)
     expected = config, generation or config
@@ -250,7 +250,7 @@ def test_nanogpts_form_of_gelu_is_reported(model, tmp_path, capsys):
     for activation, said in (("gelu_new", True), ("gelu", False)):
         random_model(activation_function=activation).save_pretrained(tmp_path / activation)
         run(tmp_path / activation, tmp_path / f"{activation}.pt", "--to", "pt")
-        assert ("nanoGPT computes GELU's exact form" in capsys.readouterr().err) == said
+        assert ("nanoGPT computes the exact form of GELU" in capsys.readouterr().err) == said
     x = np.linspace(-8, 8, 100_001)
     exact = x * np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
     tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

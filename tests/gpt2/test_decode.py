@@ -30,7 +30,7 @@ def device(cublaslt):
 
 
 def model_of(config=CONFIG, dtype="float32", device="cuda"):
-    """Weights and biases that all matter."""
+    """A model in which all weights and biases matter."""
     model = GPT2(config, device=device, dtype=dtype)
     R = np.random.default_rng(0)
     for name, p in model.named_parameters():
@@ -97,7 +97,7 @@ def test_other_sizes(device, config):
 
 
 def limited(monkeypatch, model, **changes):
-    """The model's GPU has these limits."""
+    """Give the model's GPU these limits."""
     limits = model.backend.cuda.limits()._replace(**changes)
     monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
 
@@ -159,7 +159,7 @@ def test_every_schedule_gives_the_same_bits(device, monkeypatch):
 
 
 @pytest.mark.slow
-def test_generating_with_it_gives_the_same_texts(device):
+def test_generation_with_it_gives_the_same_texts(device):
     sampling = {"samples": 3, "temperature": 0.8, "seed": 3}
     texts = model_of().generate([5, 9, 2], 15, **sampling)
     assert texts == model_of(device="cpu").generate([5, 9, 2], 15, **sampling)
@@ -169,11 +169,11 @@ def test_generating_with_it_gives_the_same_texts(device):
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_greedy_tokens_equal_the_cpus(device, monkeypatch, samples, capability):
-    """Chosen on the device, beyond the context too (32 tokens), and among the first ones where a model is padded."""
+    """Chosen on the device, also beyond the context (32 tokens), and only among the first ids of a padded model."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
     limited(monkeypatch, model, processors=24, capability=capability)
-    positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that the text moves on
+    positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that the text keeps changing
     for of in (model, there):
         of.wpe.weight.data = of.backend.asarray(positions)
     for vocab_size in (None, 60):
@@ -200,7 +200,7 @@ def test_the_next_launch_does_not_wait_for_the_host(device):
     device.finish()  # pending copies are written to memory that has not been freed
 
 
-def test_of_equal_logits_the_first_token_is_chosen(device):
+def test_among_equal_logits_the_first_token_is_chosen(device):
     model = model_of()
     model.wte.weight.data[...] = model.backend.asarray(np.zeros((101, 96), np.float32))
     np.testing.assert_array_equal([*generate(model, [5, 9, 2], 4, temperature=0)], np.zeros((4, 1)))
@@ -290,21 +290,21 @@ def test_a_token_or_position_out_of_range_is_rejected(device):
 
 
 FAULTS = {
-    "a token does not see itself": ("attend", "if (i > position) continue;", "if (i >= position) continue;"),
+    "a token does not attend to itself": ("attend", "if (i > position) continue;", "if (i >= position) continue;"),
     "all blocks have the keys of the first": ("attend", "int i = rank() + (start", "int i = (start"),
     "a key is stored at another position": (
         "attend", "(size_t)position * D + i % D", "(size_t)(position / 2) * D + i % D"
     ),
     "weights are not waited for": ("product", "cp_async_wait<PREFETCH - PART>", "cp_async_wait<PREFETCH - PART + 1>"),
-    "inputs begin elsewhere": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
-    "rows have the stride of a part": (
+    "inputs begin at another column": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
+    "rows have the wrong stride": (
         "Traversal", "stride(at_once(matrix) * outputs", "stride(at_once(matrix) * columns"
     ),
     "a cluster without heads is waited for": ("decode", "receive_sum<ATTENTION_CLUSTERS>", "receive_sum<CLUSTERS>"),
     "the squares are those of one block": ("layernorm", "of[2 * r + 1]", "of[1]"),
     "blocks that may not have begun": ("decode", "cluster_barrier<RANKS>();", ""),
     "the messages of the half before the last": ("decode", "entry, B * C, tag - 1));", "entry, B * C, tag - 2));"),
-    "shared memory holds a message at first": ("decode", "(Message)(tag - 1) << 32;", "mailbox[i];"),
+    "shared memory is not cleared": ("decode", "(Message)(tag - 1) << 32;", "mailbox[i];"),
     "halves share their results": ("decode", "half % 4 * CLUSTERS", "half % 4 * 0"),
 }  # fmt: skip
 BARRIERS = {
@@ -320,7 +320,7 @@ BARRIERS = {
 
 def test_every_barrier_is_among_the_faults():
     text = cuda.source(SOURCE)
-    own = text[text.index("struct Layer {") :]  # not those of the headers
+    own = text[text.index("struct Layer {") :]  # without the headers
     assert own.count("__syncthreads();") == sum(BARRIERS.values())
 
 
@@ -341,7 +341,7 @@ def test_planted_faults_are_caught(device, monkeypatch, fault):
     monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # at first shared memory holds the tag 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
     text = [*generate(there, [5], 3, samples=2, temperature=0)]
-    # Two heads a cluster; or a cluster with none; or two blocks with all, which takes several steps.
+    # Two heads per cluster, or a cluster without heads, or two blocks with all heads, in several steps.
     runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:
         limited(monkeypatch, model, processors=processors)

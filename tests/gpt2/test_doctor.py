@@ -1,4 +1,4 @@
-"""gpt2/doctor.py on this machine and with planted faults: each fault is reported with its remedy, and none stops the
+"""gpt2/doctor.py on this machine and with planted faults: each fault is reported with a remedy, and none stops the
 doctor."""
 
 import ast
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def answers(monkeypatch):
-    """answers(NAME=answer, ...): the answers of other processes, by the name of the code that they run."""
+    """answers(NAME=answer, ...): sets the results of other processes, by the name of the code that they run."""
 
     def plant(**said):
         codes = {getattr(doctor, name): answer for name, answer in said.items()}
@@ -31,7 +31,7 @@ def answers(monkeypatch):
 
 
 def stand_in(folder, name, text):
-    """A module that is found before the installed one."""
+    """Write a module that is found before the installed one."""
     (folder / f"{name}.py").write_text(text)
 
 
@@ -68,7 +68,7 @@ def test_a_probe_that_raises_exits_or_hangs_is_a_finding():
         ("import sys; sys.exit(4)", "exited with status 4"),
     ],
 )
-def test_the_error_of_another_process_is_one_line(code, reason):
+def test_an_error_in_another_process_is_one_line(code, reason):
     assert doctor.ask(code, seconds=1) == {"error": reason}
 
 
@@ -89,7 +89,7 @@ def test_this_machine_can_train(capsys, gpt2_files, monkeypatch):
     assert remedies == sum(verdict != OK for verdict in verdicts.values())
 
 
-def test_what_is_needed_decides_the_exit_status(capsys, monkeypatch):
+def test_only_needed_parts_change_the_exit_status(capsys, monkeypatch):
     fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
     for finding, status, last in (
         (Finding(WRONG, "broken", "mend it"), 0, "to train on this machine: "),
@@ -128,7 +128,7 @@ def test_the_syntax_is_valid_in_old_pythons(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
-def test_it_runs_where_no_package_is_installed():
+def test_it_runs_without_any_package():
     command = [sys.executable, "-S", "-m", "gpt2.doctor"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=100)
@@ -210,8 +210,8 @@ def test_a_blas_limited_to_one_thread_is_detected(monkeypatch):
 @pytest.mark.parametrize(
     ("said", "verdict", "text"),
     [
-        ({"speed": 1e9, "libraries": []}, WRONG, "NumPy has no optimised BLAS library: 1 GFLOP/s"),
-        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library unknown to threadpoolctl"),
+        ({"speed": 1e9, "libraries": []}, WRONG, "NumPy has no optimized BLAS library: 1 GFLOP/s"),
+        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library that threadpoolctl does not know"),
         (
             {"speed": 9e11, "libraries": [], "mkl": "2026.2.0"},
             OK,
@@ -284,7 +284,7 @@ def test_the_cache_folder_of_compiled_kernels_is_checked(monkeypatch, tmp_path, 
     finding = doctor.probe_numba()
     assert (finding.verdict, finding.remedy) == (WRONG, "set NUMBA_CACHE_DIR to a writable folder")
     answers(KERNELS={"version": "0.68.1", "folder": "/x", "kept": 0, "compiled": 0})
-    assert "none of the kernels is in use" in doctor.probe_numba().text
+    assert "no kernel uses it" in doctor.probe_numba().text
 
 
 # Cores and memory ----------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             "CuPy (cupy-cuda13x) is installed",
             "needed for a GPU only",
         ),
-        ({"error": "no answer within 60 s"}, [], None, WRONG, "the driver fails: no answer", "nvidia-smi"),
+        ({"error": "no answer within 60 s"}, [], None, WRONG, "the NVIDIA driver fails: no answer", "nvidia-smi"),
         ({**DRIVER_13, "status": 999}, [], None, MISSING, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
         ({**DRIVER_13, "gpus": 0}, [], None, MISSING, "reports no GPU (status 0)", "nvidia-smi"),
         ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: too old", "CUDA 12 or 13"),
@@ -420,7 +420,7 @@ def test_an_mpirun_of_another_library_is_detected(launcher, action, text):
     assert finding.remedy == "use the mpirun of Open MPI v5.0.11"
 
 
-def test_the_mpirun_beside_python_comes_before_the_one_on_the_path(launcher, tmp_path):
+def test_the_mpirun_next_to_python_has_precedence_over_the_path(launcher, tmp_path):
     (tmp_path / "venv").mkdir()
     beside = tmp_path / "venv" / "mpirun"
     beside.write_text(LAUNCHER.format(action="echo 2; echo 2"))
@@ -446,7 +446,7 @@ def test_mpi_without_library_or_launcher(answers, monkeypatch, tmp_path):
 # Vocabulary, folders, disk -------------------------------------------------------------------------------------------
 
 
-def test_a_vocabulary_that_cannot_be_downloaded_is_missing(monkeypatch, tmp_path):
+def test_a_vocabulary_that_cannot_be_downloaded_is_reported_as_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -44,7 +44,10 @@ def test_command_line(user, tmp_path, capsys):
     assert (n, hellaswag["cut"]) == (7, 0)
     assert lambada["cut"] == 5  # 17 bytes are read before the word's last
     first, of_data, of_hellaswag, of_lambada = capsys.readouterr().out.splitlines()
-    assert first == f"model: {model.n_parameters():,} parameters, float32 on cpu"
+    assert first == (
+        f"model: {model.n_parameters():,} parameters, float32 on cpu; "
+        f"evaluating {data['tokens']:,} tokens, 7 items of hellaswag, 5 items of lambada ..."
+    )
     assert of_data.startswith(f"data/text val: {data['tokens']:,} tokens in sequences of 16, loss {data['loss']:.4f} ")
     assert of_data.endswith(f"{data['bits_per_byte']:.4f} bits per byte")
     error = math.sqrt(accuracy * (1 - accuracy) / 7)
@@ -94,7 +97,7 @@ def test_weights_in_bfloat16_are_rejected_on_a_device_before_anything_is_measure
         assert evaluate.main(["model", "--data", "text", "--device", "cuda", "--dtype", "bfloat16"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    reason = "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference leaves out"
+    reason = "bfloat16 needs the CUDA kernels, which TINYGRAD2_KERNELS=reference disables"
     assert printed.err == f"gpt2.evaluate: error: --dtype {reason}\n"
 
 
@@ -124,14 +127,14 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
 
     monkeypatch.setattr(GPT2, "loss", too_much)
     assert evaluate.main(["model", "--data", "text", "--batch-size", "9"]) == 1
-    assert capsys.readouterr().err == "gpt2.evaluate: error: out of memory; use a smaller --batch-size than 9\n"
+    assert capsys.readouterr().err == "gpt2.evaluate: error: out of memory; use a --batch-size below 9\n"
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         ([], 2, "required: CHECKPOINT"),
-        (["model"], 2, "nothing to evaluate: give --data NAME, --hellaswag, --lambada"),
+        (["model"], 2, "nothing to evaluate; pass --data NAME, --hellaswag, --lambada"),
         (["model", "--data", "text", "--batches", "0"], 2, "--batches is 0; expected 1 or more"),
         (["model", "--data", "text", "--json", "no/such/f.json"], 2, "the folder no/such/ does not exist"),
         (["model", "--dat", "text"], 2, "unknown option --dat; did you mean --data?"),
@@ -143,7 +146,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         (["model", "--lambada", "none.jsonl"], 1, "none.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(options, code, said, user, capsys):
+def test_errors_are_one_line(options, code, said, user, capsys):
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(evaluate.main(options))
     assert stop.value.code == code

@@ -39,7 +39,7 @@ def array():
 
 
 FILES = {
-    "pointer.safetensors": (POINTER, "a pointer of Git LFS, not the file itself; fetch the file: git lfs install"),
+    "pointer.safetensors": (POINTER, "a Git LFS pointer, not the file itself; fetch the file with git lfs install"),
     "page.bin": (b"\n <!DOCTYPE html><html>", "an HTML page"),
     "page.pt": (b"\xef\xbb\xbf<html lang='en'>", "an HTML page"),
     "error.pt": (b"<?xml version='1.0'?><Error>", "an XML document"),
@@ -51,25 +51,25 @@ FILES = {
     "__0_0.distcp": (bytes(64), "a part of a distributed checkpoint of PyTorch (FSDP); merge its parts: "),
     "model.safetensors.incomplete": (bytes(64), "an unfinished download; download it again"),
     "gpt2.llamafile": (b"MZqFpD", "a llamafile of llama.cpp"),
-    "model.gguf": (b"GGUF\x03\0\0\0", "a GGUF file of llama.cpp"),
-    "model.bin": (b"lmgg" + bytes(60), "a GGML file of llama.cpp"),
+    "model.gguf": (b"GGUF\x03\0\0\0", "a llama.cpp GGUF file"),
+    "model.bin": (b"lmgg" + bytes(60), "a llama.cpp GGML file"),
     "model.onnx": (b"\x08\x07\x12\x07pytorch\x1a", "an ONNX model"),
     "renamed.pt": (b"\x08\x07\x12\x07pytorch\x1a", "an ONNX model"),
-    "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file of TensorFlow or Keras"),
-    "model.tflite": (b"\x1c\0\0\0TFL3", "a model of TensorFlow Lite"),
+    "tf_model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "a TensorFlow or Keras HDF5 file"),
+    "model.tflite": (b"\x1c\0\0\0TFL3", "a TensorFlow Lite model"),
     "model.ckpt.data-00000-of-00001": (bytes(64), "a part of a TensorFlow checkpoint"),
     "model.ckpt.index": (bytes(64), "a part of a TensorFlow checkpoint"),
-    "saved_model.pb": (bytes(64), "a SavedModel of TensorFlow"),
+    "saved_model.pb": (bytes(64), "a TensorFlow SavedModel"),
     "flax_model.msgpack": (b"\x82\xa6params", "a Flax model"),
     "a.npy": (array(), "a NumPy array"),
-    "a.npz": (archive(**{"a.npy": array()}), "an .npz archive of NumPy"),
+    "a.npz": (archive(**{"a.npy": array()}), "a NumPy .npz archive"),
     "a.tar": (tar(), "a tar archive; unpack it first"),
     "a.gz": (b"\x1f\x8b\x08" + bytes(9), "compressed with gzip; decompress it first"),
     "empty.safetensors": (b"", "an empty file"),
-    "lfs.zip": (archive(**{"m/pytorch_model.bin": POINTER}), "in which m/pytorch_model.bin is a pointer of Git LFS"),
+    "lfs.zip": (archive(**{"m/pytorch_model.bin": POINTER}), "in which m/pytorch_model.bin is a Git LFS pointer"),
     "whole.zip": (archive(**{"m/model.safetensors": bytes(99)}), "a zip archive with m/model.safetensors; unpack it"),
     "script.pt": (archive(**{"m/constants.pkl": b"", "m/data.pkl": b""}), "a TorchScript archive"),
-    "a.keras": (archive(**{"config.json": "{}", "model.weights.h5": b"x"}), "a model of Keras"),
+    "a.keras": (archive(**{"config.json": "{}", "model.weights.h5": b"x"}), "a Keras model"),
 }
 
 
@@ -112,10 +112,10 @@ FOLDERS = {
     "openai": ({"hparams.json": "{}", "model.ckpt.index": "x", "encoder.json": "{}"}, "a TensorFlow checkpoint"),
     "flax": ({"flax_model.msgpack": "x", "vocab.json": "{}"}, "flax_model.msgpack is a Flax model"),
     "onnx": ({"decoder_model.onnx": "x"}, "decoder_model.onnx is an ONNX model"),
-    "clone": ({"weights.safetensors": POINTER.decode()}, "weights.safetensors is a pointer of Git LFS"),
+    "clone": ({"weights.safetensors": POINTER.decode()}, "weights.safetensors is a Git LFS pointer"),
     "tokenizer": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "a folder with a tokenizer only"),
-    "inside": ({"sub/config.json": "{}"}, "a folder with a model in sub/; name "),
-    "cache": ({"snapshots/607a/config.json": "{}", "refs/main": "607a"}, "a folder of the Hugging Face cache; name "),
+    "inside": ({"sub/config.json": "{}"}, "a folder with a model in sub/; use "),
+    "cache": ({"snapshots/607a/config.json": "{}", "refs/main": "607a"}, "a folder of the Hugging Face cache; use "),
     "inside a folder": ({"onnx/model.onnx": "x"}, "a folder whose onnx/model.onnx is an ONNX model"),
     "deepspeed": ({"zero_to_fp32.py": "x", "global_step5/mp_rank_00_model_states.pt": "x"}, "of DeepSpeed; merge"),
     "fsdp": ({"pytorch_model_fsdp_0/__0_0.distcp": "x"}, "__0_0.distcp is a part of a distributed checkpoint"),
@@ -123,7 +123,7 @@ FOLDERS = {
     "state of a trainer": ({"optimizer.pt": "x", "scheduler.pt": "x"}, "optimizer.pt, the state of a trainer"),
     "lightning": ({"epoch=3-step=100.ckpt": "x"}, "a folder with epoch=3-step=100.ckpt; name "),
     "download": ({"model.safetensors.crdownload": "x"}, "model.safetensors.crdownload is an unfinished download"),
-    "other name": ({"gpt2.safetensors": "{", "optimizer.pt": "x"}, "a folder with gpt2.safetensors; name "),
+    "other name": ({"gpt2.safetensors": "{", "optimizer.pt": "x"}, "a folder with gpt2.safetensors; use "),
     "nothing": ({"readme.md": "x"}, ""),
 }
 
@@ -155,7 +155,7 @@ def test_a_truncated_file_is_named_as_one(tmp_path):
 
 
 def test_weights_without_a_config_are_found(tmp_path):
-    """Published sizes need none; for others the error says so."""
+    """Published sizes need no config; for other sizes the error says that it is missing."""
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     assert find_model(tmp_path, print) == tmp_path / "model.safetensors"
@@ -167,7 +167,7 @@ def test_json_in_every_encoding_of_unicode_with_and_without_a_byte_order_mark(tm
         file.write_text('{"a": "é"}', encoding=encoding)
         assert read_json(file) == {"a": "é"}
     for content, message in (
-        (POINTER, "it is a pointer of Git LFS"),
+        (POINTER, "it is a Git LFS pointer"),
         (b"<html>", "it is an HTML page"),
         (b"", "it is an empty file"),
         (b"{", "it is not valid JSON"),

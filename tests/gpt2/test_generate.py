@@ -41,7 +41,7 @@ def test_the_cache_rejects_more_tokens_than_it_and_the_model_support():
     model = make_model()
     tokens = np.zeros((1, 9), dtype=np.int64)
     with no_grad():
-        with pytest.raises(ValueError, match="9 positions needed; the cache holds 8"):
+        with pytest.raises(ValueError, match="9 positions needed; the cache has space for 8"):
             model.features(tokens, cache=KVCache(model, 1, 8))
         cache = KVCache(model, 1, 32)
         model.features(tokens, cache=cache)
@@ -57,14 +57,14 @@ def test_recording_through_the_cache_is_rejected():
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(16)), list(range(40))])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}])
-def test_cached_equals_uncached_within_and_beyond_the_context(prompt, sampling):
+def test_with_and_without_a_cache_the_text_is_the_same_also_beyond_the_context(prompt, sampling):
     model = make_model()
     cached = model.generate(prompt, 40, samples=2, **sampling)
     assert cached == model.generate(prompt, 40, samples=2, cache=False, **sampling)
     assert [len(row) for row in cached] == [40, 40]
 
 
-def test_beyond_the_context_the_later_half_is_read_again():
+def test_beyond_the_context_the_second_half_is_processed_again():
     model = make_model(n_positions=8)
     seen, expected = [1, 2, 3], []
     for _ in range(20):
@@ -148,7 +148,7 @@ def test_choose_never_takes_a_token_of_probability_zero():
 
 
 def by_definition(logits, draw, top_k=None, top_p=None):
-    """All of the vocabulary sorted, which is too slow to be done for every token."""
+    """Sorts the whole vocabulary, which would be too slow for every token."""
     order = np.argsort(-logits, kind="stable")
     if top_k is not None:
         order = order[logits[order] >= logits[order[top_k - 1]]]
@@ -160,12 +160,12 @@ def by_definition(logits, draw, top_k=None, top_p=None):
     return order[np.searchsorted(np.cumsum(p), draw, side="right")]
 
 
-@pytest.mark.parametrize("spread", [0.01, 1, 10])  # from nearly flat, where half of the vocabulary is needed
+@pytest.mark.parametrize("spread", [0.01, 1, 10])  # from almost uniform, which needs half of the vocabulary
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.5}], ids=str)
 def test_choose_sorts_no_more_than_necessary(spread, sampling):
     R = np.random.default_rng(0)
     logits = (spread * R.standard_normal((20, 5000))).astype(np.float32)
-    logits[::2] = np.round(logits[::2], 1)  # many ties, of which the first token of the vocabulary comes first
+    logits[::2] = np.round(logits[::2], 1)  # many ties, in which the smaller id comes first
     draws = R.random(20)
     expected = [by_definition(*row, **sampling) for row in zip(logits, draws, strict=True)]
     assert choose(logits, draws, **sampling).tolist() == expected
@@ -183,7 +183,7 @@ def test_choose_rejects_parameters_out_of_range(bad):
 
 
 class Scripted:
-    """A model whose logits make each sample generate its text, byte by byte."""
+    """A model with logits that make each sample generate a given text, byte by byte."""
 
     def __init__(self, *texts):
         from tinygrad2 import Tensor
@@ -252,8 +252,8 @@ def character_by_character(text, stop):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_borders_of_tokens_do_not_decide_where_a_text_ends(seed):
-    """Tokens of several letters against a reading character by character."""
+def test_token_boundaries_do_not_affect_where_a_text_ends(seed):
+    """Tokens of several letters, compared with reading character by character."""
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(list("abc"), 12))
     stop = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
@@ -297,7 +297,7 @@ def test_unused_ids_are_never_sampled(temperature):
 
 
 class Ends:
-    """A tokenizer's ids of the beginning and the end."""
+    """A tokenizer with begin and end ids."""
 
     begin, end_ids = 5, (6, 7)
 

@@ -1,4 +1,4 @@
-"""On a real GPU: the same numbers as on the CPU, the same bits twice. `pytest -m gpu`; elsewhere these are skipped."""
+"""On a real GPU: results agree with the CPU's, and two runs are bit-identical. `pytest -m gpu`; otherwise skipped."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ WIDE = GPT2Config(n_layer=2)  # the layers, the heads and the vocabulary of the 
 TEXT = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8).astype(np.int64)
 
 
-lost: list[str] = []  # the test that lost the GPU: a kernel's fault takes it from the whole process
+lost: list[str] = []  # the test that lost the GPU; after a kernel fault the process cannot use it
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +36,14 @@ def cuda(request):
         pytest.skip(str(error))
     yield backend
     try:
-        backend.np.cuda.get_current_stream().synchronize()  # a fault belongs to the test that launched it
+        backend.np.cuda.get_current_stream().synchronize()  # so that a fault is reported for the test that launched it
     except Exception:
         lost.append(request.node.name)
         raise
 
 
 def batch(step, rows, length, scale=1):
-    """Windows of this file's bytes; `scale` spreads them over a larger vocabulary."""
+    """Windows of this file's bytes. `scale` spreads them over a larger vocabulary."""
     starts = np.random.default_rng(step).integers(len(TEXT) - length - 1, size=rows)
     windows = scale * TEXT[starts[:, None] + np.arange(length + 1)]
     return windows[:, :-1], windows[:, 1:]
@@ -62,7 +62,7 @@ def needs(backend, precision):
 
 
 def train(place, steps, precision="float32"):
-    """The losses of a training run, and the model."""
+    """The losses of a training run, and its model."""
     model = GPT2(SMALL, device=place, dtype=precision)
     optimizer = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     fetched = []
@@ -75,7 +75,7 @@ def train(place, steps, precision="float32"):
     return np.array([fetch.get() for fetch in fetched]), model
 
 
-# What a precision may differ from float32 on the CPU: logits, the loss, one parameter's gradient, all of them together.
+# Bounds on the difference from float32 on the CPU: logits, loss, one parameter's gradient, all gradients together.
 BOUNDS = {
     "float32": (1e-4, 1e-5, 1e-4, 1e-4),
     "tf32": (1e-2, 1e-3, 3e-2, 1e-2),
@@ -94,7 +94,7 @@ def test_logits_loss_and_every_gradient_equal_the_cpus(cuda, precision, config, 
     results = {}
     for place in ("cpu", "cuda"):
         model = GPT2(config, device=place, dtype=precision if place == "cuda" else "float32")
-        loss = model.loss(tokens, targets, Key(0, 1))  # with dropout: the masks are the same
+        loss = model.loss(tokens, targets, Key(0, 1))  # with dropout, whose masks are the same
         loss.backward()
         gradients = {name: p.backend.to_host(p.grad).copy() for name, p in model.named_parameters()}
         results[place] = model(tokens).numpy(), loss.item(), gradients
@@ -138,7 +138,7 @@ def test_a_step_does_not_wait_for_the_gpu():
     optimizer = optim.AdamW(model)
     for step in range(3):
         tokens, targets = batch(step, 4, 64)
-        with cupyx.allow_synchronize(step == 0):  # the first one may, while it compiles
+        with cupyx.allow_synchronize(step == 0):  # the first step may wait, while it compiles
             model.loss(tokens, targets, Key(0, step)).backward()
             optimizer.step(max_norm=1.0)
             optimizer.zero_grad()
@@ -149,8 +149,8 @@ KEY = Key(7, step=3, first_sample=5, site=2)
 
 
 class Draw:
-    """Arguments of kernels. What has the type of the activations is drawn in bfloat16, so that rounding it to that type
-    changes nothing; statistics and gradients of parameters are float32."""
+    """Draws kernel arguments. Activations are drawn in bfloat16, so that rounding them to bfloat16 changes nothing;
+    statistics and parameter gradients are float32."""
 
     def __init__(self):
         self.generator = np.random.default_rng(0)
@@ -288,7 +288,7 @@ def test_uploads_are_complete(cuda):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nccl_accepts_the_calls(cuda, dtype):
-    """A single rank, whose sums change nothing; computations before and after are ordered nevertheless."""
+    """A single rank, whose sums change nothing; but computations before and after are ordered."""
     if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
     sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
@@ -315,13 +315,13 @@ def test_memory_is_counted(cuda):
     assert cuda.memory()[0] > free - (1 << 27)
 
 
-# Generation, last: blocks that wait for each other are what could bring a GPU to a halt.
+# Generation comes last: its blocks wait for each other, so a fault could hang the GPU.
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("texts", [1, 5])
 def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
-    """A whole context, with the messages of thousands of halves of layers."""
+    """A whole context, with the messages of thousands of half layers."""
     needs(cuda, precision)
     config = replace(WIDE, n_positions=256)
     tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)

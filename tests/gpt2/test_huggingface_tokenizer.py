@@ -1,4 +1,4 @@
-"""gpt2/huggingface_tokenizer.py: ids by tokenizers and by tiktoken, added tokens from every place, settings that change
+"""gpt2/huggingface_tokenizer.py: ids from tokenizers and tiktoken, added tokens from all files, settings that change
 ids, begin and end ids."""
 
 import json
@@ -36,7 +36,7 @@ def folder(tmp_path):
     return tmp_path / "tok"
 
 
-SIZE = 256 + len(MERGES) + 1  # of that vocabulary, with <|endoftext|>
+SIZE = 256 + len(MERGES) + 1  # the size of the vocabulary, including <|endoftext|>
 
 
 @pytest.fixture(params=[pytest.param("tokenizers", marks=pytest.mark.extras("tokenizers")), "tiktoken"])
@@ -48,7 +48,7 @@ def way(request, monkeypatch):
 
 
 def random_texts(count, seed=0):
-    """Strings of letters, white space, control characters, marks, signs, emoji, other scripts and added tokens."""
+    """Strings of letters, white space, control characters, marks, symbols, emoji, other scripts and added tokens."""
     rng = random.Random(seed)
     ranges = [
         (0x20, 0x7F), (0x00, 0x20), (0x7F, 0x100), (0x300, 0x370), (0x400, 0x500), (0x5D0, 0x600), (0x900, 0x980),
@@ -101,7 +101,7 @@ def test_both_ways_give_the_same_ids_on_2000_random_texts(which, tmp_path, gpt2_
 
 @needs_library
 @pytest.mark.extras("transformers")
-def test_the_ids_of_a_prompt_are_those_of_transformers(folder):
+def test_prompt_ids_equal_those_of_transformers(folder):
     import transformers
 
     with_user_token(folder)
@@ -131,7 +131,7 @@ def by_decoder(folder):
 
 
 def by_name(folder):
-    """A special token without an id gets the next one, as transformers gives it."""
+    """A special token without an id gets the next id, as in transformers."""
     write_json(folder / "special_tokens_map.json", {"pad_token": {"content": "<|user|>", "lstrip": False}})
 
 
@@ -144,7 +144,7 @@ def by_dictionary(folder):
 
 
 def by_document(folder):
-    """Only in tokenizer.json, beside the other two files."""
+    """Only in tokenizer.json, next to the other two files."""
     document = read_files(folder).library_document()
     document["added_tokens"].append({"id": SIZE, "content": "<|user|>", "special": False})
     write_json(folder / "tokenizer.json", document)
@@ -186,7 +186,7 @@ def test_added_tokens_are_saved(place, folder, tmp_path, way):
 
 
 def test_special_tokens_before_the_bytes(tmp_path, way):
-    """As trainers of tokenizers put them."""
+    """The order in which tokenizer trainers place them."""
     vocab = write_vocabulary(tmp_path, first=("<|endoftext|>", "<pad>"), last=())
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<|endoftext|>", "pad_token": "<pad>"})
     tokenizer = Tokenizer.load(tmp_path)
@@ -195,7 +195,7 @@ def test_special_tokens_before_the_bytes(tmp_path, way):
 
 
 def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
-    """A padding token that was added to a tokenizer without a row in the model."""
+    """A padding token that was added to the tokenizer but has no row in the model."""
     by_name(folder)
     tokenizer = Tokenizer.for_model(folder, SIZE)
     assert tokenizer.vocab_size == SIZE
@@ -217,7 +217,7 @@ def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
         ([], "added_tokens.json: expected a JSON object"),
     ],
 )
-def test_added_tokens_that_do_not_fit(values, message, folder, way):
+def test_invalid_added_tokens(values, message, folder, way):
     write_json(folder / "added_tokens.json", values)
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(folder)
@@ -305,7 +305,7 @@ def test_a_begin_token_is_put_before_prompts_only(folder):
     assert len(tokenizer.encode("he")) == 1
 
 
-def test_prefix_spaces_of_other_kinds():
+def test_other_kinds_of_prefix_spaces():
     metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}
     assert with_prefix_space({"type": "Sequence", "pretokenizers": [metaspace]}, False)["pretokenizers"] == [
         {**metaspace, "prepend_scheme": "never", "add_prefix_space": False}
@@ -315,8 +315,8 @@ def test_prefix_spaces_of_other_kinds():
 
 
 @needs_library
-def test_words_of_another_kind(tmp_path):
-    """Not byte-level: a vocabulary of word pieces, as Chinese models of GPT-2 have it."""
+def test_word_pieces(tmp_path):
+    """Not byte-level: a vocabulary of word pieces, as in Chinese GPT-2 models."""
     import tokenizers
 
     words = ["[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", "你", "好"]
@@ -411,13 +411,13 @@ def test_a_byte_order_mark_is_not_an_error(folder, way):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
-def test_a_pointer_of_git_lfs_is_named(name, folder, way):
+def test_a_git_lfs_pointer_is_identified(name, folder, way):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
-    with pytest.raises(ValueError, match=f"{name}: it is a pointer of Git LFS"):
+    with pytest.raises(ValueError, match=f"{name}: it is a Git LFS pointer"):
         Tokenizer.load(folder)
 
 
-def test_characters_of_nanogpt(tmp_path):
+def test_nanogpt_characters(tmp_path):
     import pickle
 
     characters = ["\n", " ", "a", "b", "é"]
@@ -433,7 +433,7 @@ def test_characters_of_nanogpt(tmp_path):
     tokenizer.save(tmp_path / "saved")
     saved = Tokenizer.load(tmp_path / "saved")
     assert (saved.fingerprint, saved.encode("ba").tolist()) == (tokenizer.fingerprint, [3, 2])
-    with pytest.raises(ValueError, match="is of characters"):
+    with pytest.raises(ValueError, match="has characters as tokens"):
         tokenizer.save_hugging_face(tmp_path, 8)
 
 
@@ -442,7 +442,7 @@ def test_a_meta_pkl_without_characters(itos, tmp_path):
     import pickle
 
     (tmp_path / CHARACTERS_FILE).write_bytes(pickle.dumps({"itos": itos}))
-    with pytest.raises(ValueError, match="it has no characters under itos"):
+    with pytest.raises(ValueError, match="no characters under the key itos"):
         Tokenizer.load(tmp_path)
 
 
@@ -478,7 +478,7 @@ def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_refused(folder, ch
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     change(vocab)
     write_json(folder / "vocab.json", vocab)
-    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})  # so that tiktoken's way is not taken
+    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})  # so that tiktoken is not used
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(folder)
     assert str(error.value).startswith(f"tokenizer {folder}")

@@ -1,4 +1,4 @@
-"""The command gpt2.inspect: what it prints and writes, and bad input."""
+"""The command gpt2.inspect: its output, its page, and invalid input."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def run(capsys, *arguments):
     return status, said.out.splitlines(), said.err.splitlines()
 
 
-def test_it_says_where_the_page_is_and_what_is_in_it(folder, tmp_path, capsys):
+def test_it_prints_a_summary_and_the_path_of_the_page(folder, tmp_path, capsys):
     out = tmp_path / "page.html"
     status, lines, errors = run(capsys, "-p", TEXT, "--checkpoint", folder, "--out", out)
     assert (status, errors) == (0, [])
@@ -64,7 +64,7 @@ def test_without_a_prompt_the_model_generates_one(folder, tmp_path, capsys, prom
     status, _, errors = run(capsys, *prompt, "--checkpoint", folder, "--out", tmp_path / "page.html")
     data = data_of(tmp_path / "page.html")
     assert (status, data["prompt"]) == (0, 0)
-    assert errors == ["there is no prompt: the model generates 100 tokens"]
+    assert errors == ["no prompt given; the model generates 100 tokens"]
     assert 1 <= len(data["tokens"]) <= 100
 
 
@@ -77,7 +77,7 @@ def test_short_and_strange_texts_have_a_page(folder, tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, HOSTILE * 1000])
-def test_of_a_text_beyond_the_context_the_end_is_taken(folder, tmp_path, capsys, text):
+def test_the_end_of_a_text_beyond_the_context_is_used(folder, tmp_path, capsys, text):
     status, _, errors = run(capsys, "-p", text, "--checkpoint", folder, "--out", tmp_path / "page.html")
     assert status == 0
     assert errors == [f"the text has {len(text):,} tokens; the page shows the last 160, the model's context"]
@@ -94,7 +94,7 @@ def test_of_a_text_beyond_the_context_the_end_is_taken(folder, tmp_path, capsys,
         (["-p", "a", "--checkpoint", "llama"], 1, "model_type"),
         (["-p", "a", "--checkpoint", "text.txt"], 1, "text.txt"),
         (["-p", "a", "--checkpoint", ""], 2, "--checkpoint is empty"),
-        (["-p", "", "-m", "0"], 2, "--prompt is empty and --max-tokens 0"),
+        (["-p", "", "-m", "0"], 2, "--prompt is empty and --max-tokens is 0"),
         (["-p", "a", "-m", "-1"], 2, "--max-tokens is -1; expected 0 or more"),
         (["-p", "a", "--threads", "0"], 2, "--threads is 0"),
         (["-p", "a", "--seed", "-1"], 2, "--seed is -1"),
@@ -104,7 +104,7 @@ def test_of_a_text_beyond_the_context_the_end_is_taken(folder, tmp_path, capsys,
         (["-p", "a"], 1, "no trained model in checkpoint/ or out/"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
+def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("no model at all")
     (tmp_path / "llama").mkdir()
@@ -123,9 +123,9 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, status,
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("h.1.mlp.c_fc.weight", math.nan, "1 of 2,304 values of tensor h.1.mlp.c_fc.weight are not finite numbers"),
-        ("wte.weight", math.inf, "1 of 6,168 values of tensor wte.weight are not finite numbers"),
-        ("h.0.mlp.c_proj.weight", 3e38, "the MLP of layer 1 gives values that are not finite numbers"),
+        ("h.1.mlp.c_fc.weight", math.nan, "1 of 2,304 values of tensor h.1.mlp.c_fc.weight are not finite"),
+        ("wte.weight", math.inf, "1 of 6,168 values of tensor wte.weight are not finite"),
+        ("h.0.mlp.c_proj.weight", 3e38, "the MLP of layer 1 has values that are not finite"),
         ("ln_f.weight", 3e38, "inspect: the model's logits are not finite numbers"),
     ],
 )

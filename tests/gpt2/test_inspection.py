@@ -1,4 +1,4 @@
-"""What the inspector measures, and its page in a real browser."""
+"""The measurements of the inspector, and its page in a real browser."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def softmax(logits):
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def test_surprise_rank_choices_and_bits_per_byte_are_those_of_the_model(data, model, tokenizer):
+def test_surprise_rank_choices_and_bits_per_byte_follow_from_the_logits(data, model, tokenizer):
     tokens = tokenizer.encode(TEXT).astype(np.int64)
     p = softmax(model(tokens[None]).numpy()[0])
     own = p[np.arange(len(tokens) - 1), tokens[1:]]
@@ -59,7 +59,7 @@ def test_surprise_rank_choices_and_bits_per_byte_are_those_of_the_model(data, mo
     assert np.allclose(np.take_along_axis(p, ids.astype(int), 1), chances, rtol=1e-5)
 
 
-def test_the_lens_is_the_output_layer_on_the_stream_of_every_layer(data, model, tokenizer):
+def test_the_lens_applies_the_output_layer_to_the_stream_of_every_layer(data, model, tokenizer):
     found = model.trace(tokenizer.encode(TEXT))
     weight, bias = (getattr(model.ln_f, name).numpy() for name in ("weight", "bias"))
     ids, chances = (inspection.unpacked(data["lens"][name]) for name in ("ids", "p"))
@@ -96,7 +96,7 @@ def test_sizes_and_neighbours(data, model, tokenizer):
     assert [value for _, value in data["neighbours"]["98"]] == pytest.approx(cosine[best], abs=1e-4)
 
 
-def test_of_a_longer_text_the_strongest_links_and_an_overview_are_kept():
+def test_for_a_longer_text_the_strongest_links_and_an_overview_are_kept():
     rng = np.random.default_rng(0)
     T = 150
     weights = np.tril(rng.random((2, T, T)).astype(np.float32) ** 20)
@@ -113,7 +113,7 @@ def test_of_a_longer_text_the_strongest_links_and_an_overview_are_kept():
     assert np.abs(overview.sum(-1) - 255).max() <= 32  # each of the 64 groups is rounded
 
 
-def test_a_head_is_described_by_the_pattern_that_it_follows(tokenizer):
+def test_a_head_is_labelled_with_the_pattern_that_it_follows(tokenizer):
     text = "one two one two one two three"
     tokens = tokenizer.encode(text).astype(np.int64)
     T = len(tokens)
@@ -139,7 +139,7 @@ def test_a_head_is_described_by_the_pattern_that_it_follows(tokenizer):
     assert shares[0] == pytest.approx(shares[1], abs=1e-4)
 
 
-def test_patterns_are_what_their_names_say(tokenizer):
+def test_patterns_match_their_names(tokenizer):
     text = "ab ab"
     masks = inspection.patterns(tokenizer.encode(text).astype(np.int64), np.array([c == " " for c in text]))
     found = {name: [(int(q), int(k)) for q, k in np.argwhere(mask)] for name, mask in masks.items()}
@@ -153,15 +153,15 @@ def test_patterns_are_what_their_names_say(tokenizer):
     }
 
 
-def test_words_are_found_where_they_have_several_tokens(data, tokenizer):
+def test_words_of_several_tokens_are_found(data, tokenizer):
     vocabulary = inspection.Vocabulary(tokenizer, 257)
     found = {int(at): TEXT[int(at) : word["end"]] for at, word in data["words"].items()}
-    assert found == {3: "be", 7: "or", 10: "not", 14: "to", 17: "be"}  # the first word is predicted by nothing
+    assert found == {3: "be", 7: "or", 10: "not", 14: "to", 17: "be"}  # the first word has no prediction
     assert vocabulary.words(tokenizer.encode("a b, c").astype(np.int64)) == []
 
 
-def test_the_probability_of_a_word_is_that_of_its_tokens_and_of_ending_there(data, model, tokenizer):
-    """Computed again from the whole text each time, without a cache; and no one-letter or greedy word is missed."""
+def test_the_probability_of_a_word_includes_its_end(data, model, tokenizer):
+    """Computed from the whole text each time, without a cache. No one-letter or greedy word is missed."""
     start = 10
     letters = {i for i in range(256) if (chr(i).isascii() and chr(i).isalnum()) or chr(i) == "_" or i >= 128}
     ends = [i for i in range(257) if i not in letters]
@@ -189,7 +189,7 @@ def test_the_probability_of_a_word_is_that_of_its_tokens_and_of_ending_there(dat
     assert found[0][0] >= probability([best]) * (1 - 1e-4)
 
 
-def test_gpt2_s_own_tokens(gpt2_files):
+def test_words_in_gpt2_tokens(gpt2_files):
     vocabulary = inspection.Vocabulary(Tokenizer.load("gpt2"), 50304)
     tokens = vocabulary.tokenizer.encode(" tokenizers the\u202e\n").astype(np.int64)
     assert [vocabulary.label(int(i)) for i in tokens][:2] == [" token", "izers"]
@@ -235,7 +235,7 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def test_on_a_device_the_numbers_are_the_same(data, folder, tokenizer):
+def test_on_a_device_the_results_are_the_same(data, folder, tokenizer):
     with strict_cupy.registered():
         model = GPT2.from_pretrained(folder, device="cuda")
         found = inspection.inspect(model, tokenizer, tokenizer.encode(TEXT).tolist(), len(TEXT), "a model")
@@ -259,7 +259,7 @@ def test_words_at_the_end_of_the_context(tokenizer):
 
 @pytest.fixture(scope="module")
 def pages(model, tokenizer, tmp_path_factory):
-    """Pages of a usual text, of hostile ones, of one token, and of more than 128 tokens."""
+    """Pages for an ordinary text, malicious ones, one token, and more than 128 tokens."""
     path = tmp_path_factory.mktemp("pages")
     texts = {
         "usual": TEXT,
@@ -324,7 +324,7 @@ def test_tokens_are_shown_with_their_surprise_and_what_was_expected(browser, pag
 
 
 @pytest.mark.extras("playwright")
-def test_a_head_is_enlarged_and_described_and_its_links_are_drawn(browser, pages, data):
+def test_a_selected_head_is_enlarged_described_and_drawn_as_arcs(browser, pages, data):
     page, said, _ = opened(browser, pages["usual"], 1280)
     maps = page.locator(".map")
     assert maps.count() == 2 * (3 + 1)
@@ -373,7 +373,7 @@ def test_heads_are_sorted_by_what_they_do(browser, pages, data):
 
 
 @pytest.mark.extras("playwright")
-def test_everything_is_reached_by_the_keyboard_alone(browser, pages):
+def test_everything_is_accessible_by_keyboard(browser, pages):
     page, said, _ = opened(browser, pages["usual"], 1280)
     reached = []
     for _ in range(12):
@@ -419,9 +419,9 @@ def test_the_lens_shows_the_prediction_of_every_layer(browser, pages, data):
 
 
 @pytest.mark.extras("playwright")
-def test_a_long_text_is_said_to_be_abridged(browser, pages):
+def test_the_page_of_a_long_text_says_that_weights_are_omitted(browser, pages):
     page, said, _ = opened(browser, pages["long"], 1280)
-    assert "the 8 strongest links" in page.locator('[data-part="maps-note"]').text_content()
+    assert "the 8 largest weights" in page.locator('[data-part="maps-note"]').text_content()
     assert "128 of 144" in page.locator('[data-part="lens-text"]').text_content()
     assert page.locator(".large canvas").evaluate("c => c.width") == 64
     page.locator('[data-part="text"] .token').nth(143).click()
@@ -444,7 +444,7 @@ def test_the_maps_follow_the_colours_of_the_page(browser, pages):
 
 @pytest.mark.extras("playwright")
 def test_other_data_replaces_what_is_shown(browser, pages):
-    """As a page does that shows one text after another."""
+    """For pages that show one text after another."""
     page, said, _ = opened(browser, pages["usual"], 1280)
     other = data_of(pages["one"])
     page.evaluate("data => inspector(document.querySelector('.inspector'), data)", other)

@@ -26,7 +26,7 @@ sys.exit(3)
 
 @pytest.fixture
 def handler():
-    """What SIGINT does is restored afterwards; a process that a test starts has the default."""
+    """Restores the SIGINT handler after a test; processes started by tests get the default."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""gpt2/language_model.py: a model of another architecture is trained, evaluated, and generates."""
+"""gpt2/language_model.py: a model with another architecture trains, is evaluated, and generates."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class BigramConfig:
 
 
 class Bigram(nn.Module):
-    """The logits of the next token depend only on the last one. There is nothing to cache."""
+    """A bigram model: the logits depend only on the last token, so there is nothing to cache."""
 
     activations = "float32"
 

@@ -47,7 +47,7 @@ def test_names_and_shapes_are_those_of_transformers(model):
 
 
 def test_initial_weights():
-    """normal(0, 0.02), residual projections by 1 / sqrt(2 n_layer) less, biases 0, gains 1, no two matrices alike."""
+    """normal(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases 0, gains 1, and no equal matrices."""
     config = GPT2Config(vocab_size=300, n_positions=200, n_embd=96, n_layer=3, n_head=3)
     first_numbers = set()
     for name, parameter in GPT2(config).named_parameters():
@@ -110,10 +110,10 @@ def test_dropout_is_applied_only_with_a_key(model, text):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_each_rate_acts_by_itself(rate, text):
+def test_each_dropout_rate_has_an_effect(rate, text):
     none = dict.fromkeys(RATES, 0.0)
     model = GPT2(GPT2Config(**SIZES, **{**none, rate: 0.5}), dtype="float64")
-    for parameter in model.parameters():  # at the initial scale attention hardly moves the loss
+    for parameter in model.parameters():  # at the initial scale, attention hardly affects the loss
         parameter.data = parameter.data * (10 if parameter.ndim == 2 else 1)
     with_key, without = (model.loss(text[:, :-1], text[:, 1:], key).item() for key in (KEY, None))
     assert abs(with_key - without) > 1e-4
@@ -132,7 +132,7 @@ def test_every_dropout_site_draws_its_own_mask(model, text, monkeypatch):
 
 
 def test_a_split_batch_has_the_same_dropout(model, text):
-    """Parts of 1 and 2 samples, weighted by their size, give the loss and the gradients of the batch of 3."""
+    """Parts with 1 and 2 samples, weighted by their sizes, give the loss and gradients of the batch of 3."""
     tokens, targets = text[:, :-1], text[:, 1:]
     whole = model.loss(tokens, targets, KEY)
     whole.backward()
@@ -180,7 +180,7 @@ def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
         (np.zeros((2, 0), int), ValueError, r"tokens have shape \(2, 0\), which is empty"),
         ([[0, 29]], ValueError, r"tokens contain 29; expected integers in \[0, 29\)"),
         ([[0, -1]], ValueError, r"tokens contain -1; expected integers in \[0, 29\)"),
-        ([[0.0, 1.0]], TypeError, "tokens are of dtype float64; expected integers"),
+        ([[0.0, 1.0]], TypeError, "tokens have dtype float64; expected integers"),
     ],
 )
 def test_tokens_that_do_not_fit_are_rejected(model, tokens, error, message):
@@ -206,8 +206,8 @@ def test_full_context_works(model):
         assert model(np.zeros((1, 11), int)).shape == (1, 11, 29)
 
 
-def test_recomputing_blocks_changes_no_bit():
-    """Of the loss and of every gradient, dropout on, over two micro-steps."""
+def test_recomputing_blocks_is_bit_identical():
+    """The loss and every gradient, with dropout, over two micro-steps."""
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 16))
     outcomes = []

@@ -1,4 +1,4 @@
-"""A page in one file: its policy, its data, and that it is written whole."""
+"""A page in one file: its policy, its data, and atomic writing."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from gpt2 import page
 from tests.browsing import HOSTILE, opened
 
 
-def test_the_policy_names_the_style_and_the_script_that_are_in_the_page():
+def test_the_policy_has_the_hashes_of_the_style_and_the_script():
     text = page.page("<title>", "<p>body</p>", ".own { color: red }", "let own;", {"a": 1})
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     style, script = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1], "let own;"
@@ -33,7 +33,7 @@ def test_data_cannot_end_its_element():
     assert 'id="data"' not in page.page("", "", "", "")
 
 
-def test_numbers_that_json_does_not_have_are_refused():
+def test_numbers_that_json_does_not_support_are_rejected():
     with pytest.raises(ValueError, match="JSON compliant"):
         page.data_block({"x": float("nan")})
 
@@ -57,6 +57,6 @@ def test_only_a_live_page_may_send_requests_and_only_to_its_server():
     assert "Served by tinygrad2 on this machine" in live
 
 
-def test_a_page_loads_itself_again_where_it_is_told_to():
+def test_a_page_reloads_itself_if_requested():
     assert "refresh" not in page.page("t", "", "", "")
     assert '<meta http-equiv="refresh" content="7">' in page.page("t", "", "", "", refresh=7)

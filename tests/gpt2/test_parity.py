@@ -1,9 +1,9 @@
-"""Parity with PyTorch's GPT-2: golden files always, live comparisons where torch and transformers are installed.
+"""Parity with PyTorch's GPT-2: golden files always, live comparisons if torch and transformers are installed.
 
 Figures are relative: logits to the largest logit's magnitude, gradients and parameters as |a - b| / |b| over the whole
-tensor. Element by element would be meaningless where the true gradient is zero: adding a constant to every key shifts a
-row of scores by the same amount, so the key bias (the middle third of c_attn.bias) has no gradient but rounding noise,
-and Adam turns that noise into steps of the size of the learning rate.
+tensor. An elementwise comparison would be meaningless where the true gradient is zero: adding a constant to every key
+shifts a row of scores by the same amount, so the gradient of the key bias (the middle third of c_attn.bias) is only
+rounding noise, and Adam turns that noise into steps of the size of the learning rate.
 """
 
 import json
@@ -17,7 +17,7 @@ from gpt2 import GPT2, GPT2Config
 from tinygrad2 import no_grad, optim
 
 GOLDEN = Path(__file__).parent / "golden"
-BOUNDS = {  # the largest figure allowed, by dtype
+BOUNDS = {  # upper bounds, by dtype
     "float32": {"logits": 2e-5, "loss": 1e-5, "gradients": 1e-4, "losses": 1e-4, "norms": 1e-4, "final": 1e-3},
     "float64": {"logits": 1e-12, "loss": 1e-12, "gradients": 1e-11, "losses": 1e-11, "norms": 1e-11, "final": 1e-10},
 }
@@ -97,8 +97,8 @@ SMALL = {"vocab_size": 211, "n_positions": 64, "n_embd": 96, "n_layer": 3, "n_he
 PUBLISHED = {"vocab_size": 50257, "activation_function": "gelu_new"}
 
 
-# At a rate at which the model learns the batch by heart, losses near 0 would be compared, and what differs in the last
-# digit grows from step to step. At these rates ten steps move the loss, and rounding stays rounding.
+# At a rate at which the model memorizes the batch, losses near 0 would be compared, and differences in the last digit
+# would grow from step to step. At these rates, ten steps change the loss, and rounding errors stay small.
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_live(sizes, lr, tmp_path, capsys):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_transformers_reads_the_saved_model(tmp_path):
-    """And computes the same logits, with the file's own dtype and after a change of every weight."""
+    """And computes the same logits, in the file's dtype and after a change to every weight."""
     import torch
     import transformers
 
@@ -152,7 +152,7 @@ def test_transformers_reads_the_saved_model(tmp_path):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("cache", [True, False])
-def test_greedy_text_is_the_same_token_for_token(tmp_path, cache):
+def test_greedy_tokens_are_the_same(tmp_path, cache):
     """Over a whole context, with the key-value cache and without."""
     import torch
     import transformers

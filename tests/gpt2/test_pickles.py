@@ -1,5 +1,5 @@
-"""gpt2/pickles.py: plain data is read, anything else is rejected, in little time and memory. Tensors and hostile files:
-tests/gpt2/formats/test_torch_file.py."""
+"""gpt2/pickles.py: plain data is read, anything else is rejected, in little time and memory. For tensors and malicious
+files, see tests/gpt2/formats/test_torch_file.py."""
 
 import os
 import pickle
@@ -55,7 +55,7 @@ COLLIDING = b"".join(integer((2**61 - 1) * (i + 1)) + b"N" for i in range(100_00
         (b"\x80\x04}(" + COLLIDING + b"u.", "keys are text or small integers"),
         (b"\x80\x04}" + integer(KEY_LIMIT) + b"Ns.", "keys are text or small integers"),
         (b"\x80\x04}" + integer(-1) + b"Ns.", "keys are text or small integers"),
-        (b"\x80\x04" + NEST + b"Q.", "an object outside of it"),
+        (b"\x80\x04" + NEST + b"Q.", "an object outside the pickle"),
         (b"\x80\x04}N}b.", "sets the attributes"),
         (b"\x80\x04N)R.", "makes a call"),
         (b"", "damaged"),

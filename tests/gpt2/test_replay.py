@@ -92,7 +92,7 @@ def test_a_precision_that_the_device_does_not_have(skipped, capsys):
     assert lines[1].endswith("float32 on cpu")
 
 
-def test_mistakes_get_one_line(skipped, capsys):
+def test_errors_get_one_line(skipped, capsys):
     for options in (["--threads", "0"], ["--json", "nowhere/x.json"]):
         with pytest.raises(SystemExit) as end:
             replayed(capsys, *options)

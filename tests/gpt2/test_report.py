@@ -1,4 +1,4 @@
-"""The page of a run: its contents, that nothing in it is executed or fetched, and its layout in a real browser."""
+"""The report page: its contents, that no text in it is executed or fetched, and its layout in a real browser."""
 
 import html.parser
 import itertools
@@ -17,7 +17,7 @@ VOID = {"meta", "link", "input"}
 
 
 def make_run(out, steps=300, evaluate=50, tokens=512, **start):
-    """A run's folder as train.py leaves it."""
+    """An out-dir like that of train.py."""
     out.mkdir(parents=True)
     rows = []
     for step in range(1, steps + 1):
@@ -44,7 +44,7 @@ def write_rows(file, rows):
 
 
 class Reader(html.parser.HTMLParser):
-    """Reads a page: which elements there are, what text is in them, and whether every one is closed."""
+    """Parses a page: its elements, their text, and whether all of them are closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -78,7 +78,7 @@ def page_of(*outs):
     return Reader(report.report_page(runs[0]) if len(runs) == 1 else report.comparison_page(runs))
 
 
-def test_the_page_shows_what_the_run_left(tmp_path):
+def test_the_page_shows_the_run(tmp_path):
     page = page_of(make_run(tmp_path / "out"))
     titles = [page.texts["h3"].index(title) for title in ("Loss, nats per token", "Learning rate", "Tokens per second")]
     assert titles == [0, 2, 4]
@@ -95,7 +95,7 @@ def test_the_page_shows_what_the_run_left(tmp_path):
     }
 
 
-def test_whatever_a_run_holds_is_text(tmp_path):
+def test_everything_in_a_run_is_shown_as_text(tmp_path):
     out = make_run(tmp_path / HOSTILE[:3].replace("/", "") / "<b>", given={"data": HOSTILE}, options={HOSTILE: HOSTILE})
     write_rows(
         out / SAMPLES, [{"step": 1, "text": HOSTILE}, {"step": 2, "text": "lone \ud800, \u202e, \x00"}, {"step": 3}]
@@ -139,7 +139,7 @@ def test_a_run_without_a_step_has_a_page(tmp_path):
     assert page_of(out).texts["h1"] == [str(out)]
 
 
-def test_a_long_run_is_drawn_from_few_points_that_keep_its_extremes(tmp_path):
+def test_a_long_run_is_plotted_with_few_points_that_keep_the_extremes(tmp_path):
     points = [(float(x), 9.0 if x == 30_000 else 5.0 + x % 2) for x in range(1, 50_001)]
     figure = report.chart("Loss", [report.Curve("loss", points, spread=True)], "step")
     assert len(figure) < 60_000
@@ -155,7 +155,7 @@ def test_a_long_run_is_drawn_from_few_points_that_keep_its_extremes(tmp_path):
     assert figure.count("<tr ") == report.BINS
 
 
-def test_the_table_holds_what_is_drawn():
+def test_the_table_contains_the_plotted_values():
     curves = [report.Curve("a", [(1, 4.0), (2, 3.0), (3, 2.0)]), report.Curve("b", [(2, 0.5)], colour=1)]
     page = Reader(report.chart("Loss", curves, "step"))
     assert page.texts["tr"] == ["stepab", "14", "230.5", "32"]
@@ -181,7 +181,7 @@ def test_ticks_are_few_round_and_inside(low, high, log):
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -2.0, 1e-200, 1e99])
 @pytest.mark.parametrize("log", [False, True])
-def test_an_axis_of_one_value_has_room_around_it(value, log):
+def test_an_axis_for_a_single_value_has_a_margin(value, log):
     axis = report.Axis.over([value], log)
     assert axis.low < value < axis.high
     assert 0 < axis.at(value) < 1
@@ -221,7 +221,7 @@ def test_runs_are_compared(tmp_path):
     assert {text for text in page.texts["span"] if text in ("step", "tokens")} == {"step"}
 
 
-def test_runs_with_steps_of_different_size_are_compared_over_tokens(tmp_path):
+def test_runs_with_different_step_sizes_are_compared_over_tokens(tmp_path):
     page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b", tokens=1024))
     assert {text for text in page.texts["span"] if text in ("step", "tokens")} == {"tokens"}
 
@@ -241,7 +241,7 @@ def test_a_ninth_run_repeats_the_first_colour_dashed(tmp_path):
     assert figure.count('class="line c0"') == figure.count('class="line c0 dashed"') == 1
 
 
-def test_of_many_samples_some_are_shown_with_the_first_and_the_last(tmp_path):
+def test_a_selection_of_many_samples_includes_the_first_and_the_last(tmp_path):
     out = make_run(tmp_path / "out")
     write_rows(out / SAMPLES, [{"step": step, "text": "x"} for step in range(1, 1001)])
     page = page_of(out)
@@ -250,10 +250,10 @@ def test_of_many_samples_some_are_shown_with_the_first_and_the_last(tmp_path):
     assert page.texts["article"][-1] == "step 1x"
 
 
-# Beside the run's own curves ------------------------------------------------------------------------------------------
+# Baselines and earlier runs -------------------------------------------------------------------------------------------
 
 
-def test_baselines_are_dashed_levels_that_every_row_has(tmp_path):
+def test_baselines_are_dashed_lines_with_a_value_in_every_row(tmp_path):
     out = make_run(tmp_path / "out", baselines={"unigram": 3.25, "bigram": 2.5, "damaged": None})
     page = page_of(out)
     assert len(page.of_class("level")) == 2 * 2 * 2  # two lines and two names in two charts
@@ -264,7 +264,7 @@ def test_baselines_are_dashed_levels_that_every_row_has(tmp_path):
     assert all(row.endswith("3.252.5") for row in rows)
 
 
-def test_the_previous_run_of_the_same_data_is_drawn_over_as_many_tokens(tmp_path):
+def test_the_previous_run_on_the_same_data_is_plotted_at_equal_tokens(tmp_path):
     data = {"path": "data/text", "fingerprint": "f" * 64}
     make_run(tmp_path / "older", time=1.0e9, data=data)
     make_run(tmp_path / "before", steps=600, tokens=1024, time=1.5e9, data=data)
@@ -278,7 +278,7 @@ def test_the_previous_run_of_the_same_data_is_drawn_over_as_many_tokens(tmp_path
     run = report.Run.load(out)
     *_, curve = report.loss_curves(run, previous)
     assert curve.name == "validation of before"
-    assert curve.points[0] == (100.0, 2.1 + 3 / 50)  # its step 50 had as many tokens as this run's step 100
+    assert curve.points[0] == (100.0, 2.1 + 3 / 50)  # its step 50 had seen as many tokens as this run's step 100
     assert curve.points[-1][0] == 300.0  # not beyond the end of this run
     assert "validation of before" in report.report_page(run, previous)
     assert report.previous_run(make_run(tmp_path / "unknown", data={})) is None
@@ -326,7 +326,7 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
 # Writing it ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_loads_itself_again_until_the_last_write(tmp_path):
+def test_the_page_reloads_itself_until_the_last_write(tmp_path):
     writer = report.Writer(make_run(tmp_path / "out"), pytest.fail)
     again = f'<meta http-equiv="refresh" content="{report.REFRESH}">'
     writer.update()
@@ -335,7 +335,7 @@ def test_the_page_loads_itself_again_until_the_last_write(tmp_path):
     assert "refresh" not in (tmp_path / "out" / report.REPORT).read_text().split("<title>")[0]
 
 
-def test_the_page_is_replaced_in_one_step_or_not_at_all(tmp_path, monkeypatch):
+def test_the_page_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     report.write("old", file)
     monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -344,7 +344,7 @@ def test_the_page_is_replaced_in_one_step_or_not_at_all(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_training_writes_the_page_in_a_hundredth_of_its_time(tmp_path, monkeypatch):
+def test_training_spends_at_most_a_hundredth_of_its_time_on_the_page(tmp_path, monkeypatch):
     clock = [100.0]
     written = []
 
@@ -387,7 +387,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["nowhere"], 1, "nowhere: no log.jsonl in this folder; expected the out-dir of a run of train.py"),
+        (["nowhere"], 1, "nowhere: no log.jsonl in this folder; expected the out-dir of a train.py run"),
         (["a", "nowhere"], 1, "nowhere: no log.jsonl in this folder"),
         (
             ["a", "--output", "no/such/folder.html"],
@@ -396,7 +396,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
+def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
     try:
@@ -415,7 +415,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch, arguments, status,
 
 @pytest.fixture
 def files(tmp_path):
-    """The page of a run with a hostile sample, and of runs that are compared."""
+    """The page of a run with a malicious sample, and of compared runs."""
     a = make_run(tmp_path / "a-run-with-a-name-that-is-quite-a-bit-longer-than-a-phone-is-wide", steps=150)
     b = make_run(tmp_path / "b")
     with (a / SAMPLES).open("a") as file:
@@ -449,7 +449,7 @@ def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, files, 
 
 
 @pytest.mark.extras("playwright")
-def test_labels_do_not_run_into_one_another(browser, files):
+def test_labels_do_not_overlap(browser, files):
     page, _, _ = opened(browser, files[0])
     for axis, start, end in (("x", "left", "right"), ("y", "bottom", "top")):
         charts = page.eval_on_selector_all(
@@ -464,7 +464,7 @@ def test_labels_do_not_run_into_one_another(browser, files):
 
 
 @pytest.mark.extras("playwright")
-def test_the_pointer_reads_the_table_and_the_box_changes_the_axes(browser, files):
+def test_the_pointer_shows_values_and_the_checkbox_changes_the_axes(browser, files):
     page, said, _ = opened(browser, files[0], 1000)
     figure = page.locator("figure:visible").first
     box = figure.locator("svg.plot").bounding_box()
@@ -482,7 +482,7 @@ def test_the_pointer_reads_the_table_and_the_box_changes_the_axes(browser, files
 
 
 @pytest.mark.extras("playwright")
-def test_the_policy_stops_a_script_that_is_not_the_page_s_own(browser, files):
+def test_the_policy_blocks_foreign_scripts(browser, files):
     text = files[0].read_text(encoding="utf-8")
     files[0].write_text(
         text.replace("<main>", '<main><script>document.title = "taken"</script><img src="http://127.0.0.1:9/">')

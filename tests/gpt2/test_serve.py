@@ -35,7 +35,7 @@ def save_model(folder, broken=False):
 
 
 def start(*options, cwd=ROOT):
-    """(the process, its address) of a server that has started."""
+    """Start a server. Returns the process and its address."""
     command = [sys.executable, "-m", "gpt2.serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=cwd)
     for line in process.stdout:
@@ -66,7 +66,7 @@ def run(capsys, *options, code):
 
 
 @SERVER
-def test_it_says_where_it_is_and_ctrl_c_ends_it_during_a_stream():
+def test_it_prints_its_address_and_ctrl_c_ends_it_during_a_stream():
     process, address = start()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
     body = json.dumps({"prompt": "a", "max_tokens": 8000, "stream": True}).encode()
@@ -75,7 +75,7 @@ def test_it_says_where_it_is_and_ctrl_c_ends_it_during_a_stream():
         assert stream.readline().startswith(b"data: ")
         began = time.monotonic()
         assert end(process) == (130, "gpt2.serve: interrupted\n")
-        assert time.monotonic() - began < 5  # a second, where nothing else is running
+        assert time.monotonic() - began < 5  # one second on an idle machine
 
 
 @SERVER
@@ -87,7 +87,7 @@ def test_it_listens_on_this_machine_only():
 
 
 def _listening():
-    """(address in hexadecimal, port) of every socket that listens, from Linux' tables."""
+    """(address in hexadecimal, port) of every listening socket, from Linux's tables."""
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             _, local, _, state, *_ = line.split()
@@ -101,7 +101,7 @@ def test_a_port_that_is_in_use_is_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = run(capsys, "--port", str(port), code=1)
-    assert line == f"gpt2.serve: error: port {port} of 127.0.0.1 is in use; --port 0 takes a free one"
+    assert line == f"gpt2.serve: error: port {port} of 127.0.0.1 is in use; --port 0 selects a free one"
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
@@ -128,7 +128,7 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch, missing):
         (["--port", "0", "--checkpoint", "broken"], 1, "error: broken: 1 of 4,112 values of tensor wte.weight"),
     ],
 )
-def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, options, code, message):
+def test_errors_get_one_line(capsys, tmp_path, monkeypatch, options, code, message):
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "broken", broken=True)
     assert message in run(capsys, *options, code=code)
@@ -146,7 +146,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def expected_text():
-    """The continuation of a prompt with the page's settings, from the machinery of sample.py."""
+    """The continuation of a prompt with the page's settings, generated as in sample.py."""
     model, tokenizer = GPT2.from_pretrained(ROOT / "checkpoint"), Tokenizer.load("bytes")
 
     def continuation(prompt, length):
@@ -158,7 +158,7 @@ def expected_text():
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens the page; afterwards its console must be empty, and it must have sent requests to this server only."""
+    """Opens the page. Afterwards its console must be empty, and it must have sent requests only to this server."""
     pages, said, asked = [], [], []
 
     def opened(width=1440, scheme="light"):
@@ -217,7 +217,7 @@ def test_a_text_is_generated_and_inspected(visit, expected_text, width, scheme):
 
 
 @IN_BROWSER
-def test_a_text_is_stopped_and_continued_to_the_text_that_it_would_have_been(visit, expected_text):
+def test_a_stopped_and_continued_text_equals_an_uninterrupted_one(visit, expected_text):
     page = visit()
     generate(page, "Return the", 200)
     page.wait_for_selector(".piece:nth-of-type(10)")
@@ -234,7 +234,7 @@ def test_a_text_is_stopped_and_continued_to_the_text_that_it_would_have_been(vis
 
 
 @IN_BROWSER
-def test_another_alternative_is_taken_and_the_text_goes_on_from_it(visit, expected_text):
+def test_another_token_can_be_chosen_and_the_text_continues_from_it(visit, expected_text):
     page = visit()
     generate(page, "Return the", 30)
     wait_until_idle(page)
@@ -281,7 +281,7 @@ def test_the_keyboard_alone_is_enough(visit):
 
 
 @IN_BROWSER
-def test_a_hostile_prompt_is_text(visit):
+def test_a_malicious_prompt_is_shown_as_text(visit):
     page = visit()
     prompt = HOSTILE.replace("\x1b", "") + "\u202e right to left \u05d0"
     generate(page, prompt, 5)
@@ -298,7 +298,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_the_page_says_so(visit):
     generate(page, "a" * 100_000, 3)
     wait_until_idle(page)
     assert (
-        "The prompt\u2019s first 99,744 tokens were left out".replace("\u2019", "'")
+        "The prompt\u2019s first 99,744 tokens were omitted".replace("\u2019", "'")
         in page.get_by_role("status").text_content()
     )
     wait_for_inspector(page)
@@ -334,7 +334,7 @@ def test_a_server_that_has_ended_is_reported(browser, tmp_path):
     end(process)
     generate(page, "a", 5)
     page.wait_for_selector(".status.failed")
-    assert page.get_by_role("status").text_content() == "The server does not answer. Is it still running?"
+    assert page.get_by_role("status").text_content() == "The server does not respond. Is it still running?"
     page.close()
 
 

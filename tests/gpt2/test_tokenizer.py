@@ -48,7 +48,7 @@ def hugging_face(gpt2_files, tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A folder with the 256 bytes and two merges, `th` and `the`, in GPT-2's order of bytes."""
+    """A folder with a vocabulary of the 256 bytes and two merges, `th` and `the`, with the bytes in GPT-2's order."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {token: i for i, token in enumerate([*letters, "th", "the", "<|endoftext|>"])}
@@ -180,7 +180,7 @@ def test_a_folder_named_like_a_built_in_tokenizer_is_still_a_folder(tiny, tmp_pa
 
 
 def test_fingerprint_is_pinned():
-    """Data sets and checkpoints carry it: it must not change with a version of this code or of tiktoken."""
+    """Data sets and checkpoints store it, so it must not change between versions of this code or tiktoken."""
     bytes_fingerprint = "b350629b73b250ca61dff26670d616b24221b24c4698d6c872ed0bef805fcab7"
     assert Tokenizer.load("bytes").fingerprint == bytes_fingerprint
 
@@ -240,7 +240,7 @@ def test_bad_hugging_face_files(tiny, file, text, message):
 
 
 def as_one_file(folder, target, pairs=True):
-    """The contents of tokenizer.json as tokenizers writes it, from vocab.json and merges.txt."""
+    """The tokenizer.json that `tokenizers` would write, from vocab.json and merges.txt."""
     merges = [line.split(" ") for line in (folder / HF_MERGES).read_text(encoding="utf-8").splitlines()[1:]]
     vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
     target.mkdir(exist_ok=True)
@@ -344,7 +344,7 @@ def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, messa
 
 @pytest.mark.extras("tokenizers")
 def test_files_that_tokenizers_writes_are_read(tmp_path):
-    """The mark first, as a trainer's special tokens are."""
+    """With <|endoftext|> first, as trainers place special tokens."""
     import tokenizers
 
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -435,7 +435,7 @@ def test_failed_download_error_says_what_to_do(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-# Beside a model
+# Tokenizers of models
 
 
 def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
@@ -449,7 +449,7 @@ def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
 
 
 def test_the_tokenizer_of_a_model_file(tmp_path, gpt2_files):
-    """The one beside it, but GPT-2's for GPT-2's vocabulary."""
+    """The one next to the file, but GPT-2's for GPT-2's vocabulary."""
     Tokenizer.load("bytes").save(tmp_path)
     (tmp_path / "model.pt").touch()
     assert Tokenizer.for_model(tmp_path / "model.pt", 257).name == "bytes"

@@ -1,4 +1,4 @@
-"""model.trace(): equal to a plain computation in float64 and to transformers, and for models of other architectures."""
+"""model.trace(), compared with a plain computation in float64 and with transformers, also for other architectures."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ TOKENS = np.random.default_rng(3).integers(61, size=20)
 
 
 def scaled(model, scale=6.0):
-    """The model with larger matrices, so that attention is not almost even and every layer matters."""
+    """The model with larger matrices, so that attention is far from uniform and every layer matters."""
     for _, parameter in model.named_parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data * scale
@@ -23,7 +23,7 @@ def scaled(model, scale=6.0):
 
 
 def plain_gpt2(p, config, tokens):
-    """GPT-2 in float64, token by token: (streams, what attention and what the MLP adds, weights, features, logits)."""
+    """GPT-2 in float64, token by token: (streams, outputs of attention and of the MLP, weights, features, logits)."""
 
     def norm(x, name):
         mean = x.mean(-1, keepdims=True)
@@ -84,7 +84,7 @@ def test_it_equals_a_plain_computation_in_float64(dtype, bound, length):
     assert_equal(model.trace(TOKENS[:length]), plain_gpt2(parameters, CONFIG, TOKENS[:length]), bound)
 
 
-def test_what_is_added_adds_up_to_the_stream_and_logits_are_the_model_s_bit_for_bit():
+def test_the_layers_add_up_to_the_stream_and_the_logits_are_bit_identical():
     model = scaled(GPT2(CONFIG, seed=1))
     found = model.trace(TOKENS)
     streams = [found.embedding, *(layer.stream for layer in found.layers[1:]), found.stream]
@@ -119,7 +119,7 @@ def test_it_is_off_afterwards():
         ([61], "token"),
     ],
 )
-def test_mistakes_are_named(tokens, message):
+def test_errors_name_the_argument(tokens, message):
     with pytest.raises(ValueError, match=message):
         GPT2(CONFIG).trace(tokens)
 
@@ -128,7 +128,7 @@ def test_mistakes_are_named(tokens, message):
 
 
 class Other(nn.Module):
-    """Positions added by +, an MLP before the attention, which is matrix products and a softmax, and no LayerNorm."""
+    """Positions are added with +; an MLP precedes attention, which is matrix products and a softmax; no LayerNorm."""
 
     def __init__(self):
         self.config = CONFIG
@@ -181,7 +181,7 @@ def test_a_model_without_layers_or_without_an_embedding():
         trace(Nothing(), TOKENS)
 
 
-# Beside transformers -------------------------------------------------------------------------------------------------
+# Comparison with transformers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parity

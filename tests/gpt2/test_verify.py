@@ -17,7 +17,7 @@ from tinygrad2.backend import get_backend
 
 
 @pytest.mark.parametrize("activation", verify.FORMS)
-def test_every_gradient_is_right_by_a_margin(activation):
+def test_every_gradient_is_correct_with_a_margin(activation):
     model = verify.small_model(activation)
     errors = verify.gradient_errors(model)
     assert errors.keys() == dict(model.named_parameters()).keys()
@@ -88,7 +88,7 @@ def small_nano(monkeypatch):
 
 
 def engine_results(model, tokens, dtype):
-    """What parity.torch_results gives, computed by this engine: for tests of everything but the numbers."""
+    """The results of parity.torch_results, computed by this engine, for tests that do not depend on the values."""
     assert model.precision.name == dtype
     found = {"tokens": tokens}
     found |= {f"activation.{site}": x for site, x in parity.engine_activations(model, tokens[:, :-1]).items()}
@@ -105,7 +105,7 @@ def engine_results(model, tokens, dtype):
 
 @pytest.fixture
 def stand_in(monkeypatch, small_nano):
-    """This engine in the place of PyTorch and transformers."""
+    """Use this engine instead of PyTorch and transformers."""
     monkeypatch.setattr(parity, "torch_model", lambda folder: folder)
     monkeypatch.setattr(parity, "torch_versions", lambda: "a stand-in")
     monkeypatch.setattr(
@@ -117,7 +117,7 @@ def stand_in(monkeypatch, small_nano):
 
 @pytest.fixture
 def recorded(stand_in, tmp_path, capsys):
-    """A reference file of both forms of nano."""
+    """A reference file for nano with both forms of GELU."""
     file = tmp_path / "reference.safetensors"
     assert verify.main(["--preset", "nano", "--record", str(file)]) == 0
     assert "MB; without PyTorch: python -m gpt2.verify --against" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
 
     def wrong(*arguments):
         results = right(*arguments)
-        if kernel == "attention_cached":  # the text changes only if another token becomes the most probable one
+        if kernel == "attention_cached":  # the text changes only if another token becomes the most probable
             return -results
         return (results[0] * 1.001, *results[1:]) if isinstance(results, tuple) else results * 1.001
 
@@ -190,10 +190,10 @@ def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
     assert [row["relative"] for row in case["rows"] if row["name"] == "gradient.ln_f.bias"] == [None]
 
 
-def test_random_weights_are_the_same_bits_every_time_and_others_with_another_seed():
+def test_random_weights_depend_only_on_the_seed():
     one, same, other = (parity.random_model(SMALL, seed) for seed in (0, 0, 1))
     assert parity.fingerprint(one) == parity.fingerprint(same) != parity.fingerprint(other)
-    # As they were when this line was written: a reference file stays valid.
+    # Recorded values, so that reference files stay valid.
     assert parity.fingerprint(one)[:16] == "ffc8d5088c6d73c3"
 
 
@@ -219,7 +219,7 @@ def test_on_a_device(recorded, capsys):
 
 
 def rewritten(file, cases=None, **arrays):
-    """The reference with other arrays (None takes one away) or another list of cases."""
+    """The reference with other arrays (None removes one) or another list of cases."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -251,17 +251,17 @@ def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, cap
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "nothing to verify: give --against, --preset or --gradients"),
-        (["--against", "gpt2", "--preset", "nano"], "give one of them"),
+        ([], "nothing to verify; pass --against, --preset or --gradients"),
+        (["--against", "gpt2", "--preset", "nano"], "pass only one of them"),
         (["--preset", "nona"], "invalid choice: 'nona'"),
         (["--preset", "nano", "--json", "no/such/f.json"], "no/such/f.json: the folder no/such/ does not exist"),
         (["--preset", "nano", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--gradients", "--record", "file"], "--record needs --preset, or --against with a model"),
-        (["--preset", "nano"], 'is not installed: pip install -e ".[parity]"'),
+        (["--preset", "nano"], 'is not installed; use pip install -e ".[parity]"'),
         (["--against", "no/such/model"], "no/such/model: no such file or folder"),
     ],
 )
-def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
+def test_errors_are_one_line(options, said, monkeypatch, small_nano, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(verify.main(options))
@@ -276,7 +276,7 @@ def test_mistakes_are_one_line(options, said, monkeypatch, small_nano, capsys):
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, capsys):
-    """Both forms of GELU, live; then a file recorded with PyTorch, read without it."""
+    """Both forms of GELU, live; then a file recorded with PyTorch and read without it."""
     assert verify.main(["--preset", "nano", "--dtype", dtype]) == 0
     assert capsys.readouterr().out.count("everything agrees") == 2
     file = str(tmp_path / "reference.safetensors")
@@ -289,7 +289,7 @@ def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_the_wrong_form_of_gelu_is_detected(tmp_path, monkeypatch, capsys):
-    """In a folder that transformers reads itself; both forms differ by less than 0.001."""
+    """In a folder that transformers reads; the two forms differ by less than 0.001."""
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""gpt2/web.py over real sockets: OpenAI's client, many clients at once, clients that go away, and other web pages."""
+"""gpt2/web.py over real sockets: OpenAI's client, many concurrent clients, disconnects, and other web pages."""
 
 import http.client
 import json
@@ -101,7 +101,7 @@ def client(running):
 
 
 @pytest.mark.extras("openai")
-def test_the_client_gets_the_text_of_the_command_line(running, client):
+def test_the_client_gets_the_same_text_as_the_command_line(running, client):
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
     found = client.completions.create(model=NAME, prompt="Hello", max_tokens=60, n=2, **sampling)
     expected = ["", ""]
@@ -154,7 +154,7 @@ def test_health(running):
     assert "Set-Cookie" not in headers
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Rejected requests ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_health(running):
         ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
     ],
 )
-def test_other_web_pages_are_kept_out(running, headers, status):
+def test_requests_from_other_web_pages_are_rejected(running, headers, status):
     headers = {name: value.replace("PORT", str(running.port)) for name, value in headers.items()}
     body = {"prompt": "a", "max_tokens": 1}
     found, sent, text = send(running.port, "POST", "/v1/completions", body, headers)
@@ -256,11 +256,11 @@ def test_a_prompt_beyond_the_context_loses_its_start(running):
     assert (len(head["prompt"]), head["dropped"]) == (64, 99_936)
 
 
-# Clients that go away ------------------------------------------------------------------------------------------------
+# Disconnects ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(running, stream):
+def test_a_disconnect_ends_the_request(running, stream):
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
     values = {"prompt": "a", "max_tokens": 8192, "n": 4, "stream": stream}
     connection.request("POST", "/v1/completions", json.dumps(values), POST)
@@ -272,7 +272,7 @@ def test_a_client_that_goes_away_frees_its_place(running, stream):
     settled(running.worker, seconds=5)
 
 
-def test_too_many_requests_are_told_so():
+def test_too_many_requests_get_status_429():
     running = start_server(make_model(), Worker(running=1, waiting=1))
     values = {"prompt": "a", "max_tokens": 8192, "stream": True}
     held = []
@@ -297,7 +297,7 @@ WRONG = ({"n": 0}, {"temperature": "x"}, {"max_tokens": -1}, {"prompt": [999]}, 
 
 
 def one_of_many(running, i):
-    """Send request i of a crowd: a fifth go away, a tenth are wrong, half of the others stream."""
+    """Send request i of many: a fifth disconnect, a tenth are invalid, half of the others stream."""
     rng = random.Random(i)
     prompt = "".join(rng.choices("abc é☃ \n", k=rng.randint(0, 80)))
     sampling = {"temperature": rng.choice([0, 0.7, 1.0]), "seed": i}
@@ -346,7 +346,7 @@ def crowd(running, requests, at_once):
     return errors
 
 
-def test_a_crowd_is_served_without_garbling(running):
+def test_many_concurrent_requests_get_correct_texts(running):
     assert crowd(running, 30, 6) == []
     settled(running.worker)
 
@@ -359,5 +359,5 @@ def test_two_hundred_requests_leave_no_memory_behind(running):
     for _ in range(2):
         assert crowd(running, 200, 20) == []
     settled(running.worker)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB, of server and clients together
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB, server and clients together
     assert grown < 16 * 1024

@@ -1,7 +1,7 @@
-"""Faults to plant in a source: each names the function it is in, and a short piece of code there.
+"""Plants faults in source code: each consists of a function and a short piece of code in it.
 
-A test that plants a fault shows that the tests beside it would find it. How the source is laid out does not matter; a
-piece that is no longer there is reported with what to do about it.
+A test that plants a fault shows that the other tests would find it. The layout of the source does not matter. If the
+piece of code no longer exists, the error says what to do.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def plant(source: str, function: str, old: str, new: str) -> str:
             source = plant(source, name, old, new)
         return source
     bodies = list(_bodies(source, function))
-    assert bodies, f"no function {function!r} in the source: name the one that the fault {old!r} belongs to now"
+    assert bodies, f"no function {function!r} in the source; update the function of the fault {old!r}"
     pattern = r"\s+".join(map(re.escape, old.split()))
     count = 0
     for start, stop in reversed(bodies):
         body, found = re.subn(pattern, lambda _: new, source[start:stop])
         source = source[:start] + body + source[stop:]
         count += found
-    assert count, f"{function!r} no longer contains {old!r}: write the fault as the function is now, or drop it"
+    assert count, f"{function!r} no longer contains {old!r}; update the fault, or remove it"
     return source
 
 
 def plant_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
-    """From now on the CUDA C++ of a family of kernels has these faults."""
+    """From now on, the CUDA C++ of a family of kernels has these faults."""
     source = cuda.source(family)
     for fault in faults:
         source = plant(source, *fault)
@@ -50,13 +50,13 @@ def plant_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault
 
 
 def replace_source(monkeypatch: pytest.MonkeyPatch, family: str | Path, source: str) -> None:
-    """From now on this is the CUDA C++ of a family of kernels."""
+    """From now on, this is the CUDA C++ of a family of kernels."""
     whole = cuda.source
     monkeypatch.setattr(cuda, "source", lambda name: source if name == family else whole(name))
 
 
 def without(source: str, function: str, old: str, number: int) -> str:
-    """`source` without occurrence `number` of `old` in the function of that name. Raises AssertionError without it."""
+    """`source` without occurrence `number` of `old` in a function. Raises AssertionError if there is none."""
     places = [
         start + match.start()
         for start, stop in _bodies(source, function)
@@ -67,7 +67,7 @@ def without(source: str, function: str, old: str, number: int) -> str:
 
 
 def _bodies(source: str, name: str) -> Iterator[tuple[int, int]]:
-    """Where the definitions of a function, struct or class begin and end."""
+    """The start and end of each definition of a function, struct or class."""
     if re.search(r"^(?:class|def) \w+.*:$", source, re.M):
         yield from _python_bodies(source, name)
         return
@@ -90,7 +90,7 @@ def _python_bodies(source: str, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _opening_brace(source: str, at: int) -> int | None:
-    """The brace that opens a definition whose name ends at `at`; None where this is a call or a declaration."""
+    """The opening brace of a definition whose name ends at `at`; None for a call or a declaration."""
     if source[at : at + 1] == "(":
         at = _closing(source, at) + 1
         if not re.match(r"\s*(?:const\s*)?[{:]", source[at:]):
@@ -101,7 +101,7 @@ def _opening_brace(source: str, at: int) -> int | None:
 
 
 def _closing(source: str, at: int) -> int:
-    """Where the bracket that opens at `at` is closed."""
+    """The position of the bracket that closes the one at `at`."""
     opening, depth = source[at], 0
     closing = {"(": ")", "{": "}"}[opening]
     while True:

@@ -1,13 +1,13 @@
-"""A stand-in for cupy.cuda.nccl on the arrays of strict_cupy.py: it computes the sums, and detects a wrong order.
+"""A stand-in for cupy.cuda.nccl on the arrays of strict_cupy.py, which computes sums and detects ordering errors.
 
-What a call is to write to holds NaN until the stream that computes has waited for an event recorded on the call's own
-stream after it, so that whoever reads too early sees it. RaceError is raised where
-  - a call is launched on a stream that has not waited for the last thing launched on the stream that computes;
-  - memory is freed or written to while a call still uses it, be it by another call.
-Calls of a group are made when it ends. NcclError is raised for a group that is not ended or was not begun, and for
-memory that is not an array's of that type.
+The output of a call contains NaN until the compute stream has waited for an event that was recorded on the call's
+stream after the call, so that reads that are too early are visible. RaceError is raised if
+  - a call is launched on a stream that has not waited for the latest work on the compute stream;
+  - memory is freed or written to while a call still uses it, also by another call.
+The calls in a group run when it ends. NcclError is raised for a group that was not ended or not started, and for memory
+that does not belong to an array of the given type.
 
-What the other ranks have is up to an `Exchange`.
+An `Exchange` provides the values of the other ranks.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import numpy as np
 from tests.stand_ins import strict_cupy
 from tests.stand_ins.strict_cupy import POISON, RaceError, device
 
-MODULE = f"{strict_cupy.library.__name__}.cuda.nccl"  # where a CudaBackend of the stand-in looks for it
+MODULE = f"{strict_cupy.library.__name__}.cuda.nccl"  # where the stand-in's CudaBackend looks for it
 
 
 class Exchange(Protocol):
-    """What flows between the ranks. Every method is called by all ranks, in the same order."""
+    """Communication between the ranks. All ranks call every method, in the same order."""
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """The sum over the ranks."""
 
     def from_root(self, values: np.ndarray, root: int) -> np.ndarray:
-        """What the rank `root` has."""
+        """The value of the rank `root`."""
 
 
 class Echo:
@@ -51,7 +51,7 @@ class Echo:
 
 
 class Ranks:
-    """The ranks of an MPI communicator, which is used for nothing else."""
+    """The ranks of an MPI communicator that is not used for anything else."""
 
     def __init__(self, comm: Any):
         self.comm = comm
@@ -72,7 +72,7 @@ class NcclError(RuntimeError):
 
 
 class NCCL:
-    """The module. `calls` are the names of those that were launched."""
+    """The module. `calls` contains the names of the launched calls."""
 
     available = True
     NCCL_SUM, NCCL_FLOAT32, NCCL_FLOAT64 = 0, 7, 8
@@ -89,12 +89,12 @@ class NCCL:
 
     def groupStart(self) -> None:
         if self.group is not None:
-            raise NcclError("groupStart: the group before was not ended")
+            raise NcclError("groupStart: the previous group was not ended")
         self.group = []
 
     def groupEnd(self) -> None:
         if self.group is None:
-            raise NcclError("groupEnd: no group was begun")
+            raise NcclError("groupEnd: no group was started")
         group, self.group = self.group, None
         for call in group:
             call()
@@ -118,7 +118,7 @@ class NcclCommunicator:
 
     def _sum(self, name: str, send: int, receive: int, count: int, kind: int, op: int, root: Any, stream: int) -> None:
         if send != receive or op != self._nccl.NCCL_SUM:
-            raise NcclError(f"{name}: the stand-in makes sums, in place")
+            raise NcclError(f"{name}: the stand-in supports only in-place sums")
         self._call(name, send, count, kind, root, root in (None, self._rank), self._nccl.exchange.total, stream)
 
     def _call(
@@ -154,13 +154,13 @@ class NcclCommunicator:
         stream = device.streams[number]
         self._nccl.calls.append(name)
         if stream.others_seen != device.launches:
-            raise RaceError(f"{name}: its stream has not waited for what was computed before")
+            raise RaceError(f"{name}: its stream has not waited for the preceding computations")
         if count == 0:
             exchange(np.empty(0, dtype))
             return
         owner = device.owner(pointer, count * dtype.itemsize)
         if owner is None or owner().dtype != dtype:
-            raise NcclError(f"{name}: these are not {count} numbers of {dtype} in one array")
+            raise NcclError(f"{name}: these are not {count} elements of {dtype} in one array")
         memory = np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(pointer), np.uint8)
         values = memory.view(dtype).copy()
         result = exchange(values)
@@ -170,7 +170,7 @@ class NcclCommunicator:
 
         def land() -> None:
             if owner() is None:
-                raise RaceError(f"{name}: memory was freed before the stream that computes had waited for the call")
+                raise RaceError(f"{name}: memory was freed before the compute stream had waited for the call")
             if memory.tobytes() != before:
                 raise RaceError(f"{name}: memory was written to while the call used it")
             if writes:
@@ -181,7 +181,7 @@ class NcclCommunicator:
 
 @contextmanager
 def installed(exchange: Exchange, address: str = "0000:00:00.0") -> Iterator[NCCL]:
-    """Inside this context the stand-in for CuPy has this NCCL, and a GPU of that address."""
+    """Inside this context, the stand-in for CuPy has this NCCL and a GPU with this address."""
     nccl = NCCL(exchange)
     runtime = strict_cupy.Library.cuda.runtime
     with (

@@ -1,11 +1,11 @@
-"""The kernels as NVRTC compiles them, on a CPU: their PTX, put into C++ instruction by instruction.
+"""Runs the PTX that NVRTC generates on a CPU, by translating it to C++ instruction by instruction.
 
-cudasim runs a kernel's source with twins of the functions that are written in PTX, so it cannot see what is wrong in
-those, nor what the compiler makes of the rest. Here that is run: a line of C++ for each instruction, with cudasim.h for
-what threads do together. Besides, every access is held against the arrays and the shared memory of the launch, and its
-address against its size.
+cudasim runs a kernel's source, with replacements for the functions that are written in PTX, so it cannot detect errors
+in those functions or in the compiler's output. Here the PTX itself runs: one line of C++ per instruction, with
+cudasim.h for cooperation between threads. In addition, every access is checked to be inside the arrays or the shared
+memory of the launch, and to be aligned.
 
-`pytest --ptx` runs any test of the kernels so. The instructions are defined in NVIDIA's "Parallel Thread Execution
+`pytest --ptx` runs the kernel tests in this way. The instructions are defined in NVIDIA's "Parallel Thread Execution
 ISA".
 """
 
@@ -64,7 +64,7 @@ inline T ptx_bits(F x) {
   memcpy(&y, &x, sizeof y);
   return y;
 }
-// Where an access goes, having been held against what there is.
+// The address of an access, after checking it.
 inline char* ptx_shared(uint64_t at, size_t size) {
   if (at % size) cudasim::stop("a misaligned access to shared memory");
   if (at + size > cudasim::dynamic_size) cudasim::stop("an access outside shared memory");
@@ -92,7 +92,7 @@ inline uint32_t ptx_shfl(uint32_t x, uint32_t mask, int from, int most, bool& th
 
 
 def translate(ptx: str) -> tuple[str, int]:
-    """C++ for the kernels of a PTX module, and the bytes of static shared memory, which begin the dynamic one."""
+    """C++ for the kernels in a PTX module, and the size of static shared memory, which precedes the dynamic part."""
     static, places = 0, {}
     for alignment, bits, name, count in SHARED.findall(ptx):
         static = -(-static // int(alignment)) * int(alignment)
@@ -102,7 +102,7 @@ def translate(ptx: str) -> tuple[str, int]:
     places |= dict.fromkeys(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", ptx), static)
     cluster = re.search(r"\.reqnctapercluster (\d+)", ptx)
     functions = [_Function(*found, places, int(cluster[1]) if cluster else 1) for found in FUNCTION.findall(ptx)]
-    functions.sort(key=lambda function: function.kind == "entry")  # what is called comes first
+    functions.sort(key=lambda function: function.kind == "entry")  # called functions come first
     return HEAD + "\n".join(map(str, functions)), static
 
 
@@ -171,7 +171,7 @@ class _Function:
             yield "{ " + self._instruction(opcode.split("."), _operands(tabbed + " " + rest)) + " }"
 
     def _value(self, operand: str, type_: str) -> str:
-        """An operand, as a number of this type."""
+        """An operand as a value of this type."""
         wanted = TYPES[type_]
         if REGISTER.match(operand):
             value, is_float = self._register(operand)
@@ -188,10 +188,10 @@ class _Function:
             return f"({wanted}){self.places[operand]}"
         if re.match(r"-?\d", operand):
             return f"({wanted}){operand}" + ("ll" if "64" in wanted else "")
-        return f"({wanted}){operand}"  # the place of a parameter
+        return f"({wanted}){operand}"  # the address of a parameter
 
     def _register(self, operand: str) -> tuple[str, bool]:
-        """Its name in C++, and whether it is one of floats."""
+        """The C++ name of a register, and whether it contains a float."""
         match = REGISTER.match(operand)
         assert match, operand
         return match[1] + (f"[{match[2]}]" if match[2] else ""), self.types[match[1]] in ("f32", "f64")
@@ -214,7 +214,7 @@ class _Function:
         write = self._assign
         if root in ("ld", "st"):
             return self._access(op, a)
-        if root == "mov" and "{" in a[0] + a[1]:  # a number and its halves or quarters, the lowest first
+        if root == "mov" and "{" in a[0] + a[1]:  # a value and its halves or quarters, lowest first
             parts = _members(a[0] if "{" in a[0] else a[1])
             part = f"b{int(type_[1:]) // len(parts)}"
             both = f"{TYPES[type_]} x; {TYPES[part]} n[{len(parts)}]; "
@@ -351,7 +351,7 @@ class _Function:
         return f"{pointer}memcpy(n, place, sizeof n); {read}{wait}"
 
     def _loaded(self, target: str, value: str, type_: str) -> str:
-        """A load fills a wider register up, with the sign or zeros."""
+        """A load extends the value to a wider register, with the sign or zeros."""
         register, is_float = self._register(target)
         return self._assign(target, value, type_) if type_[0] == "f" or is_float else f"{register} = {value};"
 
@@ -371,7 +371,7 @@ class _Function:
 
 
 def _operands(text: str) -> list[str]:
-    """What stands between the commas, braces and parentheses being one."""
+    """Split at commas that are not inside braces or parentheses."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\([^)]*\)|\[[^\]]*\]|[^,{\[(])+", text) if part.strip()]
 
 
@@ -380,7 +380,7 @@ def _members(text: str) -> list[str]:
 
 
 class RawModule(cudasim.RawModule):
-    """As cudasim.RawModule, by way of PTX."""
+    """Like cudasim.RawModule, but runs the PTX."""
 
     def __init__(self, code: str, options: tuple[str, ...] = (), enable_cooperative_groups: bool = False):
         cudasim.need_compiler()
@@ -393,7 +393,7 @@ class RawModule(cudasim.RawModule):
 
 
 class Function(cudasim.Function):
-    """A kernel, whose PTX does not say which of its parameters are pointers, or signed."""
+    """A kernel. Its PTX does not say which parameters are pointers or signed."""
 
     def cell(self, i, value, kind):
         value = cudasim.array_of(value)

@@ -1,28 +1,28 @@
 """NumPy with CuPy's rules: a stand-in that runs and checks the whole engine on a machine without a GPU.
 
-It computes with NumPy and rejects or counts what CuPy rejects or what would be slow or wrong on a device:
+It computes with NumPy, and rejects or counts operations that CuPy rejects or that would be slow or wrong on a device:
   - a NumPy array among device arrays, a list where an array is expected, and conversion other than by get or asnumpy
-    raise TypeError; results are arrays even where they have no axis, and dtypes follow NEP 50, as in CuPy 14;
+    raise TypeError; results are arrays even if they are 0-d, and dtypes follow NEP 50, as in CuPy 14;
   - assignment at repeated indices raises, since its result is undefined on a device; out-of-range indices raise, where
     CuPy silently wraps them around; so does writing to a broadcast view, where CuPy would write to its source;
-  - `device.syncs` counts where the host would wait without saying so: float(), bool(), item(), get(), printing, and
-    results whose shape depends on values. `device.waits` counts events waited for, which is intended;
-  - `device.float64` counts float64 results where the inputs were not all float64, and new float64 arrays;
-  - `device.launches` counts the calls that give the device work;
-  - bfloat16 arrays are ml_dtypes', which NumPy computes with otherwise than CuPy 14 does: sums and products of matrices
-    are made in float32 and rounded once; a product of more than two axes raises, as it fails in CuPy, and so does
-    arithmetic with a Python number, whose dtype the two do not agree on;
-  - products of float32 matrices are rounded as TF32 where CuPy's compute type says so; `device.products` counts them by
-    that type;
-  - kernels of a RawModule are compiled for the CPU and run at once, by the simulator in tests/stand_ins/cudasim.
+  - `device.syncs` counts hidden waits of the host: float(), bool(), item(), get(), printing, and results with a shape
+    that depends on values. `device.waits` counts waits for events, which are intended;
+  - `device.float64` counts new float64 arrays, and float64 results unless all inputs are float64;
+  - `device.launches` counts the calls that launch work on the device;
+  - bfloat16 arrays use ml_dtypes, which differs from CuPy 14: here, sums and matrix products are computed in float32
+    and rounded once; products with more than two axes raise, because they fail in CuPy, and so does arithmetic with a
+    Python number, for which the two give different dtypes;
+  - float32 matrix products are rounded to TF32 if CuPy's compute type says so; `device.products` counts them by that
+    type;
+  - kernels of a RawModule are compiled for the CPU and run immediately, in the simulator in tests/stand_ins/cudasim.
 
-Copies between pinned memory and the device are late, as they can be on a device: they take place when somebody waits.
-Pinned memory that was changed or freed before its copy to the device took place raises RaceError then; memory that a
-result is fetched to holds NaN until then. Everything else runs in the order of launching, as in the one stream, but for
-what a library launches beside it on a stream of its own (`device.launch_beside`; see nccl.py).
+Copies between pinned memory and the device are delayed until the host waits, as is possible on a device. If pinned
+memory was changed or freed before its copy to the device, RaceError is raised at that time; memory that a result is
+fetched to contains NaN until then. Everything else runs in launch order, as in a single stream, except for work that a
+library launches on its own stream (`device.launch_beside`; see nccl.py).
 
-With `registered(real=cupy)` every name and every keyword is checked against the CuPy that is installed, too. That needs
-no GPU and no driver.
+With `registered(real=cupy)`, every name and keyword is also checked against the installed CuPy, which needs no GPU and
+no driver.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tinygrad2.kernels import cuda
 
 FROM_HOST = {"asarray", "array", "ascontiguousarray"}
 VIEWS = FROM_HOST | {"reshape", "transpose", "view", "swapaxes", "squeeze", "ravel", "expand_dims", "moveaxis"}
-VIEWS |= {"broadcast_to", "split", "array_split", "diagonal", "astype"}  # no launch where the result shares memory
+VIEWS |= {"broadcast_to", "split", "array_split", "diagonal", "astype"}  # no launch if the result shares memory
 SHAPE_FROM_VALUES = {"nonzero", "flatnonzero", "argwhere", "unique", "bincount", "extract", "compress"}
 SUMS = {"sum", "mean", "prod", "cumsum", "var", "std"}
 PRODUCTS = {"matmul", "dot", "einsum", "tensordot", "inner", "vdot"}
@@ -57,15 +57,15 @@ WITHOUT_INPUT = {"zeros", "ones", "empty", "full", "arange", "linspace", "eye", 
 HOST_METHODS = {"item", "tolist", "tobytes"}
 UFUNC_KEYWORDS = {"out", "dtype", "casting", "where"}
 PROCESSORS = 132
-POISON = 0xFF  # each byte of memory that nothing has been written to yet: NaN, or -1
+POISON = 0xFF  # the value of all bytes in uninitialized memory: NaN, or -1
 
 
 class RaceError(AssertionError):
-    """The host changed or freed memory while a copy was still to read or write it."""
+    """The host changed or freed memory before a pending copy had read or written it."""
 
 
 class Device:
-    """Counters, and the stream: copies that have been launched and not made."""
+    """Counters, and the stream: copies that have been launched but not executed."""
 
     def __init__(self) -> None:
         self.real: Any = None
@@ -73,36 +73,36 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting from zero, and forget what was launched."""
+        """Reset the counters, and discard pending work."""
         self.launches = self.syncs = self.waits = self.float64 = self.pinned = 0
-        self.products: Counter[str] = Counter()  # of float32 matrices: "float32" and "tf32"
+        self.products: Counter[str] = Counter()  # float32 matrix products, by "float32" and "tf32"
         self.submitted = self.finished = 0
-        self.clusters = 16  # that run at the same time
+        self.clusters = 16  # number of clusters that run concurrently
         self.blocks = 1  # of a cooperative kernel on a multiprocessor
         self._queue: deque[Callable[[], None]] = deque()
-        self._one_at_a_time = threading.RLock()  # a thread may wait for an event of another one
+        self._one_at_a_time = threading.RLock()  # a thread may wait for another thread's event
         self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (where, after which submission, what it does)
         self._owners: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     def submit(self, action: Callable[[], None]) -> int:
-        """Put a copy, or an event, at the end of the stream; returns its number."""
+        """Append a copy or an event to the stream; returns its number."""
         self._queue.append(action)
         self.submitted += 1
         return self.submitted
 
     def finish(self, number: int | None = None) -> None:
-        """Have the device make everything up to `number`, or all."""
+        """Execute everything up to `number`, or everything."""
         with self._one_at_a_time:
             while self._queue and (number is None or self.finished < number):
                 self.finished += 1
                 self._queue.popleft()()
 
     def launch_beside(self, stream: Stream, finish: Callable[[], None]) -> None:
-        """Work that is done, by `finish`, when another stream has waited for an event that this one records later."""
+        """Add work that `finish` completes when another stream has waited for a later event of this stream."""
         self.beside.append((stream, self.submitted, finish))
 
     def own(self, values: np.ndarray) -> int:
-        """The address of an array whose pointer is given away; `owner` finds the array again, while it lives."""
+        """The address of an array whose pointer is passed on; `owner` finds the array again while it exists."""
         root = values
         while isinstance(root.base, np.ndarray):
             root = root.base
@@ -110,7 +110,7 @@ class Device:
         return _start(values)
 
     def owner(self, pointer: int, nbytes: int) -> weakref.ref[np.ndarray] | None:
-        """The array that these bytes are part of."""
+        """The array that contains these bytes."""
         for start, root in list(self._owners.items()):
             if start <= pointer and pointer + nbytes <= start + root.nbytes:
                 return weakref.ref(root)
@@ -140,7 +140,7 @@ def _pinned(array: np.ndarray) -> PinnedMemory:
     while isinstance(owner, np.ndarray | memoryview):
         owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
     if not isinstance(owner, PinnedMemory):
-        raise AssertionError("an asynchronous copy of memory that is not pinned waits for the device")
+        raise AssertionError("an asynchronous copy of memory that is not pinned would wait for the device")
     return owner
 
 
@@ -148,7 +148,7 @@ def _pinned(array: np.ndarray) -> PinnedMemory:
 
 
 def _check_name(owner: str, name: str) -> Any:
-    """What CuPy calls `name`, or None where it is not asked. Raises AttributeError where CuPy has no such name."""
+    """CuPy's object `name`, or None if names are not checked. Raises AttributeError if CuPy does not have it."""
     if device.real is None:
         return None
     target = getattr(device.real.ndarray if owner == "cupy.ndarray" else device.real, name, None)
@@ -158,13 +158,13 @@ def _check_name(owner: str, name: str) -> Any:
 
 
 def _check_keywords(where: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError where CuPy's function does not take these arguments."""
+    """Raise TypeError if CuPy's function does not accept these arguments."""
     if target is None or not callable(target):
         return
     try:
         inspect.signature(target).bind(*args, **kwargs)
         return
-    except ValueError:  # compiled: the signature is the first line of the documentation
+    except ValueError:  # a compiled function has its signature in the first line of its documentation
         match = re.match(r"[\w.]*\((.*)\)", (target.__doc__ or "").split("\n")[0])
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from None
@@ -179,7 +179,7 @@ def _check_keywords(where: str, target: Any, args: tuple, kwargs: dict[str, Any]
 
 
 def _unwrap(x: Any) -> Any:
-    """The NumPy values of an argument. Raises TypeError for a NumPy array, which is not on the device."""
+    """The NumPy values of an argument. Raises TypeError for a NumPy array, since it is not on the device."""
     if isinstance(x, ndarray):
         return x._a
     if isinstance(x, np.ndarray):
@@ -190,7 +190,7 @@ def _unwrap(x: Any) -> Any:
 
 
 def _wrap(result: Any, inputs: Any) -> Any:
-    """The result of a NumPy function on `inputs` as CuPy gives it: arrays, whatever their number of axes."""
+    """The result of a NumPy function on `inputs` as in CuPy: arrays, even if they are 0-d."""
     if isinstance(result, tuple | list):
         return type(result)(_wrap(part, inputs) for part in result)
     if isinstance(result, np.ndarray | np.generic | bool):
@@ -217,7 +217,7 @@ def _call(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) ->
     """Call a NumPy function on the values of device arrays."""
     args, kwargs = _unwrap(args), {key: _unwrap(value) for key, value in kwargs.items()}
     inputs = [*args, *(value for key, value in kwargs.items() if key != "out")]
-    with np.errstate(all="ignore"):  # a device warns of nothing
+    with np.errstate(all="ignore"):  # a device does not emit warnings
         if any(x.dtype == bfloat16 for x in _arrays(inputs)) and (name in PRODUCTS or name in SUMS):
             result = _in_bfloat16(name, function, args, kwargs)
         elif name in PRODUCTS and all(x.dtype == np.float32 for x in _arrays(inputs)):
@@ -237,7 +237,7 @@ def _call(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def _in_bfloat16(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A sum, or a product of matrices, of bfloat16 numbers: CuPy makes it in float32."""
+    """A sum or matrix product of bfloat16 arrays, which CuPy computes in float32."""
     out, dtype = kwargs.pop("out", None), kwargs.pop("dtype", None)
     if name in PRODUCTS and (name not in ("matmul", "dot") or any(x.ndim > 2 for x in _arrays(args))):
         raise TypeError(f"cupy.{name}: bfloat16 is multiplied in two axes only")
@@ -252,37 +252,37 @@ def _in_bfloat16(name: str, function: Callable, args: tuple, kwargs: dict[str, A
 
 
 def _to_tf32(x: np.ndarray) -> np.ndarray:
-    """Rounded to 10 bits of mantissa, ties to even."""
+    """Round to a 10-bit mantissa, ties to even."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return ((bits + np.uint32(0xFFF) + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32).reshape(x.shape)
 
 
 class Linalg:
-    """CuPy's module of matrix products; how they are computed is a setting of the process."""
+    """CuPy's module for matrix products. The compute type is a setting of the process."""
 
     COMPUTE_TYPE_DEFAULT, COMPUTE_TYPE_TF32 = 1, 7
     compute_type = COMPUTE_TYPE_DEFAULT
 
     @staticmethod
     def get_compute_type(dtype: str) -> int:
-        """How products of this dtype are computed."""
+        """The compute type of products of this dtype."""
         assert dtype == "f"
         return Linalg.compute_type
 
     @staticmethod
     def set_compute_type(dtype: str, compute_type: int) -> None:
-        """Compute products of this dtype so from now on."""
+        """Set the compute type of products of this dtype."""
         assert dtype == "f"
         Linalg.compute_type = compute_type
 
 
 def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
-    """A universal function: arrays of the device and numbers, nothing else."""
+    """A universal function, which accepts only device arrays and numbers."""
     for x in args:
         if not isinstance(x, ndarray | int | float | np.generic):
             raise TypeError(f"Unsupported type {type(x)}")
     if any(isinstance(x, ndarray) and x.dtype == bfloat16 for x in args) and any(type(x) in (int, float) for x in args):
-        raise TypeError(f"cupy.{name}: bfloat16 and a Python number; say in which dtype by a NumPy scalar or astype")
+        raise TypeError(f"cupy.{name}: bfloat16 and a Python number; select the dtype with a NumPy scalar or astype")
     if set(kwargs) - UFUNC_KEYWORDS:
         raise TypeError(f"cupy.{name} takes no {', '.join(sorted(set(kwargs) - UFUNC_KEYWORDS))}")
     if out is None:
@@ -292,7 +292,7 @@ def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
 
 
 def _index(index: Any) -> Any:
-    """An index as NumPy takes it. Lists and NumPy arrays are allowed, as in CuPy, which copies them to the device."""
+    """Convert an index for NumPy. Lists and NumPy arrays are allowed, as in CuPy, which copies them to the device."""
     if isinstance(index, tuple):
         return tuple(map(_index, index))
     if isinstance(index, list | np.ndarray):
@@ -302,7 +302,7 @@ def _index(index: Any) -> Any:
 
 
 def _whole(index: Any) -> tuple:
-    """The index with an ellipsis: NumPy then gives a view where it would give a scalar."""
+    """Add an ellipsis to the index, so that NumPy returns a view instead of a scalar."""
     index = index if isinstance(index, tuple) else (index,)
     return index if any(i is Ellipsis for i in index) else (*index, Ellipsis)
 
@@ -322,7 +322,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "__call__":
             return NotImplemented
-        return _ufunc(ufunc.__name__, *args, **kwargs)  # a NumPy scalar on the left comes here
+        return _ufunc(ufunc.__name__, *args, **kwargs)  # called for a NumPy scalar on the left
 
     shape = property(lambda self: self._a.shape)
     dtype = property(lambda self: self._a.dtype)
@@ -364,16 +364,16 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
             out[...] = values
             return out
         if out is None or out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
-            raise ValueError("a late copy needs memory to land in, of the array's shape and dtype")
+            raise ValueError("a delayed copy needs output memory with the array's shape and dtype")
         memory = weakref.ref(_pinned(out))
-        device.finish(_pinned(out).last_read)  # the device makes copies in the order in which they were launched
+        device.finish(_pinned(out).last_read)  # the device executes copies in launch order
         out.reshape(-1).view(np.uint8)[:] = POISON
         where = out.__array_interface__["data"][0] - _address(memory())
 
         def copy() -> None:
             landing = memory()
             if landing is None:
-                raise RaceError("the memory that a result was to land in was freed before the copy took place")
+                raise RaceError("the output memory of a result was freed before the copy took place")
             landing[where : where + values.nbytes] = values.tobytes()
 
         device.submit(copy)
@@ -447,7 +447,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
 
 
 class MemoryPointer:
-    """Where an array lies; `ptr` is what a library in C takes."""
+    """The location of an array; `ptr` is the pointer for C libraries."""
 
     def __init__(self, values: np.ndarray):
         self.ptr = device.own(values)
@@ -487,7 +487,7 @@ for _name, _function in {
 
 
 class Event:
-    """A place in a stream."""
+    """An event in a stream."""
 
     def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
         self._number, self._time = 0, 0.0
@@ -510,9 +510,9 @@ class Event:
 
 
 class Stream:
-    """A stream. They all take turns with the one queue of copies, in the order of launching.
+    """A stream. All streams share one queue of copies, in launch order.
 
-    others_seen  how much had been launched when the event of another stream was recorded that this one waited for last.
+    others_seen  the number of launches when the event of another stream was recorded that this one last waited for.
     """
 
     _made = 0
@@ -536,9 +536,9 @@ class Stream:
         return self
 
     def wait_event(self, event: Event) -> None:
-        """What was launched before the event runs before what follows, in any stream; but for what runs beside."""
+        """Work that was launched before the event precedes later work in any stream, except for launch_beside."""
         if not event._number:
-            raise CUDARuntimeError("an event that was not recorded is no reason to wait")
+            raise CUDARuntimeError("waiting for an event that was not recorded has no effect")
         if event._stream is self:
             return
         self.others_seen = event._launches
@@ -579,12 +579,12 @@ class GPU:
 
 
 class RawModule:
-    """As cupy.RawModule; the kernels are compiled for the CPU, and run in the simulator."""
+    """Like cupy.RawModule, but the kernels are compiled for the CPU and run in the simulator."""
 
     def __init__(self, code: str | None = None, *, options: tuple[str, ...] = (), **kwargs: Any):
         _check_keywords("cupy.RawModule", _check_name("cupy", "RawModule"), (), {"options": options, **kwargs})
         if not isinstance(code, str) or not isinstance(options, tuple):
-            raise TypeError("cupy.RawModule takes the source as a string and its options as a tuple")
+            raise TypeError("cupy.RawModule expects the source as a string and the options as a tuple")
         self._module, self._cooperative = cudasim.RawModule(code, options), kwargs.get("enable_cooperative_groups")
         self._cluster = next((int(o.split("=")[1]) for o in options if o.startswith("-DRANKS=")), 1)
 
@@ -597,7 +597,7 @@ class RawKernel:
 
     def __init__(self, function: cudasim.Function, cluster: int, cooperative: bool):
         object.__setattr__(self, "_function", function)
-        object.__setattr__(self, "cluster", cluster)  # blocks of one
+        object.__setattr__(self, "cluster", cluster)  # number of blocks per cluster
         object.__setattr__(self, "cooperative", cooperative)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -623,7 +623,7 @@ class RawKernel:
 
 
 class Driver:
-    """The driver's library, as far as CuPy has no names for it."""
+    """The functions in the driver's library that CuPy does not wrap."""
 
     def cuOccupancyMaxActiveClusters(self, count: Any, function: Any, config: Any) -> int:
         size = config._obj
@@ -636,7 +636,7 @@ class Driver:
 
 
 class CUDARuntimeError(RuntimeError):
-    """What the runtime raises."""
+    """The error that the runtime raises."""
 
 
 def alloc_pinned_memory(size: int) -> PinnedMemory:
@@ -645,7 +645,7 @@ def alloc_pinned_memory(size: int) -> PinnedMemory:
 
 
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
-    """Milliseconds between two events that have passed."""
+    """Milliseconds between two completed events."""
     if not (start_event.timed and end_event.timed):
         raise CUDARuntimeError("cudaErrorInvalidResourceHandle: an event without timing")
     if not (start_event.done and end_event.done):
@@ -655,7 +655,7 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
 
 class _MemoryPool:
     def free_all_blocks(self) -> None:
-        """Nothing is held back here."""
+        """There is no memory pool here."""
 
 
 class Library:
@@ -679,7 +679,7 @@ class Library:
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
             getDevice=GPU.get_current,
-            # Few processors for the simulator's sake.
+            # Few processors, to keep the simulator fast.
             deviceGetAttribute=lambda attribute, device_id: {16: 16, 75: 9, 97: 227 << 10}[attribute],
             deviceGetPCIBusId=lambda device_id: "0000:00:00.0",
             memGetInfo=lambda: (3 << 30, 4 << 30),
@@ -734,7 +734,7 @@ class _Ufunc:
 
 
 def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A function of the library that is no universal one."""
+    """A function of the library that is not a universal function."""
     first = args[0]
     if name in FROM_HOST and not isinstance(first, ndarray):
         device.launches += 1
@@ -745,7 +745,7 @@ def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]
         wrong = [] if name in WITHOUT_INPUT or isinstance(first, ndarray) else [first]
     if wrong:
         raise TypeError(f"cupy.{name}: expected arrays of the device, got {type(wrong[0])}")
-    if name == "split":  # the places to split at are numbers of the host
+    if name == "split":  # the positions to split at are on the host
         return _call(name, lambda a: function(a, *args[1:], **kwargs), (first,), {})
     result = _call(name, function, args, kwargs)
     return first if name in FROM_HOST and result._a is first._a else result
@@ -760,7 +760,7 @@ def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
     """Inside this context the stand-in is the device "cuda"; yields its counters.
 
     real   the module cupy, to check names and arguments against.
-    plain  reference.py computes everything, with the CPU's bits; else the CUDA kernels run, in the simulator.
+    plain  use only reference.py, with the same bits as on the CPU; else run the CUDA kernels in the simulator.
     """
     named, by_type, driver = dict(backend._backends), dict(backend._by_type), cuda.driver
     device.reset()
@@ -771,7 +771,7 @@ def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
         yield device
     finally:
         device.real = None
-        device._queue.clear()  # copies that nothing waited for
+        device._queue.clear()  # copies that were never waited for
         cuda.driver = driver
         for registry, before in ((backend._backends, named), (backend._by_type, by_type)):
             registry.clear()

@@ -46,7 +46,7 @@ def test_faults_in_python_functions():
 
 
 def test_the_error_for_a_fault_without_a_match_says_what_to_do():
-    with pytest.raises(AssertionError, match="'main' no longer contains 'x': write the fault as"):
+    with pytest.raises(AssertionError, match="'main' no longer contains 'x'; update the fault"):
         plant(SOURCE, "main", "x", "y")
     with pytest.raises(AssertionError, match="no function 'thrice' in the source"):
         plant(SOURCE, "thrice", "x", "y")

@@ -1,4 +1,4 @@
-"""Instructions of PTX do on the CPU what NVIDIA's document says, and show what the source's simulator cannot see."""
+"""PTX instructions on the CPU follow NVIDIA's document, and reveal errors that the source-level simulator misses."""
 
 import types
 
@@ -47,7 +47,7 @@ MODULE = """
 }
 """
 N = -7
-# What each instruction makes of %r1 = -7 and %f1 = 2.5, in %r2 or %f2.
+# The result of each instruction for %r1 = -7 and %f1 = 2.5, in %r2 or %f2.
 INSTRUCTIONS = {
     "shr.s32 %r2, %r1, 1;": -4,
     "shr.u32 %r2, %r1, 28;": 15,

@@ -1,8 +1,8 @@
-"""Random programs, computed by this project, by NumPy and by PyTorch in float64.
+"""Random programs, computed with this project, NumPy and PyTorch in float64.
 
-A program is a few leaves of any shape and some operations on what was computed before, so that results are used several
-times, as views and by views. What it contains is drawn by a function draw(choices), so that hypothesis can draw it, and
-shrink it where it fails, and a random number generator too, in less time.
+A program has a few leaves of any shape, and operations on earlier results, so that results are used several times, as
+views and through views. It is drawn by a function draw(choices), so that either hypothesis can draw it, and shrink it
+if it fails, or a random number generator, which is faster.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tinygrad2 import Tensor, functional
 
 Draw = Callable[[Sequence[Any]], Any]  # one of the choices
 LENGTHS = (1, 2, 3, 0)
-LARGE = 1e3  # values beyond are brought back by tanh, so that no program loses its digits
+LARGE = 1e3  # larger values are reduced by tanh, so that programs do not lose precision
 
 
 class Operation(NamedTuple):
-    """ours(x..., *drawn), theirs(torch, x..., *drawn) and of NumPy's arrays numpys(x..., *drawn), or None.
+    """ours(x..., *drawn), theirs(torch, x..., *drawn), and numpys(x..., *drawn) for NumPy arrays, or None.
 
-    draws  draw(draw, x...) -> what else the operation is given, or None where it does not take these operands.
+    draws  draw(draw, x...) -> the other arguments, or None if the operation does not support these operands.
     """
 
     name: str
@@ -111,7 +111,7 @@ def _order(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
 
 
 def _new_shape(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """Another shape of as many elements: an axis of length 1 added, two axes joined, or all."""
+    """Another shape with the same number of elements: an axis of length 1 added, two axes merged, or all."""
     shape = list(x.shape)
     if draw((True, False)):
         shape.insert(draw(range(len(shape) + 1)), 1)
@@ -129,7 +129,7 @@ def _wider(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
 
 
 def _index(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """An index of any form; no slice has a negative step, and lists are arrays, as PyTorch takes them."""
+    """Any kind of index, but without negative steps, and with arrays instead of lists, as PyTorch requires."""
     if draw((False, False, True)):
         return (_mask(draw, x.shape[: draw(range(x.ndim + 1))]),)
     items: list[Any] = []
@@ -188,7 +188,7 @@ def _elementwise() -> list[Operation]:
 
 
 def _same(name: str, count: int, draws: Any, function: Callable[..., Any], of_numpy: bool = True) -> Operation:
-    """An operation that is written in the same way for all three."""
+    """An operation with the same code for all three libraries."""
     return Operation(name, count, draws, function, lambda t, *a: function(*a), function if of_numpy else None)
 
 
@@ -324,7 +324,7 @@ class Program(NamedTuple):
 
 
 def draw_program(draw: Draw) -> Program:
-    """Up to 3 leaves and 8 operations. Values are drawn by a seed: continuous, or small integers for ties and zeros."""
+    """Up to 3 leaves and 8 operations. Values come from a seed: continuous, or small integers for ties and zeros."""
     leaves = []
     for _ in range(draw((2, 1, 3))):
         shape = tuple(draw(LENGTHS) for _ in range(draw((2, 1, 3, 0))))
@@ -359,7 +359,7 @@ def run(program: Program, leaves: Sequence[Any], apply: Callable[..., Any]) -> l
 
 
 def failure(program: Program, torch: Any | None) -> str | None:
-    """What is wrong with this project's values, and with its gradients where PyTorch is given; or None.
+    """What is wrong with this project's values (and gradients, if PyTorch is given), or None.
 
     Integers and booleans become floats by promotion, as they are multiplied by 1.0.
     """
@@ -372,7 +372,7 @@ def failure(program: Program, torch: Any | None) -> str | None:
             given = [values[i].numpy() for i in step.operands]
             expected = np.asarray(step.operation.numpys(*given, *step.drawn))
             if reason := difference(y.numpy(), np.tanh(expected) if step.tamed else expected):
-                return f"{step.operation.name}, beside NumPy: {reason}"
+                return f"{step.operation.name}, compared with NumPy: {reason}"
     if torch is None:
         return None
     theirs = [torch.tensor(x.data, requires_grad=x.requires_grad) for x in leaves]
@@ -380,7 +380,7 @@ def failure(program: Program, torch: Any | None) -> str | None:
     others = run(program, promoted, lambda operation, *given: operation.theirs(torch, *given))
     for name, y, z in zip(names, values, others, strict=True):
         if reason := difference(y.numpy(), z.detach().numpy()):
-            return f"{name}, beside PyTorch: {reason}"
+            return f"{name}, compared with PyTorch: {reason}"
     weights = [np.linspace(0.5, 1.5, y.size).reshape(y.shape) for y in values]
     functools.reduce(operator.add, [(y * w).sum() for y, w in zip(values, weights, strict=True)]).backward()
     torch.stack([(z * torch.as_tensor(w)).sum() for z, w in zip(others, weights, strict=True)]).sum().backward()
@@ -391,7 +391,7 @@ def failure(program: Program, torch: Any | None) -> str | None:
 
 
 def difference(got: np.ndarray, expected: np.ndarray) -> str | None:
-    """How two arrays differ: in shape, dtype, or by more than rounding errors; None where they do not."""
+    """How two arrays differ: in shape, dtype, or by more than rounding errors; None if they do not."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {got.shape}; expected {expected.dtype} {expected.shape}"
     scale = max(1.0, np.nanmax(np.abs(expected), initial=0.0))
@@ -401,5 +401,5 @@ def difference(got: np.ndarray, expected: np.ndarray) -> str | None:
 
 
 def from_generator(generator: np.random.Generator) -> Draw:
-    """draw(choices) by a random number generator."""
+    """draw(choices) with a random number generator."""
     return lambda choices: choices[int(generator.integers(len(choices)))]

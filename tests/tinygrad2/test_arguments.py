@@ -1,4 +1,4 @@
-"""Promotion of types, and the errors for arguments that do not fit."""
+"""Type promotion, and errors for invalid arguments."""
 
 import operator
 
@@ -56,7 +56,7 @@ def test_two_integer_types_give_the_type_of_numpy(a, b):
     np.testing.assert_allclose(quotient.numpy(), x.data / y.data, rtol=1e-6)
 
 
-def test_a_python_integer_takes_the_integer_dtype():
+def test_a_python_integer_gets_the_integer_dtype():
     assert (tensor("uint8") + 2).dtype == "uint8"
     assert (2 + tensor("bool")).dtype == "int64"
     with pytest.raises(OverflowError, match=r"^\*: 300 does not fit in the other operand's dtype, uint8$"):
@@ -64,7 +64,7 @@ def test_a_python_integer_takes_the_integer_dtype():
 
 
 def test_a_float32_tensor_keeps_its_dtype_with_a_float64_array():
-    """An array is a constant: see the docstring of arguments.py. A Tensor of float64 is rejected."""
+    """An array is a constant (see the docstring of arguments.py). A float64 Tensor is rejected."""
     x = tensor("float32", requires_grad=True)
     y = np.array([0.1, 0.2, 0.3]) * x
     assert y.dtype == "float32"
@@ -111,9 +111,9 @@ def test_functions_of_integers_that_stay_integers():
         (
             lambda i, b: i * [[1, 2], [3]],
             ValueError,
-            r"^\*: nested lists of different lengths; expected lists of equal",
+            r"^\*: nested lists have different lengths; expected equal",
         ),
-        (lambda i, b: Tensor([[1, 2], [3]]), ValueError, r"^Tensor: nested lists of different lengths"),
+        (lambda i, b: Tensor([[1, 2], [3]]), ValueError, r"^Tensor: nested lists have different lengths"),
         (lambda i, b: Tensor("abc"), TypeError, r"^Tensor: expected a Tensor, an array or numbers, got str$"),
         (lambda i, b: Tensor(np.array([1j])), TypeError, r"^Tensor: data has dtype complex128; expected floats"),
         (lambda i, b: Tensor(None), TypeError, r"^Tensor: expected a Tensor, an array or numbers, got NoneType$"),
@@ -143,7 +143,7 @@ def test_functions_of_integers_that_stay_integers():
         (lambda i, b: i[BOOLEANS[:2]], IndexError, r"^indexing: \[\[mask of shape \(2,\)\]\] does not fit"),
         (lambda i, b: i[::0], IndexError, r"^indexing: \[::0\] does not fit"),
         (lambda i, b: i[1:2, None, 5], IndexError, r"^indexing: \[1:2, None, 5\] does not fit"),
-        (lambda i, b: i[1.0], TypeError, r"^indexing: an index of dtype float64; expected integers or booleans$"),
+        (lambda i, b: i[1.0], TypeError, r"^indexing: an index has dtype float64; expected integers or booleans$"),
         (lambda i, b: i["a"], TypeError, r"^indexing: expected a Tensor, an array or numbers, got str$"),
         (
             lambda i, b: i[Tensor([0, 1])],
@@ -167,7 +167,7 @@ def test_axes_0_and_minus_1_of_a_tensor_without_axes(name, axis):
     assert (y.item(), y.shape) == (3.0, ())
     y.backward()
     assert x.grad == 1
-    with pytest.raises(ValueError, match=r"axis 1 is out of range for a tensor of 0 axes"):
+    with pytest.raises(ValueError, match=r"axis 1 is out of range for a tensor with 0 axes"):
         getattr(x, name)(1)
 
 
@@ -178,7 +178,7 @@ def test_the_mean_of_an_empty_tensor_is_nan():
 
 
 def test_an_index_is_copied():
-    """The backward pass needs it as it was."""
+    """The backward pass needs the original index."""
     x, index = Tensor(np.zeros(3), requires_grad=True), np.array([0, 0])
     y = x[index]
     index[...] = 2

@@ -15,7 +15,7 @@ def leaf(values, dtype="float64"):
 
 
 def scale(x, factor, seen=None):
-    """factor x, through into() where `seen` is None, else by a returned gradient that `seen` gets to keep."""
+    """factor x, with into() if `seen` is None, else with a returned gradient that is appended to `seen`."""
 
     def backward(saved, dy, into):
         if seen is None:
@@ -57,7 +57,7 @@ def test_the_same_tensor_twice(into):
 
 @pytest.mark.parametrize("times", [1, 2, 3, 4])
 def test_a_borrowed_gradient_is_never_written_to(times):
-    """dy of an addition is shared by both operands; the sum of several contributions is made in another array."""
+    """dy of an addition is shared by both operands; several contributions are summed in another array."""
     seen = []
     x = leaf([1.0, 2.0])
     h = scale(x, 1.0)
@@ -134,7 +134,7 @@ def test_a_second_backward_raises_and_says_what_to_do():
     y.sum().backward()
     with pytest.raises(RuntimeError, match=r"an earlier backward\(\).*run the forward pass again, or add the losses"):
         z.sum().backward()
-    assert x.grad == 6  # nothing was added by the walk that failed
+    assert x.grad == 6  # the failed pass added nothing
 
 
 def test_gradients_of_several_backward_passes_are_summed():
@@ -184,7 +184,7 @@ def test_constants_are_not_recorded():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_no_reference_cycle(case):
-    """Where the last Tensor goes, the arrays go with it, without the garbage collector."""
+    """When the last Tensor is freed, so are the arrays, without the garbage collector."""
     random = np.random.default_rng(0)
     inputs = [Tensor(np.array(case.draw(random, shape), float), requires_grad=True) for shape in case.shapes]
     gc.disable()
@@ -331,7 +331,7 @@ CHANGES = {
 
 
 class TestChangedData:
-    """What an operation saved is changed in place before its backward pass: an error names the operation."""
+    """If saved data is changed in place before the backward pass, an error names the operation."""
 
     @staticmethod
     def parameter(*shape):
@@ -361,7 +361,7 @@ class TestChangedData:
         )
         with pytest.raises(RuntimeError, match=message):
             y.backward()
-        function(p).sum().backward()  # run again, it is right
+        function(p).sum().backward()  # a new forward pass is correct
 
     @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ class TestChangedData:
         y.backward()
         np.testing.assert_array_equal(p.grad, 2 * p.data)
 
-    def test_a_tensor_that_gets_another_array_keeps_its_graph_right(self):
+    def test_assigning_another_array_to_a_tensor_keeps_its_graph_correct(self):
         x = leaf([1.0, 2.0])
         y = (x * x).sum()
         x.data = np.array([7.0, 7.0])

@@ -1,4 +1,4 @@
-"""The CUDA backend on a stand-in for CuPy (tests/stand_ins/strict_cupy.py): results there equal NumPy's."""
+"""The CUDA backend on a stand-in for CuPy (tests/stand_ins/strict_cupy.py): its results equal NumPy's."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ LENGTH = 140  # two blocks of queries in attention
 
 @pytest.fixture(autouse=True)
 def numpy_on_the_cpu(monkeypatch):
-    """The CPU computes with reference.py too, so that bits can be compared."""
+    """Use reference.py on the CPU too, so that results can be compared bit by bit."""
     kernels = get_backend("cpu").kernels
     for name in vars(kernels):
         monkeypatch.setattr(kernels, name, getattr(reference, name))
@@ -42,14 +42,14 @@ def numpy_on_the_cpu(monkeypatch):
 
 @pytest.fixture
 def device():
-    """The stand-in is the device "cuda"; names are not checked."""
+    """The stand-in as the device "cuda", without checks of names."""
     with strict_cupy.registered() as counters:
         yield counters
 
 
 @pytest.fixture(params=["rules", pytest.param("rules and names", marks=pytest.mark.extras("cupy"))])
 def checked_device(request):
-    """Once without CuPy, once with every name and argument checked against the CuPy that is installed."""
+    """Once without CuPy, and once with every name and argument checked against the installed CuPy."""
     real = pytest.importorskip("cupy") if "names" in request.param else None
     with strict_cupy.registered(real) as counters:
         yield counters
@@ -61,7 +61,7 @@ def text(seed, rows=2, length=LENGTH):
 
 
 def train_step(model, optimizer, step):
-    """One whole step, as train.py makes it; returns the loss and the gradient's norm on their way to the host."""
+    """One complete step, as in train.py. Returns the pending loss and gradient norm."""
     loss = model.loss(*text(step), Key(0, step))
     loss.backward()
     norm = optimizer.step(max_norm=0.2)
@@ -93,7 +93,7 @@ def test_training_steps_equal_numpys_without_waiting_or_float64(checked_device):
         fetched.append((there, train_step(models[1], optimizers[1], step)))
         assert (device.syncs, device.float64) == (0, 0)
         launches.append(device.launches)
-    assert max(launches) - min(launches) < 0.01 * max(launches)  # they do not grow from step to step
+    assert max(launches) - min(launches) < 0.01 * max(launches)  # it does not grow from step to step
     for there, here in fetched:
         assert here.get() == there
     assert_same(arrays(models[0]), arrays(models[1]))
@@ -122,7 +122,7 @@ def test_every_operation_gives_numpys_bits(checked_device):
 
 
 def test_options_that_save_memory_give_numpys_bits_without_waiting(checked_device):
-    """Recomputed blocks, and the output layer's rows in parts."""
+    """Recomputed blocks, and the output layer in chunks of rows."""
     for options in ({"recompute": "block"}, {"head_rows": 50}, {"recompute": "block", "head_rows": 7}):
         models = [GPT2(CONFIG, device=name, **options) for name in ("cpu", "cuda")]
         losses = []
@@ -139,7 +139,7 @@ def test_options_that_save_memory_give_numpys_bits_without_waiting(checked_devic
 
 
 def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
-    """By events in the stream, which are waited for only when the table is made."""
+    """With events in the stream, which are waited for only when the table is printed."""
     clock = iter(range(10**6))
     monkeypatch.setattr(strict_cupy.time, "perf_counter", lambda: next(clock) / 1000)
     model, profiler = GPT2(CONFIG, device="cuda"), Profiler(get_backend("cuda"))
@@ -152,8 +152,8 @@ def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
     assert vars(get_backend("cuda").kernels) == kernels
     rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
     assert checked_device.waits > 0
-    # By this clock each kernel takes 1 ms, and so do each gap between two and each of two uploads' events, of tokens
-    # and targets. A kernel that another one calls is not counted again.
+    # With this clock, each kernel takes 1 ms, and so does each gap between two, and each of the two uploads' events, of
+    # tokens and targets. A kernel that is called by another one is not counted again.
     calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside kernels", "step")}
     assert calls["attention"] == 2 * CONFIG.n_layer
     assert calls["linear"] == 8 * CONFIG.n_layer
@@ -165,7 +165,7 @@ def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_nobody_waits(device, bad):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_does_not_wait(device, bad):
     model = GPT2(CONFIG, device="cuda")
     optimizer = optim.AdamW(model, lr=1e-2)
     train_step(model, optimizer, 0)
@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_nobody_waits(device, 
 @pytest.mark.parametrize("cache", [True, False])
 def test_generation_gives_the_same_tokens_as_numpy(checked_device, cache):
     prompt, sampling = [3, 1, 4], {"samples": 2, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 1}
-    count = 160 if cache else 12  # past the context, where the cache is filled again
+    count = 160 if cache else 12  # beyond the context, where the cache is filled again
     here, there = (
         GPT2(CONFIG, device=name).generate(prompt, count, cache=cache, **sampling) for name in ("cuda", "cpu")
     )
@@ -244,10 +244,10 @@ def test_a_token_without_axes_is_looked_up_as_one(device):
     np.testing.assert_array_equal(y.numpy(), rows[2])
 
 
-# What goes over to the device and back -------------------------------------------------------------------------------
+# Transfers to the device and back ------------------------------------------------------------------------------------
 
 
-def test_uploads_share_few_buffers_and_stay_right(device):
+def test_uploads_share_few_buffers_and_stay_correct(device):
     place = get_backend("cuda")
     sent = [np.full((5, 7), i, dtype=np.int64) for i in range(100)]
     arrived = [place.upload(values) for values in sent]
@@ -274,7 +274,7 @@ def test_buffers_whose_copy_is_complete_are_reused(device):
         place.upload(np.full(9, i))
         device.finish()
     assert device.pinned == 1
-    assert device.waits == 49  # for what is done already
+    assert device.waits == 49  # for copies that are already done
 
 
 def test_the_callers_array_may_be_changed_after_an_upload(device):
@@ -363,7 +363,7 @@ SAME = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 
 @pytest.fixture
 def user(tmp_path, monkeypatch, device):
-    """An empty current directory with data/text in it; signal handlers are put back afterwards."""
+    """A current directory with only data/text; signal handlers are restored afterwards."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(300)))
     prepare(["text.txt"], "bytes", tmp_path / "data" / "text")
@@ -407,7 +407,7 @@ def test_train_on_the_device_logs_what_it_logs_on_the_cpu(user, monkeypatch, cap
 
 
 def test_a_skipped_step_is_stored_and_explained_alike_on_the_device(user, monkeypatch, capsys):
-    """On the device the next step's gradients are there already when the host learns of the skipped step."""
+    """On the device, the next step's gradients already exist when the host learns of the skipped step."""
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     spoil_steps(monkeypatch, 2)
     said = []
@@ -521,11 +521,11 @@ def test_cupys_out_of_memory_error_is_a_memory_error():
 
 
 class DriverError(RuntimeError):
-    """What CuPy's runtime raises."""
+    """The error that CuPy's runtime raises."""
 
 
 def broken(count):
-    """A module cupy with a runtime whose getDeviceCount is `count`."""
+    """A module cupy with a runtime in which getDeviceCount is `count`."""
     module = types.ModuleType("cupy")
     module.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=DriverError)
@@ -542,7 +542,7 @@ def no_driver():
     [
         (None, r"CuPy is not installed; pip install -e \"\.\[cuda13\]\""),
         (broken(no_driver), r"no working NVIDIA driver was found \(cudaErrorInsufficientDriver.*nvidia-smi"),
-        (broken(lambda: 0), r"the driver shows no GPU; CUDA_VISIBLE_DEVICES"),
+        (broken(lambda: 0), r"the driver reports no GPU; CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_a_missing_device_is_reported_in_one_line(monkeypatch, capsys, cupy, message):
@@ -582,9 +582,9 @@ def test_an_unknown_device_is_named():
 
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_pass_on_the_stand_in():
-    """Tests that need a GPU are run here on the stand-in, so that their errors are found without one."""
-    # The first needs a device's memory, those in float64 ran above, bfloat16 and the launch that makes a token need the
-    # CUDA kernels, NCCL a GPU.
+    """Tests for a GPU run here on the stand-in, so that errors in them are found without a GPU."""
+    # The first requires device memory, float64 is tested above, bfloat16 and one-launch decoding require the CUDA
+    # kernels, and NCCL requires a GPU.
     which = "not memory_is_counted and not float64 and not bfloat16 and not one_launch and not nccl"
     script = (
         "import pytest, sys; from tests.stand_ins import strict_cupy\n"
@@ -725,7 +725,7 @@ def test_the_stand_in_counts_float64(device, promote, count):
 
 def test_the_stand_in_returns_views_and_arrays_like_cupy(device):
     x = on_device(np.arange(6, dtype=np.float32))
-    x[0] += 5  # of an array without axes, which is a view
+    x[0] += 5  # a 0-d result, which is a view
     last = x[-1]
     last *= 2
     x.reshape(2, 3)[1, 0] = 9

@@ -12,7 +12,7 @@ R = np.random.default_rng(0)
 
 
 def matrix(rows, columns, layout, dtype):
-    """Random values, stored by rows, by columns, as part of a wider matrix, or with gaps that BLAS cannot read."""
+    """Random values, row-major, column-major, in a wider matrix, or with gaps that BLAS does not support."""
     if layout == "rows":
         return R.normal(size=(rows, columns)).astype(dtype)
     if layout == "columns":
@@ -40,7 +40,7 @@ def test_a_product_in_every_layout(shape, dtype):
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 if dtype == "float32" else 1e-12)
 
 
-def test_a_part_is_written_and_nothing_beside_it():
+def test_only_the_part_is_written():
     whole = np.zeros((6, 8), dtype=np.float32)
     blas.gemm(np.ones((2, 3), np.float32), np.ones((3, 4), np.float32), whole[1:3, 2:6])
     assert whole.sum() == 2 * 4 * 3
@@ -55,7 +55,7 @@ def test_numpy_is_used_if_no_library_is_found(monkeypatch):
 
 
 def test_the_library_of_numpy_is_found():
-    """NumPy's wheels bring OpenBLAS; without its address, attention would be the reference's."""
+    """NumPy's wheels contain OpenBLAS; without its address, attention would use the reference."""
     assert set(blas.NUMPYS.calls) == {np.dtype("float32"), np.dtype("float64")}
     assert all(address for address, _ in blas.NUMPYS.calls.values())
     assert blas.NUMPYS.title.startswith("OpenBLAS 0.")
@@ -188,7 +188,7 @@ def test_the_measurement_is_short():
 
 
 def test_matrices_in_layouts_that_blas_does_not_support():
-    """Strides that are not a whole number of elements, and bytes in the other order."""
+    """Strides that are not a multiple of the element size, and the other byte order."""
     records = np.zeros(5, dtype=[("row", np.float32, (6,)), ("mark", np.int16)])
     records["row"] = np.arange(30).reshape(5, 6)
     b = np.arange(24, dtype=np.float32).reshape(6, 4)

@@ -1,4 +1,4 @@
-"""tinygrad2/distributed.py and gradient_sum.py; ranks are threads here (mpirun: test_mpirun.py)."""
+"""tinygrad2/distributed.py and gradient_sum.py, with threads as ranks (test_mpirun.py uses mpirun)."""
 
 import inspect
 import os
@@ -164,7 +164,7 @@ def text(first, rows):
 
 
 def trained(comm, steps=3, micro_steps=1, make=optim.AdamW, **options):
-    """The model after some steps of 12 samples, on any number of ranks, and the numbers summed on the way."""
+    """The model after some steps of 12 samples, on any number of ranks, and the sums along the way."""
     model = GPT2(CONFIG, dtype="float64")
     optimizer = make(model, lr=1e-2, weight_decay=0.1, **options)
     sums = GradientSum(model, comm, share_only=optimizer.shared_by is not None)
@@ -260,7 +260,7 @@ def test_sharded_state_can_be_loaded_on_any_number_of_ranks(make):
 
 
 class Echo(ThreadComm):
-    """Two ranks of which the other one always has the same values."""
+    """Two ranks; the other one always has the same values."""
 
     def __init__(self):
         super().__init__(0, 2, None, None)
@@ -292,7 +292,7 @@ def test_buckets_are_transferred_while_the_backward_pass_runs():
     assert all(p.leaf.on_final is None for p in model.parameters())
 
 
-def test_a_parameter_that_is_not_used_is_summed_all_the_same():
+def test_an_unused_parameter_is_summed_too():
     class Model(nn.Module):
         def __init__(self):
             self.used, self.unused = nn.Linear(2, 3), nn.Linear(3, 2)
@@ -335,7 +335,7 @@ def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
 
 
 def test_on_a_gpu_gradients_pass_through_pinned_memory():
-    """On the stand-in for CuPy, whose copies are late: no data is read before it is complete, or changed while
+    """On the stand-in for CuPy, which delays copies: no data is read before it is complete, or changed while it is
     copied."""
 
     def steps(device):
@@ -382,7 +382,7 @@ class DirectEcho(Echo):
 
 
 class StagedEcho(Echo):
-    """The same through host memory."""
+    """Echo, through host memory."""
 
     def start_all_gather(self, flat, after):
         after()
@@ -390,7 +390,7 @@ class StagedEcho(Echo):
 
 
 def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
-    """Losses, norms and parameters of three steps, and how often the host waited."""
+    """Losses, norms and parameters of three steps, and the number of waits on the host."""
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
         options = {"ranks": comm} if make is muon else {}
@@ -442,7 +442,7 @@ def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
 
 
 class Other:
-    """Three ranks, of which the others have other values."""
+    """Three ranks; the others have different values."""
 
     def total(self, values):
         return values * 3 + 1
@@ -452,7 +452,7 @@ class Other:
 
 
 def assert_sums_are_made(sums_of):
-    """Every method of a NcclComm on arrays that were just computed, and one that nobody keeps."""
+    """Every method of a NcclComm, on arrays that were just computed, and on one that is freed immediately."""
     with strict_cupy.registered(), fake_nccl.installed(Other()) as nccl:
         on = backend.get_backend("cuda")
         sums = sums_of(on, nccl, 1, 3, nccl.get_unique_id())
@@ -476,7 +476,7 @@ def test_sums_are_made():
     assert_sums_are_made(NcclComm)
 
 
-FAULTS = [  # in NcclComm: a pattern, and what stands there instead
+FAULTS = [  # in NcclComm: a pattern, and its replacement
     (r"self\._stream\.wait_event\(.*\)", "pass"),
     (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._event(self._stream))"),
     (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
@@ -557,7 +557,7 @@ def test_nccl_is_set_to_a_fixed_order_unless_the_user_chose_one(monkeypatch):
 
 
 def mpi_rank(others):
-    """A rank 0 that asks for a NcclComm among others; with the number of times that it asked them."""
+    """A rank 0 that requests a NcclComm, and the number of times that it contacts the other ranks."""
     comm, asked = MPIComm.__new__(MPIComm), []
     comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Arrays without elements, in every operation: what PyTorch gives, or an error of one line."""
+"""Empty arrays in every operation: the same results as PyTorch, or a one-line error."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.extras("torch")
 F = torch.nn.functional
 
 TOKENS = np.zeros((2, 0), int)
-SHAPED = {  # by the shape of x, and of the weights that go with it
+SHAPED = {  # by the shape of x, with matching weights
     "gelu": (lambda x: ops.gelu(x), lambda x: F.gelu(x, approximate="tanh"), ()),
     "gelu, exact": (lambda x: ops.gelu(x, exact=True), F.gelu, ()),
     "gelu, bias": (lambda x, b: ops.gelu(x, b), lambda x, b: F.gelu(x + b, approximate="tanh"), (0,)),

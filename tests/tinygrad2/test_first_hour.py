@@ -136,13 +136,13 @@ REFUSED = {
     "too many indices": (lambda: X[0, 0, 0], IndexError, "indexing: .* does not fit"),
     "a mask of another shape": (lambda: X[[True, False, True]], IndexError, r"indexing: \[\[mask of shape \(3,\)\]\]"),
     "a text as an index": (lambda: X["a"], TypeError, "indexing: expected a Tensor, an array or numbers, got str"),
-    "a fraction as an index": (lambda: X[0.5], TypeError, "indexing: an index of dtype float64; expected integers"),
+    "a fraction as an index": (lambda: X[0.5], TypeError, "indexing: an index has dtype float64; expected integers"),
     "a fraction in a slice": (lambda: X[1:2.5], TypeError, r"indexing: \[1:2.5\]: a slice has integers or None"),
     "a step of 0": (lambda: X[::0], IndexError, r"indexing: \[::0\] does not fit"),
     "assignment to an element": (
         lambda: X.__setitem__(0, 1),
         TypeError,
-        "a Tensor cannot be changed in place: write into",
+        "a Tensor cannot be changed in place; write into",
     ),
     "iteration of 0-d": (lambda: list(X.sum()), TypeError, r"iteration: the tensor has shape \(\)"),
     "a condition on several": (lambda: bool(X > 0), ValueError, r"bool\(\): the tensor has shape \(2, 3\); .* use \(x"),
@@ -158,7 +158,7 @@ REFUSED = {
     "rows of different lengths": (
         lambda: Tensor([[1], [2, 3]]),
         ValueError,
-        "Tensor: nested lists of different lengths",
+        "Tensor: nested lists have different lengths",
     ),
     "objects": (lambda: Tensor(np.array([None])), TypeError, "Tensor: data has dtype object"),
     "a list of results": (
@@ -223,8 +223,8 @@ REFUSED = {
         "dropout: the dropout rate is 1.5; expected 0 <=",
     ),
     "an axis out of range": (lambda: X.sum(5), ValueError, "sum: axis 5 is out of range for a tensor of 2 axes"),
-    "PyTorch's max": (lambda: X.max(dim=1), TypeError, "max: dim: PyTorch's gives values and indices: use max"),
-    "PyTorch's std": (lambda: X.std(dim=1), TypeError, r"std: dim: PyTorch's divides by n - 1: use std"),
+    "PyTorch's max": (lambda: X.max(dim=1), TypeError, "max: dim: PyTorch returns values and indices; use max"),
+    "PyTorch's std": (lambda: X.std(dim=1), TypeError, r"std: dim: PyTorch divides by n - 1; use std"),
     "PyTorch's transpose of a matrix": (lambda: X.transpose(0, 1), ValueError, r"transpose: .* use swapaxes\(0, 1\)"),
     "PyTorch's transpose": (lambda: CUBE.transpose(-1, -2), ValueError, r"transpose: .* use swapaxes\(-1, -2\)"),
     "an axis as norm's order": (
@@ -316,7 +316,7 @@ REFUSED = {
     "groups of parameters": (
         lambda: optim.AdamW([{"params": []}]),
         TypeError,
-        "optimizer: item 0 of the parameters is of type dict",
+        "optimizer: item 0 of the parameters has type dict",
     ),
     "a copy of an optimizer": (
         lambda: copy.deepcopy(optim.SGD(MLP())),

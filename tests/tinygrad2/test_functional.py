@@ -1,4 +1,4 @@
-"""Every operation of gradcheck's table against PyTorch's; the functions of functional.py; errors."""
+"""Every operation in gradcheck's table compared with PyTorch; the functions in functional.py; errors."""
 
 import inspect
 
@@ -83,23 +83,23 @@ def test_functions_take_arrays_numbers_and_lists():
 
 X = Tensor(np.arange(6.0).reshape(2, 3))
 ERRORS = [
-    (lambda: X.softmax(2), ValueError, "softmax: axis 2 is out of range for a tensor of 2 axes"),
+    (lambda: X.softmax(2), ValueError, "softmax: axis 2 is out of range for a tensor with 2 axes"),
     (lambda: X.var("a"), TypeError, "var: axis is 'a'; expected an integer"),
     (lambda: X.prod((0, 0)), ValueError, r"prod: .*twice"),
     (lambda: X.maximum(np.ones(2)), ValueError, r"maximum: .*\(2, 3\).*\(2,\)"),
-    (lambda: X.where(np.ones((2, 3)), 0.0), TypeError, "where: condition is of dtype float64; expected booleans"),
+    (lambda: X.where(np.ones((2, 3)), 0.0), TypeError, "where: condition has dtype float64; expected booleans"),
     (lambda: X.where(np.ones(2, dtype=bool), 0.0), ValueError, r"where: shapes \(2,\)"),
     (lambda: X.clip("a"), TypeError, "clip: min is of type str; expected a number"),
     (lambda: X.gather(1, [[0, 3]]), IndexError, r"gather: index 3 is out of range; expected integers in \[0, 3\)"),
     (
         lambda: X.gather(1, [0, 1]),
         ValueError,
-        r"gather: index has shape \(2,\); expected at most \(2, 3\) but for axis 1",
+        r"gather: index has shape \(2,\); expected at most \(2, 3\), except for axis 1",
     ),
     (lambda: X.gather(1, [[-1]]), IndexError, "gather: index -1 is out of range"),
     (lambda: functional.one_hot([-1], 3), IndexError, "one_hot: index -1 is out of range"),
     (lambda: functional.nll_loss(X, [0, -1]), IndexError, "gather: index -1 is out of range"),
-    (lambda: X.gather(1, [[0.5]]), TypeError, "gather: the indices are of dtype float64; expected integers"),
+    (lambda: X.gather(1, [[0.5]]), TypeError, "gather: the indices have dtype float64; expected integers"),
     (lambda: X.take([7], 0), IndexError, r"take: index 7 is out of range; expected integers in \[-2, 2\)"),
     (lambda: X.split((1, 1), 1), ValueError, r"split: the sizes \[1, 1\] sum to 2; expected 3"),
     (lambda: X.split(0), ValueError, "split: size is 0; expected 1 or more"),
@@ -201,7 +201,7 @@ def test_random_tensors_are_functions_of_the_key():
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def test_causal_attention_is_that_of_ops():
+def test_causal_attention_equals_ops_attention():
     qkv = R.normal(size=(2, 5, 24))
     q, k, v = (Tensor(x.reshape(2, 5, 2, 4).transpose(0, 2, 1, 3)) for x in np.split(qkv, 3, axis=-1))
     y = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 2, 1, 3).reshape(2, 5, 8)

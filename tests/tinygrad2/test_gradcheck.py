@@ -12,7 +12,7 @@ from tinygrad2.tensor import record
 
 KERNELS = get_backend().kernels
 
-# What each backward kernel gives: how many arrays it returns, and the buffers that it adds to.
+# For each backward kernel, the number of arrays that it returns, and the buffers that it adds to.
 GIVES = {
     "add_backward": (2, ()),
     "subtract_backward": (2, ()),
@@ -39,7 +39,7 @@ GIVES = {
     "lm_head_backward": (1, ("dweight",)),
 }
 PLANTS = [(name, part) for name, (returned, buffers) in GIVES.items() for part in (*range(returned), *buffers)]
-WITHOUT_KERNELS = {  # of their own
+WITHOUT_KERNELS = {  # operations without a backward kernel of their own
     "_shift_backward": tensor,
     "_scale_backward": tensor,
     "_negate_backward": tensor,
@@ -66,19 +66,19 @@ WITHOUT_KERNELS = {  # of their own
 
 
 def scaled(gradient):
-    """The whole gradient wrong by 0.1 %."""
+    """The whole gradient, wrong by 0.1%."""
     return gradient * 1.001
 
 
 def one_element(gradient):
-    """The largest element wrong by 0.1 %."""
+    """The gradient, with its largest element wrong by 0.1%."""
     wrong = np.array(gradient)
     wrong[np.unravel_index(np.argmax(np.abs(wrong)), wrong.shape)] *= 1.001
     return wrong
 
 
 def planted(kernel, part, damage):
-    """The backward kernel with `damage` done to one of the arrays it returns, or to what it adds to one buffer."""
+    """The backward kernel, with `damage` to one of the arrays that it returns or adds to a buffer."""
     signature = inspect.signature(kernel)
 
     def wrong(*arguments):
@@ -168,7 +168,7 @@ def test_every_backward_pass_has_planted_errors_and_rows():
         for module in (tensor, ops, methods, gradient_checkpointing)
         for name in vars(module)
         if name.endswith("_backward")
-    } - {"_empty_backward"}  # whose gradients are zeros, see test_empty.py
+    } - {"_empty_backward"}  # its gradients are zeros, see test_empty.py
     for name, (_, buffers) in GIVES.items():
         assert hasattr(reference, name.replace("_backward", "_forward"))
         last = list(inspect.signature(getattr(reference, name)).parameters)[-2:]
@@ -176,7 +176,7 @@ def test_every_backward_pass_has_planted_errors_and_rows():
 
 
 def wrong_by(factor):
-    """x^2 whose gradient is wrong by a factor."""
+    """x^2, with a gradient that is wrong by a factor."""
     return lambda x: record(x.data**2, (x,), lambda saved, dy, into: (factor * 2 * saved[0] * dy,), saved=(x.data,))
 
 
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_truly_zero_is_not_an_error(n):
     x = np.random.default_rng(0).normal(size=(7, n))
     assert check(lambda x: ops.softmax(x).sum(-1), [x])[0] < 1e-7
 
-    def key_bias(b):  # shifts every score of a row alike
+    def key_bias(b):  # shifts all scores of a row equally
         return ops.attention(Tensor(np.tile(x[None, :, :2], 3)) + Tensor(np.eye(3, dtype=float)[1].repeat(2)) * b, 1)
 
     assert check(key_bias, [[0.5]])[0] < 1e-7
@@ -262,7 +262,7 @@ def test_several_results_and_scalars():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="inputs are of type ndarray; expected a list"):
+    with pytest.raises(TypeError, match="inputs has type ndarray; expected a list"):
         check(lambda x: x, np.ones(3))
     with pytest.raises(TypeError, match="fn returned float; expected a Tensor"):
         check(lambda x: 1.0, [np.ones(3)])
@@ -273,7 +273,7 @@ def test_the_command_prints_a_table_and_exits_with_zero(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(CASES) + 2
     assert all(line.endswith("  ok") for line in lines[1:-1])
-    assert lines[-1].startswith(f"{len(CASES)} of {len(CASES)} gradients are right")
+    assert lines[-1].startswith(f"{len(CASES)} of {len(CASES)} gradients are correct")
 
 
 def test_the_command_exits_with_one_when_a_gradient_is_wrong(capsys, monkeypatch):

@@ -7,7 +7,7 @@ from tinygrad2 import Key, Tensor, no_grad, ops, recompute
 
 
 class TestRecompute:
-    """recompute(f, x) against f(x): the same bits, for anything that f may do."""
+    """recompute(f, x) is bit-identical to f(x), for anything that f may do."""
 
     @staticmethod
     def function(weight):

@@ -8,7 +8,7 @@ from tinygrad2 import nn
 
 
 class Chain(nn.Module):
-    """Modules that were made elsewhere."""
+    """Modules that were constructed separately."""
 
     def __init__(self, *modules):
         self.modules_in_order = list(modules)

@@ -1,4 +1,4 @@
-"""tinygrad2/machine.py: cores, memory, and what control groups leave of them."""
+"""tinygrad2/machine.py: cores, memory, and limits by control groups."""
 
 import os
 import subprocess
@@ -70,10 +70,16 @@ def test_a_limit_that_cannot_be_read_is_ignored(tmp_path, text):
 
 @pytest.mark.parametrize(("quota", "threads"), [(None, 8), (0.5, 1), (1.5, 2), (3.0, 3), (7.2, 8), (64.0, 8)])
 def test_a_quota_is_rounded_up_to_threads(monkeypatch, quota, threads):
-    """Here and in what the doctor recommends (see test_doctor.py)."""
+    """Here and in the doctor's recommendation (see test_doctor.py)."""
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     monkeypatch.setattr(machine, "cores", lambda: set(range(8)))
     assert machine.usable_threads() == threads
+
+
+def test_a_load_average_that_is_unknown_is_0(monkeypatch):
+    assert machine.load_average() >= 0
+    monkeypatch.delattr(machine.os, "getloadavg")
+    assert machine.load_average() == 0
 
 
 def test_free_memory_is_part_of_all_memory():

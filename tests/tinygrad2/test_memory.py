@@ -56,7 +56,7 @@ def test_the_memory_of_two_arrays_does_not_overlap(pool):
 
 
 def test_the_pool_does_not_keep_much_more_than_was_ever_in_use(pool):
-    for n in range(1, 200):  # as when a text grows: every size is new
+    for n in range(1, 200):  # as for a growing text, every size is new
         memory.empty((n, 20_000), np.float32)
     assert pool.held <= memory.SLACK * pool.most_used + memory.GRANULE
     assert pool.used == 0
@@ -99,7 +99,7 @@ def test_a_training_step_allocates_nothing_large_once_the_pool_is_filled():
     from tinygrad2.backend import get_backend
 
     if get_backend("cpu").kernels.gelu_forward.__module__ != "tinygrad2.kernels.cpu":
-        pytest.skip("the reference computes, which takes its memory from NumPy")
+        pytest.skip("the reference is in use, which allocates memory with NumPy")
     config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=64, n_layer=2, n_head=2)
     x, y = np.random.default_rng(0).integers(0, 3000, (2, 4, 128))
     for options in ({}, {"recompute": "block"}, {"head_rows": 200}):
@@ -140,7 +140,7 @@ def test_out_of_memory_frees_unused_memory_and_retries(pool, monkeypatch, capsys
     with pytest.raises(MemoryError):
         memory.empty((1_000_000,), np.uint8)
     assert pool.held == pool.used == 0
-    assert capsys.readouterr().err == "", "an array that was never made has nothing to give back"
+    assert capsys.readouterr().err == "", "an array that was never created returns no memory"
     limit = 800_000
     first, second = memory.empty((100_000,), np.uint8), memory.empty((400_000,), np.uint8)
     del first

@@ -1,7 +1,7 @@
-"""The methods of Tensor against PyTorch's, in float64: tensors of any shape, edge values, accuracy.
+"""The methods of Tensor compared with PyTorch in float64: tensors of any shape, edge values, accuracy.
 
-Their gradients against finite differences, every memory layout, float32 and the stand-in for CuPy: the table of
-tinygrad2/gradcheck.py, which other tests go through.
+Other tests use the table in tinygrad2/gradcheck.py: for gradients against finite differences, memory layouts, float32
+and the stand-in for CuPy.
 """
 
 import math
@@ -66,7 +66,7 @@ def test_two_operands_that_broadcast(name, shapes, t):
     )
 
 
-OVER_AN_AXIS = {  # ours, PyTorch's: of a tensor and an axis
+OVER_AN_AXIS = {  # our function and PyTorch's, called with a tensor and an axis
     "min": (lambda x, i: x.min(i), lambda x, i: x.amin(i)),
     "var": (lambda x, i: x.var(i), lambda x, i: x.var(i, correction=0)),
     "std": (lambda x, i: x.std(i), lambda x, i: x.std(i, correction=0)),
@@ -97,7 +97,7 @@ NO_ELEMENT = ("min", "argmax", "argmin")
 def test_over_an_axis_of_any_shape(name, shape, axis, t):
     ours, other = OVER_AN_AXIS[name]
     if name == "roll" and not shape:
-        return  # which PyTorch refuses
+        return  # not supported by PyTorch
     x = R.normal(size=shape)
     if name in NO_ELEMENT and shape and shape[axis] == 0:
         with pytest.raises(ValueError, match=r"shape"):
@@ -128,8 +128,8 @@ def test_argmax_and_argmin_without_an_axis():
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 0.5, -0.5, 2.5, 30.0, -30.0, 800.0, -800.0]
 EDGES += [math.inf, -math.inf, math.nan, 1e300, -1e300, 1e-310]
-# Where we differ from PyTorch, and why: (operation, which, of NaN). Signs of zeros are not compared.
-NAN_STAYS = "the value is NaN, or its slope is unknown: we answer NaN as NumPy does"
+# Differences from PyTorch, and the reasons: (operation, which, for NaN). Signs of zeros are not compared.
+NAN_STAYS = "the value is NaN, or its slope is unknown; we return NaN, as NumPy does"
 DIFFERENCES = {
     ("sign", "value"): NAN_STAYS,
     ("abs", "gradient"): NAN_STAYS,
@@ -155,7 +155,7 @@ def test_edge_values_of_one_operand(name, t):
 def test_edge_values_of_two_operands(name, t):
     a, b = (grid.reshape(-1).copy() for grid in np.meshgrid(EDGES, EDGES))
     found = differences(t, getattr(functional, name), getattr(t, name), [a, b])
-    if name == "remainder":  # PyTorch's is a - b floor(a / b), whose quotient overflows; NumPy's, and ours, is exact
+    if name == "remainder":  # PyTorch computes a - b floor(a / b), where a / b overflows; NumPy's and ours are exact
         assert {b for _, b in found.pop("value")} == {1e-310}
     assert not found
 
@@ -165,8 +165,8 @@ def test_edge_values_of_two_operands(name, t):
 @pytest.mark.parametrize("exponent", [0, 1, 2, 3, -1, -2, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -2.0])
 def test_edge_values_of_powers(exponent, t):
     found = differences(t, lambda x: x**exponent, lambda x: x**exponent, [np.array(EDGES)])
-    if exponent == -0.5:  # PyTorch's is the reciprocal of the square root; NumPy's, and ours, IEEE 754's pow
-        assert {x for (x,) in found.pop("value")} - {0.0} == {-math.inf}  # (at -0, PyTorch's vectors give another sign)
+    if exponent == -0.5:  # PyTorch computes the reciprocal square root; NumPy and we compute IEEE 754's pow
+        assert {x for (x,) in found.pop("value")} - {0.0} == {-math.inf}  # (PyTorch's sign of -0 differs)
     assert not found
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's names on a Tensor, beside PyTorch: values and gradients in float64."""
+"""PyTorch's names on a Tensor, compared with PyTorch: values and gradients in float64."""
 
 import inspect
 

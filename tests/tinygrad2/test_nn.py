@@ -81,7 +81,7 @@ def test_initializers():
 
 
 def test_a_network_learns():
-    """A small network of these layers fits a function: everything from the layers to the gradients plays together."""
+    """A small network fits a function: layers, gradients and optimizer work together."""
     net = [nn.Linear(1, 16, precision="float64"), nn.Linear(16, 1, precision="float64")]
     x = Tensor(np.linspace(-2, 2, 32)[:, None])
     losses = []
@@ -130,7 +130,7 @@ class Small(nn.Module):
 
 
 def rounded(array):
-    """To 8 significant bits, ties to even, by the bits of float32."""
+    """Round to 8 significant bits, ties to even, using the bits of float32."""
     bits = array.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -152,7 +152,7 @@ def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(placed):
             assert p.dtype == np.float32
             np.testing.assert_array_equal(p.data, before[name])
     data = [p.data for p in model.parameters()]
-    model.to("cpu", BFLOAT16_WEIGHTS)  # a second time: nothing
+    model.to("cpu", BFLOAT16_WEIGHTS)  # the second call changes nothing
     assert all(p.data is values for p, values in zip(model.parameters(), data, strict=True))
     wide = Small()
     for p, q in zip(wide.parameters(), model.parameters(), strict=True):
@@ -177,13 +177,13 @@ def test_weights_in_bfloat16_cannot_be_trained():
         model.arena()
 
 
-def test_a_device_without_a_precision_is_named_and_nothing_changes():
+def test_an_unsupported_precision_is_rejected_and_nothing_changes():
     with strict_cupy.registered():
         model = Small().to("cuda")
         for precision, message in (
             (
                 "bfloat16_weights",
-                r"bfloat16_weights \(weights in bfloat16, nothing else\) is supported on the CPU only",
+                r"bfloat16_weights \(only weights in bfloat16\) is supported only on the CPU",
             ),
             ("bfloat16", "bfloat16 needs the CUDA kernels"),
         ):

@@ -1,4 +1,4 @@
-"""The first value that is not finite is found, and named by tensor, operation and layer, wherever it is planted."""
+"""Planted values that are not finite are found, and reported with their tensor, operation and layer."""
 
 import math
 
@@ -39,8 +39,8 @@ def checked(model, key=None):
         ("h.0.attn.c_attn.bias", (7,), "linear", "h.0.attn.c_attn"),
         ("h.1.ln_2.weight", (4,), "add_layernorm", "h.1.ln_2"),
         ("h.1.mlp.c_fc.bias", (4,), "gelu", "h.1.mlp.c_fc"),
-        ("wte.weight", (4, 2), "embedding", "wte and wpe"),  # of a token of the batch
-        ("wte.weight", (29, 2), "lm_head", "wte"),  # of another token: only the output layer reads it
+        ("wte.weight", (4, 2), "embedding", "wte and wpe"),  # a token in the batch
+        ("wte.weight", (29, 2), "lm_head", "wte"),  # a token that only the output layer reads
         ("wpe.weight", (11, 0), "embedding", "wte and wpe"),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_gradient_of_a_users_operation_is_named(value, recompute, monkeypatch)
 
 
 def test_the_gradient_of_a_parameter_is_named():
-    """Finite gradients that overflow where they are summed."""
+    """Finite gradients that overflow when they are summed."""
     layer = nn.Linear(2, 2)
     checker = Checker(layer)
     checker.run(lambda: spoil(layer(Tensor(np.full((1, 2), 1e10, "float32"))), 1e37, 0).sum().backward())
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_parameter_is_named():
     assert checker.origin is checker.large
 
 
-def test_all_is_finite_where_nothing_is_planted():
+def test_without_a_planted_value_everything_is_finite():
     model, same = GPT2(CONFIG), GPT2(CONFIG)
     checker = Checker(model)
     assert checker.run(lambda: model.loss(TOKENS, TOKENS, Key(0)).backward())

@@ -1,7 +1,7 @@
 """Sums, softmax, cross-entropy, attention, GELU, LayerNorm and norms at the limits of float32.
 
-Each is computed in float32 by reference.py on NumPy and on the stand-in for CuPy, by the kernels for the CPU, and by
-those for CUDA on the simulator, and compared with reference.py in float64 on the same numbers.
+Each is computed in float32 with reference.py on NumPy and on the stand-in for CuPy, with the CPU kernels, and with the
+CUDA kernels in the simulator, and compared with reference.py in float64 on the same inputs.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from tinygrad2.backend import get_backend, kernel_table
 from tinygrad2.params import Parameter
 
 R = np.random.default_rng(0)
-POWERS = range(-20, 21, 4)  # of 10
+POWERS = range(-20, 21, 4)  # powers of 10
 
 
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """Each test gets the same numbers, whichever tests run before it."""
+    """Each test gets the same random numbers, regardless of earlier tests."""
     R.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def on_cupy(table):
-    """Call functions of a table for the stand-in with NumPy arrays."""
+    """A table for the stand-in whose functions accept NumPy arrays."""
 
     def convert(value):
         return strict_cupy.ndarray(value) if isinstance(value, np.ndarray | np.generic) else value
@@ -72,7 +72,7 @@ def kernels(request):
 
 
 class Overrides:
-    """The kernels for CUDA, and reference.py on the stand-in for all else."""
+    """The CUDA kernels, and reference.py on the stand-in for everything else."""
 
     def __init__(self, table):
         self._table = table
@@ -82,7 +82,7 @@ class Overrides:
 
 
 def error(result, right):
-    """The distance, relative to the norm of the right result."""
+    """The distance, relative to the norm of the correct result."""
     assert np.asarray(result).dtype == np.float32
     return np.linalg.norm(np.asarray(result, "d") - right) / (np.linalg.norm(right) or 1)
 
@@ -92,7 +92,7 @@ def wide(arguments):
 
 
 def check(kernels, name, *arguments, bound=1e-6):
-    """Call a kernel, and compare all that it returns with reference.py in float64."""
+    """Call a kernel, and compare all of its results with reference.py in float64."""
     got, right = getattr(kernels, name)(*arguments), getattr(reference, name)(*wide(arguments))
     for g, r in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, right)), strict=True):
         assert error(g, r) < bound, name
@@ -159,7 +159,7 @@ def test_gradients_that_are_sums_over_many_rows(kernels):
 
 @pytest.mark.parametrize("power", [*POWERS, 30, 37])
 def test_cross_entropy_with_a_common_offset(kernels, power):
-    """Equal logits; and others, rounded to float32 after the offset was added: reference.py gets the same numbers."""
+    """Equal and random logits, rounded to float32 after adding the offset; reference.py gets the same values."""
     targets = R.integers(0, 7, 5)
     for logits in (
         np.full((5, 7), 10.0**power),
@@ -175,8 +175,8 @@ def test_cross_entropy_with_a_common_offset(kernels, power):
         y = check(kernels, "softmax_forward", logits)
         dy = R.normal(size=y.shape).astype("f4")
         distance = kernels.softmax_backward(dy, y) - reference.softmax_backward(*wide([dy, y]))
-        assert np.linalg.norm(distance) < 1e-6 * np.linalg.norm(dy * y)  # of the terms, whose difference is small
-        x, weight = np.eye(5, dtype="f4"), np.ascontiguousarray(logits.T)  # so that x W^T are these logits
+        assert np.linalg.norm(distance) < 1e-6 * np.linalg.norm(dy * y)  # relative to the terms
+        x, weight = np.eye(5, dtype="f4"), np.ascontiguousarray(logits.T)  # so that x W^T equals these logits
         loss, dlogits = kernels.lm_head_forward(x, weight, targets)
         assert error(loss, right) < 1e-6
         assert error(dlogits, reference.lm_head_forward(*wide([x, weight]), targets)[1]) < 1e-6
@@ -195,7 +195,7 @@ def test_softmax_of_masked_rows(kernels):
 
 
 def attention_problem(offset, T=70):
-    """q, k, v whose scores are exact in float32: offset plus multiples of 1/4, or of the offset's last digit."""
+    """q, k, v with scores that are exact in float32: the offset plus multiples of 1/4, or of its last digit."""
     qkv = np.zeros((2, T, 3, 1, 16))
     qkv[:, :, :2, 0, 0] = 2.0, 2 * offset
     step = max(0.25, 2.0 ** (math.frexp(offset)[1] - 24))
@@ -213,16 +213,16 @@ def test_attention_at_large_scores(kernels, power, sign):
     got, lse = kernels.attention_forward(qkv, 1, 0.0, None)
     assert error(got, out) < 1e-6
     dqkv = kernels.attention_backward(dout, qkv, got, lse, 1, 0.0, None)
-    right[..., 0] = dqkv[..., 0] = 0  # of dq: the offset times a sum that is 0
+    right[..., 0] = dqkv[..., 0] = 0  # part of dq: the offset times a sum that is 0
     for ours, theirs in zip(np.split(dqkv, 3, -1), np.split(right, 3, -1), strict=True):
-        assert error(ours, theirs) < 5e-6  # (of lse, of 64 or less, in the kernels for the CPU)
+        assert error(ours, theirs) < 5e-6  # (the error of lse, up to 64, in the CPU kernels)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("power", [0, 8, 13, 15])
 def test_attention_in_bfloat16_at_large_scores(power):
-    """attention_backward.cu computes P from the rounded lse. Up to scores of 2^15 its rounding error is smaller than
-    that of bfloat16, 2^-9."""
+    """attention_backward.cu computes P from the rounded lse. For scores up to 2^15, its rounding error is smaller than
+    bfloat16's, 2^-9."""
     qkv, dout = (x.astype(bfloat16) for x in attention_problem(2.0**power))
     table = on_device.made()
     out, lse = table.attention_forward(strict_cupy.ndarray(qkv), 1, 0.0, None)
@@ -266,7 +266,7 @@ def test_layernorm_over_all_magnitudes(kernels, power, eps):
 
 
 def test_the_inverse_of_the_root_mean_square():
-    """Without eps too, down to the smallest normal numbers."""
+    """Also without eps, down to the smallest normal numbers."""
     for power in (-36, -20, 0, 20, 36):
         x = (R.normal(size=(3, 40)) * 10.0**power).astype("f4")
         assert error(reference.inverse_rms(x, 0.0), reference.inverse_rms(x.astype("d"), 0.0)) < 1e-6
@@ -296,7 +296,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e19, 1e37])
-def test_a_norm_whose_square_overflows_is_clipped(device, size):
+def test_a_gradient_whose_squared_norm_overflows_is_clipped(device, size):
     with strict_cupy.registered():
         model = Two().to(device)
         optimizer = optim.SGD(model, lr=1.0, momentum=0.0)
@@ -311,13 +311,13 @@ def test_a_norm_whose_square_overflows_is_clipped(device, size):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_skipped_step_leaves_no_trace(device, bad):
+def test_a_skipped_step_changes_nothing(device, bad):
     with strict_cupy.registered():
         models = [Two().to(device) for _ in range(2)]
         optimizers = [optim.AdamW(model, lr=0.1) for model in models]
         for step in range(4):
             for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                for sent in [bad, 0.5 + step] if i else [0.5 + step]:  # the second one is sent bad gradients too
+                for sent in [bad, 0.5 + step] if i else [0.5 + step]:  # the second run also gets bad gradients
                     model.a.grad, model.b.grad = np.full((1, 1), sent, "f4"), np.full(1, 1.0, "f4")
                     with np.errstate(invalid="ignore"):
                         optimizer.step(1.0)
@@ -326,14 +326,14 @@ def test_a_skipped_step_leaves_no_trace(device, bad):
             np.testing.assert_array_equal(p.numpy(), q.numpy())
 
 
-# Beside PyTorch -------------------------------------------------------------------------------------------------------
+# Comparison with PyTorch ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("power", POWERS)
-def test_errors_beside_those_of_pytorch(power):
-    """Each at most four times as large, or a few units in the last place."""
+def test_errors_compared_with_pytorchs(power):
+    """Each error is at most four times PyTorch's, or a few units in the last place."""
     import torch
     from torch.nn import functional as F  # noqa: N812
 

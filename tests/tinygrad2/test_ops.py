@@ -18,7 +18,7 @@ def values(case, dtype="float64"):
 
 
 def run(case, arrays):
-    """The results and the gradients of their (weighted) sum."""
+    """The results, and the gradients of their weighted sum."""
     inputs = [Tensor(array, requires_grad=True) for array in arrays]
     y = case.fn(*inputs)
     results = y if isinstance(y, tuple) else (y,)
@@ -59,7 +59,7 @@ def test_any_memory_layout(case, layout):
 
 @every_case
 def test_float32_stays_float32(case, monkeypatch):
-    """Results, gradients, everything saved and every gradient on its way."""
+    """Results, gradients, all saved arrays and all intermediate gradients."""
     seen = []
     node = autograd.Node
 
@@ -84,7 +84,7 @@ def test_float32_stays_float32(case, monkeypatch):
 
 @every_case
 def test_nan_propagates(case):
-    """One NaN in an input reaches the results, except where an operation does not look."""
+    """A NaN in an input reaches the results, except in operations that ignore some elements."""
     arrays = values(case)
     for array in arrays:
         array.reshape(-1)[-1] = np.nan
@@ -128,7 +128,7 @@ def test_a_constant_weight_gets_no_gradient():
 
 
 def test_a_weight_may_be_computed():
-    """into() serves a weight that is no leaf: its gradient goes on to what it was computed from."""
+    """into() also works for a weight that is not a leaf: its gradient is passed on to its inputs."""
     x, weight = Tensor(R.normal(size=(2, 3))), Tensor(R.normal(size=(3, 4)), requires_grad=True)
     shared = weight * 2
     (ops.linear(x, shared).sum() + ops.linear(x, shared).sum() + shared.sum()).backward()
@@ -236,7 +236,7 @@ def ones(*shape):
             ValueError,
             "embedding: tokens contain -1; expected integers in [0, 4)",
         ),
-        (lambda: ops.embedding(np.ones((1, 2)), ones(4, 3)), TypeError, "embedding: tokens are of dtype float64"),
+        (lambda: ops.embedding(np.ones((1, 2)), ones(4, 3)), TypeError, "embedding: tokens have dtype float64"),
         (
             lambda: ops.embedding([[0, 1]], ones(4, 3), ones(5, 4)),
             ValueError,
@@ -312,7 +312,7 @@ def ones(*shape):
         (
             lambda: ops.attention_cached(ones(1, 3, 6), np.zeros((2, 1, 1, 4, 2)), 2, 1),
             ValueError,
-            "attention_cached: 5 positions needed; the cache holds 4",
+            "attention_cached: 5 positions needed; the cache has space for 4",
         ),
         (
             lambda: ops.attention_cached(
@@ -335,13 +335,13 @@ def test_a_wrong_argument_is_one_clear_line(call, error, message):
     [
         (lambda x, w: ops.linear(x, Tensor(w.data.astype("f8"))), "linear: weight is float64; expected float32"),
         (lambda x, w: ops.linear(x.data, w), "expected Tensors, got ndarray"),
-        (lambda x, w: ops.softmax(Tensor(np.arange(3))), "dtypes int64; expected one float type"),
+        (lambda x, w: ops.softmax(Tensor(np.arange(3))), "dtypes int64; expected one floating-point dtype"),
         (lambda x, w: ops.embedding([0, 1], w, w, first_position=-1), "positions -1 to 0 requested"),
         (lambda x, w: ops.embedding(np.int64(1), w, w), r"tokens have shape \(\); with positions"),
         (lambda x, w: ops.embedding([[0], [1, 2]], w), "rows of different lengths"),
         (lambda x, w: ops.attention(Tensor(np.ones((1, 2, 6))), 0), "n_head = 0"),
         (lambda x, w: ops.cross_entropy(Tensor(1.0), 0), r"logits have shape \(\)"),
-        (lambda x, w: ops.cross_entropy(x, None), "targets are of type NoneType"),
+        (lambda x, w: ops.cross_entropy(x, None), "targets have type NoneType"),
         (lambda x, w: ops.layernorm(Tensor(1.0), Tensor(1.0), Tensor(1.0)), r"layernorm: x has shape \(\); expected"),
     ],
 )
@@ -372,7 +372,7 @@ def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_the_head_takes_at_least_one_row():
+def test_the_head_needs_at_least_one_row():
     with pytest.raises(ValueError, match="head_rows is 0; expected 1 or more"):
         ops.lm_head(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 3))), [0, 1], 0)
 
@@ -385,7 +385,7 @@ def wide(x):
     return Tensor(x.data.astype(np.float32))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # few, which are read in bfloat16, and many, as of a prompt
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # few rows, for which weights are read in bfloat16, and many
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_weights_in_bfloat16_equal_rounded_weights(rows, dtype):
     x, w, b = Tensor(R.normal(size=(rows, 24)).astype(dtype)), half(24, 40), Tensor(R.normal(size=40).astype(dtype))

@@ -191,7 +191,7 @@ def test_bfloat16_leaves_the_arena_and_halves_the_memory():
 
 
 def rounded(p):
-    """Whether layers in bfloat16 read the values of this parameter rounded to bfloat16."""
+    """Whether bfloat16 layers read this parameter rounded to bfloat16."""
     copy = copy_of(p)
     assert copy.dtype == bfloat16
     return np.array_equal(copy, p.backend.to_host(p.data).astype(bfloat16))
@@ -325,14 +325,14 @@ class TestOptimizersTakeModulesOrParameters:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (lambda m: m.weight, "item 0 of the parameters is of type Tensor"),
+            (lambda m: m.weight, "item 0 of the parameters has type Tensor"),
             (
                 lambda m: [m.weight.data],
-                "item 0 of the parameters is of type ndarray; expected a module, or an iterable",
+                "item 0 of the parameters has type ndarray; expected a module, or an iterable",
             ),
-            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters is of type dict"),
-            (lambda m: 3, "item 0 of the parameters is of type int"),
-            (lambda m: m.named_parameters(), "item 0 of the parameters is of type tuple"),
+            (lambda m: [{"params": m.parameters()}], "item 0 of the parameters has type dict"),
+            (lambda m: 3, "item 0 of the parameters has type int"),
+            (lambda m: m.named_parameters(), "item 0 of the parameters has type tuple"),
         ],
     )
     def test_anything_else_is_an_error_of_one_line(self, given, message):

@@ -19,9 +19,9 @@ def test_a_step_is_divided_into_its_operations(monkeypatch):
     for _ in range(2):
         with profiler:
             step(np.ones((2, 3)))
-    assert vars(backend.kernels) == before, "the kernels are put back"
+    assert vars(backend.kernels) == before, "the kernels are restored"
     rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
-    # By this clock every kernel takes 1 ms, and so does every gap between two: 4 kernels and 5 gaps.
+    # With this clock, every kernel takes 1 ms, and so does every gap between two: 4 kernels and 5 gaps.
     assert rows["gelu"] == ["2", "1.00", "1.00", "22.2%"]
     assert rows["sum"] == ["2", "1.00", "1.00", "22.2%"]
     assert rows["outside kernels"] == ["5.00", "55.6%"]

@@ -1,4 +1,4 @@
-"""Random programs beside NumPy and PyTorch, see programs.py. tests/benchmarks/programs.py runs 10,000 of them."""
+"""Random programs compared with NumPy and PyTorch; see programs.py. tests/benchmarks/programs.py runs 10,000."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def quiet():
 
 
 def check_programs(count, torch):
-    """Programs that hypothesis draws; one that differs is shrunk to a small one, which the message shows."""
+    """Programs drawn by hypothesis. A program that differs is shrunk to a small one, which the message shows."""
 
     @hypothesis.settings(max_examples=count, suppress_health_check=list(hypothesis.HealthCheck), **SETTINGS)
     @hypothesis.given(hypothesis.strategies.data())
@@ -31,14 +31,14 @@ def check_programs(count, torch):
     check()
 
 
-def test_values_beside_numpy():
+def test_values_equal_numpys():
     check_programs(40, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_values_and_gradients_beside_pytorch():
+def test_values_and_gradients_equal_pytorchs_in_random_programs():
     import torch
 
     check_programs(400, torch)
@@ -85,12 +85,12 @@ def test_a_wrong_gradient_is_found(monkeypatch):
 def test_a_wrong_value_is_found(monkeypatch):
     monkeypatch.setattr(Tensor, "cumsum", lambda x, axis: x * 1.0)
     program = Program([np.ones(3)], [Step(next(o for o in OPERATIONS if o.name == "cumsum"), (0,), (0,), False)])
-    assert failure(program, None) == "cumsum, beside NumPy: [1.0, 1.0, 1.0]; expected [1.0, 2.0, 3.0]"
+    assert failure(program, None) == "cumsum, compared with NumPy: [1.0, 1.0, 1.0]; expected [1.0, 2.0, 3.0]"
 
 
 def test_the_benchmark_counts_failures(monkeypatch, capsys):
     assert benchmark.main(["--count", "3"]) == 0
-    assert "3 programs beside NumPy" in capsys.readouterr().out
+    assert "3 programs compared with NumPy" in capsys.readouterr().out
     monkeypatch.setattr(programs, "difference", lambda got, expected: "wrong")
     assert benchmark.main(["--count", "3", "--first", "5"]) == 1
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A Tensor in Python's built-in functions and in NumPy's: right or refused, never an array of objects."""
+"""Tensors in Python's built-in functions and NumPy's functions: correct or rejected, never an array of objects."""
 
 import copy
 import operator
@@ -36,7 +36,7 @@ def test_comparisons_are_elementwise_booleans_without_gradient(function, other):
         np.testing.assert_array_equal(got.numpy(), expected)
 
 
-def test_comparisons_with_other_objects_are_pythons():
+def test_comparisons_with_other_objects_follow_python():
     a = leaf(A)
     assert a != None  # noqa: E711
     assert a != "text"
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_ufunc():
     np.testing.assert_allclose(a.grad, B * np.exp(A), rtol=1e-6)
 
 
-ARGUMENTS = {  # beside the tensor of shape (2, 2); 0 for all others
+ARGUMENTS = {  # in addition to the tensor of shape (2, 2); 0 for all others
     "reshape": ((4,),), "transpose": (), "clip": (1.5, 3.0), "squeeze": (), "ravel": (), "swapaxes": (0, 1),
     "moveaxis": (0, 1), "broadcast_to": ((3, 2, 2),), "array_split": (2,), "tensordot": (np.ones((2, 2)), 1),
     "repeat": (2,), "tile": ((2, 1),), "pad": (1,), "roll": (1, 0), "diff": (),
@@ -159,11 +159,11 @@ def test_functions_that_are_methods(function, method):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda a, b: np.unwrap(a), "np.unwrap does not take Tensors: its result would have no"),
-        (lambda a, b: np.interp(a, b, [1.0, 2.0, 3.0]), "np.interp does not take Tensors"),
-        (lambda a, b: np.heaviside(a, b), "np.heaviside does not take Tensors; use an operation of Tensor or ops, or"),
-        (lambda a, b: np.add.reduce(a), "np.add.reduce does not take Tensors"),
-        (lambda a, b: np.add(a, b, out=np.zeros(3)), "np.add with options does not take Tensors"),
+        (lambda a, b: np.unwrap(a), "np.unwrap does not support Tensors, since it has no"),
+        (lambda a, b: np.interp(a, b, [1.0, 2.0, 3.0]), "np.interp does not support Tensors"),
+        (lambda a, b: np.heaviside(a, b), "np.heaviside does not support Tensors; use an operation of Tensor"),
+        (lambda a, b: np.add.reduce(a), "np.add.reduce does not support Tensors"),
+        (lambda a, b: np.add(a, b, out=np.zeros(3)), "np.add with options does not support Tensors"),
     ],
 )
 def test_other_functions_of_numpy_are_rejected(function, message):

@@ -1,4 +1,4 @@
-"""The math against plain formulas and PyTorch's conventions. Its gradients: test_gradcheck.py, finite differences."""
+"""The math compared with plain formulas and PyTorch's conventions. test_gradcheck.py tests the gradients."""
 
 import math
 
@@ -22,7 +22,7 @@ def naive_softmax(x):
 
 
 def naive_attention(qkv, n_head, mask=1.0):
-    """Attention by the definition, with the whole T x T matrix; `mask` multiplies the weights (dropout)."""
+    """Attention by definition, with the whole T x T matrix; `mask` multiplies the weights (dropout)."""
     B, T, width = qkv.shape
     D = width // 3 // n_head
     q, k_, v = (part.reshape(B, T, n_head, D) for part in np.split(qkv, 3, axis=-1))
@@ -181,7 +181,7 @@ def test_layernorm(shape):
 
 
 def test_layernorm_far_from_zero_in_float32():
-    """The variance comes from centred values: with mean(x^2) - mean(x)^2 nothing would be left at 1e4."""
+    """The variance is computed from centred values: mean(x^2) - mean(x)^2 would lose all precision at 1e4."""
     x = R.normal(size=(4, 64))
     y = k.layernorm_forward((x + 1e4).astype(np.float32), np.float32(1), np.float32(0), 1e-5)[0]
     np.testing.assert_allclose(y, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), atol=5e-3)

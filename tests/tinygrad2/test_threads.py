@@ -1,4 +1,4 @@
-"""tinygrad2/threads.py: how work is cut, and BLAS left as it was."""
+"""tinygrad2/threads.py: the division of work, and BLAS's settings, which are restored."""
 
 import subprocess
 import sys
@@ -62,8 +62,8 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
-def test_blas_is_as_before_when_several_threads_had_it_on_one():
-    """Whoever comes second finds one thread, and must not leave that behind."""
+def test_blas_is_restored_after_several_threads_limited_it():
+    """The second caller finds BLAS limited to one thread, and must not restore that."""
     threads.set_count(2)
     before = blas_threads()
     first, second = threads.blas_on_one_thread(), threads.blas_on_one_thread()

@@ -1,4 +1,4 @@
-"""tracing(): which operations are reported, with what, and that nothing is called otherwise."""
+"""tracing(): which operations are reported, and with which values; outside of it nothing is called."""
 
 import threading
 

@@ -1,1 +1,1 @@
-"""Kernels that take the place of functions of reference.py, by name and signature."""
+"""Kernels that replace the functions in reference.py with the same names and signatures."""

@@ -1,12 +1,12 @@
-"""Kernels for NVIDIA GPUs: one CUDA C++ source per group of operations beside this file, launched from here.
+"""Kernels for NVIDIA GPUs: one CUDA C++ file per group of operations, next to this file, launched from here.
 
-The names and signatures are those of reference.py. Activations and weights are float32 or bfloat16; statistics, sums
-and the gradients of parameters are float32. The decorator `only_if` above a kernel says which arguments it supports;
-all others, such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with
-atomics, so two runs give the same bits.
+Names and signatures are as in reference.py. Activations and weights are float32 or bfloat16; statistics, sums and
+parameter gradients are float32. The decorator `only_if` above a kernel says which arguments it supports; all others,
+such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with atomics, so
+two runs are bit-identical.
 
-CuPy compiles the sources when they are first used (NVRTC, cached on disk) for the shapes at hand: numbers such as C or
-the head size are constants in the code (-DC=768).
+CuPy compiles the sources on first use (NVRTC, cached on disk) for the given shapes: sizes such as C or the head size
+are constants in the code (-DC=768).
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from tinygrad2.kernels.gemm import Gemm
 from tinygrad2.kernels.token_runs import sort_tokens
 from tinygrad2.random import Key
 
-# The types that the kernels compute in, and their names in CUDA C++. (Keys are dtypes: dtype.name takes microseconds.)
+# The types that the kernels support, and their CUDA C++ names. (Keys are dtypes, since dtype.name takes microseconds.)
 CPP_TYPES = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
 KEY_STRUCT = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # PhiloxKey
 FOLDER = Path(__file__).parent
 Kernel = Callable[..., None]  # called with a grid, a block, arguments, and shared_mem=bytes
-Defines = dict[str, Any]  # constants of a kernel
+Defines = dict[str, Any]  # compile-time constants of a kernel
 Arrays = tuple[Array, ...]
 DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
-BLOCK_ROWS = 64  # sorted rows of dy that one block of embedding_backward sums
-VOCABULARY_MULTIPLE = 64  # logits have a multiple of this number of columns; the embeddings are padded with rows of 0
-BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory of a block besides the dynamic part: 1 KB for CUDA, and static arrays
+BLOCK_ROWS = 64  # number of sorted rows of dy that one block of embedding_backward sums
+VOCABULARY_MULTIPLE = 64  # the number of logit columns is a multiple of this; the embeddings are padded with zero rows
+BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory per block besides the dynamic part: 1 KB for CUDA, and static arrays
 
 
 def source(family: str | Path) -> str:
-    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers of this folder
-    are inserted, since CuPy's cache does not notice changes of included files."""
+    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers in this folder
+    are inlined, since CuPy's cache does not notice changes in included files."""
     file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
@@ -121,7 +121,7 @@ class AttentionSizes(NamedTuple):
 
 
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
+    """CUlaunchConfig from cuda.h: the grid, the block, bytes of shared memory, a stream, and attributes."""
 
     _fields_ = (
         *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
@@ -130,7 +130,7 @@ class LaunchConfig(ctypes.Structure):
 
 
 def driver() -> ctypes.CDLL:
-    """The library of NVIDIA's driver."""
+    """The library of the NVIDIA driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
@@ -145,8 +145,8 @@ def ordering_event(cuda: Any, stream: Any = None) -> Any:
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Call a launcher only for arguments for which `supported`, with the same parameters, returns true; for all others,
-    call the reference function of the same name."""
+    """A decorator: call the launcher if `supported`, called with the same arguments, returns true; else call the
+    reference function of the same name."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
@@ -163,7 +163,7 @@ def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 def cpp_type(dtype: DTypeLike) -> str | None:
-    """The name in CUDA C++ of a type that the kernels compute in, or None."""
+    """The CUDA C++ name of a type that the kernels support, or None."""
     return CPP_TYPES.get(numpy.dtype(dtype))
 
 
@@ -173,12 +173,12 @@ def tensor_cores_take(head_size: int) -> bool:
 
 
 def _known(*arrays: Array) -> bool:
-    """Whether the kernels support the type of each of these arrays."""
+    """Whether the kernels support the types of all of these arrays."""
     return all(x.dtype in CPP_TYPES for x in arrays)
 
 
 def _one_known(*arrays: Array) -> bool:
-    """Whether these arrays all have the same type, which the kernels support."""
+    """Whether these arrays have the same type, and the kernels support it."""
     return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
@@ -190,7 +190,7 @@ class CudaKernels:
     """The overrides for one array library (CuPy, or a stand-in in the tests).
 
     np         the array library.
-    reference  reference.py on that library, for arguments that no kernel here supports.
+    reference  reference.py with that library, for arguments that no kernel here supports.
     """
 
     def __init__(self, np: Any, reference: Any):
@@ -202,9 +202,9 @@ class CudaKernels:
         self.gemm: Callable[..., Array] = Gemm(np)
 
     def in_tf32(self, reference: Any) -> CudaKernels:
-        """The same launchers, whose products of float32 matrices round their operands to TF32.
+        """The same launchers with float32 matrix products in TF32.
 
-        reference  the functions of reference.py, with such products.
+        reference  the functions of reference.py with such products.
         """
         other = copy.copy(self)
         other._reference, other.gemm = reference, functools.partial(self.gemm, tf32=True)
@@ -223,7 +223,7 @@ class CudaKernels:
             options = ("-std=c++17", *(f"-D{constant}={value}" for constant, value in defines.items()))
             module = self._np.RawModule(code=source(family), options=options, enable_cooperative_groups=cooperative)
             function = module.get_function(name)
-            if shared > 40 << 10:  # more than 48 KB, static shared memory included, must be requested
+            if shared > 40 << 10:  # more than 48 KB, including static shared memory, must be requested
                 function.max_dynamic_shared_size_bytes = shared
                 function.preferred_shared_memory_carveout = 100  # percent; the rest is L1 cache
             self._functions[key] = function
@@ -248,8 +248,8 @@ class CudaKernels:
         return each * self.properties["multiProcessorCount"]
 
     def clusters_at_once(self, function: Any, blocks: int, threads: int, shared: int) -> int:
-        """How many thread block clusters of a kernel run at the same time. `blocks`, the size of the grid, must be a
-        multiple of the cluster size. CuPy has no binding for this function of the driver."""
+        """The number of thread block clusters of a kernel that can run concurrently. `blocks`, the size of the grid,
+        must be a multiple of the cluster size. CuPy has no binding for this driver function."""
         count, config = ctypes.c_int(), LaunchConfig(blocks, 1, 1, threads, 1, 1, shared)
         status = driver().cuOccupancyMaxActiveClusters(
             ctypes.byref(count), ctypes.c_void_p(function.kernel.ptr), ctypes.byref(config)
@@ -272,7 +272,7 @@ class CudaKernels:
         )
 
     def _packed(self, x: Array) -> Array:
-        """x if it is contiguous and aligned to 16 bytes, as the kernels require, else a copy that is."""
+        """x, or a copy if x is not contiguous and aligned to 16 bytes, as the kernels require."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
@@ -320,7 +320,7 @@ class CudaKernels:
     # Embedding --------------------------------------------------------------------------------------------------------
 
     def _access(self, C: int, *arrays: Array) -> int:
-        """How many elements of the first array a thread reads in one access: 16 bytes if all rows are aligned, else 1.
+        """The number of elements of the first array per access: 16 bytes if all rows are aligned, else 1 element.
 
         A parameter may begin at any address in the arena.
         """
@@ -358,7 +358,7 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // BLOCK_ROWS)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # copied without waiting for the device
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # without waiting for the device
             where = ordered, numpy.int32(rows)
             launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:
@@ -449,9 +449,9 @@ class CudaKernels:
         dx, partials = np.empty(x.shape, dtype=x.dtype), np.empty((2, blocks, C), dtype=np.float32)
         arrays = [*map(self._packed, inputs), *map(self._float32, (weight, mean, rstd))]
         lanes, pack = THREADS // _rows_of_a_block(C), 16 // x.dtype.itemsize
-        shared = 4 * C  # the weight
+        shared = 4 * C  # for the weight
         if len(inputs) > 2 and C % pack == 0:
-            shared += -(-C // (lanes * pack)) * THREADS * 16  # ds, in accesses of 16 bytes
+            shared += -(-C // (lanes * pack)) * THREADS * 16  # for ds, in accesses of 16 bytes
         function = self.function("layernorm", name, shared=shared, REAL=CPP_TYPES[x.dtype], C=C)
         function((blocks,), (THREADS,), (dx, partials, *arrays, numpy.int32(rows)), shared_mem=shared)
         self.add_partials(partials, dweight, dbias)
@@ -485,7 +485,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-        """One token at a time, limited by reading the cache; attention_forward computes a prompt in bfloat16."""
+        """For one token at a time, limited by reading the cache. In bfloat16, attention_forward computes a prompt."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
@@ -503,7 +503,7 @@ class CudaKernels:
 
     @staticmethod
     def _attention_dropout(rate: float, key: Key | None) -> DropoutArguments:
-        """A kernel's arguments for dropout: the key, the first sample, the threshold, the scale."""
+        """The dropout arguments of a kernel: the key, the first sample, the threshold, the scale."""
         if key is None:
             return numpy.zeros((), dtype=KEY_STRUCT)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
         threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
@@ -513,7 +513,7 @@ class CudaKernels:
     def attention_backward(
         self, dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
     ) -> Array:
-        """dqkv, on tensor cores, for bfloat16: a kernel for queries, and one for keys and values, without atomics.
+        """dqkv, on tensor cores, for bfloat16: one kernel for queries, and one for keys and values, without atomics.
 
         As accurate as bfloat16 up to scores of 2^15 (see attention_backward.cu).
         """
@@ -579,7 +579,7 @@ class CudaKernels:
         return self.function("gelu", name, REAL=CPP_TYPES[x.dtype], C=x.shape[-1], **types)
 
     def _gelu_bias(self, x: Array, bias: Array | None) -> Array:
-        return x if bias is None else self._np.ascontiguousarray(bias)  # x: a pointer that is not read
+        return x if bias is None else self._np.ascontiguousarray(bias)  # x stands for a pointer that is not read
 
     # Cross-entropy, and the language-model head -----------------------------------------------------------------------
 
@@ -594,9 +594,9 @@ class CudaKernels:
         return x.astype(numpy.float32) if x.dtype == bfloat16 else x
 
     def _aligned_vocabulary(self, weight: Array, dtype: DTypeLike) -> Array:
-        """The embeddings (V, C), padded with rows of 0 to a multiple of VOCABULARY_MULTIPLE rows.
+        """The embeddings (V, C), padded with zero rows to a multiple of VOCABULARY_MULTIPLE rows.
 
-        GPT-2's V is 50257. In a matrix with that many columns most rows would not be aligned to 16 bytes, and cuBLAS
+        GPT-2's V is 50257. In a matrix with 50257 columns, most rows would not be aligned to 16 bytes, and cuBLAS
         would use its slowest kernels. The copy takes 0.04 ms, the products 25 ms.
         """
         V, C = weight.shape
@@ -632,7 +632,7 @@ class CudaKernels:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)
         if dweight is not None:
-            # 5 TFLOP of a step. cuBLAS uses Hopper's tensor cores only for a multiple of 8 columns, else older kernels.
+            # 5 TFLOP per step. cuBLAS uses Hopper's tensor cores only if the number of columns is a multiple of 8.
             whole = V - V % 8
             for part in (slice(whole), slice(whole, V)):
                 if len(dweight[part]):
@@ -643,7 +643,7 @@ class CudaKernels:
             and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
             and base.data.ptr == dlogits.data.ptr
         ):
-            dlogits = base  # from lm_head_forward: the padding is multiplied by rows of 0
+            dlogits = base  # from lm_head_forward; its padding is multiplied by zero rows
         else:
             aligned = aligned[:V]
         return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
@@ -672,8 +672,8 @@ class CudaKernels:
             kernel((-(-value.size // 1024),), (256,), (*arrays, *numbers, numpy.int64(value.size)))
 
 
-THREADS = 256  # of a block, by default
-PROCESSORS = 132  # of an H200; a constant, so that sums have the same order and the same bits on every GPU
+THREADS = 256  # default number of threads per block
+PROCESSORS = 132  # as on an H200; a constant, so that sums have the same order and the same bits on every GPU
 
 
 def cross_entropy_sizes(V: int, columns: int, itemsize: int, processor: Multiprocessor) -> dict[str, int]:
@@ -701,5 +701,5 @@ def _column_grid(x: Array) -> tuple[tuple[int, int], numpy.int32]:
 
 
 def _philox_key(key: Key) -> Any:
-    """A random.Key as an argument of kernels. first_sample is passed separately, as its unit differs."""
+    """A random.Key as a kernel argument. first_sample is passed separately, since its unit differs."""
     return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=KEY_STRUCT)[()]

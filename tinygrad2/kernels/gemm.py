@@ -1,9 +1,9 @@
-"""Matrix products on NVIDIA GPUs, by cuBLASLt, through its C interface.
+"""Matrix products on NVIDIA GPUs, using cuBLASLt through its C interface.
 
-CuPy wraps only cuBLAS, and refuses to capture its products into a graph. cuBLASLt also adds biases, and adds bfloat16
-products to a float32 gradient while the sums are still in registers.
+CuPy wraps only cuBLAS, and does not allow capturing its products into a graph. cuBLASLt can also add biases, and add
+bfloat16 products to a float32 gradient while the sums are still in registers.
 
-cuBLASLt stores matrices by columns. A row-major matrix is its own transpose in column-major order, so the row-major
+cuBLASLt uses column-major order. A row-major matrix is its own transpose in column-major order, so the row-major
 y = a b is computed as y^T = b^T a^T: a and b are exchanged, and nothing is copied. cuBLASLt's A is our b, and its
 rows are our columns.
 """
@@ -29,11 +29,11 @@ DATA_TYPES = {FLOAT32: 0, numpy.dtype(bfloat16): 14}  # CUDA_R_32F, CUDA_R_16BF
 COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
 POINTER_MODE, TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, BIAS_TYPE = 2, 3, 4, 7, 8, 26
 PREF_WORKSPACE, PREF_REDUCTION_SCHEME, PREF_ALIGNMENT_A = 1, 3, 5  # B, C and D follow A
-REDUCTION_COMPUTE_TYPE = 2  # with split-k, the parts are added in float32, in a fixed order
+REDUCTION_COMPUTE_TYPE = 2  # split-k adds the parts in float32, in a fixed order
 EPILOGUE_NONE, EPILOGUE_BIAS = 1, 4
 STATUS = {
-    1: "not initialised", 3: "no memory", 7: "invalid value", 8: "this GPU lacks a feature", 11: "no access to memory",
-    13: "the kernel failed", 14: "internal error", 15: "not supported", 16: "licence error",
+    1: "not initialized", 3: "no memory", 7: "invalid value", 8: "this GPU lacks a feature", 11: "no access to memory",
+    13: "the kernel failed", 14: "internal error", 15: "not supported", 16: "license error",
 }  # fmt: skip
 
 SIGNATURES: dict[str, list[Any]] = {
@@ -59,7 +59,7 @@ class Heuristic(ctypes.Structure):
 
 
 class MatmulPlan(NamedTuple):
-    """A product as it is passed to cuBLASLt, without the addresses."""
+    """The arguments of a product for cuBLASLt, without the addresses."""
 
     operation: c_void_p
     a: c_void_p
@@ -69,7 +69,7 @@ class MatmulPlan(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A row-major matrix in memory: its address, the type of its elements, and its row stride in elements."""
+    """A row-major matrix in memory: its address, element type, and row stride in elements."""
 
     address: int
     type: int
@@ -79,8 +79,8 @@ class Matrix(NamedTuple):
 class Gemm:
     """Matrix products on one device. Plans are cached by shape.
 
-    To be used by one thread at a time. Work is submitted to the current stream; each stream has its own workspace,
-    without which two runs could give different bits.
+    Not thread-safe. Work is submitted to the current stream; each stream has its own workspace, without which two runs
+    could give different bits.
 
     np       CuPy, or a stand-in.
     library  the path of cuBLASLt; None searches for it when first used.
@@ -113,13 +113,13 @@ class Gemm:
 
         a, b        2-D, both float32 or both bfloat16. Rows may be strided (columns of a wider matrix), and a
                     transposed view is read in place; anything else is copied first.
-        out         2-D, row-major, float32 or the operands' type; None makes one of the operands' type.
-        bias        one number for each column, of out's type.
-        accumulate  out += scale a b + bias.
+        out         2-D, row-major, float32 or the operands' type; None allocates one of the operands' type.
+        bias        one value per column, of out's type.
+        accumulate  compute out += scale a b + bias instead.
         scale       one float32 on the device; the host does not wait for it.
-        tf32        float32 operands are rounded to 10 bits of mantissa and multiplied on tensor cores.
+        tf32        round float32 operands to a 10-bit mantissa and multiply on tensor cores.
 
-        Raises ValueError for arguments that do not fit or if cuBLASLt is missing, RuntimeError if it fails.
+        Raises ValueError for invalid arguments or if cuBLASLt is missing, RuntimeError if it fails.
         """
         a, transpose_a = self._row_major(a, transpose_a)
         b, transpose_b = self._row_major(b, transpose_b)
@@ -140,7 +140,7 @@ class Gemm:
 
         matrices = [self._matrix(x) for x in (b, a, out)]
         bias_address = 0 if bias is None else bias.data.ptr
-        # The choice of algorithms in cuBLASLt depends on the alignment of addresses, so it is part of the key.
+        # cuBLASLt's choice of algorithm depends on the alignment of the addresses, so that is part of the key.
         alignments = [_alignment(matrix.address) for matrix in matrices]
         key = (
             m, n, k, transpose_a, transpose_b, tf32, scale is None,
@@ -156,7 +156,7 @@ class Gemm:
 
         if scale is None:
             alpha, beta = ctypes.addressof(self._one), ctypes.addressof(self._one if accumulate else self._zero)
-        else:  # the device reads both factors
+        else:  # both factors are on the device
             if self._device_scalars is None:
                 self._device_scalars = self._np.arange(2, dtype=numpy.float32)
             alpha, beta = scale.data.ptr, self._device_scalars.data.ptr + 4 * accumulate
@@ -199,7 +199,7 @@ class Gemm:
         device_scalars: bool,
         tf32: bool,
     ) -> MatmulPlan:
-        """The product in cuBLASLt's terms, and the algorithm that its heuristic chooses, without timing."""
+        """The product in cuBLASLt's terms, with the algorithm selected by its heuristic, without timing."""
         if not self._handle:
             self._library = _load(self._path)
             self._call("Create", byref(self._handle))
@@ -265,7 +265,7 @@ def _check_bias(bias: Array | None, out: Array) -> None:
 
 
 def _row_stride(x: Array) -> int:
-    """Elements from one row of a matrix to the next; 0 if it is not row-major."""
+    """The number of elements from one row of a matrix to the next; 0 if it is not row-major."""
     rows, columns = x.shape
     if columns > 1 and x.strides[1] != x.itemsize:
         return 0
@@ -302,5 +302,5 @@ def _in_wheels() -> str | None:
         return None
     try:
         return pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path
-    except RuntimeError:  # DynamicLibNotFoundError is one
+    except RuntimeError:  # DynamicLibNotFoundError is a subclass
         return None

@@ -1,8 +1,8 @@
 """Products of a few rows with a large matrix, y += x w, limited by memory bandwidth: most of the work of generation.
 
-BLAS is optimised for matrices whose elements are used many times. Here each weight is read once, for all rows of x, so
-the time is that of reading w. The two vectorised loops are LLVM IR, built with llvmlite, since the compiler does not
-generate them from plain loops. Weights are float32, or bfloat16 (the upper half of a float32), half the bytes.
+BLAS is optimized for matrices whose elements are used many times. Here each weight is read once, for all rows of x, so
+the time is the time to read w. The two vectorized loops are LLVM IR, built with llvmlite, since the compiler does not
+generate them from plain loops. Weights are float32, or bfloat16 (the upper half of a float32), with half the bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinygrad2.kernels import pool
 from tinygrad2.kernels.bfloat16 import wide
 
 _WIDE = binding.get_host_cpu_features().get("avx512f", False)
-LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements of a vector; rows of x at a time, limited by the registers
+LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x at a time, limited by the registers
 DEPTH = 4  # rows of w, or of its transpose, at a time
 COLUMNS = 1024  # columns of w at a time, so that DEPTH rows of them stay in the L1 cache for all rows of x
 GRAIN = 1 << 16  # minimum number of weights per thread
@@ -39,7 +39,7 @@ def _at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, ki
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
-    """LANES weights, starting at an index, as a vector of float32."""
+    """LANES weights, starting at an index, as a float32 vector."""
     if bits == 32:
         return builder.load(_at(builder, address, index, 4, _vector()), align=4)
     halves = builder.load(_at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
@@ -50,7 +50,7 @@ def _load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) 
 def _weights(
     builder: ir.IRBuilder, address: ir.Value, distance: ir.Value, index: ir.Value, bits: int
 ) -> list[ir.Value]:
-    """LANES weights of each of DEPTH rows; those of the next DEPTH rows are prefetched."""
+    """LANES weights from each of DEPTH rows; the weights of the next DEPTH rows are prefetched."""
     byte, flag = ir.IntType(8), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -64,7 +64,7 @@ def _weights(
 
 
 def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector with one number in all elements."""
+    """A vector with all elements equal to one number."""
     undefined, first = ir.Constant(_vector(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
@@ -150,7 +150,7 @@ def _multiply(
     ldy: types.Type,
     n: types.Type,
 ) -> pool.Intrinsic:
-    """Run the loop for the next min(left, ROWS) rows of x, of the `left` that remain; returns their number."""
+    """Run the loop for the next min(left, ROWS) rows of x, where `left` rows remain. Returns the number of rows."""
     loop = _transposed if transposed.literal_value else _plain
 
     def generate(
@@ -172,8 +172,8 @@ def _multiply(
 
 
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
-    """The task for columns start ... stop - 1 of w: the arguments are the addresses of x, w and y, then M, K and N."""
-    # Numba's disk cache is keyed by the values of closure variables; only numbers are the same in the next process.
+    """The task for columns start ... stop - 1 of w. Its arguments are the addresses of x, w and y, then M, K and N."""
+    # Numba's disk cache is keyed by the values of closure variables; only numbers are equal in other processes.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments: int, start: int, stop: int) -> None:
@@ -181,10 +181,10 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (K, N))
-        columns = COLUMNS if M > 2 else 4 * COLUMNS  # (with so few rows, longer runs of w are read faster)
+        columns = COLUMNS if M > 2 else 4 * COLUMNS  # with so few rows, longer runs of w are read faster
         whole, ld = K - K % DEPTH, columns + LANES
-        # Summed in a buffer, since rows of y may be a multiple of 4096 bytes apart: they would evict each other from
-        # the cache, and a load from w would wait for a store to y whose address ends in the same 12 bits (4K aliasing).
+        # Sum in a buffer, since rows of y may be a multiple of 4096 bytes apart: they would evict each other from the
+        # cache, and a load from w would wait for a store to y whose address ends in the same 12 bits (4K aliasing).
         sums = np.empty((M, ld), dtype=np.float32)
         for first in range(start, stop, columns):
             last = min(first + columns, stop)
@@ -223,7 +223,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
     return pool.task(columns_of_w if by_columns else rows_of_w)
 
 
-_tasks: dict[tuple[int, bool], pool.CompiledTask] = {}  # compiled at the first use
+_tasks: dict[tuple[int, bool], pool.CompiledTask] = {}  # compiled at first use
 
 
 def supports(x: np.ndarray, weight: np.ndarray) -> bool:
@@ -233,13 +233,13 @@ def supports(x: np.ndarray, weight: np.ndarray) -> bool:
 
 
 def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
-    """y += x weight: x (M, K) and y (M, N) in rows; weight (K, N), in rows or columns, float32 or bfloat16."""
+    """y += x weight: x (M, K) and y (M, N) row-major; weight (K, N), row- or column-major, float32 or bfloat16."""
     kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
     if kind not in _tasks:
         _tasks[kind] = _task(*kind)
     K, N = weight.shape
     addresses = (blas.address(array) for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    # Split at multiples of LANES: the remainder after the last whole vector is summed in another order.
+    # Split at multiples of LANES, since the remainder after the last whole vector is summed in another order.
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
     pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])

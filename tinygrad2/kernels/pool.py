@@ -1,11 +1,11 @@
-"""The thread pool that computes on the CPU. Idle workers spin briefly before they sleep.
+"""The thread pool for computation on the CPU. Idle workers spin briefly before they sleep.
 
-Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels. So an idle worker first spins for about
-a millisecond: within a training step, or between two generated tokens, it starts at once. A task is a Python
+Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels. An idle worker therefore spins for about
+a millisecond first: within a training step, or between two generated tokens, it starts immediately. A task is a Python
 function (`each`) or compiled code (`each_compiled`), which starts and ends without Python's global interpreter lock.
 
-While a task runs, BLAS is set to compute on the calling thread: the threads of two pools would compete for the cores.
-Afterwards its number of threads is restored, so that BLAS calls of other parts of the program are not affected.
+While a task runs, BLAS is limited to the calling thread, since the threads of two pools would compete for the cores.
+Afterwards its number of threads is restored, so BLAS calls in other parts of the program are not affected.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from numba.extending import intrinsic
 
 from tinygrad2 import threads
 
-# A worker's slot in shared memory, in 64-bit words: those that the caller writes and, on another cache line, those
-# that the worker writes. A task is posted by raising TICKET; it is finished when DONE equals TICKET.
+# A worker's slot in shared memory, in 64-bit words: first the words that the caller writes and, on another cache line,
+# those that the worker writes. A task is posted by incrementing TICKET; it is finished when DONE equals TICKET.
 TICKET, FUNCTION, ARGUMENTS, START, STOP = range(5)
 DONE, ASLEEP = 16, 17
 WORDS = 32
-PYTHON = 0  # as FUNCTION: the task is a Python function
+PYTHON = 0  # the value of FUNCTION if the task is a Python function
 SPIN_SECONDS = 1e-3  # how long an idle worker spins before it sleeps
 
 Intrinsic = tuple[Signature, Callable[..., ir.Value]]  # the types, and a function that generates the LLVM IR
-CompiledTask = Any  # the result of numba.cfunc: it has `address`, and `ctypes` to call it from Python
+CompiledTask = Any  # the result of numba.cfunc, with `address`, and `ctypes` to call it from Python
 F = TypeVar("F", bound=Callable)
 
 
@@ -68,7 +68,7 @@ def _store(typing_context: Context, address: types.Type, value: types.Type) -> I
 
 @intrinsic
 def pointer(typing_context: Context, address: types.Type, like: types.Type) -> Intrinsic:
-    """In compiled code: an address as a pointer to values of the type of `like`."""
+    """In compiled code: convert an address to a pointer to values of the type of `like`."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -79,7 +79,7 @@ def pointer(typing_context: Context, address: types.Type, like: types.Type) -> I
 
 
 def task(function: Callable[[int, int, int], None]) -> CompiledTask:
-    """Compile function(arguments, start, stop) for each_compiled; `arguments` is the address of 64-bit words."""
+    """Compile function(arguments, start, stop) for each_compiled. `arguments` is the address of 64-bit words."""
     signature = types.void(types.int64, types.int64, types.int64)
     try:
         return cfunc(signature, cache=True)(function)
@@ -106,7 +106,7 @@ def _pause(typing_context: Context) -> Intrinsic:
 def _call(
     typing_context: Context, function: types.Type, arguments_: types.Type, start: types.Type, stop: types.Type
 ) -> Intrinsic:
-    """function(arguments, start, stop), by its address."""
+    """Call function(arguments, start, stop) by its address."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -134,10 +134,10 @@ def _spin(count: int) -> None:
 
 @cache
 def _spins() -> int:
-    """How many iterations of a spin loop take SPIN_SECONDS: the duration of a pause depends on the processor."""
+    """The number of spin iterations that take SPIN_SECONDS. (The duration of a pause depends on the processor.)"""
     _spin(1)
     spent = []
-    for _ in range(10):  # the minimum is used, since another thread may have held the lock or the core
+    for _ in range(10):  # use the minimum, since another thread may have held the lock or the core
         started = time.perf_counter()
         _spin(1000)
         spent.append(time.perf_counter() - started)
@@ -146,10 +146,10 @@ def _spins() -> int:
 
 @compiled
 def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
-    """Run the compiled tasks that are posted to a slot, given its address. Returns the ticket of a Python task, or 0 if
+    """Run the compiled tasks posted to the slot at this address. Returns the ticket of a Python task, or 0 if
     nothing was posted for max_spins iterations.
 
-    finished  the ticket of the Python task that the worker has run, or 0; DONE is set here, without Python's lock.
+    finished  the ticket of the Python task that the worker has run, or 0. DONE is set here, without Python's lock.
     """
     _store(slot + 8 * ASLEEP, 0)
     if finished:
@@ -178,7 +178,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
 
 @compiled
 def _wait(slots: int, count: int, max_spins: int) -> bool:
-    """Spin until the first `count` workers have finished, or for max_spins iterations. Returns whether they have."""
+    """Spin until the first `count` workers have finished, at most max_spins times. Returns whether they have."""
     for worker in range(count):
         slot = slots + 8 * WORDS * worker
         spins = 0
@@ -200,7 +200,7 @@ def _post(slots: int, count: int) -> None:
 
 @compiled
 def _post_and_run(slots: int, count: int, function: int, arguments: int, start: int, stop: int, max_spins: int) -> bool:
-    """Post, compute the part start ... stop - 1 on the calling thread, then wait."""
+    """Post the tasks, compute the part start ... stop - 1 on the calling thread, then wait."""
     _post(slots, count)
     _call(function, arguments, start, stop)
     return _wait(slots, count, max_spins)
@@ -235,13 +235,13 @@ class _Worker:
                 self.task = None
 
     def wake_up(self) -> None:
-        """Wake the thread if it sleeps. Only the thread itself clears ASLEEP, so an interrupt here does no harm."""
+        """Wake the thread if it sleeps. Only the thread itself clears ASLEEP, so an interrupt here is harmless."""
         if self.slot[ASLEEP] and self.wake.locked():
             self.wake.release()
 
 
-_state = threading.local()  # its attribute `inside`: whether this thread is a worker
-_busy = threading.Lock()  # the workers compute for one caller at a time; other callers compute on their own threads
+_state = threading.local()  # the attribute `inside` says whether this thread is a worker
+_busy = threading.Lock()  # workers compute for one caller at a time; other callers compute on their own threads
 _slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
@@ -249,8 +249,8 @@ _workers: list[_Worker] = []
 def _get_workers(count: int) -> list[_Worker]:
     """The first `count` workers. If there are fewer, the pool is recreated and published at once.
 
-    An interrupt after a caller has posted and before it waits leaves a task running, which is waited for here: a task
-    that is posted to a worker before it has finished would be lost, and its caller would wait forever.
+    If an interrupt came after a caller posted and before it waited, a task is still running. It is waited for here: a
+    task that is posted to a worker before it has finished would be lost, and its caller would wait forever.
     """
     global _slots, _workers
     _wait_for(_workers)
@@ -276,14 +276,14 @@ def _stop_workers() -> None:
 
 @atexit.register
 def _close() -> None:
-    """Stop the pool at exit; later tasks run on the calling thread. A task of another thread, such as a daemon, is not
-    waited for: its caller keeps the lock."""
+    """Stop the pool at exit; later tasks run on the calling thread. If another thread, such as a daemon, is running a
+    task, it is not waited for, since it holds the lock."""
     if _busy.acquire(timeout=1):
         _stop_workers()
 
 
 def _reset_after_fork() -> None:
-    """In a forked process the threads do not exist."""
+    """Reset the state in a forked process, where the threads do not exist."""
     global _busy, _workers
     _busy, _workers = threading.Lock(), []
 
@@ -293,10 +293,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """Call task(start, stop) for every range, in parallel; the first range on the calling thread.
+    """Call task(start, stop) for every range in parallel, with the first range on the calling thread.
 
-    A nested call computes its ranges on the thread that makes it. If parts raise errors, the first of them is
-    re-raised when all parts have ended.
+    A nested call computes all ranges on its own thread. If parts raise errors, the first error is re-raised when all
+    parts have ended.
     """
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
@@ -329,7 +329,7 @@ def clear(array: np.ndarray) -> None:
 
 
 def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:
-    """The same for a compiled function(arguments, start, stop), see `task`; `arguments` is an array of 64-bit words."""
+    """Like `each`, for a compiled function(arguments, start, stop); `arguments` is an array of 64-bit words."""
     address = arguments.ctypes.data
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
@@ -350,12 +350,12 @@ def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tu
 
 
 def _wait_for(workers: list[_Worker]) -> None:
-    """Wait until all have finished. An interrupt is raised only afterwards, since they write to the caller's memory."""
+    """Wait until all workers have finished. Interrupts are raised later, since workers write to the caller's memory."""
     try:
         while not _wait(_slots.ctypes.data, len(workers), _spins()):
             for worker in workers:
                 worker.wake_up()
-            time.sleep(0)  # yields, if there are more threads than cores
+            time.sleep(0)  # yields the core if there are more threads than cores
     except BaseException:
         _wait_for(workers)
         raise

@@ -13,7 +13,7 @@ from tinygrad2.params import HasParameters, Parameter
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2). The math: `adamw_step` in reference.py.
 
-    betas  decay rates of the running means of the gradient and of its square;  eps  is added to the root of the latter.
+    betas  decay rates of the running means of the gradient and its square;  eps  added to the root of the latter.
     """
 
     def __init__(

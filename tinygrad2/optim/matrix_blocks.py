@@ -1,4 +1,4 @@
-"""Matrices that an optimizer updates as a whole, divided among the ranks."""
+"""Optimizer updates of whole matrices, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygrad2.params import Bucket, HasParameters, ParameterArena
 
 @dataclass
 class Block:
-    """Columns first ... last - 1 of a matrix, which one rank computes, and their start in the common buffer."""
+    """Columns first ... last - 1 of a matrix, which one rank computes, and their start in the shared buffer."""
 
     name: str
     first: int
@@ -30,15 +30,15 @@ class Block:
         return matrix[:, self.first : self.last]
 
     def result(self, buffer: Array) -> Array:
-        """The part of the flat buffer of all results that belongs to this block."""
+        """This block's part of the flat buffer of all results."""
         return buffer[self.start : self.start + self.size].reshape(self.rows, self.last - self.first)
 
 
 class MatrixBlocks:
     """Blocks of columns of a model's matrices. Each is computed by one call on one rank, and an all-gather distributes
-    the results, so that they have the same bits on any number of ranks.
+    the results, so they are bit-identical on any number of ranks.
 
-    matrices  the names of the matrices, and the number of blocks that each is divided into.
+    matrices  the names of the matrices, and the number of blocks in each.
     """
 
     def __init__(self, model: HasParameters, matrices: Mapping[str, int], ranks: Comm):
@@ -51,17 +51,18 @@ class MatrixBlocks:
             rows, columns = parameters[name].shape
             if n < 1 or columns % n:
                 raise ValueError(
-                    f"Muon: {name} is to be divided into {n} blocks; expected a divisor of its {columns} columns"
+                    f"Muon: {name} cannot be divided into {n} blocks; expected a divisor of its number of columns, "
+                    f"{columns}"
                 )
             width = columns // n
             blocks += [Block(name, first, first + width, rows) for first in range(0, columns, width)]
         blocks.sort(key=lambda block: -block.size * min(block.rows, block.last - block.first))
         lengths = [0] * ranks.size
-        for i, block in enumerate(blocks):  # the most expensive first, one rank after another
+        for i, block in enumerate(blocks):  # most expensive first, assigned to the ranks in turn
             block.rank = i % ranks.size
             block.start = lengths[block.rank]
             lengths[block.rank] += block.size
-        self._segment = max(lengths)  # of the buffer, for each rank
+        self._segment = max(lengths)  # the length of each rank's part of the buffer
         for block in blocks:
             block.start += block.rank * self._segment
         self._blocks = blocks
@@ -69,10 +70,10 @@ class MatrixBlocks:
     def map(
         self, arena: ParameterArena, inputs: Callable[[Bucket], Array], function: Callable[..., None]
     ) -> Iterator[tuple[Array, Array]]:
-        """Pairs of the values of each block, a view, and the result for it.
+        """For each block, its values (a view) and its result.
 
-        inputs    returns the flat array of a bucket that its blocks are computed from; all ranks call it.
-        function  replaces each of its arguments, the blocks of this rank, by the result.
+        inputs    returns the flat array that the blocks of a bucket are computed from; all ranks call it.
+        function  replaces each of its arguments (the blocks of this rank) with the result.
         """
         own = [block for block in self._blocks if block.rank == self._ranks.rank]
         names = {block.name for block in self._blocks}

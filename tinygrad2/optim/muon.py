@@ -18,8 +18,8 @@ class Muon(AdamW):
 
     matrices  names of the parameters that Muon updates: the weights (in, out) of hidden layers. The value is the number
               of column blocks that are orthogonalized separately: 3 for queries, keys and values in one matrix, else 1.
-    momentum  of Muon;  betas, eps  of AdamW.
-    ranks     share the orthogonalization, see MatrixBlocks.
+    momentum  decay rate of Muon's momentum;  betas, eps  as in AdamW.
+    ranks     the ranks that share the orthogonalization; see MatrixBlocks.
     """
 
     def __init__(

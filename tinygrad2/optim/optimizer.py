@@ -21,7 +21,7 @@ from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, P
 
 @dataclass
 class Part:
-    """Elements start ... stop - 1 of a region, which this rank updates, and the arrays of their state."""
+    """Elements start ... stop - 1 of a region, which this rank updates, and their state arrays."""
 
     region: Region
     start: int
@@ -39,14 +39,14 @@ class Part:
 
 
 class Optimizer(ABC):
-    """Updates every parameter of a model by its gradient. A subclass implements the rule: `state_names` and `update`.
+    """Updates the parameters of a model. A subclass implements the update rule: `state_names` and `update`.
 
     model         a module, or an iterable of parameters such as `model.parameters()`.
     lr            learning rate; it may be changed from step to step.
-    weight_decay  of matrices (parameters of two or more axes); biases and gains have none.
-    shared_by     ranks that shard the state: each stores the state of its share of every bucket and updates that, and
-                  the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). All of them must call
-                  `step`, `state` and `load_state`.
+    weight_decay  applied to matrices (parameters with two or more axes), not to biases and gains.
+    shared_by     the ranks that shard the state: each stores the state of its share of every bucket and updates that
+                  share, and the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). All of them must
+                  call `step`, `state` and `load_state`.
 
     The state consists of flat arrays in the order of the model's arena.
     """
@@ -58,7 +58,7 @@ class Optimizer(ABC):
         self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
         self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
         self._arena = self.model.arena()
-        self._steps = self._zeros(1)  # on the device, where it is decided whether a step is skipped
+        self._steps = self._zeros(1)  # on the device, which decides whether a step is skipped
         self.parts = [
             Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
             for region, start, stop, names in self._runs()
@@ -70,7 +70,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def update(self, part: Part, scale: Array, lr: Array, step: Array) -> None:
-        """Update the values and the state of a part in place, by its gradients times `scale`.
+        """Update the values and the state of a part in place. Its gradients are multiplied by `scale`.
 
         scale, lr and step (from 1) are 0-d arrays on the device. If scale is NaN, the step is skipped: no value and
         no state may change.
@@ -145,7 +145,7 @@ class Optimizer(ABC):
 
     @property
     def steps(self) -> int:
-        """The number of steps so far, without skipped ones. Reading it waits for the device."""
+        """The number of steps so far, not counting skipped ones. Reading it waits for the device."""
         return int(self.arena.backend.to_host(self._steps)[0])
 
     @steps.setter
@@ -172,7 +172,7 @@ class Optimizer(ABC):
 
         max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
                   part of the update; the gradients themselves are unchanged.
-        loss      whose gradients they are, a number or a 0-d array, if it is to be checked too.
+        loss      the loss (a number or a 0-d array), to check that it is finite too.
         If the norm or the loss is not finite, the step is skipped: no parameter and no state changes, and `steps` does
         not count it. This is decided on the device, without waiting for the norm on the host.
         """
@@ -253,7 +253,7 @@ class Optimizer(ABC):
                 raise ValueError(f"optimizer state: {name} has shape {arrays[name].shape}; expected {shape}")
         for part in self.parts:
             for name, (start, stop) in part.region.where.items():
-                first, last = max(part.start, start), min(part.stop, stop)  # of this parameter, in this part
+                first, last = max(part.start, start), min(part.stop, stop)  # this parameter's range in this part
                 for kind, state in zip(part.state_names, part.state, strict=True):
                     if first < last:
                         values = arrays[f"{kind}.{name}"].reshape(-1)[first - start : last - start]

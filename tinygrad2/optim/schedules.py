@@ -20,7 +20,7 @@ def linear(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int
 def cosine(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int) -> float:
     """Linear warm-up, then half a cosine from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
 
-    lr(step) = min_lr + (lr - min_lr) (1 + cos(pi p)) / 2, p the progress from 0 to 1.
+    lr(step) = min_lr + (lr - min_lr) (1 + cos(pi p)) / 2, where p is the progress from 0 to 1.
     Source: arXiv:1608.03983, eq. 5.
     """
     if step < warmup:

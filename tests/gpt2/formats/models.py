@@ -12,7 +12,7 @@ NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def random_model(**changes):
-    """Its biases and gains are random too, so that no tensor can be taken for another one."""
+    """Biases and gains are random too, so that no two tensors can be confused."""
     model = GPT2(GPT2Config(**{**SIZES, **NO_DROPOUT, **changes}))
     random = np.random.default_rng(0)
     for parameter in model.parameters():
@@ -26,7 +26,7 @@ def values(model):
 
 
 def linear(model, prefix="transformer."):
-    """The state dict as nanoGPT and build-nanogpt have it: matrices as (out, in), and the tied output layer."""
+    """The state dict in the layout of nanoGPT and build-nanogpt: matrices (out, in), and the tied output layer."""
     arrays = {prefix + name: a.T.copy() if is_matrix(name) else a for name, a in values(model).items()}
     return arrays | {f"{prefix.removesuffix('transformer.')}lm_head.weight": arrays[f"{prefix}wte.weight"]}
 
@@ -54,7 +54,7 @@ NANOGPT = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": Tru
 
 
 def nanogpt(path, arrays, **changes):
-    """Write a checkpoint of nanoGPT; `changes` are to its configuration."""
+    """Write a nanoGPT checkpoint, with `changes` in its configuration."""
     checkpoint = {"model": stored(arrays), "optimizer": {"state": {}}, "model_args": {**NANOGPT, **changes}}
     torch_file.write_pickle(path, {**checkpoint, "iter_num": 5, "config": {"dataset": "x", "n_layer": 2, "n_head": 2}})
     return path

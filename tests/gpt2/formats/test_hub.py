@@ -27,7 +27,7 @@ def model():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks for: the list of a repository's files, and the files."""
+    """Serves what huggingface_hub requests: the list of a repository's files, and the files."""
 
     def __init__(self, folder, *arguments):
         self.folder = folder
@@ -90,7 +90,7 @@ def test_names_are_downloaded_once(model, tmp_path):
         server.shutdown()
     assert f"snapshots/{hub.REVISIONS['gpt2']}" in first.stderr
     assert not list((tmp_path / "cache").rglob("generation_config.json"))  # only what is read
-    again = run_sample(tmp_path, endpoint)  # the server is gone
+    again = run_sample(tmp_path, endpoint)  # the server has been stopped
     assert again.stdout == first.stdout != ""
 
 
@@ -106,7 +106,7 @@ def test_without_a_network_there_is_one_line(tmp_path):
 @pytest.mark.extras("huggingface_hub")
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_retried(tmp_path):
-    """The library says so, five times, before it gives up."""
+    """The library reports it five times before it gives up."""
     *retries, line = run_sample(tmp_path, "http://127.0.0.1:9", code=1).stderr.splitlines()
     assert sum("Retry" in retry for retry in retries) == 5
     assert line.startswith(UNREACHABLE)

@@ -1,4 +1,4 @@
-"""gpt2/formats/huggingface.py: folders as transformers writes them, whole and in shards, and damaged ones."""
+"""gpt2/formats/huggingface.py: folders written by transformers, with and without shards, and damaged ones."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def folder(model, tmp_path):
 
 
 def rewrite(folder, change, metadata=None):
-    """Save the file again after `change` has edited the dictionary of its arrays."""
+    """Save the file again after `change` has modified the dictionary of its arrays."""
     arrays = load_file(folder / "model.safetensors")
     arrays = change(arrays) or arrays
     save_file(arrays, folder / "model.safetensors", metadata)
@@ -37,7 +37,7 @@ def rewrite(folder, change, metadata=None):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_saved_and_loaded_is_bit_equal(dtype, tmp_path):
     model = GPT2(GPT2Config(**SIZES), seed=4, dtype=dtype)
-    model.arena()  # as after training: the parameters are views of flat buffers
+    model.arena()  # as after training, when parameters are views of flat buffers
     model.save_pretrained(tmp_path / "made" / "here")
     assert_equal(GPT2.from_pretrained(tmp_path / "made" / "here", dtype=dtype), model)
 
@@ -48,7 +48,7 @@ def test_saving_replaces_existing_files(model, folder):
     assert_equal(GPT2.from_pretrained(folder), other)
 
 
-def test_layout_is_that_of_hugging_face(folder):
+def test_the_layout_is_hugging_faces(folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["architectures"] == ["GPT2LMHeadModel"]
     assert values["torch_dtype"] == "float32"
@@ -76,13 +76,13 @@ def with_buffers(arrays):
 
 
 def published(arrays):
-    """As the published `gpt2` is: no prefix, the causal masks, no head."""
+    """As in the published `gpt2`: no prefix, causal masks, no head."""
     with_buffers(arrays)
     return unprefixed(arrays)
 
 
 @pytest.mark.parametrize("change", [unprefixed, with_head, with_buffers, published])
-def test_every_layout_in_use_is_read(change, model, folder):
+def test_every_common_layout_is_read(change, model, folder):
     rewrite(folder, change)
     assert_equal(GPT2.from_pretrained(folder), model)
 
@@ -220,8 +220,8 @@ def test_missing_folder(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_folders_of_hugging_face(kind, shards, model, tmp_path):
-    """Whole and in shards, safetensors and PyTorch's."""
+def test_hugging_face_folders(kind, shards, model, tmp_path):
+    """With and without shards, in safetensors and in PyTorch's format."""
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     items = list(values(model).items())

@@ -1,4 +1,4 @@
-"""gpt2/formats/model_file.py: which tensors and sizes a file of any layout must have."""
+"""gpt2/formats/model_file.py: the tensors and sizes that a file of any layout must have."""
 
 import re
 import time
@@ -32,7 +32,7 @@ def test_the_padded_vocabulary_of_gpt2_is_cut(tmp_path):
     assert np.array_equal(found.wte.weight.data, model.wte.weight.data[:50257])
 
 
-def test_a_vocabulary_that_a_config_json_pads_is_kept(tmp_path):
+def test_a_vocabulary_that_config_json_pads_is_kept(tmp_path):
     model = random_model(vocab_size=50304)
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "b.pt", "pt")
@@ -58,7 +58,7 @@ def test_a_config_that_does_not_fit_is_rejected_before_a_model_is_created(change
     assert message in str(error.value)
 
 
-def test_a_plain_state_dict_takes_the_config_beside_it(model, tmp_path):
+def test_a_plain_state_dict_uses_the_config_next_to_it(model, tmp_path):
     model.save_pretrained(tmp_path)
     for name, arrays in (("linear.pt", linear(model)), ("conv.bin", values(model))):
         torch_file.write_pickle(tmp_path / name, stored(arrays))
@@ -70,7 +70,7 @@ def test_a_plain_state_dict_takes_the_config_beside_it(model, tmp_path):
 
 
 def test_the_published_sizes_need_no_config():
-    """Checked on shapes alone: their arrays are large."""
+    """Checked with shapes only, since the arrays are large."""
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         config = GPT2Config.preset(name)
         arrays = {key: Stored(shape, "float32", lambda: None) for key, shape in config.shapes()}
@@ -133,7 +133,7 @@ def test_names_under_any_prefix_and_wrapper(naming, form, model, tmp_path, capsy
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "pretrained_model.transformer."])
-def test_further_heads_are_skipped_and_named(prefix, model, tmp_path, capsys):
+def test_other_heads_are_ignored_and_reported(prefix, model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     outer = prefix.removesuffix("transformer.")
     more = {f"v_head.summary.{i}": np.ones(8, "float32") for i in range(5)} | {
@@ -211,7 +211,7 @@ def test_a_name_that_occurs_twice(model, tmp_path):
 # Files that would take much time or memory
 
 
-def test_a_name_of_millions_of_prefixes_is_rejected_at_once(tmp_path):
+def test_a_name_with_millions_of_prefixes_is_rejected_immediately(tmp_path):
     for count, message in ((1_000_000, "has 7,000,010 characters"), (1_500_000, "its header has 10,500,0.. bytes")):
         save_file({"module." * count + "wte.weight": np.zeros(1, "float32")}, tmp_path / "x.safetensors")
         begin = time.process_time()

@@ -30,7 +30,7 @@ from tests.gpt2.formats.models import (
 
 
 def plain(value):
-    """The opcodes of plain data."""
+    """The opcodes for plain data."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -47,7 +47,7 @@ def dictionary(**items):
 
 
 def archive(path, program, storages=(), *, compression=zipfile.ZIP_STORED, extra=()):
-    """A file as torch.save writes it: `program` is the pickle without its first and last opcode."""
+    """A file in the format of torch.save; `program` is the pickle without its first and last opcode."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("model/data.pkl", b"\x80\x02" + program + b".")
         for i, memory in enumerate(storages):
@@ -199,15 +199,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_file_is_rejected_and_nothing_is_executed(case, file, monkeypatch):
+def test_a_malicious_file_is_rejected_and_nothing_is_executed(case, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     program, message = HOSTILE[case]
     refused(archive(file, program, [SIX.tobytes()]), message)
     assert not (file.parent / MARK).exists()
 
 
-def test_the_hostile_programs_are_hostile(file, monkeypatch):
-    """The programs rejected above do run in Python's unpickler, otherwise the tests would prove nothing."""
+def test_the_malicious_programs_are_malicious(file, monkeypatch):
+    """The programs rejected above do run in Python's unpickler; otherwise the tests would prove nothing."""
     monkeypatch.chdir(file.parent)
     for case in ("os.system", "builtins.eval", "builtins.exec", "nested"):
         program, _ = HOSTILE[case]
@@ -227,8 +227,8 @@ def test_a_memo_of_four_billion_entries_takes_no_memory(file):
     assert read_pickle(archive(file, b"Nr\xff\xff\xff\xff")) is None
 
 
-def test_shared_lists_do_not_unfold(file):
-    """Sixty lists, each twice in the next: 2**60 elements for whoever copies or prints them."""
+def test_shared_lists_are_not_expanded(file):
+    """Sixty lists, each contained twice in the next: 2**60 elements if they were copied or printed."""
     refused(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
 
 
@@ -238,7 +238,7 @@ def test_config_objects_are_records(file):
 
 
 def test_the_attributes_of_an_ordered_dictionary_are_ignored(file):
-    """state_dict() has `_metadata`."""
+    """state_dict() has the attribute `_metadata`."""
     program = b"ccollections\nOrderedDict\n)R" + plain({"_metadata": 1, "items": 2}) + b"b"
     assert read_pickle(archive(file, program)) == {}
 
@@ -386,15 +386,15 @@ def test_pytorch_reads_the_written_file(mmap, file):
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."])
-def test_checkpoints_of_nanogpt(prefix, model, tmp_path):
-    """They compute GELU's exact form, and are compiled or not."""
+def test_nanogpt_checkpoints(prefix, model, tmp_path):
+    """With the exact form of GELU, compiled or not."""
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", linear(model, prefix)))
     rates = dict.fromkeys(NO_DROPOUT, 0.2)
     assert found.config == GPT2Config(**SIZES, **rates, activation_function="gelu")
     assert all(np.array_equal(array, values(found)[name]) for name, array in values(model).items())
 
 
-def test_a_nanogpt_without_biases(model, tmp_path):
+def test_a_nanogpt_checkpoint_without_biases(model, tmp_path):
     arrays = {name: array for name, array in linear(model).items() if not name.endswith(".bias")}
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", arrays, bias=False))
     for name, array in values(model).items():
@@ -402,7 +402,7 @@ def test_a_nanogpt_without_biases(model, tmp_path):
 
 
 def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
-    """A checkpoint of build-nanogpt: torch.save pickles the config with the name of its class."""
+    """A build-nanogpt checkpoint, in which torch.save has pickled the config with the name of its class."""
     import pickle
     import zipfile
 
@@ -423,8 +423,8 @@ def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
 CONFIG = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
 
-def test_checkpoints_of_build_nanogpt(model, tmp_path):
-    """The tanh form, and no dropout."""
+def test_build_nanogpt_checkpoints(model, tmp_path):
+    """With the tanh form, and no dropout."""
     assert_equal(model, GPT2.from_pretrained(with_config_object(tmp_path / "a.pt", linear(model), CONFIG)))
     other = with_config_object(tmp_path / "b.pt", linear(model), CONFIG, "train_gpt2\nGPTConfig")
     assert_equal(model, GPT2.from_pretrained(other))
@@ -442,7 +442,7 @@ def test_a_config_without_a_value(model, tmp_path):
 
 
 @pytest.mark.parametrize("tree", [[1], {"a": 1}, {"model": {}}, {"model": {"wte.weight": 3}}])
-def test_a_file_of_pytorch_without_a_model(tree, tmp_path):
+def test_a_pytorch_file_without_a_model(tree, tmp_path):
     torch_file.write_pickle(tmp_path / "x.pt", tree)
     with pytest.raises(ValueError, match=r"x.pt: it (is a pickled|has no state dict)"):
         model_file.open_model(tmp_path / "x.pt")

@@ -1,4 +1,4 @@
-"""gpt2/formats/torch_optimizer.py: the optimizer's state in the layout of nanoGPT's checkpoints, and back."""
+"""gpt2/formats/torch_optimizer.py: conversion of the optimizer state to and from nanoGPT's layout."""
 
 import re
 
@@ -109,7 +109,7 @@ def replace(tree, value, *path):
         ),
     ],
 )
-def test_a_state_of_another_form_is_rejected(change, message, model):
+def test_a_state_with_another_structure_is_rejected(change, message, model):
     tree = pack(model.config, state(model))
     change(tree)
     with pytest.raises(ValueError, match=re.escape(message)):

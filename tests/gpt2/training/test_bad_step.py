@@ -53,7 +53,7 @@ def test_a_skipped_step_is_logged_and_training_continues(workspace, monkeypatch,
     assert any(not np.array_equal(weights[1][name], weights[2][name]) for name in weights[0])
 
 
-def test_the_first_bad_step_is_stored_with_all_that_it_had(workspace, monkeypatch):
+def test_the_first_bad_step_is_stored_completely(workspace, monkeypatch):
     spoil_steps(monkeypatch, 2, 5)
     run("--max-iters", "8", "--save-interval", "2", "--keep", "9", "--total-batch-size", "96", "--dropout", "0.1")
     assert [path.name for path in Path("out").glob("*bad-step*")] == ["bad-step-3"]
@@ -72,7 +72,7 @@ def test_the_first_bad_step_is_stored_with_all_that_it_had(workspace, monkeypatc
     assert np.mean(losses) == pytest.approx(step.loss, rel=1e-6)
 
 
-def test_a_run_with_a_skipped_step_is_the_same_when_it_is_resumed(workspace, monkeypatch):
+def test_a_run_with_a_skipped_step_resumes_identically(workspace, monkeypatch):
     spoil_steps(monkeypatch, 2, 3, 6)
     options = ["--save-interval", "1", "--eval-interval", "1", "--dropout", "0.1"]
     run("--max-iters", "9", "--out-dir", "whole", *options)
@@ -84,13 +84,13 @@ def test_a_run_with_a_skipped_step_is_the_same_when_it_is_resumed(workspace, mon
 
 
 def test_the_state_is_that_of_a_run_without_the_step(workspace, monkeypatch):
-    """With a batch that is skipped, the optimizer does what it does where its gradient never existed."""
+    """After a skipped batch, the optimizer's state is as if the batch had not existed."""
     spoil_steps(monkeypatch, 0, value=np.inf)
     run("--max-iters", "1", "--save-interval", "1")
     assert all(not array.any() for name, array in newest_arrays("out").items() if name.startswith("exp_avg"))
 
 
-def test_too_many_in_a_row_end_the_run(workspace, monkeypatch, capsys):
+def test_too_many_consecutive_bad_steps_end_the_run(workspace, monkeypatch, capsys):
     spoil_steps(monkeypatch, 1, 3, 4, 6, 7, 8)
     run("--max-iters", "4", "--save-interval", "4")
     run("--max-iters", "20", code=1)
@@ -101,14 +101,14 @@ def test_too_many_in_a_row_end_the_run(workspace, monkeypatch, capsys):
     assert [row["step"] for row in read_log(Path("out/log.jsonl"))] == list(range(1, 10))
 
 
-def test_the_number_in_a_row_is_resumed(workspace, monkeypatch, capsys):
+def test_the_number_of_consecutive_bad_steps_is_resumed(workspace, monkeypatch, capsys):
     spoil_steps(monkeypatch, 2, 3)
     run("--max-iters", "3", "--save-interval", "3", "--max-bad-steps", "2")
     run("--max-iters", "6", code=1)
     assert "step 4: " in one_line(capsys)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is(workspace, monkeypatch):
+def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(workspace, monkeypatch):
     loss, calls = GPT2.loss, []
 
     def infinite_once(self, tokens, targets, key=None):
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is(workspace, 
 
     monkeypatch.setattr(GPT2, "loss", infinite_once)
     run("--max-iters", "3", "--save-interval", "1", "--keep", "5")
-    assert len(calls) == 2  # the step, and once more with checks
+    assert len(calls) == 2  # the step, and again with checks
     row = strict_rows("out/log.jsonl")[1]
     assert (row["loss"], row["skipped"]) == (None, True)
     assert np.isfinite(row["grad_norm"])
@@ -144,13 +144,13 @@ def test_a_damaged_model_is_named_where_a_run_starts_from_it(workspace, capsys, 
     assert "--learning-rate" not in line
 
 
-def test_a_rate_that_is_too_high_is_named(workspace, capsys):
+def test_a_learning_rate_that_is_too_high_is_reported(workspace, capsys):
     options = ["--learning-rate", "1e6", "--grad-clip", "0", "--warmup-iters", "0", "--min-lr", "0"]
     run("--max-iters", "20", "--eval-interval", "0", *options, code=1)
     assert re.search(r"this suggests weights that have grown too large, up to .* in \S+: too high", one_line(capsys))
 
 
-def test_a_disk_that_is_short_has_no_bad_step(workspace, monkeypatch, capsys):
+def test_without_enough_disk_space_no_bad_step_is_written(workspace, monkeypatch, capsys):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(bad_step.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     spoil_steps(monkeypatch, 2)
@@ -159,7 +159,7 @@ def test_a_disk_that_is_short_has_no_bad_step(workspace, monkeypatch, capsys):
     assert not list(Path("out").glob("*bad-step*"))
 
 
-def test_an_error_of_the_disk_leaves_no_part_of_it(workspace, monkeypatch, capsys):
+def test_a_disk_error_leaves_no_incomplete_bad_step(workspace, monkeypatch, capsys):
     def fail(path, values):
         raise OSError(28, "No space left on device", str(path))
 
@@ -190,7 +190,7 @@ def test_a_run_without_a_bad_step_is_not_checked(workspace, monkeypatch):
     assert not any("skipped" in row for row in rows("out"))
 
 
-def test_a_validation_loss_that_is_not_finite_is_no_best(workspace, monkeypatch, capsys):
+def test_a_validation_loss_that_is_not_finite_is_not_the_best(workspace, monkeypatch, capsys):
     mean, calls = trainer.mean_loss, []
 
     def nan_first(*given):

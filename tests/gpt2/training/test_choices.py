@@ -1,4 +1,4 @@
-"""What a run chooses by itself: sizes, steps, intervals, the batch of a rank, and when it stops."""
+"""The defaults of a run: sizes, steps, intervals, the batch of a rank, and early stopping."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def fitted(given, step_tokens=512, data_tokens=10_000_000, config=NANO):
     return {**defaults, **given}, notes
 
 
-def test_a_whole_run_of_nano_keeps_its_defaults():
+def test_a_full_run_of_nano_keeps_its_defaults():
     options, notes = fitted({})
     assert notes == []
     names = ("max_iters", "warmup_iters", "eval_interval", "save_interval", "log_interval")
@@ -73,7 +73,7 @@ def test_a_short_run_warms_up_in_a_tenth_of_its_steps_and_is_evaluated(preset, s
     assert bool(notes) == (steps <= 1000)
 
 
-def test_what_is_given_stays():
+def test_given_options_are_kept():
     given = {"max_iters": 20, "warmup_iters": 15, "eval_interval": 0, "save_interval": 50, "log_interval": 30}
     assert fitted(given)[0].items() >= given.items()
 
@@ -86,7 +86,7 @@ def test_fine_tuning_takes_three_epochs(tokens, steps):
     assert any("3 epochs" in note for note in notes) == (steps < 19_073)
 
 
-def test_fine_tuning_says_what_was_chosen_and_resumes_with_it(workspace, capsys):
+def test_fine_tuning_prints_its_defaults_and_resumes_with_them(workspace, capsys):
     run("--max-iters", "2", "--out-dir", "base")
     tokens = TokenDataset.open("data/text", "train").tokens
     capsys.readouterr()
@@ -117,7 +117,7 @@ def test_the_validation_loss_before_the_first_step(workspace, capsys):
     assert [row["step"] for row in rows("out")] == [1, 2]
     found = Run.load(Path("out"))
     assert found.values("val_loss")[0] == (0, pytest.approx(expected))
-    assert found.best()[0] == 2  # of the checkpoints
+    assert found.best()[0] == 2  # only checkpoints count
     assert "<svg" in report_page(found)
     run("--max-iters", "3")
     assert "val_loss" not in starts()[1]
@@ -142,7 +142,7 @@ def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
         options = resolve_options(given, NANO)
         assert options.fit_batch(given, ranks) == ""
         assert (options.batch_size, options.micro_steps(ranks)) == (batch, micro)
-    with pytest.raises(UsageError, match="Its 64 sequences divide over 1, 2, 4 ranks"):
+    with pytest.raises(UsageError, match="Its 64 sequences can be divided among 1, 2, 4 ranks"):
         resolve_options(given, NANO).fit_batch(given, 3)
     both = {"total_batch_size": 64 * 64, "batch_size": 7}
     with pytest.raises(UsageError, match="is not a multiple of --batch-size 7"):
@@ -157,7 +157,7 @@ def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
     [
         (["--max-iters", "40"], True),
         (["--max-iters", "40", "--lr-decay-iters", "20"], False),
-        (["--max-iters", "40", "--learning-rate", "1e-3"], False),  # asked for
+        (["--max-iters", "40", "--learning-rate", "1e-3"], False),  # requested explicitly
     ],
 )
 def test_a_rate_that_rises_again_is_announced(workspace, capsys, again, rises):
@@ -206,7 +206,7 @@ def test_when_it_stops(stop, step, best, expected):
 
 
 class Stop:
-    """A request that comes after some micro-steps."""
+    """A stop request after some micro-steps."""
 
     def __init__(self, after):
         self.left = after

@@ -1,4 +1,4 @@
-"""gpt2/training/dataset.py: windows and batches, damaged data, the sample order, and the counting baselines."""
+"""gpt2/training/dataset.py: windows and batches, damaged data, the sample order, and n-gram baselines."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from gpt2.training.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, b
 
 
 def write_dataset(folder, splits, vocab_size=257, shard_tokens=10):
-    """A data set of these ids, written by hand: the format's second description."""
+    """A data set of these ids, written independently of prepare.py."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if vocab_size <= 65536 else "<u4"
     shards = []
@@ -81,7 +81,7 @@ def test_batch_refuses_a_window_outside(folder, bad):
 
 
 def test_block_size_too_large_shows_the_arithmetic(folder):
-    with pytest.raises(ValueError, match=r"train has 37 tokens; a block size of 37 needs 37 \+ 1 = 38"):
+    with pytest.raises(ValueError, match=r"train has 37 tokens; a block size of 37 requires 37 \+ 1 = 38"):
         TokenDataset.open(folder, "train").windows(37)
 
 
@@ -123,8 +123,8 @@ def flip_a_byte(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (delete_folder, "no such data set; make one with python data/prepare.py"),
-        (lambda f: (f / MANIFEST).unlink(), "manifest.json: no such file; make the data set with"),
+        (delete_folder, "no such data set; prepare one with python data/prepare.py"),
+        (lambda f: (f / MANIFEST).unlink(), "manifest.json: no such file; prepare the data set with"),
         (lambda f: (f / MANIFEST).write_text("{"), "not a valid manifest of a data set"),
         (lambda f: (f / MANIFEST).write_text("[]"), "not a valid manifest of a data set"),
         (lambda f: edit_manifest(f, lambda m: m.pop("shards")), "not a valid manifest of a data set"),
@@ -166,7 +166,9 @@ def test_find_dataset(tmp_path, monkeypatch):
     assert find_dataset("mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset("data/mine").resolve() == tmp_path / "data" / "mine"
     assert find_dataset(elsewhere) == elsewhere
-    with pytest.raises(FileNotFoundError, match=r"data/ contains also, mine\); make one with python data/prepare.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"data/ contains also, mine\); prepare one with python data/prepare.py"
+    ):
         find_dataset("nine")
 
 
@@ -229,7 +231,7 @@ def test_their_tokenizer_is_gpt2s(gpt2_files, tmp_path, write):
 
 
 def test_their_fingerprint_samples(tmp_path):
-    """Of the ids, the first, the last and some between count; the folder and the names of files do not."""
+    """It covers the first, the last and some other ids, but not the folder or the file names."""
     ids = np.random.default_rng(0).integers(0, 50257, 200_000)
 
     def fingerprint(name, ids, write=build_nanogpt):
@@ -292,7 +294,7 @@ THREE = np.arange(3, dtype="<u2")
         (save_array("x_train_1.npy", THREE[:0]), ".npy"),
         (
             lambda folder: nanogpt(folder, THREE, THREE) or (folder / "meta.pkl").write_bytes(b""),
-            "another vocabulary than GPT-2's",
+            "the ids are not from GPT-2's vocabulary",
         ),
         (
             lambda folder: nanogpt(folder, THREE, THREE) or build_nanogpt(folder, THREE, THREE),
@@ -310,7 +312,7 @@ def test_damage_to_their_files_is_named_in_one_line(tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore")  # Python's, on what it is given to read as a header
+@pytest.mark.filterwarnings("ignore")  # Python's warnings about damaged headers
 def test_any_damage_to_a_header_is_a_value_error_or_harmless(tmp_path):
     rng, said = np.random.default_rng(0), set()
     for write, name in ((build_nanogpt, "edufineweb_train_000001.npy"), (llmc_small, "tiny_shakespeare_train.bin")):
@@ -335,7 +337,7 @@ def test_any_damage_to_a_header_is_a_value_error_or_harmless(tmp_path):
 def test_a_manifest_and_a_vocabulary_that_disagree(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [1, 2]})
     Tokenizer.load("bytes").save(folder)
-    with pytest.raises(ValueError, match=r"manifest.json and vocabulary.json name different tokenizers"):
+    with pytest.raises(ValueError, match=r"manifest.json and vocabulary.json have different tokenizers"):
         TokenDataset.open(folder, "train").tokenizer()
     edit_manifest(folder, lambda m: m.update(tokenizer=Tokenizer.load("bytes").describe()))
     assert TokenDataset.open(folder, "train").tokenizer().name == "bytes"
@@ -355,7 +357,7 @@ def test_each_sample_once_per_epoch(n):
 
 
 def test_any_split_sees_the_same_samples():
-    """Micro-steps, ranks and restarts cut the line of positions anywhere, in any order: the samples stay."""
+    """Micro-steps, ranks and restarts divide the sequence of positions differently, but the samples are the same."""
     n, total = 13, 200
     whole = SampleOrder(n, seed=8).indices(0, total)
     rng = np.random.default_rng(0)
@@ -377,7 +379,7 @@ def test_no_samples_is_an_error_and_no_positions_is_not():
 
 
 def test_order_is_pinned():
-    """Resuming a run relies on it: the order must not change with a version of this code."""
+    """Resumed runs rely on it: the order must not change between versions of this code."""
     assert SampleOrder(8, seed=0).indices(0, 16).tolist() == [3, 6, 4, 0, 7, 5, 2, 1, 2, 5, 7, 6, 0, 3, 1, 4]
 
 

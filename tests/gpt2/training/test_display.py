@@ -1,4 +1,4 @@
-"""gpt2/training/display.py: the lines of a run, and a terminal that fails, which does not stop a run."""
+"""gpt2/training/display.py: the lines that a run prints, and output errors, which must not end it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from gpt2.training import display
 from gpt2.training.display import describe_schedule, say_sample, suggested_prompt, typed_command
 from gpt2.training.options import Options
 from tests.training_runs import QUICK, ROOT, run
-from tinygrad2 import checkpoint
+from tinygrad2 import checkpoint, machine
 
 
 @pytest.mark.parametrize("screen", ["closed", "ascii"])
@@ -34,7 +34,16 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000008"
 
 
-def test_the_opening_lines(workspace, capsys):
+def test_a_busy_machine_is_reported(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "load_average", lambda: 99.5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    run("--max-iters", "2")
+    line = "load       other programs use the cores (load average 99.5 on 2); steps will be slower\n"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_the_opening_lines(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "load_average", lambda: 0.0)
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:11])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
@@ -56,7 +65,7 @@ def test_the_opening_lines(workspace, capsys):
     [
         (1, 10, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
         (0, 10, "from 1.0e-03, cosine decay to 1.0e-04 at step 10"),
-        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends before, at 1.0e-04"),
+        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
     ],
 )
 def test_the_schedule_in_words(warmup, steps, text):
@@ -65,7 +74,7 @@ def test_the_schedule_in_words(warmup, steps, text):
 
 
 class Ids:
-    """The data of a text, as TokenDataset has it."""
+    """A text with the interface of TokenDataset."""
 
     def __init__(self, tokenizer, text):
         self.ids = tokenizer.encode(text)
@@ -100,8 +109,7 @@ def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
         "    six\\x1b seven",
         "  validation loss 1.5000. A sample:",
         "    (empty: the model",
-        "    generated no visible text",
-        "    before its end)",
+        "    generated no visible text)",
     ]
 
 

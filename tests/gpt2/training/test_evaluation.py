@@ -40,7 +40,7 @@ def test_mean_loss_counts_every_window_alike(folder):
 
 
 class Both(SoloComm):
-    """Two ranks, one after the other: what the first one gathers, the second one adds its own to."""
+    """Two ranks, one after the other: the second adds its values to those that the first has gathered."""
 
     size = 2
 
@@ -67,7 +67,7 @@ def test_ranks_share_an_evaluation(user):
 
 @pytest.mark.parametrize("name", ["text", "pairs"])
 def test_bits_per_byte_by_hand(name, folder):
-    """Where every token is as likely, a token costs log2(V) bits; its bytes are those of the text."""
+    """If all tokens are equally probable, each costs log2(V) bits; the bytes are those of the text."""
     data = TokenDataset.open(folder / "data" / name, "val")
     tokenizer = Tokenizer.load(folder / "data" / name)
     V = tokenizer.vocab_size
@@ -94,13 +94,13 @@ def test_the_first_batches_only(folder):
 
 
 def test_data_of_another_tokenizer_is_refused(folder):
-    with pytest.raises(ValueError, match=r"pairs: made with the tokenizer ab; expected the model's, bytes"):
+    with pytest.raises(ValueError, match=r"pairs: prepared with the tokenizer ab; expected the model's, bytes"):
         evaluate_data(
             make_model(257), Tokenizer.load("bytes"), TokenDataset.open(folder / "data" / "pairs", "val"), 2, 8
         )
 
 
-def test_shards_of_another_program_are_of_gpt2s_tokenizer(gpt2_files, tmp_path):
+def test_shards_of_another_program_have_gpt2s_tokenizer(gpt2_files, tmp_path):
     gpt2 = Tokenizer.load("gpt2")
     gpt2.encode(TEXT).astype("<u2").tofile(tmp_path / "val.bin")
     data = TokenDataset.open(tmp_path, "val")

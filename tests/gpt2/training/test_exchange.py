@@ -30,8 +30,8 @@ def to(form, source, target):
     assert convert.main([str(source), str(target), "--to", form]) == 0
 
 
-def test_a_run_goes_through_a_file_of_pytorch_and_goes_on(workspace):
-    """As if it had not: the same losses, weights and moments, bit for bit."""
+def test_a_run_resumes_after_conversion_to_a_pytorch_file_and_back(workspace):
+    """Losses, weights and moments are bit-identical to a run that was not converted."""
     for out in ("a", "b"):
         run(*SHORT, "--out-dir", out)
     to("pt", "b", "b.pt")
@@ -47,7 +47,7 @@ def test_a_run_goes_through_a_file_of_pytorch_and_goes_on(workspace):
     assert_same_run("a", "c")
 
 
-def test_what_nanogpt_reads(workspace):
+def test_the_file_has_what_nanogpt_reads(workspace):
     run(*SHORT, "--out-dir", "a")
     to("pt", "a", "a.pt")
     tree = torch_file.read_pickle(workspace / "a.pt")
@@ -60,7 +60,7 @@ def test_what_nanogpt_reads(workspace):
 
 @pytest.fixture
 def from_nanogpt(workspace):
-    """A checkpoint as nanoGPT writes it, compiled, and its model and state."""
+    """A checkpoint in the format of compiled nanoGPT, and its model and state."""
     model = random_model(activation_function="gelu", n_positions=32)
     for parameter in model.parameters():
         parameter.data = parameter.data * 0.1
@@ -71,7 +71,7 @@ def from_nanogpt(workspace):
     return model, before
 
 
-def test_a_checkpoint_of_nanogpt_goes_on(from_nanogpt, workspace, capsys):
+def test_a_nanogpt_checkpoint_is_resumed(from_nanogpt, workspace, capsys):
     model, before = from_nanogpt
     to("run", "ckpt.pt", "out")
     saved = RunFolder("out").newest(print)
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_nanogpt_goes_on(from_nanogpt, workspace, capsys):
     assert Tokenizer.for_model(find_model(workspace / "out", print), 257).name == "bytes"
 
 
-def test_a_file_without_a_state_is_no_run(workspace, capsys):
+def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
     random_model().save_pretrained("hf")
     convert.convert("hf", "a.pt", "pt")
     convert.convert("hf", "a.bin", "llmc")
@@ -109,7 +109,7 @@ def test_a_file_without_a_state_is_no_run(workspace, capsys):
 def test_another_optimizer_is_left_out_of_a_file_of_pytorch(workspace, capsys):
     run(*SHORT, "--out-dir", "a", "--optimizer", "sgd")
     to("pt", "a", "a.pt")
-    assert "the state of the run is left out: a/ckpt-000004: its optimizer is sgd; nanoGPT has AdamW" in (
+    assert "the state of the run was not converted: a/ckpt-000004: its optimizer is sgd; nanoGPT has AdamW" in (
         capsys.readouterr().err
     )
     assert "optimizer" not in torch_file.read_pickle(workspace / "a.pt")
@@ -126,7 +126,7 @@ def test_options_that_train_py_does_not_take_are_refused(from_nanogpt, workspace
 
 
 def torch_model(config):
-    """The parameters of nanoGPT's model, under its names and in its order."""
+    """The parameters of nanoGPT's model, with its names and in its order."""
     from torch import nn
 
     C = config.n_embd
@@ -144,7 +144,7 @@ def torch_model(config):
 
 
 def torch_optimizer(model):
-    """As nanoGPT's configure_optimizers makes it."""
+    """The optimizer as nanoGPT's configure_optimizers creates it."""
     import torch
 
     parameters = [p for _, p in model.named_parameters()]
@@ -154,7 +154,7 @@ def torch_optimizer(model):
 
 
 def assert_one_step_is_equal(folder, theirs, optimizer):
-    """The same gradients, and then the same parameters to 1e-6, from our checkpoint and from theirs."""
+    """From our checkpoint and from theirs: the same gradients, then the same parameters to 1e-6."""
     import torch
 
     ours = GPT2.from_pretrained(folder)
@@ -199,7 +199,7 @@ def test_nanogpts_resume_takes_the_same_step(workspace):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 def test_a_checkpoint_that_pytorch_wrote_takes_the_same_step(workspace):
-    """Three steps of PyTorch, its torch.save, and one step more of each."""
+    """Three steps in PyTorch, torch.save, and one more step in each program."""
     import torch
 
     torch.manual_seed(0)

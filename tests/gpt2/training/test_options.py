@@ -52,7 +52,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
     assert given("--config", str(tmp_path / "options.toml")) == {"max_iters": 7}
 
 
-def test_the_options_that_others_rely_on_exist():
+def test_options_that_other_code_relies_on_exist():
     names = (
         "preset device dtype data out_dir batch_size block_size total_batch_size max_iters eval_interval eval_iters "
         "save_interval log_interval learning_rate min_lr warmup_iters lr_decay_iters weight_decay beta1 beta2 "
@@ -61,7 +61,7 @@ def test_the_options_that_others_rely_on_exist():
     assert set(names.split()) <= {f.name for f in fields(Options)}
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_path):
+def test_the_command_line_overrides_the_file_and_the_file_overrides_the_recipe(tmp_path):
     file = tmp_path / "options.toml"
     file.write_text('recipe = "modern"\nlearning_rate = 1e-3\nbeta2 = 0.9\nmax-iters = 5\nfresh = true\n')
     options = resolve_options(given("--config", str(file), "--beta2", "0.99"), SMALL)
@@ -69,7 +69,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_pa
     assert (options.max_iters, options.fresh, options.min_lr) == (5, True, 1e-4)
 
 
-def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
+def test_an_integer_in_a_file_is_accepted_as_a_float(tmp_path):
     file = tmp_path / "options.toml"
     file.write_text("grad_clip = 2\n")
     assert given("--config", str(file)) == {"grad_clip": 2.0}
@@ -80,7 +80,7 @@ def test_an_integer_serves_as_a_float_in_a_file(tmp_path):
     [
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
         (["--learning_rat=3"], "unknown option --learning-rat=3; did you mean --learning-rate?"),
-        (["--batch", "3"], "unknown option --batch;"),  # no abbreviations: a new option must not change an old command
+        (["--batch", "3"], "unknown option --batch;"),  # no abbreviations, as new options could change old commands
         (["--nonsense"], "unknown option --nonsense ("),
         (["nonsense"], "unexpected argument 'nonsense' ("),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
@@ -144,7 +144,7 @@ def test_a_recipe_fits_a_model_with_a_shorter_context(recipe):
     assert options.total_batch_size == 512 * NANO.n_positions
 
 
-def test_what_is_implied():
+def test_implied_options():
     nano, small = resolve_options({}, NANO), resolve_options({"preset": "gpt2"}, SMALL)
     assert (nano.block_size, small.block_size) == (NANO.n_positions, 1024)
     assert nano.lr_decay_iters == nano.max_iters

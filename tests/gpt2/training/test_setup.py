@@ -1,4 +1,4 @@
-"""gpt2/training/setup.py: the start of a run, the settings that a resumed run keeps, and errors."""
+"""gpt2/training/setup.py: starting a run, the settings that a resumed run keeps, and errors."""
 
 import contextlib
 import dataclasses
@@ -81,7 +81,7 @@ def damage_shard(workspace, change):
 
 
 def retell(workspace, **changes):
-    """Change the manifest, checksums included, so that only the content of the shard is wrong."""
+    """Change the manifest, including checksums, so that only the content of the shard is wrong."""
     from gpt2.training.dataset import file_sha256
 
     file = workspace / "data" / "text" / "manifest.json"
@@ -136,7 +136,7 @@ BAD = {
     "too little data": (
         make_small,
         ["--data", "small", "--block-size", "64"],
-        r"the split val has \d+ tokens; a block size of 64 needs 64 \+ 1 = 65",
+        r"the split val has \d+ tokens; a block size of 64 requires 64 \+ 1 = 65",
     ),
     "a batch that does not divide": (
         None,
@@ -216,10 +216,10 @@ def test_another_vocabulary_beside_the_data_is_noticed(workspace, capsys):
     manifest = workspace / "data" / "text" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(Tokenizer.load("bytes").fingerprint, "0" * 64))
     run("--max-iters", "1", code=1)
-    assert "name different tokenizers" in one_line(capsys)
+    assert "have different tokenizers" in one_line(capsys)
 
 
-def test_a_mistake_with_fresh_renames_nothing(workspace, capsys):
+def test_an_error_with_fresh_renames_nothing(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--fresh", "--data", "nothing"]) == 1
     assert train.main(["--fresh", "--data", "text", "--total-batch-size", "100"]) == 1
@@ -279,7 +279,7 @@ def test_the_optimizer_of_a_run_stays(workspace, capsys):
 
 
 def save_hugging_face(folder, vocab_size, tokenizer="bytes", added=None, **config):
-    """A model folder with bytes as its vocabulary, its files in the Hugging Face layout."""
+    """A model folder with bytes as the vocabulary, in the Hugging Face layout."""
     GPT2(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2, **config)).save_pretrained(
         folder
     )
@@ -304,11 +304,11 @@ def test_a_padded_vocabulary_trains_samples_and_is_written_at_its_size(own_text,
         assert model.config.vocab_size == len(model.wte.weight.data) == 300
         tokenizer = Tokenizer.for_model(folder, 300)
         assert tokenizer.vocab_size == 257
-        model.wte.weight.data[257:] = 50  # what padding ids would win by
+        model.wte.weight.data[257:] = 50  # padding ids would win if they were sampled
         texts = stream_text(model, tokenizer, [1], 30, temperature=2.0, samples=2)
         assert len("".join(text for _, text in texts)) > 10
     capsys.readouterr()
-    assert train.main(["--data", "own", *QUICK, "--max-iters", "4"]) == 0  # it resumes, too
+    assert train.main(["--data", "own", *QUICK, "--max-iters", "4"]) == 0  # it also resumes
 
 
 def test_data_of_the_plain_vocabulary_trains_a_model_with_added_tokens(own_text):

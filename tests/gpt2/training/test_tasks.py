@@ -1,4 +1,4 @@
-"""HellaSwag and LAMBADA, scored by hand, one row at a time, and by PyTorch; reading and downloading."""
+"""HellaSwag and LAMBADA, scored by hand, row by row, and with PyTorch; reading and downloading."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ WORDS = (
 
 
 def made_up_items(count, endings, seed=0):
-    """Questions of words drawn at random, of very different lengths."""
+    """Questions of random words, with very different lengths."""
     random = np.random.default_rng(seed)
 
     def text(least, most):
@@ -71,7 +71,7 @@ def unigram_model(logits):
 
 
 def one_by_one(model, tokenizer, items):
-    """For each item its endings' losses, lengths and greedy verdicts: one plain forward pass for each ending."""
+    """The losses, lengths and greedy results of each item's endings, with one plain forward pass per ending."""
     found = []
     for item in items:
         rows = []
@@ -88,7 +88,7 @@ def one_by_one(model, tokenizer, items):
 
 
 def sums_of(items, found):
-    """What `score` is to give, from one_by_one's rows."""
+    """The expected result of `score`, from the rows of one_by_one."""
     sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0)
     for item, rows in zip(items, found, strict=True):
         losses, lengths, greedy = map(np.array, zip(*rows, strict=True))
@@ -100,8 +100,8 @@ def sums_of(items, found):
     return sums
 
 
-def test_every_token_alike_by_hand():
-    """Then the shortest ending has the least loss, and all have the same mean: the first one is taken."""
+def test_equal_probabilities_by_hand():
+    """The shortest ending has the lowest loss; all have the same mean, so the first ending is chosen."""
     model = unigram_model(0)
     items = [Item("a b", (" long ending", " short", " longer ending"), label) for label in (0, 1, 2)]
     sums = score(HELLASWAG, model, BYTES, items, batch_size=4)
@@ -111,13 +111,13 @@ def test_every_token_alike_by_hand():
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e7, 1e12])
-def test_an_offset_of_all_logits_changes_no_loss(offset):
+def test_an_offset_common_to_all_logits_does_not_change_the_losses(offset):
     sums = score(LAMBADA, unigram_model(offset), BYTES, [Item("a", (" word",), 0)], batch_size=1)
     assert sums["nats"] == pytest.approx(5 * np.log(257), rel=1e-6)
 
 
 def test_known_probabilities_by_hand():
-    """p(a) = 1/2, p(b) = 1/4, p(blank) = 1/8, the rest tiny."""
+    """p(a) = 1/2, p(b) = 1/4, p(space) = 1/8, and tiny probabilities for the rest."""
     logits = np.full(257, -30.0)
     logits[[ord("a"), ord("b"), ord(" ")]] = np.log([1 / 2, 1 / 4, 1 / 8])
     logits -= np.log(np.exp(logits).sum())
@@ -125,11 +125,11 @@ def test_known_probabilities_by_hand():
     cost = {c: -logits[ord(c)] for c in "ab "}
     items = [Item("what", (" aaaaa", " b"), 0), Item("what", (" aaaaa", " b"), 1)]
     sums = score(HELLASWAG, model, BYTES, items, batch_size=2)
-    assert cost[" "] + 5 * cost["a"] > cost[" "] + cost["b"]  # the second by the sum, the first by the mean
+    assert cost[" "] + 5 * cost["a"] > cost[" "] + cost["b"]  # the sum prefers the second, the mean the first
     assert (sums["right_by_sum"], sums["right_by_mean"]) == (1, 1)
     assert score(HELLASWAG, model, BYTES, items[:1], 2)["right_by_mean"] == 1
     assert sums["nats"] == pytest.approx(2 * cost[" "] + 5 * cost["a"] + cost["b"], rel=1e-6)
-    # A word costs its blank and its letters; the blank is not the most probable byte, so none would have been written.
+    # A word costs its space and its letters. The space is not the most probable byte, so no word is generated.
     sums = score(LAMBADA, model, BYTES, [Item("a", (" a",), 0), Item("a", (" ab",), 0)], batch_size=1)
     per_word = (2 * cost[" "] + 2 * cost["a"] + cost["b"]) / 2
     assert LAMBADA.metrics(sums) == {"acc": 0, "perplexity": pytest.approx(np.exp(per_word), rel=1e-5)}
@@ -146,9 +146,9 @@ def test_batches_of_different_lengths_equal_one_by_one(batch_size):
     assert sums == {**expected, "nats": pytest.approx(expected["nats"], rel=1e-5)}
 
 
-def test_greedy_words_are_those_that_the_model_writes():
+def test_greedy_words_are_those_that_the_model_generates():
     model = make_model()
-    model.wte.weight.data[128:] = 0  # then it writes nothing but ASCII
+    model.wte.weight.data[128:] = 0  # so that it generates only ASCII
     items = [item._replace(context=item.context or "a") for item in made_up_items(6, endings=1, seed=1)]
     written = [model.generate(BYTES.encode(item.context).tolist(), 3, temperature=0)[0] for item in items]
     own = [Item(item.context, (bytes(ids).decode(),), 0) for item, ids in zip(items, written, strict=True)]
@@ -164,17 +164,17 @@ def test_parts_add_up():
     assert set(score(HELLASWAG, model, BYTES, [], 5).values()) == {0}
 
 
-def test_what_is_longer_than_the_context_loses_its_beginning():
+def test_a_row_longer_than_the_context_loses_its_beginning():
     model = make_model(n_positions=8)
     item = Item("0123456789", (" abc", " de"), 0)
     sums = score(HELLASWAG, model, BYTES, [item], 4)
     assert sums["cut"] == 1
-    with no_grad():  # nine tokens: eight that are read, and the last
+    with no_grad():  # nine tokens: eight inputs, and the last target
         logits = model(np.frombuffer(b"56789 ab", dtype=np.uint8).astype(np.int64)[None]).numpy()[0, -4:]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     assert sums["nats"] == pytest.approx(-log_p[range(4), list(b" abc")].sum(), rel=1e-5)
     assert score(HELLASWAG, model, BYTES, [Item("012345", (" ab", " c"), 0)], 4)["cut"] == 0
-    # Of an ending that is longer by itself the last eight tokens are scored; the ninth from the end is only read.
+    # If an ending itself is too long, its last eight tokens are scored; the ninth from the end is only an input.
     cut = score(LAMBADA, model, BYTES, [Item("x", (" a long word",), 0)], 4)
     assert cut["cut"] == 1
     same = score(LAMBADA, model, BYTES, [Item("l", ("ong word",), 0)], 4)
@@ -199,7 +199,7 @@ def test_on_a_device():
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_the_figures_are_pytorchs(tmp_path):
-    """As build-nanogpt computes them: all rows of an item padded with 0, the loss masked, its sum and its mean."""
+    """As in build-nanogpt: all rows of an item are padded with 0, and the masked loss is summed and averaged."""
     import torch
     import transformers
 
@@ -233,7 +233,7 @@ def test_the_figures_are_pytorchs(tmp_path):
 
 
 def test_gpt2s_tokens_are_those_of_the_scripts(gpt2_files):
-    """A blank belongs to the token after it, so an ending is encoded with its own."""
+    """A space belongs to the token after it, so an ending is encoded with its leading space."""
     tokenizer = Tokenizer.load("gpt2")
     item = HELLASWAG.item(
         {"ctx": "A man is sitting on a roof. he", "endings": ["is using wrap.", "starts"], "label": 1}
@@ -306,7 +306,7 @@ def test_an_empty_and_a_missing_file(tmp_path):
 
 @contextmanager
 def serving(body, status=200, length=None):
-    """A server on this machine that answers every request with this, and the list of the paths asked for."""
+    """A server on this machine that answers every request with this response, and the list of requested paths."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):

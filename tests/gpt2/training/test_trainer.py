@@ -1,4 +1,4 @@
-"""gpt2/training/trainer.py: steps, accumulation, evaluation, and what the log gets of them."""
+"""gpt2/training/trainer.py: steps, accumulation, evaluation, and their log."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.training_runs import newest_arrays, one_line, rows, run
 from tinygrad2 import gpus
 
 
-def test_the_log_has_one_object_a_step(workspace):
+def test_the_log_has_one_object_per_step(workspace):
     run("--max-iters", "5", "--total-batch-size", "64")
     logged = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5]
@@ -39,7 +39,7 @@ def test_mfu_is_shown_and_logged_where_the_peak_is_known(workspace, monkeypatch,
     for row in read_log(Path("out/log.jsonl")):
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * config.flops_per_token(16) / 1e9, abs=1e-4)
     assert asked == ["float32"]
-    said = re.findall(r"tok/s \| (\d+) % MFU", capsys.readouterr().out)
+    said = re.findall(r"tok/s \| (\d+)% MFU", capsys.readouterr().out)
     assert said == [f"{100 * row['mfu']:.0f}" for row in read_log(Path("out/log.jsonl"))]
 
 
@@ -63,7 +63,7 @@ def test_training_learns(workspace):
 
 
 def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
-    """From the cache; the figures are those of the model that was saved then, and a resumed run continues with them."""
+    """With cached files; the scores are those of the saved model, and a resumed run continues with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     (workspace / "cache" / "tinygrad2").mkdir(parents=True)
     questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]
@@ -80,7 +80,7 @@ def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
     assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_a_number_stops_before_it_does_harm(workspace, capsys):
+def test_a_nan_loss_ends_the_run_before_it_does_damage(workspace, capsys):
     run("--max-iters", "4", "--save-interval", "2")
     before = newest_arrays("out")
     run(

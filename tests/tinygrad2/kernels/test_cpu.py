@@ -193,8 +193,8 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])
-def test_the_number_of_threads_changes_no_bit_of_a_sum(name, set_threads):
-    """Of ours; BLAS rounds differently for a product that is cut into other parts."""
+def test_sums_do_not_depend_on_the_number_of_threads(name, set_threads):
+    """Only our sums: BLAS may round differently if a product is divided into other parts."""
     outcomes = []
     for count in (1, 2, 3, 5):
         set_threads(count)

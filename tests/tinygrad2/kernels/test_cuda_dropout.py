@@ -77,7 +77,7 @@ def test_float64_goes_to_the_reference(kernels):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, order):
+def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, order):
     monkeypatch.setattr(cudasim, "schedule", order)
     check(kernels, bfloat16, (2, 2048), 1)
 

@@ -35,14 +35,14 @@ def schedule(monkeypatch):
 
 
 def flat(n, offset=0, dtype=np.float32, seed=0):
-    """n numbers that begin `offset` places after a multiple of 16 bytes, the same wherever that is; 7 around them."""
+    """n values that start `offset` elements after a multiple of 16 bytes, the same for any offset; 7 around them."""
     raw = np.full(n + 32, 7, dtype)
     start = -raw.ctypes.data % 16 // raw.itemsize + offset
     raw[start : start + n] = np.random.default_rng(seed).normal(size=n)
     return raw[start : start + n]
 
 
-# Numbers: none, fewer than one access, a block's run and one more, more than all blocks take at once.
+# Sizes: empty, less than one access, one more than a block's part, more than all blocks process at once.
 @pytest.mark.parametrize("n", [0, 3, 1024, 4097, 70_001, 4096 * 1024 + 4099])
 def test_squared_norm(kernels, n):
     x = flat(n)
@@ -54,7 +54,7 @@ def test_squared_norm(kernels, n):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_squared_norm_of_what_is_not_finite(kernels, bad):
+def test_squared_norm_of_values_that_are_not_finite(kernels, bad):
     x = flat(5000)
     x[4999] = bad
     assert not np.isfinite(reference.norm(kernels.squared_norm(x)))
@@ -77,7 +77,7 @@ def stepped(kernels, n, offset=0, scale=0.7, step=3, betas=(0.9, 0.999), dtype=n
 def test_adamw_step(kernels, n, step):
     after, before = stepped(kernels, n, step=step)
     expected, _ = stepped(reference, n, step=step, dtype=np.float64)
-    # What is rounded is the change: with moments that do not fit each other it can be far larger than the value.
+    # Rounding is relative to the change, which can be far larger than the value, since the moments are arbitrary.
     bound = 1e-6 * (np.abs(expected[0] - before) + np.abs(before))
     assert (np.abs(after[0] - expected[0]) <= bound).all()
     np.testing.assert_allclose(after[1], expected[1], rtol=1e-6, atol=1e-7)
@@ -99,7 +99,7 @@ def test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes
         assert (np.delete(array.base, np.arange(first, first + 1030)) == 7).all()
 
 
-def test_adamw_changes_nothing_where_scale_is_nan(kernels):
+def test_adamw_changes_nothing_if_scale_is_nan(kernels):
     after, value = stepped(kernels, 100, scale=np.nan)
     np.testing.assert_array_equal(after[0], value)
     for array, old in zip(after, stepped(SimpleNamespace(adamw_step=lambda *_: None), 100)[0], strict=True):
@@ -117,7 +117,7 @@ def test_float64_goes_to_the_reference(kernels):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, order):
+def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, order):
     first = [*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))]
     monkeypatch.setattr(cudasim, "schedule", order)
     for array, right in zip([*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))], first, strict=True):
@@ -173,9 +173,9 @@ def check(monkeypatch):
         test_squared_norm(kernels, n)
     for n in (6, 1024):
         test_adamw_step(kernels, n, 3)
-    test_adamw_changes_nothing_where_scale_is_nan(kernels)
+    test_adamw_changes_nothing_if_scale_is_nan(kernels)
     test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
-    test_the_order_of_the_threads_changes_no_bit(kernels, monkeypatch, 2)
+    test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, 2)
     test_squared_norm(kernels, 4096 * 1024 + 4099)
 
 

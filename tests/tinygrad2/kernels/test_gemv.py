@@ -80,7 +80,7 @@ def test_nothing_to_add_changes_nothing(shape, dtype, layout):
 
 @DTYPES
 @LAYOUTS
-def test_the_number_of_threads_changes_no_bit_nor_do_the_other_rows(dtype, layout, set_threads, monkeypatch):
+def test_a_row_does_not_depend_on_the_number_of_threads_or_on_other_rows(dtype, layout, set_threads, monkeypatch):
     monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even of a small matrix
     for K, N in ((131, 1013), (16, 4001)):
         x, w, y = matrices(7, K, N, dtype, layout)

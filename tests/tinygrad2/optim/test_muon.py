@@ -154,7 +154,7 @@ def test_any_number_of_ranks_computes_the_same_bits(monkeypatch, size, shared, d
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_number_of_threads_changes_no_bit(monkeypatch, count):
+def test_updates_do_not_depend_on_the_number_of_threads(monkeypatch, count):
     expected, _ = stepped(None, False)
     monkeypatch.setattr(threads, "_count", count)
     found, _ = stepped(None, False)
@@ -212,8 +212,8 @@ def test_the_momentum_moves_to_a_gpu_with_the_model():
     [
         ({"other": 1}, r"^Muon: other is not a matrix of the model$"),
         ({"gain": 1}, r"^Muon: gain is not a matrix of the model$"),
-        ({"up": 3}, r"^Muon: up is to be divided into 3 blocks; expected a divisor of its 20 columns$"),
-        ({"up": 0}, r"^Muon: up is to be divided into 0 blocks; expected a divisor of its 20 columns$"),
+        ({"up": 3}, r"^Muon: up cannot be divided into 3 blocks; expected a divisor of its number of columns, 20$"),
+        ({"up": 0}, r"^Muon: up cannot be divided into 0 blocks; expected a divisor of its number of columns, 20$"),
     ],
 )
 def test_matrices_that_the_model_does_not_have_are_rejected(matrices, message):
