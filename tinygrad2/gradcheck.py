@@ -541,9 +541,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """The exit status of the command; Ctrl-C ends it in one line."""
     try:
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:
         print("tinygrad2.gradcheck: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

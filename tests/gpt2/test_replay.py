@@ -85,7 +85,7 @@ def test_without_the_fault_all_is_finite(skipped, capsys, monkeypatch):
 
 def test_a_precision_that_the_device_does_not_have(skipped, capsys):
     file = Path("out/bad-step-2/step.json")
-    file.write_text(file.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    file.write_text(file.read_text().replace('"dtype": "float32"', '"dtype": "tf32"'))
     update_checksums(file.parent)
     lines = replayed(capsys)
     assert lines[0].endswith("; computing in float32")

@@ -121,7 +121,7 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch, missing):
     ("options", "code", "message"),
     [
         (["--port", "70000"], 2, "error: --port is 70000; expected 0 to 65535"),
-        (["--threads", "0"], 2, "error: --threads is 0; expected 1 or more"),
+        (["--threads", "0"], 2, "error: --threads is 0; expected 1 to 1,024"),
         (["--checkpoint", ""], 2, "error: --checkpoint is empty; expected a model"),
         (["--port", "0"], 1, "error: no trained model in checkpoint/ or out/"),
         (["--port", "0", "--checkpoint", "nowhere"], 1, "error: nowhere"),
@@ -257,7 +257,8 @@ def test_another_token_can_be_chosen_and_the_text_continues_from_it(visit, expec
 @IN_BROWSER
 def test_the_keyboard_alone_is_enough(visit):
     page = visit()
-    page.keyboard.type("def f")  # the prompt has the focus
+    page.wait_for_selector('[data-play="prompt"]:focus')  # without a click
+    page.keyboard.type("def f")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".piece:nth-of-type(50)", timeout=60_000)
     wait_until_idle(page)
