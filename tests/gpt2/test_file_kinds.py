@@ -121,7 +121,7 @@ FOLDERS = {
     "fsdp": ({"pytorch_model_fsdp_0/__0_0.distcp": "x"}, "__0_0.distcp is a part of a distributed checkpoint"),
     "no index": ({"model-00001-of-00002.safetensors": "x"}, "is missing; add model.safetensors.index.json"),
     "state of a trainer": ({"optimizer.pt": "x", "scheduler.pt": "x"}, "optimizer.pt, the state of a trainer"),
-    "lightning": ({"epoch=3-step=100.ckpt": "x"}, "a folder with epoch=3-step=100.ckpt; name "),
+    "lightning": ({"epoch=3-step=100.ckpt": "x"}, "a folder with epoch=3-step=100.ckpt; use "),
     "download": ({"model.safetensors.crdownload": "x"}, "model.safetensors.crdownload is an unfinished download"),
     "other name": ({"gpt2.safetensors": "{", "optimizer.pt": "x"}, "a folder with gpt2.safetensors; use "),
     "nothing": ({"readme.md": "x"}, ""),
