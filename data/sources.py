@@ -140,7 +140,7 @@ class JsonLines(TextFile):
             value = json.loads(line.removeprefix(BOM).decode())  # (of bytes, json guesses the encoding)
             text = value[self.key]
             if not isinstance(text, str):
-                raise TypeError(f"{self.key!r} is of type {type(text).__name__}")
+                raise TypeError(f"{self.key!r} has type {type(text).__name__}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(

@@ -44,7 +44,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.replay")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
+    """Run the command. Returns its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     parser.check_output("--json", options.json)

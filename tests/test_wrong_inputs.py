@@ -94,7 +94,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("sample", "--checkpoint distilbert/distilgpt2", "hf download distilbert/distilgpt2 --local-dir distilgpt2"),
     ("sample", "--checkpoint https://huggingface.co/distilbert/distilgpt2", "hf download distilbert/distilgpt2 --lo"),
     ("data.prepare", "", "the following arguments are required: SOURCE"),
-    ("data.prepare", "empty.txt", "sources empty.txt: no text in them"),
+    ("data.prepare", "empty.txt", "sources empty.txt: no text found"),
     ("data.prepare", "number.jsonl", "number.jsonl: line 1: expected a JSON object with a string under 'text'"),
     ("data.prepare", "a.txt --out a.txt", "a.txt: already exists; choose another --out"),
     ("data.prepare", "a.txt --tokenizer a.txt", "a.txt: line 1 is not a base64 token and a rank"),

@@ -473,7 +473,7 @@ def cross_entropy(
     expected = logits.shape if shares else logits.shape[:-1]
     if shares and values.shape == logits.shape[:-1]:
         raise TypeError(
-            f"cross_entropy: targets are of dtype {values.dtype}; expected integers, or a share of each class"
+            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a share of each class"
         )
     for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
         if shape != fit:

@@ -310,7 +310,7 @@ def test_each_filter_alone(tmp_path, option):
 
 def test_nothing_passes_the_filters(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"no text in them, except in the documents that were dropped \(1 short\)"):
+    with pytest.raises(ValueError, match=r"no text found, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
 
 
@@ -642,7 +642,7 @@ def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
 
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
-    ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text in them"),
+    ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text found"),
     ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"),
     ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
@@ -666,7 +666,7 @@ BAD = [  # files by name, arguments, what the line says
     ),
     ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
     ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
-    ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),
+    ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' has type int"),
     ({"a.jsonl": b'"text"'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
     ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: byte 10 is not UTF-8 (0xff)"),
     ({"a.txt": b"a"}, ["a.txt", "--tokenizer", "gpt5"], "tokenizer 'gpt5' is unknown; choose bytes, gpt2"),
