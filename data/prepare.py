@@ -228,8 +228,8 @@ class HashSplit:
     part_bytes: int = PART_BYTES
 
     rule = (
-        f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation where the "
-        "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens change sides"
+        f"documents are cut at newlines into parts of at most {PART_BYTES} bytes; a part is validation where the "
+        "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens are moved"
     )
 
     def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
@@ -251,7 +251,7 @@ class ExactSplit:
     cut_bytes: int
 
     rule = (
-        f"documents are cut at line ends into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
+        f"documents are cut at newlines into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
         "SHA-256 values are validation, val_fraction of the bytes, and the last of them is cut there"
     )
 

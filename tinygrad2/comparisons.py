@@ -29,7 +29,7 @@ class Comparisons(Methods[T]):
     """A base class of Tensor.
 
     `x += y` makes a new Tensor, as x = x + y does. It is an error for a Parameter, and inside no_grad() for any leaf:
-    there, `p -= lr * p.grad` is meant to change the parameter, and would leave it as it is.
+    there, `p -= lr * p.grad` is meant to change the parameter, and would leave it unchanged.
     """
 
     __slots__ = ()

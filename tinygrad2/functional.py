@@ -96,7 +96,7 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
 
 @protocols.pytorch_names
 def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
-    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened.
+    """Tensors of one dtype, and of equal shapes except along `axis`, joined along it; axis None joins them flattened.
 
     >>> concatenate([ones(2, 3), zeros(2, 1)], axis=1).shape
     (2, 4)

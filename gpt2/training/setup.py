@@ -143,8 +143,8 @@ def settle_precision(options: Options, run_options: RunOptions, saved: RunState 
 
 
 def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
-    """Choose the BLAS library: on the same processor the one that a resumed run has used, since another one rounds
-    differently; else the fastest. Rank 0 decides for all ranks on processors like its own."""
+    """Choose the BLAS library: for a resumed run on the same processor the one that it used, since another one
+    rounds differently; otherwise the fastest. Rank 0 decides for all ranks on processors like its own."""
 
     if get_backend(options.device).cuda:
         return

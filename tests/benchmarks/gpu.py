@@ -96,13 +96,13 @@ class Sizes:
     batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
     wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
     steps: int = 5  # in one measurement of a step
-    rounds: int = 4  # measurements of each kind, in alternation
+    rounds: int = 4  # measurements of each kind, interleaved
     launches: int = 2000
     copy_bytes: int = 256 << 20
     matrix: int = 8192
     repeats: int = 10
     new_tokens: int = 256
-    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled beforehand
+    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled in advance
     compiled: bool = True  # PyTorch's model, in bfloat16
 
 
@@ -181,17 +181,17 @@ class Bench:
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
 
     def card_in(self, precision: str) -> cost_model.Device | None:
-        """The cost model's rates of this GPU in a precision, where it knows them."""
+        """The cost model's rates of this GPU in a precision, or None if unknown."""
         name = gpus.find_gpu(self.backend.name(), cost_model.CARDS)
         return None if name is None or self.backend.cuda.peak(precision) is None else cost_model.gpu(name, precision)
 
     def predicted_step(self, precision: str, batch_size: int) -> dict[str, float] | None:
-        """See predicted_step below; None where the cost model does not know the GPU."""
+        """See predicted_step below; None if the cost model does not know the GPU."""
         card = self.card_in(precision)
         return None if card is None else predicted_step(card, self.sizes, precision, batch_size)
 
     def predicted(self, cost: cost_model.Cost) -> float | None:
-        """Milliseconds of a kernel by the cost model, where it knows the GPU."""
+        """Milliseconds of a kernel by the cost model, or None if it does not know the GPU."""
         return None if self.card is None else self.card.milliseconds(cost)
 
     def against_floor(
@@ -359,7 +359,7 @@ class Bench:
         return figures
 
     def step(self) -> list[dict[str, Any]]:
-        """The training step in the first precision, ours and PyTorch's in alternation, at every batch size."""
+        """The training step in the first precision, ours and PyTorch's interleaved, at every batch size."""
         rows = self.results["step"] = []
         for batch_size in self.sizes.batch_sizes:
             self.add_row(rows, self.sizes.precisions[0], batch_size)

@@ -59,7 +59,7 @@ def contents(folder):
 
 
 def varied_text(size, seed=0):
-    """Lines, long lines, runs of blanks and line ends, and letters of one to four bytes."""
+    """Lines, long lines, runs of spaces and newlines, and letters of one to four bytes."""
     rng = np.random.default_rng(seed)
     words = ["the", "naïve", "日本語", "🙂", "x" * 50, "don't", "1234", "--", "\t", "  ", " \n", "\n\n\n", "\r\n", "\n"]
     out, length = [], 0
@@ -746,7 +746,7 @@ def small_texts():
             text += " ".join(rng.choice(words, rng.integers(3, 80))) + "\n" * int(rng.integers(1, 3))
         yield pytest.param(text, id=f"{size} bytes")
     yield pytest.param("word " * 40_000, id="one line")
-    yield pytest.param("日本語の文章です。" * 5_000, id="no white space")
+    yield pytest.param("日本語の文章です。" * 5_000, id="no whitespace")
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2])

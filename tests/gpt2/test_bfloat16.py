@@ -1,5 +1,5 @@
-"""Training in bfloat16 on a CPU: gradients and steps beside float32, the same bits after a resume and with other
-numbers of threads, and what is said where the processor has no instructions for it."""
+"""Training in bfloat16 on a CPU: gradients and steps compared with float32, the same bits after a resume and with other
+numbers of threads, and the message if the processor has no instructions for it."""
 
 import json
 from dataclasses import replace

@@ -206,7 +206,7 @@ def ids_of(folder):
     ],
 )
 def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
-    """With save_pretrained and with convert, through each format that can store them."""
+    """save_pretrained and convert keep them, in each format that can store them."""
     model.save_pretrained(tmp_path / "a")
     write_ids(tmp_path / "a", config, generation)
     expected = config, generation or config

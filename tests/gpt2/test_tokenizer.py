@@ -344,7 +344,7 @@ def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, messa
 
 @pytest.mark.extras("tokenizers")
 def test_files_that_tokenizers_writes_are_read(tmp_path):
-    """With <|endoftext|> first, as trainers place special tokens."""
+    """<|endoftext|> is first, where trainers place special tokens."""
     import tokenizers
 
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -154,7 +154,7 @@ def torch_optimizer(model):
 
 
 def assert_one_step_is_equal(folder, theirs, optimizer):
-    """From our checkpoint and from theirs: the same gradients, then the same parameters to 1e-6."""
+    """Our checkpoint and theirs give the same gradients, then the same parameters to 1e-6."""
     import torch
 
     ours = GPT2.from_pretrained(folder)
