@@ -821,9 +821,9 @@ def command_line() -> Parser:
         help="encoding of the files that are not in UTF-8, such as cp1252 or utf-16 [default: none: they are rejected]",
     )
     group = parser.add_argument_group("filters")
-    group.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
-    group.add_argument("--min-bytes", type=int, default=0, metavar="BYTES", help="leave out shorter documents")
-    group.add_argument("--drop-duplicates", action="store_true", help="leave out repetitions of a document")
+    group.add_argument("--drop-wikipedia", action="store_true", help="drop documents from Wikipedia")
+    group.add_argument("--min-bytes", type=int, default=0, metavar="BYTES", help="drop shorter documents")
+    group.add_argument("--drop-duplicates", action="store_true", help="drop repeated documents")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the data set's folder [default: data/NAME of the first source]"
@@ -833,7 +833,7 @@ def command_line() -> Parser:
     group.add_argument(
         "--special-tokens",
         action="store_true",
-        help="encode special tokens in the text, such as <|endoftext|>, as such instead of as plain text",
+        help="encode special tokens in the text, such as <|endoftext|>, as single tokens, not as plain text",
     )
     group.add_argument(
         "--val-fraction",
@@ -848,7 +848,7 @@ def command_line() -> Parser:
         type=int,
         default=SHARD_TOKENS,
         metavar="TOKENS",
-        help="tokens per file, at most",
+        help="maximum number of tokens per file",
     )
     group = parser.add_argument_group("computation")
     group.add_argument("--threads", type=int, metavar="N", help="number of tokenizer threads [default: one per core]")

@@ -23,7 +23,7 @@ from tinygrad2.checkpoint import JSON_BYTES
 FILES_INSIDE = 100  # maximum number of files in subfolders that are identified
 DIRECTORY_BYTES = 1 << 20  # maximum for a zip archive's central directory; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # the number of bytes at the start of a file that are read to identify its kind
-PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # excluding legacy files of torch.save
+PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # excluding legacy torch.save files
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
 LFS = "a Git LFS pointer, not the file itself; fetch the file with git lfs install && git lfs pull, in its folder"

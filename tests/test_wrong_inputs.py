@@ -101,7 +101,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("data.prepare", "a.txt --tokenizer halves", "halves: the folder has none of"),
     ("gpt2.convert", "'' new --to hf", "SRC or DST is empty"),
     ("gpt2.convert", "model no/such/new --to hf", "no/such/new: the folder no/such/ does not exist"),
-    ("gpt2.convert", "model new --to run", "it has no state of a run; expected a checkpoint of nanoGPT"),
+    ("gpt2.convert", "model new --to run", "it has no training state; expected a checkpoint of nanoGPT"),
     ("gpt2.convert", "model new --to llmc --dtype float16", "llm.c does not support float16; choose float32 or"),
     ("gpt2.evaluate", "'' --data text", "CHECKPOINT is empty; expected a model"),
     ("gpt2.evaluate", "model --data text --block-size 99", "--block-size 99 is longer than the model's context"),

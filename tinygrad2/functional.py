@@ -209,7 +209,7 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
     else:
         result = "".join(dots) + "".join(sorted(x for x in letters if "".join(terms).count(x) == 1))
     if len(set(result)) != len(result) or not set(result) <= {*"".join(terms)}:
-        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must appear in it once, and in an operand")
+        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must be unique and occur in an operand")
     return terms, result
 
 

@@ -174,7 +174,7 @@ def read_training(model: ModelFile) -> TrainingState:
     with naming_file(model.file):
         with model.file.open("rb") as opened:
             if opened.read(4) not in (torch_file.ZIP_START, torch_file.LEGACY_START):
-                raise ValueError("it has no state of a run; expected a checkpoint of nanoGPT, or of train.py")
+                raise ValueError("it has no training state; expected a checkpoint of nanoGPT or train.py")
         names, _ = _plain_names(torch_file.read(model.file)[1])
         return torch_file.read_training(model.file, model.config, names)
 

@@ -435,7 +435,7 @@ def _read_blas(blas: object) -> dict[str, str] | None:
     if blas is None:
         return None
     if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):
-        raise ValueError(f"blas is {blas!r:.80}; expected the texts name, title and processor")
+        raise ValueError(f"blas is {blas!r:.80}; expected the strings name, title and processor")
     return blas
 
 

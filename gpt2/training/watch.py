@@ -94,7 +94,7 @@ class Watch:
         found = list(self._durations)
         usual = f", and the median of the previous steps is {statistics.median(found):.2g} s" if found else ""
         with suppress(OSError):
-            print(f"{self._rank()}this step has taken {elapsed:.0f} s{usual}. Its threads are at:", file=sys.stderr)
+            print(f"{self._rank()}this step has taken {elapsed:.0f} s{usual}. Stacks of its threads:", file=sys.stderr)
             sys.stderr.flush()
             faulthandler.dump_traceback(file=STDERR, all_threads=True)
 

@@ -262,7 +262,7 @@ def test_other_archives(file):
     file.write_bytes(b"PK\x03\x04" + bytes(100))
     refused(file, "File is not a zip file")
     file.write_bytes(pickle.dumps({}, 2) * 3)
-    refused(file, "it is not a file of torch.save")
+    refused(file, "it is not a torch.save file")
 
 
 def test_a_flipped_bit_in_the_pickle_is_detected(file):
@@ -297,7 +297,7 @@ def test_files_from_before_zip(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magic": 0x1950A86A20F9469CFC6D}, "not a file of torch.save"),
+        ({"magic": 0x1950A86A20F9469CFC6D}, "not a torch.save file"),
         ({"little_endian": False}, "not little-endian"),
         ({"keys": ()}, "list of its tensors' memory"),
         ({"keys": ("0", 1)}, "list of its tensors' memory"),
