@@ -529,7 +529,7 @@ def test_from_the_hub(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert texts_of(tmp_path / "out") == expected_fineweb()
     assert done.stdout.splitlines()[0] == (
-        "HuggingFaceFW/fineweb-edu at revision 87f0914: 14 files of about 28.5 GB in all, which are streamed; only "
+        "HuggingFaceFW/fineweb-edu at revision 87f0914: 14 files, about 28.5 GB in total; they are streamed, and only "
         "their tokens are kept"
     )
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
