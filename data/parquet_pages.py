@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3
-DEPTH_LIMIT = 10  # structs within structs
+DEPTH_LIMIT = 10  # nested structs
 
 
 def page_sizes(stream: BinaryIO, start: int, length: int) -> Iterator[int]:
-    """The bytes of each page of a column when it is decompressed; the column has `length` bytes from `start` on.
+    """The decompressed size in bytes of each page of a column, which has `length` bytes starting at `start`.
 
     Raises ValueError for a damaged header.
     """
@@ -77,7 +77,7 @@ def _varint(stream: BinaryIO) -> int:
         number |= (byte & 127) << shift
         if byte < 128:
             return number
-    raise ValueError("a page's header has a number of more than 64 bits")
+    raise ValueError("a page's header has a number with more than 64 bits")
 
 
 def _byte(stream: BinaryIO) -> int:

@@ -3,16 +3,16 @@
 A source is a text file, a .jsonl file (one document per line), a .csv, .tsv or .parquet file (one per row), a folder of
 such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python), `shakespeare`,
 `openwebtext`, `fineweb-edu`. All files but .parquet may be compressed as .gz or .zst. gpt2/training/dataset.py reads
-the result, whose bytes do not depend on the number of threads or on interruptions.
+the result. Its bytes do not depend on the number of threads or on interruptions.
 
-To bound the memory, a document is split into parts of at most 16 KiB. A part ends before the white space around its
-last line end: GPT-2's pattern never joins a character and the white space after it, so the tokens are those of the
-unsplit text. (Without a line end it ends before the last white space, and without that, at 16 KiB, within a word.) The
+To bound the memory, a document is split into parts of at most 16 KiB. A part ends before the whitespace around its last
+newline: GPT-2's pattern never joins a character and the whitespace after it, so the tokens are those of the unsplit
+text. (A part without a newline ends before its last whitespace; one without whitespace, at 16 KiB, within a word.) The
 SHA-256 of its text decides whether a part is for training or for validation, so that equal parts are never in both.
 An end-of-text token follows a part unless its continuation is next in the same split.
 
-In a text of less than SMALL_TEXT bytes the parts are smaller. Those with the first SHA-256 values are for validation,
-as many as the fraction takes of the bytes; the last of them is cut where the fraction is reached, in all of its copies.
+In a text of less than SMALL_TEXT bytes the parts are smaller. They are sorted by SHA-256; the first ones are for
+validation, up to the given fraction of the bytes. The last of these is cut where the fraction is reached, in each copy.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ from tinygrad2.machine import usable_threads
 
 T = TypeVar("T")
 PART_BYTES = 16 << 10
-BATCH_PARTS = 32  # parts per batch, the task of a thread
+BATCH_PARTS = 32  # parts per task of the thread pool
 BATCHES_AHEAD = 16  # in addition to two per thread: they keep the threads busy while a source is slow
 JOURNAL_BYTES = 16 << 20  # bytes of text between two writes of the journal; an interruption loses at most this
 ESTIMATE_BYTES = 64 << 20  # for larger inputs, disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05
 SMALL_TEXT = 1_000_000  # bytes; the validation split of a smaller text is exact
-SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text, and the bytes of one at least
-CUT_TOLERANCE = 0.05  # of the validation split, to cut at a line end or at white space
+SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text, and minimum bytes per part
+CUT_TOLERANCE = 0.05  # how far a cut may move to a newline or a space, as a fraction of the validation split
 WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
 WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # in the first bytes of its pages
 JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT.partial
@@ -86,7 +86,7 @@ JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents are dropped, as from WebText (Radford et al., 2019, section 2.1); by default none.
+    """Which documents are dropped, as in WebText (Radford et al., 2019, section 2.1); by default none.
     The filters are applied in this order:
 
     drop_wikipedia   documents whose URL is Wikipedia's, or whose first bytes name it as their source.
@@ -154,7 +154,7 @@ def read_parts(
     seen: set[int] | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Iterator[Part]:
-    """All parts starting at `cursor`, of at most `part_bytes`; `seen` contains the digests of the documents before."""
+    """All parts starting at `cursor`, of at most `part_bytes`; `seen` contains the digests of earlier documents."""
     seen = set() if seen is None else seen
     first, position, offset = cursor
     for k, source in enumerate(sources[first:], first):
@@ -200,7 +200,7 @@ def _cut(stream: BinaryIO, offset: int, name: str, part_bytes: int) -> Iterator[
 
 
 def _character_start(data: bytes, end: int) -> int:
-    """The largest start of a character in UTF-8 up to `end`."""
+    """The last position up to `end` at which a UTF-8 character starts."""
     start = end
     while start > max(0, end - 3) and data[start] & 0xC0 == 0x80:
         start -= 1
@@ -228,8 +228,8 @@ class HashSplit:
     part_bytes: int = PART_BYTES
 
     rule = (
-        f"documents are cut at line ends into parts of at most {PART_BYTES} bytes; a part is validation where the "
-        "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens change sides"
+        f"documents are cut at newlines into parts of at most {PART_BYTES} bytes; a part is validation where the "
+        "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens are moved"
     )
 
     def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
@@ -251,7 +251,7 @@ class ExactSplit:
     cut_bytes: int
 
     rule = (
-        f"documents are cut at line ends into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
+        f"documents are cut at newlines into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
         "SHA-256 values are validation, val_fraction of the bytes, and the last of them is cut there"
     )
 
@@ -263,8 +263,8 @@ class ExactSplit:
 
 
 def choose_split(sources: Sequence[Source], filters: Filters, val_fraction: float) -> HashSplit | ExactSplit:
-    """The split of all text in the sources, which depends on nothing but the text and the fraction. Reads a small text
-    twice, and the beginning of a large one."""
+    """The split of all text in the sources, which depends only on the text and the fraction. Reads a small text twice,
+    and only the beginning of a large one."""
     large = (isinstance(s, HubParquet) or (s.text_size() or 0) > 64 * SMALL_TEXT for s in sources)
     if any(large):  # (some sizes are estimates)
         return HashSplit(val_fraction)
@@ -291,8 +291,8 @@ def choose_split(sources: Sequence[Source], filters: Filters, val_fraction: floa
 
 
 def _nearest_cut(data: bytes, size: int, tolerance: float) -> int:
-    """Where a text is cut near its byte `size`: before the white space at a line end or between words, if that is at
-    most `tolerance` bytes before, else between characters."""
+    """Where a text is cut near its byte `size`: before the whitespace at a newline or between words, if that is at
+    most `tolerance` bytes earlier, else between characters."""
     text = data[: _character_start(data, size)].decode()
     for shorter in (text[: text.rfind("\n") + 1].rstrip(), text.rsplit(maxsplit=1)[0] if " " in text.strip() else ""):
         cut = len(shorter.encode())
@@ -319,7 +319,7 @@ class State:
 
     @staticmethod
     def of(values: object, sources: int) -> State:
-        """The state in a journal of a job with this number of sources. Raises ValueError unless it has this form."""
+        """The state in a journal of a job with this number of sources. Raises ValueError if it is not valid."""
         if not isinstance(values, dict) or values.keys() != {f.name for f in fields(State)}:
             raise ValueError("its state does not have the fields of this version")
         state = State(**values)
@@ -436,14 +436,14 @@ def prepare(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Make the data set `out` (by default data/NAME of the first source) from `sources`. Returns its folder.
+    """Create the data set `out` (by default data/NAME of the first source) from `sources`. Returns its folder.
 
     The work is done in OUT.partial, whose folder `data` is renamed when it is complete. After an interruption the same
     call resumes from the journal in OUT.partial. An existing `out` is an error; with `fresh` it is renamed first.
 
-    delimiter       between the fields of .csv and .tsv files: one character, or "tab"; "" finds it from the header.
+    delimiter       between the fields of .csv and .tsv files: one character, or "tab"; "" detects it from the header.
     encoding        of the files that are not in UTF-8.
-    special_tokens  the text of each special or added token is that one token; otherwise it is plain text.
+    special_tokens  encode the text of a special or added token as that token, rather than as plain text.
 
     Raises ValueError or OSError with one line for an invalid argument or source, and for a full disk.
     """
@@ -465,7 +465,7 @@ def prepare(
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with Lock(partial / LOCK, str(out)), naming(partial):
-        _check_new(out, fresh)  # another process may just have made it
+        _check_new(out, fresh)  # another process may have created it in the meantime
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
         state = _load_journal(shards, job, say)
         shards.restore(state)
@@ -473,7 +473,7 @@ def prepare(
         if not state.documents:
             shutil.rmtree(partial)
             more = f", except in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
-            raise ValueError(f"sources {' '.join(sources)}: no text in them{more}")
+            raise ValueError(f"sources {' '.join(sources)}: no text found{more}")
         _move(out, shards, say)
     _say_made(out, state, filters, time.perf_counter() - begin, say)
     return out
@@ -481,9 +481,9 @@ def prepare(
 
 @dataclass(frozen=True)
 class Job:
-    """What a data set is made from.
+    """The inputs of a data set.
 
-    record  of all of it, for the journal: it differs if a source has changed.
+    record  all of them as JSON, for the journal: it differs if a source has changed.
     """
 
     sources: list[Source]
@@ -543,8 +543,8 @@ def _make(job: Job, threads: int, state: State, shards: Shards, say: Callable[[s
     for hub_set in HUB_SETS.values():
         if any(isinstance(source, HubParquet) and source.repo == hub_set.repo for source in job.sources):
             say(
-                f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files of about "
-                f"{hub_set.download / 1e9:.1f} GB in all, which are streamed; only their tokens are kept"
+                f"{hub_set.repo} at revision {hub_set.revision[:7]}: {len(hub_set.files)} files, about "
+                f"{hub_set.download / 1e9:.1f} GB in total; they are streamed, and only their tokens are kept"
             )
     sizes = [source.text_size() for source in job.sources]
     total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -623,8 +623,8 @@ def _estimate(
     need, free = tokens * share * shards.dtype.itemsize, shutil.disk_usage(shards.folder).free
     say(
         f"{shards.work}: about {float(f'{tokens * share:.2g}'):,.0f} tokens: {need / 1e9:.2f} GB of the "
-        f"{free / 1e9:.2f} GB that are free, and {timedelta(seconds=round(seconds * share))} at "
-        f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is as fast"
+        f"{free / 1e9:.2f} GB free, and {timedelta(seconds=round(seconds * share))} at "
+        f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is fast enough"
     )
     if 0.9 * need > free:
         raise ValueError(f"{shards.work}: not enough disk space; free some, or choose another disk with --out")
@@ -789,8 +789,7 @@ def _sync(stream: BinaryIO) -> None:
 def command_line() -> Parser:
     parser = Parser(
         console.script("prepare"),
-        "Turn text into a token data set for train.py. An interrupted preparation resumes when the same command is "
-        "given again.",
+        "Turn text into a token data set for train.py. After an interruption, the same command resumes.",
         "SOURCE...",
         familiar=familiar_options.PREPARE,
     )
@@ -813,28 +812,28 @@ def command_line() -> Parser:
         "--delimiter",
         default="",
         metavar="CHARACTER",
-        help="between the fields of .csv and .tsv files, or tab [default: found from the header]",
+        help="between the fields of .csv and .tsv files, or tab [default: detected from the header]",
     )
     group.add_argument(
         "--encoding",
         default="",
         metavar="NAME",
-        help="encoding of the files that are not in UTF-8, such as cp1252 or utf-16 [default: none: they are refused]",
+        help="encoding of the files that are not in UTF-8, such as cp1252 or utf-16 [default: none: they are rejected]",
     )
     group = parser.add_argument_group("filters")
-    group.add_argument("--drop-wikipedia", action="store_true", help="leave out documents from Wikipedia")
-    group.add_argument("--min-bytes", type=int, default=0, metavar="BYTES", help="leave out shorter documents")
-    group.add_argument("--drop-duplicates", action="store_true", help="leave out repetitions of a document")
+    group.add_argument("--drop-wikipedia", action="store_true", help="drop documents from Wikipedia")
+    group.add_argument("--min-bytes", type=int, default=0, metavar="BYTES", help="drop shorter documents")
+    group.add_argument("--drop-duplicates", action="store_true", help="drop repeated documents")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the data set's folder [default: data/NAME of the first source]"
     )
-    group.add_argument("--fresh", action="store_true", help="rename an existing data set of this name first")
+    group.add_argument("--fresh", action="store_true", help="first rename an existing data set of this name")
     group.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2, bytes, a .tiktoken file, or a folder")
     group.add_argument(
         "--special-tokens",
         action="store_true",
-        help="each special token in the text, such as <|endoftext|>, is one token instead of plain text",
+        help="encode special tokens in the text, such as <|endoftext|>, as single tokens, not as plain text",
     )
     group.add_argument(
         "--val-fraction",
@@ -849,16 +848,16 @@ def command_line() -> Parser:
         type=int,
         default=SHARD_TOKENS,
         metavar="TOKENS",
-        help="tokens per file, at most",
+        help="maximum number of tokens per file",
     )
     group = parser.add_argument_group("computation")
-    group.add_argument("--threads", type=int, metavar="N", help="threads that tokenize [default: one per core]")
+    group.add_argument("--threads", type=int, metavar="N", help="number of tokenizer threads [default: one per core]")
     return parser
 
 
 @console.command(console.script_name("prepare"))
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, or 1 if the data set could not be made."""
+    """Run the command. Returns its exit status: 0, or 1 if the data set was not created."""
     parser = command_line()
     given = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(given))

@@ -140,7 +140,7 @@ class JsonLines(TextFile):
             value = json.loads(line.removeprefix(BOM).decode())  # (of bytes, json guesses the encoding)
             text = value[self.key]
             if not isinstance(text, str):
-                raise TypeError(f"{self.key!r} is of type {type(text).__name__}")
+                raise TypeError(f"{self.key!r} has type {type(text).__name__}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
@@ -221,7 +221,7 @@ class Csv(TextFile):
         marks = DELIMITERS.get(delimiter, repr(delimiter))
         return ValueError(
             f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected fields separated "
-            f"by {marks}, as many as in the header, in quotes if they contain {marks}, quotes or line ends"
+            f"by {marks}, as many as in the header, in quotes if they contain {marks}, quotes or newlines"
         )
 
 
@@ -307,7 +307,7 @@ class HubParquet(Parquet):
         return f"{self.repo}@{self.revision}/{self.path.as_posix()}"
 
     def size(self) -> None:
-        """Not requested from the hub."""
+        """None: sizes are not requested from the hub."""
 
     def text_size(self) -> int:
         return self.text_bytes
@@ -573,7 +573,7 @@ def _file_source(path: Path, text_key: str, delimiter: str) -> TextFile:
 
 
 def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
-    """The sources, where files that are not UTF-8 are read in `encoding`. Every file is read to find out.
+    """The sources; files that are not UTF-8 are read in `encoding`. Every file is read to check.
 
     Raises ValueError that names all files that are not UTF-8, if no encoding is given, or not in the one given.
     """

@@ -5,11 +5,11 @@
 Four things differ from GPT-2 (Touvron et al., arXiv:2307.09288):
 
     RMSNorm            instead of LayerNorm: no mean is subtracted, and there is no bias (arXiv:1910.07467)
-    rotary embedding   queries and keys are rotated by angles proportional to their positions, so that their products
-                       depend on the distance between them; there is no position embedding (arXiv:2104.09864)
+    rotary embedding   queries and keys are rotated by angles proportional to their positions, so their dot products
+                       depend on relative positions; there is no position embedding (arXiv:2104.09864)
     SwiGLU             silu(x W) * (x V), then a third matrix, instead of GELU between two matrices (arXiv:2002.05202)
-    grouped heads      several query heads share one head of keys and values, which makes the key-value cache smaller
-                       (arXiv:2305.13245)
+    grouped queries    several query heads share one key-value head, which makes the key-value cache smaller
+                       (grouped-query attention, arXiv:2305.13245)
 
 The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
 sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and see the same 400 batches
@@ -57,7 +57,7 @@ class LlamaConfig:
     n_embd: int = 128
     n_layer: int = 4
     n_head: int = 4  # query heads
-    n_kv_head: int = 2  # heads of keys and values
+    n_kv_head: int = 2  # key-value heads
     n_hidden: int = 392  # hidden size of SwiGLU
 
     @property
@@ -72,7 +72,7 @@ class LlamaConfig:
         return self.vocab_size * C + self.n_layer * layer
 
     def summary(self) -> str:
-        heads = f"{self.n_head} query heads, {self.n_kv_head} key heads"
+        heads = f"{self.n_head} query heads, {self.n_kv_head} key-value heads"
         return f"{self.n_layer} layers, embedding size {self.n_embd}, {heads}"
 
     def flops_per_token(self, block_size: int) -> int:
@@ -164,8 +164,8 @@ class Llama(nn.Module):
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
     """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    # Those of train.py for GPT-2 nano, but for the length and the evaluations: batches of 8 sequences, AdamW, a cosine
-    # schedule.
+    # The options of train.py for GPT-2 nano (batches of 8 sequences, AdamW, a cosine schedule), except the number of
+    # steps and of evaluation batches.
     changes = {"max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
     options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
@@ -210,7 +210,7 @@ def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="steps per model [%(default)s]")
-    parser.add_argument("--data", type=Path, help="a data set from data/prepare.py [pydoc, prepared now]")
+    parser.add_argument("--data", type=Path, help="a data set from data/prepare.py [pydoc, prepared first]")
     parser.add_argument("--picture", type=Path, default=Path("llama.png"), help="[%(default)s]")
     options = parser.parse_args()
     if options.steps < 1:

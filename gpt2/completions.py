@@ -1,8 +1,8 @@
-"""Completions for several clients at once: a request in the form of OpenAI's API, its pieces, and the worker thread.
+"""Completions for several clients at once: requests and responses of OpenAI's API, and the worker thread.
 
-A single thread does all computation. It serves the running requests in turn, one token at a time: each text is the same
-as if its request were alone, no request waits for another's long text, and a cancelled request ends after its current
-token. This module does not use the server library; see serve.py.
+A single thread does all computation. It serves the running requests round-robin, one token at a time: each text is the
+same as if its request ran alone, no request waits for another to finish, and a cancelled request ends after its current
+token. This module does not depend on the web framework; see serve.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Request:
 
 
 def parse_json(body: bytes) -> JsonObject:
-    """The JSON object in a body. Raises RequestError if it is not valid."""
+    """The JSON object in a request body. Raises RequestError if it is not valid."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -105,7 +105,7 @@ def parse_json(body: bytes) -> JsonObject:
 
 
 def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer, model_name: str) -> Request:
-    """The request in a JSON object of OpenAI's API. Raises RequestError naming the field if one is not valid."""
+    """The request in a JSON object of OpenAI's API. Raises RequestError, which names the field, if one is not valid."""
     fields = Fields(values)
     name = fields.text("model", model_name)
     if name != model_name:
@@ -184,9 +184,9 @@ class Fields:
         """Raise RequestError for a field that was not taken, unless its value has no effect."""
         for name, value in self._values.items():
             if name not in WITHOUT_EFFECT:
-                raise RequestError(f"{name[:80]!r} is not a field of this request", name[:80])
+                raise RequestError(f"{name[:80]!r} is not a supported field", name[:80])
             if value not in WITHOUT_EFFECT[name]:
-                raise RequestError(f"{name} is {_shown(value)}; it is not supported, leave it out", name)
+                raise RequestError(f"{name} is {_shown(value)}, which is not supported; leave it out", name)
 
 
 def _shown(value: object) -> str:
@@ -237,7 +237,7 @@ def _usage(value: object) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its pieces
+# Pieces of a response
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +378,7 @@ def describe_tokens(logits: np.ndarray | None, ids: np.ndarray, count: int | Non
 def _prompt_tokens(
     model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], logprobs: int | None
 ) -> list[TokenInfo]:
-    """The tokens of a prompt: the first has no probability."""
+    """The tokens of a prompt. The first one has no log-probability."""
     tokens = [TokenInfo(i, 0) for i in prompt]
     if logprobs is not None and len(prompt) > 1:
         with no_grad():
@@ -496,15 +496,15 @@ class Job:
     steps: Iterator[object] | None = None
 
     def cancel(self) -> None:
-        """No further step is computed, and nothing is delivered."""
+        """Stop the job: no more steps are computed, and nothing more is delivered."""
         self.cancelled = True
 
 
 class Worker:
-    """The thread that computes. It serves the running jobs in turn, one step at a time.
+    """The worker thread. It runs the active jobs round-robin, one step at a time.
 
-    running, waiting  the maximum number of jobs that run, and that wait.
-    seconds           time limit of a job, from its submission; after that it ends with an error.
+    running, waiting  the maximum number of running and of waiting jobs.
+    seconds           the time limit of a job, counted from its submission; a job that exceeds it ends with an error.
     """
 
     def __init__(self, running: int = RUNNING, waiting: int = WAITING, seconds: float = SECONDS):
@@ -548,7 +548,7 @@ class Worker:
                         self._running.remove(job)
 
     def _next_round(self) -> bool:
-        """Wait for jobs and start as many as may run; False when the worker is stopped."""
+        """Wait for jobs and start as many as the limit allows. Returns False when the worker is stopped."""
         with self._changed:
             while not (self._stopped or self._running or self._waiting):
                 self._changed.wait()

@@ -1,6 +1,6 @@
 """How commands run: options, exit status, one-line errors, Ctrl-C, closed pipes, and text on a terminal.
 
-The file of a command has this form:
+A command's file has this form:
 
     def command_line() -> Parser: ...
 
@@ -40,8 +40,8 @@ MIN_WIDTH, MAX_HELP_WIDTH = 20, 100  # columns
 def visible(text: str) -> str:
     """The text with control characters and other invisible format characters escaped, such as \\x1b or \\u202e.
 
-    For all text from models, names, data and configuration files: these characters could change a terminal. Line ends,
-    tabs and the joiners that scripts and emoji need are kept.
+    Apply it to all text from models, names, data and configuration files: such characters could control the terminal.
+    Newlines, tabs and the joiners that scripts and emoji need are kept.
     """
     return "".join(
         c.encode("unicode_escape").decode()
@@ -106,7 +106,7 @@ class Wrapper:
 
 
 class TextPrinter:
-    """Prints a text on stdout in pieces. A context manager, which ends the last line, also after Ctrl-C.
+    """Prints a text on stdout in pieces. A context manager that ends the last line, even after Ctrl-C.
 
     On a terminal the text is wrapped and control characters are visible; in a file or a pipe it is unchanged.
     """
@@ -134,7 +134,7 @@ def _print_piece(text: str) -> None:
 
 
 def columns(text: str) -> int:
-    """The number of columns that the text takes on a terminal."""
+    """The number of terminal columns that the text occupies."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -186,11 +186,11 @@ def command(
 
     ValueError, OSError, MemoryError  "NAME: error: ..." and `failed`
     an invalid option                 the same line and 2, from Parser
-    BrokenPipeError                   `closed_pipe`, without a line: the reader of the output has stopped reading. With
-                                      None it is an error like any other OSError.
+    BrokenPipeError                   `closed_pipe`, without a line: the output was closed by its reader. If None, it is
+                                      handled like any other OSError.
     Ctrl-C                            "NAME: interrupted" and 130; see on_interrupt
 
-    kept  what is still valid after an operating-system error or an interrupt; added at the end of the line.
+    kept  what remains valid after an operating-system error or an interrupt; appended to the line.
     fail  prints the line and returns the status.
     """
     remark = f"; {kept}" if kept else ""
@@ -227,12 +227,12 @@ def on_interrupt(remark: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Run a command's main function, in the last line of its file. Returns its exit status."""
+    """Run a command's main function; called on the last line of its file. Returns its exit status."""
     try:
         interrupts.raise_on_ctrl_c()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # the terminal's encoding may not have all characters
+                stream.reconfigure(errors="replace")  # the terminal's encoding may not support every character
         return main()
     except KeyboardInterrupt:  # just before or after main
         return 130
@@ -248,7 +248,7 @@ def one_line(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or else the error's type."""
+    """The first non-empty line of an error's message, or else the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -274,7 +274,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(action.option_strings)} {value}"  # the value only once, also before Python 3.13
+        return f"{', '.join(action.option_strings)} {value}"  # the value only once, even before Python 3.13
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -350,7 +350,7 @@ def _with_dashes(argument: str) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """A question that suggests the most similar of the `known` words, or "" if none is similar."""
+    """A suggestion of the most similar of the `known` words, or "" if none is similar."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {match[0]}?" if match else ""
 

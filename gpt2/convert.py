@@ -34,8 +34,8 @@ RUN_FORMAT = {"run": "the out-dir of a run that train.py resumes, from nanoGPT's
 ALL_FORMATS = {**FORMATS, **RUN_FORMAT}
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 NANOGPT_GELU = (
-    "nanoGPT computes the exact form of GELU, and this model has the tanh form; its activations there differ by up to "
-    "5e-4. Use nn.GELU(approximate='tanh') in nanoGPT's model.py"
+    "nanoGPT computes exact GELU, and this model uses the tanh approximation; the activations differ by up to 5e-4. "
+    "Use nn.GELU(approximate='tanh') in nanoGPT's model.py"
 )
 
 
@@ -49,8 +49,8 @@ def convert(
     activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
                 them.
 
-    Returns the config that was written. The model's begin and end ids are written unchanged, or those of its tokenizer
-    if it has none. After an error or an interrupt, nothing is left at `target`. Raises ValueError or OSError.
+    Returns the config that was written. If the model has no begin and end ids, those of its tokenizer are written.
+    After an error or an interrupt, nothing is left at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -88,7 +88,7 @@ def convert(
 
 
 def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenizer | None, GPT2Config]:
-    """The model's tokenizer, if one is known, and its config, with the tokenizer's ids if it has none."""
+    """The model's tokenizer, or None if unknown, and its config; missing begin and end ids come from the tokenizer."""
     try:
         tokenizer = Tokenizer.for_model(source, model.config.vocab_size)
     except (ValueError, OSError) as error:
@@ -100,7 +100,7 @@ def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenize
 
 
 def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState | None:
-    """The state of the run that the source is a checkpoint of. If there is none: None, or for --to run an error."""
+    """The training state in the source. If there is none: None, or an error for `--to run`."""
     if form not in ("pt", "run"):
         return None
     if exchange.is_run(source):
@@ -138,7 +138,7 @@ def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, sou
             shutil.copyfile(file, folder / name)
         return
     tokenizer.save_hugging_face(folder, config.n_positions)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # the layout cannot express this tokenizer
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # that layout cannot represent this tokenizer
         tokenizer.save(folder)
 
 
@@ -170,7 +170,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, or 1 if SRC cannot be read or DST cannot be written."""
+    """Run the command. Returns its exit status: 0, or 1 if SRC cannot be read or DST cannot be written."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if not options.source or not options.target:

@@ -1,7 +1,7 @@
 """The cost of a training step before it runs: FLOPs and bytes of every kernel, and its time on a device.
 
 The time of a kernel is the longer of its arithmetic and its memory traffic (the roofline model: Williams, Waterman and
-Patterson, 2009), each at the rate that the kernel's family sustains on the device, and the cost of a call:
+Patterson, 2009), each at the rate that the kernel's family sustains on the device, plus the overhead of a call:
 
     seconds = max(FLOPs / FLOP rate, bytes / byte rate) + call
 
@@ -297,8 +297,9 @@ def orthogonalize(config: GPT2Config, ranks: int) -> Cost:
 class Card:
     """A GPU model. Its peak FLOP/s and memory bandwidth are in tinygrad2/gpus.py under the same name.
 
-    memory     bytes; from data sheets, as is
-    link       bytes/s to another GPU, each way: NVLink, PCIe, or half of PCIe where data passes through the host.
+    memory     bytes, from the data sheet.
+    link       bytes/s to another GPU, each way, from the data sheet: NVLink, PCIe, or half of PCIe where data passes
+               through the host.
     products   the fraction of the bfloat16 peak that cublasLt's first choice of algorithm is expected to sustain.
     attention  the same for the attention kernels, forward and backward. Hopper and later reach their peak only with
                instructions that these do not use (wgmma, tcgen05).
@@ -379,11 +380,10 @@ def communication(config: GPT2Config, device: Device, ranks: int, zero: bool, ba
 
     In a ring all-reduce, each of n ranks sends and receives 2 (n - 1) / n of the gradients' bytes (Patarasuk and Yuan,
     2009). With ZeRO stage 1 half of that, a reduce-scatter; an all-gather of the values, the other half, follows
-    the update. A bucket is summed while the backward pass computes the next ones, so what overlaps is at most
+    the update. A bucket is summed while the backward pass computes the next ones. The gradient of the token embedding
+    is complete last, so its all-reduce does not overlap.
 
-    backward  the seconds of the backward pass of the last micro-step;
-
-    the gradient of the token embedding is complete last, and its sum overlaps with nothing.
+    backward  the seconds of the last micro-step's backward pass, an upper bound for the overlap.
     """
     if ranks == 1:
         return Communication(0.0, 0.0)

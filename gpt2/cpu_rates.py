@@ -1,8 +1,8 @@
 """The rates of this machine's CPU, for cost_model.py, measured in a second or two by training a small model.
 
-The model has the width, the heads and the sequences of the planned one, but one layer, few rows and a part of the
-vocabulary, so each kernel works on arrays of similar shape. The profiler measures the kernels; the rest of the time,
-divided by the number of calls, is Python's time per call.
+The model has the width, heads and sequence length of the planned one, but one layer, fewer rows and a smaller
+vocabulary, so each kernel works on arrays of similar shape. The profiler measures the kernels; the remaining
+time, divided by the number of calls, is Python's time per call.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ def command_line() -> console.Parser:
 
 @console.command("gpt2.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 1 if something that training needs does not work, else 0."""
+    """Run the command. Returns its exit status: 1 if something that training needs does not work, else 0."""
     command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
     # If Python is too old, nothing else is checked. While the speed of BLAS is measured, nothing else runs.

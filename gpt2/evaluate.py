@@ -57,7 +57,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit status: 0; 1 if something cannot be evaluated; 2 for an invalid option."""
+    """Run the command. Returns its exit status: 0; 1 if something cannot be evaluated; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     for name in ("batches", "block_size", "items", "batch_size"):

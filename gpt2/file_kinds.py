@@ -20,14 +20,14 @@ from typing import Any
 from gpt2.console import script_name
 from tinygrad2.checkpoint import JSON_BYTES
 
-FILES_INSIDE = 100  # in the folders of a folder that are looked at
-DIRECTORY_BYTES = 1 << 20  # of the list of a zip archive's entries; GPT-2 XL's, with its optimizer, has 0.2 MB
+FILES_INSIDE = 100  # maximum number of files in subfolders that are identified
+DIRECTORY_BYTES = 1 << 20  # maximum for a zip archive's central directory; GPT-2 XL's, with its optimizer, has 0.2 MB
 START_BYTES = 512  # the number of bytes at the start of a file that are read to identify its kind
-PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # not that of old files of torch.save
+PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # excluding legacy torch.save files
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
 LFS = "a Git LFS pointer, not the file itself; fetch the file with git lfs install && git lfs pull, in its folder"
-PICKLE = "a pickle of Python, not of torch.save; save model.state_dict() with torch.save instead"
+PICKLE = "a Python pickle that torch.save did not write; save model.state_dict() with torch.save instead"
 WEB_PAGE = "an HTML page, not the file itself; download it again from its `resolve` link (not `blob`), or log in"
 
 # Kinds by the first bytes.
@@ -51,7 +51,7 @@ STARTS = (
 # Kinds by the end of the file name, for formats without distinctive first bytes.
 ENDINGS = (
     (".gguf", dict(STARTS)[b"GGUF"]),
-    (".llamafile", "a llamafile of llama.cpp; it is not supported, use the model's safetensors"),
+    (".llamafile", "a llamafile of llama.cpp, which is not supported; use the model's safetensors"),
     (".onnx", "an ONNX model, which is not supported; use the model's safetensors or pytorch_model.bin"),
     (".msgpack", f"a Flax model, which is not supported; {TRANSFORMERS}"),
     (".h5", dict(STARTS)[b"\x89HDF\r\n\x1a\n"]),
@@ -64,7 +64,7 @@ ENDINGS = (
     (".mlmodel", "a Core ML model, which is not supported"),
     (
         ".distcp",
-        "a part of a distributed checkpoint of PyTorch (FSDP); merge its parts: "
+        "a part of a PyTorch distributed checkpoint (FSDP); merge its parts: "
         "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt",
     ),
     *((end, "an unfinished download; download it again") for end in (".incomplete", ".crdownload", ".part", ".aria2")),
@@ -74,7 +74,7 @@ OPENAI_FOLDER = (
     "gpt2-large or gpt2-xl for OpenAI's weights, or convert your own with transformers "
     "(convert_gpt2_original_tf_checkpoint_to_pytorch)"
 )
-DEEPSPEED_FOLDER = "a checkpoint of DeepSpeed; merge its parts: python zero_to_fp32.py . MODEL, in this folder"
+DEEPSPEED_FOLDER = "a DeepSpeed checkpoint; merge its parts: python zero_to_fp32.py . MODEL, in this folder"
 SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+(\.safetensors|\.bin)")
 WEIGHTS_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 STATE_OF_TRAINERS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
@@ -98,7 +98,7 @@ def _kind_of_start(start: bytes, name: str) -> str:
     if text.startswith((b"<!doctype html", b"<html")):
         return WEB_PAGE
     if text.startswith(b"<?xml") and b"<net name=" in text:
-        return "a model of OpenVINO; it is not supported, use the model's safetensors"
+        return "an OpenVINO model, which is not supported; use the model's safetensors"
     if text.startswith(b"<?xml"):
         return "an XML document, perhaps a server's error message, not the file itself; download it again"
     if start[257:262] == b"ustar":
@@ -107,7 +107,7 @@ def _kind_of_start(start: bytes, name: str) -> str:
     if found:
         return found
     if b"TransformerDecoderSpec" in start[:64]:
-        return "a model of CTranslate2; it is not supported, use the model's safetensors"
+        return "a CTranslate2 model, which is not supported; use the model's safetensors"
     if PICKLE_START.match(start) and name.endswith(WEIGHTS_ENDINGS):
         return PICKLE
     if start[4:8] == b"TFL3":
@@ -120,8 +120,8 @@ def _kind_of_start(start: bytes, name: str) -> str:
 
 
 def text_in(file: Path) -> str:
-    """The start of a file's text; "" if it is not plain text. A server that has no such file may have sent a line that
-    says so, which was saved as the file."""
+    """The start of a file's text; "" if it is not plain text. It may be the error
+    message of a server, saved in place of the file."""
     with file.open("rb") as opened:
         start = opened.read(START_BYTES)
     is_text = bool(start) and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
@@ -129,19 +129,19 @@ def text_in(file: Path) -> str:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which at most `limit` bytes are read at once."""
+    """A file that rejects reads of more than `limit` bytes."""
 
     limit = DIRECTORY_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > self.limit:
-            raise ValueError(f"the list of its entries has {size:,} bytes; expected at most {self.limit:,}")
+            raise ValueError(f"its central directory has {size:,} bytes; expected at most {self.limit:,}")
         return super().read(size)
 
 
 @contextmanager
 def open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive in a file. Raises ValueError if the list of its entries, which zipfile reads at once, is too long."""
+    """The archive in a file. Raises ValueError if its central directory, which zipfile reads at once, is too large."""
     with _Bounded(file.open("rb", buffering=0)) as stream, zipfile.ZipFile(stream) as archive:
         stream.limit = sys.maxsize
         yield archive
@@ -201,7 +201,7 @@ def _kind_of_contents(folder: Path, names: list[str]) -> str:
     other = [name for name in weights if not name.startswith(STATE_OF_TRAINERS)]
     if found := next(filter(None, map(SHARD.fullmatch, names)), None):
         index = "".join(found.groups()) + ".index.json"
-        return f"a folder with shards of a model, in which their index is missing; add {index}"
+        return f"a folder with the shards of a model but without their index; add {index}"
     if other:
         return f"a folder with {printable(other[0])}; use {folder / other[0]}"
     snapshots = sorted((folder / "snapshots").glob("*/config.json"))

@@ -231,7 +231,7 @@ def incomplete(folder: Path) -> str:
         if there:
             return f"; {there[0]} is there, {next(name for name in pair if name not in there)} is missing"
     if found := next((name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None):
-        return f"; {found} is a model of SentencePiece: save it with transformers as {HF_TOKENIZER}"
+        return f"; {found} is a SentencePiece model: save it with transformers as {HF_TOKENIZER}"
     return ""
 
 

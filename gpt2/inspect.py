@@ -57,8 +57,8 @@ def command_line() -> Parser:
 
 @console.command("gpt2.inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit status: 0; 1 if there is no valid model or the page cannot be written; 2 for an invalid
-    option."""
+    """Run the command. Returns its exit status: 0; 1 if there is no valid model or the page cannot be written; 2 for an
+    invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if options.max_tokens is not None and options.max_tokens < 0:

@@ -1,4 +1,4 @@
-"""An estimate of the memory that each rank allocates in a training step, by use.
+"""An estimate of the memory that each rank allocates in a training step, by purpose.
 
 Symbols: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers, P parameters.
 Arrays are (N, C) unless noted; the array of queries, keys and values is three times as wide, and those inside an MLP
@@ -15,7 +15,7 @@ from tinygrad2.precision import FLOAT32, Precision
 
 GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds larger arrays up to a multiple
 CHUNK = 64  # rows that kernels/cpu.py adds into one partial sum of a parameter's gradient
-BUCKET = 1 << 22  # elements that are summed over ranks at a time, and for which Muon's momentum is computed (params.py)
+BUCKET = 1 << 22  # elements per all-reduce, and per computation of Muon's momentum (params.py)
 RECEIVED = 16 << 20  # bytes that a rank receives at a time when sums are computed on the host (distributed.py)
 WORKSPACE = 32 << 20  # bytes for cublasLt (kernels/gemm.py)
 QUERY_ROWS = 128  # rows of scores at a time in attention
@@ -62,7 +62,7 @@ class Step:
 
 
 def step_memory(step: Step) -> dict[str, int]:
-    """Bytes per rank, by use; their sum is the peak."""
+    """Bytes per rank, by purpose; their sum is the peak."""
     return {
         **state(step),
         "activations": activations(step),
@@ -73,7 +73,7 @@ def step_memory(step: Step) -> dict[str, int]:
 
 
 def state(step: Step) -> dict[str, int]:
-    """Weights (with the copies that layers of another type read), gradients, and the optimizer's moments.
+    """Weights (and their copies in the dtype of the activations), gradients, and the optimizer's moments.
 
     AdamW has 2 moments per parameter, SGD 1, Muon 1 per element of a hidden layer's matrix and 2 of other parameters.
     With ZeRO stage 1 (arXiv:1910.02054) each rank stores a part of them.
@@ -94,9 +94,9 @@ def activations(step: Step) -> int:
     A block saves 16 arrays: 5 of width C (two sums of the residual stream, their normalizations, attention's result),
     q k v, and 4 + 4 in the MLP; with recompute="block" it saves 2, its inputs, and the 16 exist for one block.
 
-    On the CPU a pool keeps blocks of memory by size (tinygrad2/memory.py), so the maximum number of arrays of each
-    width counts, at whatever time it is reached. On a GPU, CuPy's pool divides blocks, so the maximum sum at any time
-    counts: in the backward pass of the last block's MLP or of the output layer, whichever is larger.
+    On the CPU a pool reuses blocks of memory only for the same size (tinygrad2/memory.py), so the peak is the sum of
+    the maximum for each width, even if these maxima occur at different times. On a GPU, CuPy's pool splits blocks, so
+    the peak is the largest total: in the backward pass of the last block's MLP or of the output layer.
     """
     L, s = step.config.n_layer, step.precision.activation_bytes
     block, dropped = step.recompute == "block", int(step.dropout)
@@ -177,7 +177,7 @@ def _cuda_buffers(step: Step) -> int:
 
 
 def pooled(nbytes: int) -> int:
-    """The size of the memory block of an array."""
+    """The size of the pool's memory block for an array."""
     return nbytes if nbytes < GRANULE else math.ceil(nbytes / GRANULE) * GRANULE
 
 

@@ -4,9 +4,9 @@ A pickle is a program. `interpret` implements the opcodes for plain data: dictio
 A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
 stores elsewhere; by default, each is an error.
 
-The time and the memory are bounded: by the size of the program and the number of its opcodes; by keys, whose hashes a
-file cannot choose to be equal; and by counting an object as often as the result contains it, since a small program can
-describe a tuple of two equal tuples of two equal tuples, and so on.
+The time and the memory are bounded: by the size of the program and the number of its opcodes; by restricting
+keys to those whose hashes a file cannot make collide; and by counting every occurrence of an object in the result,
+since a small program can describe a tuple of two references to a tuple of two references, and so on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has less than 1 MB
 OPCODE_LIMIT = 1 << 18  # opcodes of a pickle; GPT-2 XL's, with its optimizer, has less than 100,000
-OBJECT_LIMIT = 1 << 20  # objects in the result, each counted as often as it occurs
-DEPTH_LIMIT = 100  # containers within containers
-KEY_LIMIT = 1 << 31  # upper bound for integer keys: larger ones can be chosen to have equal hashes
+OBJECT_LIMIT = 1 << 20  # objects in the result, each counted once per occurrence
+DEPTH_LIMIT = 100  # nested containers
+KEY_LIMIT = 1 << 31  # upper bound for integer keys: larger ones can be chosen so that their hashes collide
 
 
 class Meanings:
@@ -46,7 +46,7 @@ class Meanings:
         raise ValueError("its pickle sets the attributes of an object; expected plain data")
 
     def contents(self, value: object) -> list[object]:
-        """The objects in an object that `call` has made."""
+        """The objects contained in an object that `call` returned."""
         return []
 
 
@@ -158,8 +158,8 @@ def _is_key(key: object) -> bool:
 
 
 def _check_size(result: object, meanings: Meanings) -> None:
-    """Raise ValueError if the result is nested too deeply, or has too many objects when each is counted as often as it
-    occurs. (Until then, no operation takes a time that depends on what an object contains.)"""
+    """Raise ValueError if the result is nested too deeply, or has too many objects, counting every occurrence.
+    (Before this check, no operation's time depends on the contents of an object.)"""
     sizes: dict[int, int] = {}  # of containers, by their identity
 
     def size(value: object, depth: int) -> int:

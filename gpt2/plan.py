@@ -47,11 +47,13 @@ class Row:
 class Plan:
     """A planned run.
 
-    step           on each rank;  micro_steps  in a step;  tokens  of the whole run.
-    largest_batch  the largest --batch-size that fits, 0 if none does.
-    dividing       the largest such value that divides the tokens per step, 0 if none does.
-    rows           the kernels of a step by family.
-    seconds        of a step, and `python` the part of it in which only Python runs.
+    step             a micro-step of one rank.
+    micro_steps      per step.
+    tokens           of the whole run.
+    largest_batch    the largest --batch-size that fits, 0 if none does.
+    dividing         the largest such value that divides the tokens per step, 0 if none does.
+    rows             the kernels of a step by family.
+    python, seconds  the part of a step in which only Python runs, and the whole step.
     """
 
     step: Step
@@ -206,7 +208,7 @@ def device_of(name: str, memory: float | None, step: Step) -> Device:
 def report(plan: Plan) -> list[str]:
     """The lines of the report."""
     step, config = plan.step, plan.step.config
-    rates = "its rates are estimates" if step.cuda else f"{step.threads} threads, rates as measured now"
+    rates = "estimated rates" if step.cuda else f"{step.threads} threads, rates measured now"
     factors = (
         f"{step.batch_size} x {step.block_size:,} tokens x {plan.micro_steps} (micro-steps) x {step.ranks} (ranks)"
     )
@@ -215,7 +217,7 @@ def report(plan: Plan) -> list[str]:
         f"device     {plan.device.name}, {step.precision.name}; {rates}",
         f"batch      {plan.step_tokens:,} tokens per step = {factors}",
         "",
-        f"{'memory of a rank':<24}{'GB':>10}",
+        f"{'memory per rank':<24}{'GB':>10}",
         *(f"  {name:<22}{nbytes / 1e9:10.3f}" for name, nbytes in step_memory(step).items()),
         f"  {'total':<22}{needed(step) / 1e9:10.3f}",
         *_fit(plan),
@@ -234,7 +236,7 @@ def _times(plan: Plan) -> list[str]:
     def line(name: str, seconds: float, work: str = "") -> str:
         return f"  {name:<22}{1e3 * seconds:10.2f}{seconds / plan.seconds:9.1%}{work}"
 
-    lines = [f"{'time of a step':<24}{'ms':>10}{'share':>9}{'calls':>9}{'TFLOP':>10}{'GB':>10}"]
+    lines = [f"{'time per step':<24}{'ms':>10}{'share':>9}{'calls':>9}{'TFLOP':>10}{'GB':>10}"]
     for name, row in sorted(plan.rows.items(), key=lambda item: -item[1].seconds):
         work = f"{row.calls:9,}{row.flops / 1e12:10.3f}{row.nbytes / 1e9:10.2f}"
         lines.append(line(name, row.seconds, work))
@@ -296,7 +298,7 @@ def as_json(plan: Plan) -> str:
 
 def command_line() -> Parser:
     parser = Parser("python -m gpt2.plan", "Estimate the memory and time of a training run before it starts.")
-    own = parser.add_argument_group("where and how long")
+    own = parser.add_argument_group("device and length")
     devices = ", ".join([*THIS_MACHINE, *MODELS])
     own.add_argument("--device", metavar="NAME", default="auto", help=f"a device of this machine, or a GPU: {devices}")
     own.add_argument("--ranks", metavar="N", type=int, default=1, help="processes, each with its own GPU or machine")
@@ -304,8 +306,8 @@ def command_line() -> Parser:
         "--link",
         metavar="GB/S",
         type=float,
-        help="rate between neighbouring ranks, each way [default: NVLink or PCIe, 400 Gbit/s per GPU beyond 8 ranks; "
-        "for CPUs 10 Gbit/s]",
+        help="bandwidth between neighbouring ranks, each way [default: NVLink or PCIe, 400 Gbit/s per GPU beyond 8 "
+        "ranks; for CPUs 10 Gbit/s]",
     )
     own.add_argument("--tokens", metavar="N", type=int, help="tokens to train on [default: from --max-iters]")
     own.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
@@ -319,7 +321,7 @@ def plan_of(given: OptionValues, device: str, ranks: int, tokens: int | None, li
 
     link  GB/s between neighbouring ranks, or None for the device's.
 
-    Raises UsageError for an invalid option, ValueError if the device is not available or lacks the precision.
+    Raises UsageError for an invalid option, ValueError if the device is unavailable or does not support the precision.
     """
     for flag, value in (("--ranks", ranks), ("--tokens", tokens), ("--link", link)):
         if value is not None and not 0 < value < 1e18:

@@ -35,7 +35,7 @@ def command_line() -> Parser:
     group.add_argument(
         "--dtype",
         choices=TRAINING,
-        help="precision of the computation [default: that of the run, or float32 where the device does not have it]",
+        help="precision of the computation [default: that of the run, or float32 if the device does not support it]",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to FILE [default: none]")
@@ -44,7 +44,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.replay")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
+    """Run the command. Returns its exit status: 0, 1 if the step cannot be run again, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     parser.check_output("--json", options.json)

@@ -625,7 +625,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.report")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Its exit status: 0, 1 if a folder is not the out-dir of a run, 2 for an invalid option."""
+    """Run the command. Returns its exit status: 0, 1 if a folder is not an out-dir, 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     parser.check_output("--output", options.output)

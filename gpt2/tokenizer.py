@@ -44,7 +44,7 @@ CHARACTERS_FILE = "meta.pkl"  # nanoGPT's file for a vocabulary of characters
 BUILT_IN = ("bytes", "gpt2")
 
 # GPT-2's pre-tokenizer: before bytes are merged, it splits text (Radford et al., 2019, section 2.2) into contractions,
-# words, numbers and punctuation, each with the space before it, and white space. The possessive quantifiers, as in
+# words, numbers and punctuation, each with the space before it, and whitespace. The possessive quantifiers, as in
 # tiktoken, are faster and give the same pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES_PATTERN = r"(?s:.+)"  # no split: this vocabulary has no merges

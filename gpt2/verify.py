@@ -282,7 +282,8 @@ def command_line() -> Parser:
 
 @console.command("gpt2.verify", failed=2, closed_pipe=2)  # 2: nothing has been verified
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Exit status: 0 if everything agrees; 1 if something differs; 2 if nothing could be verified."""
+    """Run the command. Returns its exit status: 0 if everything agrees; 1 if something differs; 2 if nothing was
+    verified."""
     parser = command_line()
     options = parser.parse_args(arguments)
     comparing = options.against is not None or options.preset is not None

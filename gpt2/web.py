@@ -141,7 +141,7 @@ class Service:
             raise RequestError("tokens: expected a list of at least one id", "tokens")
         (tokens,) = self._parse({"prompt": tokens, "max_tokens": 0}).prompts
         if not isinstance(prompt, int) or isinstance(prompt, bool) or not 0 <= prompt <= len(tokens):
-            raise RequestError(f"prompt: expected how many of the {len(tokens)} tokens were given", "prompt")
+            raise RequestError(f"prompt: expected the number of prompt tokens, at most {len(tokens)}", "prompt")
         dropped = max(0, len(tokens) - self.model.config.n_positions)
         kept, given = tokens[dropped:], max(0, prompt - dropped)
 

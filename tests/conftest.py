@@ -17,7 +17,7 @@ from tinygrad2 import autograd, backend, threads
 from tinygrad2.kernels import gemm
 
 # `pytest -m quick`, in less than a minute: the mathematics, the tape, operations, layers, optimizers, the model,
-# sampling, and the rules of the repository. Paths are relative to this folder; a folder stands for all files in it.
+# sampling, and the rules of the repository. Paths are relative to this folder; a folder means all files in it.
 QUICK = (
     "tinygrad2/test_reference.py", "tinygrad2/test_gradcheck.py", "tinygrad2/test_autograd.py",
     "tinygrad2/test_tensor.py", "tinygrad2/test_ops.py", "tinygrad2/test_nn.py", "tinygrad2/test_params.py",

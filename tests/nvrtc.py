@@ -182,7 +182,7 @@ def _usages(log: str) -> Iterator[Usage]:
 
 
 def main() -> bool:
-    """Print a table of all kernels. Returns whether none of them spills."""
+    """Print a table of all kernels. Returns whether all of them avoid spills."""
     work = [
         (family, architecture, defines)
         for family in (sys.argv[1:] or families())

@@ -83,7 +83,7 @@ def test_an_error_shows_escape_sequences(capsys):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("gpt2.", "data", "sample", "train"))])
 def test_commands_print_by_the_functions_that_make_control_characters_visible(command):
-    """print() would send text of a model, a name or a file to the terminal as it is."""
+    """print() would send text of a model, a name or a file to the terminal unescaped."""
     text = Path(module_of(command).__file__).read_text()
     bare = [line for line in text.splitlines() if re.match(r"\s*print\(", line)]
     assert [line for line in bare if "--- sample" not in line] == []

@@ -164,7 +164,7 @@ def test_one_two_and_four_ranks_compute_the_same(user, dtype):
 
 
 def test_ranks_compute_the_same_in_bfloat16(user):
-    """By the portable path, on any processor. The losses of one rank differ by roundings to bfloat16."""
+    """The portable path is used, on any processor. The losses of one rank differ by roundings to bfloat16."""
     patch = FIRST_GRADIENTS + "from tinygrad2.kernels import onednn\nonednn.library = lambda: None\n"
     patch += "onednn.unavailable_reason = lambda: None\n"
     for name, ranks, more in (("1", 1, []), ("2", 2, []), ("z2", 2, ["--zero"]), ("r2", 2, ["--recompute", "block"])):
@@ -493,7 +493,7 @@ def test_an_mpirun_of_another_mpi_is_rejected(user):
 
 
 def test_gradients_of_a_gpu_are_staged(user):
-    """On the stand-in for CuPy, which detects memory that is read or changed before its copy is done."""
+    """Run on the stand-in for CuPy, which detects memory that is read or changed before its copy is done."""
     code = "from tests.stand_ins import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8"]
     for more in ([], ["--zero"]):
@@ -504,7 +504,7 @@ def test_gradients_of_a_gpu_are_staged(user):
 
 
 def test_gradients_go_from_gpu_to_gpu(user):
-    """On the stand-ins for CuPy and NCCL, which detect memory that is read, changed or freed during a sum."""
+    """Run on the stand-ins for CuPy and NCCL, which detect memory that is read, changed or freed during a sum."""
     code = """
 from mpi4py import MPI
 from tests.stand_ins import nccl as fake_nccl, strict_cupy

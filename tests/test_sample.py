@@ -221,7 +221,7 @@ def test_text_streams(user):
 
 @pytest.mark.slow
 def test_compilation_is_announced_before_any_text(user):
-    """With an empty cache of compiled kernels, as after a fresh clone."""
+    """The cache of compiled kernels is empty, as after a fresh clone."""
     save_model("checkpoint")
     command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "20", "-n", "2", "--seed", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(user / "cache")}

@@ -126,7 +126,7 @@ def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
             raise ValueError(f"{op}: axis {i} is out of range for a tensor with {ndim} axes")
     axes = tuple(int(i) % ndim for i in given) if ndim else ()
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{op}: axis {axis!r} gives an axis of a tensor of {ndim} axes twice")
+        raise ValueError(f"{op}: axis {axis!r} repeats an axis of a tensor with {ndim} axes")
     return axes
 
 

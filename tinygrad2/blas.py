@@ -1,12 +1,12 @@
-"""Matrix products by the C interface of a BLAS library: the one that NumPy has loaded, or Intel's MKL where the package
-`mkl` is installed and measurably faster.
+"""Matrix products through the C interface of a BLAS library: the one that NumPy has loaded, or Intel's MKL if the
+package `mkl` is installed and measurably faster.
 
-numpy.matmul cannot accumulate into a gradient, which would need a temporary matrix and another pass, and it cannot be
+numpy.matmul cannot accumulate into a gradient (a temporary matrix and another pass would be needed), and it cannot be
 called from compiled code. cblas_sgemm computes C = alpha A B + beta C, and compiled code can call it by its address. If
 no library with this interface is found, numpy.matmul is used.
 
-Which library is faster depends on the processor: MKL on Intel's, OpenBLAS on AMD's. So both are measured at the first
-use, and the result is kept on disk, by processor and versions. TINYGRAD2_BLAS=numpy or mkl selects one instead.
+Which library is faster depends on the processor: MKL on Intel's, OpenBLAS on AMD's. So both are measured on first use,
+and the results are cached on disk, by processor and version. TINYGRAD2_BLAS=numpy or mkl selects one instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from threadpoolctl import ThreadpoolController
 from tinygrad2 import machine, memory, threads
 from tinygrad2.files import atomic_write
 
-Gemm = Any  # a cblas_?gemm of ctypes, whose class has no public name
+Gemm = Any  # a ctypes function, whose class has no public name
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
 
 # Prefix and suffix of the names, and whether integers have 64 bits: NumPy's own OpenBLAS first.
@@ -41,11 +41,11 @@ _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False),
 class Library:
     """A BLAS library.
 
-    name        as in TINYGRAD2_BLAS.
-    title       its own name and its version, such as "OpenBLAS 0.3.31 (SkylakeX)".
+    name        the value of TINYGRAD2_BLAS that selects it.
+    title       its name and version, such as "OpenBLAS 0.3.31 (SkylakeX)".
     functions   cblas_?gemm by dtype; an empty dict if there is no such interface.
     wide        whether the integers of the functions have 64 bits.
-    sequential  whether it computes on the calling thread whatever threads.py sets.
+    sequential  whether it always computes on the calling thread, regardless of threads.py.
     calls       (address of the function, wide) by dtype, for compiled code.
     """
 
@@ -74,7 +74,7 @@ def _numpys() -> Library:
 
 
 def _mkl() -> Library | None:
-    """MKL, set to compute on the calling thread, since kernels/pool.py has the threads; None if it is not installed."""
+    """MKL, computing on the calling thread, since kernels/pool.py provides the threads; None if it is not installed."""
     try:
         files = metadata.files("mkl") or []
         library = ctypes.CDLL(str(next(file.locate() for file in files if "mkl_rt" in file.name)))
@@ -106,8 +106,8 @@ def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wi
 # Which library -------------------------------------------------------------------------------------------------------
 
 NUMPYS = _numpys()
-GAIN = 1.1  # how many times as fast as NumPy's library another one must be
-# (m, k, n) of products whose speed decides: a linear layer forward and backward, and a block of attention scores.
+GAIN = 1.1  # minimum speedup over NumPy's library for another one to be used
+# (m, k, n) of the products that are timed: a linear layer forward and backward, and a block of attention scores.
 SHAPES = ((256, 768, 768), (768, 256, 768), (128, 64, 512))
 REPEATS = 5
 
@@ -148,7 +148,7 @@ def _forced() -> Library | None:
 
 def _fastest() -> Library:
     """NumPy's library, or MKL if that is at least GAIN times as fast."""
-    kept = [_kept_rates().get(title, math.inf) for title in _titles()]
+    kept = [_cached_rates().get(title, math.inf) for title in _titles()]
     if len(kept) == 1 or kept[1] < GAIN * kept[0] < math.inf:
         return NUMPYS  # without loading MKL
     mkl = _mkl()
@@ -159,17 +159,17 @@ def _fastest() -> Library:
 
 
 def rates(libraries: Sequence[Library]) -> dict[str, float]:
-    """FLOP/s of each library in float32 on one thread, by title; measured once, then read from disk."""
-    kept = _kept_rates()
+    """FLOP/s of each library in float32 on one thread, by title; measured once, then cached on disk."""
+    kept = _cached_rates()
     if any(library.title not in kept for library in libraries):
-        kept |= measure(libraries)  # all of them, in alternation, since they will be compared
-        _keep_rates(kept)
+        kept |= measure(libraries)  # all of them, alternately, since they will be compared
+        _cache_rates(kept)
     return {library.title: kept[library.title] for library in libraries}
 
 
 def measure(libraries: Sequence[Library]) -> dict[str, float]:
-    """FLOP/s of each library by title: products of SHAPES, the libraries in alternation, the best of REPEATS.
-    This takes some 50 milliseconds."""
+    """FLOP/s of each library by title: products of SHAPES, alternating between libraries, the best of REPEATS.
+    This takes about 50 milliseconds."""
     best = {(library.title, shape): float("inf") for library in libraries for shape in SHAPES}
     with threads.blas_on_one_thread():
         for shape in SHAPES:
@@ -187,7 +187,7 @@ def measure(libraries: Sequence[Library]) -> dict[str, float]:
 
 def considered() -> dict[str, float]:
     """FLOP/s on one thread of the library in use, and of another one that it was compared with, by title."""
-    return rates([chosen()]) | {title: rate for title, rate in _kept_rates().items() if title in _titles()}
+    return rates([chosen()]) | {title: rate for title, rate in _cached_rates().items() if title in _titles()}
 
 
 def _titles() -> list[str]:
@@ -198,22 +198,22 @@ def _titles() -> list[str]:
 
 
 def description() -> str:
-    """The library in use and what it reached, with the others that are installed."""
+    """The library in use and its measured rate, and those of the others that are installed."""
     first, *others = sorted(considered().items(), key=lambda item: item[0] != chosen().title)
-    beside = "".join(f"; {title}: {rate / 1e9:,.0f}" for title, rate in others)
-    return f"{first[0]}, {first[1] / 1e9:,.0f} GFLOP/s in float32 on a thread{beside}"
+    rest = "".join(f"; {title}: {rate / 1e9:,.0f}" for title, rate in others)
+    return f"{first[0]}, {first[1] / 1e9:,.0f} GFLOP/s in float32 on one thread{rest}"
 
 
-def _kept_rates() -> dict[str, float]:
-    """The rates on this processor that are kept on disk, by title."""
+def _cached_rates() -> dict[str, float]:
+    """The rates on this processor that are cached on disk, by title."""
     with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         kept = json.loads(_file().read_text(encoding="utf-8"))[machine.processor_model()]
         return {title: float(rate) for title, rate in kept.items()}
     return {}
 
 
-def _keep_rates(found: dict[str, float]) -> None:
-    """Write them. Without a writable folder they are measured in every process."""
+def _cache_rates(found: dict[str, float]) -> None:
+    """Cache them on disk. If the folder is not writable, they are measured in every process."""
     kept = {}
     with suppress(OSError, ValueError, TypeError):
         kept = dict(json.loads(_file().read_text(encoding="utf-8")))
@@ -235,7 +235,7 @@ def gemm(
 ) -> None:
     """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype.
 
-    library  another than the one in use.
+    library  used instead of the chosen one.
     """
     function = (library or chosen()).functions.get(out.dtype.name)
     left, right, result = layout(a), layout(b), layout(out)

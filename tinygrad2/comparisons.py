@@ -18,8 +18,8 @@ def _in_place(op: str) -> Callable[[Any, Any], Any]:
         if x.leaf is None or (autograd.is_recording() and not x._is_parameter):
             return NotImplemented
         raise TypeError(
-            f"{op}: a {type(x).__name__} is not changed in place: use x.data {op} y, which changes its values, or "
-            f"x = x {op[:-1]} y, which makes a new tensor"
+            f"{op}: a {type(x).__name__} cannot be changed in place: use x.data {op} y, which changes its values, or "
+            f"x = x {op[:-1]} y, which creates a new tensor"
         )
 
     return method
@@ -29,7 +29,7 @@ class Comparisons(Methods[T]):
     """A base class of Tensor.
 
     `x += y` makes a new Tensor, as x = x + y does. It is an error for a Parameter, and inside no_grad() for any leaf:
-    there, `p -= lr * p.grad` is meant to change the parameter, and would leave it as it is.
+    there, `p -= lr * p.grad` is meant to change the parameter, and would leave it unchanged.
     """
 
     __slots__ = ()

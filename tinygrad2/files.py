@@ -31,7 +31,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
-    """Yields a temporary path beside `path` at which to make a file, a folder or a link, and renames that to `path`.
+    """Yields a temporary path next to `path` at which to make a file, a folder or a link, and renames that to `path`.
 
     The content is flushed to the disk first. An existing `path` is replaced; a reader sees the old or the new content.
     If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves at most the

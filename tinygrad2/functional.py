@@ -96,7 +96,7 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
 
 @protocols.pytorch_names
 def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
-    """Tensors of one dtype, and of equal shapes but for `axis`, joined along it; axis None joins them flattened.
+    """Tensors of one dtype, and of equal shapes except along `axis`, joined along it; axis None joins them flattened.
 
     >>> concatenate([ones(2, 3), zeros(2, 1)], axis=1).shape
     (2, 4)
@@ -209,7 +209,7 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
     else:
         result = "".join(dots) + "".join(sorted(x for x in letters if "".join(terms).count(x) == 1))
     if len(set(result)) != len(result) or not set(result) <= {*"".join(terms)}:
-        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must appear in it once, and in an operand")
+        raise ValueError(f"einsum: {subscripts!r}: each letter of the result must be unique and occur in an operand")
     return terms, result
 
 
@@ -473,7 +473,7 @@ def cross_entropy(
     expected = logits.shape if shares else logits.shape[:-1]
     if shares and values.shape == logits.shape[:-1]:
         raise TypeError(
-            f"cross_entropy: targets are of dtype {values.dtype}; expected integers, or a share of each class"
+            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a share of each class"
         )
     for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
         if shape != fit:

@@ -1,8 +1,8 @@
-"""What to use for a name that PyTorch or NumPy has and tinygrad2 does not: the end of the AttributeError.
+"""Hints for names that exist in PyTorch or NumPy but not in tinygrad2, appended to the AttributeError.
 
-    tinygrad2.conv2d  ->  AttributeError: tinygrad2 has no attribute 'conv2d'; convolutions are not offered: ...
+    tinygrad2.conv2d  ->  AttributeError: tinygrad2 has no attribute 'conv2d'; convolutions are not supported: ...
 
-Each table maps a name to its hint, for the attributes of one object: of the package, of a module of it, or of a class.
+Each table maps missing names to hints, for one owner: the package, one of its modules, or a class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Hints = dict[str, str]
 
 
 def _hints(rows: dict[str, str]) -> Hints:
-    """The hint for each name; the key of a row lists the names."""
+    """Expand rows whose keys list several names into one hint per name."""
     return {name: hint for names, hint in rows.items() for name in names.split()}
 
 
@@ -27,9 +27,9 @@ def missing(owner: str, name: str, hints: Hints) -> AttributeError:
 
 
 def missing_in_place(name: str, methods: type) -> AttributeError:
-    """The error for a method of PyTorch that changes a tensor in place, such as `add_`."""
-    other = f"x = x.{name[:-1]}(...), or " if hasattr(methods, name[:-1]) else ""
-    return missing("Tensor", name, {name: f"a Tensor is not changed in place: {other}write to x.data"})
+    """The error for one of PyTorch's in-place methods, such as `add_`."""
+    other = f"use x = x.{name[:-1]}(...), or " if hasattr(methods, name[:-1]) else ""
+    return missing("Tensor", name, {name: f"in-place methods are not supported: {other}write to x.data"})
 
 
 def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
@@ -42,7 +42,7 @@ def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
 
 
 def refuse_calls(module: str, hint: str) -> None:
-    """Make a call of this module, whose name is that of a function elsewhere, an error that says what to use."""
+    """Make calls of this module, which shares its name with a function of PyTorch or NumPy, an error with this hint."""
 
     class Module(ModuleType):
         def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -51,29 +51,29 @@ def refuse_calls(module: str, hint: str) -> None:
     sys.modules[module].__class__ = Module
 
 
-# Operations that are not offered, as functions and as methods ---------------------------------------------------------
+# Unsupported operations, as functions and as methods ------------------------------------------------------------------
 
-NOT_OFFERED = _hints(
+UNSUPPORTED = _hints(
     {
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d unfold fold correlate":
-            "convolutions are not offered: sum shifted slices times their weights, or write an operation with record()",
+            "convolutions are not supported: sum shifted slices times weights, or write an operation with record()",
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
         "adaptive_max_pool2d max_unpool2d lp_pool2d interpolate upsample pixel_shuffle":
-            "pooling is not offered: reshape an axis of n elements to (n // k, k), and use max or mean over the axis k",
+            "pooling is not supported: reshape an axis of n elements to (n // k, k), and take max or mean over k",
         "scatter scatter_add scatter_reduce index_add index_copy index_fill index_put index_reduce masked_scatter put "
         "put_along_axis slice_scatter select_scatter diagonal_scatter fill_diagonal copyto place putmask":
-            "scatter is not offered, as a Tensor is not changed in place: use where(mask, x, y), or "
+            "scatter is not supported: use where(mask, x, y), or "
             "one_hot(index, n).T @ x, which adds row i of x to row index[i] of n rows",
         "linalg inv inverse pinv pinverse det logdet slogdet svd eig eigh eigvals eigvalsh qr lu cholesky solve lstsq "
         "matrix_power matrix_rank matrix_exp cond triangular_solve cholesky_solve":
-            "linear algebra is not offered except products, norm, trace and diagonal: for constants, use np.linalg",
-        "fft ifft rfft irfft stft istft": "Fourier transforms are not offered: for constants, use np.fft",
+            "linear algebra is not supported except products, norm, trace and diagonal: for constants, use np.linalg",
+        "fft ifft rfft irfft stft istft": "Fourier transforms are not supported: for constants, use np.fft",
         "batch_norm group_norm instance_norm local_response_norm":
-            "this normalization is not offered: use layernorm or rmsnorm",
+            "this normalization is not supported: use layernorm or rmsnorm",
         "nonzero argwhere unique unique_consecutive bincount histogram histc searchsorted bucketize digitize isin":
-            "it has no gradient: use NumPy's function of x.numpy()",
+            "it has no gradient: apply NumPy's function to x.numpy()",
         "quantile nanquantile percentile kthvalue mode": "use x.sort(axis).values, or np.median(x)",
-        "cummax cummin": "use NumPy's maximum.accumulate of x.numpy(), which has no gradient",
+        "cummax cummin": "it has no gradient: apply np.maximum.accumulate or np.minimum.accumulate to x.numpy()",
     }
 )  # fmt: skip
 
@@ -103,7 +103,7 @@ COMPOSED = _hints(
 # The attributes of each object ---------------------------------------------------------------------------------------
 
 TENSOR = (
-    NOT_OFFERED
+    UNSUPPORTED
     | COMPOSED
     | _hints(
         {
@@ -114,7 +114,7 @@ TENSOR = (
             "cuda": 'use x.to("cuda")',
             "element_size": "use x.data.itemsize",
             "itemsize nbytes strides": "use the attribute of the array x.data",
-            "stride": "use x.data.strides, which are bytes",
+            "stride": "use x.data.strides, in bytes",
             "data_ptr": "use x.data",
             "grad_fn": "use repr(x), which names the operation",
             "is_leaf": "use x.leaf is not None",
@@ -125,7 +125,7 @@ TENSOR = (
             "register_hook": "use x.leaf.on_final",
             "type type_as": "use x.astype(dtype)",
             "zero_grad": "use x.grad = None",
-            "values indices": "max and min give the values only: use max(axis=...) and argmax(axis=...)",
+            "values indices": "max and min return only the values: use max(axis=...) and argmax(axis=...)",
             "new_zeros new_ones new_full new_empty new_tensor": "use zeros, ones or full with x's dtype",
             "is_contiguous": "use x.data.flags.c_contiguous",
             "byte char short bool": "use x.astype(dtype)",
@@ -135,7 +135,7 @@ TENSOR = (
 )
 
 FUNCTIONS = (
-    NOT_OFFERED
+    UNSUPPORTED
     | COMPOSED
     | _hints(
         {
@@ -146,19 +146,19 @@ FUNCTIONS = (
             "rand_like randn_like": "use rand or randn with x.shape",
             "save load": "use model.save(path) and model.load(path)",
             "float16 float32 float64 bfloat16 half double float int8 uint8 int16 int32 int64 int long bool dtype":
-                'a dtype is a string or NumPy\'s: "float32"',
-            "device cuda": 'a device is a string: "cpu" or "cuda"',
+                'pass a dtype as a string, such as "float32", or as a NumPy dtype',
+            "device cuda": 'pass a device as a string: "cpu" or "cuda"',
             "is_tensor": "use isinstance(x, Tensor)",
             "grad value_and_grad elementwise_grad": "use loss.backward(), then x.grad",
             "enable_grad set_grad_enabled inference_mode is_grad_enabled": "use no_grad()",
-            "jacobian hessian jvp vjp make_jvp make_vjp hvp func": "use backward(dy); second-order gradients are not "
-                "supported",
-            "compile jit vmap": "operations run at once, on whole arrays",
+            "jacobian hessian jvp vjp make_jvp make_vjp hvp func": "second-order gradients are not supported: use "
+                "backward(dy)",
+            "compile jit vmap": "it is not supported: operations run eagerly, on whole arrays",
             "layer_norm": "use layernorm",
             "rms_norm": "use rmsnorm",
-            "Module Linear LayerNorm Embedding Parameter": "use that of tinygrad2.nn",
-            "AdamW SGD Adam": "use that of tinygrad2.optim",
-            "nan inf pi e": "use that of math",
+            "Module Linear LayerNorm Embedding Parameter": "use the one in tinygrad2.nn",
+            "AdamW SGD Adam": "use the one in tinygrad2.optim",
+            "nan inf pi e": "use the one in math",
             "newaxis": "use None",
             "float_power": "use x ** y",
             "tril_indices triu_indices diag_indices logspace geomspace": "use NumPy's function",
@@ -170,14 +170,14 @@ OPS = _hints(
     {
         "relu sigmoid silu tanh exp log where concatenate cat stack einsum matmul mse_loss log_softmax rmsnorm maximum "
         "scaled_dot_product_attention rotary_embedding one_hot minimum sum mean nll_loss":
-            "ops has the operations of GPT-2: the others are functions of the package, as in tinygrad2.relu(x)",
+            "ops contains only GPT-2's operations: the others are functions of the package, such as tinygrad2.relu",
         "layer_norm": "use layernorm",
     }
 )  # fmt: skip
 
 AUTOGRAD = _hints(
     {
-        "Function": "an operation is two functions, the first of which ends in tinygrad2.record()",
+        "Function": "write an operation as two functions: the forward function returns tinygrad2.record(...)",
         "grad functional": FUNCTIONS["grad"],
         "gradcheck": "use tinygrad2.gradcheck.check",
         "Variable": "use tinygrad2.Tensor",
@@ -185,17 +185,17 @@ AUTOGRAD = _hints(
     }
 )
 
-_POOL = NOT_OFFERED["max_pool2d"]
-_RECURRENT = "recurrent layers are not offered: examples/name_gru.py has a GRU"
+_POOL = UNSUPPORTED["max_pool2d"]
+_RECURRENT = "recurrent layers are not supported: examples/name_gru.py has a GRU"
 _TRANSFORMER = "use tinygrad2.scaled_dot_product_attention; examples/seq2seq_attention.py has a Transformer"
-_FUNCTION = "a function is a layer too: use Tensor."
+_FUNCTION = "layers can be functions: use Tensor."
 LAYERS = _hints(
     {
-        "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Unfold Fold": NOT_OFFERED["conv2d"],
+        "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Unfold Fold": UNSUPPORTED["conv2d"],
         "MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool2d AdaptiveMaxPool2d Upsample":
             _POOL,
         "BatchNorm1d BatchNorm2d BatchNorm3d GroupNorm InstanceNorm1d InstanceNorm2d":
-            "this normalization is not offered: use LayerNorm or RMSNorm",
+            "this normalization is not supported: use LayerNorm or RMSNorm",
         "RNN GRU LSTM RNNCell GRUCell LSTMCell": _RECURRENT,
         "MultiheadAttention Transformer TransformerEncoder TransformerDecoder TransformerEncoderLayer "
         "TransformerDecoderLayer": _TRANSFORMER,
@@ -209,8 +209,8 @@ LAYERS = _hints(
         "BCEWithLogitsLoss": "use tinygrad2.binary_cross_entropy_with_logits(input, target)",
         "SmoothL1Loss HuberLoss": COMPOSED["huber_loss"],
         "KLDivLoss": COMPOSED["kl_div"],
-        "Flatten": "a function is a layer too: use lambda x: x.flatten(1)",
-        "Identity": "a function is a layer too: use lambda x: x",
+        "Flatten": "layers can be functions: use lambda x: x.flatten(1)",
+        "Identity": "layers can be functions: use lambda x: x",
         "init": "pass init=nn.normal_init(std) to a layer, or assign to parameter.data",
         "utils": "optimizer.step(max_norm=...) clips the gradients to a global norm",
         "Bilinear": "use tinygrad2.einsum",
@@ -229,17 +229,17 @@ LAYERS = _hints(
 
 MODULE = _hints(
     {
-        "train eval training": "there is no training mode: dropout acts only in a call with a key, model(x, key)",
+        "train eval training": "there is no training mode: dropout is applied only if a key is passed, model(x, key)",
         "cuda cpu": 'use to("cuda") or to("cpu")',
         "half float double bfloat16": 'use to(precision="float32"), or another precision',
         "children named_children named_modules": "use modules()",
         "apply": "use a loop over modules() or parameters()",
-        "register_buffer": "assign an array to an attribute; state_dict() has only the parameters",
+        "register_buffer": "assign an array to an attribute; state_dict() contains only the parameters",
         "buffers named_buffers": "a module has only parameters",
         "register_parameter register_module add_module": "assign it to an attribute",
         "requires_grad_": "to train some of the parameters, give the optimizer a list of them",
         "forward": "call the module itself: module(x)",
-        "append extend insert": "use layers, which is a list",
+        "append extend insert": "use model.layers, which is a list",
     }
 )
 
@@ -247,15 +247,15 @@ OPTIMIZERS = _hints(
     {
         "Adam": "use AdamW with weight_decay=0",
         "RMSprop Adagrad Adadelta Adamax NAdam RAdam LBFGS ASGD Rprop SparseAdam Adafactor Lion":
-            "this optimizer is not offered: use AdamW, SGD or Muon, or a subclass of Optimizer with your rule",
-        "lr_scheduler": "set the rate before each step: optimizer.lr = optim.cosine(step, ...)",
+            "this optimizer is not supported: use AdamW, SGD or Muon, or a subclass of Optimizer with your update rule",
+        "lr_scheduler": "set the learning rate before each step: optimizer.lr = optim.cosine(step, ...)",
     }
 )  # fmt: skip
 
 OPTIMIZER = _hints(
     {
         "param_groups add_param_group defaults":
-            "all parameters are in one group: use lr and weight_decay, which acts on matrices only",
+            "all parameters are in one group: use lr and weight_decay, which applies only to matrices",
         "state_dict": "use state() and steps",
         "load_state_dict": "use load_state(arrays, steps)",
     }

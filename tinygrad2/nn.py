@@ -247,7 +247,7 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if not callable(layer):
                 raise TypeError(
-                    f"Sequential: layer {i} is of type {type(layer).__name__}; expected modules or functions, one "
+                    f"Sequential: layer {i} has type {type(layer).__name__}; expected modules or functions, one "
                     f"argument each"
                 )
 

@@ -17,7 +17,7 @@ class Precision:
     parameters   the dtype of the parameters, their gradients and the optimizer state.
     activations  the dtype in which layers read the parameters and compute.
     matrices     the dtype of parameters with two or more axes, if it differs from that of the others. They are
-                 converted as they are read, and have no gradients: the model can generate, but not train.
+                 converted when they are read, and have no gradients: the model can generate, but not train.
     tf32         whether float32 matrix products round their operands to a 10-bit mantissa.
     """
 

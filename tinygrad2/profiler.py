@@ -9,7 +9,7 @@ from tinygrad2.backend import Backend, Timestamp
 
 
 class Profiler:
-    """Times every kernel of a backend that is called inside this context. Enter the context once per step.
+    """A context manager that times every kernel call of a backend. Enter it once per step.
 
     On a GPU, the times are measured by events in the device's stream; `table` waits for them.
     """
@@ -42,7 +42,7 @@ class Profiler:
         return call
 
     def totals(self) -> dict[str, tuple[int, float]]:
-        """The calls of each kernel and their seconds, of all steps; of "", the steps and their seconds."""
+        """The number of calls and total seconds of each kernel over all steps; those of the steps under ""."""
         found: dict[str, tuple[int, float]] = {}
         for name, start, stop in self._spans:
             calls, seconds = found.get(name, (0, 0.0))

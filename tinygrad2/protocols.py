@@ -270,7 +270,7 @@ class Protocols:
         return values.copy() if copy and values is self.data else values
 
     def __dlpack__(self: Any, **options: Any) -> Any:
-        """For torch.tensor(x), cupy.from_dlpack(x) and others: the values, without a copy if possible."""
+        """Export the values to torch.tensor(x), cupy.from_dlpack(x) and others, without a copy if possible."""
         return self.data.__dlpack__(**options)
 
     def __dlpack_device__(self: Any) -> tuple[int, int]:

@@ -80,7 +80,7 @@ class Key:
 def check_key(op: str, key: object) -> None:
     """Raise TypeError for anything but a Key."""
     if not isinstance(key, Key):
-        raise TypeError(f"{op}: the key is of type {type(key).__name__}; expected a Key, as in Key(seed=0)")
+        raise TypeError(f"{op}: the key has type {type(key).__name__}; expected a Key, as in Key(seed=0)")
 
 
 def draw(key: Key, group: Word) -> tuple[Array, Array, Array, Array]:

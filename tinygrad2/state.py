@@ -43,13 +43,13 @@ class State:
         numbers; nothing is changed then.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"load_state_dict: the state is of type {type(state).__name__}; expected names and arrays")
+            raise TypeError(f"load_state_dict: the state has type {type(state).__name__}; expected names and arrays")
         parameters = dict(self.named_parameters())
         missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         if strict and (missing or unknown):
-            found = [f"without {', '.join(sorted(missing))}"] if missing else []
-            found += [f"with {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
-            raise ValueError(f"load_state_dict: {type(self).__name__}: the state is {', and '.join(found)}")
+            found = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            found += [f"has {', '.join(sorted(unknown))}, which the module does not have"] if unknown else []
+            raise ValueError(f"load_state_dict: {type(self).__name__}: the state {', and '.join(found)}")
         loaded = [
             (parameter, parameter.checked(f"load_state_dict: {name}", state[name]))
             for name, parameter in parameters.items()

@@ -64,7 +64,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         what  their name in the error, such as "linear: weight". Raises TypeError if they have another dtype.
         """
         if self.data.dtype != dtype:
-            raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, as the activations require")
+            raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, the dtype of the activations")
         return self.data
 
     @property
@@ -398,7 +398,7 @@ def record(
         if not isinstance(parents, tuple | list):
             raise TypeError(f"record: parents is a {type(parents).__name__}; expected a tuple of Tensors, as in (x,)")
         if not callable(backward) and not isinstance(backward, str):
-            raise TypeError(f"record: backward is of type {type(backward).__name__}; expected a function")
+            raise TypeError(f"record: backward has type {type(backward).__name__}; expected a function")
         backend = backend_of(results[0].data)
         forms = tuple([(type(r.data), r.data.shape, r.data.dtype, backend.zeros) for r in results])
         if isinstance(backward, str):

@@ -1,4 +1,4 @@
-"""The pictures of the tutorial, as SVG files beside this one. They need matplotlib (`pip install -e ".[examples]"`).
+"""The pictures of the tutorial, as SVG files next to this one. They need matplotlib (`pip install -e ".[examples]"`).
 
     python docs/tutorial/pictures.py              # all, in less than a minute
     python docs/tutorial/pictures.py gelu loss    # these

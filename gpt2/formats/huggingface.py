@@ -64,7 +64,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
                 "interrupted"
             ) from None
         raise ValueError(
-            f"it is not a valid safetensors file ({error}), and does not start like a file of PyTorch or llm.c"
+            f"it is not a valid safetensors file ({error}), and does not start like a PyTorch or llm.c file"
         ) from None
     stored = {}
     for name in tensors.keys():  # noqa: SIM118 (not a dict)

@@ -31,9 +31,9 @@ EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the f
 # _checkpoint_wrapped_module, _forward_module of DeepSpeed), except that of DistributedDataParallel:
 PARALLEL = "module"
 FOREIGN = {  # the start of a part of a name: what has such tensors
-    "lora_": "an adapter beside its weights (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
-    "qweight": "quantized weights (GPTQ, AWQ); they are not supported, use the weights that were quantized",
-    "weight_scale": "quantized weights; they are not supported, use the weights that were quantized",
+    "lora_": "an adapter besides its weights (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
+    "qweight": "quantized weights (GPTQ, AWQ), which are not supported; use the original weights",
+    "weight_scale": "quantized weights, which are not supported; use the original weights",
 }
 LM_HEAD_BIAS = "lm_head.bias"  # GPT-2 has none
 NAME_LIMIT = 1000  # characters of a tensor's name
@@ -174,7 +174,7 @@ def read_training(model: ModelFile) -> TrainingState:
     with naming_file(model.file):
         with model.file.open("rb") as opened:
             if opened.read(4) not in (torch_file.ZIP_START, torch_file.LEGACY_START):
-                raise ValueError("it has no state of a run; expected a checkpoint of nanoGPT, or of train.py")
+                raise ValueError("it has no training state; expected a checkpoint of nanoGPT or train.py")
         names, _ = _plain_names(torch_file.read(model.file)[1])
         return torch_file.read_training(model.file, model.config, names)
 
@@ -292,7 +292,7 @@ def _published(stored: dict[str, Stored]) -> GPT2Config:
             return preset
     raise ValueError(
         f"it has no config, and shapes do not determine the number of heads and the form of GELU; put its "
-        f"{CONFIG_FILE} beside it"
+        f"{CONFIG_FILE} next to it"
     )
 
 

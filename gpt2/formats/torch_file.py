@@ -88,7 +88,7 @@ def read_pickle(path: Path) -> object:
         try:
             return _read_zip(path, file) if file.read(len(ZIP_START)) == ZIP_START else _read_legacy(path, file)
         except READ_ERRORS as error:
-            raise ValueError(f"it is not a file of torch.save, or it is damaged ({error})") from None
+            raise ValueError(f"it is not a torch.save file, or it is damaged ({error})") from None
 
 
 def _read_zip(path: Path, file: BinaryIO) -> object:
@@ -102,7 +102,7 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
                 raise ValueError(f"its entry {name} is compressed; torch.save does not compress")
             entries[name] = info
         if "data.pkl" not in entries:
-            raise ValueError("its archive has no entry data.pkl; expected a file of torch.save")
+            raise ValueError("its archive has no entry data.pkl; expected a torch.save file")
         if entries["data.pkl"].file_size > PICKLE_LIMIT:
             raise ValueError(
                 f"its data.pkl has {entries['data.pkl'].file_size:,} bytes; expected at most {PICKLE_LIMIT:,}"
@@ -132,7 +132,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> object:
     tensors = _Tensors(path, places)
     magic, protocol, machine = (_interpret_next(file, tensors) for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(machine, dict):
-        raise ValueError("it is not a file of torch.save")
+        raise ValueError("it is not a torch.save file")
     if machine.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this machine's are")
     tree = _interpret_next(file, tensors)
@@ -169,7 +169,7 @@ def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_St
 
 
 class _Tensors(Meanings):
-    """The meanings of the names in a file of torch.save: tensors, their storages, and config objects.
+    """The meanings of the names in a torch.save file: tensors, their storages, and config objects.
 
     places    maps the key of each storage to its offset in `path`, once known: arrays look it up when they are read.
     storages  those that the pickle refers to.
@@ -312,7 +312,7 @@ def _pickled(value: object, storages: dict[int, tuple[str, Stored]]) -> bytes:
                 each([_Name(REBUILD_TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
             )
         case _:
-            raise TypeError(f"a file of PyTorch: values of type {type(value).__name__} are not supported")
+            raise TypeError(f"a PyTorch file: values of type {type(value).__name__} are not supported")
 
 
 def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:

@@ -1,4 +1,4 @@
-"""What a nanoGPT checkpoint holds besides the parameters: AdamW's moments, the step and the best loss.
+"""What a nanoGPT checkpoint contains besides the parameters: AdamW's moments, the step and the best loss.
 
 nanoGPT's AdamW has two groups: the parameters of two or more axes, with weight decay, and the others. Its state dict
 numbers the parameters in this order, and within a group in the order of the model. Moments have the layout of their

@@ -86,7 +86,7 @@ class BadStep:
         folder = out / f"bad-step-{self.step}"
         need = CHECKPOINTS * sum(p.data.nbytes for _, p in model.named_parameters())
         if shutil.disk_usage(out).free < need or write_error(out):
-            raise OSError(f"{folder}: not written: less than {need / 1e9:.2f} GB of the disk are free")
+            raise OSError(f"{folder}: not written: less than {need / 1e9:.2f} GB of disk space is free")
         with checkpoint.writing(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save(partial)

@@ -47,7 +47,7 @@ def read_run(folder: Path, config: GPT2Config) -> TrainingState:
     run = read_state(folder)
     options = resolve_options(run.options, config, run.defaults or default_options(run.options, config))
     if options.optimizer != "adamw":
-        raise ValueError(f"{folder}: its optimizer is {options.optimizer}; nanoGPT has AdamW")
+        raise ValueError(f"{folder}: its optimizer is {options.optimizer}; nanoGPT supports only AdamW")
     with naming_file(folder / OPTIMIZER):
         moments = huggingface.read_safetensors(folder / OPTIMIZER)
     own = {name: getattr(options, name) for name in SAME_NAMES}

@@ -93,7 +93,7 @@ class RunState:
     defaults  of the other options when it was started, which later versions must not change; None if unknown.
     data      the fingerprint of the training data.
     blas      the library that multiplied the matrices, its title and the processor; None if unknown.
-    unknown   fields of another version, of the whole and of its `progress`, which are written back as they are. Unknown
+    unknown   fields of another version, of the whole and of its `progress`, which are written back unchanged. Unknown
               options and defaults stay among the others.
     """
 
@@ -200,8 +200,8 @@ class RunFolder:
         """Put the folder in order for a run that continues after `progress`, and open its log.
 
         Rows after that step are removed from the logs, since these steps will be repeated; so is the record of a start
-        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. What
-        a killed process had still to do after a checkpoint is done: the link to the best, and the deletion of old ones.
+        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. The
+        steps that a killed process did not finish are completed: the link to the best, and the deletion of old ones.
         """
         if self.comm.rank:
             yield
@@ -222,7 +222,7 @@ class RunFolder:
             self._log = None
 
     def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
-        """Do what a process that was killed after the checkpoint at which the folder was opened had still to do.
+        """Complete what a killed process left unfinished after the checkpoint at which the folder was opened.
 
         sample         gives the text that this checkpoint's model samples with a seed.
         seed           of the run; that of a sample is seed + step.
@@ -257,15 +257,15 @@ class RunFolder:
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         for name in best:
             if (self.path / name).is_dir():
-                # (Some file systems have no links, and on Windows only administrators can create them: what opens
-                # out/best reads trainer.json.)
+                # (Some file systems have no links, and on Windows only administrators can create them: code that
+                # opens out/best reads trainer.json.)
                 with suppress(OSError), files.atomic_write(self.path / BEST) as new:
                     new.symlink_to(name, target_is_directory=True)
         for line in checkpoint.prune(self.path, run_options.keep, best):
             self.say(line)
 
     def _check_folder(self) -> None:
-        """Take the folder again, if it was removed or renamed."""
+        """Lock the folder again if it was removed or renamed."""
         if self._lock is None or self._lock.held():
             return
         self.say(f"{self.path}/ was removed or renamed; training continues in a new folder of this name")
@@ -362,7 +362,7 @@ class RunFolder:
         if not self.path.name:
             raise ValueError(f"--out-dir {self.path} cannot be renamed; choose a folder inside it")
         dated = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if self._lock and os.name == "nt":  # which renames no folder with an open file
+        if self._lock and os.name == "nt":  # Windows cannot rename a folder with an open file
             self._lock.release()
         aside = self.path.rename(files.free_name(dated))
         if self._lock:
@@ -435,7 +435,7 @@ def _read_blas(blas: object) -> dict[str, str] | None:
     if blas is None:
         return None
     if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):
-        raise ValueError(f"blas is {blas!r:.80}; expected the texts name, title and processor")
+        raise ValueError(f"blas is {blas!r:.80}; expected the strings name, title and processor")
     return blas
 
 

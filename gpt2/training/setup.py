@@ -133,7 +133,7 @@ def settle_precision(options: Options, run_options: RunOptions, saved: RunState 
     slow = None if reason else backend.slow_reason(options.dtype)
     begun = saved is not None and saved.options.get("dtype") == options.dtype
     if slow and begun:
-        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 of the same numbers, and the run is "
+        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 from the same values, and the run is "
             f"slower than with --dtype float32")  # fmt: skip
     elif reason or slow:
         say(f"--dtype {reason or f'{options.dtype}: {slow}'}; computing in float32")
@@ -143,8 +143,8 @@ def settle_precision(options: Options, run_options: RunOptions, saved: RunState 
 
 
 def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
-    """Choose the BLAS library: on the same processor the one that a resumed run has used, since another one rounds
-    differently; else the fastest. Rank 0 decides for all ranks on processors like its own."""
+    """Choose the BLAS library: for a resumed run on the same processor the one that it used, since another one
+    rounds differently; otherwise the fastest. Rank 0 decides for all ranks on processors like its own."""
 
     if get_backend(options.device).cuda:
         return

@@ -1,4 +1,4 @@
-"""Steps that take far too long: report where each rank is in the program, and end the job after a time limit."""
+"""Detect steps that take far too long: print the stacks of every rank, and end the job after a time limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinygrad2.distributed import Comm
 POLL = 1.0  # seconds between checks
 SLOW, LEAST = 20.0, 60.0  # a step is reported after SLOW times the median, but not before LEAST seconds
 MEDIAN_OF = 100  # steps
-LAST_WORDS = 2.0  # seconds to wait for the other ranks' reports before the job ends
+GRACE = 2.0  # seconds to wait for the other ranks' reports before the job ends
 STDERR = 2  # the file descriptor
 
 
@@ -27,8 +27,8 @@ class Watch:
 
     Each rank watches its own steps. If one is stuck, the others wait in the same step, so every rank reports where it
     is: the stacks of its threads, on standard error. A heartbeat cannot detect this, since it continues while a step
-    computes forever. (Code that never releases Python's lock stops this thread, but also the heartbeat, so the other
-    ranks end the job.)
+    computes forever. (Code that never releases the GIL blocks this thread, but also the heartbeat, so the other ranks
+    end the job.)
 
     end_after  the job ends with status 1 if a step takes longer than this, in seconds; 0: never.
     describe   returns a sentence for that error, such as the name of the last checkpoint.
@@ -84,7 +84,7 @@ class Watch:
                 reported = True
                 self._report(elapsed)
             if ends:
-                time.sleep(LAST_WORDS)
+                time.sleep(GRACE)
                 self._end(elapsed)
 
     def _rank(self) -> str:
@@ -92,9 +92,9 @@ class Watch:
 
     def _report(self, elapsed: float) -> None:
         found = list(self._durations)
-        usual = f", and the median of the steps before is {statistics.median(found):.2g} s" if found else ""
+        usual = f", and the median of the previous steps is {statistics.median(found):.2g} s" if found else ""
         with suppress(OSError):
-            print(f"{self._rank()}this step has taken {elapsed:.0f} s{usual}. Its threads are at:", file=sys.stderr)
+            print(f"{self._rank()}this step has taken {elapsed:.0f} s{usual}. Stacks of its threads:", file=sys.stderr)
             sys.stderr.flush()
             faulthandler.dump_traceback(file=STDERR, all_threads=True)
 

@@ -1,4 +1,4 @@
-"""Measures programs in alternation, for the CPU benchmarks in this folder.
+"""Interleaved measurements of several programs, for the CPU benchmarks in this folder.
 
 On a shared machine, measurements at different times compare the load as much as the programs. So every contender has
 its own process, which is kept, and in each round they do the same task one after the other: A B C, A B C. Only ratios

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano", choices=tuple(PRESETS), help="the model [%(default)s]")
     parser.add_argument("--steps", type=int, help="[300 of nano, 60 of gpt2]")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-bfloat16-... beside this file]")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-bfloat16-... next to this file]")
     given = parser.parse_args(arguments)
     if reason := get_backend("cpu").slow_reason("bfloat16"):
         raise ValueError(reason)

@@ -1,6 +1,6 @@
 """Text generation on the CPU, compared with other programs: python tests/benchmarks/decode.py [--json FILE]
 
-Measures, in alternation, tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for
+Measures, interleaved, tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for
 one text and for several in a batch, and the processing of a prompt of 512 tokens: this project with weights in float32
 and bfloat16, and transformers and CTranslate2 in float32, if installed. All use the same random weights.
 

@@ -101,7 +101,7 @@ HOSTILE = (
     *(b"R", b"b", b"Q", b"t", b"u", b"e", b"s", b"a", b"\x85", b"\x86", b"\x81", b"\x93", b"\x94", b"K\x00"),
     b"J\xff\xff\xff\xff",
     b"V\\u0041\n",  # for which pickletools loads a codec
-    NEST + b"X\x01\x00\x00\x00a\x93",  # a name that is no text
+    NEST + b"X\x01\x00\x00\x00a\x93",  # a name that is not text
     b"X\x01\x00\x00\x00a" + NEST + b"\x93",
     NEST + b"Q",
     b"}" + NEST + b"Ns",
@@ -459,7 +459,7 @@ def change_compressed(rng: random.Random, file: Path) -> None:
 
 
 def change_table(rng: random.Random, file: Path) -> None:
-    """Quotes, delimiters and line ends of a CSV file."""
+    """Quotes, delimiters and newlines of a CSV file."""
     content = bytearray(file.read_bytes())
     for _ in range(rng.choice((1, 2, 4))):
         where = rng.randrange(len(content) + 1)

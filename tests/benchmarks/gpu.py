@@ -36,7 +36,7 @@ from typing import Any
 import numpy
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a repository that is not installed
+sys.path.insert(0, str(ROOT))  # if the repository is not installed
 
 from gpt2 import GPT2, GPT2Config, cost_model  # noqa: E402
 from gpt2.decode import set_decode  # noqa: E402
@@ -63,7 +63,7 @@ CHANGED = {
 }
 KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
-# Kernels of the cost model that a call of these launches; every other one launches the kernel of its own name.
+# Kernels of the cost model that these calls launch; any other call launches the kernel of the same name.
 LAUNCHES = {
     "linear_forward": tuple(f"{layer} forward" for layer in cost_model.LINEAR),
     "linear_backward": tuple(f"{layer} {kind}" for layer in cost_model.LINEAR for kind in ("dgrad", "wgrad", "dbias")),
@@ -77,10 +77,10 @@ LIMITS = {
     "wide_step": 30, "product": 10, "copy": 10,
 }  # fmt: skip
 SECONDS, ONLY_SECONDS = 570, 180
-DECODE = ("ordinary", "fused")  # what is proved least comes last
+DECODE = ("ordinary", "fused")  # the less tested one comes last
 GPU_LOST = 2  # pytest's exit status if a test lost the GPU (tests/gpt2/test_gpu.py)
 COMPILING = 60  # seconds that PyTorch may take until its first step
-Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why there are none, or not all}}
+Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why some are missing}}
 
 
 TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
@@ -88,7 +88,7 @@ TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resi
 
 @dataclass(frozen=True)
 class Sizes:
-    """The amount of measurements."""
+    """What is measured, and how often."""
 
     model: GPT2Config
     block_size: int = 1024
@@ -96,13 +96,13 @@ class Sizes:
     batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
     wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
     steps: int = 5  # in one measurement of a step
-    rounds: int = 4  # measurements of each kind, in alternation
+    rounds: int = 4  # measurements of each kind, interleaved
     launches: int = 2000
     copy_bytes: int = 256 << 20
     matrix: int = 8192
     repeats: int = 10
     new_tokens: int = 256
-    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled beforehand
+    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled in advance
     compiled: bool = True  # PyTorch's model, in bfloat16
 
 
@@ -181,17 +181,17 @@ class Bench:
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
 
     def card_in(self, precision: str) -> cost_model.Device | None:
-        """The cost model's rates of this GPU in a precision, where it knows them."""
+        """The cost model's rates of this GPU in a precision, or None if unknown."""
         name = gpus.find_gpu(self.backend.name(), cost_model.CARDS)
         return None if name is None or self.backend.cuda.peak(precision) is None else cost_model.gpu(name, precision)
 
     def predicted_step(self, precision: str, batch_size: int) -> dict[str, float] | None:
-        """See predicted_step below; None where the cost model does not know the GPU."""
+        """See predicted_step below; None if the cost model does not know the GPU."""
         card = self.card_in(precision)
         return None if card is None else predicted_step(card, self.sizes, precision, batch_size)
 
     def predicted(self, cost: cost_model.Cost) -> float | None:
-        """Milliseconds of a kernel by the cost model, where it knows the GPU."""
+        """Milliseconds of a kernel by the cost model, or None if it does not know the GPU."""
         return None if self.card is None else self.card.milliseconds(cost)
 
     def against_floor(
@@ -221,8 +221,8 @@ class Bench:
     # Parts ----------------------------------------------------------------------------------------------------------
 
     def compile(self) -> dict[str, float]:
-        """Seconds until the kernels of training and of generation have been compiled, in each precision. CuPy keeps
-        them on disk for the other processes, among them the tests' whose models are here too."""
+        """Seconds until the kernels of training and of generation have been compiled, in each precision. CuPy caches
+        them on disk for the other processes, including the tests, whose models are compiled here too."""
         figures = self.results["compile"] = {}
         for precision in self.sizes.precisions:
             started, models = time.perf_counter(), []
@@ -359,7 +359,7 @@ class Bench:
         return figures
 
     def step(self) -> list[dict[str, Any]]:
-        """The training step in the first precision, ours and PyTorch's in alternation, at every batch size."""
+        """The training step in the first precision, ours and PyTorch's interleaved, at every batch size."""
         rows = self.results["step"] = []
         for batch_size in self.sizes.batch_sizes:
             self.add_row(rows, self.sizes.precisions[0], batch_size)
@@ -379,7 +379,7 @@ class Bench:
         row: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
         rows.append(row)
         try:
-            self.contest(row)
+            self.compare(row)
         except MemoryError:
             row["error"] = "out of memory"
         except Exception as error:
@@ -387,7 +387,7 @@ class Bench:
         self.keep(self.found())
         self.release()
 
-    def contest(self, row: dict[str, Any]) -> None:
+    def compare(self, row: dict[str, Any]) -> None:
         """Add the figures of our step and of PyTorch's to the row, for one precision and batch size."""
         sizes, precision, batch_size = self.sizes, row["precision"], row["batch_size"]
         ours = self.our_step(precision, batch_size)
@@ -395,7 +395,7 @@ class Bench:
         try:
             compiling = COMPILING if sizes.compiled and precision == "bfloat16" else 0
             if time.monotonic() > self.end - compiling:
-                raise TimeoutError("no time was left for it")
+                raise TimeoutError("no time left")
             tokens, targets = self.tokens[:batch_size], self.targets[:batch_size]
             theirs = TorchStep(sizes.model, tokens, targets, self.torch_device, precision, sizes.compiled)
         except Exception as error:
@@ -489,7 +489,7 @@ class Bench:
     # Helpers --------------------------------------------------------------------------------------------------------
 
     def token(self, model: GPT2, nbytes: int, precision: str) -> dict[str, Any]:
-        """One token: in one launch the time on the device alone, as separate operations also that of the host."""
+        """The time of one token: on the device if decoded in one launch, else including the host."""
         tokens = self.tokens[:1, : self.sizes.block_size // 4]
         cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
         card, L = self.card_in(precision), model.config.n_layer
@@ -535,8 +535,8 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Any, Any, int, int]]]:
-        """Inside, every kernel call (except from other kernels) appends (name, start, stop, bytes, FLOPs), where start
-        and stop are CUDA events."""
+        """In this context, every kernel call (except from other kernels) appends (name, start, stop, bytes, FLOPs);
+        start and stop are CUDA events."""
         kernels, spans, inside = self.backend.kernels, [], []
         originals = {name: getattr(kernels, name) for name in dir(kernels) if re.search(KERNEL, name)}
 
@@ -924,12 +924,14 @@ def device() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repetitions: two or three minutes")
-    parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json beside this)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json)")
     parser.add_argument("--only", nargs="+", choices=tuple(LIMITS), metavar="PART", help="only these parts")
     parser.add_argument(
-        "--seconds", type=float, help=f"for everything (default: {SECONDS}, {ONLY_SECONDS} with --only)"
+        "--seconds", type=float, help=f"total time limit (default: {SECONDS}, {ONLY_SECONDS} with --only)"
     )
-    parser.add_argument("--predict", metavar="GPU", help="print only what a GPU such as H200 should reach; needs none")
+    parser.add_argument(
+        "--predict", metavar="GPU", help="only print the predictions for a GPU such as H200, without one"
+    )
     # The process of one part; --out is required.
     parser.add_argument("--part", choices=tuple(LIMITS), help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
@@ -965,7 +967,7 @@ def main(arguments: list[str] | None = None) -> int:
 def checks(seconds: float) -> Found:
     """The results of pytest -m gpu."""
     if seconds < 10:
-        return {"results": {}, "errors": {"checks": "no time was left for it"}}
+        return {"results": {}, "errors": {"checks": "no time left"}}
     found = run_checks(seconds)
     return {"results": {"checks": found}, "errors": {"checks": found["last_line"]} if found["status"] else {}}
 
@@ -986,7 +988,7 @@ def in_a_process(part: str, seconds: float, quick: bool, precision: str | None =
     """The results of a part, from a process with a time limit in seconds; partial results are kept."""
     found: Found = {"results": {}, "errors": {}}
     if seconds < 10:
-        return {"results": {}, "errors": {part: "no time was left for it"}}
+        return {"results": {}, "errors": {part: "no time left"}}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--part", part, "--out", str(out), "--seconds", str(seconds)]

@@ -1,7 +1,7 @@
 """Single operations on the CPU, compared with PyTorch's: python tests/benchmarks/ops.py [--json FILE]
 
 The operations of a training step of the 124M model on one sequence of 1,024 tokens, forward and backward, in float32:
-by this project's kernels, by reference.py on NumPy, and by PyTorch, where that is installed, in alternation.
+by this project's kernels, by reference.py on NumPy, and by PyTorch, if it is installed, interleaved.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""python -m gpt2.plan beside real training steps on this CPU: python tests/benchmarks/plan.py [--only NAME ...]
+"""python -m gpt2.plan compared with real training steps on this CPU: python tests/benchmarks/plan.py [--only NAME ...]
 
-Three models of different sizes are planned and trained, each in a process of its own: the time of a step from rates
+Three models of different sizes are planned and trained, each in its own process: the time of a step from rates
 measured just before, and the peak memory of the process. In each round the rates and the step are measured one after
-the other; the ratio is the median over the rounds. The exit status is 1 where a planned time is off by more than 20 %
+the other; the ratio is the median over the rounds. The exit status is 1 if a planned time is off by more than 20 %
 or a planned memory by more than 5 % and 30 MB, by which the libraries of processes differ. The 124M model needs 4 GB.
 """
 

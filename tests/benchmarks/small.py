@@ -1,7 +1,7 @@
 """Small models on the CPU, compared with PyTorch's eager mode: python tests/benchmarks/small.py [--json FILE]
 
 Steps so small that the time is that of the calls, not of the arithmetic; forward, loss, backward and optimizer, in
-float32, in alternation:
+float32, interleaved:
   - an MLP 2-64-64-3 with ReLU and cross-entropy, 128 points at a time, with SGD and with AdamW;
   - a GRU written with operators alone (arXiv:1406.1078), 8 steps of 32 sequences, 32 wide, with SGD.
 """

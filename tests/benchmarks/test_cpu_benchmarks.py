@@ -167,7 +167,7 @@ def test_small_work(small_limits, tmp_path, monkeypatch):
 
 @pytest.mark.extras("transformers")
 def test_ctranslate2_gets_the_same_model(tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")  # in no extra: a benchmark's contender
+    ctranslate2 = pytest.importorskip("ctranslate2")  # not in any extra: used only by a benchmark
     model = GPT2(TINY)
     model.save_pretrained(tmp_path)
     decode.convert(str(tmp_path), str(tmp_path / "theirs"))
@@ -219,8 +219,8 @@ def test_operations(small_limits, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_plans_beside_steps(tmp_path, capsys):
-    """In small, where times are too short to agree."""
+def test_plans_are_compared_with_steps(tmp_path, capsys):
+    """Small models are used, whose times are too short to agree."""
     file = tmp_path / "plan.json"
     plan.main(["--only", "nano", "--rounds", "1", "--threads", "1", "--json", str(file)])
     assert re.search(r"^nano( +[\d.,]+){3} \([\d.]+ to [\d.]+\)( +[\d.]+){3}$", capsys.readouterr().out, re.M)

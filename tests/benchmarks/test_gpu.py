@@ -301,7 +301,7 @@ def test_the_results_of_a_step_are_saved_at_once(device, monkeypatch):
 
 def test_pytorch_is_skipped_if_there_is_no_time(device):
     bench = gpu.Bench(TINY, "cpu", seconds=0)
-    assert {row["torch_error"] for row in bench.step()} == {"TimeoutError: no time was left for it"}
+    assert {row["torch_error"] for row in bench.step()} == {"TimeoutError: no time left"}
 
 
 def test_attention_is_reported_without_pytorchs(device, monkeypatch):
@@ -347,7 +347,7 @@ out.write_text(json.dumps({"results": {"step": [1]}, "errors": {}}))
         ("sys.exit(3)", "its process ended with status 3"),
         ("import os; os.kill(os.getpid(), 11)", "its process ended with status -11"),
         pytest.param("time.sleep(100)", "not finished after 11 s", marks=pytest.mark.slow),
-        ("out.unlink()", "its process left no figures"),
+        ("out.unlink()", "its process wrote no figures"),
     ],
 )
 def test_a_part_in_a_process(monkeypatch, tmp_path, ending, error):
@@ -362,7 +362,7 @@ def test_a_part_in_a_process(monkeypatch, tmp_path, ending, error):
 
 def test_a_part_for_which_no_time_is_left(tmp_path):
     found = gpu.in_a_process("step", 9.0, quick=False)
-    assert found == {"results": {}, "errors": {"step": "no time was left for it"}}
+    assert found == {"results": {}, "errors": {"step": "no time left"}}
 
 
 def test_the_process_of_a_part(device, tmp_path, monkeypatch):
@@ -406,7 +406,7 @@ def test_a_kernel_that_does_not_compile_in_one_precision_leaves_the_others(devic
 def test_failed_checks_are_an_error(monkeypatch):
     monkeypatch.setattr(gpu, "run_checks", lambda seconds: {**CHECKS, "status": 1, "last_line": "1 failed"})
     assert gpu.checks(100)["errors"] == {"checks": "1 failed"}
-    assert gpu.checks(5) == {"results": {}, "errors": {"checks": "no time was left for it"}}
+    assert gpu.checks(5) == {"results": {}, "errors": {"checks": "no time left"}}
 
 
 @pytest.mark.parametrize("written", [b"1 passed\n", "1 passed\n", None])

@@ -1,10 +1,10 @@
 """The training step on the CPU, compared with PyTorch's: python tests/benchmarks/train_step.py [--small] [--json FILE]
 
 Forward, backward, clipping and AdamW, without dropout, in float32: by this project (with NumPy's BLAS library and with
-MKL, where that is installed) and by PyTorch (eager, with the fused AdamW, and compiled). The same in bfloat16, where
+MKL, if it is installed) and by PyTorch (eager, with the fused AdamW, and compiled). The same in bfloat16, if
 the processor has instructions for it: by this project, and by PyTorch's autocast with the fused AdamW, eager and
-compiled. All in alternation. Some 4 GB of memory for each at the default size, that of the 124M model and one sequence
-of 1,024 tokens: --only selects some.
+compiled. All are interleaved. Each needs about 4 GB of memory at the default size, the 124M model and one sequence of
+1,024 tokens; --only selects some of them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def contents(folder):
 
 
 def varied_text(size, seed=0):
-    """Lines, long lines, runs of blanks and line ends, and letters of one to four bytes."""
+    """Lines, long lines, runs of spaces and newlines, and letters of one to four bytes."""
     rng = np.random.default_rng(seed)
     words = ["the", "naïve", "日本語", "🙂", "x" * 50, "don't", "1234", "--", "\t", "  ", " \n", "\n\n\n", "\r\n", "\n"]
     out, length = [], 0
@@ -310,7 +310,7 @@ def test_each_filter_alone(tmp_path, option):
 
 def test_nothing_passes_the_filters(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"no text in them, except in the documents that were dropped \(1 short\)"):
+    with pytest.raises(ValueError, match=r"no text found, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
 
 
@@ -324,8 +324,8 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     said = []
     prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, threads=2)
     tokens, need, free = re.fullmatch(
-        rf"{tmp_path}/out.partial: about ([\d,]+) tokens: (\d+\.\d\d) GB of the (\d+\.\d\d) GB that are free, and "
-        r"\d+:\d\d:\d\d at \d+\.\d MB of text per second on 2 threads, if the source is as fast",
+        rf"{tmp_path}/out.partial: about ([\d,]+) tokens: (\d+\.\d\d) GB of the (\d+\.\d\d) GB free, and "
+        r"\d+:\d\d:\d\d at \d+\.\d MB of text per second on 2 threads, if the source is fast enough",
         said[0],
     ).groups()
     assert int(tokens.replace(",", "")) == float(f"{size:.2g}")
@@ -642,7 +642,7 @@ def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
 
 BAD = [  # files by name, arguments, what the line says
     ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
-    ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text in them"),
+    ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text found"),
     ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"),
     ({"a.json": b"{}"}, ["a.json"], "source a.json: not text; expected text in UTF-8, JSON lines"),
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
@@ -666,7 +666,7 @@ BAD = [  # files by name, arguments, what the line says
     ),
     ({"a.jsonl": b'{"text": "a"}\n\nnot json\n'}, ["a.jsonl"], "a.jsonl: line 3: expected a JSON object"),
     ({"a.jsonl": b'{"txt": "a"}'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object with a string under 'text'"),
-    ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' is of type int"),
+    ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl"], "'text' has type int"),
     ({"a.jsonl": b'"text"'}, ["a.jsonl"], "a.jsonl: line 1: expected a JSON object"),
     ({"a.jsonl": b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl: byte 10 is not UTF-8 (0xff)"),
     ({"a.txt": b"a"}, ["a.txt", "--tokenizer", "gpt5"], "tokenizer 'gpt5' is unknown; choose bytes, gpt2"),
@@ -746,7 +746,7 @@ def small_texts():
             text += " ".join(rng.choice(words, rng.integers(3, 80))) + "\n" * int(rng.integers(1, 3))
         yield pytest.param(text, id=f"{size} bytes")
     yield pytest.param("word " * 40_000, id="one line")
-    yield pytest.param("日本語の文章です。" * 5_000, id="no white space")
+    yield pytest.param("日本語の文章です。" * 5_000, id="no whitespace")
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2])

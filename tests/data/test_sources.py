@@ -47,7 +47,7 @@ def documents_of(path, start=0, text_key="text"):
 
 
 def varied_documents(count, seed=0):
-    """Texts with quotes, commas, line ends and letters of one to four bytes; some empty, some of more than a part."""
+    """Texts with quotes, commas, newlines and letters of one to four bytes; some empty, some of more than a part."""
     rng = np.random.default_rng(seed)
     pieces = ["the ", "naïve ", "日本語", "🙂", '"', ",", "\n", "\r\n", "a" * 300, " ", "'"]
     lengths = rng.choice([0, 1, 10, 100, 1000], size=count)
@@ -529,7 +529,7 @@ def test_from_the_hub(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert texts_of(tmp_path / "out") == expected_fineweb()
     assert done.stdout.splitlines()[0] == (
-        "HuggingFaceFW/fineweb-edu at revision 87f0914: 14 files of about 28.5 GB in all, which are streamed; only "
+        "HuggingFaceFW/fineweb-edu at revision 87f0914: 14 files, about 28.5 GB in total; they are streamed, and only "
         "their tokens are kept"
     )
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
@@ -541,7 +541,7 @@ def test_from_the_hub(hub, tmp_path):
 
 @with_hub
 def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
-    """The hub refuses within file 9, when 20 parts wait for the threads: a file and a half."""
+    """The hub returns errors in the middle of file 9, while 20 parts, a file and a half, wait for the threads."""
     hub.trouble = lambda n: 403 if "009_" in hub.asked[-1][0] and hub.asked[-1][1] in range(20_000, 40_000) else None
     small = "p.JOURNAL_BYTES = 1; p.BATCH_PARTS = 1; sources.HUB_BLOCK_BYTES = 1 << 12"
     options = ("fineweb-edu", "--val-fraction", "0.2", "--threads", "2")

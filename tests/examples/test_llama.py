@@ -14,7 +14,7 @@ SMALL = llama.LlamaConfig(vocab_size=31, n_positions=12, n_embd=16, n_layer=2, n
 
 
 @pytest.mark.slow
-def test_llama_trains_beside_gpt2(run, losses, prepared_text):
+def test_llama_and_gpt2_are_trained(run, losses, prepared_text):
     printed = run("llama", "--steps", 12, "--data", prepared_text)
     for name in ("Llama: 832,768", "GPT-2: 834,432"):
         found = losses(printed.split(name)[1])

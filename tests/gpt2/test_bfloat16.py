@@ -1,5 +1,5 @@
-"""Training in bfloat16 on a CPU: gradients and steps beside float32, the same bits after a resume and with other
-numbers of threads, and what is said where the processor has no instructions for it."""
+"""Training in bfloat16 on a CPU: gradients and steps compared with float32, the same bits after a resume and with other
+numbers of threads, and the message if the processor has no instructions for it."""
 
 import json
 from dataclasses import replace
@@ -163,7 +163,9 @@ def test_a_run_in_bfloat16_continues_without_the_instructions_or_changes_by_dtyp
     run("--max-iters", "3", "--keep", "1")
     lines = capsys.readouterr().out.splitlines()
     said = next(line for line in lines if line.startswith("--dtype"))
-    assert said.startswith(f"--dtype bfloat16: {NO_INSTRUCTIONS}; products are computed in float32 of the same numbers")
+    assert said.startswith(
+        f"--dtype bfloat16: {NO_INSTRUCTIONS}; products are computed in float32 from the same values"
+    )
     assert any(line.startswith("device     cpu, bfloat16, ") for line in lines)
     run("--max-iters", "4", "--keep", "1", "--dtype", "float32")
     lines = capsys.readouterr().out.splitlines()

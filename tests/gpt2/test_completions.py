@@ -112,9 +112,9 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("logprobs", 21, "logprobs is 21; expected an integer from 0 to 20"),
         ("echo", 1, "echo is 1; expected true or false"),
         ("stream_options", True, "stream_options: expected an object"),
-        ("best_of", 2, "best_of is 2; it is not supported"),
-        ("suffix", "x", 'suffix is "x"; it is not supported'),
-        ("temprature", 1, "'temprature' is not a field of this request"),
+        ("best_of", 2, "best_of is 2, which is not supported"),
+        ("suffix", "x", 'suffix is "x", which is not supported'),
+        ("temprature", 1, "'temprature' is not a supported field"),
     ],
 )
 def test_an_invalid_field_is_named(field, value, message):

@@ -148,7 +148,7 @@ def test_control_characters_are_visible(text, shown):
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_every_line_is_escaped(monkeypatch, stream):
-    """Also in a file, which may be shown on a terminal later."""
+    """Lines are escaped even in a file, since it may be shown on a terminal later."""
     monkeypatch.setattr(sys, "stdout", stream())
     monkeypatch.setattr(sys, "stderr", stream())
     console.say("a\x1bb")

@@ -80,7 +80,7 @@ def test_errors_are_one_line_and_leave_no_file(model, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
         ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: already exists"),
-        ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a file of torch.save"),
+        ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a torch.save file"),
         ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
         ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
         ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c does not support float16"),
@@ -206,7 +206,7 @@ def ids_of(folder):
     ],
 )
 def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
-    """With save_pretrained and with convert, through each format that can store them."""
+    """save_pretrained and convert keep them, in each format that can store them."""
     model.save_pretrained(tmp_path / "a")
     write_ids(tmp_path / "a", config, generation)
     expected = config, generation or config
@@ -250,7 +250,7 @@ def test_nanogpts_form_of_gelu_is_reported(model, tmp_path, capsys):
     for activation, said in (("gelu_new", True), ("gelu", False)):
         random_model(activation_function=activation).save_pretrained(tmp_path / activation)
         run(tmp_path / activation, tmp_path / f"{activation}.pt", "--to", "pt")
-        assert ("nanoGPT computes the exact form of GELU" in capsys.readouterr().err) == said
+        assert ("nanoGPT computes exact GELU" in capsys.readouterr().err) == said
     x = np.linspace(-8, 8, 100_001)
     exact = x * np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
     tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

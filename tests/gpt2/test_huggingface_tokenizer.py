@@ -48,7 +48,7 @@ def way(request, monkeypatch):
 
 
 def random_texts(count, seed=0):
-    """Strings of letters, white space, control characters, marks, symbols, emoji, other scripts and added tokens."""
+    """Strings of letters, whitespace, control characters, marks, symbols, emoji, other scripts and added tokens."""
     rng = random.Random(seed)
     ranges = [
         (0x20, 0x7F), (0x00, 0x20), (0x7F, 0x100), (0x300, 0x370), (0x400, 0x500), (0x5D0, 0x600), (0x900, 0x980),

@@ -444,7 +444,7 @@ def test_the_maps_follow_the_colours_of_the_page(browser, pages):
 
 @pytest.mark.extras("playwright")
 def test_other_data_replaces_what_is_shown(browser, pages):
-    """For pages that show one text after another."""
+    """Some pages show one text after another."""
     page, said, _ = opened(browser, pages["usual"], 1280)
     other = data_of(pages["one"])
     page.evaluate("data => inspector(document.querySelector('.inspector'), data)", other)

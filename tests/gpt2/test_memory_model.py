@@ -102,7 +102,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_a_process_takes_what_is_planned(recompute):
-    """With Python and the libraries, as the operating system counts it."""
+    """The memory of the process includes Python and the libraries, as the operating system reports it."""
     sizes = {"vocab_size": 20_000, "n_positions": 128, "n_embd": 384, "n_layer": 6, "n_head": 6}
     given = {"config": sizes, "batch_size": 16, "block_size": 128, "recompute": recompute}
     command = [sys.executable, "-c", PROCESS, json.dumps(given)]
@@ -116,7 +116,7 @@ def test_a_process_takes_what_is_planned(recompute):
     ("recompute", "head_rows", "rate"), [("none", None, 0), ("none", 300, 0.1), ("block", 300, 0.1)]
 )
 def test_a_step_on_a_gpu_allocates_what_is_planned(recompute, head_rows, rate, cublaslt, monkeypatch):
-    """In bfloat16, by the CUDA launchers on the stand-in for CuPy, which has no pool: arrays that exist at a time."""
+    """bfloat16, with the CUDA launchers, on the stand-in for CuPy. It has no pool: the live arrays are counted."""
     monkeypatch.setattr(gemm, "WORKSPACE", 1 << 20)
     monkeypatch.setattr(memory_model, "WORKSPACE", 0)  # it exists before the measurement
     sizes = config(rate, vocab_size=1000, n_positions=64, n_embd=128, n_layer=3, n_head=2)

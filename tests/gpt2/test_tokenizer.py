@@ -344,7 +344,7 @@ def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, messa
 
 @pytest.mark.extras("tokenizers")
 def test_files_that_tokenizers_writes_are_read(tmp_path):
-    """With <|endoftext|> first, as trainers place special tokens."""
+    """<|endoftext|> is first, where trainers place special tokens."""
     import tokenizers
 
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -413,7 +413,7 @@ def test_unknown_names_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has none of .* and meta.pkl$"):
         Tokenizer.load(tmp_path)
     for name, message in (
-        ("tokenizer.model", "tokenizer.model is a model of SentencePiece: save it with transformers as tokenizer.json"),
+        ("tokenizer.model", "tokenizer.model is a SentencePiece model: save it with transformers as tokenizer.json"),
         ("vocab.bpe", "vocab.bpe is there, encoder.json is missing"),
         ("vocab.json", "vocab.json is there, merges.txt is missing"),
     ):

@@ -289,7 +289,7 @@ def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_the_wrong_form_of_gelu_is_detected(tmp_path, monkeypatch, capsys):
-    """In a folder that transformers reads; the two forms differ by less than 0.001."""
+    """The model is in a folder that transformers reads; the two forms differ by less than 0.001."""
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
     capsys.readouterr()

@@ -22,7 +22,7 @@ def plant(source: str, function: str, old: str, new: str) -> str:
     """`source` with `old` replaced by `new` everywhere in `function`: the name of a function, struct, class or
     constant, or several with commas between them.
 
-    Any white space in `old` matches any other. Raises AssertionError if there is nothing to replace.
+    Any whitespace in `old` matches any other. Raises AssertionError if there is nothing to replace.
     """
     names = function.split(", ")
     if len(names) > 1:

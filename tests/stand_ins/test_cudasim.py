@@ -190,7 +190,7 @@ def test_a_missing_cluster_barrier_is_detected():
         ("around", r"DYN_SMEM\(float, kept\)", "__shared__ float kept[1]", "static shared memory"),
         ("swap", r"cluster_barrier<2>\(\);", "", "has not begun, or has ended"),
         ("swap", r"in_block<2>\(kept", "in_block<2>(kept + 1", "a place outside shared memory"),
-        ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "no multiple of a cluster"),
+        ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "not a multiple of a cluster"),
     ],
 )
 def test_blocks_that_would_wait_forever_stop_with_a_message(name, fault, instead, message):

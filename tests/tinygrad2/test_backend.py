@@ -139,7 +139,7 @@ def test_options_that_save_memory_give_numpys_bits_without_waiting(checked_devic
 
 
 def test_the_profiler_divides_a_step_on_the_device(checked_device, monkeypatch):
-    """With events in the stream, which are waited for only when the table is printed."""
+    """Times are measured with events in the stream, which are waited for only when the table is printed."""
     clock = iter(range(10**6))
     monkeypatch.setattr(strict_cupy.time, "perf_counter", lambda: next(clock) / 1000)
     model, profiler = GPT2(CONFIG, device="cuda"), Profiler(get_backend("cuda"))
@@ -474,7 +474,7 @@ def test_train_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 def test_the_time_of_a_step_is_its_own(user, monkeypatch, place):
-    """Also of the steps after one that was skipped or saved, whose results the host receives together."""
+    """This includes the steps after one that was skipped or saved, whose results reach the host together."""
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     accumulate, now, slow = Trainer.accumulate_gradients, [0.0], []
 

@@ -139,7 +139,7 @@ def test_a_damaged_record_is_measured_again(two, text):
     blas._file().write_text(text)
     assert blas.chosen().name == "mkl"
     assert counts["measured"] == 1
-    assert blas._kept_rates()["MKL 9.9"] == 150e9
+    assert blas._cached_rates()["MKL 9.9"] == 150e9
 
 
 def test_without_a_folder_to_write_to_it_is_measured_in_every_process(two, monkeypatch, tmp_path):

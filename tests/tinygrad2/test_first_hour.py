@@ -1,6 +1,6 @@
 """What a user of PyTorch or NumPy writes in the first hour: each is right, or refused in one line that says what to do.
 
-Names that are not offered are in test_missing_names.py.
+Missing names are in test_missing_names.py.
 """
 
 import copy
@@ -210,12 +210,12 @@ REFUSED = {
     "a number as a key": (
         lambda: tg.randn(2, key=0),
         TypeError,
-        r"random: the key is of type int; expected a Key, as in",
+        r"random: the key has type int; expected a Key, as in",
     ),
     "a number as dropout's key": (
         lambda: tg.dropout(X, 0.5, 0),
         TypeError,
-        "dropout: the key is of type int; expected a",
+        "dropout: the key has type int; expected a",
     ),
     "a rate above 1": (
         lambda: tg.dropout(X, 1.5, Key(0)),
@@ -240,7 +240,7 @@ REFUSED = {
     "targets of floats": (
         lambda: tg.cross_entropy(X, Tensor([0, 1])),
         TypeError,
-        "cross_entropy: targets are of dtype float32; expected integers, or a share of each class",
+        "cross_entropy: targets have dtype float32; expected integers, or a share of each class",
     ),
     "classes in the middle": (
         lambda: tg.cross_entropy(CUBE, np.zeros((2, 4), int), reduction="sum"),
@@ -258,7 +258,7 @@ REFUSED = {
     "a layer of another dtype": (
         lambda: nn.Linear(3, 2)(X),
         TypeError,
-        "linear: weight is float32; expected float64, as",
+        "linear: weight is float32; expected float64, the dtype of",
     ),
     "a layer of an array": (
         lambda: nn.Linear(3, 2)(A),
@@ -271,7 +271,7 @@ REFUSED = {
     "a list of layers": (
         lambda: nn.Sequential([nn.ReLU()]),
         TypeError,
-        "Sequential: layer 0 is of type list; expected",
+        "Sequential: layer 0 has type list; expected",
     ),
     "a module with forward only": (
         lambda: type("Net", (nn.Module,), {"forward": lambda self, x: x})()(X),
@@ -286,7 +286,7 @@ REFUSED = {
     "a state with another name": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"extra": np.ones(2)}),
         ValueError,
-        "load_state_dict: MLP: the state is with extra, which the module does not have",
+        "load_state_dict: MLP: the state has extra, which the module does not have",
     ),
     "a state of texts": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"first.bias": np.array(["1", "2", "3"])}),
@@ -298,7 +298,7 @@ REFUSED = {
         TypeError,
         "load_state_dict: first.bias has dtype complex128",
     ),
-    "a state in a list": (lambda: MLP().load_state_dict([1]), TypeError, "load_state_dict: the state is of type list"),
+    "a state in a list": (lambda: MLP().load_state_dict([1]), TypeError, "load_state_dict: the state has type list"),
     "a folder that does not exist": (
         lambda: MLP().save("nowhere/model"),
         FileNotFoundError,
@@ -383,7 +383,7 @@ REFUSED = {
     "no backward function": (
         lambda: record(A, (X,), None),
         TypeError,
-        "record: backward is of type NoneType; expected a",
+        "record: backward has type NoneType; expected a",
     ),
 }
 
@@ -473,5 +473,5 @@ def test_the_gradient_of_a_norm_is_0_where_it_is_0(order):
 
 
 def test_ops_checks_its_key():
-    with pytest.raises(TypeError, match=r"^attention: the key is of type int"):
+    with pytest.raises(TypeError, match=r"^attention: the key has type int"):
         ops.attention(Tensor(np.ones((1, 2, 6))), 1, 0.1, 3)

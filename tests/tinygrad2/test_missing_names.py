@@ -1,4 +1,4 @@
-"""A name that PyTorch or NumPy has and this project does not is answered with what to use instead."""
+"""The error for a name that exists in PyTorch or NumPy but not here says what to use instead."""
 
 import numpy as np
 import pytest
@@ -45,29 +45,29 @@ def test_functions_that_are_methods_or_numpys(name, hint):
 @pytest.mark.parametrize(
     ("name", "use"),
     [
-        ("add_", "x = x.add(...), or write to x.data"),
-        ("clamp_", "x = x.clamp(...), or write to x.data"),
+        ("add_", "use x = x.add(...), or write to x.data"),
+        ("clamp_", "use x = x.clamp(...), or write to x.data"),
         ("zero_", "write to x.data"),
         ("nonsense_", "write to x.data"),
     ],
 )
-def test_methods_that_change_a_tensor_in_place(name, use):
+def test_in_place_methods(name, use):
     with pytest.raises(AttributeError) as raised:
         getattr(Tensor([1.0]), name)
-    assert str(raised.value) == f"Tensor has no attribute {name!r}; a Tensor is not changed in place: {use}"
+    assert str(raised.value) == f"Tensor has no attribute {name!r}; in-place methods are not supported: {use}"
 
 
 @pytest.mark.parametrize("name", ["tensor", "array"])
-def test_a_module_of_a_functions_name(name):
+def test_calling_a_module_that_shares_its_name_with_a_function(name):
     with pytest.raises(TypeError) as raised:
         getattr(tinygrad2, name)([1.0, 2.0])
     assert str(raised.value).startswith(f"tinygrad2.{name} is a module; use tinygrad2.Tensor(values)")
 
 
 @pytest.mark.parametrize("operation", ["conv2d", "max_pool2d", "scatter_add", "linalg", "fft", "batch_norm"])
-def test_what_is_not_offered_is_refused_by_name(operation):
+def test_unsupported_operations_are_rejected_by_name(operation):
     for owner in (tinygrad2, Tensor([1.0])):
-        with pytest.raises(AttributeError, match=r"not offered.*: "):
+        with pytest.raises(AttributeError, match=r"not supported.*: "):
             getattr(owner, operation)
 
 

@@ -135,10 +135,10 @@ def rounded(array):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-@pytest.mark.parametrize("placed", [False, True])
-def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(placed):
+@pytest.mark.parametrize("in_arena", [False, True])
+def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(in_arena):
     model, tokens = Small(), [[1, 6, 3]]
-    if placed:
+    if in_arena:
         model.arena()
     before = {name: p.data.copy() for name, p in model.named_parameters()}
     assert model.to(precision="bfloat16_weights") is model
@@ -198,7 +198,7 @@ def test_an_unsupported_precision_is_rejected_and_nothing_changes():
         assert model.to("cpu", "bfloat16_weights").table.weight.dtype.name == "bfloat16"
 
 
-def test_another_precision_converts_values_and_drops_gradients():
+def test_a_change_of_precision_converts_values_and_drops_gradients():
     model = Small()
     before = [p.data.copy() for p in model.parameters()]
     optimizer = optim.AdamW(model)
@@ -227,7 +227,7 @@ def test_a_layer_and_an_input_of_different_precision_are_rejected_in_one_line(la
     ):
         with pytest.raises(TypeError) as raised:
             layer(x)
-        assert str(raised.value) == f"{name}: weight is {layers}; expected {given}, as the activations require"
+        assert str(raised.value) == f"{name}: weight is {layers}; expected {given}, the dtype of the activations"
 
 
 # Modules of other networks --------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_parameters_in_tuples_and_dicts_are_found():
     assert names == ["pair.0.weight", "pair.1.weight", "heads.a.weight", "heads.b.0.weight", "scale"]
 
 
-def test_repr_is_the_tree():
+def test_repr_shows_the_tree_of_modules():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Dropout(0.5), nn.Sequential(nn.RMSNorm(3, eps=0.1)))
     assert repr(model).splitlines() == [
         "Sequential()",
@@ -314,8 +314,8 @@ def test_a_state_is_a_copy_and_is_copied_into_the_arena():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("bias"), r"Linear: the state is without bias$"),
-        (lambda s: s.update(gain=s["bias"]), r"the state is with gain, which the module does not have$"),
+        (lambda s: s.pop("bias"), r"Linear: the state lacks bias$"),
+        (lambda s: s.update(gain=s["bias"]), r"the state has gain, which the module does not have$"),
         (lambda s: s.update(bias=np.ones((3, 1))), r"bias has shape \(3, 1\); expected \(3,\)"),
     ],
 )
@@ -330,7 +330,7 @@ def test_a_state_that_does_not_fit_is_rejected_in_one_line_and_changes_nothing(c
     np.testing.assert_array_equal(model.weight.data, before["weight"])
 
 
-def test_a_file_of_another_format_is_rejected(tmp_path):
+def test_a_file_in_another_format_is_rejected(tmp_path):
     (tmp_path / "x").write_bytes(b"0" * 100)
     with pytest.raises(ValueError, match=r"load: .*x: not a valid safetensors file"):
         nn.Linear(2, 3).load(tmp_path / "x")

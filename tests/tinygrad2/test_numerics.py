@@ -266,7 +266,7 @@ def test_layernorm_over_all_magnitudes(kernels, power, eps):
 
 
 def test_the_inverse_of_the_root_mean_square():
-    """Also without eps, down to the smallest normal numbers."""
+    """It is accurate even without eps, down to the smallest normal numbers."""
     for power in (-36, -20, 0, 20, 36):
         x = (R.normal(size=(3, 40)) * 10.0**power).astype("f4")
         assert error(reference.inverse_rms(x, 0.0), reference.inverse_rms(x.astype("d"), 0.0)) < 1e-6

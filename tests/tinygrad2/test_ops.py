@@ -445,7 +445,7 @@ def test_only_matrices_may_be_in_bfloat16_only():
         ):
             with pytest.raises(TypeError) as raised:
                 call()
-            assert str(raised.value) == f"{message}, as the activations require"
+            assert str(raised.value) == f"{message}, the dtype of the activations"
 
 
 def test_tf32_is_rejected_if_not_supported():

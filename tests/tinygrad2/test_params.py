@@ -201,14 +201,14 @@ def test_layers_read_the_data_or_the_copy():
     x, p = Tensor(np.ones(2)), Parameter(np.full(2, 1.003, np.float32))
     assert x.read_as("float64", "x") is x.data
     assert p.read_as("float32", "p") is p.data
-    with pytest.raises(TypeError, match=r"^p is float32; expected bfloat16, as the activations require$"):
+    with pytest.raises(TypeError, match=r"^p is float32; expected bfloat16, the dtype of the activations$"):
         p.read_as("bfloat16", "p")
     p.convert(p.backend, "float32", "bfloat16")
     assert p.read_as("float32", "p") is p.data
     assert copy_of(p).tolist() == [1, 1]
     assert p.dtype == np.float32
     assert rounded(p)
-    with pytest.raises(TypeError, match=r"^linear: weight is float32; expected float64, as the activations require$"):
+    with pytest.raises(TypeError, match=r"^linear: weight is float32; expected float64, the dtype of the activations$"):
         p.read_as("float64", "linear: weight")
 
 

@@ -8,7 +8,7 @@
   T* name = (T*)name##_raw
 __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void backoff() {}  // in a spin loop; a GPU needs none
+__device__ __forceinline__ void backoff() {}  // used in spin loops; not needed on a GPU
 #if __CUDA_ARCH__ >= 900
 // The same address in the shared memory of another block of a thread block cluster of SIZE. (Without volatile the
 // compiler may execute it in all lanes where only some need it, with ranks out of range.)
@@ -76,7 +76,7 @@ typedef __nv_bfloat16 bf16;
 #ifndef REAL
 #define REAL bf16
 #endif
-#define NEG_INF __uint_as_float(0xff800000u)  // NVRTC knows no INFINITY
+#define NEG_INF __uint_as_float(0xff800000u)  // NVRTC does not define INFINITY
 
 __device__ __forceinline__ float f32(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float f32(float x) { return x; }

@@ -1,16 +1,16 @@
 """Fused kernels for NumPy arrays, compiled by Numba: faster versions of the functions of reference.py, with the same
 names and signatures.
 
-They are faster because they make fewer passes over memory: GELU in NumPy reads its array a dozen times, here once. The
-formulas are those of reference.py; a comment says where the arithmetic differs. Each function splits its rows into
-parts, one per thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in order, so
-that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on one thread
-each.
+They are faster because they make fewer passes over memory: GELU in NumPy reads its array a dozen times; here it is
+read once. The formulas are those of reference.py; comments say where the arithmetic differs. Each function splits its
+rows into parts, one per thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in
+order, so that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on
+one thread each.
 
-Arrays are float32, float64, or bfloat16, which compiled code reads and writes as float32 (see bfloat16.py). Of
-bfloat16 are activations and their gradients, and the copies of the parameters; statistics, sums and the gradients of
-parameters are float32. Products of bfloat16 matrices are oneDNN's where the processor has instructions for them, else
-float32 products of the same numbers, rounded: the portable path.
+Arrays are float32, float64, or bfloat16, which compiled code converts to float32 when reading (see bfloat16.py).
+Activations, their gradients and the copies of the parameters may be bfloat16; statistics, sums and the gradients of
+parameters are then float32. oneDNN computes products of bfloat16 matrices if the processor has instructions for them;
+otherwise they are computed in float32 and rounded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 def _compiled(function: F) -> F:
     """Compile at the first call for each combination of argument types; cached on disk if possible."""
-    # The compiler may reorder sums to vectorise them, but may not assume that there are no NaNs or infinities.
+    # The compiler may reorder sums to vectorize them, but may not assume that there are no NaNs or infinities.
     options: dict[str, Any] = {
         "nogil": True,
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
@@ -81,7 +81,7 @@ GRAIN = 1 << 18  # minimum number of elements per thread
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exp and the maximum of a row, in forms that the compiler vectorises. (No annotations: Numba compares the parameters of
+# exp and the maximum of a row, in forms that the compiler vectorizes. (No annotations: Numba compares the parameters of
 # an overload with those of its implementation, annotations included.)
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def _bits_from_float(typing_context: Context, x: types.Type) -> pool.Intrinsic:
 
 
 def _exp(x: float) -> float:
-    raise AssertionError("to be called from compiled functions only")
+    raise AssertionError("call this only from compiled functions")
 
 
 @overload(_exp, inline="always")
@@ -134,14 +134,14 @@ def _exp_overload(x):
 
 
 def _largest(row: np.ndarray, n: int) -> float:
-    raise AssertionError("to be called from compiled functions only")
+    raise AssertionError("call this only from compiled functions")
 
 
 @overload(_largest)
 def _largest_overload(row, n):
-    """The maximum of row[:n]. float32 and bfloat16: computed on the bits, which as integers have the same order as the
-    floats once those of negative numbers are flipped; a maximum of floats does not vectorise, because of NaN. Here NaN
-    counts as the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
+    """The maximum of row[:n]. For float32 and bfloat16 the bits are compared as integers, after flipping those of
+    negative numbers, which gives the same order: the compiler does not vectorize a maximum of floats, because of NaN.
+    NaN counts as the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
     if row.dtype not in (types.float32, types.uint16):
 
         def largest64(row, n):
@@ -291,12 +291,12 @@ def _product_task() -> pool.CompiledTask:
 
 _product_tasks: list[pool.CompiledTask] = []  # one, compiled at the first use
 
-SMALL_PRODUCT = 1 << 18  # multiplications of a product up to which OpenBLAS does not use its own threads
+SMALL_PRODUCT = 1 << 18  # multiplications; OpenBLAS computes products up to this size on one thread
 
 
 @_compiled
 def _small_product(address, wide, a, b, out, add):
-    """out = a @ b, or out += a @ b, on this thread; False where BLAS does not take the matrices in place."""
+    """out = a @ b, or out += a @ b, on this thread. Returns False if BLAS cannot read or write them in place."""
     size = out.itemsize
     (m, n), k = out.shape, a.shape[1]
     if a.strides[1] == size and a.strides[0] >= k * size:
@@ -321,8 +321,8 @@ def _small_product(address, wide, a, b, out, add):
 
 @functools.cache
 def _compiled_small_product() -> Callable[..., bool]:
-    """_small_product, compiled once for each dtype with a type that takes every memory layout: otherwise Numba would
-    compile it for each combination of layouts."""
+    """_small_product, compiled once for each dtype, for arrays of any memory layout: otherwise Numba would compile it
+    for each combination of layouts."""
     dispatcher: Any = _small_product
     for dtype in blas.chosen().calls:
         read, written = (types.Array(from_dtype(dtype), 2, "A", readonly=readonly) for readonly in (True, False))
@@ -383,8 +383,8 @@ def _bfloat16_product(
     a, b = (x if blas.layout(x) else np.ascontiguousarray(x) for x in (a, b))
     bias = None if bias is None else np.ascontiguousarray(bias)
     (m, n), k = out.shape, a.shape[1]
-    # oneDNN computes a transposed matrix in another way if it is stored without gaps. Parts of it have gaps, so that a
-    # single part would have other bits: two are computed then.
+    # oneDNN uses another algorithm for a transposed matrix that is contiguous. Parts of it are not contiguous, so that
+    # the product in one part would have different bits. Therefore it is computed in two.
     in_two = m >= 2 * BF16_ROWS and a.strides[1] == m * a.itemsize and m > 1
 
     def rows(start: int, stop: int) -> None:
@@ -413,7 +413,7 @@ def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
     total += row_sum(partial)
 
 
-GEMV_ROWS = 32  # with up to this many rows of x, a product takes no longer than reading the weights
+GEMV_ROWS = 32  # with up to this many rows of x, the time of a product is that of reading the weights
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -518,7 +518,7 @@ def _dropout(
     threshold: np.uint64,
     scale: np.floating,
 ) -> None:
-    """y = x m scale for the elements first ... of the global batch; a group of four shares one counter."""
+    """y = x m scale for the elements from `first` on of the global batch; a group of four shares one counter."""
     n, zero = len(x), scale - scale
     group = first >> np.uint64(2)
     i = -np.int64(first & np.uint64(3))
@@ -714,7 +714,7 @@ def _any_layernorm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-ATTENTION_FLOPS = 1 << 24  # minimum per thread, of q k^T; chosen with the softmax included
+ATTENTION_FLOPS = 1 << 24  # minimum FLOPs of q k^T per thread; chosen by timing attention including the softmax
 
 
 @_compiled
@@ -777,7 +777,7 @@ def _attention_backward(
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
     scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
-    """The same heads, in blocks of rows from the last to the first: the last block attends to every key, so it writes
+    """The gradients, in blocks of rows from the last to the first: the last block attends to every key, so it writes
     dk and dv, and the others add to them. With dropout, p is P M while dV is computed, and dp is dP M.
 
     P = exp(S - lse), as long as its rows sum to 1. At scores of about 100 and more they do not, since lse is rounded;
@@ -846,7 +846,7 @@ def _attention_bfloat16(
     heads: np.ndarray, first_head: int, last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey,
     first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
-    """_attention of bfloat16, one head at a time in float32: heads (3, 1, 1, keys, D), buffers."""
+    """_attention for bfloat16: each head is converted to float32, in the buffers `heads` (3, 1, 1, keys, D)."""
     H, T = q.shape[1:3]
     for head in range(first_head, last_head):
         b, h = head // H, head % H
@@ -867,7 +867,7 @@ def _attention_backward_bfloat16(
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, heads: np.ndarray, first_head: int,
     last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
-    """_attention_backward of bfloat16, one head at a time in float32: heads (8, 1, 1, T, D), buffers."""
+    """_attention_backward for bfloat16: each head is converted to float32, in the buffers `heads` (8, 1, 1, T, D)."""
     H = q.shape[1]
     for head in range(first_head, last_head):
         b, h = head // H, head % H
@@ -971,7 +971,7 @@ def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: in
     return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
 
 
-if not (blas.NUMPYS.calls or blas.chosen().calls):  # no library can be called by its address: use the reference
+if not (blas.NUMPYS.calls or blas.chosen().calls):  # no BLAS library has a C interface: use the reference
     del attention_forward, attention_backward, attention_cached
 
 
@@ -1048,8 +1048,8 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias:
 
 @_compiled
 def _cross_entropy_rows(logits, targets, picked, log_total):
-    """picked is each row's target less the largest; the compiler might subtract in another order, which loses digits
-    under a common offset, so the loss is computed outside."""
+    """picked is each row's target logit minus the largest logit. The caller computes the loss: here the compiler could
+    reorder the subtractions, which loses precision if all logits share a large offset."""
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
@@ -1103,7 +1103,7 @@ def _write_dlogits(
 
 @_compiled
 def _cross_entropy(logits: np.ndarray, targets: np.ndarray, loss: np.ndarray, count: np.floating) -> None:
-    """Replace each row of logits by its gradient (softmax - onehot) / count; loss gets each row's loss."""
+    """Replace each row of logits by its gradient (softmax - onehot) / count; loss receives each row's loss."""
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
@@ -1203,7 +1203,7 @@ def adamw_step(
     if np.isnan(scale):
         return
     factor, rate, count = float(scale), float(lr), float(step)
-    # The bias corrections are moved out of the loop, into the step size and the root.
+    # The bias corrections are hoisted out of the loop, into the step size and the root.
     correction, root = 1 - beta1**count, (1 - beta2**count) ** -0.5
     numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
@@ -1243,7 +1243,7 @@ def muon_momentum(grad: np.ndarray, buffer: np.ndarray, scale: np.ndarray, momen
 
 
 def orthogonalize(*matrices: np.ndarray) -> None:
-    """Each matrix on one thread, so that the result depends neither on the number of threads nor on other matrices."""
+    """Orthogonalize each matrix on one thread, so that its result depends on nothing else."""
     n = max(1, min(threads.count(), len(matrices)))
     with threads.blas_on_one_thread():
         pool.each(lambda i, _: reference.orthogonalize(*matrices[i::n]), [(i, i + 1) for i in range(n)])
@@ -1266,12 +1266,12 @@ def muon_step(value: np.ndarray, direction: np.ndarray, scale: np.ndarray, lr: n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bfloat16 in operations that have no kernel here: the reference in float32
+# Operations without a bfloat16 kernel: computed by the reference in float32
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of reference.py; for arguments of bfloat16 computed in float32, its results rounded to bfloat16."""
+    """The function of reference.py; bfloat16 arguments are converted to float32, and results rounded to bfloat16."""
 
     @functools.wraps(function)
     def call(x: np.ndarray, *more: Any) -> Any:

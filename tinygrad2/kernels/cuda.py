@@ -103,7 +103,7 @@ class AttentionSizes(NamedTuple):
 
     @staticmethod
     def backward(D: int, processor: Multiprocessor) -> dict[str, AttentionSizes]:
-        """For each of the two kernels."""
+        """The sizes for each of the two kernels of the backward pass."""
         chunk = 32 if D <= 64 else 16  # limited by registers
         # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
         sizes = {"attention_backward_kv": (64, chunk), "attention_backward_q": (128, 16) if D == 64 else (64, chunk)}
@@ -464,7 +464,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, n_head, rate, key: _on_tensor_cores(qkv, n_head))
     def attention_forward(self, qkv: Array, n_head: int, rate: float, key: Key | None) -> tuple[Array, Array]:
-        """On tensor cores, for bfloat16; lse is float32."""
+        """Attention on tensor cores, in bfloat16; lse is float32."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         out = self._np.empty((B, T, width // 3), dtype=qkv.dtype)
@@ -485,7 +485,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-        """For one token at a time, limited by reading the cache. In bfloat16, attention_forward computes a prompt."""
+        """Attention of one new token, limited by reading the cache. In bfloat16, prompts use attention_forward."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]

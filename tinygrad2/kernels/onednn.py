@@ -1,11 +1,12 @@
-"""Products of bfloat16 matrices by oneDNN, which uses the processor's instructions for them (AVX-512 BF16, AMX).
+"""Products of bfloat16 matrices with oneDNN, which uses the processor's instructions for them (AVX-512 BF16, AMX).
 
-oneDNN multiplies by a primitive, which is compiled for the sizes and memory layouts of the matrices and shared by all
-threads. A thread has its own stream, memory objects (which hold the addresses) and scratch memory. kernels/pool.py has
-the threads, so OpenMP is set to one for each of them: with more, products would be slower, and their bits would depend
-on the number of threads. Source: oneDNN's C interface, https://uxlfoundation.github.io/oneDNN, version 3.
+A matrix product is a oneDNN primitive, compiled for the sizes and memory layouts of the matrices and shared by all
+threads. Each thread has its own stream, memory objects (which contain the addresses) and scratchpad. The threads are
+those of kernels/pool.py, so OpenMP is limited to one thread in each of them: with more, products would be slower, and
+their bits would depend on the number of threads. Source: oneDNN's C interface, version 3,
+https://uxlfoundation.github.io/oneDNN
 
-The wheel `onednn-cpu-gomp` has this library (54 MB) and needs nothing else; Intel's own, `onednn`, installs 2 GB.
+The wheel `onednn-cpu-gomp` contains this library (54 MB) and has no dependencies; Intel's own, `onednn`, installs 2 GB.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PACKAGE = "onednn-cpu-gomp"
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
 
 # Constants of dnnl_types.h and dnnl_common_types.h.
-_CPU, _IN_ORDER, _USERS_SCRATCHPAD = 1, 1, 1
+_CPU, _IN_ORDER, _USER_SCRATCHPAD = 1, 1, 1
 _TYPES = {np.dtype(bfloat16): 2, np.dtype(np.float32): 3}
 _SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD = 1, 33, 17, 41, 80
 _QUERY_SCRATCHPAD = 136
@@ -57,11 +58,11 @@ class _Argument(ctypes.Structure):
 
 
 class OneDnn:
-    """The library, loaded. Each method is a function of its C interface, without the prefix dnnl_."""
+    """The loaded library. Each method is a function of its C interface, without the prefix dnnl_."""
 
     def __init__(self, path: str):
         self.library = ctypes.CDLL(path)
-        openmp = ctypes.CDLL("libgomp.so.1")  # (which the library has loaded)
+        openmp = ctypes.CDLL("libgomp.so.1")  # already loaded by oneDNN
         self.set_openmp_threads = openmp.omp_set_num_threads
         for name, arguments in _SIGNATURES.items():
             function = self.library[f"dnnl_{name}"]
@@ -92,7 +93,7 @@ def _checked(status: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
 
 @functools.cache
 def library() -> OneDnn | None:
-    """oneDNN, or None where it is not installed or the processor has no instructions for bfloat16."""
+    """oneDNN, or None if it is not installed or the processor has no instructions for bfloat16."""
     return None if unavailable_reason() else OneDnn(str(_file()))
 
 
@@ -121,8 +122,8 @@ _Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, 
 
 @functools.cache
 def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None], int]:
-    """The primitive of a product; the descriptions of source, weights, destination, bias and scratch memory; and the
-    size of the last in bytes."""
+    """The primitive of a product; the memory descriptors of source, weights, destination, bias and scratchpad; and the
+    size of the scratchpad in bytes."""
     dnn = library()
     assert dnn is not None
     (m, n, k), strides, dtype, add, biased = key
@@ -134,7 +135,7 @@ def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None]
     source, weights = describe(own, (m, k), strides[0]), describe(own, (k, n), strides[1])
     destination, bias = describe(_TYPES[dtype], (m, n), strides[2]), describe(own, (1, n), (n, 1)) if biased else None
     attributes = dnn.new("primitive_attr_create")
-    dnn.primitive_attr_set_scratchpad_mode(attributes, _USERS_SCRATCHPAD)  # else threads could not share the primitive
+    dnn.primitive_attr_set_scratchpad_mode(attributes, _USER_SCRATCHPAD)  # required to share a primitive among threads
     if add:
         after = dnn.new("post_ops_create")
         dnn.post_ops_append_sum(after, 1.0, 0, 0)
@@ -145,7 +146,7 @@ def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None]
 
 
 class _Thread(threading.local):
-    """What a thread has for itself: its stream, its scratch memory, and the arguments of the products it has made."""
+    """The state of one thread: its stream, its scratchpad, and the arguments of its products."""
 
     def __init__(self) -> None:
         dnn = library()
@@ -161,7 +162,7 @@ class _Thread(threading.local):
         primitive, descriptions, size = _primitive(key)
         if size > self.scratch.nbytes:
             self.scratch = np.empty(size, np.uint8)
-            self.plans.clear()  # which have the address of the old one
+            self.plans.clear()  # they contain the address of the old scratchpad
         memories = [d and self.dnn.new("memory_create", d, self.dnn.engine, None) for d in descriptions]
         self.dnn.memory_set_data_handle(memories[4], self.scratch.ctypes.data)
         numbers = (_SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD)
@@ -176,7 +177,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bi
     """out = a b, or out += a b, plus a bias for every row, on the calling thread; sums are float32.
 
     a (m, k), b (k, n), bias (n,) bfloat16, out (m, n) bfloat16 or float32; each matrix with rows or columns that are
-    contiguous. Each element of out has the same bits whichever rows are computed at a time.
+    contiguous. Each element of out has the same bits however the rows are divided among calls.
     """
     global _thread
     here = _thread = _thread or _Thread()

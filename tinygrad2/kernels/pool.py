@@ -68,7 +68,7 @@ def _store(typing_context: Context, address: types.Type, value: types.Type) -> I
 
 @intrinsic
 def pointer(typing_context: Context, address: types.Type, like: types.Type) -> Intrinsic:
-    """In compiled code: convert an address to a pointer to values of the type of `like`."""
+    """Convert, in compiled code, an address to a pointer to values of the type of `like`."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -149,7 +149,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
     """Run the compiled tasks posted to the slot at this address. Returns the ticket of a Python task, or 0 if
     nothing was posted for max_spins iterations.
 
-    finished  the ticket of the Python task that the worker has run, or 0. DONE is set here, without Python's lock.
+    finished  the ticket of the Python task that the worker has run, or 0. DONE is set here, without the GIL.
     """
     _store(slot + 8 * ASLEEP, 0)
     if finished:

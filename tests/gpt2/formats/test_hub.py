@@ -80,7 +80,7 @@ def run_sample(folder, endpoint, *, code=0, **environment):
 
 @pytest.mark.extras("huggingface_hub")
 def test_names_are_downloaded_once(model, tmp_path):
-    (tmp_path / "gpt2").mkdir()  # as in the repository: a folder of this name that holds no model
+    (tmp_path / "gpt2").mkdir()  # as in the repository: a folder of this name without a model
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "served", "hf")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, tmp_path / "served")) as server:

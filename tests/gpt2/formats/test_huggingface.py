@@ -53,7 +53,7 @@ def test_the_layout_is_hugging_faces(folder):
     assert values["architectures"] == ["GPT2LMHeadModel"]
     assert values["torch_dtype"] == "float32"
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+        assert file.metadata() == {"format": "pt"}  # transformers rejects a file without it
         names = set(file.keys())
         assert file.get_tensor("transformer.h.1.mlp.c_fc.weight").shape == (8, 32)
     assert "lm_head.weight" not in names
@@ -221,7 +221,7 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_hugging_face_folders(kind, shards, model, tmp_path):
-    """With and without shards, in safetensors and in PyTorch's format."""
+    """Folders with and without shards are read, in safetensors and in PyTorch's format."""
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     items = list(values(model).items())

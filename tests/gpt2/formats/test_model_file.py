@@ -65,7 +65,7 @@ def test_a_plain_state_dict_uses_the_config_next_to_it(model, tmp_path):
         assert_equal(model, GPT2.from_pretrained(tmp_path / name))
     assert_equal(model, GPT2.from_pretrained(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"linear.pt: it has no config, .* put its config.json beside it"):
+    with pytest.raises(ValueError, match=r"linear.pt: it has no config, .* put its config.json next to it"):
         model_file.open_model(tmp_path / "linear.pt")
 
 
@@ -167,9 +167,12 @@ def test_a_bias_of_the_output_layer_is_rejected_unless_it_is_zero(name, model, t
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("base_model.model.h.0.attn.c_attn.lora_A.default.weight", "it has an adapter beside its weights (peft, LoRA)"),
-        ("h.1.mlp.c_fc.qweight", "it has quantized weights (GPTQ, AWQ); they are not supported"),
-        ("h.1.mlp.c_fc.weight_scale", "it has quantized weights; they are not supported"),
+        (
+            "base_model.model.h.0.attn.c_attn.lora_A.default.weight",
+            "it has an adapter besides its weights (peft, LoRA)",
+        ),
+        ("h.1.mlp.c_fc.qweight", "it has quantized weights (GPTQ, AWQ), which are not supported"),
+        ("h.1.mlp.c_fc.weight_scale", "it has quantized weights, which are not supported"),
         ("h.0.adapter.weight", "tensor h.0.adapter.weight is not a parameter of this model"),
     ],
 )

@@ -262,7 +262,7 @@ def test_other_archives(file):
     file.write_bytes(b"PK\x03\x04" + bytes(100))
     refused(file, "File is not a zip file")
     file.write_bytes(pickle.dumps({}, 2) * 3)
-    refused(file, "it is not a file of torch.save")
+    refused(file, "it is not a torch.save file")
 
 
 def test_a_flipped_bit_in_the_pickle_is_detected(file):
@@ -297,7 +297,7 @@ def test_files_from_before_zip(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magic": 0x1950A86A20F9469CFC6D}, "not a file of torch.save"),
+        ({"magic": 0x1950A86A20F9469CFC6D}, "not a torch.save file"),
         ({"little_endian": False}, "not little-endian"),
         ({"keys": ()}, "list of its tensors' memory"),
         ({"keys": ("0", 1)}, "list of its tensors' memory"),
@@ -311,7 +311,7 @@ def test_damaged_files_from_before_zip(change, message, file):
 
 
 def test_a_large_claimed_size_takes_no_memory(file):
-    """In a separate process with 1 GiB of address space beyond its initial size."""
+    """The file is read in a separate process with 1 GiB of address space beyond its initial size."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
         "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import read_pickle\n"
@@ -387,7 +387,7 @@ def test_pytorch_reads_the_written_file(mmap, file):
 
 @pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."])
 def test_nanogpt_checkpoints(prefix, model, tmp_path):
-    """With the exact form of GELU, compiled or not."""
+    """They use exact GELU, and may have been compiled."""
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", linear(model, prefix)))
     rates = dict.fromkeys(NO_DROPOUT, 0.2)
     assert found.config == GPT2Config(**SIZES, **rates, activation_function="gelu")
@@ -424,7 +424,7 @@ CONFIG = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_emb
 
 
 def test_build_nanogpt_checkpoints(model, tmp_path):
-    """With the tanh form, and no dropout."""
+    """They use the tanh form of GELU, and no dropout."""
     assert_equal(model, GPT2.from_pretrained(with_config_object(tmp_path / "a.pt", linear(model), CONFIG)))
     other = with_config_object(tmp_path / "b.pt", linear(model), CONFIG, "train_gpt2\nGPTConfig")
     assert_equal(model, GPT2.from_pretrained(other))

@@ -1,11 +1,11 @@
-"""Writes the golden files beside this script: what PyTorch and transformers compute for two small GPT-2s.
+"""Writes the golden files next to this script: what PyTorch and transformers compute for two small GPT-2s.
 
     python tests/gpt2/golden/make_golden.py
 
 For each form of GELU a folder in the Hugging Face layout, written by transformers itself (config.json and
 model.safetensors, float32), and expected.safetensors: tokens and targets, and in float64 the logits, the loss, every
 gradient (`gradient.NAME`), and of ten AdamW steps with clipping the losses, the norms of the gradients before clipping
-and the final parameters (`final.NAME`). Its metadata holds the optimizer's settings.
+and the final parameters (`final.NAME`). Its metadata contains the optimizer's settings.
 
 The live tests of test_parity.py use the same functions.
 """

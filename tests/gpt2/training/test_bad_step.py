@@ -155,7 +155,7 @@ def test_without_enough_disk_space_no_bad_step_is_written(workspace, monkeypatch
     monkeypatch.setattr(bad_step.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     spoil_steps(monkeypatch, 2)
     run("--max-iters", "4", "--save-interval", "4")
-    assert "  out/bad-step-3: not written: less than 0.01 GB of the disk are free" in capsys.readouterr().out
+    assert "  out/bad-step-3: not written: less than 0.01 GB of disk space is free" in capsys.readouterr().out
     assert not list(Path("out").glob("*bad-step*"))
 
 

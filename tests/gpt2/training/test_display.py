@@ -48,7 +48,7 @@ def test_the_opening_lines(workspace, capsys, monkeypatch):
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:11])
     assert lines["model"] == "nano: 834,432 parameters (4 layers, 4 heads, embedding size 128, context 64)"
     assert lines["device"] == "cpu, float32, 1 thread"
-    assert re.fullmatch(r"\S.*, [\d,]+ GFLOP/s in float32 on a thread.*", lines["products"])
+    assert re.fullmatch(r"\S.*, [\d,]+ GFLOP/s in float32 on one thread.*", lines["products"])
     data = r"data/text: [\d,]+ training tokens, [\d,]+ validation tokens \(tokenizer bytes, vocabulary 257\)"
     assert re.fullmatch(data, lines["data"])
     assert lines["batch"] == "96 tokens per step = 2 sequences x 16 tokens x 3 micro-steps"

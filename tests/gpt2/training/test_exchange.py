@@ -94,8 +94,8 @@ def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
     convert.convert("hf", "a.pt", "pt")
     convert.convert("hf", "a.bin", "llmc")
     for source, message in (
-        ("hf", "hf/model.safetensors: it has no state of a run; expected a checkpoint of nanoGPT, or of train.py"),
-        ("a.bin", "a.bin: it has no state of a run"),
+        ("hf", "hf/model.safetensors: it has no training state; expected a checkpoint of nanoGPT or train.py"),
+        ("a.bin", "a.bin: it has no training state"),
         ("a.pt", "a.pt: its iter_num is NoneType"),
     ):
         capsys.readouterr()
@@ -106,11 +106,12 @@ def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
     assert convert.main(["a.pt", "out", "--to", "run", "--dtype", "float16"]) == 1
 
 
-def test_another_optimizer_is_left_out_of_a_file_of_pytorch(workspace, capsys):
+def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
     run(*SHORT, "--out-dir", "a", "--optimizer", "sgd")
     to("pt", "a", "a.pt")
-    assert "the state of the run was not converted: a/ckpt-000004: its optimizer is sgd; nanoGPT has AdamW" in (
-        capsys.readouterr().err
+    assert (
+        "the state of the run was not converted: a/ckpt-000004: its optimizer is sgd; nanoGPT supports only AdamW"
+        in capsys.readouterr().err
     )
     assert "optimizer" not in torch_file.read_pickle(workspace / "a.pt")
 
@@ -154,7 +155,7 @@ def torch_optimizer(model):
 
 
 def assert_one_step_is_equal(folder, theirs, optimizer):
-    """From our checkpoint and from theirs: the same gradients, then the same parameters to 1e-6."""
+    """Our checkpoint and theirs give the same gradients, then the same parameters to 1e-6."""
     import torch
 
     ours = GPT2.from_pretrained(folder)

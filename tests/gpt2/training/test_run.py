@@ -263,7 +263,7 @@ def test_a_file_system_without_links(number, workspace, monkeypatch, capsys):
 
 
 def test_every_option_is_remembered(workspace):
-    """For each option: a run that was started with another value than the default has it when it is resumed without."""
+    """A run that was started with a value other than the default keeps it when resumed without the option."""
     config = GPT2Config.preset("nano")
     for f in fields(Options):
         if f.name in ("fresh", "out_dir"):  # which start and which run

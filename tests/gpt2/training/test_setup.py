@@ -211,7 +211,7 @@ def test_data_prepared_again_under_the_same_name_is_noticed(workspace, capsys):
     assert "data/text is not the data that out/ was trained on" in one_line(capsys)
 
 
-def test_another_vocabulary_beside_the_data_is_noticed(workspace, capsys):
+def test_another_vocabulary_next_to_the_data_is_detected(workspace, capsys):
     Tokenizer.load("bytes").save(workspace / "data" / "text")
     manifest = workspace / "data" / "text" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(Tokenizer.load("bytes").fingerprint, "0" * 64))

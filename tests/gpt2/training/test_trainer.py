@@ -63,7 +63,7 @@ def test_training_learns(workspace):
 
 
 def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
-    """With cached files; the scores are those of the saved model, and a resumed run continues with them."""
+    """The files are cached. The scores are those of the saved model, and a resumed run continues with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     (workspace / "cache" / "tinygrad2").mkdir(parents=True)
     questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]

@@ -17,7 +17,7 @@ from tinygrad2.distributed import SoloComm
 def fast(monkeypatch):
     monkeypatch.setattr(watch, "POLL", 0.02)
     monkeypatch.setattr(watch, "LEAST", 0.3)
-    monkeypatch.setattr(watch, "LAST_WORDS", 0.0)
+    monkeypatch.setattr(watch, "GRACE", 0.0)
 
 
 def never_returning():
@@ -35,7 +35,7 @@ def test_a_slow_step_is_reported_once_with_its_stack(fast, capfd):
             time.sleep(0.01)
     error = capfd.readouterr().err
     assert error.count("this step has taken") == 1
-    assert "and the median of the steps before is 0.0" in error
+    assert "and the median of the previous steps is 0.0" in error
     assert "in never_returning" in error
     assert error.count("in never_returning") == 1
 
@@ -73,7 +73,7 @@ PROGRAM = """
 import threading
 from gpt2.training import watch
 from tinygrad2.distributed import SoloComm
-watch.POLL, watch.LEAST, watch.LAST_WORDS = 0.1, 60.0, 0.1
+watch.POLL, watch.LEAST, watch.GRACE = 0.1, 60.0, 0.1
 with watch.Watch(SoloComm(), 1, lambda: "The last checkpoint is out/ckpt-000003.") as watching:
     with watching.step():
         pass

@@ -65,7 +65,7 @@ def compiled(text, options):
 
 
 class RawModule:
-    """As cupy.RawModule: get_function(name)(grid, block, args, shared_mem=n)."""
+    """Like cupy.RawModule: get_function(name)(grid, block, args, shared_mem=n)."""
 
     def __init__(self, code, options=(), enable_cooperative_groups=False):
         need_compiler()
@@ -79,10 +79,10 @@ class RawModule:
 
 
 class Function:
-    """A kernel; its arguments are checked for what CuPy would pass on wrongly without a word."""
+    """A kernel. Its arguments are checked for mistakes that CuPy does not detect."""
 
     def __init__(self, library, name, static=0):
-        """static: bytes of shared memory that the kernel has of its own at the beginning of the dynamic one."""
+        """static: bytes of static shared memory of the kernel, at the beginning of the dynamic one."""
         self._most = 48 << 10
         self.name, self._static = name, static
         of = {what: getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params", "bound")}

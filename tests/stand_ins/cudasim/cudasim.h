@@ -1,22 +1,23 @@
-// Runs CUDA C++ kernels on a CPU, to see whether they are right: no GPU, no driver.
+// A simulator that runs CUDA C++ kernels on a CPU to test them, without a GPU or a driver.
 //
-// Every CUDA thread is a fiber with a stack of its own, and gives way only at barriers, in collectives of its warp, and
-// where it waits for another block. Between two such points it runs alone, in an order that the caller picks (0: the
-// first warp runs as far ahead as it can, 1: the last warp does, from 2 on: warps at random rates), so that a missing
-// barrier shows as a result that is wrong or depends on the order. Blocks run one after the other; one that only waits
-// lets the next begin, and then the same holds among blocks (0: the first one that can goes on, 1: the last one, from 2
-// on: one at random keeps ahead of the others for a while).
+// Every CUDA thread is a fiber with its own stack, which yields only at barriers, in warp collectives, and while it
+// waits for another block. Between two such points it runs alone. The caller selects the schedule (0: the first warp
+// runs as far ahead as it can, 1: the last warp does, 2 and more: warps run at random rates), so that a missing barrier
+// gives a result that is wrong or depends on the schedule. Blocks run one after the other; a block that only waits lets
+// the next one start, and blocks are then scheduled in the same way (0: the first block that can run, 1: the last one,
+// 2 and more: a random block runs ahead of the others for a while).
 //
-// It stops with a message at divergent barriers, collectives of a warp that name lanes which have exited or left, lanes
-// that meet in different collectives, copies that nobody waits for, ldmatrix and cp.async outside shared memory or (to
-// read) outside the arrays that were passed, and accesses whose address is not a multiple of what the type asks for. Shared memory, static and dynamic, holds NaN when a block starts, and so does the target of
-// cp.async until it is waited for.
+// The program stops with a message at divergent barriers, warp collectives whose mask contains lanes that have exited
+// or left, lanes that meet in different collectives, asynchronous copies that are never waited for, ldmatrix and
+// cp.async outside shared memory or (for reads) outside the arrays that were passed, and misaligned accesses. Shared
+// memory, static and dynamic, is filled with NaN when a block starts, and so is the target of cp.async until it is
+// waited for.
 //
-// Known: threadIdx and its like, __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4,
+// Supported: threadIdx and so on, __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4,
 // bf16, ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async, the shared memory of a cluster's blocks and their barrier.
 // Not modelled: the order in which a GPU makes writes visible, bank conflicts, registers, a plain access past the end of
 // an array, lanes that meet in the same collective at two places, wgmma, TMA, more blocks than a GPU has room for, denormal
-// numbers (CuPy compiles with -ftz=true), and the GPU's own approximations of exp and its like.
+// numbers (CuPy compiles with -ftz=true), and the GPU's approximations of exp and other functions.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -71,7 +72,7 @@ namespace cudasim {
 
 // Fibers --------------------------------------------------------------------------------------------------------------
 
-// Store the registers that a function has to preserve, and the stack pointer in *save; go on where `load` was stored.
+// Store the registers that a function has to preserve, and the stack pointer in *save; continue where `load` was stored.
 #if defined(__x86_64__)
 extern "C" void cudasim_switch(void** save, void* load);
 asm(R"(.text
@@ -168,15 +169,15 @@ inline void wait() {
   yield_to_main();
 }
 
-// Report, and never go on.
+// Report an error, and never continue.
 inline void stop(const std::string& m) {
   fail(m);
   for (;;) yield_to_main();
 }
 
-// 16 bytes that one of the spans has to hold.
+// Check 16 bytes, which must be inside one of the spans.
 inline void check(const void* p, const std::vector<Span>& spans, const char* what) {
-  if ((uintptr_t)p % 16) stop(std::string(what) + ": an address that is no multiple of 16");
+  if ((uintptr_t)p % 16) stop(std::string(what) + ": an address that is not a multiple of 16");
   for (auto& span : spans)
     if (span.start <= p && (const char*)p + 16 <= span.start + span.size) return;
   stop(std::string(what) + ": an address outside " + (&spans == &shared ? "shared memory" : "the arrays"));
@@ -185,7 +186,7 @@ inline void check(const void* p, const std::vector<Span>& spans, const char* wha
 // The first thread of a block that comes to the declaration of a shared variable fills it with NaN.
 inline void poison(void* variable, size_t size, unsigned long& block) {
   if (block == blocks_started) return;
-  if (living.size() > 1) stop("static shared memory in a kernel whose blocks wait for each other: it stands for one block");
+  if (living.size() > 1) stop("static shared memory in a kernel whose blocks wait for each other: only one block has it here");
   if (!block) shared.push_back({(char*)variable, size});
   block = blocks_started;
   memset(variable, 0xFF, size);
@@ -244,14 +245,14 @@ inline auto exchange(unsigned mask, int kind, const void* v, size_t n, F read) {
   return read(now->warps[cur / 32].slot[p]);
 }
 
-// The block of this rank in the current one's cluster, where it has begun; else null.
+// The block of this rank in the current one's cluster, or null if it has not started.
 inline Block* in_cluster(int size, int rank) {
   size_t i = blockIdx.x / size * size + rank;
   return i < blocks.size() ? blocks[i] : nullptr;
 }
 
 inline void cluster_barrier(int size) {
-  if (gridDim.x % size) stop("the grid is no multiple of a cluster");
+  if (gridDim.x % size) stop("the grid is not a multiple of a cluster");
   size_t mine = now->fibers[cur].clusters++;
   now->clusters.resize(std::max(now->clusters.size(), mine + 1));
   now->clusters[mine]++;

@@ -21,7 +21,7 @@ def empty(shape, dtype):
 
 
 class Array(np.ndarray):
-    """With an address as CuPy's arrays have it."""
+    """An array with an address, as CuPy's arrays have."""
 
     data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
 
@@ -66,7 +66,7 @@ def normal(*shape, dtype=F32, seed=0, scale=1.0):
 
 
 def unaligned(array):
-    """The same matrix, one element after a multiple of 16 bytes; anything else as it is."""
+    """The same matrix, one element after a multiple of 16 bytes; anything else unchanged."""
     if not isinstance(array, np.ndarray) or array.ndim != 2:
         return array
     room = np.empty(array.size + 1, array.dtype)

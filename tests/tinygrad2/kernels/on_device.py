@@ -11,7 +11,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # of the norm; bfloat16 rounds 
 
 
 class Simulated(type(library)):
-    """The stand-in for CuPy, with kernels. New arrays hold NaN."""
+    """The stand-in for CuPy, with kernels. New arrays are filled with NaN."""
 
     RawModule = cudasim.RawModule
 

@@ -310,7 +310,7 @@ def test_a_bfloat16_that_is_not_finite_shows_where_the_reference_shows_it(produc
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
 def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_result(name, set_threads):
-    """Of products too: their parts are rows, and oneDNN computes a row in the same way in each."""
+    """This includes products: they are divided into rows, and oneDNN computes a row in the same way in every part."""
     if cpu.onednn.library() is None and name.startswith(("linear", "lm_head")):
         pytest.skip(cpu.onednn.unavailable_reason())
     outcomes = []

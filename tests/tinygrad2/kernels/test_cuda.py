@@ -64,7 +64,7 @@ def test_a_training_step_equals_the_cpus(device, dtype):
     }
     assert {name: error for name, error in errors.items() if not error < bound} == {}
     for (name, p), q in zip(model.named_parameters(), true_model.parameters(), strict=True):
-        # AdamW's first step is the gradient's sign, and that of the keys' bias is 0 but for rounding.
+        # AdamW's first step is the gradient's sign, and that of the keys' bias is 0 except for rounding.
         assert "c_attn.bias" in name or distance(p.numpy(), q.numpy()) < 0.1, name
         if dtype == "bfloat16":
             copy = copy_of(p)

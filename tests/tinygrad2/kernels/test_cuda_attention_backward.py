@@ -35,7 +35,7 @@ def problem(B, T, H, D, key, rate=0.25, seed=0):
 def error(got, want):
     """The largest relative error of dQ, dK and dV, by their norms."""
     parts = zip(np.split(got.astype(np.float64), 3, axis=-1), np.split(want, 3, axis=-1), strict=True)
-    # where a gradient is zero but for rounding (one key gets all the weight), the others give the scale
+    # where a gradient is zero except for rounding (one key gets all the weight), the others give the scale
     return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), 0.1 * np.linalg.norm(want)) for a, b in parts)
 
 

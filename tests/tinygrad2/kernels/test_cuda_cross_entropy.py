@@ -178,7 +178,7 @@ CASES = [(bfloat16, (2,), 8, 17001), ("float32", (40,), 2, 9)]  # for the gradie
 
 def is_right(kernels, dtype, shape, C, V):
     x, weight, targets = head(dtype, shape, C, V)
-    weight[-1] = x[0]  # the last token, beside the padding, is a likely one
+    weight[-1] = x[0]  # the last token, next to the padding, is a likely one
     arguments = on_device(x, weight, targets)
     loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
     right_loss, right = reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)

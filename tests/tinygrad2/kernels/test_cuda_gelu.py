@@ -45,7 +45,7 @@ def test_gelu(rows, C, dtype, bias_dtype):
 
 
 def test_gelu_in_its_tails():
-    """To 2e-5 of each value, however small, and the limits where the exponential overflows."""
+    """Values agree to 2e-5 of each, however small, and have the right limits where the exponential overflows."""
     u = np.linspace(-8, 8, 1008, dtype=F32).reshape(-1, 36)
     y = kernels().gelu_forward(u, np.zeros(36, F32))
     e = np.exp(-2 * reference._GELU_SCALE * (wide(u) + reference._GELU_CUBIC * wide(u) ** 3))

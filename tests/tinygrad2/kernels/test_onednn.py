@@ -36,7 +36,7 @@ def test_a_product_in_every_layout(library, shape):
         onednn.product(a, b, out, bool(add), bias if biased else None)
         assert error(out, exact) < (6e-3 if dtype == bfloat16 else 1e-6)  # at most 2^-8 twice
         whole[1:-1, 2 : 2 + n] = before[1:-1, 2 : 2 + n]
-        np.testing.assert_array_equal(whole, before)  # and nothing beside it is written
+        np.testing.assert_array_equal(whole, before)  # and nothing outside it is written
 
 
 def test_a_prompt_is_read_in_bfloat16(library):

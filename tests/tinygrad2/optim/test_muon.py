@@ -16,7 +16,7 @@ MATRICES = {"qkv": 3, "up": 1, "down": 1}
 
 
 class Model(nn.Module):
-    """An embedding, a gain, and matrices, one of which holds three."""
+    """An embedding, a gain, and matrices, one of which consists of three."""
 
     def __init__(self, dtype="float64", seed=0):
         draw = np.random.default_rng(seed).normal
