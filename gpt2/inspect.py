@@ -138,23 +138,24 @@ def summary(data: JsonObject, vocabulary: Vocabulary) -> Iterator[str]:
         p, at, place = min(places, key=lambda found: found[:2])
         word = word_label(vocabulary, tokens[at : place["end"]])
         expected = [(text, value) for text, value in place["words"] if text != word]
-        yield f"most surprising word: {word!r} with {percent(p)}; expected {listed(expected)}"
+        yield f"most surprising word: {word!r} with {percent(p)}; {listed(p, expected)}"
     elif count > 1:
         at = max(range(1, count), key=lambda i: data["surprise"][i])
         ids, p = (unpacked(data["choices"][name])[at - 1] for name in ("ids", "p"))
         token = vocabulary.label(tokens[at])
         expected = [(vocabulary.label(i), value) for i, value in zip(ids.tolist(), p, strict=True) if i != tokens[at]]
-        yield (
-            f"most surprising token: {token!r} (token {at + 1}) with {percent(2 ** -data['surprise'][at])}; "
-            f"expected {listed(expected)}"
-        )
+        actual = 2 ** -data["surprise"][at]
+        yield f"most surprising token: {token!r} (token {at + 1}) with {percent(actual)}; {listed(actual, expected)}"
     kinds = Counter(head["kind"] for layer in data["attention"]["heads"] for head in layer)
     names = {key: texts[0] for key, texts in PATTERNS.items()} | {SPREADS: "no single pattern"}
     yield "heads by what they look at: " + ", ".join(f"{names[kind]} {n}" for kind, n in kinds.most_common())
 
 
-def listed(expected: list[tuple[str, float]]) -> str:
-    return ", ".join(f"{text!r} {percent(p)}" for text, p in expected[:3])
+def listed(actual: float, expected: list[tuple[str, float]]) -> str:
+    """What the model expected instead of something to which it gave the probability `actual`."""
+    alternatives = ", ".join(f"{text!r} {percent(p)}" for text, p in expected[:3])
+    is_first = bool(expected) and actual >= expected[0][1]
+    return f"it was the first choice, before {alternatives}" if is_first else f"expected {alternatives}"
 
 
 def percent(p: float) -> str:

@@ -82,7 +82,11 @@ WRONG = [  # command, arguments, part of the expected line
     ("train", "--data text --out-dir a.txt", "--out-dir a.txt is a file; name a folder"),
     ("train", "--config utf16.toml", "write it in UTF-8"),
     ("train", "--config words.toml", "words.toml: max_iters is 'ten'; expected a value of type int"),
-    ("train", "--data a.txt", "data 'a.txt': no such data set"),
+    (
+        "train",
+        "--data a.txt",
+        "data 'a.txt': a file, not a data set; prepare it with",
+    ),
     ("sample", "--checkpoint model --threads 0", "--threads is 0; expected 1 to 1,024"),
     ("sample", "--checkpoint model -n 100000000", "out of memory: 100,000,000 samples"),
     ("sample", "--checkpoint model --top-p 2", "--top-p is 2.0; expected 0 < top-p <= 1"),

@@ -247,7 +247,7 @@ function expectedWords({ data, label }, t) {
   const actual = data.tokens.slice(+start, word.end).map(label).join("").trim(), likely = word.begins >= 0.5;
   const rows = word.words.map(([name, p]) => [name, p, name === actual]);
   if (!rows.some(([, , same]) => same)) rows.push([actual, word.p, true]);
-  const title = likely ? `Expected instead of the whole word \u201c${actual}\u201d`
+  const title = likely ? `Expected here, a whole word (the text has \u201c${actual}\u201d)`
     : `Expected words where \u201c${actual}\u201d begins (any word had only ${percent(word.begins)})`;
   return { likely, shown: [make("div", {}, make("h4", {}, title), bars(rows))] };
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import reprlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,10 @@ def find_dataset(data: str | Path) -> Path:
     for folder in (Path("data") / data, Path(data)):
         if _is_dataset(folder):
             return folder
+    if Path(data).is_file():
+        source, name = shlex.quote(str(data)), shlex.quote(f"data/{Path(data).stem}")
+        command = f"{console.script('prepare')} {source} --tokenizer bytes --out {name}"
+        raise FileNotFoundError(f"data {str(data)!r}: a file, not a data set; prepare it with {command}")
     existing = (
         ", ".join(sorted(folder.name for folder in Path("data").glob("*/") if _is_dataset(folder))) or "no data set"
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def save_model(folder, broken=False):
 def start(*options, cwd=ROOT):
     """Start a server. Returns the process and its address."""
     command = [sys.executable, "-m", "gpt2.serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=cwd)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    process = subprocess.Popen(command, **pipes, env=ENV, cwd=cwd, preexec_fn=reset)
     for line in process.stdout:
         if address := re.search(r"http://[\w.:]+", line):
             return process, address[0]
