@@ -104,7 +104,7 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
     # The first tokens call all kernels. This compiles them before the first request, while the page is opened.
     worker.submit(lambda: generate(model, [begin_id(model, tokenizer)], 2), lambda result: None)
     url = f"http://{HOST}:{port}"
-    console.say(f"page: {url}, OpenAI's API: {url}/v1; Ctrl-C ends the server")
+    console.say(f"{url} serves the page, {url}/v1 OpenAI's API; Ctrl-C stops the server")
     if options.open:
         webbrowser.open(url)
     web.serve(served, listening)

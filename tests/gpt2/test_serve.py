@@ -39,8 +39,8 @@ def start(*options, cwd=ROOT):
     command = [sys.executable, "-m", "gpt2.serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=cwd)
     for line in process.stdout:
-        if line.startswith("http://"):
-            return process, line.split()[0]
+        if address := re.search(r"http://[\w.:]+", line):
+            return process, address[0]
     raise AssertionError(process.stderr.read())
 
 

@@ -6,6 +6,7 @@ from ml_dtypes import bfloat16
 
 from tinygrad2 import Key, Tensor, autograd, memory, no_grad, ops
 from tinygrad2.gradcheck import CASES
+from tinygrad2.kernels import onednn
 from tinygrad2.params import Parameter
 
 R = np.random.default_rng(0)
@@ -392,8 +393,12 @@ def test_weights_in_bfloat16_equal_rounded_weights(rows, dtype):
     table, places, tokens = half(40, 24), half(rows + 3, 24), R.integers(0, 40, (2, rows))
     with no_grad():
         for y, weight, bias in ((ops.linear(x, w, b), w.data, b.data), (ops.logits(x, table), table.data.T, 0)):
+            expected = x.data @ weight.astype(np.float64) + bias
             assert y.dtype == dtype
-            np.testing.assert_allclose(y.data, x.data @ weight.astype(np.float64) + bias, rtol=1e-5, atol=1e-5)
+            if dtype == "float32" and rows > 32 and onednn.library():  # x is rounded to bfloat16 too
+                assert np.linalg.norm(y.data - expected) < 2**-8 * np.linalg.norm(expected)
+            else:
+                np.testing.assert_allclose(y.data, expected, rtol=1e-5, atol=1e-5)
         for positions in (None, places):
             y = ops.embedding(tokens, table, positions, 2) if positions is not None else ops.embedding(tokens, table)
             expected = table.data.astype(np.float32)[tokens]
