@@ -46,13 +46,13 @@ def test_layernorm(rows, C, dtype):
         check(kernels(), name, args, added)
 
 
-def test_the_rounded_sum_is_normalised():
+def test_the_rounded_sum_is_normalized():
     _, (x, _, *rest), _ = layernorm_cases(19, 64, BF16)[1]
     delta = normal(19, 64, dtype=BF16)
-    s, *normalised = kernels().add_layernorm_forward(x, delta, *rest)
+    s, *normalized = kernels().add_layernorm_forward(x, delta, *rest)
     assert s.tobytes() == (x + delta).tobytes()
     plain = kernels().layernorm_forward(s, *rest)
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(normalised, plain, strict=True))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(normalized, plain, strict=True))
 
 
 def test_many_rows_and_other_shapes(monkeypatch):
