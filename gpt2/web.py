@@ -293,12 +293,12 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            refused = self.refusal(HTTPRequest(scope))
-            response = JSONResponse(refused.describe(), refused.status) if refused else self._app
+            rejected = self.rejection(HTTPRequest(scope))
+            response = JSONResponse(rejected.describe(), rejected.status) if rejected else self._app
             with suppress(ClientDisconnect):
                 await response(scope, receive, send_with_headers)
 
-    def refusal(self, request: HTTPRequest) -> RequestError | None:
+    def rejection(self, request: HTTPRequest) -> RequestError | None:
         """Why a request is rejected, or None."""
         headers = request.headers
         hosts, origins = headers.getlist("host"), headers.getlist("origin")

@@ -190,7 +190,7 @@ def cycles(edges):
                     stack.append((target, (*path, target)))
 
 
-def found_by_planting(module, line):
+def found_by_injection(module, line):
     """The violations after adding one line to a module."""
     modules = sources()
     before = violations(modules)
@@ -238,8 +238,8 @@ def test_no_forbidden_import():
         ("data.prepare", "import train", "a package above its own"),
     ],
 )
-def test_a_planted_import_is_found(module, line, reason):
-    found = found_by_planting(module, line)
+def test_a_injected_import_is_found(module, line, reason):
+    found = found_by_injection(module, line)
     assert reason in found[0]
     assert all(violation.endswith("a cycle") for violation in found[1:])
 
@@ -256,7 +256,7 @@ def test_a_planted_import_is_found(module, line, reason):
     ],
 )
 def test_an_allowed_import_is_accepted(module, line):
-    assert found_by_planting(module, line) == []
+    assert found_by_injection(module, line) == []
 
 
 def test_optional_packages_are_imported_where_they_are_used():

@@ -96,4 +96,4 @@ def _bounds(array: Any) -> tuple[int, int]:
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize - 1
 
 
-missing_names.refuse_calls(__name__, "use tinygrad2.Tensor(values), or NumPy's array")
+missing_names.reject_calls(__name__, "use tinygrad2.Tensor(values), or NumPy's array")

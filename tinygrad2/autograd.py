@@ -354,5 +354,5 @@ def _arrays(saved: Any) -> Iterator[Array]:
         yield saved
 
 
-if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+if not TYPE_CHECKING:  # so that type checkers report misspelled names
     __getattr__ = missing_names.of_module("tinygrad2.autograd", missing_names.AUTOGRAD)

@@ -69,7 +69,7 @@ def _missing(name: str) -> AttributeError:
     return missing_names.missing("tinygrad2", name, hints)
 
 
-if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+if not TYPE_CHECKING:  # so that type checkers report misspelled names
 
     def __getattr__(name):
         raise _missing(name)

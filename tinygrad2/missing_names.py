@@ -35,13 +35,13 @@ def missing_in_place(name: str, methods: type) -> AttributeError:
 def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
     """The `__getattr__` of a module, which Python calls for an attribute that does not exist."""
 
-    def refuse(name: str) -> Any:
+    def reject(name: str) -> Any:
         raise missing(module, name, hints)
 
-    return refuse
+    return reject
 
 
-def refuse_calls(module: str, hint: str) -> None:
+def reject_calls(module: str, hint: str) -> None:
     """Make calls of this module, which shares its name with a function of PyTorch or NumPy, an error with this hint."""
 
     class Module(ModuleType):

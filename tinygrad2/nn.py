@@ -131,7 +131,7 @@ class Layer(Module):
 
 
 class Linear(Layer):
-    """y = x W + b, W (n_in, n_out). The default initialisation is normal(0, 1 / sqrt(n_in)), the bias 0."""
+    """y = x W + b, W (n_in, n_out). The default initialization is normal(0, 1 / sqrt(n_in)), the bias 0."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class LayerNorm(Layer):
 
 
 class Embedding(Layer):
-    """A table of n rows of the given width; the default initialisation is normal(0, 0.02)."""
+    """A table of n rows of the given width; the default initialization is normal(0, 0.02)."""
 
     def __init__(
         self,
@@ -270,5 +270,5 @@ class Sequential(Module):
         return self.layers[i]
 
 
-if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+if not TYPE_CHECKING:  # so that type checkers report misspelled names
     __getattr__ = missing_names.of_module("tinygrad2.nn", missing_names.LAYERS)

@@ -168,8 +168,8 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
         return x + delta, _empty(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, w, b, float(eps))
-    total, normalised = record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, w, mean, rstd))
-    return total, normalised
+    total, normalized = record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, w, mean, rstd))
+    return total, normalized
 
 
 def _add_layernorm_backward(
@@ -179,7 +179,7 @@ def _add_layernorm_backward(
     if dy is None:  # only the sum was used
         return ds, ds, None, None
     k = backend_of(dy).kernels
-    if ds is None:  # only the normalised result was used, as after the last block
+    if ds is None:  # only the normalized result was used, as after the last block
         dx = k.layernorm_backward(dy, *saved, into(2), into(3))
     else:
         dx = k.add_layernorm_backward(ds, dy, *saved, into(2), into(3))
@@ -423,5 +423,5 @@ def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
     return host.astype(numpy.int64)
 
 
-if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+if not TYPE_CHECKING:  # so that type checkers report misspelled names
     __getattr__ = missing_names.of_module("tinygrad2.ops", missing_names.OPS)

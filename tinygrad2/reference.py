@@ -369,7 +369,7 @@ def layernorm_backward(
 def add_layernorm_forward(
     x: Array, delta: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """s = x + delta;  y = LayerNorm(s): a residual connection and the normalisation after it, in one pass.
+    """s = x + delta;  y = LayerNorm(s): a residual connection and the normalization after it, in one pass.
 
     Returns s, y, mean, rstd.
     """

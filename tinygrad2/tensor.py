@@ -506,4 +506,4 @@ def _transpose_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
     return (dy.transpose(tuple(order.index(i) for i in range(len(order)))),)
 
 
-missing_names.refuse_calls(__name__, "use tinygrad2.Tensor(values)")
+missing_names.reject_calls(__name__, "use tinygrad2.Tensor(values)")

@@ -630,7 +630,7 @@ def make_case(originals: Path, folder: Path, seed: int, number: int) -> str:
 
 
 def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[str]) -> None:
-    """Print a line of JSON per case: its number, target, outcome (refused, read or wrong) and message."""
+    """Print a line of JSON per case: its number, target, outcome (rejected, read or wrong) and message."""
     seen: list[str] = []
     watching = False
 
@@ -667,7 +667,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
             except (ValueError, OSError) as error:
                 said = str(error)
                 named = str(folder) in said and "\n" not in said and len(said) <= LONGEST
-                outcome = "refused" if named else "wrong"
+                outcome = "rejected" if named else "wrong"
             except BaseException as error:
                 outcome, said = "wrong", f"{type(error).__name__}: {error}"
             watching = False
@@ -729,9 +729,9 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     outcomes, wrong = fuzz(options.seed, options.first, options.cases, options.targets)
-    print(f"{'input':16}{'cases':>8}{'refused':>9}{'read':>8}{'wrong':>8}")
+    print(f"{'input':16}{'cases':>8}{'rejected':>9}{'read':>8}{'wrong':>8}")
     for name, counts in outcomes.items():
-        print(f"{name:16}{counts.total():8}{counts['refused']:9}{counts['read']:8}{counts['wrong']:8}")
+        print(f"{name:16}{counts.total():8}{counts['rejected']:9}{counts['read']:8}{counts['wrong']:8}")
     for line in wrong:
         print(f"WRONG {line}")
     seconds = time.perf_counter() - started

@@ -22,7 +22,7 @@ def test_damaged_files_are_rejected_or_read_correctly():
     assert wrong == []
     for name in fuzz.READABLE:
         assert outcomes[name].total() == 20, name
-        assert outcomes[name]["refused"] > 5 or name == "journal", name  # a damaged journal starts over
+        assert outcomes[name]["rejected"] > 5 or name == "journal", name  # a damaged journal starts over
 
 
 def test_a_case_is_reproducible(tmp_path):
@@ -46,7 +46,7 @@ CASES = {  # the behaviour of a reader, and the expected verdict
     "an evaluation": ("eval('1+1')", "wrong", "compile"),
     "a file that is written": ("open(folder / 'new', 'w').close()", "wrong", "open"),
     "a connection": ("socket.socket().connect_ex(('127.0.0.1', 9))", "wrong", "socket.connect"),
-    "an error": ("raise ValueError(f'{folder}: one line')", "refused", "/case: one line"),
+    "an error": ("raise ValueError(f'{folder}: one line')", "rejected", "/case: one line"),
     "nothing": ("pass", "read", ""),
     "a hang": ("while True: pass", "started", ""),
 }

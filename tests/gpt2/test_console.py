@@ -57,8 +57,8 @@ def test_a_closed_pipe_is_not_an_error(handler, capfd):
     os.close(reading)
     screen = os.dup(1)
     os.dup2(writing, 1)
-    with open(1, "w", closefd=False) as broken, pytest.MonkeyPatch.context() as planted:
-        planted.setattr(sys, "stdout", broken)
+    with open(1, "w", closefd=False) as broken, pytest.MonkeyPatch.context() as injected:
+        injected.setattr(sys, "stdout", broken)
         assert console.run(main) == 0
     os.dup2(screen, 1)
     for file in (screen, writing):

@@ -13,7 +13,7 @@ from gpt2 import GPT2, GPT2Config, decode
 from gpt2.decode import MAX_TEXTS, Decoder, set_decode
 from gpt2.generate import KVCache, generate, next_logits
 from tests.stand_ins import cudasim, strict_cupy
-from tests.stand_ins.faults import plant_in, replace_source, without
+from tests.stand_ins.faults import inject_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
@@ -328,15 +328,15 @@ def test_every_barrier_is_among_the_faults():
 @pytest.mark.parametrize(
     "fault", [None, *FAULTS, *((name, i) for name, n in BARRIERS.items() for i in range(n))], ids=str
 )
-def test_planted_faults_are_caught(device, monkeypatch, fault):
-    """A pair plants the removal of that __syncthreads of a function."""
+def test_injected_faults_are_caught(device, monkeypatch, fault):
+    """A pair injects the removal of that __syncthreads of a function."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
     if isinstance(fault, tuple):
         replace_source(monkeypatch, SOURCE, without(cuda.source(SOURCE), fault[0], "__syncthreads()", fault[1]))
     elif fault == "halves share their results":
-        plant_in(monkeypatch, SOURCE, FAULTS[fault], ("decode", "(half + 3) % 4 * CLUSTERS", "half % 4 * 0"))
+        inject_in(monkeypatch, SOURCE, FAULTS[fault], ("decode", "(half + 3) % 4 * CLUSTERS", "half % 4 * 0"))
     elif fault:
-        plant_in(monkeypatch, SOURCE, FAULTS[fault])
+        inject_in(monkeypatch, SOURCE, FAULTS[fault])
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
     monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # at first shared memory holds the tag 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)

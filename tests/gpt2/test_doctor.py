@@ -1,4 +1,4 @@
-"""gpt2/doctor.py on this machine and with planted faults: each fault is reported with a remedy, and none stops the
+"""gpt2/doctor.py on this machine and with injected faults: each fault is reported with a remedy, and none stops the
 doctor."""
 
 import ast
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 def answers(monkeypatch):
     """answers(NAME=answer, ...): sets the results of other processes, by the name of the code that they run."""
 
-    def plant(**said):
+    def inject(**said):
         codes = {getattr(doctor, name): answer for name, answer in said.items()}
         monkeypatch.setattr(doctor, "ask", lambda code, *arguments, **options: codes[code])
 
-    return plant
+    return inject
 
 
 def stand_in(folder, name, text):
@@ -179,12 +179,12 @@ def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     version = metadata.version
 
-    def planted(name):
+    def injected(name):
         if name == "tqdm":
             raise metadata.PackageNotFoundError(name)
         return {"numpy": "1.26.4"}.get(name) or version(name)
 
-    monkeypatch.setattr(metadata, "version", planted)
+    monkeypatch.setattr(metadata, "version", injected)
     finding = doctor.probe_packages()
     assert (finding.verdict, finding.needed) == (WRONG, True)
     assert finding.text.split("; ") == [
@@ -236,8 +236,8 @@ def test_mkl_is_named_if_it_is_used(monkeypatch):
     monkeypatch.delenv("TINYGRAD2_BLAS")
     assert doctor.probe_blas().text.startswith("MKL ") == (blas._fastest().name == "mkl")
     for name, value in (("TINYGRAD2_BLAS", "numpy"), ("TINYGRAD2_KERNELS", "reference")):
-        with monkeypatch.context() as planted:
-            planted.setenv(name, value)
+        with monkeypatch.context() as injected:
+            injected.setenv(name, value)
             finding = doctor.probe_blas()
         assert finding.verdict == OK
         assert not finding.text.startswith("MKL ")
@@ -264,13 +264,13 @@ def test_a_setting_that_slows_openblas_down_is_detected(monkeypatch):
 
 def test_a_missing_or_disabled_numba_is_detected(monkeypatch, tmp_path, answers):
     stand_in(tmp_path, "numba", "raise ImportError('Numba needs NumPy 2.2 or less')")
-    with monkeypatch.context() as planted:
-        planted.setenv("PYTHONPATH", str(tmp_path))
+    with monkeypatch.context() as injected:
+        injected.setenv("PYTHONPATH", str(tmp_path))
         finding = doctor.probe_numba()
     assert finding.verdict == MISSING
     assert finding.text.startswith("ImportError: Numba needs NumPy 2.2 or less; plain NumPy is used")
-    with monkeypatch.context() as planted:
-        planted.setenv("TINYGRAD2_KERNELS", "reference")
+    with monkeypatch.context() as injected:
+        injected.setenv("TINYGRAD2_KERNELS", "reference")
         assert doctor.probe_numba().remedy == "unset TINYGRAD2_KERNELS"
 
 
@@ -391,13 +391,13 @@ def launcher(tmp_path, monkeypatch, answers):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
     answers(LIBRARY={"library": "Open MPI v5.0.11, package: x"})
 
-    def plant(action):
+    def inject(action):
         (tmp_path / "mpirun").write_text(LAUNCHER.format(action=action))
         (tmp_path / "mpirun").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         return doctor.probe_mpi()
 
-    return plant
+    return inject
 
 
 def test_an_mpirun_that_works(launcher):

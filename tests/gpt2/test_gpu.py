@@ -165,7 +165,7 @@ class Draw:
         return self.generator.integers(V, size=shape)
 
 
-def normalised(draw, x):
+def normalized(draw, x):
     """An add_layernorm's weight, and the statistics of x."""
     _, mean, rstd = reference.layernorm_forward(x.astype(np.float64), 1.0, 0.0, 1e-5)
     return draw.wide(C), mean.astype(np.float32), rstd.astype(np.float32)
@@ -202,12 +202,12 @@ KERNELS = {  # name: the arguments, and which of them the kernel changes
     "embedding_backward": (lambda d: (d.real(*X), d.ids(B, T) % 17, 7, d.wide(V, C), d.wide(1024, C)), (3, 4)),
     "layernorm_forward": (lambda d: (d.real(*X), d.wide(C), d.wide(C), 1e-5), ()),
     "layernorm_backward": (
-        lambda d: (d.real(*X), x := d.real(*X), *normalised(d, x), d.wide(C), d.wide(C)),
+        lambda d: (d.real(*X), x := d.real(*X), *normalized(d, x), d.wide(C), d.wide(C)),
         (5, 6),
     ),
     "add_layernorm_forward": (lambda d: (d.real(*X), d.real(*X), d.wide(C), d.wide(C), 1e-5), ()),
     "add_layernorm_backward": (
-        lambda d: (d.real(*X), d.real(*X), x := d.real(*X), *normalised(d, x), d.wide(C), d.wide(C)),
+        lambda d: (d.real(*X), d.real(*X), x := d.real(*X), *normalized(d, x), d.wide(C), d.wide(C)),
         (6, 7),
     ),
     "attention_forward": (lambda d: (d.real(B, T, 3 * C), H, 0.0, None), ()),

@@ -473,7 +473,7 @@ def test_an_id_far_beyond_the_others_takes_no_memory(number, folder, way):
     ],
 )
 @needs_library
-def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_refused(folder, change, message):
+def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_rejected(folder, change, message):
     """The package tokenizers leaves a byte without a token out of a text."""
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     change(vocab)

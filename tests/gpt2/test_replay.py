@@ -31,7 +31,7 @@ def skipped(workspace, monkeypatch, capsys):
     return lines[next(i for i, line in enumerate(lines) if "skipped" in line) + 1 :][:2]
 
 
-def plant(name, index, value):
+def inject(name, index, value):
     """Change a weight of the stored step."""
     file = Path("out/bad-step-2/model.safetensors")
     arrays = checkpoint.load_arrays(file)
@@ -52,7 +52,7 @@ def test_it_says_what_the_run_said(skipped, capsys):
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_damaged_weight_is_named_in_any_dtype(skipped, capsys, value, dtype):
-    plant("h.1.attn.c_proj.weight", (2, 9), value)
+    inject("h.1.attn.c_proj.weight", (2, 9), value)
     lines = replayed(capsys, "--dtype", dtype, "--threads", "1")
     assert lines[0].endswith(f"{dtype} on cpu")
     assert lines[1] == (
@@ -63,7 +63,7 @@ def test_a_damaged_weight_is_named_in_any_dtype(skipped, capsys, value, dtype):
 
 
 def test_an_overflow_comes_from_the_first_large_value(skipped, capsys):
-    plant("h.1.ln_1.bias", 3, 1e38)
+    inject("h.1.ln_1.bias", 3, 1e38)
     lines = replayed(capsys)
     large = (
         "the first value above 1.8e+19, whose square overflows in float32: add_layernorm in h.1.ln_1, forward pass: "

@@ -210,7 +210,7 @@ def test_wrong_input_gets_an_error_with_the_field(running, method, path, body, s
     assert (error["param"], error["type"]) == (field, "invalid_request_error")
 
 
-def test_a_request_for_more_memory_than_is_free_is_refused():
+def test_a_request_for_more_memory_than_is_free_is_rejected():
     running = start_server(make_model(), Worker(), memory=lambda: 1000.0)
     status, _, text = send(running.port, "POST", "/v1/completions", {"prompt": "a", "n": 4})
     assert status == 503

@@ -1,6 +1,6 @@
 """Plants faults in source code: each consists of a function and a short piece of code in it.
 
-A test that plants a fault shows that the other tests would find it. The layout of the source does not matter. If the
+A test that injects a fault shows that the other tests would find it. The layout of the source does not matter. If the
 piece of code no longer exists, the error says what to do.
 """
 
@@ -15,10 +15,10 @@ import pytest
 
 from tinygrad2.kernels import cuda
 
-Fault = tuple[str, str, str]  # the arguments of `plant` after the source
+Fault = tuple[str, str, str]  # the arguments of `inject` after the source
 
 
-def plant(source: str, function: str, old: str, new: str) -> str:
+def inject(source: str, function: str, old: str, new: str) -> str:
     """`source` with `old` replaced by `new` everywhere in `function`: the name of a function, struct, class or
     constant, or several with commas between them.
 
@@ -27,7 +27,7 @@ def plant(source: str, function: str, old: str, new: str) -> str:
     names = function.split(", ")
     if len(names) > 1:
         for name in names:
-            source = plant(source, name, old, new)
+            source = inject(source, name, old, new)
         return source
     bodies = list(_bodies(source, function))
     assert bodies, f"no function {function!r} in the source; update the function of the fault {old!r}"
@@ -41,11 +41,11 @@ def plant(source: str, function: str, old: str, new: str) -> str:
     return source
 
 
-def plant_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
+def inject_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
     """From now on, the CUDA C++ of a family of kernels has these faults."""
     source = cuda.source(family)
     for fault in faults:
-        source = plant(source, *fault)
+        source = inject(source, *fault)
     replace_source(monkeypatch, family, source)
 
 

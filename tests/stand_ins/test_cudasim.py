@@ -1,4 +1,4 @@
-"""The simulator detects the faults that it is meant for: each kind is planted here in a small kernel."""
+"""The simulator detects the faults that it is meant for: each kind is injected here in a small kernel."""
 
 import re
 
@@ -83,7 +83,7 @@ def run(name, *arguments, code=KERNELS, grid=1, block=128, shared_mem=0, schedul
         cudasim.schedule = before
 
 
-def planted(name, fault, repair=""):
+def injected(name, fault, repair=""):
     """The source of one kernel (and what it calls) with a fault in it."""
     assert re.search(fault, KERNELS)
     return re.sub(fault, repair, KERNELS)
@@ -115,14 +115,16 @@ def test_correct_kernels_pass_in_every_schedule():
 @pytest.mark.parametrize("name", ["reverse", "total"])
 def test_a_missing_barrier_is_detected(name):
     good, *_ = results(name, KERNELS, X, 128 if name == "reverse" else 2, grid=1)
-    code = planted(name, r"__syncthreads\(\);")
+    code = injected(name, r"__syncthreads\(\);")
     outputs = results(name, code, X, len(good), grid=1)
     assert not all(np.array_equal(y, good, equal_nan=True) for y in outputs)
     assert np.isnan(np.concatenate(outputs)).sum() > np.isnan(good).sum(), "static shared memory starts as NaN"
 
 
 def test_shared_memory_of_the_previous_block_is_cleared():
-    code = planted("reverse", r"kept\[threadIdx.x\] = x\[threadIdx.x\];", "if (blockIdx.x == 0) kept[threadIdx.x] = 1;")
+    code = injected(
+        "reverse", r"kept\[threadIdx.x\] = x\[threadIdx.x\];", "if (blockIdx.x == 0) kept[threadIdx.x] = 1;"
+    )
     y = np.zeros(128, np.float32)
     run("reverse", y, X, code=code, grid=2)
     assert np.isnan(y).all()
@@ -157,7 +159,7 @@ def test_shared_memory_of_the_previous_block_is_cleared():
 )
 def test_a_hang_or_fault_stops_with_a_message(name, fault, instead, message):
     arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
-    code = planted(name, fault, instead)
+    code = injected(name, fault, instead)
     y = np.zeros(128, np.float32)
     if message is None:  # a barrier that some warps skip: a GPU may go on, with the wrong numbers
         outputs = results(name, code, X, 128)
@@ -177,7 +179,7 @@ def test_blocks_that_wait_for_each_other_run_in_every_schedule():
 
 
 def test_a_missing_cluster_barrier_is_detected():
-    last = planted("swap", r"(kept, 1 - blockIdx.x % 2\) = x\[blockIdx.x\];\n  )cluster_barrier<2>\(\);", r"\1")
+    last = injected("swap", r"(kept, 1 - blockIdx.x % 2\) = x\[blockIdx.x\];\n  )cluster_barrier<2>\(\);", r"\1")
     y = np.zeros(6, np.float32)
     with pytest.raises(RuntimeError, match="has not begun, or has ended"):  # the second block ends before the first
         run("swap", y, X, code=last, grid=6, block=32, shared_mem=4, schedule=1)
@@ -195,21 +197,21 @@ def test_a_missing_cluster_barrier_is_detected():
 )
 def test_blocks_that_would_wait_forever_stop_with_a_message(name, fault, instead, message):
     turn = [np.zeros(1, np.int32)] if name == "around" else []
-    code, y = planted(name, fault, instead), np.zeros(6, np.float32)
+    code, y = injected(name, fault, instead), np.zeros(6, np.float32)
     with pytest.raises(RuntimeError, match=message):
         run(name, y, X, *turn, code=code, grid=6, block=64, shared_mem=4, schedule=1)
 
 
 def test_a_copy_that_is_read_too_early_gives_nan():
     y = np.zeros(8, np.float32)
-    run("copies", y, X, code=planted("copies", r"cp_async_wait<2>", "cp_async_wait<3>"), block=32, shared_mem=64)
+    run("copies", y, X, code=injected("copies", r"cp_async_wait<2>", "cp_async_wait<3>"), block=32, shared_mem=64)
     np.testing.assert_array_equal(y[:4], X[:4])
     assert np.isnan(y[4:]).all()
 
 
 def test_a_short_copy_is_padded_with_zeros():
     y = np.full(8, np.nan, np.float32)
-    part = planted("copies", r"x \+ 4 \* i\)", "x + 4 * i, 8 * i)")  # 0 and 8 bytes of 16
+    part = injected("copies", r"x \+ 4 \* i\)", "x + 4 * i, 8 * i)")  # 0 and 8 bytes of 16
     run("copies", y, X, code=part.replace("i < 4", "i < 3").replace("wait<2>", "wait<1>"), block=32, shared_mem=64)
     np.testing.assert_array_equal(y, [0, 0, 0, 0, 4, 5, 0, 0])
 
@@ -239,7 +241,7 @@ def test_a_launch_that_no_gpu_supports_is_rejected():
     for size in ({"grid": 0}, {"block": 0}, {"block": 1025}, {"block": 32, "shared_mem": 49_153}):
         with pytest.raises(ValueError, match="reverse"):
             run("reverse", y, X, **size)
-    bounded = planted("reverse", r"void reverse", "void __launch_bounds__(64 + 32, 2) reverse")
+    bounded = injected("reverse", r"void reverse", "void __launch_bounds__(64 + 32, 2) reverse")
     with pytest.raises(ValueError, match=r"blocks of .*128.*bound: 96"):
         run("reverse", y, X, code=bounded)
     run("reverse", y, X, code=bounded, block=96)

@@ -1,4 +1,4 @@
-"""Every fault that a test plants still matches the source; it is found by function, independent of the layout."""
+"""Every fault that a test injects still matches the source; it is found by function, independent of the layout."""
 
 import importlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpt2 import test_decode
-from tests.stand_ins.faults import plant, without
+from tests.stand_ins.faults import inject, without
 from tinygrad2.kernels import cuda, gemm
 
 SOURCE = """
@@ -25,13 +25,13 @@ int main() { return twice(2 * STEP); }
 """
 
 
-def test_a_fault_is_planted_in_its_function_only():
-    assert plant(SOURCE, "twice", "return 2 * x;", "return 3 * x;") == SOURCE.replace("2\n      * x", "3 * x").replace(
+def test_a_fault_is_injected_in_its_function_only():
+    assert inject(SOURCE, "twice", "return 2 * x;", "return 3 * x;") == SOURCE.replace("2\n      * x", "3 * x").replace(
         "return  3", "return 3"
     )
-    assert plant(SOURCE, "Pair", "2 *", "4 *") == SOURCE.replace("2 * first", "4 * first")
-    assert plant(SOURCE, "STEP", "3", "5") == SOURCE.replace("STEP = 3", "STEP = 5")
-    assert "2 * STEP" not in plant(SOURCE, "main, Pair", "2 *", "")
+    assert inject(SOURCE, "Pair", "2 *", "4 *") == SOURCE.replace("2 * first", "4 * first")
+    assert inject(SOURCE, "STEP", "3", "5") == SOURCE.replace("STEP = 3", "STEP = 5")
+    assert "2 * STEP" not in inject(SOURCE, "main, Pair", "2 *", "")
 
 
 def test_an_occurrence_is_removed():
@@ -42,14 +42,14 @@ def test_an_occurrence_is_removed():
 
 def test_faults_in_python_functions():
     source = "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return 1\n"
-    assert plant(source, "g", "return 1", "return 2").count("return 1") == 1
+    assert inject(source, "g", "return 1", "return 2").count("return 1") == 1
 
 
 def test_the_error_for_a_fault_without_a_match_says_what_to_do():
     with pytest.raises(AssertionError, match="'main' no longer contains 'x'; update the fault"):
-        plant(SOURCE, "main", "x", "y")
+        inject(SOURCE, "main", "x", "y")
     with pytest.raises(AssertionError, match="no function 'thrice' in the source"):
-        plant(SOURCE, "thrice", "x", "y")
+        inject(SOURCE, "thrice", "x", "y")
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_every_fault_of_a_kernel_matches(family, table):
     faults = getattr(importlib.import_module(f"tests.tinygrad2.kernels.test_cuda_{family}"), table)
     for fault in faults.values() if isinstance(faults, dict) else faults:
         source = fault[0] if isinstance(faults, dict) else family
-        plant(cuda.source(source), *fault[-3:])
+        inject(cuda.source(source), *fault[-3:])
 
 
 def test_every_fault_of_decode_and_gemm_matches():
     for fault in test_decode.FAULTS.values():
-        plant(cuda.source(test_decode.SOURCE), *fault)
+        inject(cuda.source(test_decode.SOURCE), *fault)
     tests = importlib.import_module("tests.tinygrad2.kernels.test_cuda_gemm")
     for fault in tests.FAULTS:
-        plant(Path(gemm.__file__).read_text(encoding="utf-8"), *fault)
+        inject(Path(gemm.__file__).read_text(encoding="utf-8"), *fault)

@@ -93,7 +93,7 @@ def two(monkeypatch, tmp_path):
         counts["loaded"] += 1
         return mkl
 
-    def plant(numpys, mkls):
+    def inject(numpys, mkls):
         def measured(libraries):
             counts["measured"] += 1
             return {library.title: {"numpy": numpys, "mkl": mkls}[library.name] * 1e9 for library in libraries}
@@ -102,7 +102,7 @@ def two(monkeypatch, tmp_path):
         return counts
 
     monkeypatch.setattr(blas, "_mkl", load)
-    return plant
+    return inject
 
 
 @pytest.mark.parametrize(("mkls", "name"), [(50, "numpy"), (100, "numpy"), (109, "numpy"), (111, "mkl"), (200, "mkl")])

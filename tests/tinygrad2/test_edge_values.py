@@ -11,7 +11,7 @@ import operator
 import numpy as np
 import pytest
 
-from tests.beside_torch import differences
+from tests.against_torch import differences
 from tinygrad2 import Tensor, functional, ops
 
 INF, NAN = math.inf, math.nan

@@ -135,8 +135,8 @@ def kill(process):
     process.communicate()
 
 
-def refusal(file):
-    """The message with which the lock is refused."""
+def message_of(file):
+    """The error message of a lock that is taken."""
     with pytest.raises(ValueError, match="lock: ") as caught, files.Lock(file, "out"):
         pass
     return str(caught.value)
@@ -148,7 +148,7 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
     assert re.fullmatch(
         rf"{file}: process {owner.pid} on {socket.gethostname()}, started [\d-]+ [\d:]+, is using out; wait for it to "
         "end, or choose another folder",
-        refusal(file),
+        message_of(file),
     )
     kill(owner)
     assert file.exists()
@@ -156,7 +156,7 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
         assert lock.stale
         assert lock.held()
         assert json.loads(file.read_text())["process"] == os.getpid()
-        assert f"process {os.getpid()} on" in refusal(file)  # also within one process
+        assert f"process {os.getpid()} on" in message_of(file)  # also within one process
     assert not file.exists()
     with files.Lock(file, "out") as lock:
         assert not lock.stale
@@ -182,7 +182,7 @@ def test_the_file_of_another_host_counts_while_its_heartbeat_is_fresh(tmp_path):
     assert re.fullmatch(
         rf"{file}: process 12 on node7, started 2026-01-02 03:04:05, was using out 0 s ago, and this file system may "
         r"not share locks between hosts; wait for it to end, or if it has been killed, for \d+ s",
-        refusal(file),
+        message_of(file),
     )
     old = time.time() - files.FRESH
     os.utime(file, (old, old))
@@ -209,9 +209,9 @@ def test_where_the_file_system_has_no_locks_the_heartbeat_alone_counts(tmp_path,
     monkeypatch.setattr(files, "_try_lock", lambda handle: None)
     file = tmp_path / "lock"
     with files.Lock(file, "out"):
-        assert f"process {os.getpid()} on {socket.gethostname()}" in refusal(file)
+        assert f"process {os.getpid()} on {socket.gethostname()}" in message_of(file)
     monkeypatch.setattr(files.time, "sleep", lambda seconds: foreign(file))  # which writes at the same time
-    assert refusal(file).endswith("node7, started 2026-01-02 03:04:05, is using out")
+    assert message_of(file).endswith("node7, started 2026-01-02 03:04:05, is using out")
 
 
 def test_a_lock_notices_that_its_folder_is_gone(tmp_path):

@@ -1,4 +1,4 @@
-"""What a user of PyTorch or NumPy writes in the first hour: each is right, or refused in one line that says what to do.
+"""What a user of PyTorch or NumPy writes in the first hour: each works, or raises an error that says what to do.
 
 Missing names are in test_missing_names.py.
 """
@@ -123,7 +123,7 @@ def two(returned):
     scale(x, gain, scale_backward).sum().backward()
 
 
-# What is refused: a call, the type of the error and its line.
+# Errors: a call, the type of the error and its message.
 REFUSED = {
     "view of another size": (
         lambda: X.view(4),
@@ -389,7 +389,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_in_one_line(name):
+def test_it_is_rejected_in_one_line(name):
     call, kind, message = REFUSED[name]
     with pytest.raises(kind, match=f"^{message}") as raised:
         call()

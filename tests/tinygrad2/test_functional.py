@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tinygrad2
-from tests.beside_torch import THEIRS, compare, theirs
+from tests.against_torch import THEIRS, compare, theirs
 from tinygrad2 import Key, Tensor, functional, gradcheck, methods, ops
 from tinygrad2.gradcheck import COMPOSITIONS
 

@@ -77,7 +77,7 @@ def one_element(gradient):
     return wrong
 
 
-def planted(kernel, part, damage):
+def injected(kernel, part, damage):
     """The backward kernel, with `damage` to one of the arrays that it returns or adds to a buffer."""
     signature = inspect.signature(kernel)
 
@@ -112,7 +112,7 @@ def test_gradient(case):
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize(("kernel", "part"), PLANTS)
 def test_an_error_of_a_thousandth_is_detected(monkeypatch, kernel, part, damage):
-    monkeypatch.setattr(KERNELS, kernel, planted(getattr(KERNELS, kernel), part, damage))
+    monkeypatch.setattr(KERNELS, kernel, injected(getattr(KERNELS, kernel), part, damage))
     assert caught(kernel.removesuffix("_backward"))
 
 
@@ -147,7 +147,7 @@ def test_an_error_of_a_thousandth_in_a_slope_is_detected(monkeypatch, name):
     assert caught(name)
 
 
-def test_every_slope_has_a_planted_error():
+def test_every_slope_has_a_injected_error():
     source = inspect.getsource(methods)
     without = {"sign", "floor", "ceil", "round", "trunc"}
     assert set(re.findall(r'_map\(\s*"(\w+)"', source)) - without == set(WITH_A_SLOPE.split()) - {"std"}
@@ -155,12 +155,12 @@ def test_every_slope_has_a_planted_error():
 
 @pytest.mark.parametrize("kernel", ["linear_backward", "attention_backward", "gelu_backward", "add_layernorm_backward"])
 def test_the_transformer_alone_detects_an_error_too(monkeypatch, kernel):
-    monkeypatch.setattr(KERNELS, kernel, planted(getattr(KERNELS, kernel), 0, scaled))
+    monkeypatch.setattr(KERNELS, kernel, injected(getattr(KERNELS, kernel), 0, scaled))
     assert caught("transformer block")
     assert caught("transformer, two blocks")
 
 
-def test_every_backward_pass_has_planted_errors_and_rows():
+def test_every_backward_pass_has_injected_errors_and_rows():
     backward = {name for name in vars(reference) if name.endswith("_backward")}
     assert backward == set(GIVES)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.beside_torch import compare, differences, theirs
+from tests.against_torch import compare, differences, theirs
 from tinygrad2 import Tensor, functional
 
 R = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tinygrad2
-from tests.beside_torch import compare
+from tests.against_torch import compare
 from tinygrad2 import Tensor, autograd, functional, missing_names, nn, ops, optim
 
 TABLES = [

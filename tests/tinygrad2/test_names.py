@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from tests.beside_torch import compare
+from tests.against_torch import compare
 from tinygrad2 import Tensor
 from tinygrad2.names import PyTorchNames
 

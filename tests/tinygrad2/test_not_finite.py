@@ -15,7 +15,7 @@ TOKENS = np.arange(24).reshape(2, 12) % 20
 VALUES = [np.inf, -np.inf, np.nan, 1e38]
 
 
-def planted(name, index, value, **options):
+def injected(name, index, value, **options):
     model = GPT2(CONFIG, **options)
     parameter = dict(model.named_parameters())[name]
     values = parameter.numpy().copy()
@@ -44,9 +44,9 @@ def checked(model, key=None):
         ("wpe.weight", (11, 0), "embedding", "wte and wpe"),
     ],
 )
-def test_a_planted_weight_is_named(name, index, operation, layer, value, options):
+def test_a_injected_weight_is_named(name, index, operation, layer, value, options):
     operation += "_in_chunks" if "head_rows" in options and operation == "lm_head" else ""
-    origin = checked(planted(name, index, value, **options)).origin
+    origin = checked(injected(name, index, value, **options)).origin
     assert (origin.phase, origin.operation, origin.layer) == ("forward", operation, layer)
     assert (origin.parameter, origin.index, origin.bad) == (name, index, 1)
     assert origin.value == pytest.approx(value, nan_ok=True)
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_parameter_is_named():
     assert checker.origin is checker.large
 
 
-def test_without_a_planted_value_everything_is_finite():
+def test_without_a_injected_value_everything_is_finite():
     model, same = GPT2(CONFIG), GPT2(CONFIG)
     checker = Checker(model)
     assert checker.run(lambda: model.loss(TOKENS, TOKENS, Key(0)).backward())
@@ -85,7 +85,7 @@ def test_without_a_planted_value_everything_is_finite():
 
 
 def test_a_forward_pass_without_gradients_is_checked():
-    model = planted("h.1.attn.c_proj.weight", (0, 1), np.nan)
+    model = injected("h.1.attn.c_proj.weight", (0, 1), np.nan)
     checker = Checker(model)
     with no_grad():
         assert not checker.run(lambda: model(TOKENS))
@@ -101,7 +101,7 @@ def test_the_result_of_an_operation_is_named():
 
 
 def test_every_bad_parameter_is_listed():
-    model = planted("h.1.ln_1.weight", 3, -1e20)
+    model = injected("h.1.ln_1.weight", 3, -1e20)
     model.wpe.weight.data = np.full(model.wpe.weight.shape, np.nan)
     assert [str(place) for place in bad_parameters(model)] == [
         "parameter wpe.weight [0, 0] is nan (144 of 144 values)",

@@ -46,11 +46,11 @@ def test_an_operation_of_several_results_and_one_of_the_user_are_reported(operan
 
     found = []
     with tracing(found.append):
-        total, normalised = ops.add_layernorm(x, x, ones, ones)
+        total, normalized = ops.add_layernorm(x, x, ones, ones)
         record(x.data**2, (x,), square_backward, saved=(x.data,))
         record(x.data**2, (x,), lambda saved, dy, into: (dy,))
     assert found[0].name == "add_layernorm"
-    assert found[0].results == (total, normalised)
+    assert found[0].results == (total, normalized)
     assert (found[1].name, found[1].saved) == ("square", (x.data,))
     assert found[2].name == "<lambda>"
 

@@ -11,5 +11,5 @@ from tinygrad2.optim.sgd import SGD
 
 __all__ = ["SGD", "AdamW", "Muon", "Optimizer", "constant", "cosine", "linear", "wsd"]
 
-if not TYPE_CHECKING:  # a type checker is to find misspelt names itself
+if not TYPE_CHECKING:  # so that type checkers report misspelled names
     __getattr__ = missing_names.of_module("tinygrad2.optim", missing_names.OPTIMIZERS)

@@ -70,7 +70,7 @@ def file(tmp_path):
 SIX = np.arange(6, dtype="float32")
 
 
-def refused(path, message):
+def rejected(path, message):
     with pytest.raises(ValueError, match=message) as error:
         read_pickle(path)
     assert "\n" not in str(error.value)
@@ -141,7 +141,7 @@ def test_views_of_a_storage(geometry, expected, file):
     ],
 )
 def test_geometry_that_does_not_fit_is_rejected(geometry, message, file):
-    refused(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
+    rejected(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
 
 
 class Evil:
@@ -202,7 +202,7 @@ HOSTILE = {
 def test_a_malicious_file_is_rejected_and_nothing_is_executed(case, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     program, message = HOSTILE[case]
-    refused(archive(file, program, [SIX.tobytes()]), message)
+    rejected(archive(file, program, [SIX.tobytes()]), message)
     assert not (file.parent / MARK).exists()
 
 
@@ -218,7 +218,7 @@ def test_the_malicious_programs_are_malicious(file, monkeypatch):
 def test_extensions_of_copyreg_are_not_looked_up(file, monkeypatch):
     copyreg.add_extension(os.system.__module__, "system", 201)
     try:
-        refused(archive(file, b"\x82\xc9" + plain((f"touch {MARK}",)) + b"R"), "opcode EXT1")
+        rejected(archive(file, b"\x82\xc9" + plain((f"touch {MARK}",)) + b"R"), "opcode EXT1")
     finally:
         copyreg.remove_extension(os.system.__module__, "system", 201)
 
@@ -229,7 +229,7 @@ def test_a_memo_of_four_billion_entries_takes_no_memory(file):
 
 def test_shared_lists_are_not_expanded(file):
     """Sixty lists, each contained twice in the next: 2**60 elements if they were copied or printed."""
-    refused(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
+    rejected(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
 
 
 def test_config_objects_are_records(file):
@@ -244,39 +244,39 @@ def test_the_attributes_of_an_ordered_dictionary_are_ignored(file):
 
 
 def test_zip_bombs_are_rejected(file):
-    refused(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
-    refused(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
+    rejected(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
+    rejected(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_duplicated_entries_are_rejected(file):
-    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
-    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
+    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
+    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
 
 
 def test_other_archives(file):
     with zipfile.ZipFile(file, "w") as empty:
         empty.writestr("a/b", "c")
-    refused(file, "no entry data.pkl")
-    refused(archive(file, tensor(), [SIX.tobytes()], extra=[("model/byteorder", "big")]), "not little-endian")
+    rejected(file, "no entry data.pkl")
+    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/byteorder", "big")]), "not little-endian")
     file.write_bytes(b"PK\x03\x04" + bytes(100))
-    refused(file, "File is not a zip file")
+    rejected(file, "File is not a zip file")
     file.write_bytes(pickle.dumps({}, 2) * 3)
-    refused(file, "it is not a torch.save file")
+    rejected(file, "it is not a torch.save file")
 
 
 def test_a_flipped_bit_in_the_pickle_is_detected(file):
     content = bytearray(archive(file, dictionary(weight=tensor()), [SIX.tobytes()]).read_bytes())
     content[content.index(b"weight")] ^= 1
     file.write_bytes(content)
-    refused(file, "CRC")
+    rejected(file, "CRC")
 
 
 def test_a_truncated_file(file):
     archive(file, tensor(), [SIX.tobytes()])
     stored = read_pickle(file)
     file.write_bytes(file.read_bytes()[:100])
-    refused(file, "not a zip file")
+    rejected(file, "not a zip file")
     with pytest.raises(ValueError, match=r"truncated: .* bytes are missing"):
         stored.read()
 
@@ -307,7 +307,7 @@ def test_files_from_before_zip(file):
     ],
 )
 def test_damaged_files_from_before_zip(change, message, file):
-    refused(legacy(file, **change), message)
+    rejected(legacy(file, **change), message)
 
 
 def test_a_large_claimed_size_takes_no_memory(file):

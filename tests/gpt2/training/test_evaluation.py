@@ -93,7 +93,7 @@ def test_the_first_batches_only(folder):
     assert figures["loss"] == pytest.approx(mean_loss(model, data, 3, 8, 2), rel=1e-6)
 
 
-def test_data_of_another_tokenizer_is_refused(folder):
+def test_data_of_another_tokenizer_is_rejected(folder):
     with pytest.raises(ValueError, match=r"pairs: prepared with the tokenizer ab; expected the model's, bytes"):
         evaluate_data(
             make_model(257), Tokenizer.load("bytes"), TokenDataset.open(folder / "data" / "pairs", "val"), 2, 8

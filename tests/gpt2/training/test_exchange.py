@@ -116,7 +116,7 @@ def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
     assert "optimizer" not in torch_file.read_pickle(workspace / "a.pt")
 
 
-def test_options_that_train_py_does_not_take_are_refused(from_nanogpt, workspace, capsys):
+def test_options_that_train_py_does_not_take_are_rejected(from_nanogpt, workspace, capsys):
     tree = torch_file.read_pickle(workspace / "ckpt.pt")
     torch_file.write_pickle(workspace / "bad.pt", tree | {"config": NANOGPT | {"beta1": 0.9, "max_iters": -3}})
     assert convert.main(["bad.pt", "out", "--to", "run"]) == 1

@@ -14,7 +14,7 @@ def given(*argv):
     return parse_options(argv, "")
 
 
-def refused(capsys, *argv):
+def rejected(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         given(*argv)
     assert end.value.code == 2
@@ -101,7 +101,7 @@ def test_an_integer_in_a_file_is_accepted_as_a_float(tmp_path):
     ],
 )
 def test_a_wrong_option_gets_one_line(capsys, argv, message):
-    assert message in refused(capsys, *argv)
+    assert message in rejected(capsys, *argv)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_a_wrong_option_gets_one_line(capsys, argv, message):
 def test_a_wrong_file_gets_one_line(capsys, tmp_path, text, message):
     file = tmp_path / "options.toml"
     file.write_text(text)
-    assert message in refused(capsys, "--config", str(file))
+    assert message in rejected(capsys, "--config", str(file))
 
 
 def test_a_missing_file_gets_one_line(capsys):
-    assert "nowhere.toml: No such file" in refused(capsys, "--config", "nowhere.toml")
+    assert "nowhere.toml: No such file" in rejected(capsys, "--config", "nowhere.toml")
 
 
 def test_the_recipes_are_the_published_ones():

@@ -27,7 +27,7 @@ def test_the_same_everywhere(workspace, options):
     on_ranks(2, lambda comm: ranks.compare(comm, options, splits("copy" if comm.rank else "data/text")))
 
 
-def refusals(size, function):
+def rejections(size, function):
     """The message that every rank raises."""
 
     def message(comm):
@@ -42,13 +42,13 @@ def refusals(size, function):
 def test_another_option_is_named_with_the_rank(workspace, options):
     data = splits("data/text")
     other = replace(options, dtype="tf32")
-    said = refusals(3, lambda comm: ranks.compare(comm, other if comm.rank == 2 else options, data))
+    said = rejections(3, lambda comm: ranks.compare(comm, other if comm.rank == 2 else options, data))
     assert said == (
         "rank 2 differs from rank 0 in --dtype: 'tf32' instead of 'float32'; all ranks need the same code, options and "
         "data"
     )
     long = replace(options, data="x" * 1000 + "y"), replace(options, data="x" * 1000 + "z")
-    assert "in --data: 'xxx" in refusals(2, lambda comm: ranks.compare(comm, long[comm.rank], data))
+    assert "in --data: 'xxx" in rejections(2, lambda comm: ranks.compare(comm, long[comm.rank], data))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -60,7 +60,7 @@ def test_other_data_is_named_with_the_rank(workspace, options, split):
             ids[0] += folder == "other" and name == split
             ids.tofile(f"{folder}/{name}.bin")
     pairs = [splits(folder) for folder in ("whole", "other")]
-    said = refusals(2, lambda comm: ranks.compare(comm, options, pairs[comm.rank]))
+    said = rejections(2, lambda comm: ranks.compare(comm, options, pairs[comm.rank]))
     assert f"rank 1 differs from rank 0 in the data, {split}: other, fingerprint " in said
     assert " instead of whole, fingerprint " in said
 
@@ -68,7 +68,7 @@ def test_other_data_is_named_with_the_rank(workspace, options, split):
 def test_other_code_is_named_with_the_rank(workspace, options, monkeypatch):
     data, versions = splits("data/text"), iter(["version 1", "version 2"])
     monkeypatch.setattr(ranks, "code_version", lambda: next(versions))
-    said = refusals(2, lambda comm: ranks.compare(comm, options, data))
+    said = rejections(2, lambda comm: ranks.compare(comm, options, data))
     assert "differs from rank 0 in the code of tinygrad2 and gpt2: version " in said
 
 

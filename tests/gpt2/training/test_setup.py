@@ -263,7 +263,7 @@ def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, mo
         (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
     ],
 )
-def test_options_of_another_optimizer_are_refused(workspace, capsys, options, message):
+def test_options_of_another_optimizer_are_rejected(workspace, capsys, options, message):
     with contextlib.suppress(SystemExit):
         train.main(["--data", "text", *QUICK, "--max-iters", "2", *options])
     assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.tinygrad2.kernels.attention import A100, H200, L4, kernels
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
@@ -131,8 +131,8 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(monkeypatch, fault):
-    plant_in(monkeypatch, "attention_backward", fault)
+def test_injected_faults_are_caught(monkeypatch, fault):
+    inject_in(monkeypatch, "attention_backward", fault)
     arguments, want = problem(1, 140, 1, 16, KEY)  # three tiles: both stages are used again
     results = []
     for schedule in range(3):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.tinygrad2.kernels.attention import BOUND, activations, error, in_every_schedule, kernels, poisoned
 from tinygrad2 import Key, reference
 
@@ -85,7 +85,7 @@ def test_without_a_fault_the_check_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault, monkeypatch):
-    plant_in(monkeypatch, "attention_cached", fault)
+def test_injected_faults_are_caught(fault, monkeypatch):
+    inject_in(monkeypatch, "attention_cached", fault)
     with pytest.raises((AssertionError, RuntimeError)):
         check_cached(kernels(), monkeypatch)

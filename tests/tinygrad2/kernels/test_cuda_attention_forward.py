@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.tinygrad2.kernels.attention import A100, BOUND, H200, L4, activations, error, in_every_schedule, kernels
 from tinygrad2 import Key, reference
 from tinygrad2.kernels.cuda import AttentionSizes
@@ -65,7 +65,7 @@ def test_forward_has_the_same_bits_in_every_schedule(key, compiled, monkeypatch)
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 8])
 def test_the_order_of_the_blocks_includes_each(together, monkeypatch):
     """Five heads of two tiles, whose blocks start in groups of as many heads as are said to fit the L2 cache."""
-    plant_in(monkeypatch, "attention_forward", ("place", "16 << 20", f"{together * 4 * 16 * 140}"))
+    inject_in(monkeypatch, "attention_forward", ("place", "16 << 20", f"{together * 4 * 16 * 140}"))
     qkv = activations(1, 140, 3 * 5 * 16)
     out, lse = kernels().attention_forward(qkv, 5, 0.0, None)
     expected, expected_lse = reference.attention_forward(qkv.astype("d"), 5, 0.0, None)
@@ -160,7 +160,7 @@ def test_without_a_fault_the_check_passes(key, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "fault"), [(None, fault) for fault in FAULTS] + [(KEY, fault) for fault in DROPOUT_FAULTS]
 )
-def test_planted_faults_are_caught(key, fault, monkeypatch):
-    plant_in(monkeypatch, "attention_forward", fault)
+def test_injected_faults_are_caught(key, fault, monkeypatch):
+    inject_in(monkeypatch, "attention_forward", fault)
     with pytest.raises((AssertionError, RuntimeError)):
         check_forward(kernels(), key, monkeypatch)

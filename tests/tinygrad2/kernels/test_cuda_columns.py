@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.stand_ins.faults import plant_in
-from tests.tinygrad2.kernels.beside_reference import (
+from tests.stand_ins.faults import inject_in
+from tests.tinygrad2.kernels.against_reference import (
     BF16,
     F32,
     bits_in,
@@ -71,7 +71,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(monkeypatch, fault):
+def test_injected_faults_are_caught(monkeypatch, fault):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)
     family, *edit = FAULTS[fault]
-    assert fault_is_caught(lambda: plant_in(monkeypatch, family, tuple(edit)), run)
+    assert fault_is_caught(lambda: inject_in(monkeypatch, family, tuple(edit)), run)

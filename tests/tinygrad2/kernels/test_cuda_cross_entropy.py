@@ -7,7 +7,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
 from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules, wide
 from tinygrad2 import reference
@@ -186,8 +186,8 @@ def is_right(kernels, dtype, shape, C, V):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(kernels, monkeypatch, fault):
-    plant_in(monkeypatch, "cross_entropy", fault)
+def test_injected_faults_are_caught(kernels, monkeypatch, fault):
+    inject_in(monkeypatch, "cross_entropy", fault)
     try:
         right = all(is_right(kernels, *case) for case in CASES)
     except (RuntimeError, AssertionError):

@@ -7,7 +7,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tinygrad2 import Key, reference
 from tinygrad2.kernels import cuda
 
@@ -107,7 +107,7 @@ def check_all():
 
 @pytest.mark.slow  # each is compiled
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(kernels, monkeypatch, fault):
-    plant_in(monkeypatch, "dropout", fault)
+def test_injected_faults_are_caught(kernels, monkeypatch, fault):
+    inject_in(monkeypatch, "dropout", fault)
     with pytest.raises((AssertionError, RuntimeError)):
         check_all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
 from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules
 from tinygrad2 import reference
@@ -142,8 +142,8 @@ def backward_is_right(kernels):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(kernels, monkeypatch, fault):
-    plant_in(monkeypatch, "embedding", fault)
+def test_injected_faults_are_caught(kernels, monkeypatch, fault):
+    inject_in(monkeypatch, "embedding", fault)
     try:
         right = forward_is_right(kernels) and backward_is_right(kernels)
     except (RuntimeError, AssertionError):

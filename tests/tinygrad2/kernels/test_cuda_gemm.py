@@ -9,7 +9,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import strict_cupy
-from tests.stand_ins.faults import plant
+from tests.stand_ins.faults import inject
 from tinygrad2 import reference
 from tinygrad2.kernels import gemm as gemm_module
 from tinygrad2.kernels.cuda import CudaKernels
@@ -158,11 +158,11 @@ def test_a_missing_library_and_a_failing_call_are_reported(gemm, tmp_path):
 
 
 def test_creating_a_handle_is_retried(gemm, monkeypatch):
-    call, refused = Gemm._call, []
+    call, failed = Gemm._call, []
 
     def once_busy(self, name, *args):
-        if name == "Create" and not refused:
-            refused.append(name)
+        if name == "Create" and not failed:
+            failed.append(name)
             raise RuntimeError("cublasLtCreate failed: no memory (status 3)")
         call(self, name, *args)
 
@@ -226,8 +226,8 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fake_cublaslt, fault):
-    text = plant(GEMM, *fault)
+def test_injected_faults_are_caught(fake_cublaslt, fault):
+    text = inject(GEMM, *fault)
     module = {"__name__": gemm_module.__name__, "__file__": ""}
     exec(compile(text, "faulty", "exec"), module)
     faulty = module["Gemm"](Poisoned(), fake_cublaslt)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.stand_ins.faults import plant_in
-from tests.tinygrad2.kernels.beside_reference import (
+from tests.stand_ins.faults import inject_in
+from tests.tinygrad2.kernels.against_reference import (
     BF16,
     F32,
     bits_in,
@@ -46,13 +46,13 @@ def test_layernorm(rows, C, dtype):
         check(kernels(), name, args, added)
 
 
-def test_the_rounded_sum_is_normalised():
+def test_the_rounded_sum_is_normalized():
     _, (x, _, *rest), _ = layernorm_cases(19, 64, BF16)[1]
     delta = normal(19, 64, dtype=BF16)
-    s, *normalised = kernels().add_layernorm_forward(x, delta, *rest)
+    s, *normalized = kernels().add_layernorm_forward(x, delta, *rest)
     assert s.tobytes() == (x + delta).tobytes()
     plain = kernels().layernorm_forward(s, *rest)
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(normalised, plain, strict=True))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(normalized, plain, strict=True))
 
 
 def test_many_rows_and_other_shapes(monkeypatch):
@@ -113,7 +113,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(monkeypatch, fault):
+def test_injected_faults_are_caught(monkeypatch, fault):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)
     family, *edit = FAULTS[fault]
-    assert fault_is_caught(lambda: plant_in(monkeypatch, family, tuple(edit)), run)
+    assert fault_is_caught(lambda: inject_in(monkeypatch, family, tuple(edit)), run)

@@ -7,7 +7,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tests.stand_ins import cudasim, strict_cupy
-from tests.stand_ins.faults import plant_in
+from tests.stand_ins.faults import inject_in
 from tests.tinygrad2.copies import copy_of, with_copies
 from tests.tinygrad2.optim.test_optimizer import Model
 from tinygrad2 import optim, reference
@@ -181,7 +181,7 @@ def check(monkeypatch):
 
 @pytest.mark.slow  # each is compiled
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(monkeypatch, fault):
-    plant_in(monkeypatch, "optimizer", fault)
+def test_injected_faults_are_caught(monkeypatch, fault):
+    inject_in(monkeypatch, "optimizer", fault)
     with pytest.raises((AssertionError, RuntimeError)):
         check(monkeypatch)

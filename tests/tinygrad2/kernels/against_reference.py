@@ -106,10 +106,10 @@ def bits_in(schedule, run):
         cudasim.schedule = 0
 
 
-def fault_is_caught(plant, run):
+def fault_is_caught(inject, run):
     """Whether a fault changes bits, or fails a check, in some schedule."""
     right = bits_in(0, run)
-    plant()
+    inject()
 
     def caught(schedule):
         try:
