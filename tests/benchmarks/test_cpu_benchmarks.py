@@ -252,7 +252,7 @@ def test_what_bfloat16_costs(tmp_path):
         (train_step.main, ["--block", "2000"], "--block 2000 is longer than the model's context of 1024 tokens"),
         (train_step.main, ["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere/"),
         (decode.main, ["--preset", "nano"], "--prompt 512: the model's context is 64 tokens"),
-        (decode.main, ["--data", "x"], "--checkpoint and --data go together"),
+        (decode.main, ["--data", "x"], "--checkpoint and --data must be used together"),
     ],
 )
 def test_a_mistake_is_one_line(main, options, said, capsys):

@@ -27,7 +27,10 @@ def test_damaged_files_are_rejected_or_read_correctly():
 
 def test_a_case_is_reproducible(tmp_path):
     fuzz.make_originals(tmp_path / "originals")
+    targets = list(fuzz.TARGETS)
     for number in range(40):
+        if targets[number % len(targets)] not in fuzz.READABLE:
+            continue
         contents = []
         for again in "ab":
             fuzz.make_case(tmp_path / "originals", tmp_path / f"{again}{number}", 3, number)

@@ -206,8 +206,9 @@ FIRST_WRITES_AFTER_A_CHECKPOINT = {
 
 @pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("name", FIRST_WRITES_AFTER_A_CHECKPOINT)
-def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspace, name, steps):
+def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspace, monkeypatch, name, steps):
     """Killed after the checkpoint of step 4, which is the last one or not."""
+    monkeypatch.setattr(report, "SHARE", math.inf)  # the report is written after each checkpoint, however long it takes
     options = ["--max-iters", str(steps), "--save-interval", "4", "--keep", "1"]
     run(*options, "--out-dir", "whole")
     killed_at(*FIRST_WRITES_AFTER_A_CHECKPOINT[name], *options)
