@@ -106,7 +106,8 @@ def test_a_process_takes_what_is_planned(recompute):
     sizes = {"vocab_size": 20_000, "n_positions": 128, "n_embd": 384, "n_layer": 6, "n_head": 6}
     given = {"config": sizes, "batch_size": 16, "block_size": 128, "recompute": recompute}
     command = [sys.executable, "-c", PROCESS, json.dumps(given)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for _ in range(2):  # the first one may compile kernels, which takes memory
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     step = Step(GPT2Config(**sizes), 16, 128, recompute=recompute, threads=2)
     assert needed(step) == pytest.approx(int(output), rel=WITHIN)
 
