@@ -128,8 +128,11 @@ def _settle() -> None:
             return
 
 
-def _peak_bytes() -> int:
-    """The peak memory of this process. (Linux reports KiB, macOS bytes.)"""
+def peak_memory() -> int:
+    """The peak memory of this process in bytes. (On Linux ru_maxrss would include that of the parent at the fork.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -216,7 +219,7 @@ def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) 
                 text = " ".join(str(error).split())[:300]
                 found.errors[contender.name] = f"{type(error).__name__}: {text}"
             finally:
-                bar.update(function is not _peak_bytes)
+                bar.update(function is not peak_memory)
             return None
 
         for contender in contenders:
@@ -228,7 +231,7 @@ def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) 
                     if task in contender.works and (seconds := ask(contender, _measure, task, least)) is not None:
                         found.seconds[task].setdefault(contender.name, []).append(seconds)
         for contender in contenders:
-            if (peak := ask(contender, _peak_bytes)) is not None:
+            if (peak := ask(contender, peak_memory)) is not None:
                 found.peak_bytes[contender.name] = peak
     return found
 

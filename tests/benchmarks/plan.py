@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # for a repository that is not installed
 from gpt2 import GPT2, GPT2Config, cpu_rates  # noqa: E402
 from gpt2.memory_model import Step, needed  # noqa: E402
 from gpt2.plan import make_plan  # noqa: E402
+from tests.benchmarks.alternate import peak_memory  # noqa: E402
 from tests.benchmarks.train_step import our_step  # noqa: E402
 from tinygrad2 import machine, threads  # noqa: E402
 
@@ -41,13 +42,11 @@ SECONDS = 2.0  # of steps in a round, at least
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
     """Planned and measured seconds of a step, and bytes of this process."""
-    import resource
-
     config, B, T = SIZES[name]
     step = Step(config, B, T, threads=threads.count())
     make_step = our_step(GPT2(config), B, T)
     make_step(), make_step()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = peak_memory()
     planned, measured = [], []
     for _ in range(rounds):
         device = cpu_rates.measure(step)

@@ -86,20 +86,21 @@ def test_a_step_on_the_cpu_allocates_what_is_planned(sizes, recompute, head_rows
 
 
 PROCESS = """
-import json, resource, sys
+import json, sys
 from gpt2.memory_model import Step
 from gpt2 import GPT2Config
+from tests.benchmarks.alternate import peak_memory
 from tests.gpt2.test_memory_model import train_steps
 from tinygrad2 import threads
 threads.set_count(2)
 given = json.loads(sys.argv[1])
 train_steps(Step(GPT2Config(**given.pop("config")), **given))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_a_process_takes_what_is_planned(recompute):
     """The memory of the process includes Python and the libraries, as the operating system reports it."""
