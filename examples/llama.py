@@ -164,9 +164,9 @@ class Llama(nn.Module):
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
     """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    # The options of train.py for GPT-2 nano (batches of 8 sequences, AdamW, a cosine schedule), except the number of
-    # steps and of evaluation batches.
-    changes = {"max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
+    # The options of train.py for GPT-2 nano with --optimizer adamw (batches of 8 sequences, a cosine schedule), except
+    # the number of steps and of evaluation batches.
+    changes = {"optimizer": "adamw", "max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
     options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
     trainer = Trainer(

@@ -219,13 +219,13 @@ def test_a_new_run_has_the_same_tokens_per_step_on_any_number_of_ranks(user):
     common = ["--max-iters", "3", "--dtype", "float64", "--dropout", "0"]
     for ranks in (1, 2, 4):
         out, _ = run(ranks, *common, "--out-dir", f"n{ranks}")
-        assert "batch      128 tokens per step" in out
-        assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [128, 256, 384]
+        assert "batch      256 tokens per step" in out
+        assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [256, 512, 768]
         np.testing.assert_allclose(losses(f"n{ranks}"), losses("n1"), rtol=1e-9)
     out, _ = run(3, *common, "--out-dir", "n3")
-    assert "batch      8 sequences per step do not divide among 3 ranks; 9 are used" in out
+    assert "batch      16 sequences per step do not divide among 3 ranks; 18 are used" in out
     run(2, "--max-iters", "5", "--out-dir", "n4")  # on fewer ranks
-    assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 128
+    assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 256
 
 
 def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):

@@ -52,7 +52,7 @@ def test_a_crashed_run_resumes_bit_identically(workspace, monkeypatch, capsys, m
     assert_same_run("whole", "cut")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_bit_identically(workspace, capsys, optimizer):
     given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
     run("--out-dir", "whole", "--max-iters", "6", *given)

@@ -92,7 +92,9 @@ def describe_schedule(options: Options) -> str:
         last = options.learning_rate_at(options.max_iters - 1)
         return f"warm-up to {peak} over {warmup:,} steps; this run ends earlier, at {last:.1e}"
     rise = f"warm-up to {peak} over {_plural(warmup, 'step')}" if warmup else f"from {peak}"
-    return f"{rise}, cosine decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+    stable = f", constant until step {options.stable_iters:,}" if options.lr_schedule == "wsd" else ""
+    shape = "cosine" if options.lr_schedule == "cosine" else "linear"
+    return f"{rise}{stable}, {shape} decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -66,7 +66,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     """The options and the model's config of a resumed run. Options given now take precedence over earlier ones."""
     config = model_file.load_config(saved.folder)
     merged = {**saved.options, **given}
-    first_defaults = saved.defaults or default_options(saved.options, config)
+    first_defaults = saved.defaults or default_options(saved.options, config, earlier=True)
     # The defaults are those of the first start. A recipe given now applies to all options that were never given.
     defaults = default_options(merged, config) if "recipe" in given else first_defaults
     before = resolve_options(saved.options, config, first_defaults)
@@ -80,7 +80,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
-    notes = [] if "learning_rate" in given else _rate_notes(before, options, saved.progress.step)
+    notes = [] if {"learning_rate", "lr_schedule"} & given.keys() else _rate_notes(before, options, saved.progress.step)
     return options, _with_dropout(config, options), RunOptions(merged, dict(defaults), notes)
 
 
@@ -89,10 +89,15 @@ def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
     was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
     if step < before.warmup_iters or now <= 1.1 * was:
         return []
+    kept = before.learning_rate_at(step)
+    keep = (
+        f"--lr-decay-iters {before.lr_decay_iters} keeps it at {kept:.1e}"
+        if kept
+        else "--learning-rate X sets a lower peak"
+    )
     return [
         f"rate       the learning rate was {was:.1e} at step {step:,} and rises again to {now:.1e}: its decay now "
-        f"ends at step {options.lr_decay_iters:,}; --lr-decay-iters {before.lr_decay_iters} keeps it at "
-        f"{before.learning_rate_at(step):.1e}"
+        f"ends at step {options.lr_decay_iters:,}; {keep}"
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests.benchmarks import alternate, bfloat16, decode, ops, plan, small, train_step
+from tests.benchmarks import alternate, bfloat16, decode, ops, plan, recipe, small, train_step
 from tests.benchmarks.alternate import Contender, Measured, Work
 from tinygrad2.backend import get_backend
 
@@ -301,3 +301,42 @@ def test_two_runs_are_compared_by_their_smoothed_and_final_losses():
     found = bfloat16.differences(wide, narrow)
     assert found["training"] == pytest.approx(0.003)
     assert found["validation"] == pytest.approx(0.005)
+
+
+def recipe_rows(losses, seconds):
+    """The log of a run of 100 steps per loss, each evaluated at its last step."""
+    rows = [{"step": step, "seconds": seconds} for step in range(1, 100 * len(losses) + 1)]
+    for i, loss in enumerate(losses):
+        rows[100 * i + 99]["val_loss"] = loss
+    return rows
+
+
+def test_the_seconds_to_a_loss_are_counted_to_the_first_evaluation_that_reaches_it():
+    found = recipe.summary(recipe_rows([1.7, 1.55, 1.56, 1.5], 0.25), 1.55)
+    assert (found["steps"], found["seconds"], found["final_loss"]) == (400, 100, 1.5)
+    assert (found["steps_to_target"], found["seconds_to_target"]) == (200, 50)
+    never = recipe.summary(recipe_rows([1.7, 1.6], 0.5), 1.55)
+    assert (never["steps_to_target"], never["seconds_to_target"]) == (None, None)
+    old, new = ({"recipe": name, "seed": 1} for name in (recipe.OLD, recipe.NEW))
+    runs = [{**old, **never}, {**new, **found}, {**old, **found}, {**new, **never}]
+    assert recipe.ratios(runs) == [50 / 100, None]  # against all seconds of a run that does not reach it
+    widths = {len(text) for text in (recipe.heading(1.55), *map(recipe.line, runs))}
+    assert len(widths) == 1
+    assert recipe.line(runs[0]).split()[-2:] == ["never", "1.6000"]
+
+
+@pytest.mark.slow
+def test_recipes_are_compared_by_the_losses_that_train_py_logs(workspace, tmp_path, capsys):
+    out = tmp_path / "recipe.json"
+    options = ["--data", "text", "--max-iters", "4", "--seeds", "3", "4", "--target", "5.6", "--json", str(out)]
+    assert recipe.main(options) == 0
+    record = json.loads(out.read_text())
+    runs = record["runs"]
+    assert [(run["recipe"], run["seed"]) for run in runs] == [
+        (name, seed) for seed in (3, 4) for name in (recipe.OLD, recipe.NEW)
+    ]
+    assert all(run["steps"] == run["steps_to_target"] == 4 for run in runs)
+    assert len({run["final_loss"] for run in runs}) == 4
+    assert record["ratios"] == recipe.ratios(runs)
+    assert f"{recipe.NEW:<15}     4       4" in capsys.readouterr().out
+    assert recipe.main([*options, "--target", "0.1"]) == 1  # not reached

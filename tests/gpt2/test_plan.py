@@ -91,8 +91,9 @@ def test_json_has_the_same_figures(capsys):
 
 def test_options_have_the_defaults_of_train(capsys, steady_cpu):
     nano = found(capsys, "--device", "cpu")
-    assert (nano["batch_size"], nano["block_size"], nano["step_tokens"]) == (8, 64, 512)
-    assert nano["tokens"] == 3000 * 512
+    assert (nano["batch_size"], nano["block_size"], nano["step_tokens"]) == (16, 64, 1024)
+    assert nano["tokens"] == 600 * 1024
+    assert "orthogonalize" in nano["kernels"]
     large = found(capsys, "--device", "cpu", "--preset", "gpt2", "--recipe", "modern")
     assert (large["batch_size"], large["micro_steps"], large["tokens"]) == (4, 128, 19_073 * 524_288)
     assert found(capsys, "--device", "cpu", "--tokens", "1000000")["tokens"] == 1_000_000

@@ -53,23 +53,25 @@ def test_the_opening_lines(workspace, capsys, monkeypatch):
     assert re.fullmatch(data, lines["data"])
     assert lines["batch"] == "96 tokens per step = 2 sequences x 16 tokens x 3 micro-steps"
     assert lines["steps"] == "4, which is 0.01 epochs"
-    assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
-    assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
+    assert lines["lr"] == "warm-up to 1.0e-02 over 2 steps, linear decay to 0.0e+00 at step 4"
+    assert lines["optimizer"] == "muon, weight decay 0.1, gradient clipping 1.0"
     output = "out/: a checkpoint every 2 steps (the last 2 and the best are kept), an evaluation every 4 steps"
     assert lines["output"] == output
     assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
 
 
 @pytest.mark.parametrize(
-    ("warmup", "steps", "text"),
+    ("schedule", "warmup", "text"),
     [
-        (1, 10, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
-        (0, 10, "from 1.0e-03, cosine decay to 1.0e-04 at step 10"),
-        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
+        ("cosine", 1, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
+        ("linear", 0, "from 1.0e-03, linear decay to 1.0e-04 at step 10"),
+        ("wsd", 2, "warm-up to 1.0e-03 over 2 steps, constant until step 8, linear decay to 1.0e-04 at step 10"),
+        ("wsd", 100, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
     ],
 )
-def test_the_schedule_in_words(warmup, steps, text):
-    options = Options(learning_rate=1e-3, min_lr=1e-4, warmup_iters=warmup, max_iters=steps, lr_decay_iters=steps)
+def test_the_schedule_in_words(schedule, warmup, text):
+    rates = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": warmup, "lr_decay_iters": 10}
+    options = Options(lr_schedule=schedule, max_iters=10, **rates)
     assert describe_schedule(options) == text
 
 
