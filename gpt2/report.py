@@ -591,6 +591,10 @@ class Writer:
         self.cost, self.written = 0.0, -math.inf
         self.previous: Run | None = None
 
+    def is_old(self) -> bool:
+        """Whether the last update was REFRESH seconds ago, or longer if that is needed to keep to SHARE."""
+        return time.perf_counter() - self.written >= max(REFRESH, self.cost / SHARE)
+
     def update(self, last: bool = False) -> None:
         """Write the page, unless the last update was too recent for the time that it took.
 

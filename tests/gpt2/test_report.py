@@ -363,6 +363,19 @@ def test_training_spends_at_most_a_hundredth_of_its_time_on_the_page(tmp_path, m
     assert len(written) == 4
 
 
+def test_training_updates_the_page_every_30_seconds(tmp_path, monkeypatch):
+    clock, written = [100.0], []
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(report, "write", lambda text, file: written.append(clock[0]))
+    writer = report.Writer(make_run(tmp_path / "out"), pytest.fail)
+    assert writer.is_old()
+    for _ in range(70):
+        if writer.is_old():
+            writer.update()
+        clock[0] += 1
+    assert written == [100.0, 130.0, 160.0]
+
+
 def test_a_page_that_cannot_be_written_does_not_end_a_run(tmp_path):
     out = make_run(tmp_path / "out")
     (out / report.REPORT).mkdir()
