@@ -56,6 +56,14 @@ def say(line: str) -> None:
     print(visible(line), flush=True)
 
 
+def say_if_possible(line: str) -> None:
+    """Print a line on stdout, for commands whose work must not end with an output error (a closed pipe, a full disk)."""
+    try:
+        say(line)
+    except OSError:
+        discard_stdout()
+
+
 def print_error(line: str) -> None:
     """Print a line on stderr, with control characters visible."""
     print(visible(line), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from gpt2 import console
 from gpt2.config import GPT2Config
 from gpt2.console import clock
+from gpt2.console import say_if_possible as say
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, baselines, bytes_per_token
 from gpt2.training.evaluation import describe_task
@@ -21,19 +22,10 @@ from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
 from tinygrad2 import blas, machine, threads
 from tinygrad2.checkpoint import JsonObject
-from tinygrad2.files import discard_stdout
 
 PRINT_SECONDS = 30.0  # maximum time between the lines of steps, if the steps are shorter
 PROMPT_TOKENS = 4096  # the suggested prompt comes from this many tokens at the start of the validation data
 PROMPT_LENGTH = 40  # maximum number of characters
-
-
-def say(line: str) -> None:
-    """Print a line. An output error (a closed pipe, a full disk) must not end a run."""
-    try:
-        console.say(line)
-    except OSError:
-        discard_stdout()
 
 
 def baseline_losses(trainer: Trainer) -> dict[str, float]:
@@ -258,6 +250,8 @@ def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
     """The first words of a line of the data: preferably of one that begins with three words of letters, the first with
     a capital; "" if no line has printable text."""
     text = tokenizer.decode(data.read(0, min(data.tokens, PROMPT_TOKENS)).tolist())
+    for end in tokenizer.end_ids:
+        text = text.replace(tokenizer.decode([end]), "\n")
     lines = text.splitlines()
     lines = lines[1:] or lines  # the first may be cut
     starts = [" ".join(line.split()[:3]) for line in lines if len(line.split()) > 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -188,8 +189,14 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
         )
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
-    for split in (data, validation):
-        split.windows(options.block_size)  # raises here, before the first step, if the split is too short
+    fewest = options.block_size + 1
+    if (shortest := min(data.tokens, validation.tokens)) < fewest:
+        shorter = f"--block-size {shortest - 1} or less, or " if shortest > 1 else ""
+        raise UsageError(
+            f"{path}: the splits have {data.tokens:,} (train) and {validation.tokens:,} (val) tokens; --block-size "
+            f"{options.block_size:,} needs at least {fewest:,} in each: use {shorter}about "
+            f"{math.ceil(fewest / max(1, shortest)):,} times as much text"
+        )
     if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "

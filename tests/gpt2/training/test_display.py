@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2 import Tokenizer
@@ -77,7 +78,8 @@ class Ids:
     """A text with the interface of TokenDataset."""
 
     def __init__(self, tokenizer, text):
-        self.ids = tokenizer.encode(text)
+        text, end, _ = text.partition("<|endoftext|>")
+        self.ids = np.array([*tokenizer.encode(text), *(tokenizer.end_ids if end else ())])
         self.tokens = len(self.ids)
 
     def read(self, start, count):
@@ -93,6 +95,7 @@ class Ids:
         ("one line only, without an end", "one line only, without an end"),
         ("cut\n-x = 3;\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声\n", "春眠不觉晓，处处闻啼鸟。"),
         ("cut\n" + 50 * "x" + "\n;\n", 40 * "x"),
+        ("cut\na word<|endoftext|>\n", "a word"),
         ("\n\n\x07\n", ""),
         ("cut\nWörter mit Umlauten sind erlaubt\n", "Wörter mit Umlauten"),
     ],

@@ -136,7 +136,8 @@ BAD = {
     "too little data": (
         make_small,
         ["--data", "small", "--block-size", "64"],
-        r"the split val has \d+ tokens; a block size of 64 requires 64 \+ 1 = 65",
+        r"small: the splits have \d+ \(train\) and \d\d \(val\) tokens; --block-size 64 needs at least 65 in each: use "
+        r"--block-size \d\d or less, or about \d times as much text",
     ),
     "a batch that does not divide": (
         None,
