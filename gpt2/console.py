@@ -19,11 +19,13 @@ import argparse
 import difflib
 import functools
 import io
+import shlex
 import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
@@ -57,7 +59,7 @@ def say(line: str) -> None:
 
 
 def say_if_possible(line: str) -> None:
-    """Print a line on stdout, for commands whose work must not end with an output error (a closed pipe, a full disk)."""
+    """Print a line on stdout. An output error (a closed pipe, a full disk) is ignored, so that the work continues."""
     try:
         say(line)
     except OSError:
@@ -164,6 +166,11 @@ def terminal_width() -> int:
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.py"}
+
+
+def quoted(text: str) -> str:
+    """Text as an argument of a shell command."""
+    return f'"{text}"' if all(c.isalnum() or c in " .,:;?" for c in text) else shlex.quote(text)
 
 
 def script_name(name: str) -> str:
@@ -303,6 +310,7 @@ class Parser(argparse.ArgumentParser):
     command      the command as it is typed, such as "python -m gpt2.verify".
     positionals  the positional arguments, for the usage line.
     familiar     flags of other programs, each with advice on what to use instead.
+    stray        returns advice for positional arguments that the command does not have.
     """
 
     def __init__(
@@ -312,6 +320,7 @@ class Parser(argparse.ArgumentParser):
         positionals: str = "",
         epilog: str | None = None,
         familiar: Mapping[str, str] = MappingProxyType({}),
+        stray: Callable[[str], str] = lambda argument: "",
     ):
         usage = " ".join(filter(None, (command, positionals, "[OPTIONS]"))).replace("%", "%%")
         super().__init__(
@@ -322,11 +331,32 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self._familiar = familiar
+        self._familiar, self._stray = familiar, stray
+        self._given: list[str] = []
 
     def error(self, message: str) -> NoReturn:
+        message += self._choices_of_missing(message) + self._dash_advice(message)
         name = self.prog.split()[-1]  # as in the command's other messages
         self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
+
+    def _choices_of_missing(self, message: str) -> str:
+        """The choices of the options that are required, and not given."""
+        missing = message.rpartition("arguments are required: ")[2].split(", ")
+        return "".join(
+            f"; {flag} is one of {', '.join(map(str, action.choices))}"
+            for action in self._actions
+            for flag in action.option_strings
+            if flag in missing and action.choices
+        )
+
+    def _dash_advice(self, message: str) -> str:
+        """How to pass a value that begins with "-", if that is why an option has no value."""
+        if not message.endswith("expected one argument"):
+            return ""
+        flags = message.removeprefix("argument ").partition(":")[0].split("/")
+        values = [after for flag, after in pairwise(self._given) if flag in flags and after.startswith("-")]
+        value = next((value for value in values if value not in self._option_string_actions), "")
+        return f"; a value that begins with - follows a =, as in {shlex.quote(f'{flags[-1]}={value}')}" if value else ""
 
     def check_output(self, name: str, path: Path | None) -> None:
         """Report a file that the command cannot write: its folder must exist, and it must not be a folder.
@@ -340,13 +370,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
+        self._given = given
         end = given.index("--") if "--" in given else len(given)
         found, unknown = self.parse_known_args([*map(_with_dashes, given[:end]), *given[end:]], namespace)
         if unknown:
             known = [text for action in self._actions for text in action.option_strings]
             name = unknown[0].split("=")[0]
             if not unknown[0].startswith("-"):
-                self.error(f"unexpected argument {unknown[0][:80]!r}")
+                words = " ".join(word for word in unknown if not word.startswith("-"))
+                self.error(f"unexpected argument {unknown[0][:80]!r}{self._stray(words)}")
             self.error(f"unknown option {unknown[0]}{suggestion(name, known, self._familiar)}")
         return found
 

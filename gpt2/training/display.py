@@ -264,8 +264,8 @@ def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
 
 def sample_command(out: Path, prompt: str = "") -> str:
     """The command that samples from a run."""
-    quoted = f'"{prompt}"' if all(c.isalnum() or c == " " for c in prompt) else shlex.quote(prompt)
-    return f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}" + (f" -p {quoted}" if prompt else "")
+    command = f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}"
+    return f"{command} -p {console.quoted(prompt)}" if prompt else command
 
 
 def resume_command(out: Path) -> str:

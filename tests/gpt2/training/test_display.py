@@ -93,7 +93,7 @@ class Ids:
         ("cut line\nx = 3; y = 4\nit can be made from\n", "it can be"),
         ('cut line\n$HOME `rm` "quoted" text\nx\n', '$HOME `rm` "quoted" text'),
         ("one line only, without an end", "one line only, without an end"),
-        ("cut\n-x = 3;\n春眠不觉晓，处处闻啼鸟。\n夜来风雨声\n", "春眠不觉晓，处处闻啼鸟。"),
+        ("cut\n-x = 3;\n春眠不觉晓处处闻啼鸟\n夜来风雨声\n", "春眠不觉晓处处闻啼鸟"),
         ("cut\n" + 50 * "x" + "\n;\n", 40 * "x"),
         ("cut\na word<|endoftext|>\n", "a word"),
         ("\n\n\x07\n", ""),
