@@ -274,6 +274,14 @@ def clock(seconds: float) -> str:
     return f"{hours:,}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def duration(seconds: float) -> str:
+    """A duration in its largest suitable unit: 40 s, 23 min, 5.2 h, 2.4 days."""
+    for size, unit, most, form in ((1, "s", 90, ".0f"), (60, "min", 5400, ".0f"), (3600, "h", 172_800, ".1f")):
+        if seconds < most:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 # Options
 
 
