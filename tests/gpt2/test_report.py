@@ -87,12 +87,30 @@ def test_the_page_shows_the_run(tmp_path):
     assert "300 of 300 steps" in page.texts["header"][0]
     assert page.texts["dd"][0] == "2.1100 at step 300"
     assert page.texts["dd"][1] == "2.0101 mean of the last 6"
-    assert page.texts["dd"][-1] == "2:30 min in steps"
+    assert page.texts["dd"][-1] == "2 min in steps"
     assert page.texts["pre"][-1] == "python train.py '--data=a b' --profile"
     assert "from step 0 (cpu, a processor, 2 threads)" in page.texts["li"][0]
-    assert {"max_iters300", "learning_rate0.001", "seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
+    assert {"--max-iters300", "--learning-rate0.001", "--seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
         *page.texts["tr"]
     }
+
+
+def test_nats_per_token_are_related_to_bits_per_byte(tmp_path):
+    text = report.report_page(report.Run.load(make_run(tmp_path / "out", data={"bytes per token": 4.0})))
+    assert "so 1 nat per token is 1 / (4 ln\u00a02) = 0.3607 bits per byte." in text
+    assert "1 nat per token" not in report.report_page(report.Run.load(make_run(tmp_path / "unknown")))
+
+
+def test_options_are_shown_as_they_are_typed_in_the_groups_of_help(tmp_path):
+    options = {"max_iters": 300, "profile": True, "zero": False, "seed": 7, "init": None, "of_another_version": "x"}
+    page = page_of(make_run(tmp_path / "out", options=options))
+    titles = [title for title in page.texts["h3"] if title.startswith("Options: ")]
+    assert titles == [
+        f"Options: {group}" for group in ("model", "data and batches", "optimizer", "output", "computation", "others")
+    ]
+    rows = ["--init-", "--max-iters300", "--zerooff", "--profileon", "--seed7", "--of-another-versionx"]
+    assert [row for row in page.texts["tr"] if row.startswith("--")] == rows
+    assert [found["class"] for tag, found in page.found if tag == "tr" and found.get("class")] == ["given"]
 
 
 def test_everything_in_a_run_is_shown_as_text(tmp_path):
