@@ -662,7 +662,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [Run.load(out) for out in options.out]
     file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
     write(report_page(runs[0], previous_run(options.out[0])) if len(runs) == 1 else comparison_page(runs), file)
-    console.say(str(file))
+    console.say(f"page: {file}; open it in a browser")
     return 0
 
 

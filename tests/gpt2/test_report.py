@@ -410,7 +410,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert report.main(["a"]) == 0
     assert report.main(["a", "b"]) == 0
     assert report.main(["a", "b", "--output", "both.html"]) == 0
-    assert capsys.readouterr().out.split() == ["a/report.html", "comparison.html", "both.html"]
+    pages = ["a/report.html", "comparison.html", "both.html"]
+    assert capsys.readouterr().out.splitlines() == [f"page: {page}; open it in a browser" for page in pages]
     assert "<h1>a</h1>" in (tmp_path / "a" / "report.html").read_text()
     assert "<h1>2 runs compared</h1>" in (tmp_path / "both.html").read_text()
 
