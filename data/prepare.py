@@ -62,7 +62,7 @@ from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
 from tinygrad2.checkpoint import JsonObject, read_json, write_json
-from tinygrad2.files import Lock, atomic_write, free_name, naming
+from tinygrad2.files import Lock, atomic_write, free_name, make_folder, naming
 from tinygrad2.machine import usable_threads
 
 T = TypeVar("T")
@@ -463,7 +463,7 @@ def prepare(
     found = find_sources(sources, text_key, say, delimiter, encoding)
     job = Job.of(found, vocabulary, filters, val_fraction, shard_tokens, special_tokens)
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     with Lock(partial / LOCK, str(out)), naming(partial):
         _check_new(out, fresh)  # another process may have created it in the meantime
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
