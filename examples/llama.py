@@ -17,7 +17,7 @@ of the documentation that ships with Python, at the same learning rates. After o
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 
-and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 for 3,000 steps, to 1.55.
+and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 by Muon, to 1.52.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "AdamW, cosine", "default"
 RECIPES: dict[str, list[str]] = {OLD: ["--optimizer", "adamw"], NEW: []}  # options of train.py
 TARGET = 1.555  # nats per byte: what AdamW reaches in its 3,000 steps
-EVALUATIONS = ["--eval-interval", "100", "--save-interval", "0"]
+EVALUATIONS = ["--eval-interval", "50", "--save-interval", "0"]
 
 
 def train(out: Path, options: Iterable[str]) -> list[dict[str, Any]]:
