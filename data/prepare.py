@@ -58,9 +58,10 @@ from data.sources import (
     unpacked_name,
 )
 from gpt2 import console, familiar_options
+from gpt2.config import GPT2Config
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
+from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, TokenDataset, file_sha256, token_dtype
 from tinygrad2.checkpoint import JsonObject, read_json, write_json
 from tinygrad2.files import Lock, atomic_write, free_name, make_folder, naming
 from tinygrad2.machine import usable_threads
@@ -865,11 +866,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("an argument is empty")
     repeatable = "-" not in options["sources"]
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
-        out = prepare(**options, say=console.say)
+        out = prepare(**options, say=console.say_if_possible)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    console.say(
-        f"next: {console.script('train')} --data {shlex.quote(str(name))} --out-dir out-{shlex.quote(out.name)}"
-    )
+    context = min(TokenDataset.open(out, split).tokens for split in SPLITS) - 1
+    shorter = f" --block-size {context}" if 0 < context < GPT2Config.preset("nano").n_positions else ""
+    command = f"{console.script('train')} --data {shlex.quote(str(name))} --out-dir out-{shlex.quote(out.name)}"
+    console.say_if_possible(f"next: {command}{shorter}")
     return 0
 
 
