@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
+from gpt2.cpu_decode import CpuDecoder
 from gpt2.decode import Decoder, explained
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
@@ -21,20 +22,20 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions in use.
-    decoder  processes one more token of each text in one kernel launch; None if the model has not asked for it, or it
-             is not supported.
+    decoder  processes one more token of each text in one call on a CPU, or in one kernel launch on a GPU if the model
+             has asked for it; None where this is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
         shapes = model.cache_shapes(batch, capacity)
         self.layers: list[Array] = [model.backend.zeros(shape, model.precision.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
-        self.decoder = Decoder.fitting(model, self)
+        self.decoder: Decoder | CpuDecoder | None = Decoder.fitting(model, self) or CpuDecoder.fitting(model, self)
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
         """Greedy continuation of `tokens` (B,), among the first `choices` ids. Yields up to `most` tokens of each text,
-        or fewer if the cache becomes full. Requires a decoder (see Decoder.greedy)."""
-        assert self.decoder is not None
+        or fewer if the cache becomes full. Requires a decoder on a GPU (see Decoder.greedy)."""
+        assert isinstance(self.decoder, Decoder)
         first, count = self.length, min(most, self.capacity - self.length)
         with explained(self.decoder):
             for found in self.decoder.greedy(tokens, first, count, choices):
@@ -204,7 +205,7 @@ def generate(
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
         direct = on_logits is None and not len(never)
-        if temperature == 0 and state is not None and state.decoder is not None and direct:
+        if temperature == 0 and state is not None and isinstance(state.decoder, Decoder) and direct:
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:

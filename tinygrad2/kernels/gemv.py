@@ -236,12 +236,23 @@ def supports(x: np.ndarray, weight: np.ndarray) -> bool:
 
 def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
     """y += x weight: x (M, K) and y (M, N) row-major; weight (K, N), row- or column-major, float32 or bfloat16."""
-    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
-    if kind not in _tasks:
-        _tasks[kind] = _task(*kind)
     K, N = weight.shape
     addresses = (blas.address(array) for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    # Split at multiples of LANES, since the remainder after the last whole vector is summed in another order.
+    pool.each_compiled(task_for(weight), arguments, ranges(weight))
+
+
+def task_for(weight: np.ndarray) -> pool.CompiledTask:
+    """The task of add_product for weights of this dtype and layout."""
+    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
+    if kind not in _tasks:
+        _tasks[kind] = _task(*kind)
+    return _tasks[kind]
+
+
+def ranges(weight: np.ndarray) -> list[tuple[int, int]]:
+    """The columns of this weight, divided among the threads, at multiples of LANES, since the remainder after the last
+    whole vector is summed in another order."""
+    K, N = weight.shape
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
-    pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])
+    return [(a * LANES, min(b * LANES, N)) for a, b in pieces]
