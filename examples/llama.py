@@ -208,10 +208,16 @@ def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="steps per model [%(default)s]")
-    parser.add_argument("--data", type=Path, help="a data set from data/prepare.py [pydoc, prepared first]")
-    parser.add_argument("--picture", type=Path, default=Path("llama.png"), help="[%(default)s]")
+    parser = argparse.ArgumentParser("python examples/llama.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps per model [default: %(default)s]")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="a data set from data/prepare.py [default: pydoc]")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("llama.png"),
+        metavar="FILE",
+        help="picture to write [default: %(default)s]",
+    )
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more")

@@ -40,6 +40,7 @@ PATTERNS = {
     ),
     "itself": ("itself", "the token itself"),
 }
+TITLE_LENGTH = 60  # characters of the text in the page's title
 SPREADS = "spreads"
 
 
@@ -459,6 +460,7 @@ def check_activations(trace: Trace) -> None:
 
 def inspector_page(data: JsonObject) -> str:
     """The page for a text, from the data that `inspect` returns."""
-    shortened = data["text"][:60].replace("\n", " ")
+    text = " ".join(data["text"].split())
+    shortened = text if len(text) <= TITLE_LENGTH else text[:TITLE_LENGTH].rstrip() + "\u2026"
     script = resource("inspect.js") + resource("inspect_page.js")
     return page(f"Inside the model: {shortened}", resource("inspect.html"), resource("inspect.css"), script, data)

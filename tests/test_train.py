@@ -123,6 +123,16 @@ def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(work
     assert steps == [0, 4, 8, 10, 10, 11]
 
 
+def test_the_report_of_slow_steps_is_written_between_evaluations(workspace, monkeypatch):
+    steps = []
+    page = report.report_page
+    monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
+    monkeypatch.setattr(report, "SHARE", 1e9)
+    monkeypatch.setattr(report, "REFRESH", 0)
+    run("--max-iters", "3", "--eval-interval", "0")
+    assert steps == [0, 1, 2, 3]
+
+
 def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):
     monkeypatch.setattr(report, "report_page", lambda *given: 1 / 0)
     run("--max-iters", "4")

@@ -70,6 +70,15 @@ def _replace_folder(new: Path, path: Path) -> None:
     remove(old)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. Raises FileExistsError if the name belongs to a file or to a broken link."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "a file"
+        raise FileExistsError(f"{path}: {found}; expected a folder, or a name that is not in use") from None
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -529,16 +529,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {missing}", file=sys.stderr)
         return 2
     start, failed = time.perf_counter(), 0
-    print(f"{'operation':29}{'shapes':42}{'error':>9}{'bound':>9}")
+    names, shapes = max(len(case.name) for case in CASES), max(len(_shapes(case)) for case in CASES)
+    print(f"{'operation':{names}}  {'shapes':{shapes}}{'error':>9}{'bound':>9}")
     for case in CASES:
         error = case.error(options.seed, options.device)
         failed += not error <= case.bound
-        shown = [str(shape).replace(" ", "") for shape in case.shapes]
-        shapes = " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])
-        print(f"{case.name:29}{shapes:42}{error:9.1e}{case.bound:9.0e}  {'ok' if error <= case.bound else 'FAILED'}")
+        verdict = "ok" if error <= case.bound else "FAILED"
+        print(f"{case.name:{names}}  {_shapes(case):{shapes}}{error:9.1e}{case.bound:9.0e}  {verdict}")
     seconds = time.perf_counter() - start
     print(f"{len(CASES) - failed} of {len(CASES)} gradients are correct ({seconds:.1f} s)")
     return 1 if failed else 0
+
+
+def _shapes(case: GradientCase) -> str:
+    """The shapes of a case's inputs, shortened if there are many."""
+    shown = [str(shape).replace(" ", "") for shape in case.shapes]
+    return " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])
 
 
 def run() -> int:

@@ -463,11 +463,13 @@ def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, d
         defaults["max_iters"] = epochs
         notes.append(f"{flag('max_iters')} {epochs:,} ({FINE_TUNING_EPOCHS} epochs)")
     steps = int(given.get("max_iters") or defaults["max_iters"])
+    decay = min(steps, int(given.get("lr_decay_iters") or steps))
     for name, part in PART_OF_STEPS.items():
-        most = steps // part if name == "warmup_iters" else max(1, steps // part)
+        most = decay // part if name == "warmup_iters" else max(1, steps // part)
         if name not in given and defaults[name] > most:
             defaults[name] = most
-            notes.append(f"{flag(name)} {most:,} (1/{part} of the steps)")
+            whole = "decay" if name == "warmup_iters" and decay < steps else "steps"
+            notes.append(f"{flag(name)} {most:,} (1/{part} of the {whole})")
     return notes
 
 
@@ -476,6 +478,15 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
     for name, users in OPTIMIZER_OPTIONS.items():
         if given.get(name) not in (None, False) and optimizer not in users:
             raise UsageError(f"{flag(name)} is for --optimizer {' and '.join(users)} only; this run has {optimizer}")
+
+
+def check_schedule(given: OptionValues) -> None:
+    """Raise UsageError if the given warm-up ends after the given end of the decay."""
+    warmup, end = given.get("warmup_iters", 0), given.get("lr_decay_iters", math.inf)
+    if warmup > end:
+        raise UsageError(
+            f"--warmup-iters {warmup} is more than --lr-decay-iters {end}, the step at which the decay ends"
+        )
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:

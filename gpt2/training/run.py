@@ -159,7 +159,7 @@ class RunFolder:
                         self.path.rmdir()
 
     def _take(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.path)
         lock = files.Lock(self.path / LOCK, f"{self.path}/")
         lock.acquire()
         self._lock, self.unfinished = lock, lock.stale

@@ -73,6 +73,12 @@ def test_a_short_run_warms_up_in_a_tenth_of_its_steps_and_is_evaluated(preset, s
     assert bool(notes) == (steps <= 1000)
 
 
+def test_warm_up_takes_at_most_a_tenth_of_an_explicit_decay():
+    options, notes = fitted({"lr_decay_iters": 50})
+    assert options["warmup_iters"] == 5
+    assert notes == ["--warmup-iters 5 (1/10 of the decay)"]
+
+
 def test_given_options_are_kept():
     given = {"max_iters": 20, "warmup_iters": 15, "eval_interval": 0, "save_interval": 50, "log_interval": 30}
     assert fitted(given)[0].items() >= given.items()

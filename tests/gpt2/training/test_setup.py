@@ -136,7 +136,8 @@ BAD = {
     "too little data": (
         make_small,
         ["--data", "small", "--block-size", "64"],
-        r"the split val has \d+ tokens; a block size of 64 requires 64 \+ 1 = 65",
+        r"small: the splits have \d+ \(train\) and \d\d \(val\) tokens; --block-size 64 needs at least 65 in each: use "
+        r"--block-size \d\d or less, or about \d times as much text",
     ),
     "a batch that does not divide": (
         None,
@@ -331,7 +332,15 @@ def test_data_with_added_tokens_that_the_model_does_not_have(own_text, capsys):
     GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
     Tokenizer.load("bytes").save_hugging_face(Path("other"), 16)
     assert train.main(["--init", "other", "--data", "own", *QUICK, "--max-iters", "1"]) == 1
-    assert "prepare the data with the model's tokenizer" in one_line(capsys)
+    assert "prepare the data with the model's tokenizer, --tokenizer other" in one_line(capsys)
+
+
+def test_data_of_another_tokenizer_names_the_models(own_text, gpt2_files, capsys):
+    GPT2(GPT2Config.preset("nano")).save_pretrained("model")
+    Tokenizer.load("bytes").save("model")
+    prepare(["data/text.txt"], "gpt2", "data/words")
+    assert train.main(["--init", "model", "--data", "words", *QUICK]) == 1
+    assert "the model's tokenizer, --tokenizer bytes" in one_line(capsys)
 
 
 def test_a_new_model_takes_the_ids_of_its_data(own_text):
