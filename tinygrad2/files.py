@@ -31,7 +31,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
-    """Yields a temporary path next to `path` at which to make a file, a folder or a link, and renames that to `path`.
+    """Yields a temporary path next to `path` for a new file, folder or link, and renames the result to `path`.
 
     The content is flushed to the disk first. An existing `path` is replaced; a reader sees the old or the new content.
     If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves at most the
@@ -114,7 +114,7 @@ def flush_entry(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in this block that names no file, as those of open files, names `path`."""
+    """Add the name `path` to an OSError in this block that has no name, such as an error of an open file."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def clean(folder: Path) -> None:
     """Undo interrupted writes to a folder: remove temporary files, and restore what was being replaced."""
     for path in [*folder.glob(".*.replaced"), *folder.glob(".*.partial")]:
         name, _, kind = path.name[1:].rpartition(".")
-        with suppress(OSError):  # what cannot be removed is in nobody's way until it is written again
+        with suppress(OSError):  # a file that cannot be removed does no harm until it is written again
             if kind == "replaced" and not os.path.lexists(folder / name):
                 path.rename(folder / name)
             else:
@@ -163,13 +163,13 @@ def discard_stdout() -> None:
 class Lock:
     """Keeps other processes out of a folder: a file that the operating system locks for this process.
 
-    The lock ends with its process, however that ends; the file is removed when the lock is released. It contains the
-    host, the process and the time, for the message of another process. Some file systems do not share locks between
+    The system releases the lock when its process ends, however it ends. The file, which `release` removes, contains
+    the host, the process and the time, for the message of another process. Some file systems do not share locks between
     hosts, or have none. Therefore the file's time is renewed every HEARTBEAT seconds, and a file of another host also
     counts as locked until FRESH seconds after that.
 
     file   the lock file, in a folder that exists.
-    what   is locked, for messages.
+    what   what is locked, for messages.
     stale  whether the previous owner ended without releasing the lock.
     """
 
@@ -241,7 +241,7 @@ class Lock:
         return self._handle >= 0 and _is_at(self._handle, self.file)
 
     def release(self) -> None:
-        """Remove the file and end the lock."""
+        """Remove the file and release the lock."""
         if self._handle < 0:
             return
         self._ending.set()
@@ -250,7 +250,7 @@ class Lock:
                 self.file.unlink()
         os.close(self._handle)
         self._handle = -1
-        if os.name == "nt":  # which removes no open file
+        if os.name == "nt":  # Windows cannot remove an open file
             with suppress(OSError):
                 self.file.unlink()
 
@@ -259,7 +259,7 @@ def _try_lock(handle: int) -> bool | None:
     """Lock an open file without waiting. Returns False if another process has it, None if there are no locks here."""
     try:
         if sys.platform == "win32":
-            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # which leaves the content readable
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # this byte, so that the content stays readable
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,7 +281,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _content(handle: int) -> dict[str, object]:
-    """The content of a lock file; empty if it is that of no Lock."""
+    """The content of a lock file; empty if no Lock wrote it."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         content = json.loads(os.read(handle, 4096))

@@ -1,5 +1,5 @@
-"""A training step that was skipped, since its loss or its gradient was not finite: what it is stored as, and what went
-wrong in it when it is run again with checks."""
+"""A training step that was skipped because its loss or gradient was not finite: how it is stored, and what a second run
+of it with checks finds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Span = tuple[Timestamp, Timestamp]
 MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
 STEP, BATCH = "step.json", "batch.safetensors"
 PATTERN = "bad-step-*"
-GROWN = 1e3  # an absolute value that weights which train well do not reach
-CHECKPOINTS = 4  # the bytes of a checkpoint with two moments and of a bad step, in those of the weights
+GROWN = 1e3  # weights that train well stay below this absolute value
+CHECKPOINTS = 4  # the bytes of a checkpoint with two moments, and of a bad step, relative to those of the weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BadStep:
     """A skipped step.
 
     step             its number, from 1.
-    loss, grad_norm  what it computed; None where that is not finite.
+    loss, grad_norm  its results; None for one that is not finite.
     lr               its learning rate.
     options          all options of the run.
     batches          of all its micro-steps and ranks, in the order of the global batch.
@@ -76,10 +76,10 @@ class BadStep:
     batches: list[Batch]
 
     def write(self, out: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path | None:
-        """Write it and the model into a folder of `out`, completely or not at all.
+        """Write the step and the model to a new folder in `out`, completely or not at all.
 
-        Returns the folder, or None where there is such a folder already. Raises OSError if there is no space for it and
-        for one more checkpoint.
+        Returns the folder, or None if it already exists. Raises OSError if there is not enough space for it and one
+        more checkpoint.
         """
         if any(out.glob(PATTERN)):
             return None
@@ -120,9 +120,9 @@ def read(folder: Path) -> BadStep:
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
-    """Run a step's batches again with every value checked: whether a value was not finite, and lines for the user.
+    """Run a step's batches again with every value checked. Returns whether one was not finite, and lines for the user.
 
-    count  the number of batches that the mean loss of the step is over.
+    count  the number of batches over which the step's loss is averaged.
     The gradients are added to those of the model.
     """
     checker = Checker(model)
@@ -147,7 +147,7 @@ def _lines(checker: Checker, model: LanguageModel, lr: float) -> Iterator[str]:
     if origin is None:
         yield (
             f"every value is finite when the step is run again in {model.precision.name} on {model.backend.device}: "
-            f"the cause is another precision or device, code that has changed, or a fault of the hardware"
+            f"the cause is another precision or device, code that has changed, or a hardware fault"
         )
     else:
         yield f"this suggests {_cause(origin, model, lr)}"
@@ -222,7 +222,7 @@ class LaunchedStep:
     """A step whose loss and gradient norm may not have arrived from the device yet.
 
     samples  before the step.
-    spans    that add up to its time, on the device: from the end of the step before to its own end.
+    spans    of time on the device, from the end of the previous step to its own end.
     waited   seconds that it waited for other ranks.
     numbers  the loss and the norm, once they have arrived.
     """
@@ -239,7 +239,7 @@ class LaunchedStep:
     numbers: tuple[float, ...] | None = None
 
     def row(self, backend: Backend, profiled: bool) -> JsonObject:
-        """Its row in log.jsonl; if the run is profiled, with the time of the optimizer."""
+        """The step's row in log.jsonl; if the run is profiled, with the time of the optimizer."""
         assert self.numbers is not None
         seconds = sum(backend.seconds(*span) for span in self.spans)
         loss, norm = self.numbers

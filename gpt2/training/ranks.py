@@ -38,7 +38,7 @@ def _compare(comm: Comm, shown: dict[str, str], same: dict[str, str] | None = No
     """Raise UsageError if a value differs between ranks.
 
     shown  the values of this rank by name, as the message shows them.
-    same   what must be the same, where that is not what is shown: a path may differ.
+    same   the values to compare, where they are not those shown: for example, a path may differ.
     """
     compared = shown | (same or {})
     rows = [hashlib.sha256(compared[name].encode()).digest() + _cut(text) for name, text in shown.items()]
