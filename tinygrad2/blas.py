@@ -103,7 +103,7 @@ def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wi
     return function
 
 
-# Which library -------------------------------------------------------------------------------------------------------
+# Choice of the library -----------------------------------------------------------------------------------------------
 
 NUMPYS = _numpys()
 GAIN = 1.1  # minimum speedup over NumPy's library for another one to be used
