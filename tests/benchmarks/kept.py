@@ -2,7 +2,8 @@
 
 For every task of train_step.py and decode.py, in tests/benchmarks/results/: tokens per second of this project, and how
 many times as fast it is as the fastest other program in the same run (median over the rounds, minimum and maximum).
-Only the newest result of each processor and benchmark counts.
+What computes in float32 is compared with float32, what computes in bfloat16 with any precision. Only the newest result
+of each processor and benchmark counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository that is not installed
 
-from tests.benchmarks.alternate import RESULTS
+from tests.benchmarks.alternate import RESULTS, command
 
 BENCHMARKS = {"train_step": "step, 124M", "train_step-small": "step, 6 layers", "decode": "generation, 124M"}
 
@@ -36,13 +37,19 @@ def records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return list({r["processor"]: r for r in kept}.values())
 
 
+def narrow(name: str) -> bool:
+    """Whether a program with this name computes in fewer than 32 bits."""
+    return "bfloat16" in name or "int8" in name
+
+
 def rows(folder: Path = RESULTS) -> list[Row]:
     found = []
     for benchmark, title in BENCHMARKS.items():
         for record in records(benchmark, folder):
             for task, by_name in record["tasks"].items():
                 for name, entry in by_name.items():
-                    if peers := entry.get("times_as_fast_as"):
+                    every = entry.get("times_as_fast_as", {})
+                    if peers := {peer: ratio for peer, ratio in every.items() if narrow(name) or not narrow(peer)}:
                         peer = min(peers, key=lambda peer: by_name[peer]["median"])
                         work = title if task == "step" else f"{title}, {task}"
                         rate, ratio = entry["tokens_per_s"], peers[peer]
@@ -50,7 +57,7 @@ def rows(folder: Path = RESULTS) -> list[Row]:
     return sorted(found, key=lambda row: row.processor)
 
 
-def main() -> None:
+def main() -> int:
     processor = ""
     for row in rows():
         if row.processor != processor:
@@ -58,7 +65,8 @@ def main() -> None:
             print(f"{processor}, {row.date}")
         ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row.ratio)
         print(f"  {row.work:<32}{row.name:<24}{row.tokens_per_s:>8,.1f} tokens/s   {ratio} times {row.peer}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command(main))

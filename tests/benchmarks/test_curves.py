@@ -70,6 +70,22 @@ def test_only_the_newest_result_of_a_processor_counts(tmp_path):
     ]
 
 
+def test_float32_is_compared_with_float32(tmp_path):
+    times = {"PyTorch": {"median": 1.5}, "PyTorch bfloat16": {"median": 0.5}}
+    step = {
+        "ours": {"median": 2, "tokens_per_s": 3.0, "times_as_fast_as": times},
+        "ours bfloat16": {"median": 1, "tokens_per_s": 6.0, "times_as_fast_as": times},
+        "PyTorch": {"median": 3},
+        "PyTorch bfloat16": {"median": 1},
+    }
+    record = {"benchmark": "train_step", "processor": "X", "date": "2026-01-01", "tasks": {"step": step}}
+    (tmp_path / "cpu-a.json").write_text(json.dumps(record))
+    assert [(row.name, row.peer) for row in kept.rows(tmp_path)] == [
+        ("ours", "PyTorch"),
+        ("ours bfloat16", "PyTorch bfloat16"),
+    ]
+
+
 def test_kept_results_are_printed(capsys):
     kept.main()
     lines = capsys.readouterr().out.splitlines()
