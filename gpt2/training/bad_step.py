@@ -1,5 +1,5 @@
-"""A training step that was skipped because its loss or gradient was not finite: how it is stored, and what a second run
-of it with checks finds."""
+"""Training steps that were skipped because their loss or gradient was not finite: saving one, and running it again with
+checks to find the cause."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tinygrad2.not_finite import LARGE, Checker, Place, largest
 
 Span = tuple[Timestamp, Timestamp]
 
-MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
+MESSAGE = 4096  # length in bytes of the message that each rank sends to the others
 STEP, BATCH = "step.json", "batch.safetensors"
 PATTERN = "bad-step-*"
-GROWN = 1e3  # weights that train well stay below this absolute value
-CHECKPOINTS = 4  # the bytes of a checkpoint with two moments, and of a bad step, relative to those of the weights
+GROWN = 1e3  # absolute value of weights that have grown too large
+CHECKPOINTS = 4  # disk space for a checkpoint (weights and two moments) and a bad step, in units of the weights' size
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Batch:
 
 
 class Training(Protocol):
-    """What is needed of a Trainer."""
+    """The part of a Trainer that this module uses."""
 
     model: LanguageModel
     options: Options
@@ -62,10 +62,10 @@ class BadStep:
     """A skipped step.
 
     step             its number, from 1.
-    loss, grad_norm  its results; None for one that is not finite.
+    loss, grad_norm  its loss and gradient norm; None where not finite.
     lr               its learning rate.
     options          all options of the run.
-    batches          of all its micro-steps and ranks, in the order of the global batch.
+    batches          the batches of all its micro-steps and ranks, in the order of the global batch.
     """
 
     step: int
@@ -76,9 +76,9 @@ class BadStep:
     batches: list[Batch]
 
     def write(self, out: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path | None:
-        """Write the step and the model to a new folder in `out`, completely or not at all.
+        """Write the step and the model to a folder in `out`, completely or not at all.
 
-        Returns the folder, or None if it already exists. Raises OSError if there is not enough space for it and one
+        Returns the folder, or None if such a folder already exists. Raises OSError if there is no space for it and one
         more checkpoint.
         """
         if any(out.glob(PATTERN)):
@@ -99,7 +99,7 @@ class BadStep:
 
 
 def read(folder: Path) -> BadStep:
-    """What BadStep.write wrote. Raises CheckpointError naming the file that is damaged."""
+    """Read a folder written by BadStep.write. Raises CheckpointError naming the file that is damaged."""
     if not (folder / STEP).is_file():
         raise CheckpointError(f"{folder}: not a skipped step; expected the folder bad-step-N of a run, with {STEP}")
     checkpoint.verify(folder)
@@ -120,10 +120,10 @@ def read(folder: Path) -> BadStep:
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
-    """Run a step's batches again with every value checked. Returns whether one was not finite, and lines for the user.
+    """Run a step's batches again with every value checked. Returns whether a value was not finite, and lines to print.
 
-    count  the number of batches over which the step's loss is averaged.
-    The gradients are added to those of the model.
+    count  the number of batches in the step, over which its loss is averaged.
+    The gradients are added to the model's.
     """
     checker = Checker(model)
     for batch in batches:
@@ -147,7 +147,7 @@ def _lines(checker: Checker, model: LanguageModel, lr: float) -> Iterator[str]:
     if origin is None:
         yield (
             f"every value is finite when the step is run again in {model.precision.name} on {model.backend.device}: "
-            f"the cause is another precision or device, code that has changed, or a hardware fault"
+            f"the cause is another precision or device, code that has changed, or a fault of the hardware"
         )
     else:
         yield f"this suggests {_cause(origin, model, lr)}"
@@ -191,7 +191,7 @@ def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
     found = False
     lines: list[str]
     try:
-        grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
+        grads = [backend.to_host(region.grads).copy() for region in regions]  # on a GPU, already those of the next step
         try:
             found, lines = explain(trainer.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
         finally:
@@ -221,10 +221,10 @@ def too_many(trainer: Training, launched: LaunchedStep) -> str:
 class LaunchedStep:
     """A step whose loss and gradient norm may not have arrived from the device yet.
 
-    samples  before the step.
-    spans    of time on the device, from the end of the previous step to its own end.
+    samples  the number of sequences trained on before the step.
+    spans    spans of device time that add up to its duration: from the end of the previous step to its own end.
     waited   seconds that it waited for other ranks.
-    numbers  the loss and the norm, once they have arrived.
+    numbers  the loss and the gradient norm, once they have arrived.
     """
 
     step: int
@@ -239,7 +239,7 @@ class LaunchedStep:
     numbers: tuple[float, ...] | None = None
 
     def row(self, backend: Backend, profiled: bool) -> JsonObject:
-        """The step's row in log.jsonl; if the run is profiled, with the time of the optimizer."""
+        """Its row in log.jsonl; if the run is profiled, with the time of the optimizer."""
         assert self.numbers is not None
         seconds = sum(backend.seconds(*span) for span in self.spans)
         loss, norm = self.numbers

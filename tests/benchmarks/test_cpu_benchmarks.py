@@ -199,13 +199,22 @@ def test_the_training_step(small_limits, tmp_path, capsys):
 @pytest.mark.slow
 def test_decoding(small_limits, tmp_path):
     out = tmp_path / "decode.json"
-    options = ["--preset", "nano", "--batch", "1", "3", "--prompt", "60", "--rounds", "1", "--json", str(out)]
-    assert decode.main(options) == 0
-    tasks = json.loads(out.read_text())["tasks"]
-    assert tasks.keys() == {"batch 1", "batch 3", "prompt of 60"}
+    options = ["--preset", "nano", "--batch", "1", "3", "--context", "31", "--prompt", "60", "--rounds", "1"]
+    assert decode.main([*options, "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    tasks, config = record["tasks"], GPT2Config.preset("nano")
+    assert tasks.keys() == {"batch 1", "batch 3", "batch 1, context of 31", "prompt of 60"}
     wide, half = (tasks["batch 3"][f"tinygrad2 {dtype}"] for dtype in ("float32", "bfloat16"))
-    assert wide["bytes_per_s"] * wide["median"] == pytest.approx(2 * half["bytes_per_s"] * half["median"])
+    weights = (config.n_parameters - config.n_positions * config.n_embd) * decode.NEW
+    difference = wide["bytes_per_s"] * wide["median"] - half["bytes_per_s"] * half["median"]
+    assert difference == pytest.approx(2 * weights)  # caches are float32 in both
     assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
+    longer, shorter = (tasks[name]["tinygrad2 float32"] for name in ("batch 1, context of 31", "batch 1"))
+    difference = longer["bytes_per_s"] * longer["median"] - shorter["bytes_per_s"] * shorter["median"]
+    assert difference == pytest.approx(decode.NEW * 4 * 2 * config.n_layer * config.n_embd * (31 - decode.CONTEXT))
+    versions = record["versions"]
+    assert ("CTranslate2 int8" in tasks["batch 1"]) == ({"ctranslate2", "torch", "transformers"} <= versions.keys())
+    assert ("transformers bfloat16" in tasks["batch 1"]) == ({"torch", "transformers"} <= versions.keys())
 
 
 @pytest.mark.slow
@@ -252,7 +261,7 @@ def test_what_bfloat16_costs(tmp_path):
         (train_step.main, ["--rounds", "0"], "argument --rounds: is 0; expected 1 or more"),
         (train_step.main, ["--block", "2000"], "--block 2000 is longer than the model's context of 1024 tokens"),
         (train_step.main, ["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere/"),
-        (decode.main, ["--preset", "nano"], "--prompt 512: the model's context is 64 tokens"),
+        (decode.main, ["--preset", "nano"], "--prompt 512 needs 512 positions; the model has 64"),
         (decode.main, ["--data", "x"], "--checkpoint and --data must be used together"),
     ],
 )

@@ -29,22 +29,24 @@ GRAIN = 1 << 16  # minimum number of weights per thread
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
 
 
-def _vector() -> ir.VectorType:
+def vector_type() -> ir.VectorType:
     return ir.VectorType(_FLOAT, LANES)
 
 
-def _at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
+def at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
     """A pointer of type `kind` to element `index`, of `size` bytes each, from an address."""
     return builder.inttoptr(builder.add(address, builder.mul(index, _WORD(size))), kind.as_pointer())
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
+def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
     """LANES weights, starting at an index, as a float32 vector."""
     if bits == 32:
-        return builder.load(_at(builder, address, index, 4, _vector()), align=4)
-    halves = builder.load(_at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
+        return builder.load(at(builder, address, index, 4, vector_type()), align=4)
+    halves = builder.load(at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
     integers = ir.VectorType(ir.IntType(32), LANES)
-    return builder.bitcast(builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), _vector())
+    return builder.bitcast(
+        builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), vector_type()
+    )
 
 
 def _weights(
@@ -57,27 +59,27 @@ def _weights(
     vectors = []
     for d in range(DEPTH):
         later = builder.add(builder.mul(_WORD(DEPTH + d), distance), index)
-        place = _at(builder, address, later, bits // 8, byte)
+        place = at(builder, address, later, bits // 8, byte)
         builder.call(prefetch, [place, flag(0), flag(3), flag(1)])  # for reading, keep in all caches, data cache
-        vectors.append(_load(builder, address, builder.add(builder.mul(_WORD(d), distance), index), bits))
+        vectors.append(load(builder, address, builder.add(builder.mul(_WORD(d), distance), index), bits))
     return vectors
 
 
-def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     """A vector with all elements equal to one number."""
-    undefined, first = ir.Constant(_vector(), ir.Undefined), ir.IntType(32)(0)
+    undefined, first = ir.Constant(vector_type(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(_vector(), [_vector()] * 3)
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(vector_type(), [vector_type()] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
 
-def _total(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+def lane_sum(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """The sum of a vector's elements, by pairwise halving."""
-    kind = ir.FunctionType(_FLOAT, [_FLOAT, _vector()])
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, vector_type()])
     add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
     return builder.call(add, [_FLOAT(0.0), vector], fastmath=("reassoc",))
 
@@ -96,15 +98,15 @@ def _plain(
 ) -> None:
     """y[r, j] += the sum over d < DEPTH of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
     indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(DEPTH)] for r in range(rows)]
-    numbers = [[builder.load(_at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
-    factors = [[_spread(builder, number) for number in row] for row in numbers]
+    numbers = [[builder.load(at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
+    factors = [[spread(builder, number) for number in row] for row in numbers]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
         weights = _weights(builder, w, ldw, j, bits)
         for r in range(rows):
-            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, _vector())
+            place = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, vector_type())
             total = builder.load(place, align=4)
             for factor, weight in zip(factors[r], weights, strict=True):
-                total = _fma(builder, factor, weight, total)
+                total = fma(builder, factor, weight, total)
             builder.store(total, place, align=4)
 
 
@@ -121,19 +123,19 @@ def _transposed(
     n: ir.Value,
 ) -> None:
     """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < DEPTH."""
-    zero = ir.Constant(_vector(), [0.0] * LANES)
+    zero = ir.Constant(vector_type(), [0.0] * LANES)
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(DEPTH)] for _ in range(rows)]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
         weights = _weights(builder, w, ldw, j, bits)
         for r in range(rows):
-            numbers = _load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
+            numbers = load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
             for d in range(DEPTH):
                 place = totals[r][d]
-                builder.store(_fma(builder, numbers, weights[d], builder.load(place)), place)
+                builder.store(fma(builder, numbers, weights[d], builder.load(place)), place)
     for r in range(rows):
         for d in range(DEPTH):
-            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
-            builder.store(builder.fadd(builder.load(place), _total(builder, builder.load(totals[r][d]))), place)
+            place = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
+            builder.store(builder.fadd(builder.load(place), lane_sum(builder, builder.load(totals[r][d]))), place)
 
 
 @intrinsic(prefer_literal=True)
@@ -234,12 +236,23 @@ def supports(x: np.ndarray, weight: np.ndarray) -> bool:
 
 def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
     """y += x weight: x (M, K) and y (M, N) row-major; weight (K, N), row- or column-major, float32 or bfloat16."""
-    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
-    if kind not in _tasks:
-        _tasks[kind] = _task(*kind)
     K, N = weight.shape
     addresses = (blas.address(array) for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    # Split at multiples of LANES, since the remainder after the last whole vector is summed in another order.
+    pool.each_compiled(task_for(weight), arguments, ranges(weight))
+
+
+def task_for(weight: np.ndarray) -> pool.CompiledTask:
+    """The task of add_product for weights of this dtype and layout."""
+    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
+    if kind not in _tasks:
+        _tasks[kind] = _task(*kind)
+    return _tasks[kind]
+
+
+def ranges(weight: np.ndarray) -> list[tuple[int, int]]:
+    """The columns of this weight, divided among the threads, at multiples of LANES, since the remainder after the last
+    whole vector is summed in another order."""
+    K, N = weight.shape
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
-    pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])
+    return [(a * LANES, min(b * LANES, N)) for a, b in pieces]
