@@ -130,7 +130,9 @@ class Options:
         0, int, "N", "stop after N consecutive evaluations without a lower validation loss; 0: never"
     )
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
-    log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
+    log_interval: int = _positive(
+        None, int, "STEPS", "steps between printed lines, fewer if they take more than 30 s (log.jsonl has every step)"
+    )
     keep: int = _positive(2, int, "N", "number of checkpoints to keep, in addition to the best")
     learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
     min_lr: float = _at_least_0(
