@@ -24,7 +24,7 @@ WEIGHTS_FILES = (  # the first of these that exists is read
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
 )
-NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: NumPy's
+NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors' names
 
 
 def read_config(folder: Path) -> GPT2Config:
@@ -90,8 +90,8 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def write(path: str | Path, config: GPT2Config, arrays: dict[str, np.ndarray]) -> None:
-    """Write config.json, model.safetensors, and the model's generation_config.json, if it has one, to the folder
-    `path`, created if missing."""
+    """Write config.json, model.safetensors, and the model's generation_config.json if it has one, to the folder
+    `path`, which is created if it does not exist."""
     folder = Path(path)
     files.make_folder(folder)
     named = {f"transformer.{name}": values for name, values in arrays.items()}
