@@ -42,6 +42,7 @@ from gpt2.training.run import Progress, RunFolder
 from gpt2.training.setup import build_optimizer
 from gpt2.training.trainer import Trainer
 from tinygrad2 import Key, Tensor, functional, nn, ops
+from tinygrad2.array import Array
 from tinygrad2.backend import Backend
 from tinygrad2.precision import FLOAT32
 
@@ -147,6 +148,9 @@ class Llama(nn.Module):
 
     def loss(self, tokens: Any, targets: Any, key: Key | None = None) -> Tensor:
         return ops.lm_head(self.features(tokens), self.embedding.weight, targets)
+
+    def backward(self, tokens: Any, targets: Any, key: Key | None = None, dloss: float = 1.0) -> Array:
+        return ops.lm_head_gradients(self.features(tokens), self.embedding.weight, targets, dloss)
 
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         c = self.config

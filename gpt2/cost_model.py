@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gpt2.config import GPT2Config
+from gpt2.memory_model import head_chunks, recomputed
 from tinygrad2.gpus import BANDWIDTH, PEAK_TFLOPS
 from tinygrad2.precision import Precision, PrecisionLike
 
@@ -198,18 +199,19 @@ def micro_step(
             kernels.append(Kernel(f"{name} dbias", L, column_sums(N, n, s), True))
     kernels += _attention(config, B, T, s, again, cuda)
     extra = again - L  # recomputed normalizations; the first block's has no addition
+    single = recomputed(config, cuda)  # results that the backward pass recomputes one by one
     kernels += [
-        Kernel("layernorm_forward", 1 + (extra > 0), layernorm_forward(N, C, s, arrays=2)),
+        Kernel("layernorm_forward", 1 + (extra > 0) + L * single["layernorm"], layernorm_forward(N, C, s, arrays=2)),
         Kernel("add_layernorm_forward", 2 * again - (extra > 0), layernorm_forward(N, C, s)),
         Kernel("add_layernorm_backward", 2 * L - 1, layernorm_backward(N, C, s), True),
         Kernel("layernorm_backward", 2, layernorm_backward(N, C, s, arrays=3), True),
-        Kernel("gelu_forward", again, gelu_forward(N, 4 * C, s)),
+        Kernel("gelu_forward", again + L * single["gelu"], gelu_forward(N, 4 * C, s)),
         Kernel("gelu_backward", L, gelu_backward(N, 4 * C, s), True),
         Kernel("sum of two gradients", 1, elementwise("sum", N * C, 3 * s), True),
         Kernel("embedding_backward", 1, embedding_backward(N, T, C, V, s), True),
     ]
     kernels += _dropout(config, N, s, again)
-    return kernels + _head(N, C, V, s, head_rows)
+    return kernels + _head(N, C, V, s, head_chunks(config, N, s, head_rows, cuda))
 
 
 def _attention(config: GPT2Config, B: int, T: int, s: int, again: int, cuda: bool) -> list[Kernel]:
@@ -231,10 +233,9 @@ def _dropout(config: GPT2Config, N: int, s: int, again: int) -> list[Kernel]:
     return [kernel for kernel in named if kernel.calls]
 
 
-def _head(N: int, C: int, V: int, s: int, head_rows: int | None) -> list[Kernel]:
-    """The output layer and its loss; with head_rows, chunks of logits are recomputed in the backward pass."""
-    chunks = math.ceil(N / head_rows) if head_rows and head_rows < N else 1
-    rows, passes = N / chunks, 1 if chunks == 1 else 2
+def _head(N: int, C: int, V: int, s: int, chunks: int) -> list[Kernel]:
+    """The output layer and its loss, in chunks of rows, each of which reads the table and its gradient."""
+    rows = N / chunks
     forward, dgrad, wgrad = (
         product(N, C, V, s, "head product"),
         product(N, V, C, s, "head product"),
@@ -246,8 +247,8 @@ def _head(N: int, C: int, V: int, s: int, head_rows: int | None) -> list[Kernel]
 
     table = s * C * V
     return [
-        Kernel("head forward", passes * chunks, part(forward, table)),
-        Kernel("cross_entropy", passes * chunks, cross_entropy(1, V, s)._replace(nbytes=2 * rows * V * s)),
+        Kernel("head forward", chunks, part(forward, table)),
+        Kernel("cross_entropy", chunks, cross_entropy(1, V, s)._replace(nbytes=2 * rows * V * s)),
         Kernel("head dgrad", chunks, part(dgrad, table), True),
         Kernel("head wgrad", chunks, part(wgrad, 2 * WIDE * C * V), True),
     ]

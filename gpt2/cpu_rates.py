@@ -80,7 +80,7 @@ def _profiled(config: GPT2Config, B: int, T: int, precision: Precision) -> tuple
     while len(steps) < 1 + FEWEST_STEPS or time.perf_counter() - started < SECONDS:
         profiler = Profiler(model.backend)
         with profiler:
-            model.loss(tokens, targets, Key(0, len(steps))).backward()
+            model.backward(tokens, targets, Key(0, len(steps)))
             optimizer.step(max_norm=1.0)
             begun = time.perf_counter()
             optimizer.zero_grad()

@@ -76,6 +76,9 @@ class LanguageModel(Protocol):
     def loss(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None) -> Tensor:
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar."""
 
+    def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
+        """What loss(tokens, targets, key).backward(dloss) does, for training. Returns the loss."""
+
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shapes of a cache's arrays, one per layer, for `batch` texts of up to `capacity` tokens."""
 

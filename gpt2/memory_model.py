@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from gpt2.config import GPT2Config
+from tinygrad2.backend import Backend, CudaBackend
 from tinygrad2.precision import FLOAT32, Precision
 
 GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds larger arrays up to a multiple
@@ -92,7 +93,8 @@ def activations(step: Step) -> int:
     """Bytes of the arrays of the forward and the backward pass, without the logits.
 
     A block saves 16 arrays: 5 of width C (two sums of the residual stream, their normalizations, attention's result),
-    q k v, and 4 + 4 in the MLP; with recompute="block" it saves 2, its inputs, and the 16 exist for one block.
+    q k v, and 4 + 4 in the MLP. On the CPU, a wide model recomputes the normalizations and GELU's result: then it saves
+    10. With recompute="block" it saves 2, its inputs, and the others exist for one block.
 
     On the CPU a pool reuses blocks of memory only for the same size (tinygrad2/memory.py), so the peak is the sum of
     the maximum for each width, even if these maxima occur at different times. On a GPU, CuPy's pool splits blocks, so
@@ -106,12 +108,20 @@ def activations(step: Step) -> int:
         in_head = 2 * L + 2 if block else 16 * L + 3
         total = max(in_mlp * array - logits(step), in_head * array)
     else:
-        counts = (
-            {1: min(2 * L + 7 + dropped, 5 * L + 3), 3: 2, 4: 3} if block else {1: 5 * L + 3, 3: L + 1, 4: 2 * L + 1}
-        )
+        again = recomputed(step.config, step.cuda)
+        narrow, wide = 5 - again["layernorm"], 2 - again["gelu"]  # arrays that a block saves
+        counts = {1: narrow * L + 3 + (narrow < 5), 3: L + 1, 4: wide * L + 3 - wide}
+        if block:
+            counts = {1: min(2 * L + 7 + dropped, 5 * L + 3), 3: 2, 4: 3}
         total = sum(count * pooled(width * array) for width, count in counts.items())
-        total += array if _chunks(step) > 1 else 0  # the gradient of the features
     return total + _statistics(step)
+
+
+def recomputed(config: GPT2Config, cuda: bool) -> dict[str, int]:
+    """The number of results in a block that its linear layers recompute instead of saving them: "layernorm", "gelu"."""
+    least, C = (CudaBackend if cuda else Backend).recompute_outputs, config.n_embd
+    gelu = least <= C and config.activation_function != "gelu"
+    return {"layernorm": (least <= 3 * C) + (least <= 4 * C), "gelu": int(gelu)}
 
 
 def _statistics(step: Step) -> int:
@@ -122,19 +132,22 @@ def _statistics(step: Step) -> int:
 
 
 def logits(step: Step) -> int:
-    """Bytes of the logits, whose gradient replaces them. With head_rows two chunks exist at a time, and the gradient of
-    one chunk's features."""
+    """Bytes of a chunk of logits, which its gradient replaces, and of the gradient of its features."""
     config, s = step.config, step.precision.activation_bytes
     columns = math.ceil(config.vocab_size / ALIGNED) * ALIGNED if step.cuda else config.vocab_size
-    chunks = _chunks(step)
-    rows = math.ceil(step.rows / chunks)
-    if chunks == 1:
-        return pooled(rows * columns * s)
-    return 2 * pooled(rows * columns * s) + pooled(rows * config.n_embd * s)
+    rows = math.ceil(step.rows / _chunks(step))
+    return pooled(rows * columns * s) + (pooled(rows * config.n_embd * s) if rows < step.rows else 0)
 
 
 def _chunks(step: Step) -> int:
-    return math.ceil(step.rows / step.head_rows) if step.head_rows else 1
+    return head_chunks(step.config, step.rows, step.precision.activation_bytes, step.head_rows, step.cuda)
+
+
+def head_chunks(config: GPT2Config, rows: int, itemsize: int, head_rows: int | None, cuda: bool) -> int:
+    """The number of chunks in which the logits of a micro-step are computed: see ops.lm_head_gradients."""
+    limit = (CudaBackend if cuda else Backend).logits_bytes
+    most = head_rows or max(1, int(min(rows, limit / (config.vocab_size * itemsize))))
+    return math.ceil(rows / most)
 
 
 def buffers(step: Step) -> int:

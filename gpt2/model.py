@@ -205,6 +205,11 @@ class GPT2(nn.Module):
         x, tf32 = self.features(tokens, key), self.precision.tf32
         return ops.lm_head(x, self.wte.weight, targets, self.head_rows, tf32)
 
+    def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
+        """loss(tokens, targets, key).backward(dloss), with less memory for the logits. Returns the loss."""
+        tf32 = self.precision.tf32
+        return ops.lm_head_gradients(self.features(tokens, key), self.wte.weight, targets, dloss, self.head_rows, tf32)
+
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shape of each layer's keys and values, (2, B, H, capacity, D)."""
         c = self.config

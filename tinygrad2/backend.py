@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import gpus, machine, reference
+from tinygrad2 import gpus, machine, memory, reference
 from tinygrad2.array import Array
 from tinygrad2.files import write_error
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_take
@@ -54,7 +54,13 @@ class Backend:
     np       the array library.
     kernels  x_forward and x_backward for every operation, under their names in reference.py.
     cuda     features of NVIDIA GPUs; None on other devices.
+    recompute_outputs  `linear` does not save an input with a recipe (see tensor.py) if it has at least so many outputs:
+                       recomputing it then takes little time, compared with the layer's three products.
+    logits_bytes       the memory for logits in a step's head; see ops.lm_head_gradients.
     """
+
+    recompute_outputs: float = 768
+    logits_bytes: float = 1 << 26
 
     def __init__(self, device: str, np: Library, kernels: SimpleNamespace, cuda: Cuda | None = None):
         self.device = device
@@ -75,6 +81,10 @@ class Backend:
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return self.np.zeros(shape, dtype=dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An uninitialized array, for temporary values: its memory is from a pool."""
+        return memory.empty(shape, dtype)
 
     def upload(self, values: numpy.ndarray) -> Array:
         """Convert a host array to this backend, without waiting for the device; here, returns the array itself."""
@@ -294,6 +304,8 @@ class CudaBackend(Backend):
     """
 
     PINNED = 16
+    recompute_outputs = numpy.inf  # products are faster in relation to memory, which limits the other kernels
+    logits_bytes = numpy.inf  # (--head-rows limits them)
 
     cuda: Cuda
 
@@ -345,6 +357,9 @@ class CudaBackend(Backend):
             if buffer.nbytes >= nbytes:
                 return buffer
         return numpy.frombuffer(self.np.cuda.alloc_pinned_memory(nbytes), dtype=numpy.uint8, count=nbytes)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return self.np.empty(shape, dtype=dtype)
 
     def to_host(self, array: Array) -> numpy.ndarray:
         return self.np.asnumpy(array)

@@ -9,42 +9,48 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
 from tinygrad2 import missing_names
-from tinygrad2.arguments import is_float
 from tinygrad2.array import Array
-from tinygrad2.autograd import GradientBuffers, Gradients, Saved
+from tinygrad2.autograd import GradientBuffers, Gradients, Saved, is_recording
 from tinygrad2.backend import backend_of
+from tinygrad2.checks import check_rate, check_tensors, empty_result, expect_shape, host_indices, read, read_optional
 from tinygrad2.precision import sum_dtype
-from tinygrad2.random import Key, check_key
+from tinygrad2.random import Key
+from tinygrad2.recipes import Recipe, attach_recipe, recipe_or_data
 from tinygrad2.tensor import Tensor, record
+
+SCALED_ROWS = 256  # rows of a gradient that are scaled at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = False) -> Tensor:
     """y = x W + b.
 
-    x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves x and weight.
+    x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves weight and x; or, if x is a result
+    of gelu or layernorm and C_out at least backend.recompute_outputs, a recipe for x.
     tf32  multiply float32 in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
-    _check_tensors("linear", x)
-    w, b = _read("linear", "weight", weight, x.dtype), _read_optional("linear", "bias", bias, x.dtype)
+    check_tensors("linear", x)
+    w, b = read("linear", "weight", weight, x.dtype), read_optional("linear", "bias", bias, x.dtype)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"linear: x has shape {x.shape}, weight {w.shape}; expected (..., C_in), (C_in, C_out)")
-    _expect("linear", "bias", bias, w.shape[1:])
+    expect_shape("linear", "bias", bias, w.shape[1:])
     if x.data.size == 0 or w.size == 0:  # kernels do not support empty arrays
         return x @ weight if bias is None else x @ weight + bias
-    k = backend_of(x.data).kernels_for(tf32)
+    backend = backend_of(x.data)
+    k = backend.kernels_for(tf32)
     parents = (x, weight) if bias is None else (x, weight, bias)
-    return record(k.linear_forward(x.data, w, b), parents, _linear_backward, saved=(k, x.data, w, bias is not None))
+    kept = recipe_or_data(x) if w.shape[1] >= backend.recompute_outputs else x.data
+    return record(k.linear_forward(x.data, w, b), parents, _linear_backward, saved=(k, kept, w, bias is not None))
 
 
 def _linear_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    k, x, weight, has_bias = saved
+    k, kept, weight, has_bias = saved
+    x = kept.compute() if isinstance(kept, Recipe) else kept
     dbias = into(2) if has_bias else None
     dx = k.linear_backward(dy, x, weight, into(1), dbias)
     return (dx, None, None) if has_bias else (dx, None)
@@ -57,8 +63,8 @@ def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     tf32  multiply float32 in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
-    _check_tensors("logits", x)
-    w = _read("logits", "weight", weight, x.dtype)
+    check_tensors("logits", x)
+    w = read("logits", "weight", weight, x.dtype)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"logits: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
     if x.data.size == 0 or w.size == 0:
@@ -86,21 +92,21 @@ def embedding(
     dtype  the dtype to read the tables in, and of the result. None means wte's dtype, or float32 if that is bfloat16.
     Saves the tokens, on the host. Raises ValueError for a token outside [0, V) or a position beyond P.
     """
-    _check_tensors("embedding", wte)
+    check_tensors("embedding", wte)
     dtype = sum_dtype(wte.dtype) if dtype is None else dtype
-    table, positions = _read("embedding", "wte", wte, dtype), _read_optional("embedding", "wpe", wpe, dtype)
+    table, positions = read("embedding", "wte", wte, dtype), read_optional("embedding", "wpe", wpe, dtype)
     backend = backend_of(wte.data)
-    host = _host_indices("embedding", "tokens", tokens, wte.shape[0])
+    host = host_indices("embedding", "tokens", tokens, wte.shape[0])
     ids = backend.upload(host)
     if wpe is not None:
-        _expect("embedding", "wpe", wpe, (wpe.shape[0], wte.shape[1]))
+        expect_shape("embedding", "wpe", wpe, (wpe.shape[0], wte.shape[1]))
         if ids.ndim == 0:
             raise ValueError("embedding: tokens have shape (); with positions, expected (..., T)")
         end = first_position + ids.shape[-1]
         if first_position < 0 or end > wpe.shape[0]:
             raise ValueError(f"embedding: positions {first_position} to {end - 1} requested; wpe has {wpe.shape[0]}")
     if ids.size == 0 or wte.shape[1] == 0:
-        return _empty((*ids.shape, wte.shape[1]), wte, wpe)
+        return empty_result((*ids.shape, wte.shape[1]), wte, wpe)
     y = backend.kernels.embedding_forward(ids, table, positions, first_position).astype(dtype, copy=False)
     parents = (wte,) if wpe is None else (wte, wpe)
     return record(y, parents, _embedding_backward, saved=(host, first_position, wpe is not None))
@@ -119,12 +125,12 @@ def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     x (samples, ...). The mask is a function of only the key and the element's index in the global batch; the
     backward pass recomputes it, so only the key is saved. Raises ValueError for a rate outside [0, 1).
     """
-    rate = _check_rate("dropout", rate, key)
+    rate = check_rate("dropout", rate, key)
     if key is None or rate == 0:
         return x
-    _check_tensors("dropout", x)
+    check_tensors("dropout", x)
     if x.data.size == 0:
-        return _empty(x.shape, x)
+        return empty_result(x.shape, x)
     if x.ndim == 0:
         return dropout(x.reshape(1), rate, key).reshape(())
     y = backend_of(x.data).kernels.dropout_forward(x.data, rate, key)
@@ -136,16 +142,18 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Ten
 
     x (..., C), weight and bias (C,) -> (..., C). Saves x and two statistics per row.
     """
-    _check_tensors("layernorm", x)
+    check_tensors("layernorm", x)
     if x.ndim == 0:
         raise ValueError("layernorm: x has shape (); expected (..., C)")
-    w, b = (_read("layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
-    _expect("layernorm", "weight", weight, x.shape[-1:])
-    _expect("layernorm", "bias", bias, x.shape[-1:])
+    w, b = (read("layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
+    expect_shape("layernorm", "weight", weight, x.shape[-1:])
+    expect_shape("layernorm", "bias", bias, x.shape[-1:])
     if x.data.size == 0:
-        return _empty(x.shape, x, weight, bias)
-    y, mean, rstd = backend_of(x.data).kernels.layernorm_forward(x.data, w, b, float(eps))
-    return record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, w, mean, rstd))
+        return empty_result(x.shape, x, weight, bias)
+    forward = backend_of(x.data).kernels.layernorm_forward
+    y, mean, rstd = forward(x.data, w, b, float(eps))
+    result = record(y, (x, weight, bias), _layernorm_backward, saved=(x.data, w, mean, rstd))
+    return attach_recipe(result, forward, x.data, w, b, float(eps))
 
 
 def _layernorm_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
@@ -157,19 +165,19 @@ def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: f
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
-    _check_tensors("add_layernorm", x, delta)
+    check_tensors("add_layernorm", x, delta)
     if x.ndim == 0:
         raise ValueError("add_layernorm: x has shape (); expected (..., C)")
-    w, b = (_read("add_layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
-    _expect("add_layernorm", "delta", delta, x.shape)
-    _expect("add_layernorm", "weight", weight, x.shape[-1:])
-    _expect("add_layernorm", "bias", bias, x.shape[-1:])
+    w, b = (read("add_layernorm", *named, sum_dtype(x.dtype)) for named in (("weight", weight), ("bias", bias)))
+    expect_shape("add_layernorm", "delta", delta, x.shape)
+    expect_shape("add_layernorm", "weight", weight, x.shape[-1:])
+    expect_shape("add_layernorm", "bias", bias, x.shape[-1:])
     if x.data.size == 0:
-        return x + delta, _empty(x.shape, x, delta, weight, bias)
+        return x + delta, empty_result(x.shape, x, delta, weight, bias)
     k = backend_of(x.data).kernels
     s, y, mean, rstd = k.add_layernorm_forward(x.data, delta.data, w, b, float(eps))
     total, normalized = record((s, y), (x, delta, weight, bias), _add_layernorm_backward, saved=(s, w, mean, rstd))
-    return total, normalized
+    return total, attach_recipe(normalized, k.layernorm_forward, s, w, b, float(eps))
 
 
 def _add_layernorm_backward(
@@ -195,14 +203,14 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     tf32  multiply float32 in TF32, here and in the backward pass.
     Raises ValueError if qkv does not divide into heads, or if the device does not support TF32.
     """
-    rate = _check_rate("attention", rate, key)
-    _check_tensors("attention", qkv)
+    rate = check_rate("attention", rate, key)
+    check_tensors("attention", qkv)
     if n_head < 1 or qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
             f"attention: qkv has shape {qkv.shape}; expected (B, T, 3 * n_head * head_dim) with n_head = {n_head}"
         )
     if qkv.data.size == 0:
-        return _empty((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
+        return empty_result((*qkv.shape[:2], qkv.shape[2] // 3), qkv)
     key = None if rate == 0 else key
     k = backend_of(qkv.data).kernels_for(tf32)
     out, lse = k.attention_forward(qkv.data, n_head, rate, key)
@@ -235,16 +243,18 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
 
     x (..., C), bias (C,) or None -> (..., C). Saves x.
     """
-    _check_tensors("gelu", x)
-    b = _read_optional("gelu", "bias", bias, x.dtype)
-    _expect("gelu", "bias", bias, x.shape[-1:])
+    check_tensors("gelu", x)
+    b = read_optional("gelu", "bias", bias, x.dtype)
+    expect_shape("gelu", "bias", bias, x.shape[-1:])
     if x.data.size == 0:
-        return _empty(x.shape, x, bias)
+        return empty_result(x.shape, x, bias)
     if x.ndim == 0:
         return gelu((x if bias is None else x + bias).reshape(1), exact=exact).reshape(())
     k = backend_of(x.data).kernels
-    y = k.gelu_exact_forward(x.data, b) if exact else k.gelu_forward(x.data, b)
-    return record(y, (x,) if bias is None else (x, bias), _gelu_backward, saved=(x.data, b, exact))
+    forward = k.gelu_exact_forward if exact else k.gelu_forward
+    parents = (x,) if bias is None else (x, bias)
+    y = record(forward(x.data, b), parents, _gelu_backward, saved=(x.data, b, exact))
+    return y if exact else attach_recipe(y, forward, x.data, b)  # (the error function takes longer)
 
 
 def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
@@ -258,9 +268,9 @@ def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
 
 def softmax(x: Tensor) -> Tensor:
     """exp(x_i) / sum_j exp(x_j) over the last axis. Saves the result."""
-    _check_tensors("softmax", x)
+    check_tensors("softmax", x)
     if x.data.size == 0:
-        return _empty(x.shape, x)
+        return empty_result(x.shape, x)
     if x.ndim == 0:
         return softmax(x.reshape(1)).reshape(())
     y = backend_of(x.data).kernels.softmax_forward(x.data)
@@ -273,14 +283,14 @@ def cross_entropy(logits: Tensor, targets: Tensor | ArrayLike) -> Tensor:
     logits (..., V), targets (...) integers -> a scalar. Saves the logits and one statistic per row.
     Raises ValueError for a target outside [0, V).
     """
-    _check_tensors("cross_entropy", logits)
+    check_tensors("cross_entropy", logits)
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits have shape (); expected (..., V)")
     backend = backend_of(logits.data)
-    ids = backend.upload(_host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
-    _expect("cross_entropy", "targets", ids, logits.shape[:-1])
+    ids = backend.upload(host_indices("cross_entropy", "targets", targets, logits.shape[-1]))
+    expect_shape("cross_entropy", "targets", ids, logits.shape[:-1])
     if ids.size == 0:
-        return _empty((), logits, value=math.nan)
+        return empty_result((), logits, value=math.nan)
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, ids)
     return record(loss, (logits,), "cross_entropy_backward", saved=(logits.data, ids, lse))
 
@@ -292,34 +302,96 @@ def lm_head(
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
     contains first the logits and then their gradient. Raises ValueError for a target outside [0, V).
-    head_rows  process at most this many of the N rows at a time: the buffer has this many rows, and the backward pass
-               computes the logits again (a third more work in the head).
+    head_rows  process at most this many of the N rows at a time: the buffer has this many rows and is not saved. If
+               gradients are recorded, those of x and weight are computed at once, and saved in its place.
     tf32       multiply float32 in TF32, here and in the backward pass.
     """
-    _check_tensors("lm_head", x)
-    w = _read("lm_head", "weight", weight, x.dtype)
-    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"lm_head: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
-    backend = backend_of(x.data)
-    ids = backend.upload(_host_indices("lm_head", "targets", targets, weight.shape[0]))
-    _expect("lm_head", "targets", ids, x.shape[:-1])
+    w, ids = _check_head(x, weight, targets)
     if ids.size == 0:
-        return _empty((), x, weight, value=math.nan)
+        return empty_result((), x, weight, value=math.nan)
     if x.shape[-1] == 0:
         return cross_entropy(x @ weight.transpose(), ids)
-    k = backend.kernels_for(tf32)
-    if head_rows is not None and head_rows < ids.size:
-        chunks = _chunks(ids.size, head_rows)
-        loss = _lm_head_in_chunks(k, x.data, w, ids.reshape(-1), chunks)
-        saved = k, x.data, w, ids.reshape(-1), chunks
-        return record(loss, (x, weight), _lm_head_in_chunks_backward, saved)
-    loss, dlogits = k.lm_head_forward(x.data, w, ids)
-    return record(loss, (x, weight), _lm_head_backward, saved=(k, dlogits, x.data, w))
+    k = x.backend.kernels_for(tf32)
+    if head_rows is None or head_rows >= ids.size:
+        loss, dlogits = k.lm_head_forward(x.data, w, ids)
+        return record(loss, (x, weight), _lm_head_backward, saved=(k, dlogits, x.data, w))
+    if not _has_gradient(x, weight):
+        loss, _ = _lm_head_in_chunks(k, x.data, w, ids, head_rows, None, None)
+        return record(loss, (x, weight), _lm_head_in_chunks_backward)
+    dweight = _zeros(w) if weight.requires_grad else None
+    loss, dx = _lm_head_in_chunks(k, x.data, w, ids, head_rows, 1.0, dweight)
+    return record(loss, (x, weight), _lm_head_in_chunks_backward, saved=(dx, dweight))
+
+
+def lm_head_gradients(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor | ArrayLike,
+    dloss: float = 1.0,
+    head_rows: int | None = None,
+    tf32: bool = False,
+) -> Array:
+    """loss = lm_head(x, weight, targets); loss.backward(dloss), with less memory. Returns loss.data.
+
+    The logits of some rows are turned into their gradients at once, and the gradient of a parameter is added where it
+    belongs: neither the (N, V) logits nor a (V, C) gradient need memory of their own.
+    head_rows  at most this many rows at a time; None for as many as backend.logits_bytes allow.
+    """
+    w, ids = _check_head(x, weight, targets)
+    if ids.size == 0 or x.shape[-1] == 0 or not _has_gradient(x, weight):
+        loss = lm_head(x, weight, targets, head_rows, tf32)
+        loss.backward(dloss)
+        return loss.data
+    if head_rows is None:
+        head_rows = max(1, int(min(ids.size, x.backend.logits_bytes / (len(w) * w.itemsize))))
+    leaf, dweight = weight.leaf, None
+    if weight.requires_grad:
+        dweight = leaf.buffer() if leaf else _zeros(w)
+    k = x.backend.kernels_for(tf32)
+    value, dx = _lm_head_in_chunks(k, x.data, w, ids, head_rows, dloss, dweight)
+    result = record(value, (x, weight), _lm_head_in_chunks_backward, saved=(dx, None if leaf else dweight))
+    del x, dx  # so that the backward pass frees their memory
+    result.backward()
+    return result.data
 
 
 def _lm_head_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
     k, *arrays = saved
     return k.lm_head_backward(dy, *arrays, into(1)), None
+
+
+def _lm_head_in_chunks(
+    k: SimpleNamespace,
+    x: Array,
+    weight: Array,
+    ids: Array,
+    head_rows: int,
+    dloss: float | None,
+    dweight: Array | None,
+) -> tuple[Array, Array | None]:
+    """The loss and, unless dloss is None, dx; dweight += the gradient of weight."""
+    backend, rows, ids = backend_of(x), x.reshape(-1, x.shape[-1]), ids.reshape(-1)
+    losses: list[Array] = []
+    dx, scale = None, None
+    if dloss is not None:
+        dx, scale = backend.empty(rows.shape, x.dtype), backend.np.full((), dloss, dtype=sum_dtype(x.dtype))
+    for chunk in _chunks(len(ids), head_rows):
+        share = len(ids[chunk]) / len(ids)
+        loss, dlogits = k.lm_head_forward(rows[chunk], weight, ids[chunk])
+        losses.append(loss * share)
+        if dx is not None and scale is not None:
+            dx[chunk] = k.lm_head_backward(scale * share, dlogits, rows[chunk], weight, dweight)
+        del dlogits  # the next chunk uses its memory
+    return sum(losses[1:], start=losses[0]), dx if dx is None else dx.reshape(x.shape)
+
+
+def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
+    """The gradients for dloss = 1, times dloss."""
+    dx, dweight = saved
+    if dweight is not None and (total := into(1)) is not None:
+        for rows in _chunks(len(dweight), SCALED_ROWS):
+            total[rows] += dweight[rows] * dy
+    return (dx.astype(dy.dtype, copy=False) * dy).astype(dx.dtype, copy=False), None
 
 
 def _chunks(rows: int, head_rows: int) -> list[slice]:
@@ -331,96 +403,27 @@ def _chunks(rows: int, head_rows: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
 
-def _lm_head_in_chunks(k: SimpleNamespace, x: Array, weight: Array, ids: Array, chunks: list[slice]) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    losses = [k.lm_head_forward(rows[chunk], weight, ids[chunk])[0] * (len(ids[chunk]) / len(rows)) for chunk in chunks]
-    return sum(losses[1:], start=losses[0])
+def _check_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike) -> tuple[Array, Array]:
+    """The weight as x's dtype, and the targets on x's device."""
+    check_tensors("lm_head", x)
+    w = read("lm_head", "weight", weight, x.dtype)
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"lm_head: x has shape {x.shape}, weight {w.shape}; expected (..., C) and (V, C)")
+    ids = backend_of(x.data).upload(host_indices("lm_head", "targets", targets, weight.shape[0]))
+    expect_shape("lm_head", "targets", ids, x.shape[:-1])
+    return w, ids
 
 
-def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    k, x, weight, ids, chunks = saved
-    dweight = into(1)
-    dx, rows = backend_of(dy).np.empty(x.shape, dtype=x.dtype), x.reshape(-1, x.shape[-1])
-    for chunk in chunks:
-        dlogits = k.lm_head_forward(rows[chunk], weight, ids[chunk])[1]
-        share = dy * (len(ids[chunk]) / len(rows))
-        dx.reshape(rows.shape)[chunk] = k.lm_head_backward(share, dlogits, rows[chunk], weight, dweight)
-    return dx, None
+def _zeros(weight: Array) -> Array:
+    """A buffer for the gradient of a weight."""
+    buffer = backend_of(weight).empty(weight.shape, sum_dtype(weight.dtype))
+    buffer[...] = 0
+    return buffer
 
 
-def _check_tensors(op: str, *tensors: Tensor) -> None:
-    """Check that all are Tensors of one floating-point dtype: types are not promoted."""
-    for tensor in tensors:
-        _check_is_tensor(op, tensor)
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) != 1 or not is_float(tensors[0].dtype):
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise TypeError(f"{op}: the arguments have dtypes {names}; expected one floating-point dtype")
-
-
-def _check_is_tensor(op: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected Tensors, got {type(value).__name__}; wrap it as Tensor(...)")
-
-
-def _read(op: str, name: str, parameter: Tensor, dtype: DTypeLike) -> Array:
-    """The values of a parameter for an op whose activations have this dtype: see Tensor.read_as."""
-    _check_is_tensor(op, parameter)
-    return parameter.read_as(dtype, f"{op}: {name}")
-
-
-def _read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLike) -> Array | None:
-    return None if parameter is None else _read(op, name, parameter, dtype)
-
-
-def _empty(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
-    """The result of an operation on empty arrays, which kernels do not support: an empty array, or NaN for a mean.
-    The gradients of its parents are zeros."""
-    wanted = tuple(parent for parent in parents if parent is not None)
-    backend, dtype = wanted[0].backend, wanted[0].data.dtype
-    zeros = tuple(parent.data.shape for parent in wanted)
-    return record(backend.np.full(shape, value, dtype=dtype), wanted, _empty_backward, saved=zeros)
-
-
-def _empty_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    return tuple(backend_of(dy).zeros(shape, dy.dtype) for shape in saved)
-
-
-def _check_rate(op: str, rate: float, key: Key | None) -> float:
-    if key is not None:
-        check_key(op, key)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{op}: the dropout rate is {rate}; expected 0 <= rate < 1")
-    return float(rate)
-
-
-def _expect(op: str, name: str, value: Tensor | Array | None, shape: tuple[int, ...]) -> None:
-    if value is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; expected {tuple(shape)}")
-
-
-def _host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
-    """`values` as an int64 array on the host, each checked to be in [0, limit): a GPU would read out of bounds.
-
-    An array on a device is copied to the host, which waits for the device.
-    """
-    values = values.data if isinstance(values, Tensor) else values
-    if isinstance(values, list | tuple | int):
-        try:
-            values = numpy.asarray(values)
-        except ValueError:
-            raise ValueError(f"{op}: {name} have rows of different lengths; expected equal lengths") from None
-    if not hasattr(values, "dtype"):
-        raise TypeError(f"{op}: {name} have type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:  # (NumPy makes an empty list float64)
-        return numpy.zeros(values.shape, dtype=numpy.int64)
-    if values.dtype.kind not in "iu":
-        raise TypeError(f"{op}: {name} have dtype {values.dtype}; expected integers")
-    host = backend_of(values).to_host(values)
-    low, high = int(host.min()), int(host.max())
-    if low < 0 or high >= limit:
-        raise ValueError(f"{op}: {name} contain {low if low < 0 else high}; expected integers in [0, {limit})")
-    return host.astype(numpy.int64)
+def _has_gradient(*tensors: Tensor) -> bool:
+    """Whether an operation on these Tensors is recorded."""
+    return is_recording() and any(x.requires_grad for x in tensors)
 
 
 if not TYPE_CHECKING:  # so that type checkers report misspelled names

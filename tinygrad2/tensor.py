@@ -36,7 +36,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     A write into the array itself, x.data[...] = y, is not detected: write before the forward pass or after backward().
     """
 
-    __slots__ = ("data", "_edge")
+    __slots__ = ("data", "_edge", "_recipe")
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
         data = data.data if isinstance(data, Tensor) else arguments.of_numpy(data)
@@ -51,6 +51,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             data = (backend_of(data) if _is_array(data) else get_backend()).asarray(data, dtype)
         self.data: Array = data
         self._edge: autograd.Edge | None = None
+        self._recipe: Any = None  # see recipes.py
         if requires_grad is not False:
             if requires_grad is not True:
                 raise TypeError(f"Tensor: requires_grad is {requires_grad!r}; expected True or False")
@@ -436,6 +437,7 @@ def _constant(data: Array) -> Tensor:
     result = _new(Tensor)
     result.data = autograd.as_array(data)
     result._edge = None
+    result._recipe = None
     return result
 
 

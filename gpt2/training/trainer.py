@@ -109,17 +109,16 @@ class Trainer:
         tokens and of ranks that are requested to stop; None if there was such a rank before the last micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
+        share = 1 / (micro_steps * size)
         loss: Array | float = 0.0
         hidden = True if rank or micro_steps == 1 else None  # None: shown on a terminal
         for micro in tqdm(range(micro_steps), "micro-steps", leave=False, delay=SHOW_AFTER, disable=hidden):
             if micro and self.comm.all_gather(np.array(stop_requested())).any():
                 return None
             batch = self.batch(self.progress.step, self.progress.samples, micro * size + rank)
-            part = self.model.loss(batch.tokens, batch.targets, batch.key) * (1 / (micro_steps * size))
             if micro == micro_steps - 1:
                 self.gradient_sum.start()  # the all-reduce of final gradients overlaps with the backward pass
-            part.backward()
-            loss = loss + part.data
+            loss = loss + share * self.model.backward(batch.tokens, batch.targets, batch.key, share)
         own_tokens = micro_steps * options.batch_size * options.block_size
         mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested())
         return mean_loss, step_tokens, stopping

@@ -41,11 +41,10 @@ def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
     tokens, targets = random_tokens(model.config.vocab_size, batch, block)
 
     def step() -> float:
-        loss = model.loss(tokens, targets)
-        loss.backward()
+        loss = model.backward(tokens, targets)
         optimizer.step(max_norm=MAX_NORM)
         optimizer.zero_grad()
-        return loss.item()
+        return float(loss)
 
     return step
 

@@ -30,6 +30,7 @@ def config(rate, **sizes):
 
 
 DEEP = {"vocab_size": 3000, "n_positions": 128, "n_embd": 128, "n_layer": 6, "n_head": 4}
+WIDE = {"vocab_size": 1000, "n_positions": 64, "n_embd": 768, "n_layer": 2, "n_head": 12}  # recomputes all that it can
 FLAT = {"vocab_size": 8000, "n_positions": 512, "n_embd": 192, "n_layer": 1, "n_head": 4}
 
 
@@ -42,11 +43,9 @@ def train_steps(step, device="cpu", count=2):
     )
     for i in range(count):
         tracemalloc.reset_peak()
-        loss = model.loss(tokens, targets, Key(0, i))
-        loss.backward()
-        model.backend.fetch(loss.data, optimizer.step(max_norm=1.0)).get()
+        loss = model.backward(tokens, targets, Key(0, i))
+        model.backend.fetch(loss, optimizer.step(max_norm=1.0)).get()
         optimizer.zero_grad()
-        del loss
 
 
 def allocated(step, device="cpu"):
@@ -72,6 +71,11 @@ def allocated(step, device="cpu"):
         *((DEEP, recompute, 300, 0, "sgd", "float64") for recompute in ("none", "block")),
         *((DEEP, recompute, rows, 0, "adamw", "bfloat16") for recompute in ("none", "block") for rows in (None, 300)),
         *((FLAT, recompute, None, 0, "adamw", "float32") for recompute in ("none", "block")),
+        *(
+            (WIDE, recompute, 100, 0, "sgd", dtype)
+            for recompute in ("none", "block")
+            for dtype in ("float32", "bfloat16")
+        ),
     ],
 )
 def test_a_step_on_the_cpu_allocates_what_is_planned(sizes, recompute, head_rows, rate, optimizer, dtype, set_threads):
@@ -162,6 +166,27 @@ def test_the_constants_are_those_of_the_engine():
     assert memory_model.WORKSPACE == gemm.WORKSPACE
     assert memory_model.QUERY_ROWS == reference.QUERY_ROWS
     assert memory_model.ALIGNED == cuda.VOCABULARY_MULTIPLE
+
+
+def test_what_a_block_recomputes():
+    def of(cuda=False, **sizes):
+        found = memory_model.recomputed(GPT2Config(**{**vars(GPT2_124M), **sizes}), cuda)
+        return found["layernorm"], found["gelu"]
+
+    assert of() == (2, 1)
+    assert of(cuda=True) == (0, 0)
+    assert of(activation_function="gelu") == (2, 0)
+    assert [of(n_embd=C, n_head=1) for C in (767, 256, 255, 192, 191)] == [(2, 0), (2, 0), (1, 0), (1, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "itemsize", "head_rows", "cuda", "chunks"),
+    [(1024, 4, None, False, 4), (333, 4, None, False, 1), (334, 4, None, False, 2), (1024, 2, None, False, 2),
+     (1024, 4, 300, False, 4), (1024, 4, 2000, False, 1), (1024, 4, None, True, 1), (1024, 4, 512, True, 2)],
+)  # fmt: skip
+def test_the_number_of_chunks_of_logits(rows, itemsize, head_rows, cuda, chunks):
+    config = GPT2Config(vocab_size=50304)
+    assert memory_model.head_chunks(config, rows, itemsize, head_rows, cuda) == chunks
 
 
 def test_sizes_of_blocks_of_the_pool():

@@ -6,6 +6,7 @@ import pytest
 
 from gpt2 import GPT2, GPT2Config
 from tinygrad2 import Key, Tensor, memory, no_grad, ops
+from tinygrad2.backend import get_backend
 
 SIZES = {"vocab_size": 29, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_head": 3}
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
@@ -232,10 +233,11 @@ def test_unknown_recompute_option():
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("head_rows", [None, 64])
-def test_a_step_saves_16_arrays_a_layer(recompute, head_rows):
+@pytest.mark.parametrize(("width", "saved"), [(128, 16), (256, 14), (768, 10)])
+def test_the_arrays_that_a_layer_saves(width, saved, recompute, head_rows):
     """Those of memory_model.py, and two of the last normalization; with recompute the two inputs of a block. Chunks of
-    logits are not kept."""
-    config = GPT2Config(vocab_size=500, n_positions=128, n_embd=128, n_layer=6, n_head=4)
+    logits are not kept, but the gradients of the last normalization and of the output layer."""
+    config = GPT2Config(vocab_size=500, n_positions=128, n_embd=width, n_layer=2 if width > 128 else 6, n_head=4)
     model = GPT2(config, recompute=recompute, head_rows=head_rows)
     tokens, targets = np.random.default_rng(0).integers(0, 500, (2, 4, 128))
     model.loss(tokens, targets, KEY)
@@ -250,7 +252,57 @@ def test_a_step_saves_16_arrays_a_layer(recompute, head_rows):
     kept = held() - before
     tracemalloc.stop()
     loss.backward()
-    array = 4 * 128 * 128 * 4
-    expected = ((2 if recompute == "block" else 16) * config.n_layer + 2) * array
-    expected += 512 * 500 * 4 if head_rows is None else 0
-    assert kept == pytest.approx(expected, abs=3 * array)
+    array = 4 * 128 * width * 4
+    layers = 2 * config.n_layer - 1 if recompute == "block" else saved * config.n_layer  # (the first has one input)
+    expected = (layers + 2) * array + (512 * 500 * 4 if head_rows is None else 500 * width * 4)
+    assert kept == pytest.approx(expected, abs=(3 if width == 128 else 1.5) * array)
+
+
+def test_backward_is_the_backward_pass_of_the_loss(monkeypatch):
+    """The same loss and gradients to the bit, if the logits are computed in one chunk, and to rounding otherwise."""
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 32))
+
+    def gradients(run, head_rows=None):
+        model = GPT2(config, head_rows=head_rows)
+        model.arena()
+        losses = [
+            float(run(model, key)) for key in (KEY, KEY.at(1))
+        ]  # the second pass adds to the gradients of the first
+        return losses, {name: p.grad for name, p in model.named_parameters()}
+
+    def separately(model, key):
+        loss = model.loss(tokens, targets, key)
+        (loss * 0.3).backward()
+        return loss.data
+
+    def at_once(model, key):
+        return model.backward(tokens, targets, key, 0.3)
+
+    right = gradients(separately)
+    same, chunks = gradients(at_once), gradients(at_once, 50)
+    monkeypatch.setattr(get_backend(), "logits_bytes", 50 * 50 * 4)
+    limited = gradients(at_once)
+    assert same[0] == right[0]
+    assert chunks[0] == limited[0] == pytest.approx(right[0], rel=1e-6)
+    for name, gradient in right[1].items():
+        np.testing.assert_array_equal(same[1][name], gradient, err_msg=name)
+        np.testing.assert_array_equal(chunks[1][name], limited[1][name], err_msg=name)
+        assert np.linalg.norm(chunks[1][name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
+
+
+def test_recomputed_results_give_the_same_bits(monkeypatch):
+    """In the layers of a model that is wide enough for all of them."""
+    tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 2, 40))
+
+    def gradients():
+        model = GPT2(GPT2Config(vocab_size=50, n_positions=40, n_embd=768, n_layer=2, n_head=12))
+        loss = model.backward(tokens, targets, KEY)
+        return loss, {name: p.grad for name, p in model.named_parameters()}
+
+    recomputed = gradients()
+    monkeypatch.setattr(get_backend(), "recompute_outputs", np.inf)
+    saved = gradients()
+    assert recomputed[0] == saved[0]
+    for name, gradient in saved[1].items():
+        np.testing.assert_array_equal(recomputed[1][name], gradient, err_msg=name)

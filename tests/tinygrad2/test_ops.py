@@ -1,3 +1,4 @@
+import math
 import tracemalloc
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tinygrad2 import Key, Tensor, autograd, memory, no_grad, ops
+from tinygrad2.backend import backend_of
 from tinygrad2.gradcheck import CASES
 from tinygrad2.kernels import onednn
 from tinygrad2.params import Parameter
@@ -371,6 +373,49 @@ def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
         outcomes.append((loss.data, x.grad, weight.grad))
     for ours, theirs in zip(*outcomes, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("head_rows", [None, 4, 100])
+@pytest.mark.parametrize("place", ["leaf", "computed", "constant"])
+def test_the_head_and_its_backward_pass_at_once(place, head_rows):
+    """The weight is a leaf, whose gradient is added to, or computed from one, or has no gradient."""
+    rng = np.random.default_rng(0)
+    values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
+    outcomes = []
+    for at_once in (False, True):
+        x, weight = (Tensor(value, requires_grad=True) for value in values)
+        for _ in range(2):
+            used = {"leaf": weight, "computed": weight * 2, "constant": weight.detach()}[place]
+            if at_once:
+                loss = ops.lm_head_gradients(x * 1, used, targets, 0.7, head_rows)
+            else:
+                loss = ops.lm_head(x * 1, used, targets).data
+                (ops.lm_head(x * 1, used, targets) * 0.7).backward()
+        outcomes.append((loss, x.grad, 0 if weight.grad is None else weight.grad))
+    for ours, theirs in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_the_head_at_once_of_nothing_and_without_gradients():
+    x, weight = Tensor(np.ones((2, 3)), requires_grad=True), Tensor(np.ones((5, 3)), requires_grad=True)
+    assert np.isnan(ops.lm_head_gradients(x[:0], weight, []))
+    np.testing.assert_array_equal(weight.grad, 0)
+    with pytest.raises(RuntimeError, match="nothing is recorded here"):
+        ops.lm_head_gradients(x.detach(), weight.detach(), [0, 1])
+    with pytest.raises(ValueError, match="head_rows is 0; expected 1 or more"):
+        ops.lm_head_gradients(x, weight, [0, 1], head_rows=0)
+
+
+@pytest.mark.parametrize("head_rows", [None, 3])
+def test_the_head_without_gradients_computes_only_the_loss(head_rows, monkeypatch):
+    calls, kernels = [], backend_of(np.ones(1)).kernels
+    monkeypatch.setattr(kernels, "lm_head_backward", lambda *arguments: calls.append(arguments))
+    x, weight = Tensor(np.ones((2, 4, 3)), requires_grad=True), Tensor(np.ones((5, 3)), requires_grad=True)
+    with no_grad():
+        loss = ops.lm_head(x, weight, np.zeros((2, 4), int), head_rows)
+    assert loss.item() == pytest.approx(math.log(5))
+    ops.lm_head(x.detach(), weight.detach(), np.zeros((2, 4), int), head_rows)
+    assert not calls
 
 
 def test_the_head_needs_at_least_one_row():
