@@ -91,7 +91,8 @@ def train_ours(out: Path, data: Path, preset: str, setup: Setup, threads: int) -
     numbers = {name: value for name, value in asdict(setup).items() if name not in ("steps", "tokenizer")}
     options: dict[str, Any] = {
         "preset": preset, "data": data, "out_dir": out, "device": "cpu", "dtype": "float32", "max_iters": setup.steps,
-        **numbers, "optimizer": "adamw", "weight_decay": DECAY, "beta1": BETAS[0], "beta2": BETAS[1],
+        **numbers, "lr_schedule": "cosine",
+        "optimizer": "adamw", "weight_decay": DECAY, "beta1": BETAS[0], "beta2": BETAS[1],
         "grad_clip": CLIP, "dropout": 0, "seed": SEED, "eval_interval": 0, "save_interval": 0, "threads": threads,
     }  # fmt: skip
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
