@@ -26,7 +26,7 @@ STEPS = 40
 FIELDS = ("step", "loss", "lr", "grad_norm", "tokens")
 OPTIONS = ["--dropout", "0.1", "--max-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "2",
            "--save-interval", "20", "--log-interval", "20", "--keep", "9", "--device", "cpu",
-           "--warmup-iters", "100"]  # fmt: skip
+           "--warmup-iters", "20"]  # fmt: skip
 TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (the defaults differed in earlier versions)
 CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
     "float32": (1, []),
