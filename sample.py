@@ -33,7 +33,7 @@ MODELS = (
 
 
 def command_line() -> Parser:
-    parser = Parser(console.script("sample"), __doc__, familiar=familiar_options.SAMPLE)
+    parser = Parser(console.script("sample"), __doc__, familiar=familiar_options.SAMPLE, stray=instead_of)
     group = parser.add_argument_group("text")
     group.add_argument(
         "-p",
@@ -82,6 +82,13 @@ def command_line() -> Parser:
     device_options.add_dtype(group)
     decode.add_option(group)
     return parser
+
+
+def instead_of(argument: str) -> str:
+    """Advice for a positional argument: it is a text file, a model, or a prompt."""
+    path = Path(argument)
+    flag = "--prompt-file" if path.suffix in (".txt", ".md") else "--checkpoint"
+    return f"; use {flag if path.exists() else '-p'} {console.quoted(argument)}"
 
 
 @console.command(console.script_name("sample"))

@@ -82,7 +82,7 @@ def training_loop(
 ) -> Path | None:
     """Train until the last step, or until a stop is requested on a rank. Returns the last checkpoint written."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
-    written = None
+    written, lines = None, display.StepLines(trainer)
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
         with setup.explain_memory(trainer.model.config, options, comm.size), watch.step():
@@ -95,9 +95,7 @@ def training_loop(
         saving = last or trainer.stopping or every(options.save_interval, step)
 
         for row in trainer.finished_steps(wait=evaluating or saving):
-            printed = row["step"] in (trainer.first_step, options.max_iters) or "skipped" in row
-            if printed or every(options.log_interval, row["step"]):
-                display.say_step(row, trainer)
+            lines.add(row)
             if evaluating and row["step"] == step:
                 row |= trainer.evaluate(tasks)
                 display.say_tasks(row, tasks)
@@ -112,6 +110,9 @@ def training_loop(
             folder.log_sample(step, text)
         if evaluating or trainer.stopping:
             comm.from_root(partial(page.update, last=last or early or trainer.stopping))
+        elif comm.rank == 0 and page.is_old():
+            page.update()
+            trainer.restart_clock()
         if early:
             display.say_early_stop(trainer)
             break

@@ -58,11 +58,12 @@ from data.sources import (
     unpacked_name,
 )
 from gpt2 import console, familiar_options
+from gpt2.config import GPT2Config
 from gpt2.console import Parser
 from gpt2.tokenizer import Tokenizer
-from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, file_sha256, token_dtype
+from gpt2.training.dataset import FORMAT, MANIFEST, SPLITS, TokenDataset, file_sha256, token_dtype
 from tinygrad2.checkpoint import JsonObject, read_json, write_json
-from tinygrad2.files import Lock, atomic_write, free_name, naming
+from tinygrad2.files import Lock, atomic_write, free_name, make_folder, naming
 from tinygrad2.machine import usable_threads
 
 T = TypeVar("T")
@@ -463,7 +464,7 @@ def prepare(
     found = find_sources(sources, text_key, say, delimiter, encoding)
     job = Job.of(found, vocabulary, filters, val_fraction, shard_tokens, special_tokens)
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     with Lock(partial / LOCK, str(out)), naming(partial):
         _check_new(out, fresh)  # another process may have created it in the meantime
         shards = Shards(partial, token_dtype(vocabulary.vocab_size), shard_tokens)
@@ -865,11 +866,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("an argument is empty")
     repeatable = "-" not in options["sources"]
     with console.on_interrupt("the same command resumes" if repeatable else "stdin cannot be read again; start over"):
-        out = prepare(**options, say=console.say)
+        out = prepare(**options, say=console.say_if_possible)
     name = out.name if out.resolve() == (Path("data") / out.name).resolve() else out
-    console.say(
-        f"next: {console.script('train')} --data {shlex.quote(str(name))} --out-dir out-{shlex.quote(out.name)}"
-    )
+    context = min(TokenDataset.open(out, split).tokens for split in SPLITS) - 1
+    shorter = f" --block-size {context}" if 0 < context < GPT2Config.preset("nano").n_positions else ""
+    command = f"{console.script('train')} --data {shlex.quote(str(name))} --out-dir out-{shlex.quote(out.name)}"
+    console.say_if_possible(f"next: {command}{shorter}")
     return 0
 
 

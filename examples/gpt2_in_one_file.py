@@ -2,7 +2,7 @@
 
     python examples/gpt2_in_one_file.py sample -p "Return the"     # the trained model in checkpoint/ continues a text
     python examples/gpt2_in_one_file.py train FILE                 # trains a small model on a text file, in minutes
-    python examples/gpt2_in_one_file.py sample --model out-one-file -p "Once"
+    python examples/gpt2_in_one_file.py sample --checkpoint out-one-file -p "Once"
 
 Read it from top to bottom:
 
@@ -529,17 +529,17 @@ def run_train(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("stopped")
     save(options.out, model)
-    print(f"saved in {options.out}; next: python {sys.argv[0]} sample --model {options.out} -p TEXT")
+    print(f"saved in {options.out}; next: python {sys.argv[0]} sample --checkpoint {options.out} -p TEXT")
 
 
 def run_sample(options: argparse.Namespace) -> None:
     if not 0 <= options.temperature < math.inf or (options.top_k is not None and options.top_k < 1):
         raise ValueError("expected a --temperature of 0 or more, and a --top-k of 1 or more")
-    model, prompt = load(options.model), os.fsencode(options.prompt)
+    model, prompt = load(options.checkpoint), os.fsencode(options.prompt)
     rng, text = np.random.default_rng(options.seed), codecs.getincrementaldecoder("utf-8")("replace")
     print(text.decode(prompt), end="", flush=True)
     new = sample(model, [*prompt] or [END_OF_TEXT], options.temperature, options.top_k, rng)
-    for i in itertools.takewhile(lambda i: i != END_OF_TEXT, itertools.islice(new, options.tokens)):
+    for i in itertools.takewhile(lambda i: i != END_OF_TEXT, itertools.islice(new, options.max_tokens)):
         print(text.decode(bytes([i])), end="", flush=True)  # a character is printed once its last byte is known
     print(text.decode(b"", final=True))
 
@@ -554,28 +554,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="train|sample")
     training = commands.add_parser("train", help="train on a text file")
     training.set_defaults(run=run_train)
-    training.add_argument("file", type=Path, metavar="FILE", help="any text")
-    training.add_argument("--init", type=Path, metavar="MODEL", help="continue from this model folder [random weights]")
-    training.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="where to save the model [%(default)s]"
-    )
-    training.add_argument("--steps", type=int, default=1000, help="[%(default)s]")
-    training.add_argument("--batch-size", type=int, default=16, help="sequences per step [%(default)s]")
-    training.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate [%(default)s]")
+    add = training.add_argument
+    add("file", type=Path, metavar="FILE", help="any text")
+    add("--init", type=Path, metavar="MODEL", help="continue from this model folder [default: random weights]")
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="where to save the model [default: %(default)s]")
+    add("--steps", type=int, default=1000, metavar="N", help="number of steps [default: %(default)s]")
+    add("--batch-size", type=int, default=16, metavar="N", help="sequences per step [default: %(default)s]")
+    add("--learning-rate", type=float, default=2e-3, metavar="X", help="peak learning rate [default: %(default)s]")
     sampling = commands.add_parser("sample", help="continue a text")
     sampling.set_defaults(run=run_sample)
-    sampling.add_argument("-p", "--prompt", default="", help="text to continue [none: begin a new text]")
-    sampling.add_argument("--model", type=Path, default=TRAINED, metavar="FOLDER", help="[%(default)s]")
-    sampling.add_argument("--tokens", type=int, default=200, help="number of new tokens [%(default)s]")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [%(default)s]")
-    sampling.add_argument("--top-k", type=int, help="sample only from the k most probable tokens [all]")
+    add = sampling.add_argument
+    add("-p", "--prompt", default="", metavar="TEXT", help="text to continue [default: none; a new text begins]")
+    add("--checkpoint", type=Path, default=TRAINED, metavar="MODEL", help="a model folder [default: %(default)s]")
+    add(
+        "-m", "--max-tokens", type=int, default=200, metavar="N", help="maximum number of tokens [default: %(default)s]"
+    )
+    add("-t", "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy [default: %(default)s]")
+    add("-k", "--top-k", type=int, metavar="K", help="sample only from the K most probable tokens [default: all]")
     for command in (training, sampling):
-        command.add_argument("--seed", type=int, default=0, help="the same seed gives the same result [%(default)s]")
+        seed_help = "the same seed gives the same result [default: %(default)s]"
+        command.add_argument("--seed", type=int, default=0, metavar="N", help=seed_help)
     try:
         options = parser.parse_args(arguments)
         options.run(options)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

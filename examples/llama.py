@@ -17,7 +17,7 @@ of the documentation that ships with Python, at the same learning rates. After o
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 
-and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 for 3,000 steps, to 1.55.
+and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 by Muon, to 1.52.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ class Llama(nn.Module):
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
     """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
-    # The options of train.py for GPT-2 nano (batches of 8 sequences, AdamW, a cosine schedule), except the number of
-    # steps and of evaluation batches.
-    changes = {"max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
+    # The options of train.py for GPT-2 nano with --optimizer adamw (batches of 8 sequences, a cosine schedule), except
+    # the number of steps and of evaluation batches.
+    changes = {"optimizer": "adamw", "max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
     options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
     trainer = Trainer(
@@ -212,10 +212,16 @@ def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="steps per model [%(default)s]")
-    parser.add_argument("--data", type=Path, help="a data set from data/prepare.py [pydoc, prepared first]")
-    parser.add_argument("--picture", type=Path, default=Path("llama.png"), help="[%(default)s]")
+    parser = argparse.ArgumentParser("python examples/llama.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps per model [default: %(default)s]")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="a data set from data/prepare.py [default: pydoc]")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("llama.png"),
+        metavar="FILE",
+        help="picture to write [default: %(default)s]",
+    )
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more")

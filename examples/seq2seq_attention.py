@@ -160,9 +160,17 @@ def draw(model: Transformer, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="[%(default)s]")
-    parser.add_argument("--picture", type=Path, default=Path("seq2seq_attention.png"), help="[%(default)s]")
+    parser = argparse.ArgumentParser(
+        "python examples/seq2seq_attention.py", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="training steps [default: %(default)s]")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("seq2seq_attention.png"),
+        metavar="FILE",
+        help="picture to write [default: %(default)s]",
+    )
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more")

@@ -76,9 +76,15 @@ def draw(model: nn.Sequential, x: np.ndarray, y: np.ndarray, file: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="[%(default)s]")
-    parser.add_argument("--picture", type=Path, default=Path("spiral_mlp.png"), help="[%(default)s]")
+    parser = argparse.ArgumentParser("python examples/spiral_mlp.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="training steps [default: %(default)s]")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("spiral_mlp.png"),
+        metavar="FILE",
+        help="picture to write [default: %(default)s]",
+    )
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more")

@@ -19,11 +19,13 @@ import argparse
 import difflib
 import functools
 import io
+import shlex
 import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
@@ -54,6 +56,14 @@ def visible(text: str) -> str:
 def say(line: str) -> None:
     """Print a line on stdout, with control characters visible."""
     print(visible(line), flush=True)
+
+
+def say_if_possible(line: str) -> None:
+    """Print a line on stdout. An output error (a closed pipe, a full disk) is ignored, so that the work continues."""
+    try:
+        say(line)
+    except OSError:
+        discard_stdout()
 
 
 def print_error(line: str) -> None:
@@ -158,6 +168,11 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.py"}
 
 
+def quoted(text: str) -> str:
+    """Text as an argument of a shell command."""
+    return f'"{text}"' if all(c.isalnum() or c in " .,:;?" for c in text) else shlex.quote(text)
+
+
 def script_name(name: str) -> str:
     """The name of a script in messages: its file in the repository, or its module in an installed package."""
     return SCRIPTS[name] if (ROOT / SCRIPTS[name]).is_file() else f"gpt2.{name}"
@@ -259,6 +274,14 @@ def clock(seconds: float) -> str:
     return f"{hours:,}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def duration(seconds: float) -> str:
+    """A duration in its largest suitable unit: 40 s, 23 min, 5.2 h, 2.4 days."""
+    for size, unit, most, form in ((1, "s", 90, ".0f"), (60, "min", 5400, ".0f"), (3600, "h", 172_800, ".1f")):
+        if seconds < most:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 # Options
 
 
@@ -295,6 +318,7 @@ class Parser(argparse.ArgumentParser):
     command      the command as it is typed, such as "python -m gpt2.verify".
     positionals  the positional arguments, for the usage line.
     familiar     flags of other programs, each with advice on what to use instead.
+    stray        returns advice for positional arguments that the command does not have.
     """
 
     def __init__(
@@ -304,6 +328,7 @@ class Parser(argparse.ArgumentParser):
         positionals: str = "",
         epilog: str | None = None,
         familiar: Mapping[str, str] = MappingProxyType({}),
+        stray: Callable[[str], str] = lambda argument: "",
     ):
         usage = " ".join(filter(None, (command, positionals, "[OPTIONS]"))).replace("%", "%%")
         super().__init__(
@@ -314,11 +339,32 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self._familiar = familiar
+        self._familiar, self._stray = familiar, stray
+        self._given: list[str] = []
 
     def error(self, message: str) -> NoReturn:
+        message += self._choices_of_missing(message) + self._dash_advice(message)
         name = self.prog.split()[-1]  # as in the command's other messages
         self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
+
+    def _choices_of_missing(self, message: str) -> str:
+        """The choices of the options that are required, and not given."""
+        missing = message.rpartition("arguments are required: ")[2].split(", ")
+        return "".join(
+            f"; {flag} is one of {', '.join(map(str, action.choices))}"
+            for action in self._actions
+            for flag in action.option_strings
+            if flag in missing and action.choices
+        )
+
+    def _dash_advice(self, message: str) -> str:
+        """How to pass a value that begins with "-", if that is why an option has no value."""
+        if not message.endswith("expected one argument"):
+            return ""
+        flags = message.removeprefix("argument ").partition(":")[0].split("/")
+        values = [after for flag, after in pairwise(self._given) if flag in flags and after.startswith("-")]
+        value = next((value for value in values if value not in self._option_string_actions), "")
+        return f"; a value that begins with - follows a =, as in {shlex.quote(f'{flags[-1]}={value}')}" if value else ""
 
     def check_output(self, name: str, path: Path | None) -> None:
         """Report a file that the command cannot write: its folder must exist, and it must not be a folder.
@@ -332,13 +378,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
+        self._given = given
         end = given.index("--") if "--" in given else len(given)
         found, unknown = self.parse_known_args([*map(_with_dashes, given[:end]), *given[end:]], namespace)
         if unknown:
             known = [text for action in self._actions for text in action.option_strings]
             name = unknown[0].split("=")[0]
             if not unknown[0].startswith("-"):
-                self.error(f"unexpected argument {unknown[0][:80]!r}")
+                words = " ".join(word for word in unknown if not word.startswith("-"))
+                self.error(f"unexpected argument {unknown[0][:80]!r}{self._stray(words)}")
             self.error(f"unknown option {unknown[0]}{suggestion(name, known, self._familiar)}")
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -181,6 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.to == "pt" and config.activation_function != "gelu":
         console.print_error(f"{options.target}: {NANOGPT_GELU}")
     console.say(f"{options.target}: written from {source}")
+    command = (
+        f"{console.script('train')} --out-dir" if options.to == "run" else f"{console.script('sample')} --checkpoint"
+    )
+    console.say(f"next: {command} {shlex.quote(options.target)}")
     return 0
 
 

@@ -55,13 +55,13 @@ def set_decode(model: Fusable, decode: str) -> None:
 
 
 @contextmanager
-def explained(decoder: Decoder | None) -> Iterator[None]:
-    """A failure of the GPU in this block, where a decoder may have caused it, raises OSError, which says how to
+def explained(decoder: object) -> Iterator[None]:
+    """A failure of the GPU in this block, where a Decoder may have caused it, raises OSError, which says how to
     generate without."""
     try:
         yield
     except RuntimeError as error:
-        if decoder is None:
+        if not isinstance(decoder, Decoder):
             raise
         raise OSError(f"decode: the GPU failed with --decode fused ({error}); in a new process, {WITHOUT}") from error
 

@@ -31,7 +31,7 @@ LIMIT = 90.0  # seconds for a probe
 MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes, to train nano and keep its checkpoints
 SLOW_BLAS = 5e9  # float32 operations per second; any core of the last ten years is several times as fast
 OPENBLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # override what OpenBLAS finds out about the processor
-OK, MISSING, WRONG = "ok", "missing", "wrong"  # missing: optional and not installed; wrong: fails, or is slow
+OK, OPTIONAL, WRONG = "ok", "optional", "wrong"  # optional: not installed, and not needed; wrong: fails, or is slow
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
 
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
     verdict: str
     text: str
-    remedy: str = ""  # suggested if the verdict is not OK
+    remedy: str = ""  # what to do
     needed: bool = False  # train.py cannot run without it
     facts: dict[str, Any] = {}  # noqa: RUF012 - threads, gpus and mpirun, for the command at the end
 
@@ -106,12 +106,14 @@ def probe_packages() -> Finding:
 
 def probe_blas() -> Finding:
     """The name, number of threads and speed of the BLAS library, MKL or NumPy's."""
-    result = {"speed": 0, "libraries": [], "mkl": None, "chosen": "", **ask(BLAS)}
+    result = {"speed": 0, "on_one_thread": 0, "libraries": [], "mkl": None, "chosen": "", **ask(BLAS)}
     slow, speed = result["speed"] < SLOW_BLAS, f"{result['speed'] / 1e9:,.0f} GFLOP/s in float32"
     library = result["libraries"][0] if result["libraries"] else {}
     threads = library.get("num_threads")
     in_use = f" (in use: {result['chosen']})" if result["chosen"] else ""
-    text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}{in_use}"
+    slower = result["on_one_thread"] > 1.1 * result["speed"]
+    one = f" ({result['on_one_thread'] / 1e9:,.0f} on one thread)" if slower else ""
+    text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}{one}{in_use}"
     below = _speed_without_settings(result["speed"])
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
     limit = f"{names[0]}={os.environ[names[0]]}" if names and threads == 1 and len(machine.cores()) > 1 else ""
@@ -133,6 +135,13 @@ def probe_blas() -> Finding:
             f"{text}: slow",
             "close other programs that use the CPU; if that does not help, reinstall NumPy from a wheel",
         ),
+        (
+            slower,
+            OK,
+            text,
+            f"{threads} threads are slower than one: other programs use the cores, or they share one physical core; "
+            "try --threads 1",
+        ),
         (True, OK, text),
     )
 
@@ -148,10 +157,10 @@ def _speed_without_settings(speed: float) -> str:
 def probe_numba() -> Finding:
     """Whether the compiled kernels are in use, and where Numba caches them."""
     if os.environ.get("TINYGRAD2_KERNELS") == "reference":
-        return Finding(MISSING, "TINYGRAD2_KERNELS=reference selects plain NumPy", "unset TINYGRAD2_KERNELS")
+        return Finding(OPTIONAL, "TINYGRAD2_KERNELS=reference selects plain NumPy", "unset TINYGRAD2_KERNELS")
     result, install = ask(KERNELS), f'{PIP} --upgrade "numba>=0.60,<1"'
     if "error" in result:
-        return Finding(MISSING, f"{result['error']}; plain NumPy is used, which is several times slower", install)
+        return Finding(OPTIONAL, f"{result['error']}; plain NumPy is used, which is several times slower", install)
     numba, cache, kept = f"Numba {result['version']}", result["folder"], result["kept"]
     state = f"{kept} cached in" if kept else "to be compiled at first use and cached in"
     no_cache, move = "has no writable folder for its cache", "set NUMBA_CACHE_DIR to a writable folder"
@@ -212,7 +221,7 @@ def probe_tokenizer() -> Finding:
     folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], result.get("error", "").split(";")[0]
     connect = f"needed for --tokenizer gpt2 only: connect to the network once, or copy tiktoken's two files to {folder}"
     return first(
-        (reason, MISSING, re.sub(r"^\w*Error: ", "", reason), connect),
+        (reason, OPTIONAL, re.sub(r"^\w*Error: ", "", reason), connect),
         (True, OK, f"GPT-2's vocabulary, {result.get('tokens', 0):,} tokens, in {folder}"),
     )
 
@@ -235,11 +244,11 @@ def probe_gpu() -> Finding:
     swap = f"{PYTHON} -m pip uninstall -y {' '.join(wheels)}, then {install}"
     no_gpu = f"the driver ({cuda}) reports no GPU (status {status})"
     return first(
-        ("OSError" in failed, MISSING, f"no NVIDIA driver; {cupy}", get_driver),
+        ("OSError" in failed, OPTIONAL, f"no NVIDIA driver; {cupy}", get_driver),
         (failed, WRONG, f"the NVIDIA driver fails: {failed}", "run nvidia-smi; if it fails too, restart the machine"),
-        (status or not gpus, MISSING, f"{no_gpu}; {cupy}", f"needed for a GPU only: {hides}"),
+        (status or not gpus, OPTIONAL, f"{no_gpu}; {cupy}", f"needed for a GPU only: {hides}"),
         (version < 12000, WRONG, f"{seen}: too old for CuPy 14", "install a driver of CUDA 12 or 13"),
-        (not wheels, MISSING, f"{seen}; {cupy}", install),
+        (not wheels, OPTIONAL, f"{seen}; {cupy}", install),
         (len(wheels) > 1, WRONG, f"{seen}; {cupy}, which conflict with each other", swap),
         (not fits, WRONG, f"{seen}; {cupy}, built for CUDA {built_for}", f"{swap}; or install a newer driver"),
         (result.get("right"), OK, f"{seen}; CuPy {result.get('version')}, {gpu}", "", False, {"gpus": gpus}),
@@ -253,7 +262,7 @@ def probe_mpi() -> Finding:
     try:
         version = f"mpi4py {metadata.version('mpi4py')}"
     except metadata.PackageNotFoundError:
-        return Finding(MISSING, "mpi4py is not installed", install)
+        return Finding(OPTIONAL, "mpi4py is not installed", install)
     result = ask(LIBRARY, seconds=30, MPI4PY_RC_INITIALIZE="0")
     if "error" in result:
         return Finding(WRONG, f"{version} cannot load an MPI library: {result['error']}", install)
@@ -272,8 +281,9 @@ def probe_mpi() -> Finding:
     return first(missing, (True, WRONG, "; ".join((text, *tried)), f"use {mpirun}"))
 
 
-ORDER = (probe_python, probe_blas, probe_packages, probe_numba, probe_cores, probe_memory, probe_gpu, probe_mpi)
-PROBES = {probe.__name__[6:]: probe for probe in (*ORDER, probe_tokenizer, probe_folders, probe_disk)}
+# What matters most comes first; the last three are optional.
+ORDER = (probe_python, probe_packages, probe_numba, probe_blas, probe_cores, probe_memory, probe_folders, probe_disk)
+PROBES = {probe.__name__[6:]: probe for probe in (*ORDER, probe_tokenizer, probe_gpu, probe_mpi)}
 
 
 def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) -> Iterator[tuple[str, Finding]]:
@@ -308,6 +318,11 @@ def training_command(findings: dict[str, Finding]) -> str:
     return f"{shlex.join(machine.mpirun_command(facts['mpirun'], ranks))} {line}" if ranks > 1 else line
 
 
+def say_finding(name: str, finding: Finding) -> None:
+    remedy = f"\n{'':20} -> {finding.remedy}" if finding.remedy else ""
+    console.say(f"{finding.verdict:<9} {name:<10} {finding.text}{remedy}")
+
+
 def command_line() -> console.Parser:
     return console.Parser("python -m gpt2.doctor", "Check what the project uses on this machine, and suggest fixes.")
 
@@ -317,12 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status: 1 if something that training needs does not work, else 0."""
     command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
+    remaining = list(PROBES)
     # If Python is too old, nothing else is checked. While the speed of BLAS is measured, nothing else runs.
     for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
         for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding
-            remedy = f"\n{'':19} -> {finding.remedy}" if finding.remedy else ""
-            console.say(f"{finding.verdict:<8} {name:<10} {finding.text}{remedy}")
+            while remaining and remaining[0] in findings:
+                say_finding(name := remaining.pop(0), findings[name])
         if findings["python"].verdict == WRONG:
             break
     wrong = [name for name, finding in findings.items() if finding.needed and finding.verdict == WRONG]

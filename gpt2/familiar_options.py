@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LEARNING_RATE = "use --learning-rate X"
+LR_SCHEDULE = "use --lr-schedule cosine, linear or wsd"
 BATCH_SIZE = "use --batch-size SEQUENCES"
 TOTAL_BATCH_SIZE = (
     "use --total-batch-size TOKENS: micro-steps x --batch-size x --block-size x ranks (a multiple of one micro-step)"
@@ -51,6 +52,9 @@ TRAIN = {
     "--init-from": INIT,
     "--logging-steps": "use --log-interval STEPS",
     "--lr": LEARNING_RATE,
+    "--lr-decay-style": LR_SCHEDULE,
+    "--lr-scheduler": LR_SCHEDULE,
+    "--lr-scheduler-type": LR_SCHEDULE,
     "--max-grad-norm": "use --grad-clip NORM",
     "--max-length": "use --block-size TOKENS",
     "--max-steps": "use --max-iters STEPS",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 
+from gpt2.cpu_decode import CpuDecoder
 from gpt2.decode import Decoder, explained
 from gpt2.language_model import LanguageModel
 from gpt2.tokenizer import Tokenizer
@@ -21,20 +22,20 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions in use.
-    decoder  processes one more token of each text in one kernel launch; None if the model has not asked for it, or it
-             is not supported.
+    decoder  processes one more token of each text in one call on a CPU, or in one kernel launch on a GPU if the model
+             has asked for it; None where this is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
         shapes = model.cache_shapes(batch, capacity)
         self.layers: list[Array] = [model.backend.zeros(shape, model.precision.activations) for shape in shapes]
         self.length, self.capacity = 0, capacity
-        self.decoder = Decoder.fitting(model, self)
+        self.decoder: Decoder | CpuDecoder | None = Decoder.fitting(model, self) or CpuDecoder.fitting(model, self)
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
         """Greedy continuation of `tokens` (B,), among the first `choices` ids. Yields up to `most` tokens of each text,
-        or fewer if the cache becomes full. Requires a decoder (see Decoder.greedy)."""
-        assert self.decoder is not None
+        or fewer if the cache becomes full. Requires a decoder on a GPU (see Decoder.greedy)."""
+        assert isinstance(self.decoder, Decoder)
         first, count = self.length, min(most, self.capacity - self.length)
         with explained(self.decoder):
             for found in self.decoder.greedy(tokens, first, count, choices):
@@ -81,6 +82,9 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top-p is {top_p}; expected 0 < top-p <= 1")
 
 
+BUCKETS = 1 << 12  # 16 powers of 2 below the largest distance from the maximum, with 256 buckets each
+
+
 def choose(
     logits: np.ndarray,
     draws: np.ndarray,
@@ -101,44 +105,56 @@ def choose(
     return np.array([_choose(*row, temperature, top_k, top_p) for row in zip(logits, draws, strict=True)])
 
 
-def _choose(
-    logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None
-) -> int | np.integer:
+def _choose(logits: np.ndarray, draw: float, temperature: float, top_k: int | None, top_p: float | None) -> np.integer:
     """The first token, in descending order of probability, whose cumulative probability exceeds `draw`."""
+    if few := top_k is not None and top_k < len(logits):
+        kept = np.flatnonzero(logits >= _kth_largest(logits, top_k))
+        logits = logits[kept]
     # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is computed in
     # float32, the dtype of the logits, because it is faster than float64.
     with np.errstate(over="ignore"):
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
-    weights = np.exp(scaled)
-    if top_k is not None and top_k < len(logits):
-        best = _sorted(logits, np.partition(logits, -top_k)[-top_k])
-        total, candidates = weights[best].sum(dtype=np.float64), iter([best])
-    else:
-        total, candidates = weights.sum(dtype=np.float64), _growing_candidates(scaled)
-    for tokens in candidates:
-        sums = np.cumsum(weights[tokens].astype(np.float64) / total)
-        if sums[-1] > (draw if top_p is None else top_p):
-            break
+    weights, buckets, values = np.exp(scaled), _buckets(scaled), logits if few else scaled
+    total = weights.sum(dtype=np.float64)
+    sums = np.cumsum(np.bincount(buckets, weights)) / total
+
+    def find(share: float, side: Literal["left", "right"]) -> tuple[np.integer, float]:
+        """The token at which the cumulative probability reaches (left) or exceeds (right) a share, and that sum."""
+        last = np.searchsorted(sums, sums[-1])  # of the buckets with a probability
+        bucket = int(min(np.searchsorted(sums, share, side), last))
+        tokens = np.flatnonzero(buckets == bucket)
+        tokens = tokens[np.argsort(-values[tokens], kind="stable")]  # ties are in order of the index
+        inside = (sums[bucket - 1] if bucket else 0) + np.cumsum(weights[tokens].astype(np.float64) / total)
+        rank = min(int(np.searchsorted(inside, share, side)), int((weights[tokens] > 0).sum()) - 1)
+        return tokens[rank], inside[rank]
+
     if top_p is not None:
-        sums = sums[: int(np.searchsorted(sums, top_p)) + 1]
-        draw *= sums[-1]
-    rank = min(int(np.searchsorted(sums, draw, side="right")), int((weights[tokens[: len(sums)]] > 0).sum()) - 1)
-    return tokens[rank]
+        end = find(top_p, "left")[1]
+        draw = min(draw * end, np.nextafter(end, 0))
+    token, _ = find(draw, "right")
+    return kept[token] if few else token
 
 
-def _growing_candidates(scaled: np.ndarray) -> Iterator[np.ndarray]:
-    """Tokens in descending order of their logits: first those near the largest (which is 0), then more, finally all.
+def _kth_largest(values: np.ndarray, k: int) -> np.floating:
+    """The k-th largest number. For a small k, first those below a bound are excluded: np.partition of all is slow."""
+    groups = values[: len(values) // (2 * k) * 2 * k].reshape(-1, 2 * k)
+    if len(groups) > 1:
+        values = values[values >= np.partition(groups.max(axis=0), -k)[-k]]
+    return np.partition(values, -k)[-k]
 
-    Sorting the whole vocabulary takes longer than the forward pass of a small model.
-    """
-    for lowest in (-4.0, -6.0, -8.0, -10.0, -np.inf):
-        yield _sorted(scaled, lowest)
 
+def _buckets(scaled: np.ndarray) -> np.ndarray:
+    """The bucket of each token: the buckets are in descending order of `scaled`, whose maximum is 0, and few tokens
+    share one. So only the tokens of one or two buckets are sorted: to sort a vocabulary takes milliseconds.
 
-def _sorted(values: np.ndarray, lowest: float) -> np.ndarray:
-    """The indices of the values >= `lowest`, in descending order of the values; ties are in order of the index."""
-    tokens = np.flatnonzero(values >= lowest)
-    return tokens[np.argsort(-values[tokens], kind="stable")]
+    A bucket is the upper bits of a float32: the exponent and 8 bits of the fraction."""
+    distance = np.abs(scaled, dtype=np.float32)
+    upper = np.minimum(distance, np.float32(104), out=distance).view(np.uint32)  # exp(-104) is 0
+    upper >>= np.uint32(15)
+    first = np.uint32(max(0, int(upper.max()) - BUCKETS + 1))
+    np.maximum(upper, first, out=upper)
+    upper -= first
+    return upper.astype(np.intp)
 
 
 def _not_finite(model: LanguageModel, tokens: np.ndarray) -> ValueError:
@@ -204,7 +220,7 @@ def generate(
         yield token
         step, seen = step + 1, np.concatenate((seen, token[:, None]), axis=1)
         direct = on_logits is None and not len(never)
-        if temperature == 0 and state is not None and state.decoder is not None and direct:
+        if temperature == 0 and state is not None and isinstance(state.decoder, Decoder) and direct:
             choices = vocab_size or model.config.vocab_size
             for following in state.greedy(token, max_tokens - step, choices):
                 if following.min() < 0:

@@ -1,4 +1,4 @@
-"""The tokenizer files in a Hugging Face folder, and tokenization by the library `tokenizers`.
+"""The tokenizer files in a Hugging Face folder, and tokenization with the library `tokenizers`.
 
 tokenizer.json                        vocabulary, merges, added tokens, normalizer, pre-tokenizer, post-processor
 vocab.json, merges.txt                vocabulary and merges; OpenAI names them encoder.json and vocab.bpe
@@ -31,18 +31,18 @@ OPENAI_VOCAB, OPENAI_MERGES = "encoder.json", "vocab.bpe"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
-TOKENIZER_BYTES = 64 << 20  # of tokenizer.json and vocab.json; those of 256,000 tokens have 33 MB
-MERGES_PER_TOKEN = 8  # several pairs may make the same token
-ID_LIMIT = 1 << 24  # upper bound for ids of added tokens
+TOKENIZER_BYTES = 64 << 20  # maximum size of tokenizer.json and vocab.json; with 256,000 tokens they have 33 MB
+MERGES_PER_TOKEN = 8  # maximum; several pairs may merge into the same token
+ID_LIMIT = 1 << 24  # ids of added tokens must be below this
 INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
-GPT2_CLASSES = (  # tokenizers that split text as GPT-2 does; without "Fast" in the name
+GPT2_CLASSES = (  # classes of transformers that split text as GPT-2 does, without the suffix "Fast"
     "GPT2Tokenizer",
     "CodeGenTokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-# Settings in tokenizer.json that change ids, with GPT-2's values. (Unless that is True, null, "" and 0 are valid too.)
+# Settings in tokenizer.json that change ids, with GPT-2's values. Where that is not True, null, "" and 0 mean the same.
 HF_SETTINGS = {
     "normalizer": None,
     "add_prefix_space": False,
@@ -52,7 +52,7 @@ HF_SETTINGS = {
     "end_of_word_suffix": None,
     "ignore_merges": False,
 }
-MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token that change what it matches
+MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token that change which text it matches
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,12 @@ class TokenizerFiles:
     """The contents of a folder's tokenizer files.
 
     file       the file to name in errors: tokenizer.json or vocab.json.
-    merges     each pair with its place in the file;  vocab  may have any type if the file is damaged.
-        document   the contents of tokenizer.json, or None.
-        config     the contents of tokenizer_config.json;  added  every added token.
-        begin_id, end_ids   the ids that begin and end a text; None and () if no file has them.
+    vocab      ids by token; may have any type if the file is damaged.
+    merges     pairs (position in the file, for errors; the two tokens).
+    document   the contents of tokenizer.json, or None.
+    config     the contents of tokenizer_config.json.
+    added      every added token.
+    begin_id, end_ids   the ids that begin and end a text; None and () if no file specifies them.
     """
 
     folder: Path
@@ -98,7 +100,7 @@ class TokenizerFiles:
         return ValueError(f"tokenizer {file or self.file}: {reason}; {ONLY_PLAIN}")
 
     def plain_ranks(self) -> dict[bytes, int]:
-        """The merged tokens and their ids, if this is byte-level BPE like GPT-2's, which tiktoken can compute.
+        """The ids of the tokens that merges form, if this is byte-level BPE like GPT-2's, which tiktoken can compute.
 
         Raises ValueError naming the setting that changes the ids, or the error in a file.
         """
@@ -116,8 +118,8 @@ class TokenizerFiles:
         return _ranks(self.vocab, self.file, self.merges, self.merges_file, others)
 
     def check_prompts(self) -> None:
-        """Raise ValueError naming the setting, if tokens are put around a prompt, or if its added tokens match more
-        than their text."""
+        """Raise ValueError naming the setting if tokens are added around a prompt, or if added tokens match more than
+        their own text."""
         for name in ("add_bos_token", "add_eos_token"):
             self._check_setting(name)
         for token in self.added:
@@ -145,8 +147,7 @@ class TokenizerFiles:
                 raise self.refuse(f"its {name} is {str(value)[:80]!r}")
 
     def library_document(self) -> JsonObject:
-        """The contents of a tokenizer.json that combines all files. Raises ValueError if the files do not determine
-        it."""
+        """The contents of a tokenizer.json that combines all files. Raises ValueError if they do not determine it."""
         document = dict(self.document) if self.document is not None else self._own_document()
         document |= {"truncation": None, "padding": None, "added_tokens": [asdict(token) for token in self.added]}
         if "add_prefix_space" in self.config:
@@ -164,7 +165,7 @@ class TokenizerFiles:
 
     @property
     def _is_gpt2(self) -> bool:
-        """Whether the class in tokenizer_config.json splits text as GPT-2's does: vocabulary and merges do not say."""
+        """Whether the class in tokenizer_config.json splits text as GPT-2's does; vocab and merges do not tell."""
         return self._class.removesuffix("Fast") in GPT2_CLASSES
 
     @property
@@ -194,7 +195,7 @@ class TokenizerFiles:
         return {"version": "1.0", **parts, "model": model}
 
     def _template(self, begin: bool, end: bool) -> JsonObject:
-        """A post-processor that puts special tokens around a text."""
+        """A post-processor that adds special tokens around a text."""
         around = [_named(self.config, self.folder, name) for name in ("bos_token", "eos_token")]
         before, after = around[:1] if begin else [], around[1:] if end else []
         ids = {token.content: token.id for token in self.added}
@@ -225,7 +226,7 @@ def is_tokenizer_folder(folder: Path) -> bool:
 
 
 def incomplete(folder: Path) -> str:
-    """What a folder without a tokenizer has instead, for the end of an error's line; "" if it has nothing like one."""
+    """The end of an error message: what a folder without a tokenizer contains instead; "" if nothing related."""
     for pair in ((HF_VOCAB, HF_MERGES), (OPENAI_VOCAB, OPENAI_MERGES)):
         there = [name for name in pair if (folder / name).is_file()]
         if there:
@@ -241,7 +242,7 @@ def _pair_of_files(folder: Path) -> tuple[Path, Path] | None:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """Read the files in the folder `path`, or those next to the file `path`, a tokenizer.json. Raises ValueError."""
+    """Read the files in the folder `path`, or a file tokenizer.json and those next to it. Raises ValueError."""
     folder, alone = (path.parent, path) if path.is_file() else (path, path / HF_TOKENIZER)
     config = _read_object(folder / HF_CONFIG)
     document, places = None, _pair_of_files(folder)
@@ -302,7 +303,7 @@ def _read_object(file: Path) -> JsonObject:
 
 
 def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
-    """The merges of a vocabulary of this number of tokens, each with its place in the file."""
+    """The merges in a file, each with its position there, for a vocabulary of this number of tokens."""
     if kind := kind_of(file):
         raise ValueError(f"tokenizer {file}: it is {kind}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
@@ -320,7 +321,7 @@ def _added_tokens(
     file: Path, folder: Path, document: JsonObject | None, config: JsonObject, vocab: Mapping[str, object]
 ) -> list[AddedToken]:
     """All added tokens in order of their ids, from all files that list them. A special token without an id gets the
-    next free id, as in transformers."""
+    next unused id, as in transformers."""
     found: dict[str, AddedToken] = {}
     texts: dict[int, str] = {}
     of_vocab = {i: token for token, i in _integers(vocab).items()}
@@ -338,8 +339,8 @@ def _added_tokens(
             or texts.get(number, text) != text
         ):
             raise ValueError(
-                f"tokenizer {file}: {printable(text)} has the id {str(number)[:80]}, which is not the one that its "
-                "other tokens leave free"
+                f"tokenizer {file}: {printable(text)} has the id {str(number)[:80]}; expected its id in the vocabulary "
+                f"or one from 0 to {ID_LIMIT - 1} that no other token has"
             )
         if text in found and found[text].id != number:
             raise ValueError(f"tokenizer {file}: {printable(text)} has the ids {found[text].id} and {number}")
@@ -419,8 +420,8 @@ def as_ids(value: object) -> tuple[int, ...]:
 
 
 def byte_of() -> dict[str, int]:
-    """The byte that each character in vocab.json and merges.txt represents: printable bytes are represented by the
-    character with the same number, the others by U+0100, U+0101, ..."""
+    """The byte that each character in vocab.json and merges.txt represents. Printable bytes are represented by the
+    character with the same code point, the others by U+0100, U+0101, ..."""
     printable_bytes = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable_bytes]
     return {chr(byte): byte for byte in printable_bytes} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -433,11 +434,12 @@ def _is_text(value: object) -> bool:
 def _ranks(
     vocab: object, vocab_file: Path, merges: list[tuple[str, Any]], merges_file: Path, others: set[str]
 ) -> dict[bytes, int]:
-    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes, and the merges, each with its place
-    in the file. `others` are the texts of tokens that are not the result of a merge.
+    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes.
 
-    tiktoken merges the pair with the lowest rank first. Raises ValueError if the merges are not in the order of the
-    ids of their results.
+    merges  each with its position in the file.
+    others  the texts of tokens that are not the result of a merge.
+    tiktoken merges the pair with the lowest rank first, so this raises ValueError if the merges are not in the order
+    of the ids of their results.
     """
     bytes_of = byte_of()
     try:
@@ -466,7 +468,7 @@ def _ranks(
     return ranks
 
 
-# Tokenization by the library
+# Tokenization with the library
 
 
 def library() -> ModuleType | None:
@@ -497,10 +499,11 @@ def with_prefix_space(splitter: Any, wanted: bool) -> Any:
 
 
 class LibraryEncoding:
-    """Encoding by `tokenizers`. The document is the contents of a tokenizer.json.
+    """Encoding by the library `tokenizers`.
 
-    Raises ValueError, naming the file, if the library is not installed or cannot read the document, or gives an added
-    token another id.
+    document  the contents of a tokenizer.json.
+    file      the file to name in errors.
+    Raises ValueError if the library is not installed, cannot read the document, or gives an added token a different id.
     """
 
     def __init__(self, document: JsonObject, file: Path):
@@ -518,8 +521,8 @@ class LibraryEncoding:
         self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
-        """Raise ValueError if two tokens have the same id, or if a byte has no token, which the library leaves out of a
-        text: what it encodes would not be decoded to the same text."""
+        """Raise ValueError if two tokens have the same id, or if a byte has no token: the library drops such bytes, so
+        decoding would not restore the text."""
         model = self.document["model"]
         found: dict[object, str] = {}
         for token, i in model["vocab"].items() if isinstance(model["vocab"], dict) else ():
@@ -543,7 +546,7 @@ class LibraryEncoding:
             return tokenizers.Tokenizer.from_str(json.dumps({**self.document, **changes}))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic in the library is not an Exception
+        except BaseException as error:  # a Rust panic in the library is not an Exception
             raise ValueError(
                 f"tokenizer {self._file}: the package tokenizers cannot read it ({printable(str(error))})"
             ) from None
@@ -588,8 +591,8 @@ class LibraryEncoding:
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
-        """The bytes of each token, by id: if it is not byte-level, the bytes that it adds to a text after another
-        token."""
+        """The bytes of each token, by id. If the encoding is not byte-level, the bytes that the token adds when it
+        follows another token."""
         added = {token["content"]: token["id"] for token in self.document["added_tokens"]}
         vocab = self._recognizing.get_vocab(with_added_tokens=True)
         if self.byte_level:

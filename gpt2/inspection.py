@@ -1,4 +1,4 @@
-"""The data of the inspector: probabilities, attention and what each head does, words, the logit lens.
+"""The inspector's data: probabilities, attention weights and what each head does, words, and the logit lens.
 
 `inspect` returns all of it as JSON for the script pages/inspect.js, and `inspector_page` builds a page from that.
 """
@@ -28,7 +28,7 @@ ROWS = 128  # number of positions whose logits are computed at a time
 BEAM, LONGEST = 12, 16  # for words: the width of the beam search, and the maximum number of tokens
 STANDS_OUT, ENOUGH = 0.2, 3  # the minimum score and number of queries for a pattern to describe a head
 
-# What a head may do: its name, and what it attends to. Of equal scores, the first pattern wins.
+# Attention patterns: a name, and what the head attends to. If scores are equal, the first pattern wins.
 PATTERNS = {
     "previous": ("previous token", "the token just before"),
     "first": ("first token", "the first token of the text; heads often attend to it when they have nothing to add"),
@@ -40,6 +40,7 @@ PATTERNS = {
     ),
     "itself": ("itself", "the token itself"),
 }
+TITLE_LENGTH = 60  # characters of the text in the page's title
 SPREADS = "spreads"
 
 
@@ -69,8 +70,8 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def predictions(trace: Trace) -> JsonObject:
-    """For each token its surprise, -log2 of its probability, and its rank; and for each position the most probable next
-    tokens with their probabilities. The first token has no prediction."""
+    """For each token its surprisal (`surprise`), -log2 of its probability, and its rank; and for each position the most
+    probable next tokens with their probabilities. Nothing predicts the first token."""
     surprise: list[float | None] = [None]
     rank: list[int | None] = [None]
     ids, p = [], []
@@ -94,7 +95,7 @@ def predictions(trace: Trace) -> JsonObject:
 
 def lens(model: GPT2, trace: Trace) -> JsonObject:
     """The logit lens: the most probable next token and its probability if the model ended before each layer, and after
-    the last; the final LayerNorm and the output layer are applied to the residual stream. Both (L + 1, T)."""
+    the last: the final LayerNorm and the output layer applied to the residual stream. Both (L + 1, T)."""
     streams = [layer.stream for layer in trace.layers] + [trace.stream]
     ids = np.empty((len(streams), len(trace.tokens)), dtype=np.int32)
     p = np.empty(ids.shape, dtype=np.float32)
@@ -118,7 +119,7 @@ def lens(model: GPT2, trace: Trace) -> JsonObject:
 
 
 def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarray]:
-    """For each of PATTERNS, the keys that a query attends to under this pattern: (query, key), booleans.
+    """For each of PATTERNS, the keys that each query attends to under this pattern: a boolean mask (query, key).
 
     begins_word  (T,), whether a token begins with a character that is not part of a word, such as a space.
     """
@@ -236,8 +237,8 @@ class Vocabulary:
         return self.tokenizer.tokens.get(i, b"")
 
     def label(self, i: int) -> str:
-        """A token as it is displayed: newlines and tabs as symbols, invisible characters and parts of a character as
-        escape sequences."""
+        """A token as displayed: newlines and tabs as symbols, invisible characters and partial characters as escape
+        sequences."""
         if i in self.special:
             return visible(self.special[i])
         if i not in self.tokenizer.tokens:
@@ -434,7 +435,7 @@ def unpacked(data: JsonObject) -> np.ndarray:
 
 
 def check_weights(model: GPT2, name: str) -> None:
-    """Raise ValueError naming the tensor, if a parameter has values that are not finite."""
+    """Raise ValueError naming the tensor if a parameter has values that are not finite."""
     for tensor, parameter in model.named_parameters():
         values = parameter.numpy()
         bad = int(values.size - np.isfinite(values).sum())
@@ -459,6 +460,7 @@ def check_activations(trace: Trace) -> None:
 
 def inspector_page(data: JsonObject) -> str:
     """The page for a text, from the data that `inspect` returns."""
-    shortened = data["text"][:60].replace("\n", " ")
+    text = " ".join(data["text"].split())
+    shortened = text if len(text) <= TITLE_LENGTH else text[:TITLE_LENGTH].rstrip() + "\u2026"
     script = resource("inspect.js") + resource("inspect_page.js")
     return page(f"Inside the model: {shortened}", resource("inspect.html"), resource("inspect.css"), script, data)

@@ -67,14 +67,14 @@ def interpret(program: io.BytesIO, meanings: Meanings) -> Any:
     try:
         result = machine.run()
     except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error):
-        raise ValueError("its pickle is damaged") from None  # for example an empty stack, or an unknown memo
+        raise ValueError("its pickle is damaged") from None  # for example an empty stack, or an unknown memo index
     _check_size(result, meanings)
     program.seek(machine.position)
     return result
 
 
 class _Machine:
-    """The state of a program: its position, a stack, the marks in it, and numbered objects."""
+    """The state of a running program: its position, a stack, marks in the stack, and the memo (numbered objects)."""
 
     def __init__(self, program: bytes, position: int, meanings: Meanings):
         self.program, self.position, self.meanings = program, position, meanings
@@ -158,8 +158,8 @@ def _is_key(key: object) -> bool:
 
 
 def _check_size(result: object, meanings: Meanings) -> None:
-    """Raise ValueError if the result is nested too deeply, or has too many objects, counting every occurrence.
-    (Before this check, no operation's time depends on the contents of an object.)"""
+    """Raise ValueError if the result is nested too deeply or contains too many objects, counting every occurrence.
+    (No operation before this check takes time that depends on the contents of an object.)"""
     sizes: dict[int, int] = {}  # of containers, by their identity
 
     def size(value: object, depth: int) -> int:
@@ -193,8 +193,8 @@ OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
     b"\x80": lambda machine: machine.read(1),  # PROTO
     b"\x95": lambda machine: machine.read(8),  # FRAME
     b"N": _push(lambda machine: None),
-    b"\x88": _push(lambda machine: True),
-    b"\x89": _push(lambda machine: False),
+    b"\x88": _push(lambda machine: True),  # NEWTRUE
+    b"\x89": _push(lambda machine: False),  # NEWFALSE
     b"J": _push(lambda machine: machine.number("<i")),  # BININT
     b"K": _push(lambda machine: machine.number("<B")),  # BININT1
     b"M": _push(lambda machine: machine.number("<H")),  # BININT2
@@ -212,8 +212,8 @@ OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
     b"(": lambda machine: machine.marks.append(len(machine.stack)),  # MARK
     b"t": _push(lambda machine: tuple(machine.pop_to_mark())),  # TUPLE
     b"\x85": _push(lambda machine: machine.pop_tuple(1)),  # TUPLE1
-    b"\x86": _push(lambda machine: machine.pop_tuple(2)),
-    b"\x87": _push(lambda machine: machine.pop_tuple(3)),
+    b"\x86": _push(lambda machine: machine.pop_tuple(2)),  # TUPLE2
+    b"\x87": _push(lambda machine: machine.pop_tuple(3)),  # TUPLE3
     b"a": lambda machine: machine.append([machine.stack.pop()]),  # APPEND
     b"e": lambda machine: machine.append(machine.pop_to_mark()),  # APPENDS
     b"s": lambda machine: machine.set_items(list(machine.pop_tuple(2))),  # SETITEM
@@ -228,5 +228,5 @@ OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
     b"Q": _push(lambda machine: machine.meanings.stored(machine.stack.pop())),  # BINPERSID
     b"R": _push(_Machine.call),  # REDUCE
     b"\x81": _push(_Machine.call),  # NEWOBJ
-    b"b": _Machine.build,
+    b"b": _Machine.build,  # BUILD
 }

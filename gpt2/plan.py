@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gpt2.cost_model import CARDS, Communication, Device, Kernel
 from gpt2.memory_model import Step, largest_batch, needed, step_memory
 from gpt2.training import setup
 from gpt2.training.options import OptionValues, UsageError, add_options, validate_options
-from tinygrad2 import threads
+from tinygrad2 import machine, threads
 from tinygrad2.backend import get_backend
 from tinygrad2.gpus import find_gpu, peak_tflops
 
@@ -215,6 +216,7 @@ def report(plan: Plan) -> list[str]:
     return [
         f"model      {config.n_parameters:,} parameters ({config.summary()})",
         f"device     {plan.device.name}, {step.precision.name}; {rates}",
+        *([] if step.cuda else _busy(machine.load_average(), os.cpu_count() or 1)),
         f"batch      {plan.step_tokens:,} tokens per step = {factors}",
         "",
         f"{'memory per rank':<24}{'GB':>10}",
@@ -225,8 +227,8 @@ def report(plan: Plan) -> list[str]:
         *_times(plan),
         "",
         f"rate       {plan.tokens_per_second:,.0f} tokens/s" + (f", {plan.mfu:.0%} MFU" if plan.mfu else ""),
-        f"run        {plan.tokens:,} tokens = {plan.tokens / plan.step_tokens:,.0f} steps: {plan.hours:,.2f} hours, "
-        "without evaluations and checkpoints",
+        f"run        {plan.tokens:,} tokens = {plan.tokens / plan.step_tokens:,.0f} steps: "
+        f"{console.duration(3600 * plan.hours)}, without evaluations and checkpoints",
     ]
 
 
@@ -249,18 +251,30 @@ def _times(plan: Plan) -> list[str]:
 
 
 def _fit(plan: Plan) -> list[str]:
-    """The device's memory, whether the step fits, and the largest batch that does."""
-    memory = plan.device.memory
+    """The device's memory, whether the step fits, and other batch sizes that do."""
+    memory, batch = plan.device.memory, plan.step.batch_size
     if memory is None:
         return []
-    fits = "it fits" if needed(plan.step) <= memory else "it does not fit"
+    fits = needed(plan.step) <= memory
     if not plan.largest_batch:
-        advice = "nor does --batch-size 1; see --recompute block, --head-rows, --zero"
+        text = "it does not fit, nor does --batch-size 1; see --recompute block, --head-rows, --zero"
+    elif not fits:
+        text = f"it does not fit; --batch-size {plan.largest_batch:,} or less does"
     else:
-        advice = f"the largest --batch-size that does is {plan.largest_batch:,}"
-    if plan.dividing not in (0, plan.largest_batch):
-        advice += f", or {plan.dividing:,}, which divides the tokens per step"
-    return [f"  {'available':<22}{memory / 1e9:10.3f}  {fits}; {advice}"]
+        text = f"it fits, and so does any --batch-size up to {plan.largest_batch:,}"
+    if plan.dividing and (not fits or plan.dividing > batch):
+        micro_steps = plan.step_tokens // (plan.dividing * plan.step.block_size * plan.step.ranks)
+        unit = "micro-step" if micro_steps == 1 else "micro-steps"
+        text += f" ({plan.dividing:,} takes the same tokens per step in {micro_steps:,} {unit})"
+    return [f"  {'available':<22}{memory / 1e9:10.3f}  {text}"]
+
+
+def _busy(load: float, cores: int) -> list[str]:
+    """A warning if other programs used this machine while its rates were measured."""
+    if load <= cores / 2:
+        return []
+    return [f"load       other programs use the cores (load average {load:.1f} on {cores}): the rates are too low; "
+            "plan again when they have ended"]  # fmt: skip
 
 
 def as_json(plan: Plan) -> str:

@@ -1,9 +1,9 @@
-"""Run a skipped training step again with checks, and say where values first stop being finite.
+"""Run a skipped training step again with checks, and report the first value that is not finite.
 
-train.py skips a step whose loss or gradient is not finite, and writes the first of a run into the folder bad-step-N of
-its out-dir: the weights, the batch, the keys of dropout, and the options. This command names the first tensor with a
-value that is not finite, its operation and its layer, in the forward or the backward pass, and what that suggests. With
---dtype float64 it shows whether the values only overflow.
+train.py skips a step whose loss or gradient is not finite, and saves the first skipped step of a run in the folder
+bad-step-N of its out-dir: the weights, the batch, the dropout keys, and the options. This command reports the first
+tensor with a value that is not finite, its operation and layer, in the forward or backward pass, and the likely cause.
+Run it with --dtype float64 to see whether the cause is an overflow.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from gpt2 import console
-from gpt2.console import Parser, clock
+from gpt2.console import Parser, duration
 from gpt2.page import page, printable, resource, write
-from gpt2.training.options import flag
+from gpt2.training.options import GROUPS, flag
 from gpt2.training.run import LOG, SAMPLES, STARTS, read_log
 from tinygrad2.checkpoint import JsonObject
 
@@ -348,12 +348,23 @@ def report_page(run: Run, previous: Run | None = None, refresh: int | None = Non
     body = (
         f"<header><p>Training run</p><h1>{escape(run.name)}</h1><p>{steps}</p>{bar}</header>",
         f'<dl class="tiles">{"".join(map(tile, figures(run)))}</dl>',
-        section("Curves", f"<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
+        section("Curves", f"{units(run)}<div>{switch}{linear}{logarithmic}</div>" if linear else "", others),
         section("Samples", samples(run)),
         section("Configuration", configuration(run)),
     )
     return page(
         f"{run.name}: training run", "".join(body), resource("report.css"), resource("report.js"), refresh=refresh
+    )
+
+
+def units(run: Run) -> str:
+    """A sentence that relates nats per token to bits per byte, if the bytes of the validation text are recorded."""
+    bits, size = run.bits_per_byte(1.0), run.started("data").get("bytes per token")
+    if bits is None or not is_number(size):
+        return ""
+    return (
+        "<p>Bits per byte can be compared between tokenizers, nats per token cannot. The validation text has "
+        f"{size:.4g} bytes per token, so 1 nat per token is 1 / ({size:.4g} ln\u00a02) = {bits:.4g} bits per byte.</p>"
     )
 
 
@@ -467,7 +478,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
         ("training loss", *((f"{sum(last) / len(last):.4f}", of_last) if last else ("-", ""))),
         ("tokens", short(tokens[-1][1]) if tokens else "-", "seen"),
         ("tokens per second", number(round(speeds[len(speeds) // 2])) if speeds else "-", "median"),
-        ("time", f"{clock(seconds)} {'h' if round(seconds) >= 3600 else 'min'}", "in steps"),
+        ("time", duration(seconds), "in steps"),
     ]
 
 
@@ -534,16 +545,29 @@ def configuration(run: Run) -> str:
     given, command = run.started("given"), run.starts[-1].get("command")
     if not isinstance(command, str):  # a record of an earlier version
         command = shlex.join([*console.script("train").split(), *(word(name, value) for name, value in given.items())])
+    tables = [*option_groups(run), *((part.capitalize(), run.started(part)) for part in ("model", "data", "machine"))]
     parts = []
-    for part, title in (("options", "Options"), ("model", "Model"), ("data", "Data"), ("machine", "Machine")):
+    for title, values in tables:
         rows = [
-            ('class="given"' if part == "options" and name in given else "", [escape(name), escape(shown(value))])
-            for name, value in run.started(part).items()
+            (
+                'class="given"' * (name.startswith("--") and name in map(flag, given)),
+                [escape(name), escape(shown(value))],
+            )
+            for name, value in values.items()
         ]
         parts.append(f"<div><h3>{title}</h3>{table([], rows)}</div>")
     starts = "".join(f"<li>{escape(start(row))}</li>" for row in run.starts)
     shown_command = f'<pre class="command">{escape(printable(command))}</pre>'
     return f'{shown_command}<ol>{starts}</ol><div class="parts">{"".join(parts)}</div>'
+
+
+def option_groups(run: Run) -> list[tuple[str, JsonObject]]:
+    """The options by flag, in the groups of `train.py --help`; those of another version are in a group of their own."""
+    options = run.started("options")
+    other = options.keys() - {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "others": tuple(name for name in options if name in other)}
+    found = {title: {flag(name): options[name] for name in names if name in options} for title, names in groups.items()}
+    return [(f"Options: {title}", values) for title, values in found.items() if values]
 
 
 def word(name: str, value: object) -> str:
@@ -570,6 +594,8 @@ def shown(value: object) -> str:
     """A value of the configuration as text; only the first digits of a fingerprint."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value):
         return value[:12]
     return printable(number(value) if isinstance(value, float) and is_number(value) else str(value))
@@ -590,6 +616,10 @@ class Writer:
         self.out, self.say = out, say
         self.cost, self.written = 0.0, -math.inf
         self.previous: Run | None = None
+
+    def is_old(self) -> bool:
+        """Whether the last update was REFRESH seconds ago, or longer if that is needed to keep to SHARE."""
+        return time.perf_counter() - self.written >= max(REFRESH, self.cost / SHARE)
 
     def update(self, last: bool = False) -> None:
         """Write the page, unless the last update was too recent for the time that it took.
@@ -632,7 +662,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [Run.load(out) for out in options.out]
     file = options.output or (options.out[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
     write(report_page(runs[0], previous_run(options.out[0])) if len(runs) == 1 else comparison_page(runs), file)
-    console.say(str(file))
+    console.say(f"page: {file}; open it in a browser")
     return 0
 
 

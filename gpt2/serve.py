@@ -52,7 +52,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.serve")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command, which runs until Ctrl-C. Exit status: 1 if it cannot start; 2 for an invalid option."""
+    """The command, which runs until Ctrl-C. Exit status: 0; 1 if it cannot start; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 2**16:
@@ -107,7 +107,10 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
     console.say(f"{url} serves the page, {url}/v1 OpenAI's API; Ctrl-C stops the server")
     if options.open:
         webbrowser.open(url)
-    web.serve(served, listening)
+    try:
+        web.serve(served, listening)
+    except KeyboardInterrupt:
+        console.print_error("stopped")
 
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:

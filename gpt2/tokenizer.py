@@ -1,5 +1,5 @@
-"""Encoding of text as token ids, and decoding. tiktoken computes GPT-2's byte-level BPE; `tokenizers`, if it is
-installed, computes any tokenizer in a Hugging Face folder."""
+"""Encode text as token ids, and decode ids to text. tiktoken computes GPT-2's byte-level BPE; the library
+`tokenizers`, if it is installed, runs any tokenizer in a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Tokenizer:
                  each is one token.
     end_of_text  the id that separates documents, and ends a generated text; None for a vocabulary of characters.
     end_ids      every id that ends a generated text, end_of_text first.
-    begin        the id with which a text without a prompt begins.
+    begin        the id that starts a text generated without a prompt.
 
     Create one with `Tokenizer.load`.
     """
@@ -135,7 +135,8 @@ class Tokenizer:
         """The tokenizer called `name`.
 
         "bytes"   256 bytes and <|endoftext|>; needs no file.
-        "gpt2"    GPT-2's, which tiktoken downloads once into TIKTOKEN_CACHE_DIR (by default a temporary folder).
+        "gpt2"    GPT-2's vocabulary, which tiktoken downloads once to TIKTOKEN_CACHE_DIR (by default a temporary
+                  folder).
         a path    a .tiktoken file (lines of base64 token and rank), used with GPT-2's pattern, with the first unused id
                   as <|endoftext|>; a Hugging Face folder with tokenizer.json, or with vocab.json and merges.txt (or
                   encoder.json and vocab.bpe), with its added tokens; nanoGPT's meta.pkl; or a folder written by
@@ -173,9 +174,9 @@ class Tokenizer:
     def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
         """The tokenizer of the model in `folder`: the one saved there, or else the built-in one of this size.
 
-        If the model is a file: the tokenizer saved next to it, unless only a built-in one has the right size. Added
-        tokens whose ids the model does not have are omitted. Raises ValueError if no tokenizer of this size is known,
-        or if the one in the folder has more tokens than the model.
+        For a model file, the tokenizer saved next to it, unless only a built-in one has the right size. Added tokens
+        whose ids are outside the model's vocabulary are omitted. Raises ValueError if no tokenizer of this size is
+        known, or if the one in the folder has more tokens than the model.
         """
         folder, is_file = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
         names = (VOCABULARY_FILE, HF_MERGES, OPENAI_MERGES, HF_TOKENIZER, CHARACTERS_FILE)
@@ -244,8 +245,8 @@ class Tokenizer:
         """The ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
 
         special_tokens  encode the text of each added token as one token; otherwise it is plain text.
-        continues       the text follows another part of the same text, so a tokenizer that puts a space before a text
-                        does not put one here.
+        continues       the text follows another part of the same text, so a tokenizer that adds a leading space to
+                        each text does not add one here.
 
         Raises ValueError for a character that is not in a vocabulary of characters.
         """
@@ -277,8 +278,8 @@ class Tokenizer:
         return {token.content: token.id for token in self.added}
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """The ids of a prompt. Added tokens are recognized, and tokens that the tokenizer puts around a text, such as a
-        begin token, are included."""
+        """The ids of a prompt. Added tokens are recognized, and the tokens that the tokenizer adds around a text, such
+        as a begin token, are included."""
         if not isinstance(self._encoding, LibraryEncoding):
             return self.encode(text, special_tokens=True)
         try:
@@ -293,8 +294,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `ids`, for streaming, since a character may be spread over several tokens. If the tokenizer is
-        not byte-level, the bytes that they add to a text after another token.
+        """The bytes of `ids`, for streaming, since a character may span several tokens. If the tokenizer is not
+        byte-level, the bytes that each token adds when it follows another token.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -332,12 +333,11 @@ class Tokenizer:
         (folder / VOCABULARY_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
-        """Write the tokenizer for transformers: vocab.json and merges.txt, or tokenizer.json, and
-        tokenizer_config.json.
+        """Write the files that transformers reads: tokenizer_config.json, and vocab.json with merges.txt, or
+        tokenizer.json.
 
+        n_positions  the model's context length, which transformers stores with the tokenizer.
         Raises ValueError if the vocabulary cannot be built by merging pairs of tokens.
-
-        n_positions  the model's context, which transformers stores with the tokenizer.
         """
         folder, encoding = Path(folder), self._written
         text_of = {token.id: token.content for token in self.added}
@@ -432,8 +432,8 @@ class Characters:
 def _make(
     name: str, ranks: dict[bytes, int], path: Path, pattern: str = GPT2_PATTERN, built_in: bool = False
 ) -> Tokenizer:
-    """The tokenizer of these tokens and their ranks, which are the ids; a lower rank merges first. <|endoftext|> gets
-    the first unused id."""
+    """The tokenizer with these tokens. Their ranks are their ids, and pairs of lower rank merge first. <|endoftext|>
+    gets the first unused id."""
     mark = AddedToken(END_OF_TEXT, _first_free(ranks.values()))
     _check_ids(ranks, [mark], path)
     return Tokenizer(name, _byte_pairs(name, ranks, pattern), [mark], built_in=built_in)
@@ -445,7 +445,7 @@ def _byte_pairs(name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN)
 
 
 def _first_free(ids: Iterable[int]) -> int:
-    """The first id that is not among these."""
+    """The lowest unused id."""
     taken = set(ids)
     return next(i for i in range(len(taken) + 1) if i not in taken)
 
@@ -575,8 +575,8 @@ def _is_characters(values: object) -> TypeGuard[list[str]]:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """Read a .tiktoken file. tiktoken's own reader is not used: it caches by path and misses later changes of a
-    file."""
+    """Read a .tiktoken file. tiktoken's own reader is not used, because it caches by path and misses later changes to
+    the file."""
     ranks = {}
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:

@@ -1,8 +1,8 @@
-"""trace(model, tokens): all values that a model computes from a text to the probabilities of the next token.
+"""trace(model, tokens): the intermediate values of a forward pass, from the embeddings to the logits.
 
 `tinygrad2.tracing` reports every operation of the forward pass. The tracer follows the residual stream through them: it
-starts as the token embedding, and every attention and MLP adds its output to it. This works for every model that uses
-the engine's operations and adds to its stream with `+` or `ops.add_layernorm`.
+starts as the token embedding, and each attention and MLP adds its output to it. This works for any model that uses
+the engine's operations and adds to its residual stream with `+` or `ops.add_layernorm`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class LayerTrace:
     _weights: Callable[[], np.ndarray] | None = None
 
     def weights(self) -> np.ndarray:
-        """The attention weights, (H, T, T): head, query, key. The weights of a query add up to 1; later keys get 0.
+        """The attention weights, (H, T, T): head, query, key. The weights of a query sum to 1; later keys get 0.
 
-        Attention kernels do not store them, so they are computed here, in every call, from the queries and keys.
+        Attention kernels do not store them, so each call computes them from the queries and keys.
         Raises ValueError if the layer has no attention.
         """
         if self._weights is None:
@@ -55,7 +55,7 @@ class Trace:
     layers     one LayerTrace per layer, in order.
     stream     (T, C), the residual stream after the last layer.
     features   (T, C), the input of the output layer: the normalized stream.
-    logits     (T, V); softmax(logits[t]) are the probabilities of token t + 1.
+    logits     (T, V); softmax(logits[t]) is the predicted distribution of token t + 1.
     """
 
     tokens: np.ndarray
@@ -69,7 +69,7 @@ class Trace:
 def trace(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> Trace:
     """The activations of `model` for the ids `tokens` (T,), without dropout and without gradients.
 
-    Raises ValueError if `tokens` is empty, is not one text, or is longer than the model's context, or if the model has
+    Raises ValueError if `tokens` is empty, not one-dimensional, or longer than the model's context, or if the model has
     no embedding.
     """
     ids = np.asarray(tokens, dtype=np.int64)

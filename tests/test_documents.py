@@ -147,6 +147,6 @@ def test_readme_is_short():
 
 def test_one_version():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"^## \[?([\d.]+)", changes, re.MULTILINE)[1] == tinygrad2.__version__
+    assert re.search(r"^## \[([^\]]+)\]", changes, re.MULTILINE)[1] == tinygrad2.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == tinygrad2.__version__

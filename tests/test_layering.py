@@ -42,7 +42,7 @@ MODEL = (
     ("huggingface_tokenizer",),
     ("tokenizer",),
     ("language_model",),
-    ("decode", "trace"),
+    ("cpu_decode", "decode", "trace"),
     ("generate",),
     ("completions", "formats"),
     ("model",),

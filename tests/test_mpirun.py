@@ -146,13 +146,14 @@ optim.AdamW.step = recorded
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_one_two_and_four_ranks_compute_the_same(user, dtype):
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float64"), ("muon", "float64")])
+def test_one_two_and_four_ranks_compute_the_same(user, optimizer, dtype):
     """1 x 4, 2 x 2 and 4 x 1 micro-steps, with dropout; also with sharded moments."""
     again = ["--recompute", "block"]
     layouts = (("1", 1, []), ("2", 2, []), ("4", 4, []), ("z2", 2, ["--zero"]), ("z4", 4, ["--zero"]), ("r2", 2, again))
     for name, ranks, more in layouts:
-        run(ranks, *SAME, "--dtype", dtype, *more, "--out-dir", name, patch=FIRST_GRADIENTS)
+        options = [*SAME, "--optimizer", optimizer, "--dtype", dtype, *more]
+        run(ranks, *options, "--out-dir", name, patch=FIRST_GRADIENTS)
     for name in ("2", "4", "z2", "z4", "r2"):
         np.testing.assert_allclose(losses(name), losses("1"), rtol=1e-5)
         np.testing.assert_allclose(validation(name), validation("1"), rtol=1e-5)
@@ -168,7 +169,8 @@ def test_ranks_compute_the_same_in_bfloat16(user):
     patch = FIRST_GRADIENTS + "from tinygrad2.kernels import onednn\nonednn.library = lambda: None\n"
     patch += "onednn.unavailable_reason = lambda: None\n"
     for name, ranks, more in (("1", 1, []), ("2", 2, []), ("z2", 2, ["--zero"]), ("r2", 2, ["--recompute", "block"])):
-        run(ranks, *SAME, "--dtype", "bfloat16", *more, "--out-dir", name, patch=patch)
+        options = [*SAME, "--optimizer", "adamw", "--dtype", "bfloat16", *more]
+        run(ranks, *options, "--out-dir", name, patch=patch)
         np.testing.assert_allclose(losses(name), losses("1"), rtol=2e-3)
     np.testing.assert_array_equal(losses("r2"), losses("2"))
     assert distance(arrays("r2"), arrays("2")) == 0
@@ -219,13 +221,13 @@ def test_a_new_run_has_the_same_tokens_per_step_on_any_number_of_ranks(user):
     common = ["--max-iters", "3", "--dtype", "float64", "--dropout", "0"]
     for ranks in (1, 2, 4):
         out, _ = run(ranks, *common, "--out-dir", f"n{ranks}")
-        assert "batch      128 tokens per step" in out
-        assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [128, 256, 384]
+        assert "batch      256 tokens per step" in out
+        assert [row["tokens"] for row in read_log(Path(f"n{ranks}/log.jsonl"))] == [256, 512, 768]
         np.testing.assert_allclose(losses(f"n{ranks}"), losses("n1"), rtol=1e-9)
     out, _ = run(3, *common, "--out-dir", "n3")
-    assert "batch      8 sequences per step do not divide among 3 ranks; 9 are used" in out
+    assert "batch      16 sequences per step do not divide among 3 ranks; 18 are used" in out
     run(2, "--max-iters", "5", "--out-dir", "n4")  # on fewer ranks
-    assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 128
+    assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 256
 
 
 def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):

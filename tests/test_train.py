@@ -52,7 +52,7 @@ def test_a_crashed_run_resumes_bit_identically(workspace, monkeypatch, capsys, m
     assert_same_run("whole", "cut")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_bit_identically(workspace, capsys, optimizer):
     given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
     run("--out-dir", "whole", "--max-iters", "6", *given)
@@ -121,6 +121,16 @@ def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(work
     monkeypatch.setattr(train.StopRequest, "__exit__", lambda *ignored: None)
     run("--max-iters", "12")
     assert steps == [0, 4, 8, 10, 10, 11]
+
+
+def test_the_report_of_slow_steps_is_written_between_evaluations(workspace, monkeypatch):
+    steps = []
+    page = report.report_page
+    monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
+    monkeypatch.setattr(report, "SHARE", 1e9)
+    monkeypatch.setattr(report, "REFRESH", 0)
+    run("--max-iters", "3", "--eval-interval", "0")
+    assert steps == [0, 1, 2, 3]
 
 
 def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):

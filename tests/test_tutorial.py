@@ -213,8 +213,8 @@ def test_the_script_draws(name, tmp_path):
         pictures.PICTURES[name](name)
     drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
     kept = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
-    assert pictures.STYLE in drawn
-    assert "#ffffff" not in drawn.replace(pictures.STYLE, "")  # the colour of the paper is a variable
+    assert pictures.drawing.STYLE in drawn
+    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the colour of the paper is a variable
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (drawn, kept)]
     assert texts[0] == texts[1]
 

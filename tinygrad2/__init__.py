@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinygrad2.tensor import Tensor, record
     from tinygrad2.tracer import tracing
 
-__version__ = "0.9.0"
+__version__ = "1.0.0rc1"
 
 __all__ = ["Key", "Tensor", "functional", "nn", "no_grad", "ops", "optim", "recompute", "record", "tracing"]
 

@@ -2,7 +2,7 @@
 
 A forward pass records a graph of nodes. Each node refers to the nodes that computed its inputs, and can compute their
 gradients from its own. Nodes are numbered as they are created, so visiting them from the highest number to the
-lowest reaches every node after all nodes that used its results: the backward pass is one sorted loop, no recursion.
+lowest reaches every node after all nodes that use its results: the backward pass is one sorted loop, without recursion.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 def new_number() -> int:
-    """A number greater than that of every node so far."""
+    """A number greater than that of any existing node."""
     return next(_numbers)
 
 
@@ -56,7 +56,7 @@ Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any],
 
 
 def zeros(form: Form) -> Array:
-    """A buffer in which gradients of this form are summed."""
+    """A buffer of zeros for summing gradients of this form; float32 for bfloat16 gradients."""
     _, shape, dtype, library_zeros = form
     return library_zeros(shape, sum_dtype(dtype))
 
@@ -67,8 +67,8 @@ class Leaf:
     grad      the gradient summed so far, or None before the first contribution.
     forms     a tuple with the form of the gradient, as in a Node with one result.
     on_final  called without arguments when a backward pass has added its last contribution to `grad`.
-    written   when the leaf's data was last changed in place, as a number in the order of Node.number; -1 for never.
-    memory    the arrays that were changed at that time.
+    written   when the leaf's data was last changed in place, in the same sequence as Node.number; -1 if never.
+    memory    the arrays that were changed then.
     """
 
     __slots__ = ("grad", "forms", "on_final", "written", "memory")
@@ -81,13 +81,13 @@ class Leaf:
         self.memory: tuple[Array, ...] = ()
 
     def buffer(self) -> Array:
-        """The array that gradients are added to; created and zeroed at the first call."""
+        """The array that gradients are added to; created, filled with zeros, on the first call."""
         if self.grad is None:
             self.grad = zeros(self.forms[0])
         return self.grad
 
     def mark_written(self, *memory: Array) -> None:
-        """Note that these arrays have just been changed in place, so that what earlier operations saved is invalid."""
+        """Record that these arrays were just changed in place, which invalidates what earlier operations saved."""
         self.written, self.memory = next(_numbers), memory
 
 
@@ -137,7 +137,7 @@ Edge = tuple[Node | Leaf, int]
 
 
 class GradientBuffers:
-    """The gradient buffers of a node's parents, which its backward function may add to: its argument `into`."""
+    """The argument `into` of a backward function: the gradient buffers of the node's parents, which it may add to."""
 
     __slots__ = ("_pending", "_parents")
 
@@ -193,7 +193,7 @@ class _PendingGradients:
         return gradient
 
     def get(self, edge: Edge | None) -> Array | None:
-        """The gradient that has arrived at an edge so far, or None."""
+        """The gradient accumulated at an edge so far, or None."""
         if edge is None:
             return None
         return edge[0].grad if isinstance(edge[0], Leaf) else self._gradients.get(edge, (None, False))[0]
@@ -217,7 +217,7 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
     Gradients are summed into `Leaf.grad` until they are cleared. The data that a node saved is freed as soon as its
     backward function has run, so a graph can be used once.
 
-    recomputed  the number of the operation whose graph this is, if it was recorded again for the backward pass.
+    recomputed  if recompute() recorded this graph during the backward pass, the number of the recompute operation.
     Raises RuntimeError if a part of the graph has been used before, or if data that it needs has been changed;
     TypeError or ValueError if a backward function returns something other than the gradients of its parents.
     """
@@ -276,7 +276,7 @@ def _wrong_results(node: Node, results: Any, n: int) -> Exception:
 
 
 def _checked(node: Node, i: int, returned: Any, form: Form) -> Array:
-    """Check a gradient that does not have exactly the form of parent i. Raises an error if it is not acceptable."""
+    """Check a gradient that is not exactly of parent i's form. Raises TypeError or ValueError if it is not allowed."""
     kind, shape, dtype, _ = form
     what, gradient = f"{node.operation}: backward returned for parent {i}", as_array(returned)
     array_type: type[Any] = numpy.ndarray if issubclass(kind, numpy.ndarray) else kind
@@ -346,7 +346,7 @@ _CHANGED = (
 
 
 def _arrays(saved: Any) -> Iterator[Array]:
-    """Every array in what a node saved."""
+    """Every array among the values that a node saved."""
     if isinstance(saved, tuple | list):
         for item in saved:
             yield from _arrays(item)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
@@ -28,6 +28,9 @@ from tinygrad2.array import Array
 from tinygrad2.files import write_error
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_take
 from tinygrad2.precision import Precision, PrecisionLike
+
+if TYPE_CHECKING:
+    from tinygrad2.kernels.program import Program
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -139,6 +142,15 @@ class Backend:
             out[...] = values.astype(out.dtype)
         else:
             overrides.convert(values, out)
+
+    def program(self, rows: int, head_size: int) -> Program | None:
+        """An empty sequence of kernels, for activations with this number of rows and attention heads of this size, to
+        run by one compiled call; None if it does not support them. See kernels/program.py."""
+        if self.cuda is not None or _cpu_overrides() is None:
+            return None
+        from tinygrad2.kernels.program import Program
+
+        return Program() if Program.supports(rows, head_size) else None
 
     def timestamp(self) -> Timestamp:
         """A timestamp in the device's stream, for `seconds`."""

@@ -33,7 +33,7 @@ from tinygrad2.files import atomic_write
 Gemm = Any  # a ctypes function, whose class has no public name
 ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112  # the constants of cblas.h
 
-# Prefix and suffix of the names, and whether integers have 64 bits: NumPy's own OpenBLAS first.
+# Prefix and suffix of the function names, and whether integers are 64-bit. NumPy's own OpenBLAS comes first.
 _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False), ("", "", False))
 
 
@@ -44,7 +44,7 @@ class Library:
     name        the value of TINYGRAD2_BLAS that selects it.
     title       its name and version, such as "OpenBLAS 0.3.31 (SkylakeX)".
     functions   cblas_?gemm by dtype; an empty dict if there is no such interface.
-    wide        whether the integers of the functions have 64 bits.
+    wide        whether the functions take 64-bit integers.
     sequential  whether it always computes on the calling thread, regardless of threads.py.
     calls       (address of the function, wide) by dtype, for compiled code.
     """
@@ -85,7 +85,7 @@ def _mkl() -> Library | None:
 
 
 def _functions_of(library: ctypes.CDLL) -> tuple[dict[str, Gemm], bool]:
-    """The functions by dtype, and whether their integers have 64 bits; an empty dict if the library has none."""
+    """The functions by dtype, and whether they take 64-bit integers; an empty dict if the library has none."""
     for prefix, suffix, wide in _SPELLINGS:
         if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
             found = {
@@ -103,7 +103,7 @@ def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wi
     return function
 
 
-# Which library -------------------------------------------------------------------------------------------------------
+# Choice of the library -----------------------------------------------------------------------------------------------
 
 NUMPYS = _numpys()
 GAIN = 1.1  # minimum speedup over NumPy's library for another one to be used
@@ -213,7 +213,7 @@ def _cached_rates() -> dict[str, float]:
 
 
 def _cache_rates(found: dict[str, float]) -> None:
-    """Cache them on disk. If the folder is not writable, they are measured in every process."""
+    """Cache rates on disk. If the folder is not writable, every process measures them again."""
     kept = {}
     with suppress(OSError, ValueError, TypeError):
         kept = dict(json.loads(_file().read_text(encoding="utf-8")))
@@ -233,7 +233,7 @@ def _file() -> Path:
 def gemm(
     a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False, library: Library | None = None
 ) -> None:
-    """out = a b, or out += a b: matrices (m, k), (k, n), (m, n) of one dtype.
+    """out = a b, or out += a b if `accumulate`: matrices (m, k), (k, n), (m, n) of the same dtype.
 
     library  used instead of the chosen one.
     """
@@ -261,7 +261,7 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
 
 
 def layout(matrix: np.ndarray) -> tuple[int, int] | None:
-    """How BLAS reads the matrix: PLAIN or TRANSPOSED, and its leading dimension; None if it cannot."""
+    """How BLAS can read the matrix: PLAIN or TRANSPOSED, and its leading dimension; None if it cannot."""
     if not matrix.dtype.isnative or any(stride % matrix.itemsize for stride in matrix.strides):
         return None
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are written completely or not at all, with a checksum of every file.
+"""Checkpoints: folders that are written atomically, with a checksum for every file.
 
-A checkpoint is filled under a temporary name, every file is listed with its SHA-256 in `manifest.json` and flushed to
-the disk, and only then is it renamed (see files.atomic_write). If the writing is interrupted, its name refers to
-nothing, to the old folder, or to the new one.
+A checkpoint is written under a temporary name, every file is listed with its SHA-256 in `manifest.json` and flushed to
+disk, and only then is the folder renamed (see files.atomic_write). If writing is interrupted, there is no folder of
+that name, or the old one, or the complete new one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save_file
 from tinygrad2.files import atomic_write
 
 MANIFEST = "manifest.json"
-JSON_BYTES = 8 << 20  # of a file that is read; its values take up to 40 times the memory
+JSON_BYTES = 8 << 20  # maximum size of a JSON file; parsed, it can take up to 40 times as much memory
 _NAME = re.compile(r"ckpt-(\d+)")
-JsonObject = dict[str, Any]  # as json.loads gives it
+JsonObject = dict[str, Any]  # as json.loads returns it
 
 
 class CheckpointError(ValueError):
@@ -36,9 +36,9 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; on leaving, lists its checksums, flushes it and renames it to `folder`.
+    """Yields an empty folder to fill; on exit, lists its checksums, flushes it and renames it to `folder`.
 
-    A folder of that name is replaced. If the block raises, what was written is removed and `folder` is unchanged.
+    An existing `folder` is replaced. If the block raises, what was written is removed and `folder` is unchanged.
     """
     with atomic_write(folder) as partial:
         partial.mkdir(parents=True)
@@ -85,7 +85,7 @@ def find(out: Path) -> list[Path]:
 
 
 def newest(out: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `out` that verifies, or None, and a line about each newer one that is damaged."""
+    """The newest intact checkpoint in `out`, or None, and an error message for each newer one, which is damaged."""
     damaged: list[str] = []
     for folder in find(out):
         try:
@@ -99,7 +99,7 @@ def newest(out: Path) -> tuple[Path | None, list[str]]:
 def prune(out: Path, keep: int, spare: set[str]) -> list[str]:
     """Delete all but the `keep` newest checkpoints in `out` and those named in `spare`.
 
-    Returns a line about each that the file system does not let go, such as where NFS keeps a file that is open.
+    Returns an error message for each one that cannot be deleted, for example because NFS keeps files that are open.
     """
     left = []
     for folder in find(out)[keep:]:
@@ -112,7 +112,7 @@ def prune(out: Path, keep: int, spare: set[str]) -> list[str]:
 
 
 def step_of(folder: Path) -> int:
-    """The step after which a checkpoint of this name was written."""
+    """The step after which a checkpoint of this name was written. Raises ValueError for any other name."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder}: not the name of a checkpoint; expected ckpt-NUMBER")
@@ -127,12 +127,12 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
         save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path, metadata)
     except SafetensorError as error:  # the library's error for a full disk
         raise OSError(f"{path}: cannot be written ({error})") from None
-    with suppress(OSError):  # (some file systems have no modes)
+    with suppress(OSError):  # (some file systems have no permissions)
         path.chmod(mode)  # the library creates files that only their owner can read
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read what save_arrays wrote. Raises CheckpointError naming the file."""
+    """Read a file written by save_arrays. Raises CheckpointError naming the file."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -16,8 +16,8 @@ import threadpoolctl
 
 
 def blas() -> dict[str, Any]:
-    """The BLAS library: FLOP/s in float32, threadpoolctl's description of NumPy's libraries, MKL's version if it is
-    used, and a description of the library that was chosen."""
+    """The BLAS library: FLOP/s in float32 on all threads and on one, threadpoolctl's description of NumPy's libraries,
+    MKL's version if it is used, and a description of the library that was chosen."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     from tinygrad2 import backend, blas  # imported late, since it may load MKL
 
@@ -25,8 +25,13 @@ def blas() -> dict[str, Any]:
     mkl = metadata.version("mkl") if blas.chosen().name == "mkl" and compiled else None
     multiply = blas.gemm if mkl else numpy.matmul
     x, y = numpy.ones((2, 1024, 1024), dtype="float32")
-    seconds = min(timeit.repeat(lambda: multiply(x, x, y), number=1, repeat=4))
-    return {"speed": 2 * 1024**3 / seconds, "libraries": libraries, "mkl": mkl, "chosen": blas.description()}
+
+    def speed() -> float:
+        return 2 * 1024**3 / min(timeit.repeat(lambda: multiply(x, x, y), number=1, repeat=4))
+
+    with threadpoolctl.threadpool_limits(1):
+        alone = speed()
+    return {"speed": speed(), "on_one_thread": alone, "libraries": libraries, "mkl": mkl, "chosen": blas.description()}
 
 
 def compiled_kernels() -> dict[str, Any]:

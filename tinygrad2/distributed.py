@@ -1,16 +1,16 @@
 """Several processes that train one model together: the ranks of an MPI job, or a single process.
 
-Every rank holds the same parameters and computes the gradients of its own part of each batch. Ranks communicate through
-a `Comm`: `world()` returns that of this process, and its callers need not know whether there is more than one rank.
+Every rank has a copy of the parameters and computes the gradients of its own part of each batch. Ranks communicate
+through a `Comm`: `world()` returns the one for this process, and callers need not know how many ranks there are.
 
-The all-reduce is a reduce-scatter and an all-gather written here: each rank receives all contributions to its own share
-of a buffer, adds them up in the order of the ranks, and sends the result to the others. No all-reduce moves less data,
-both directions of every link are used, and two runs on the same number of ranks give the same bits with every MPI
+The all-reduce is implemented here, as a reduce-scatter and an all-gather: each rank receives all contributions to its
+own share of a buffer, sums them in rank order, and sends the result to the others. It moves the minimum amount of data,
+uses both directions of every link, and gives the same bits in every run on the same number of ranks, with any MPI
 library.
 
 A rank that fails ends the job. An uncaught exception is printed and aborts every rank. A process that was killed or
-stopped cannot report it. Therefore a background thread of each rank sends a heartbeat, however long a step, a
-checkpoint or a compilation takes.
+stopped cannot report it. Therefore each rank sends heartbeats from a background thread, also during a long step,
+checkpoint or compilation.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from tinygrad2.machine import cores, install_command
 
 T = TypeVar("T")
 
-HEARTBEAT = 1.0  # seconds between two heartbeats
+HEARTBEAT = 1.0  # seconds between heartbeats
 TIMEOUT = 20.0  # seconds without a heartbeat after which a rank counts as dead
-POLL = 5e-5  # seconds between two tests of a transfer: MPI makes progress only when it is called
+POLL = 5e-5  # seconds between polls of a transfer: MPI makes progress only when it is called
 POLL_WHILE_COMPUTING = 2e-4  # the same while the caller computes
-RECEIVE_BUFFER = 16 << 20  # bytes that a sum receives at a time
+RECEIVE_BUFFER = 16 << 20  # maximum size of the receive buffer of a sum, in bytes
 ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits anyway
 
 # Environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
@@ -58,9 +58,9 @@ LAUNCHERS = (
 class Comm(Protocol):
     """Communication between ranks. Every method but `abort` is called by all ranks, in the same order.
 
-    rank, size  the number of this rank, and of all ranks.
+    rank, size  this rank, from 0 to size - 1, and the number of ranks.
     waited      seconds that the caller has spent waiting for other ranks so far, in `waiting()`.
-    idle_cores  number of this machine's cores that the launcher may use but to which it has bound no rank.
+    idle_cores  number of this machine's cores that the launcher may use but has not bound any rank to.
     """
 
     rank: int
@@ -69,35 +69,35 @@ class Comm(Protocol):
     idle_cores: int
 
     def from_root(self, function: Callable[[], T]) -> T:
-        """The result of function(), which rank 0 calls when all ranks have called this, broadcast to all of them.
+        """Call function() on rank 0 once all ranks have reached this call, and broadcast its result to all of them.
 
         If it raises, rank 0 raises and the other ranks exit silently.
         """
 
     def all_gather(self, array: numpy.ndarray) -> numpy.ndarray:
-        """The arrays of all ranks, of one shape and dtype, stacked in the order of the ranks."""
+        """The arrays of all ranks, of the same shape and dtype, stacked in rank order: (size, *array.shape)."""
 
     def gather_shares(self, share: numpy.ndarray, whole: numpy.ndarray | None) -> None:
         """Gather the shares of all ranks in `whole`, a flat host array, on rank 0; other ranks pass None."""
 
     def start_sum(self, flat: numpy.ndarray, share_only: bool, after: Callable[[], None]) -> Future[None]:
-        """Start to sum a flat host array over the ranks, in place; with share_only, only this rank's share of it.
+        """Start summing a flat host array over the ranks, in place; with share_only, only this rank's share of it.
 
         after  called first, in the background: it waits until the array is ready.
         """
 
     def start_all_gather(self, flat: numpy.ndarray, after: Callable[[], None]) -> Future[None]:
-        """Start to fill a flat host array, of which each rank has its own share, with the shares of the others."""
+        """Start filling a flat host array, of which each rank has its own share, with the shares of the others."""
 
     def nccl(self, device: Backend) -> NcclComm | None:
         """Communication from GPU to GPU for arrays of this backend, or None if they pass through host memory.
 
-        Available if each rank has its own GPU and NCCL is installed. The first call is made by all ranks.
+        Available if each rank has its own GPU and NCCL is installed. All ranks must make the first call.
         """
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside this context the caller only waits for operations that were started; the time is added to `waited`."""
+        """Inside this context, the caller only waits for operations already started; the time is added to `waited`."""
         yield
 
     def silence_other_ranks(self) -> None:
@@ -108,12 +108,12 @@ class Comm(Protocol):
 
 
 def share(n: int, rank: int, size: int) -> tuple[int, int]:
-    """A rank's share (start, stop) of n numbers: contiguous, in the order of the ranks, of nearly equal size."""
+    """A rank's share (start, stop) of n numbers. Shares are contiguous, in rank order, and of nearly equal size."""
     return n * rank // size, n * (rank + 1) // size
 
 
 class Staging:
-    """Host memory for the transfer of an array between its device and other ranks, reused in every step."""
+    """Host memory for transferring an array between its device and other ranks, reused in every step."""
 
     def __init__(self) -> None:
         self.host: numpy.ndarray | None = None
@@ -132,7 +132,7 @@ class HostTransfer:
         self._future = start(self._host, after=self.wait_for_device)
 
     def finish(self) -> None:
-        """Wait for the other ranks, and start to copy the result back."""
+        """Wait for the other ranks, and start copying the result back."""
         self._future.result()
         self._device.copy_back(self._host, self._array)
 
@@ -156,7 +156,7 @@ class NcclComm:
     Every method launches an operation and returns; the host never waits. A transfer starts when all operations
     launched before it are done; an operation launched after `join` starts when all transfers are done.
 
-    identity  of this group of ranks, from rank 0's `nccl.get_unique_id()`.
+    identity  the unique id of this group of ranks, from rank 0's `nccl.get_unique_id()`.
     """
 
     def __init__(self, device: Backend, nccl: Any, rank: int, size: int, identity: Any):
@@ -169,10 +169,10 @@ class NcclComm:
         self._codes = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self._communicator = nccl.NcclCommunicator(size, identity, rank)
         self._stream = device.np.cuda.Stream(non_blocking=True)
-        self._in_flight: list[Array] = []  # keeps their memory from being reused
+        self._in_flight: list[Array] = []  # references that keep the memory from being reused
 
     def start_sum(self, flat: Array, share_only: bool = False) -> None:
-        """Start to sum a flat array over the ranks, in place; with share_only, only this rank's share of it."""
+        """Start summing a flat array over the ranks, in place; with share_only, only this rank's share of it."""
         pointer, code = self._begin(flat)
         add, stream = self._nccl.NCCL_SUM, self._stream.ptr
         if share_only:
@@ -183,7 +183,7 @@ class NcclComm:
         self._nccl.groupEnd()
 
     def start_all_gather(self, flat: Array) -> None:
-        """Start to fill a flat array, of which each rank has its own share, with the shares of the others."""
+        """Start filling a flat array, of which each rank has its own share, with the shares of the others."""
         pointer, code = self._begin(flat)
         for root, (start, count) in enumerate(self._shares(flat)):
             self._communicator.bcast(pointer + start, count, code, root, self._stream.ptr)
@@ -192,7 +192,7 @@ class NcclComm:
     def join(self) -> None:
         """Make the current stream wait for all transfers."""
         self._cuda.get_current_stream().wait_event(self._event(self._stream))
-        self._in_flight.clear()  # from here on the order of the current stream protects their memory
+        self._in_flight.clear()  # from here on, the memory is reused only in the order of the current stream
 
     def _begin(self, flat: Array) -> tuple[int, int]:
         self._stream.wait_event(self._event())
@@ -248,9 +248,9 @@ class SoloComm:
 class MPIComm:
     """The ranks of an MPI job.
 
-    Three communicators, so that messages of different threads cannot be confused: `_calls` for operations that the
+    Each thread has its own communicator, so that their messages cannot be mixed up: `_calls` for operations that the
     caller waits for, `_bulk` for the thread that transfers gradients, `_heartbeats`. No call blocks inside MPI, which
-    would keep a core busy: a waiting thread tests the request periodically and sleeps in between.
+    would busy-wait: a waiting thread polls the request and sleeps in between.
     """
 
     def __init__(self, MPI: Any):
@@ -266,14 +266,14 @@ class MPIComm:
         self.threads = fair_threads(masks, machine.rank)
         launcher = cores(os.getppid()) if "OMPI_COMM_WORLD_SIZE" in os.environ else set()
         self.idle_cores = len(launcher - set().union(*masks))
-        self._received = numpy.empty(0, dtype=numpy.uint8)  # buffer of the contributions to a sum
+        self._received = numpy.empty(0, dtype=numpy.uint8)  # receive buffer for the contributions to a sum
         self._caller_waits = False
         self._nccl_comms: dict[Backend, NcclComm | None] = {}
         self._worker = ThreadPoolExecutor(1, "transfers")
         self._ending = threading.Event()
         self._monitor = threading.Thread(target=self._exchange_heartbeats, name="heartbeat", daemon=True)
         self._monitor.start()
-        atexit.register(self._leave)  # runs before mpi4py's own, which finalizes MPI
+        atexit.register(self._leave)  # runs before mpi4py's own handler, which finalizes MPI
 
     def from_root(self, function: Callable[[], T]) -> T:
         error: BaseException | None = None
@@ -284,7 +284,7 @@ class MPIComm:
                 result = function()
             except BaseException as raised:
                 error = raised
-        self._await(self._calls.Ibarrier(), POLL)  # the other ranks wait here, sleeping, and not in bcast, which polls
+        self._await(self._calls.Ibarrier(), POLL)  # the other ranks sleep here instead of busy-waiting in bcast
         result, failed = self._calls.bcast((result, error is not None))
         if error is not None:
             raise error
@@ -319,7 +319,7 @@ class MPIComm:
             self._all_gather(flat, lambda: None)
 
     def _sum_shares(self, flat: numpy.ndarray, counts: list[int], starts: list[int]) -> None:
-        """Sum over the ranks, on each one, the elements of `flat` that begin at its entry of `starts`."""
+        """Reduce-scatter: each rank sums its counts[rank] elements of `flat` from starts[rank] over all ranks."""
         n, start = counts[self.rank], starts[self.rank]
         nbytes = self.size * n * flat.itemsize
         if self._received.nbytes < nbytes:
@@ -334,7 +334,7 @@ class MPIComm:
         self._await(self._bulk.Iallgatherv(self._in_place, [flat, self._layout(len(flat))]))
 
     def _layout(self, n: int) -> tuple[list[int], list[int]]:
-        """(counts, starts) of the shares of n numbers, as MPI takes them."""
+        """(counts, starts) of the shares of n numbers, in the form that MPI expects."""
         parts = [share(n, rank, self.size) for rank in range(self.size)]
         return [stop - start for start, stop in parts], [start for start, _ in parts]
 
@@ -381,8 +381,8 @@ class MPIComm:
     def _exchange_heartbeats(self) -> None:
         """Send a heartbeat every second, and end the job if those of another rank stop.
 
-        Rank 0 monitors every other rank, and each of them monitors rank 0. A rank that was suspended together with its
-        job does not count that time against the others.
+        Rank 0 monitors every other rank, and each of them monitors rank 0. Time during which this process itself was
+        suspended does not count, since the others may have been suspended with it.
         """
         peers = range(1, self.size) if self.rank == 0 else range(1)
         heard = dict.fromkeys(peers, time.monotonic())
@@ -419,7 +419,7 @@ def world() -> Comm:
     With several ranks the first call sets up this rank: its share of the machine's cores, its own GPU, and a hook that
     ends the job at an uncaught exception.
 
-    Raises ValueError if mpi4py is missing, or belongs to another MPI than the mpirun that started this process.
+    Raises ValueError if mpi4py is missing, or uses a different MPI from that of the mpirun that started this process.
     """
     global _world
     if _world is None:
@@ -489,5 +489,5 @@ def fail(line: str, code: int) -> int:
 
 
 def fair_threads(masks: list[set[int]], rank: int) -> int:
-    """The number of threads for a rank: the cores of its affinity mask, each divided by the number of ranks on it."""
+    """The number of threads for a rank: each core of its affinity mask counts 1 / (number of ranks on that core)."""
     return max(1, int(sum(1 / sum(core in mask for mask in masks) for core in masks[rank]) + 1e-9))

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, and locks. Standard library only."""
+"""Atomic writes of files and folders, and file locks. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-HEARTBEAT = 10.0  # seconds between two renewals of a lock file
-FRESH = 60.0  # seconds after which the lock file of another host no longer counts
-SETTLING = 0.5  # seconds in which processes may overwrite a lock file, where the file system has no locks
+HEARTBEAT = 10.0  # seconds between renewals of a lock file
+FRESH = 60.0  # seconds without a renewal after which a lock file of another host has expired
+SETTLING = 0.5  # seconds to wait for competing writes to a lock file, where the file system has no locks
 LOCKED_BYTE = 1 << 30  # the byte of a lock file that is locked on Windows
-# The errors of a file system that does not have the operation.
+# The errors of a file system that does not support an operation.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
-    """Yields a temporary path next to `path` at which to make a file, a folder or a link, and renames that to `path`.
+    """Yields a temporary path at which to create a file, a folder or a link, and then renames it to `path`.
 
-    The content is flushed to the disk first. An existing `path` is replaced; a reader sees the old or the new content.
+    The content is flushed to disk first. An existing `path` is replaced; a reader sees the old or the new content.
     If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves at most the
     temporary path, which the next call removes.
 
-    suffix  of the temporary name; if it differs between processes, several may write the same path concurrently.
+    suffix  of the temporary name; processes with different suffixes may write the same path concurrently.
     """
     partial = path.with_name(f".{path.name}.{suffix}")
     remove(partial)
@@ -57,7 +57,7 @@ def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Rename a folder to the name of an existing one, which file systems cannot do in one step."""
+    """Replace a folder by another, which file systems cannot do in one step."""
     old = path.with_name(f".{path.name}.replaced")
     remove(old)
     path.rename(old)
@@ -68,6 +68,15 @@ def _replace_folder(new: Path, path: Path) -> None:
         raise
     flush_entry(path.parent)
     remove(old)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. Raises FileExistsError if the name belongs to a file or to a broken link."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "a file"
+        raise FileExistsError(f"{path}: {found}; expected a folder, or a name that is not in use") from None
 
 
 def remove(path: Path) -> None:
@@ -105,7 +114,7 @@ def flush_entry(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in this block that names no file, as those of open files, names `path`."""
+    """Add `path` to an OSError raised in this block that names no file, as errors of open file handles do not."""
     try:
         yield
     except OSError as error:
@@ -117,7 +126,7 @@ def clean(folder: Path) -> None:
     """Undo interrupted writes to a folder: remove temporary files, and restore what was being replaced."""
     for path in [*folder.glob(".*.replaced"), *folder.glob(".*.partial")]:
         name, _, kind = path.name[1:].rpartition(".")
-        with suppress(OSError):  # what cannot be removed is in nobody's way until it is written again
+        with suppress(OSError):  # a leftover does no harm until the same path is written again
             if kind == "replaced" and not os.path.lexists(folder / name):
                 path.rename(folder / name)
             else:
@@ -125,7 +134,7 @@ def clean(folder: Path) -> None:
 
 
 def free_name(path: Path, separator: str = "-") -> Path:
-    """`path`, or if that name is taken the first free one of path-1, path-2, ..."""
+    """`path`, or if it exists, the first of path-1, path-2, ... that does not."""
     found, number = path, 0
     while os.path.lexists(found):
         number += 1
@@ -134,7 +143,7 @@ def free_name(path: Path, separator: str = "-") -> Path:
 
 
 def write_error(folder: Path) -> str:
-    """Why no file can be created in a folder, or in its nearest existing parent; "" if it can."""
+    """The error when a file is created in a folder, or in its nearest existing parent; "" if there is none."""
     existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
@@ -152,15 +161,15 @@ def discard_stdout() -> None:
 
 
 class Lock:
-    """Keeps other processes out of a folder: a file that the operating system locks for this process.
+    """Keeps other processes out of a folder, by a file that the operating system locks for this process.
 
-    The lock ends with its process, however that ends; the file is removed when the lock is released. It contains the
-    host, the process and the time, for the message of another process. Some file systems do not share locks between
-    hosts, or have none. Therefore the file's time is renewed every HEARTBEAT seconds, and a file of another host also
-    counts as locked until FRESH seconds after that.
+    The lock ends when its process ends, even if it is killed; the file is removed when the lock is released. It
+    contains the host, the process and the time, for error messages in other processes. Some file systems do not share
+    locks between hosts, or have none. Therefore the file's modification time is updated every HEARTBEAT seconds, and a
+    file of another host counts as locked until it is FRESH seconds old.
 
     file   the lock file, in a folder that exists.
-    what   is locked, for messages.
+    what   what is locked, for error messages.
     stale  whether the previous owner ended without releasing the lock.
     """
 
@@ -177,7 +186,7 @@ class Lock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock. Raises ValueError, naming the file and the owner, if another process has it."""
+        """Acquire the lock. Raises ValueError, naming the file and the owner, if another process holds it."""
         while True:
             handle = os.open(self.file, os.O_CREAT | os.O_RDWR, 0o666)
             try:
@@ -196,7 +205,7 @@ class Lock:
         threading.Thread(target=self._renew, args=(handle,), name="lock", daemon=True).start()
 
     def _own(self, handle: int, locked: bool | None) -> None:
-        """Write this process into the file. Raises ValueError if another one has it.
+        """Write this process into the file as the owner. Raises ValueError if another process holds the lock.
 
         locked  whether the operating system has granted the lock; None if the file system has no locks.
         """
@@ -217,7 +226,7 @@ class Lock:
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, json.dumps(mine).encode())
         os.fsync(handle)
-        if locked is None:  # another process may have written at the same time: the last one has the lock
+        if locked is None:  # another process may have written at the same time: the last to write holds the lock
             time.sleep(SETTLING)
             if _content(handle) != mine:
                 raise ValueError(f"{self.file}: {_owner(_content(handle))} is using {self.what}")
@@ -228,7 +237,7 @@ class Lock:
                 os.utime(handle if os.utime in os.supports_fd else self.file)
 
     def held(self) -> bool:
-        """Whether this lock is taken and its file is still in its place: the folder was not removed or renamed."""
+        """Whether this lock is held and its file is still in place: the folder was not removed or renamed."""
         return self._handle >= 0 and _is_at(self._handle, self.file)
 
     def release(self) -> None:
@@ -236,21 +245,21 @@ class Lock:
         if self._handle < 0:
             return
         self._ending.set()
-        if self.held() and os.name != "nt":  # while it is locked, so that no other process has just taken it
+        if self.held() and os.name != "nt":  # while still locked, so that it cannot be another process's file
             with suppress(OSError):
                 self.file.unlink()
         os.close(self._handle)
         self._handle = -1
-        if os.name == "nt":  # which removes no open file
+        if os.name == "nt":  # Windows cannot delete an open file
             with suppress(OSError):
                 self.file.unlink()
 
 
 def _try_lock(handle: int) -> bool | None:
-    """Lock an open file without waiting. Returns False if another process has it, None if there are no locks here."""
+    """Lock an open file without waiting. False if another process holds the lock; None if locks are not supported."""
     try:
         if sys.platform == "win32":
-            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # which leaves the content readable
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # past the end, so that the content stays readable
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,7 +281,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _content(handle: int) -> dict[str, object]:
-    """The content of a lock file; empty if it is that of no Lock."""
+    """The content of a lock file; empty if a Lock did not write it."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         content = json.loads(os.read(handle, 4096))
@@ -298,7 +307,7 @@ def _age(handle: int, folder: Path) -> float:
 
 @functools.cache
 def machine() -> str:
-    """An identity of the running system, the same in all its containers: file locks work between its processes."""
+    """An identifier of the running system, shared by its containers: file locks work between all their processes."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

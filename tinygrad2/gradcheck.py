@@ -27,9 +27,7 @@ from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
 STEP = 5e-4  # step of the differences: truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
-FLOOR = (
-    1e-4  # errors are relative to the slope, or to this fraction of the outputs if larger, because of rounding errors
-)
+FLOOR = 1e-4  # errors are relative to the slope, or to this fraction of the outputs if that is larger: see check()
 
 
 def check(
@@ -51,15 +49,15 @@ def check(
 
     fn          takes one Tensor per input and returns a Tensor of any shape or a tuple of them. It must be smooth
                 within 2e-3 of the inputs and give the same result each time (dropout: with a fixed key).
-    inputs      a list or tuple of arrays, Tensors or nested lists, of values around 1; copied to float64.
+    inputs      a list or tuple of arrays, Tensors or nested lists, with values of order 1; copied to float64.
     tolerance   with raises=True, the maximum error.
     directions  the number of random directions for each input.
     names       the names of the inputs, for error messages.
     device      where fn computes; the comparison is done on the host.
 
-    With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> by backward is
+    With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> from backward is
     compared with the slope of L along v: [8 (L(x+hv) - L(x-hv)) - (L(x+2hv) - L(x-2hv))] / 12h. Its truncation error is
-    of the order h^4; that of the two-point difference is h^2, never reliably below 1e-9. No component of v or w is
+    of order h^4; the two-point difference, of order h^2, does not reliably reach 1e-9. No component of v or w is
     near zero, so every coordinate counts. An input's error is |backward - slope| / |slope|, with norms over its
     directions. The denominator is at least FLOOR max(1, |w y|), so that a gradient of zero does not fail, while one
     that is wrong by 0.1% is detected unless it is below 1e-8 of the outputs. A missing gradient counts as zero; NaN or
@@ -79,7 +77,7 @@ def check(
 
 
 class _Check:
-    """The function L = <w, fn(x)> of check(): its gradient by backward, and its slopes by differences."""
+    """The function L = <w, fn(x)> of check(): its gradient from backward, and its slopes from finite differences."""
 
     def __init__(
         self, fn: Callable[..., Any], arrays: list[numpy.ndarray], random: numpy.random.Generator, device: str
@@ -117,7 +115,7 @@ class _Check:
         return errors
 
     def slopes(self, i: int, directions: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The slopes of L along random directions of input i, by the gradient and by differences."""
+        """The slopes of L along random directions of input i, from the gradient and from finite differences."""
         array, found = self.arrays[i], self.gradients[i]
         tangents = [_away_from_zero(self.random, array.shape) for _ in range(directions)]
         gradient = numpy.zeros(array.shape) if found is None else self.backend.to_host(found)
@@ -136,7 +134,7 @@ class _Check:
             )
 
     def results(self, i: int, change: numpy.ndarray) -> tuple[Tensor, ...]:
-        """What fn returns with input i changed."""
+        """The results of fn with `change` added to input i."""
         inputs = [x + change if j == i else x for j, x in enumerate(self.arrays)]
         return _results(self.fn(*(Tensor(self.backend.asarray(x)) for x in inputs)))
 
@@ -228,7 +226,7 @@ TARGETS = numpy.array([[1, 3, 0, 10, 10], [3, 2, 9, 1, 0]])
 
 
 def block(x: Tensor, *parameters: Tensor, site: int = 0) -> Tensor:
-    """A pre-LayerNorm transformer block with dropout on the attention weights and on the MLP's result."""
+    """A pre-LayerNorm transformer block with dropout on the attention weights and on the MLP's output."""
     w_qkv, b_qkv, w_mix, b_mix, w_in, b_in, w_out, b_out, gain_1, bias_1, gain_2, bias_2 = parameters
     qkv = ops.linear(ops.layernorm(x, gain_1, bias_1), w_qkv, b_qkv)
     mixed = ops.linear(ops.attention(qkv, BLOCK_HEADS, 0.2, KEY.at(site)), w_mix, b_mix)
@@ -529,20 +527,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {missing}", file=sys.stderr)
         return 2
     start, failed = time.perf_counter(), 0
-    print(f"{'operation':29}{'shapes':42}{'error':>9}{'bound':>9}")
+    names, shapes = max(len(case.name) for case in CASES), max(len(_shapes(case)) for case in CASES)
+    print(f"{'operation':{names}}  {'shapes':{shapes}}{'error':>9}{'bound':>9}")
     for case in CASES:
         error = case.error(options.seed, options.device)
         failed += not error <= case.bound
-        shown = [str(shape).replace(" ", "") for shape in case.shapes]
-        shapes = " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])
-        print(f"{case.name:29}{shapes:42}{error:9.1e}{case.bound:9.0e}  {'ok' if error <= case.bound else 'FAILED'}")
+        verdict = "ok" if error <= case.bound else "FAILED"
+        print(f"{case.name:{names}}  {_shapes(case):{shapes}}{error:9.1e}{case.bound:9.0e}  {verdict}")
     seconds = time.perf_counter() - start
     print(f"{len(CASES) - failed} of {len(CASES)} gradients are correct ({seconds:.1f} s)")
     return 1 if failed else 0
 
 
+def _shapes(case: GradientCase) -> str:
+    """The shapes of a case's inputs, shortened if there are many."""
+    shown = [str(shape).replace(" ", "") for shape in case.shapes]
+    return " ".join(shown if len(shown) <= 4 else [shown[0], f"and {len(shown) - 1} parameters"])
+
+
 def run() -> int:
-    """The exit status of the command; Ctrl-C ends it in one line."""
+    """Run the command and return its exit status; Ctrl-C prints one line instead of a traceback."""
     try:
         return main()
     except KeyboardInterrupt:

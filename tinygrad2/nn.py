@@ -1,4 +1,4 @@
-"""Modules: parameters, and the operations on them. The operations are in ops.py, the math in reference.py."""
+"""Modules, which combine parameters with operations. The operations are in ops.py, their math in reference.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinygrad2.tensor import Tensor
 
 
 class Module(State, metaclass=ModuleType):
-    """Has parameters and modules as attributes, or in lists, tuples and dicts; their names are the paths to them."""
+    """The base class. Parameters and modules are attributes, or in lists, tuples and dicts; names are paths to them."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
         """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
@@ -33,13 +33,13 @@ class Module(State, metaclass=ModuleType):
         return (parameter for _, parameter in self.named_parameters())
 
     def arena(self) -> ParameterArena:
-        """The flat buffers that contain the parameters; the first call moves the parameters there."""
+        """The flat buffers that contain the parameters; the first call moves the parameters into them."""
         if "_arena" not in vars(self) or not self._arena.valid:
             self._arena: ParameterArena = arena_of(self.named_parameters())
         return self._arena
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. Raises TypeError if it is a parameter that is in an arena, or the value is an array."""
+        """Set an attribute. A parameter in an arena cannot be replaced, nor any by another type: raises TypeError."""
         old = vars(self).get(name)
         if isinstance(old, Parameter) and old is not value:
             if value is not None and not isinstance(value, Parameter):
@@ -71,9 +71,9 @@ class Module(State, metaclass=ModuleType):
     def to(self, device: str | None = None, precision: PrecisionLike | None = None) -> Self:
         """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
 
-        Values are rounded to their new dtype, and copies are recreated if the precision has them. Gradients whose
+        Values are rounded to their new dtype, and copies are recreated if the precision uses them. Gradients whose
         dtype changes are dropped. Returns the module. Its optimizer is moved automatically.
-        Raises ValueError if the device does not support the precision; nothing is changed then.
+        Raises ValueError, and changes nothing, if the device does not support the precision.
         """
         target = None if device is None else get_backend(device)
         wanted = None if precision is None else Precision.of(precision)
@@ -96,12 +96,12 @@ class Module(State, metaclass=ModuleType):
         return self
 
     def zero_grad(self) -> None:
-        """Clear every gradient."""
+        """Set every gradient to None."""
         for parameter in self.parameters():
             parameter.grad = None
 
     def n_parameters(self) -> int:
-        """The number of elements of all parameters."""
+        """The total number of elements in all parameters."""
         return sum(parameter.size for parameter in self.parameters())
 
 
@@ -109,7 +109,7 @@ class Layer(Module):
     """A module with its own parameters.
 
     device     where its parameters are: "cpu", "cuda", or "auto" (a GPU if there is one).
-    precision  a Precision, or the name of one. The input must have the dtype of its activations.
+    precision  a Precision, or the name of one. The input must have its dtype of activations.
     """
 
     def __init__(self, device: str, precision: PrecisionLike):
@@ -131,7 +131,7 @@ class Layer(Module):
 
 
 class Linear(Layer):
-    """y = x W + b, W (n_in, n_out). The default initialization is normal(0, 1 / sqrt(n_in)), the bias 0."""
+    """y = x W + b: x (..., n_in) -> (..., n_out), W (n_in, n_out). By default W ~ normal(0, 1 / sqrt(n_in)), b = 0."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Linear(Layer):
 
 
 class LayerNorm(Layer):
-    """Normalizes the last axis, of length n; then y = weight xhat + bias. weight starts at 1, bias at 0."""
+    """y = weight xhat + bias, where xhat is x (..., n) normalized over the last axis. weight starts at 1, bias at 0."""
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
@@ -170,7 +170,7 @@ class LayerNorm(Layer):
 
 
 class Embedding(Layer):
-    """A table of n rows of the given width; the default initialization is normal(0, 0.02)."""
+    """The rows of a table (n, width) at the tokens: (...) -> (..., width). By default the table is normal(0, 0.02)."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class SiLU(Module):
 
 
 class Dropout(Module):
-    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without, the input itself."""
+    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without a key, the identity."""
 
     sites = 1  # the number of random streams that a module draws from
 
@@ -240,7 +240,7 @@ class Dropout(Module):
 
 
 class Sequential(Module):
-    """Applies the layers in order. In training, pass a key: each Dropout receives it, with a site of its own."""
+    """Applies the layers in order. In training, pass a key: each Dropout receives it, with its own site."""
 
     def __init__(self, *layers: Callable[..., Tensor]):
         self.layers = list(layers)

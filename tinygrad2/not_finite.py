@@ -1,4 +1,4 @@
-"""Find the first value that is not finite in a forward and backward pass: its tensor, operation and layer.
+"""Find the first non-finite value in a forward and backward pass: its tensor, operation and layer.
 
     checker = Checker(model)
     checker.run(lambda: model.loss(tokens, targets).backward())
@@ -26,15 +26,15 @@ from tinygrad2.tensor import Tensor
 from tinygrad2.tracer import BackwardOperation, Operation, tracing
 
 LARGE = 2.0**64  # its square overflows in float32 and bfloat16
-CHUNK = 1 << 22  # number of elements to check at a time, which limits the memory for the check
+CHUNK = 1 << 22  # elements checked at a time, to limit the memory that the check needs
 
 
 @dataclass(frozen=True)
 class Place:
     """The first bad value in a tensor.
 
-    phase      "forward" or "backward"; "" for a parameter that was checked by itself.
-    operation  the name of the operation, such as "linear"; "" for such a parameter.
+    phase      "forward" or "backward"; "" if a parameter was checked outside of a pass.
+    operation  the name of the operation, such as "linear"; "" outside of a pass.
     layer      the module whose parameters the operation reads, such as "h.2.mlp.c_fc"; "after h.2.attn.c_attn" for an
                operation without parameters after that module; "" if there is none.
     tensor     the role of the tensor in the operation, such as "its result" or "parameter h.2.mlp.c_fc.weight".
@@ -71,14 +71,14 @@ class Place:
 
 
 class _FoundError(Exception):
-    """Ends a pass at the first value that is not finite."""
+    """Raised to end a pass at the first non-finite value."""
 
 
 class Checker:
     """Checks everything that is computed in `run`.
 
-    first  the first tensor with a value that is not finite, or None.
-    large  the first tensor with a finite value larger than LARGE, where overflows begin, or None.
+    first  the first tensor with a non-finite value, or None.
+    large  the first tensor with a finite value larger than LARGE, from which overflows follow, or None.
     """
 
     def __init__(self, model: HasParameters):
@@ -92,7 +92,7 @@ class Checker:
 
     @property
     def origin(self) -> Place | None:
-        """The origin of the first value that is not finite: an earlier value that is too large, if there is one."""
+        """The origin of the first non-finite value: an earlier value that is too large, if there is one."""
         return self.large or self.first
 
     def run(self, function: Callable[[], object]) -> bool:

@@ -17,7 +17,7 @@ from tinygrad2.names import PyTorchNames
 from tinygrad2.protocols import Count, Protocols, takes_pytorch_names
 
 Operand = Any  # a Tensor, a number, nested lists of numbers, or an array
-HostArray = numpy.ndarray  # (inside the class, the type checker takes `numpy` for the method)
+HostArray = numpy.ndarray  # (inside the class, type checkers resolve `numpy` to the method)
 
 
 @takes_pytorch_names
@@ -44,7 +44,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         if not _is_array(data):
             if dtype is None and not isinstance(data, numpy.generic):
                 dtype = arguments.DEFAULT_FLOAT
-            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is a float too, but has its own dtype)
+            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is also a Python float, but keeps its dtype)
         elif data.dtype.kind not in "biuf" and data.dtype.name != "bfloat16":
             raise TypeError(f"Tensor: data has dtype {data.dtype}; expected floats, integers or booleans")
         if dtype is not None or isinstance(data, numpy.generic):
@@ -60,9 +60,9 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             self._edge = (autograd.Leaf(form_of(data)), 0)
 
     def read_as(self, dtype: DTypeLike, what: str) -> Array:
-        """The values for an operation whose activations have this dtype; there is no type promotion.
+        """The data, for an operation whose activations have this dtype. Raises TypeError if the dtypes differ.
 
-        what  their name in the error, such as "linear: weight". Raises TypeError if they have another dtype.
+        what  what the error message calls this tensor, such as "linear: weight".
         """
         if self.data.dtype != dtype:
             raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, the dtype of the activations")
@@ -131,11 +131,11 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return self.backend.to_host(self.data)
 
     def item(self) -> float:
-        """The value of a tensor of one element, as a Python number."""
+        """The value of a one-element tensor, as a Python number. Raises ValueError for any other size."""
         return self._only_element("item()").item()
 
     def detach(self) -> Tensor:
-        """The same data, off the tape."""
+        """A Tensor that shares this data but is not on the tape: no gradient flows through it."""
         return Tensor(self.data)
 
     def astype(self, dtype: DTypeLike) -> Tensor:
@@ -164,10 +164,10 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     ) -> None:
         """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
 
-        dy  the gradient of the loss with respect to this tensor; may be omitted for a scalar (then it is 1).
-        create_graph, retain_graph  must be False: there are no second-order gradients, and a graph is used once.
+        dy  the gradient of the loss with respect to this tensor, of its shape; defaults to 1 for a one-element tensor.
+        create_graph, retain_graph  not supported; True raises NotImplementedError.
         Raises RuntimeError if nothing is recorded, if an earlier backward() used the same graph, or if a parameter that
-        it needs has changed since the forward pass.
+        it needs has changed since the forward pass; ValueError if dy is missing or has the wrong shape.
         """
         if create_graph:
             raise NotImplementedError("backward: create_graph: second-order gradients are not supported")
@@ -289,22 +289,22 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             raise IndexError(f"indexing: [{described}] does not fit a tensor of shape {self.shape}") from None
         except TypeError:
             described = arguments.describe_index(index)
-            raise TypeError(f"indexing: [{described}]: a slice has integers or None") from None
+            raise TypeError(f"indexing: [{described}]: slice indices must be integers or None") from None
         return record(y, (self,), _getitem_backward, (index,))
 
     def exp(self) -> Tensor:
-        """e^x, element by element."""
+        """e^x, element-wise."""
         x = _float(self)
         y = backend_of(x.data).kernels.exp_forward(x.data)
         return record(y, (x,), "exp_backward", (y,))
 
     def log(self) -> Tensor:
-        """The natural logarithm, element by element."""
+        """The natural logarithm, element-wise."""
         x = _float(self)
         return record(backend_of(x.data).kernels.log_forward(x.data), (x,), "log_backward", (x.data,))
 
     def tanh(self) -> Tensor:
-        """The hyperbolic tangent, element by element."""
+        """The hyperbolic tangent, element-wise."""
         x = _float(self)
         y = backend_of(x.data).kernels.tanh_forward(x.data)
         return record(y, (x,), "tanh_backward", (y,))
@@ -316,14 +316,14 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return record(y, (self,), "sum_backward", (self.shape, axes))
 
     def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The mean over `axis` (one, several, or None for all): NaN for no elements, float32 for integers."""
+        """The mean over `axis` (one, several, or None for all); NaN over no elements. Integers give float32."""
         x = _float(self)
         axes = arguments.axes_of("mean", axis, x.ndim)
         count = math.prod(x.shape[i] for i in axes)
         return x.sum(axes, keepdims) * (1 / count if count else math.nan)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The maximum over `axis`; if several elements are equal to it, they share the gradient equally."""
+        """The maximum over `axis`; elements that tie for it share the gradient equally."""
         axes = arguments.axes_of("max", axis, self.ndim)
         if not all(self.shape[i] for i in axes):
             raise ValueError(f"max: the tensor has shape {self.shape}; there is no maximum over an axis of length 0")
@@ -331,7 +331,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return record(y, (self,), "max_backward", (self.data, y, axes))
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
-        """The same elements in another shape; one length may be -1."""
+        """The same elements in another shape; one dimension may be -1, and is then inferred."""
         wanted = arguments.lengths("reshape", shape)
         try:
             y = self.data.reshape(wanted)
@@ -382,19 +382,19 @@ def record(
     data      the result: an array, or a tuple of arrays for an operation with several results.
     parents   the Tensors it was computed from.
     backward  backward(saved, dy, into) -> a tuple with a gradient or None for each parent. dy is the gradient of the
-              result; for several results, a tuple of gradients and None. Instead of returning a gradient it may add it
-              to the buffer `into(i)`, which is None if parent i needs no gradient, and return None for it.
+              result; for several results, a tuple with a gradient or None for each. Instead of returning the gradient
+              of parent i, it may add it to the buffer `into(i)`, which is None if none is needed, and return None.
               A string names a kernel (a function of reference.py) that is the whole backward pass:
               kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
-    saved     the data that backward needs; only kept if a gradient is needed. Backward must not change it.
+    saved     the data that backward needs; kept only if a gradient is needed. backward must not change it.
 
-    This is the only way onto the tape. An operation is two functions, and its forward function ends with record().
+    Nothing else adds to the tape. An operation is two functions, and its forward function ends with record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
     try:
         edges = tuple([parent._edge for parent in parents])
     except (AttributeError, TypeError):
-        raise TypeError("record: parents has something other than Tensors; expected a tuple of Tensors") from None
+        raise TypeError("record: parents contains objects that are not Tensors; expected a tuple of Tensors") from None
     if any(edges) and autograd.is_recording():
         if not isinstance(parents, tuple | list):
             raise TypeError(f"record: parents is a {type(parents).__name__}; expected a tuple of Tensors, as in (x,)")
@@ -414,7 +414,7 @@ def record(
 
 
 def gradient_array(value: Tensor | ArrayLike, leaf: autograd.Leaf, name: str) -> Array:
-    """A copy of a gradient that is assigned to a leaf: an array that later gradients can be added to."""
+    """A copy of `value` to which later gradients of the leaf can be added. Raises ValueError if the shape is wrong."""
     buffer = autograd.zeros(leaf.forms[0])
     values = backend_of(buffer).asarray(value.data if isinstance(value, Tensor) else value, dtype=buffer.dtype)
     if values.shape != buffer.shape:
@@ -450,7 +450,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _operands(op: str, a: Tensor, b: Operand) -> tuple[Tensor, Tensor]:
-    """a and b as Tensors of one dtype, by the rules of arguments.py."""
+    """a and b as Tensors of a common dtype, by the promotion rules in arguments.py."""
     dtype = a.data.dtype
     if not isinstance(b, Tensor):
         b = _constant(arguments.constant(op, b, dtype, backend_of(a.data)))
@@ -470,7 +470,7 @@ def _no_product(a: Tensor, b: Tensor) -> ValueError:
 
 
 def _vector_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b if one is a vector, as in NumPy: a row on the left, a column on the right; that axis is then removed."""
+    """a @ b if one is 1-D, as in NumPy: a row on the left or a column on the right; its axis of length 1 is removed."""
     if not (a.ndim and b.ndim) or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
         raise ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) or (k,) @ (..., k, n) or (k,)")
     y = (a if a.ndim > 1 else a.reshape(1, -1)) @ (b if b.ndim > 1 else b.reshape(-1, 1))

@@ -16,22 +16,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from examples import gpt2_in_one_file as one_file  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+import drawing  # noqa: E402
+from drawing import BLUE, GREEN, GREY, INK, ORANGE, PAPER, RC, arrow, box, canvas, cell, figure_of, plt  # noqa: E402
 
-INK, PAPER, BLUE, ORANGE, GREEN, GREY = "#1f2328", "#ffffff", "#2f81f7", "#e8792b", "#2da44e", "#8b949e"
-STYLE = (
-    "<style>:root{--ink:#1f2328;--paper:#ffffff}"
-    "@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--paper:#0d1117}}</style>"
-)
-Axes = Any  # of matplotlib
+from examples import gpt2_in_one_file as one_file  # noqa: E402
 
 
 def finite_difference(name: str) -> None:
@@ -48,7 +40,7 @@ def finite_difference(name: str) -> None:
 
 
 def tape(name: str) -> None:
-    figure, axes = drawing(6.6, 2.9, 6.6, 2.9)
+    figure, axes = canvas(6.6, 2.9, 6.6, 2.9)
     places = {"x = 3": (0.9, 2.2), "y = 2": (0.9, 0.6), "p = x y = 6": (3.2, 1.1), "L = p + x = 9": (5.5, 2.0)}
     for text, (x, y) in places.items():
         box(axes, x, y, 1.35 if "L" in text or "p" in text else 0.9, 0.5, text)
@@ -67,7 +59,7 @@ def tape(name: str) -> None:
 
 
 def matmul(name: str) -> None:
-    figure, axes = drawing(7.4, 3.0, 17.5, 7)
+    figure, axes = canvas(7.4, 3.0, 17.5, 7)
     N, I, O, n, i, o = 5, 3, 4, 1, 2, 1  # noqa: E741
     for left, rows, columns, title in ((1, N, I, "x"), (6.2, I, O, "w"), (12.2, N, O, "y")):
         for r in range(rows):
@@ -102,7 +94,7 @@ def attention(name: str) -> None:
     p = one_file.softmax(np.where(np.tri(T, dtype=bool), scores, -np.inf))
     entropy = -(p * np.log(np.maximum(p, 1e-9))).sum(axis=(1, 2))
     p = p[int(np.argsort(entropy)[len(entropy) // 2])]  # neither the sharpest head nor the flattest
-    figure, axes = drawing(4.6, 4.4, T + 2, T + 2)
+    figure, axes = canvas(4.6, 4.4, T + 2, T + 2)
     for t in range(T):
         for s in range(T):
             cell(axes, s + 1, T - t, BLUE if s <= t else None, max(0.03, float(p[t, s])))
@@ -150,7 +142,7 @@ def gelu(name: str) -> None:
 
 
 def block(name: str) -> None:
-    figure, axes = drawing(8, 2.3, 16, 4.6)
+    figure, axes = canvas(8, 2.3, 16, 4.6)
     arrow(axes, (0.2, 1), (15.8, 1), INK)
     axes.text(0.2, 0.4, "x (B, T, C)")
     for start, names in ((0.6, ("LayerNorm", "linear\nC → 3C", "attention", "linear\nC → C")),
@@ -230,7 +222,7 @@ def training(name: str) -> None:
 
 
 def cache(name: str) -> None:
-    figure, axes = drawing(6.6, 2.9, 16, 7)
+    figure, axes = canvas(6.6, 2.9, 16, 7)
     for left, title in ((0.8, "without a cache"), (9, "with a cache")):
         for step in range(6):
             for position in range(step + 1):
@@ -253,57 +245,11 @@ PICTURES: dict[str, Callable[[str], None]] = {
 }  # fmt: skip
 
 
-# What the pictures have in common.
-
-
-def figure_of(width: float, height: float) -> tuple[Any, Axes]:
-    return plt.subplots(figsize=(width, height))
-
-
-def drawing(width: float, height: float, right: float, top: float) -> tuple[Any, Axes]:
-    """A figure without axes, for boxes and arrows; its coordinates go from 0 to right and from 0 to top."""
-    figure, axes = figure_of(width, height)
-    axes.set(xlim=(0, right), ylim=(0, top))
-    axes.axis("off")
-    return figure, axes
-
-
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str) -> None:
-    corner = x - width / 2, y - height / 2
-    axes.add_patch(plt.Rectangle(corner, width, height, facecolor=PAPER, edgecolor=BLUE, linewidth=1.2))
-    axes.text(x, y, text, ha="center", va="center")
-
-
-def cell(axes: Axes, x: float, y: float, color: str | None, strength: float) -> None:
-    if color:
-        axes.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=color, alpha=strength, linewidth=0))
-    axes.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, edgecolor=GREY, linewidth=0.5))
-
-
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, head: bool = True) -> None:
-    style = {"arrowstyle": "->" if head else "-", "color": color, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", xy=end, xytext=start, arrowprops=style)
-
-
 def write(figure: Any, name: str) -> None:
-    """Write NAME.svg. The colours of ink and paper become variables, which the style sets for light and for dark."""
-    buffer = io.StringIO()
-    figure.tight_layout(pad=0.6)
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = buffer.getvalue().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
-    text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-    start = text.index(">", text.index("<svg")) + 1
-    (OUT / f"{name}.svg").write_text(text[:start] + STYLE + text[start:], encoding="utf-8")
+    drawing.write(figure, OUT / f"{name}.svg")
 
 
 OUT = Path(__file__).parent
-RC = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
-    "svg.fonttype": "none", "svg.hashsalt": "tutorial", "font.family": "sans-serif", "font.size": 9,
-    "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
 
 if __name__ == "__main__":
     with plt.rc_context(RC):

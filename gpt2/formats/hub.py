@@ -1,4 +1,4 @@
-"""OpenAI's weights, downloaded once from the Hugging Face hub into its cache (in HF_HOME)."""
+"""OpenAI's weights, downloaded once from the Hugging Face Hub to its cache (in HF_HOME)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def advice(path: Path) -> str:
-    """How to get another model of the hub, for the end of an error's line, if `path` is the name or address of one."""
+    """The end of an error message: how to download `path`, if it is the name or URL of a model on the Hub; else ""."""
     named = re.fullmatch(r"(?:https?:/{1,2}huggingface\.co/)?([\w.-]+/)?([\w.-]+)", str(path))
     is_address = str(path).startswith("http")
     if named is None or not (is_address or named[1]) or path.is_absolute() or path.parent.is_dir():
@@ -29,7 +29,7 @@ def advice(path: Path) -> str:
 
 
 def download(name: str) -> Path:
-    """The folder with the published model `name`, one of REVISIONS. Downloads it, with a progress bar, if needed.
+    """The folder of the published model `name`, a key of REVISIONS. Downloads it, with a progress bar, if needed.
 
     Raises FileNotFoundError if it is not in the cache and cannot be downloaded.
     """

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from gpt2.config import GPT2Config
 from gpt2.file_kinds import read_json, text_in
 from gpt2.formats.stored import Stored, naming_file
+from tinygrad2 import files
 from tinygrad2.checkpoint import save_arrays, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE = "config.json", "model.safetensors", "generation_config.json"
@@ -23,7 +24,7 @@ WEIGHTS_FILES = (  # the first of these that exists is read
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
 )
-NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: NumPy's
+NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors' names
 
 
 def read_config(folder: Path) -> GPT2Config:
@@ -89,10 +90,10 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def write(path: str | Path, config: GPT2Config, arrays: dict[str, np.ndarray]) -> None:
-    """Write config.json, model.safetensors, and the model's generation_config.json, if it has one, to the folder
-    `path`, created if missing."""
+    """Write config.json, model.safetensors, and the model's generation_config.json if it has one, to the folder
+    `path`, which is created if it does not exist."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     named = {f"transformer.{name}": values for name, values in arrays.items()}
     save_arrays(folder / WEIGHTS_FILE, named, {"format": "pt"})  # transformers requires "pt"
     write_json(folder / CONFIG_FILE, {**config.to_dict(), "torch_dtype": arrays["wte.weight"].dtype.name})

@@ -22,8 +22,8 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def read(file: Path) -> tuple[GPT2Config, dict[str, Stored]]:
-    """The config and the arrays, by the names of gpt2.model.GPT2 and in its layout. Raises ValueError if the size of
-    the file does not agree with its header."""
+    """The config, and the arrays under the names and in the layout of gpt2.model.GPT2. Raises ValueError if the size
+    of the file does not match its header."""
     magic, version, T, V, L, H, C, padded = read_at(file, "<i4", 0, (HEADER_INTS,))[:8].tolist()
     if magic != MODEL_MAGIC or version not in DTYPE_OF_VERSION:
         raise ValueError(

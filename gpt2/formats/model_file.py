@@ -1,8 +1,8 @@
 """Model files of every supported format, under the names and in the layout of gpt2.model.GPT2.
 
-Supported are folders of Hugging Face (config.json with model.safetensors or pytorch_model.bin, possibly in shards),
-files of PyTorch (checkpoints of nanoGPT and build-nanogpt, plain state dicts), and files of llm.c. Every shape is
-checked before a model is built.
+It reads Hugging Face folders (config.json with model.safetensors or pytorch_model.bin, possibly sharded), PyTorch files
+(nanoGPT and build-nanogpt checkpoints, plain state dicts), and llm.c files. Every shape is checked before a model is
+built.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from tinygrad2 import checkpoint
 MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
 PARTS = ("wte", "wpe", "h", "ln_f")  # the first part of a parameter's name, after any prefix
 EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the first of these that exists
-# Names of wrappers, which may occur anywhere inside, begin with "_" (_orig_mod of torch.compile, _fsdp_wrapped_module,
-# _checkpoint_wrapped_module, _forward_module of DeepSpeed), except that of DistributedDataParallel:
+# Names of wrappers, which may occur anywhere in a parameter's name, begin with "_" (_orig_mod of torch.compile,
+# _fsdp_wrapped_module, _checkpoint_wrapped_module, _forward_module of DeepSpeed), except DistributedDataParallel's:
 PARALLEL = "module"
-FOREIGN = {  # the start of a part of a name: what has such tensors
+FOREIGN = {  # by the start of a component of a tensor's name: what kind of file has such tensors
     "lora_": "an adapter besides its weights (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
     "qweight": "quantized weights (GPTQ, AWQ), which are not supported; use the original weights",
     "weight_scale": "quantized weights, which are not supported; use the original weights",
 }
 LM_HEAD_BIAS = "lm_head.bias"  # GPT-2 has none
-NAME_LIMIT = 1000  # characters of a tensor's name
-SHOWN = 5  # names that a line shows
-TRAINER, BEST = "trainer.json", "best"  # in a run: the state in each checkpoint, and a link to the best one
+NAME_LIMIT = 1000  # maximum length of a tensor's name
+SHOWN = 5  # maximum number of names in a message
+TRAINER, BEST = "trainer.json", "best"  # in an out-dir: the state in each checkpoint, and a link to the best one
 
 
 @dataclass
 class ModelFile:
-    """A model in a file or folder, of which only the sizes have been read so far.
+    """A model in a file or folder. Its shapes have been read, but not its values.
 
     file      the file with the parameters, or the index of its shards.
-    config    sizes and rates.
+    config    the model's sizes and dropout rates.
     arrays    every parameter of gpt2.model.GPT2, under its name and in its shape there.
     left_out  the names of tensors of other heads, which are not part of the language model.
     """
@@ -73,10 +73,14 @@ RUN_LOG = "log.jsonl"  # in the out-dir of a run
 
 
 def find_model(path: Path, say: Callable[[str], None]) -> Path:
-    """The model file or folder that `path` refers to: itself if it is a model; in the folder of a run the newest intact
-    checkpoint, or else the newest .pt file; for OUT/best the best checkpoint of a run; for a name in gpt2.formats.hub
-    the folder of OpenAI's downloaded model.
+    """The model file or folder that `path` refers to:
 
+    a model                      `path` itself
+    the out-dir of a run         its newest intact checkpoint, or else its newest .pt file
+    OUT/best                     the best checkpoint of the run in OUT
+    a name in gpt2.formats.hub   the folder of OpenAI's downloaded model
+
+    say  prints a line about a damaged checkpoint that is skipped.
     Raises FileNotFoundError if there is none.
     """
     if path.name == BEST and (best := _best_checkpoint(path.parent)):
@@ -113,7 +117,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
 
 
 def _best_checkpoint(out: Path) -> Path | None:
-    """The best checkpoint of a run, as its newest one records it; None if there is none, or if it is damaged."""
+    """The best checkpoint of a run according to its newest one; None if there is none, or if it is damaged."""
     newest, _ = checkpoint.newest(out)
     if newest is None or not (newest / TRAINER).is_file():
         return None
@@ -137,10 +141,9 @@ def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 
     Accepts names with any prefix and with names of wrappers inside; either name of the token embedding that is tied to
-    the output layer, or both if they are equal; the causal masks of old files; further heads (which are left out);
-    matrices as (in, out) or (out, in); models without biases (which are then zeros); and float64, float32, float16 and
-    bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for
-    arrays.
+    the output layer, or both if their values are equal; the causal masks of old files; additional heads, which are left
+    out; matrices as (in, out) or (out, in); models without biases, which are then zeros; and float64, float32, float16
+    and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for arrays.
     """
     path = Path(path)
     config = None if path.is_file() else huggingface.read_config(path)
@@ -167,10 +170,7 @@ def open_model(path: str | Path) -> ModelFile:
 
 
 def read_training(model: ModelFile) -> TrainingState:
-    """The state of the run in a checkpoint of nanoGPT, the model's file.
-
-    Raises ValueError naming the file if it has none.
-    """
+    """The training state in the nanoGPT checkpoint `model`. Raises ValueError naming the file if it has none."""
     with naming_file(model.file):
         with model.file.open("rb") as opened:
             if opened.read(4) not in (torch_file.ZIP_START, torch_file.LEGACY_START):
@@ -180,7 +180,7 @@ def read_training(model: ModelFile) -> TrainingState:
 
 
 def load_config(path: str | Path) -> GPT2Config:
-    """The config of the model in the file or folder `path`, whose parameters are checked against it. Raises as
+    """The config of the model in the file or folder `path`, after checking its parameters against it. Raises as
     open_model does."""
     return open_model(path).config
 
@@ -204,7 +204,7 @@ def load_into(model: LanguageModel, path: str | Path) -> None:
 
 
 def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
-    """The config of a file of any format, or None if it has none, and its arrays, with the names and layouts there."""
+    """The config in a file of any format, or None if it has none, and its arrays, with the file's names and layouts."""
     if file.name.endswith(huggingface.INDEX_SUFFIX):
         places = huggingface.read_index(file)
         shards = {name: _read_shard(file.with_name(name)) for name in dict.fromkeys(places.values())}
@@ -224,7 +224,7 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _size(file: Path) -> int:
-    """The bytes of a file, or of the shards that an index lists."""
+    """The size in bytes of a file, or of all shards that an index lists."""
     files = [file]
     if file.name.endswith(huggingface.INDEX_SUFFIX):
         files = [file.with_name(name) for name in set(huggingface.read_index(file).values())]
@@ -282,8 +282,8 @@ def _prefix(names: Iterable[str]) -> str:
 
 
 def _published(stored: dict[str, Stored]) -> GPT2Config:
-    """The config of arrays without one, if they have a published size and the published layout. Shapes alone determine
-    neither the number of heads nor the form of GELU."""
+    """The config for arrays that come without one, if they have a published size and the published layout. Shapes alone
+    determine neither the number of heads nor the form of GELU."""
     layers = sum(name.endswith("ln_1.weight") for name in stored)
     queries = stored.get("h.0.attn.c_attn.weight")
     for preset in PRESETS.values():
@@ -329,8 +329,8 @@ def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dic
         arrays[name] = values.transposed() if is_transposed and is_matrix(name) else values
     if needed > size:
         raise ValueError(
-            f"its tensors need {needed:,} bytes, but it has {size:,}: several share their memory, as those of a model "
-            "do not"
+            f"its tensors need {needed:,} bytes, but it has {size:,}: several share their memory; expected separate "
+            "memory for each"
         )
     if stored:
         raise ValueError(f"tensor {next(iter(stored))} is not a parameter of this model")

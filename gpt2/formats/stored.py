@@ -24,7 +24,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values. Raises TypeError for a dtype that NumPy does not have."""
+        """The size of its values in bytes. Raises TypeError for a dtype that NumPy does not have."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def rows(self, count: int) -> Stored:
@@ -41,7 +41,7 @@ class Stored:
 
 
 def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that starts at byte `offset` of a file."""
+    """The array of this shape that starts at byte `offset` of a file. Raises ValueError if the file is truncated."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.fromfile(path, np.uint8, count, offset=offset)
     if len(memory) != count:
@@ -51,7 +51,7 @@ def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.n
 
 @contextmanager
 def naming_file(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about its contents, in one line (they may quote text from the file)."""
+    """Add the file's name to errors about its contents, and print them in one line (they may quote the file)."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:

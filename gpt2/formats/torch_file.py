@@ -1,8 +1,8 @@
-"""Files of PyTorch (`torch.save`), read and written without PyTorch. Nothing in a file is ever executed.
+"""PyTorch files (`torch.save`), read and written without PyTorch. Nothing in a file is ever executed.
 
 Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
 data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. gpt2.pickles
-interprets the pickles, with only the few names that tensors are built from. Any other name is an error.
+interprets the pickles, and accepts only the few names that tensors are built from. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpt2.formats.torch_optimizer import TrainingState, pack, unpack
 from gpt2.pickles import PICKLE_LIMIT, Meanings, interpret
 from tinygrad2.checkpoint import JsonObject
 
-GENERATION, TRAINER = "generation_config", "trainer"  # JSON texts that only gpt2.convert writes and reads
+GENERATION, TRAINER = "generation_config", "trainer"  # keys of JSON strings that only gpt2.convert writes and reads
 LM_HEAD = "lm_head.weight"  # the output layer, tied to the token embedding
 STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of the parameters in a checkpoint
 ZIP_START, LEGACY_START = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # first bytes; the second is a pickle of a 10-byte integer
@@ -46,7 +46,7 @@ STORAGES = {
 }
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-CONFIG_SUFFIXES = ("Config", "Namespace")  # of names of classes whose attributes are read, as a Record
+CONFIG_SUFFIXES = ("Config", "Namespace")  # names of classes that end so are read as a Record of their attributes
 
 
 # Raised by zipfile, struct and seek for a damaged file.
@@ -70,7 +70,7 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Storage:
-    """The memory of one or more tensors."""
+    """The memory of one or more tensors: `count` elements."""
 
     key: str
     dtype: str
@@ -120,7 +120,7 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
         if entry.file_size != storage.nbytes:
             raise ValueError(f"its entry data/{storage.key} has {entry.file_size:,} bytes; expected {storage.nbytes:,}")
         file.seek(entry.header_offset)
-        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # of the local header before the content
+        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # in the local header before the content
         places[storage.key] = file.tell() + name_length + extra_length
     _refuse_truncated(file, places, storages)
     return tree
@@ -171,7 +171,7 @@ def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_St
 class _Tensors(Meanings):
     """The meanings of the names in a torch.save file: tensors, their storages, and config objects.
 
-    places    maps the key of each storage to its offset in `path`, once known: arrays look it up when they are read.
+    places    the offset of each storage in `path`, by key; filled in later, and looked up when an array is read.
     storages  those that the pickle refers to.
     """
 
@@ -262,7 +262,7 @@ def _is_count(number: object) -> TypeGuard[int]:
 
 
 def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
-    """Write a file for `torch.load`, also with weights_only: dicts, lists, tuples, text, numbers, and Stored arrays as
+    """Write a file that torch.load(weights_only=True) reads: dicts, lists, tuples, text, numbers, and Stored arrays as
     tensors. An array that occurs several times is stored once. Only one array is in memory at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
@@ -275,7 +275,7 @@ def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
 
 
 def _pickled(value: object, storages: dict[int, tuple[str, Stored]]) -> bytes:
-    """The opcodes (of protocol 2) that build a value. Adds its arrays to `storages`."""
+    """The opcodes (protocol 2) that build a value. Adds the arrays in it to `storages`."""
 
     def each(values: Iterable[object]) -> bytes:
         return b"".join(_pickled(item, storages) for item in values)
@@ -348,7 +348,8 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _state_dict(tree: dict[Any, Any]) -> dict[str, Stored]:
-    """The parameters: under a usual key, or the only dictionary of tensors, or the whole. Raises ValueError."""
+    """The parameters: under one of STATE_DICTS, or the only dictionary of tensors, or all of `tree`. Raises ValueError
+    if there are none."""
 
     def is_one(values: object) -> TypeGuard[dict[str, Stored]]:
         return (
@@ -370,7 +371,7 @@ def _state_dict(tree: dict[Any, Any]) -> dict[str, Stored]:
 
 
 def _scalars(config: object) -> JsonObject:
-    """The numbers and texts of a config. Other values become the name of their type, which GPT2Config rejects."""
+    """The numbers and strings of a config. Other values become the name of their type, which GPT2Config rejects."""
     values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
     kinds = (str, int, float, type(None))
     scalars = {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
@@ -380,7 +381,7 @@ def _scalars(config: object) -> JsonObject:
 
 
 def _parsed(text: object) -> JsonObject | None:
-    """The JSON object in a text; None for anything else."""
+    """The JSON object in a string; None for anything else."""
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -389,10 +390,10 @@ def _parsed(text: object) -> JsonObject | None:
 
 
 def read_training(file: Path, config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
-    """The state of the run in a checkpoint of nanoGPT, for a model of this config.
+    """The training state in a nanoGPT checkpoint, for a model of this config.
 
-    names  of the parameters that its state dict has.
-    Raises ValueError if it has none.
+    names  the parameters that its state dict has.
+    Raises ValueError if the file has no such state.
     """
     tree = read_pickle(file)
     if not isinstance(tree, dict):
@@ -401,9 +402,9 @@ def read_training(file: Path, config: GPT2Config, names: Mapping[str, object]) -
 
 
 def write(path: Path, config: GPT2Config, arrays: dict[str, Stored], state: TrainingState | None = None) -> None:
-    """Write a checkpoint that nanoGPT loads, with matrices as in nn.Linear, and our config, which has more settings.
+    """Write a checkpoint that nanoGPT can load, with matrices as in nn.Linear, and our config, which has more settings.
 
-    state  of the run, so that nanoGPT can resume it.
+    state  the training state, so that nanoGPT can resume the run.
     """
     named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
     sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}

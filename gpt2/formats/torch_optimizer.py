@@ -1,8 +1,8 @@
 """What a nanoGPT checkpoint contains besides the parameters: AdamW's moments, the step and the best loss.
 
-nanoGPT's AdamW has two groups: the parameters of two or more axes, with weight decay, and the others. Its state dict
-numbers the parameters in this order, and within a group in the order of the model. Moments have the layout of their
-parameters: matrices as (out, in), as in nn.Linear.
+nanoGPT's AdamW has two groups: the parameters with two or more axes, which have weight decay, and the others. Its state
+dict numbers the parameters in this order, and within a group in the model's order. Moments have the layout of their
+parameters: matrices are (out, in), as in nn.Linear.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ SETTINGS: JsonObject = {  # the other entries of a param group of torch.optim.Ad
 class TrainingState:
     """The state of a run.
 
-    step, best_val_loss  completed steps, and the lowest validation loss, or None.
-    moments              AdamW's, by the names of tinygrad2.optim: exp_avg.NAME and exp_avg_sq.NAME, in the layout of
-                         gpt2.model.GPT2;  optimizer_steps  that AdamW has made.
+    step, best_val_loss  the number of completed steps, and the lowest validation loss, or None.
+    moments              AdamW's moments, under the names that tinygrad2.optim uses, exp_avg.NAME and exp_avg_sq.NAME,
+                         and in the layout of gpt2.model.GPT2.
+    optimizer_steps      the number of AdamW's steps.
     learning_rate, betas, weight_decay   AdamW's settings.
-    options              nanoGPT's settings of the run, by their names there.
-    trainer              the contents of trainer.json, if the run is one of train.py.
+    options              nanoGPT's settings of the run, under their names there.
+    trainer              the contents of trainer.json, if train.py wrote the run.
     """
 
     step: int
@@ -56,7 +57,7 @@ class TrainingState:
 def numbered(config: GPT2Config, names: Mapping[str, object] | None = None) -> tuple[list[str], list[str]]:
     """The parameters in the order of nanoGPT's AdamW: those with weight decay, and the others.
 
-    names  of the parameters that the model has, if some (biases) are missing.
+    names  the parameters that the model has, if some (biases) are missing.
     """
     shapes = {name: shape for name, shape in config.shapes() if names is None or name in names}
     return [n for n, shape in shapes.items() if len(shape) > 1], [n for n, shape in shapes.items() if len(shape) == 1]
@@ -90,10 +91,10 @@ def pack(config: GPT2Config, state: TrainingState) -> JsonObject:
 
 
 def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
-    """The state in a checkpoint of nanoGPT, for a model of this config.
+    """The state in a nanoGPT checkpoint, for a model of this config.
 
-    names  of the parameters that its state dict has: the moments of the others are zero.
-    Raises ValueError if it has no state of AdamW with nanoGPT's two groups, or a state of another shape.
+    names  the parameters that its state dict has; the moments of the others are zero.
+    Raises ValueError if it has no AdamW state with nanoGPT's two groups, or if a shape is wrong.
     """
     step = _number(tree.get("iter_num"), "iter_num")
     optimizer = tree.get("optimizer")
@@ -154,7 +155,7 @@ def _zeros(shape: tuple[int, ...]) -> Stored:
 
 
 def _number(value: object, what: str) -> float:
-    """A number, or a tensor of one."""
+    """A number from 0 to 2^53, or the value of a 0-d tensor. Raises ValueError for anything else."""
     if isinstance(value, Stored) and value.shape == ():
         value = value.read().item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 53:

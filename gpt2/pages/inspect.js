@@ -462,7 +462,7 @@ function sentence(text, { layer, head, token }, links) {
 
 function lensView(text, part, choose) {
   const { T, L } = text, box = part("lens"), hint = part("lens-text");
-  let first = -1, columns = [];
+  let first = -1, columns = [], last = null;
   const build = (token) => {
     const count = Math.min(T, LENS_COLUMNS);
     first = Math.max(0, Math.min(T - count, token - (count >> 1)));
@@ -474,20 +474,21 @@ function lensView(text, part, choose) {
       return made;
     };
     const row = (name, cells) => make("tr", {}, make("th", { class: "row", scope: "row" }, name), ...cells);
-    const names = Array.from({ length: L + 1 }, (_, i) => (i ? `layer ${i}${i === L ? " (the answer)" : ""}` : "embedding"));
+    const names = Array.from({ length: L + 1 }, (_, i) => (i ? `layer ${i}` : "embedding"));
     const body = names.map((name, layer) => row(name, all.map((t) => {
       const [id, p] = text.lens(layer, t), final = text.lens(L, t)[0] === id;
       return cell(t, "cell", text.id(id), { class: `cell${final ? " final" : ""}`, "--s": p, title: `${percent(p)}` });
     })));
     const next = (t) => (t + 1 < T ? text.id(text.data.tokens[t + 1]) : "");
     box.replaceChildren(make("table", { class: "lens" },
-      make("thead", {}, row("after the token", all.map((t) => cell(t, "head", text.id(text.data.tokens[t]), { scope: "col" })))),
-      make("tbody", {}, ...body), make("tfoot", {}, row("next token in the text", all.map((t) => cell(t, "cell", next(t)))))));
+      make("thead", {}, row("after", all.map((t) => cell(t, "head", text.id(text.data.tokens[t]), { scope: "col" })))),
+      make("tbody", {}, ...body), make("tfoot", {}, row("in the text", all.map((t) => cell(t, "cell", next(t)))))));
   };
   return ({ token }) => {
     if (first < 0 || token < first || token >= first + columns.length) build(token);
     columns.forEach((cells, i) => cells.forEach((cell) => cell.setAttribute("aria-selected", first + i === token)));
-    show(box, columns[token - first][0]);
+    if (T > LENS_COLUMNS || ![null, token].includes(last)) show(box, columns[token - first][0]); // else it starts at the left
+    last = token;
     const [final] = text.lens(L, token);
     let since = L;
     while (since > 0 && text.lens(since - 1, token)[0] === final) since--;

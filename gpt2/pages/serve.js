@@ -220,8 +220,14 @@ function take(index, id, label, logprob, characters) {
 async function look() {
   inspecting?.abort();
   const mine = (inspecting = new AbortController());
+  const began = performance.now();
+  const progress = () => {
+    const seconds = Math.floor((performance.now() - began) / 1000);
+    play("waiting").textContent = "Looking inside the model\u2026" + (seconds ? ` ${seconds} s` : "");
+  };
   play("waiting").hidden = false;
-  play("waiting").textContent = "Looking inside the model\u2026";
+  progress();
+  const timer = setInterval(progress, 1000);
   try {
     const values = { tokens: [...text.given, ...generated()], prompt: text.given.length };
     const data = await (await post("/inspect", values, mine.signal)).json();
@@ -232,6 +238,8 @@ async function look() {
     beside.classList.remove("stale");
   } catch (error) {
     if (error.name !== "AbortError") play("waiting").textContent = error.message ?? "The server does not respond.";
+  } finally {
+    clearInterval(timer);
   }
 }
 

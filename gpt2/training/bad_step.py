@@ -1,5 +1,5 @@
-"""A training step that was skipped, since its loss or its gradient was not finite: what it is stored as, and what went
-wrong in it when it is run again with checks."""
+"""Training steps that were skipped because their loss or gradient was not finite: saving one, and running it again with
+checks to find the cause."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tinygrad2.not_finite import LARGE, Checker, Place, largest
 
 Span = tuple[Timestamp, Timestamp]
 
-MESSAGE = 4096  # bytes of a rank's text that the ranks exchange
+MESSAGE = 4096  # length in bytes of the message that each rank sends to the others
 STEP, BATCH = "step.json", "batch.safetensors"
 PATTERN = "bad-step-*"
-GROWN = 1e3  # an absolute value that weights which train well do not reach
-CHECKPOINTS = 4  # the bytes of a checkpoint with two moments and of a bad step, in those of the weights
+GROWN = 1e3  # absolute value of weights that have grown too large
+CHECKPOINTS = 4  # disk space for a checkpoint (weights and two moments) and a bad step, in units of the weights' size
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Batch:
 
 
 class Training(Protocol):
-    """What is needed of a Trainer."""
+    """The part of a Trainer that this module uses."""
 
     model: LanguageModel
     options: Options
@@ -62,10 +62,10 @@ class BadStep:
     """A skipped step.
 
     step             its number, from 1.
-    loss, grad_norm  what it computed; None where that is not finite.
+    loss, grad_norm  its loss and gradient norm; None where not finite.
     lr               its learning rate.
     options          all options of the run.
-    batches          of all its micro-steps and ranks, in the order of the global batch.
+    batches          the batches of all its micro-steps and ranks, in the order of the global batch.
     """
 
     step: int
@@ -76,10 +76,10 @@ class BadStep:
     batches: list[Batch]
 
     def write(self, out: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path | None:
-        """Write it and the model into a folder of `out`, completely or not at all.
+        """Write the step and the model to a folder in `out`, completely or not at all.
 
-        Returns the folder, or None where there is such a folder already. Raises OSError if there is no space for it and
-        for one more checkpoint.
+        Returns the folder, or None if such a folder already exists. Raises OSError if there is no space for it and one
+        more checkpoint.
         """
         if any(out.glob(PATTERN)):
             return None
@@ -99,7 +99,7 @@ class BadStep:
 
 
 def read(folder: Path) -> BadStep:
-    """What BadStep.write wrote. Raises CheckpointError naming the file that is damaged."""
+    """Read a folder written by BadStep.write. Raises CheckpointError naming the file that is damaged."""
     if not (folder / STEP).is_file():
         raise CheckpointError(f"{folder}: not a skipped step; expected the folder bad-step-N of a run, with {STEP}")
     checkpoint.verify(folder)
@@ -120,10 +120,10 @@ def read(folder: Path) -> BadStep:
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
-    """Run a step's batches again with every value checked: whether a value was not finite, and lines for the user.
+    """Run a step's batches again with every value checked. Returns whether a value was not finite, and lines to print.
 
-    count  the number of batches that the mean loss of the step is over.
-    The gradients are added to those of the model.
+    count  the number of batches in the step, over which its loss is averaged.
+    The gradients are added to the model's.
     """
     checker = Checker(model)
     for batch in batches:
@@ -191,7 +191,7 @@ def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
     found = False
     lines: list[str]
     try:
-        grads = [backend.to_host(region.grads).copy() for region in regions]  # those of the next step, on a GPU
+        grads = [backend.to_host(region.grads).copy() for region in regions]  # on a GPU, already those of the next step
         try:
             found, lines = explain(trainer.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
         finally:
@@ -221,10 +221,10 @@ def too_many(trainer: Training, launched: LaunchedStep) -> str:
 class LaunchedStep:
     """A step whose loss and gradient norm may not have arrived from the device yet.
 
-    samples  before the step.
-    spans    that add up to its time, on the device: from the end of the step before to its own end.
+    samples  the number of sequences trained on before the step.
+    spans    spans of device time that add up to its duration: from the end of the previous step to its own end.
     waited   seconds that it waited for other ranks.
-    numbers  the loss and the norm, once they have arrived.
+    numbers  the loss and the gradient norm, once they have arrived.
     """
 
     step: int

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2 import console
 from gpt2.config import GPT2Config
 from gpt2.console import clock
+from gpt2.console import say_if_possible as say
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import TokenDataset, baselines, bytes_per_token
 from gpt2.training.evaluation import describe_task
@@ -20,17 +22,10 @@ from gpt2.training.tasks import Questions
 from gpt2.training.trainer import Trainer
 from tinygrad2 import blas, machine, threads
 from tinygrad2.checkpoint import JsonObject
-from tinygrad2.files import discard_stdout
 
+PRINT_SECONDS = 30.0  # maximum time between the lines of steps, if the steps are shorter
 PROMPT_TOKENS = 4096  # the suggested prompt comes from this many tokens at the start of the validation data
-
-
-def say(line: str) -> None:
-    """Print a line. An output error (a closed pipe, a full disk) must not end a run."""
-    try:
-        console.say(line)
-    except OSError:
-        discard_stdout()
+PROMPT_LENGTH = 40  # maximum number of characters
 
 
 def baseline_losses(trainer: Trainer) -> dict[str, float]:
@@ -92,7 +87,9 @@ def describe_schedule(options: Options) -> str:
         last = options.learning_rate_at(options.max_iters - 1)
         return f"warm-up to {peak} over {warmup:,} steps; this run ends earlier, at {last:.1e}"
     rise = f"warm-up to {peak} over {_plural(warmup, 'step')}" if warmup else f"from {peak}"
-    return f"{rise}, cosine decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+    stable = f", constant until step {options.stable_iters:,}" if options.lr_schedule == "wsd" else ""
+    shape = "cosine" if options.lr_schedule == "cosine" else "linear"
+    return f"{rise}{stable}, {shape} decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
 
 
 def _plural(count: int, noun: str) -> str:
@@ -149,9 +146,36 @@ def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
     return shlex.join(["srun" if "SLURM_STEP_ID" in os.environ else "mpirun", "-n", str(ranks), *own])
 
 
-def say_step(row: JsonObject, trainer: Trainer) -> None:
-    """Print the line of a step, with the estimated time left after the first; for a skipped step, the reason."""
-    steps, done = trainer.options.max_iters, row["step"] - trainer.first_step
+class StepLines:
+    """Prints a line for some of the steps: the first, every --log-interval, the last, those that were skipped, and one
+    that ends PRINT_SECONDS or more after the previous line."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._printed = 0.0  # when the last line was printed, in seconds since this start
+        self._first_end: float | None = None  # when the first step ended
+
+    def add(self, row: JsonObject) -> None:
+        """Print the line of a step, if it is due."""
+        options, step, now = self._trainer.options, row["step"], self._trainer.elapsed()
+        ends = step in (self._trainer.first_step, options.max_iters)
+        if ends or "skipped" in row or step % options.log_interval == 0 or now - self._printed >= PRINT_SECONDS:
+            say_step(row, self._trainer, self._seconds_left(step, now))
+            self._printed = now
+        if self._first_end is None:
+            self._first_end = now
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """The estimated time after this step. It leaves out the first step, which compiles and allocates."""
+        if self._first_end is None:
+            return None
+        per_step = (now - self._first_end) / (step - self._trainer.first_step)
+        return per_step * (self._trainer.options.max_iters - step)
+
+
+def say_step(row: JsonObject, trainer: Trainer, seconds_left: float | None) -> None:
+    """Print the line of a step, with the estimated time left if known; for a skipped step, the reason."""
+    steps = trainer.options.max_iters
     if "skipped" in row:
         say(
             f"step {row['step']:,}/{steps:,} | skipped: the loss is {row['loss']} and the gradient's norm "
@@ -160,7 +184,7 @@ def say_step(row: JsonObject, trainer: Trainer) -> None:
         for line in trainer.explanation if row["step"] == trainer.first_skipped else ():
             say(f"  {line}")
         return
-    left = f" | eta {clock(trainer.elapsed() / (done + 1) * (steps - row['step']))}" if done else ""
+    left = "" if seconds_left is None else f" | eta {clock(seconds_left)}"
     comm = f" | comm {1000 * row['comm_seconds']:,.0f} ms" if row["comm_seconds"] else ""
     update = f" | {trainer.options.optimizer} {1000 * row['optimizer_seconds']:,.0f} ms" if trainer.profiler else ""
     mfu = f" | {100 * row['mfu']:.0f}% MFU" if "mfu" in row else ""
@@ -225,17 +249,25 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
 
 
 def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
-    """The first three words of a line of the data, preferably a line that begins with a capital letter; "" if no line
-    begins with three words of letters."""
+    """The first words of a line of the data: preferably of one that begins with three words of letters, the first with
+    a capital; "" if no line has printable text."""
     text = tokenizer.decode(data.read(0, min(data.tokens, PROMPT_TOKENS)).tolist())
-    starts = [" ".join(line.split()[:3]) for line in text.splitlines()[1:] if len(line.split()) > 3]
-    plain = [start for start in starts if len(start) <= 40 and all(word.isalpha() for word in start.split())]
-    return min(plain, key=lambda start: not start[0].isupper(), default="")
+    for end in tokenizer.end_ids:
+        text = text.replace(tokenizer.decode([end]), "\n")
+    lines = text.splitlines()
+    lines = lines[1:] or lines  # the first may be cut
+    starts = [" ".join(line.split()[:3]) for line in lines if len(line.split()) > 3]
+    plain = [start for start in starts if len(start) <= PROMPT_LENGTH and all(map(str.isalpha, start.split()))]
+    if plain:
+        return min(plain, key=lambda start: not start[0].isupper())
+    shortened = (textwrap.shorten(line, PROMPT_LENGTH, placeholder="") or line[:PROMPT_LENGTH] for line in lines)
+    return next((s for s in shortened if s.strip() and s.isprintable() and not s.startswith("-")), "")
 
 
 def sample_command(out: Path, prompt: str = "") -> str:
     """The command that samples from a run."""
-    return f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}" + (f' -p "{prompt}"' if prompt else "")
+    command = f"{console.script('sample')} --checkpoint {shlex.quote(str(out))}"
+    return f"{command} -p {console.quoted(prompt)}" if prompt else command
 
 
 def resume_command(out: Path) -> str:

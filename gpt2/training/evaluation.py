@@ -82,7 +82,7 @@ def evaluate_data(
     if not tokenizer.includes(made_with):
         raise ValueError(
             f"{data.path}: prepared with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
-            f"prepare the data with the model's"
+            "prepare the data with the model's tokenizer"
         )
     count = data.windows(block_size)
     windows = range(count if batches is None else min(count, batches * batch_size))

@@ -45,7 +45,8 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, config: GPT2Config) -> TrainingState:
     """The state of the run in a checkpoint of train.py. Raises ValueError if its optimizer is not AdamW."""
     run = read_state(folder)
-    options = resolve_options(run.options, config, run.defaults or default_options(run.options, config))
+    defaults = run.defaults or default_options(run.options, config, earlier=True)
+    options = resolve_options(run.options, config, defaults)
     if options.optimizer != "adamw":
         raise ValueError(f"{folder}: its optimizer is {options.optimizer}; nanoGPT supports only AdamW")
     with naming_file(folder / OPTIMIZER):

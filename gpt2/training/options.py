@@ -20,6 +20,7 @@ from tinygrad2.backend import DEVICES
 from tinygrad2.precision import TRAINING
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
+SCHEDULES = ("cosine", "linear", "wsd")
 OptionValues = dict[str, Any]  # option values by name, with the types of the fields of Options
 
 Value = TypeVar("Value")
@@ -129,14 +130,22 @@ class Options:
         0, int, "N", "stop after N consecutive evaluations without a lower validation loss; 0: never"
     )
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
-    log_interval: int = _positive(None, int, "STEPS", "steps between printed lines (log.jsonl has every step)")
+    log_interval: int = _positive(
+        None, int, "STEPS", "steps between printed lines, fewer if they take more than 30 s (log.jsonl has every step)"
+    )
     keep: int = _positive(2, int, "N", "number of checkpoints to keep, in addition to the best")
     learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
     min_lr: float = _at_least_0(
-        None, float, "X", "learning rate at the end of the cosine decay [default: a tenth of the peak]"
+        None, float, "X", "learning rate at the end of the decay [default: a tenth of the peak for cosine, else 0]"
     )
     warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up; at most a tenth of the steps")
     lr_decay_iters: int = _positive(None, int, "STEP", "step at which the rate reaches min-lr [default: max-iters]")
+    lr_schedule: str = _one_of(
+        "cosine",
+        "NAME",
+        "decay of the learning rate after the warm-up: {} (constant, then linear in the last fifth)",
+        SCHEDULES,
+    )
     optimizer: str = _one_of(
         "adamw",
         "NAME",
@@ -146,7 +155,9 @@ class Options:
     weight_decay: float = _at_least_0(0.1, float, "X", "weight decay of matrices; vectors have none")
     beta1: float = _fraction(0.9, "AdamW's decay rate of the first moment (adamw, muon)")
     beta2: float = _fraction(0.95, "AdamW's decay rate of the second moment (adamw, muon)")
-    momentum: float | None = _fraction(None, "decay rate of the momentum [default: 0.95 for muon, 0.9 for sgd]")
+    momentum: float | None = _fraction(
+        None, "decay rate of the momentum [default: 0.95 for muon, 0.9 for small models and sgd]"
+    )
     nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
     max_bad_steps: int = _positive(
@@ -209,28 +220,39 @@ class Options:
         return 0 < self.early_stop <= (step - best_step) / max(1, self.eval_interval)
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then cosine decay."""
-        return optim.cosine(
-            step,
-            lr=self.learning_rate,
-            min_lr=self.min_lr,
-            warmup=self.warmup_iters,
-            decay_steps=self.lr_decay_iters,
-        )
+        """The learning rate of a step, counted from 0: linear warm-up, then the decay of --lr-schedule."""
+        lr, min_lr, warmup, last = self.learning_rate, self.min_lr, self.warmup_iters, self.lr_decay_iters
+        match self.lr_schedule:
+            case "cosine":
+                return optim.cosine(step, lr=lr, min_lr=min_lr, warmup=warmup, decay_steps=last)
+            case "linear":
+                return optim.linear(step, lr=lr, min_lr=min_lr, warmup=warmup, decay_steps=last)
+            case "wsd":
+                stable = self.stable_iters
+                return optim.wsd(step, lr=lr, min_lr=min_lr, warmup=warmup, stable_steps=stable, decay_steps=last)
+        raise AssertionError(f"--lr-schedule {self.lr_schedule} has no branch here")
+
+    @property
+    def stable_iters(self) -> int:
+        """The step at which wsd begins to decay. The decay is the last fifth of the steps, as in arXiv:2405.18392."""
+        return self.lr_decay_iters - self.lr_decay_iters // 5
 
 
 # Defaults that depend on the size of the model. Those of small models are for runs of a few minutes on a CPU.
 SMALL_MODEL = 20_000_000  # parameters
 SIZE_DEFAULTS: dict[str, OptionValues] = {
     "small": {
-        "batch_size": 8,  # in a short run, many small steps reach a lower loss than a few large ones
+        "optimizer": "muon",
+        "lr_schedule": "linear",
+        "batch_size": 16,  # smaller steps reach a higher loss in the same time: orthogonalization costs the same
         "block_size": 1024,
-        "max_iters": 3000,
-        "learning_rate": 3e-3,
-        "warmup_iters": 100,
-        "eval_interval": 500,
-        "eval_iters": 100,
-        "save_interval": 500,
+        "max_iters": 600,
+        "learning_rate": 1e-2,
+        "momentum": 0.9,
+        "warmup_iters": 40,
+        "eval_interval": 120,
+        "eval_iters": 50,
+        "save_interval": 120,
         "log_interval": 50,
     },
     "large": {
@@ -246,9 +268,25 @@ SIZE_DEFAULTS: dict[str, OptionValues] = {
     },
 }
 
+# What differs for small models with another optimizer than Muon, with a recipe or with --init.
+SMALL_ADAMW: OptionValues = {
+    "optimizer": "adamw",
+    "lr_schedule": "cosine",
+    "batch_size": 8,
+    "max_iters": 3000,
+    "learning_rate": 3e-3,
+    "momentum": None,
+    "warmup_iters": 100,
+    "eval_interval": 500,
+    "eval_iters": 100,
+    "save_interval": 500,
+}
+
 RECIPES: dict[str, OptionValues] = {
     # Radford et al. (2018, 2019): the learning rate of GPT, dropout 0.1, batches of 512 sequences of 1024 tokens.
     "paper": {
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
         "block_size": 1024,
         "total_batch_size": 524_288,
         "learning_rate": 2.5e-4,
@@ -261,6 +299,8 @@ RECIPES: dict[str, OptionValues] = {
     },
     # Brown et al., arXiv:2005.14165, appendix B, as in Karpathy's "Let's reproduce GPT-2".
     "modern": {
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
         "block_size": 1024,
         "total_batch_size": 524_288,
         "learning_rate": 6e-4,
@@ -279,8 +319,7 @@ MODEL_SIZES = ("n_layer", "n_head", "n_embd")
 DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
 
 FINE_TUNING_EPOCHS = 3
-# Defaults that are limited to this fraction of the number of steps. (A full run of nano has 3000 steps, with an
-# evaluation every 500 and 100 steps of warm-up.)
+# Defaults that are limited to this fraction of the number of steps.
 PART_OF_STEPS = {"warmup_iters": 10, "eval_interval": 5, "save_interval": 2, "log_interval": 10}
 
 # Options that only some optimizers use.
@@ -300,7 +339,7 @@ FIXED_OPTIONS = ("preset", *MODEL_SIZES, "init", "block_size", "dtype", "seed", 
 GROUPS = {
     "model": ("preset", *MODEL_SIZES, "init", "dropout"),
     "data and batches": ("data", "batch_size", "block_size", "total_batch_size", "max_iters"),
-    "learning rate": ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"),
+    "learning rate": ("learning_rate", "lr_schedule", "min_lr", "warmup_iters", "lr_decay_iters"),
     "optimizer": (
         "optimizer",
         "weight_decay",
@@ -417,10 +456,17 @@ def validate_options(given: OptionValues) -> OptionValues:
     return given
 
 
-def default_options(given: OptionValues, config: GPT2Config) -> OptionValues:
+def default_options(given: OptionValues, config: GPT2Config, earlier: bool = False) -> OptionValues:
     """The default values: the recipe's, or else those for the size of the model, or else the general ones. Without
-    DERIVED_OPTIONS (see `resolve_options`)."""
-    by_size = dict(SIZE_DEFAULTS["small" if config.n_parameters < SMALL_MODEL else "large"])
+    DERIVED_OPTIONS (see `resolve_options`).
+
+    earlier  whether the run is of an earlier version that did not store its defaults: all had AdamW and a cosine.
+    """
+    size = "small" if config.n_parameters < SMALL_MODEL else "large"
+    by_size = dict(SIZE_DEFAULTS[size])
+    muon = given.get("optimizer", "muon") == "muon" and not given.get("recipe") and "init" not in given
+    if size == "small" and (earlier or not muon):
+        by_size |= SMALL_ADAMW
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
     for values in (by_size, recipe):  # at most the model's context
         if "block_size" in values:
@@ -463,11 +509,13 @@ def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, d
         defaults["max_iters"] = epochs
         notes.append(f"{flag('max_iters')} {epochs:,} ({FINE_TUNING_EPOCHS} epochs)")
     steps = int(given.get("max_iters") or defaults["max_iters"])
+    decay = min(steps, int(given.get("lr_decay_iters") or steps))
     for name, part in PART_OF_STEPS.items():
-        most = steps // part if name == "warmup_iters" else max(1, steps // part)
+        most = decay // part if name == "warmup_iters" else max(1, steps // part)
         if name not in given and defaults[name] > most:
             defaults[name] = most
-            notes.append(f"{flag(name)} {most:,} (1/{part} of the steps)")
+            whole = "decay" if name == "warmup_iters" and decay < steps else "steps"
+            notes.append(f"{flag(name)} {most:,} (1/{part} of the {whole})")
     return notes
 
 
@@ -478,6 +526,15 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
             raise UsageError(f"{flag(name)} is for --optimizer {' and '.join(users)} only; this run has {optimizer}")
 
 
+def check_schedule(given: OptionValues) -> None:
+    """Raise UsageError if the given warm-up ends after the given end of the decay."""
+    warmup, end = given.get("warmup_iters", 0), given.get("lr_decay_iters", math.inf)
+    if warmup > end:
+        raise UsageError(
+            f"--warmup-iters {warmup} is more than --lr-decay-iters {end}, the step at which the decay ends"
+        )
+
+
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
     """All options: as given, or else the defaults, or else derived from other options. Options of other versions, which
     a resumed run may have, are ignored.
@@ -486,7 +543,8 @@ def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionVal
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
-    values.setdefault("min_lr", values["learning_rate"] / 10)
+    schedule = values.get("lr_schedule", Options.lr_schedule)  # a cosine in runs of earlier versions
+    values.setdefault("min_lr", values["learning_rate"] / 10 if schedule == "cosine" else 0.0)
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
     known = {f.name for f in fields(Options)}

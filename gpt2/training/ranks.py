@@ -1,4 +1,4 @@
-"""What the ranks of a job must have in common: their code, their options and their data."""
+"""Check that all ranks of a job have the same code, options and data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gpt2.training.options import Options, UsageError, flag
 from tinygrad2.distributed import Comm
 
 PACKAGES = (Path(str(tinygrad2.__file__)).parent, Path(__file__).parents[1])  # tinygrad2 and gpt2
-SHOWN_BYTES = 160  # of a value, in the message
+SHOWN_BYTES = 160  # maximum length of a value in the message
 
 
 def compare(comm: Comm, options: Options, splits: Sequence[TokenDataset]) -> None:
     """Raise UsageError, on every rank, unless all ranks have the same code, options and data.
 
-    options  after they were settled on this rank.
+    options  the final options of this rank.
     splits   the training and the validation split.
     """
     if comm.size == 1:
@@ -37,8 +37,8 @@ def compare(comm: Comm, options: Options, splits: Sequence[TokenDataset]) -> Non
 def _compare(comm: Comm, shown: dict[str, str], same: dict[str, str] | None = None) -> None:
     """Raise UsageError if a value differs between ranks.
 
-    shown  the values of this rank by name, as the message shows them.
-    same   what must be the same, where that is not what is shown: a path may differ.
+    shown  the values of this rank by name, as they appear in the message.
+    same   the values to compare instead, by name: the paths of the data, for example, may differ between ranks.
     """
     compared = shown | (same or {})
     rows = [hashlib.sha256(compared[name].encode()).digest() + _cut(text) for name, text in shown.items()]

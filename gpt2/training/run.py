@@ -31,7 +31,7 @@ from tinygrad2.distributed import Comm, SoloComm
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
 OPTIMIZER, LOCK = "optimizer.safetensors", ".lock"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # where writing again does not help
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that a retry does not fix
 
 
 class Best(TypedDict):
@@ -70,7 +70,7 @@ class Progress:
 class RunOptions:
     """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
 
-    notes  lines on what was chosen and why, for the start of the run.
+    notes  lines about what was chosen and why, printed at the start of the run.
     blas   see RunState; set by setup.choose_blas.
     """
 
@@ -89,12 +89,13 @@ class RunOptions:
 class RunState:
     """The state of a run in a checkpoint, without the arrays.
 
-    options   given to the run.
-    defaults  of the other options when it was started, which later versions must not change; None if unknown.
+    options   the options given to the run.
+    defaults  the defaults of the other options when it was started, which later versions must not change; None if
+              unknown.
     data      the fingerprint of the training data.
-    blas      the library that multiplied the matrices, its title and the processor; None if unknown.
-    unknown   fields of another version, of the whole and of its `progress`, which are written back unchanged. Unknown
-              options and defaults stay among the others.
+    blas      the name and title of the BLAS library, and the processor; None if unknown.
+    unknown   fields that another version wrote, at the top level (under "") and in `progress`; they are written back
+              unchanged. Unknown options and defaults stay in `options` and `defaults`.
     """
 
     folder: Path
@@ -113,7 +114,7 @@ class RunState:
         return {**values, **self.unknown.get("", {}), "progress": progress}
 
     def unknown_names(self) -> list[str]:
-        """The names of all fields of another version."""
+        """The names of all fields that this version does not know."""
         known = {f.name for f in fields(Options)}
         options = {"options": self.options, "defaults": self.defaults or {}}
         names = [f"{part}.{name}" for part, values in options.items() for name in values if name not in known]
@@ -126,8 +127,8 @@ class RunFolder:
     Every rank of `comm` has a RunFolder and makes the same calls; only rank 0 writes.
 
     say           prints a line.
-    unfinished    whether the previous process was killed: the report may be behind the log.
-    lacks_sample  whether the step at which the folder was opened was evaluated, and its sample is missing.
+    unfinished    whether the previous process was killed, so that the report may lag behind the log.
+    lacks_sample  whether the step at which the folder was opened was evaluated, but its sample is missing.
     """
 
     def __init__(self, path: str | Path, comm: Comm = ALONE, say: Callable[[str], None] = console.say):
@@ -143,9 +144,9 @@ class RunFolder:
 
     @contextmanager
     def taken(self) -> Iterator[RunFolder]:
-        """Keep other processes out of the folder, before anything in it is read. Makes the folder if there is none.
+        """Lock the folder, before anything in it is read. Creates the folder if it does not exist.
 
-        Raises ValueError if another process has taken it.
+        Raises ValueError if another process has locked it.
         """
         made = not self.path.exists()
         self.comm.from_root(self._take)
@@ -159,7 +160,7 @@ class RunFolder:
                         self.path.rmdir()
 
     def _take(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.path)
         lock = files.Lock(self.path / LOCK, f"{self.path}/")
         lock.acquire()
         self._lock, self.unfinished = lock, lock.stale
@@ -170,7 +171,7 @@ class RunFolder:
         return self.comm.from_root(lambda: self.newest(say))
 
     def newest(self, say: Callable[[str], None]) -> RunState | None:
-        """The same as `resume` without communication, for a rank that fails while the others continue."""
+        """`resume` without communication, for a rank that fails while the others continue."""
         folders = checkpoint.find(self.path)
         for folder in folders:
             try:
@@ -197,11 +198,11 @@ class RunFolder:
 
     @contextmanager
     def opened(self, progress: Progress, run_options: RunOptions) -> Iterator[None]:
-        """Put the folder in order for a run that continues after `progress`, and open its log.
+        """Prepare the folder for a run that continues after `progress`, and open its log.
 
         Rows after that step are removed from the logs, since these steps will be repeated; so is the record of a start
-        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. The
-        steps that a killed process did not finish are completed: the link to the best, and the deletion of old ones.
+        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. What
+        a killed process left undone is completed: the link to the best checkpoint, and the deletion of old ones.
         """
         if self.comm.rank:
             yield
@@ -224,9 +225,9 @@ class RunFolder:
     def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
         """Complete what a killed process left unfinished after the checkpoint at which the folder was opened.
 
-        sample         gives the text that this checkpoint's model samples with a seed.
-        seed           of the run; that of a sample is seed + step.
-        update_report  writes the report; its argument is True: always.
+        sample         returns a text sampled from this checkpoint's model with a given seed.
+        seed           the run's seed; the seed of a sample is seed + step.
+        update_report  report.Writer.update; called with True, which always writes the report.
         """
         self.comm.from_root(lambda: self._catch_up(sample, seed, update_report))
 
@@ -257,8 +258,8 @@ class RunFolder:
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         for name in best:
             if (self.path / name).is_dir():
-                # (Some file systems have no links, and on Windows only administrators can create them: code that
-                # opens out/best reads trainer.json.)
+                # (Some file systems have no links, and on Windows only administrators can create them, so code that
+                # opens out/best reads trainer.json instead.)
                 with suppress(OSError), files.atomic_write(self.path / BEST) as new:
                     new.symlink_to(name, target_is_directory=True)
         for line in checkpoint.prune(self.path, run_options.keep, best):
@@ -286,7 +287,7 @@ class RunFolder:
     ) -> Path:
         """Write the checkpoint of the current step, point the link `best` to the best one, and delete old ones.
 
-        After an error of the disk, unless it is full, the checkpoint is written once more.
+        After a disk error, unless the disk is full, writing is retried once.
 
         data  the fingerprint of the training data.
         """
@@ -299,7 +300,7 @@ class RunFolder:
 
         def write() -> None:
             self._check_folder()
-            if self._log is not None:  # no checkpoint is ahead of its log, also after a power failure
+            if self._log is not None:  # no checkpoint is ahead of its log, even after a power failure
                 with files.naming(self.path / LOG):
                     os.fsync(self._log.fileno())
             with checkpoint.writing(folder) as partial:
@@ -328,7 +329,7 @@ class RunFolder:
             raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, step: int, **row: object) -> None:
-        """Append the row of a step to the log; null stands for a number that is not finite."""
+        """Append the row of a step to the log; a number that is not finite is written as null."""
         if self._log is None:
             return
         self._check_folder()
@@ -373,9 +374,9 @@ class RunFolder:
 
 
 def read_state(folder: Path) -> RunState:
-    """The state in a checkpoint. Raises CheckpointError if trainer.json does not have the form that it is written in.
+    """The state in a checkpoint. Raises CheckpointError if trainer.json is not in the form that RunFolder.save writes.
 
-    Fields of another version are kept in it.
+    Fields that another version wrote are kept in RunState.unknown.
     """
     file = folder / TRAINER
     values = checkpoint.read_json(file)
@@ -421,7 +422,7 @@ def _is_number(value: object) -> bool:
 
 
 def _read_best(best: object) -> Best | None:
-    """Progress.best. Raises ValueError if it does not have this form."""
+    """Progress.best. Raises ValueError if `best` is neither None nor of that form."""
     if best is None:
         return None
     if not isinstance(best, dict) or not _is_number(best.get("val_loss")):
@@ -431,7 +432,7 @@ def _read_best(best: object) -> Best | None:
 
 
 def _read_blas(blas: object) -> dict[str, str] | None:
-    """RunState.blas. Raises ValueError if it does not have this form."""
+    """RunState.blas. Raises ValueError if `blas` is neither None nor of that form."""
     if blas is None:
         return None
     if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):

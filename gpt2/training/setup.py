@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from gpt2.training.options import (
     OptionValues,
     UsageError,
     check_optimizer,
+    check_schedule,
     default_options,
     fit_to_data,
     flag,
@@ -55,6 +57,7 @@ def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
     defaults = default_options(given, config)
     options = resolve_options(given, config, defaults)
     check_optimizer(given, options.optimizer)
+    check_schedule(given)
     if options.block_size > config.n_positions:
         raise UsageError(
             f"--block-size {options.block_size} is longer than the model's context of {config.n_positions} tokens"
@@ -66,12 +69,13 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
     """The options and the model's config of a resumed run. Options given now take precedence over earlier ones."""
     config = model_file.load_config(saved.folder)
     merged = {**saved.options, **given}
-    first_defaults = saved.defaults or default_options(saved.options, config)
+    first_defaults = saved.defaults or default_options(saved.options, config, earlier=True)
     # The defaults are those of the first start. A recipe given now applies to all options that were never given.
     defaults = default_options(merged, config) if "recipe" in given else first_defaults
     before = resolve_options(saved.options, config, first_defaults)
     options = resolve_options(merged, config, defaults)
     check_optimizer(given, options.optimizer)
+    check_schedule(given)
     for name in FIXED_OPTIONS:
         old, new = getattr(before, name), getattr(options, name)
         if old != new and not (name == "dtype" and Precision.of(old).parameters == Precision.of(new).parameters):
@@ -80,7 +84,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
                 f"Use another --out-dir, or --fresh to start a new run (the folder is renamed, not deleted)"
             )
     say(f"resuming from {saved.folder}, step {saved.progress.step:,}")
-    notes = [] if "learning_rate" in given else _rate_notes(before, options, saved.progress.step)
+    notes = [] if {"learning_rate", "lr_schedule"} & given.keys() else _rate_notes(before, options, saved.progress.step)
     return options, _with_dropout(config, options), RunOptions(merged, dict(defaults), notes)
 
 
@@ -89,10 +93,15 @@ def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
     was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
     if step < before.warmup_iters or now <= 1.1 * was:
         return []
+    kept = before.learning_rate_at(step)
+    keep = (
+        f"--lr-decay-iters {before.lr_decay_iters} keeps it at {kept:.1e}"
+        if kept
+        else "--learning-rate X sets a lower peak"
+    )
     return [
         f"rate       the learning rate was {was:.1e} at step {step:,} and rises again to {now:.1e}: its decay now "
-        f"ends at step {options.lr_decay_iters:,}; --lr-decay-iters {before.lr_decay_iters} keeps it at "
-        f"{before.learning_rate_at(step):.1e}"
+        f"ends at step {options.lr_decay_iters:,}; {keep}"
     ]
 
 
@@ -188,8 +197,14 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
         )
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
-    for split in (data, validation):
-        split.windows(options.block_size)  # raises here, before the first step, if the split is too short
+    fewest = options.block_size + 1
+    if (shortest := min(data.tokens, validation.tokens)) < fewest:
+        shorter = f"--block-size {shortest - 1} or less, or " if shortest > 1 else ""
+        raise UsageError(
+            f"{path}: the splits have {data.tokens:,} (train) and {validation.tokens:,} (val) tokens; --block-size "
+            f"{options.block_size:,} needs at least {fewest:,} in each: use {shorter}about "
+            f"{math.ceil(fewest / max(1, shortest)):,} times as much text"
+        )
     if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
@@ -287,8 +302,20 @@ def with_vocabulary(
     raise UsageError(
         f"the data was prepared with tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
         f"{source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
-        "tokenizer"
+        f"tokenizer, --tokenizer {_tokenizer_option(source, config.vocab_size, tokenizer.name)}"
     )
+
+
+def _tokenizer_option(source: Path | None, vocab_size: int, other: str) -> str:
+    """The value of data/prepare.py's --tokenizer for a model; not `other`, the name of a tokenizer that differs."""
+    if source is None:
+        return "gpt2"
+    try:
+        name = Tokenizer.for_model(source, vocab_size).name
+    except (ValueError, OSError):
+        name = ""
+    folder = source.parent if source.is_file() else source
+    return name if name in ("bytes", "gpt2") and name != other else str(folder)
 
 
 def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -> Step:

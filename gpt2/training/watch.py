@@ -23,12 +23,13 @@ STDERR = 2  # the file descriptor
 
 
 class Watch:
-    """Watches the steps of this rank in a background thread, as a context manager; `with watch.step():` for each step.
+    """Watches the steps of this rank in a background thread: `with watch:` around training, `with watch.step():` around
+    each step.
 
     Each rank watches its own steps. If one is stuck, the others wait in the same step, so every rank reports where it
     is: the stacks of its threads, on standard error. A heartbeat cannot detect this, since it continues while a step
-    computes forever. (Code that never releases the GIL blocks this thread, but also the heartbeat, so the other ranks
-    end the job.)
+    never ends. (Code that never releases the GIL blocks this thread, but also the heartbeat, so the other ranks end the
+    job.)
 
     end_after  the job ends with status 1 if a step takes longer than this, in seconds; 0: never.
     describe   returns a sentence for that error, such as the name of the last checkpoint.

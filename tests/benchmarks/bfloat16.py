@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS: dict[str, tuple[int, str, list[str]]] = {  # steps, tokenizer, options
     # (With the default rate and a warm-up of 30 steps, roundings grow: float32 by TINYGRAD2_KERNELS=reference is 1 %
     # away from float32 after 40 steps.)
-    "nano": (300, "bytes", ["--learning-rate", "1e-3", "--warmup-iters", "100"]),
+    "nano": (300, "bytes", ["--optimizer", "adamw", "--learning-rate", "1e-3", "--warmup-iters", "100"]),
     "gpt2": (60, "gpt2", ["--batch-size", "1", "--block-size", "1024", "--dropout", "0"]),
 }
 DTYPES = ("float32", "bfloat16")

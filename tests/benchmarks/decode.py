@@ -1,8 +1,10 @@
 """Text generation on the CPU, compared with other programs: python tests/benchmarks/decode.py [--json FILE]
 
 Measures, interleaved, tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for
-one text and for several in a batch, and the processing of a prompt of 512 tokens: this project with weights in float32
-and bfloat16, and transformers and CTranslate2 in float32, if installed. All use the same random weights.
+one text and for several in a batch, and after one of 900 tokens; and the processing of a prompt of 512 tokens. The
+programs are this project with weights in float32 and bfloat16, and, if installed, transformers in float32 and bfloat16
+and CTranslate2 in float32 and int8. All use the same random weights. A token reads all weights except the position
+embedding, and the keys and values of the context: the bytes whose rate is compared with that of reading memory.
 
 With --checkpoint and --data it first prints the effect of bfloat16 weights on the validation loss.
 """
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,20 @@ from tests.benchmarks.alternate import (
 
 CONTEXT, NEW = 16, 32  # tokens before the measurement starts, and measured tokens
 
+Case = tuple[int, int]  # texts in the batch, and tokens before the measurement starts
+Cases = dict[str, Case]  # by the name of the task
+
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
     import numpy as np
 
     return np.random.default_rng(0).integers(vocab_size - 1, size=length).tolist()  # without end-of-text
+
+
+def cases_of(given: argparse.Namespace) -> Cases:
+    """The tasks that generate."""
+    found = {f"batch {batch}": (batch, CONTEXT) for batch in given.batch}
+    return found | {f"batch 1, context of {given.context}": (1, given.context)}
 
 
 def save_model(folder: str, preset: str) -> None:
@@ -50,7 +62,7 @@ def save_model(folder: str, preset: str) -> None:
     GPT2(GPT2Config.preset(preset)).save_pretrained(folder)
 
 
-def ours(folder: str, batches: Sequence[int], prefill: int, count: int, dtype: str) -> Tasks:
+def ours(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tasks:
     from gpt2 import GPT2
     from gpt2.generate import KVCache, generate, next_logits
     from tinygrad2 import no_grad, threads
@@ -58,10 +70,10 @@ def ours(folder: str, batches: Sequence[int], prefill: int, count: int, dtype: s
     threads.set_count(count)
     model = GPT2.from_pretrained(folder, dtype=dtype)
     vocab_size = model.config.vocab_size
-    prompt, long = random_prompt(vocab_size, CONTEXT), random_prompt(vocab_size, prefill)
+    long = random_prompt(vocab_size, prefill)
 
-    def decode(batch: int) -> float:
-        tokens = generate(model, prompt, 1 + NEW, samples=batch, temperature=0)
+    def decode(batch: int, context: int) -> float:
+        tokens = generate(model, random_prompt(vocab_size, context), 1 + NEW, samples=batch, temperature=0)
         next(tokens)  # reads the prompt
         return timed(lambda: list(tokens))()
 
@@ -71,19 +83,19 @@ def ours(folder: str, batches: Sequence[int], prefill: int, count: int, dtype: s
         with no_grad():
             next_logits(model, np.array([long]), KVCache(model, 1, prefill))
 
-    return ready(decode, read, batches, prefill)
+    return ready(decode, read, cases, prefill)
 
 
-def ready(decode: Callable[[int], float], read: Callable, batches: Sequence[int], prefill: int) -> Tasks:
+def ready(decode: Callable[[int, int], float], read: Callable, cases: Cases, prefill: int) -> Tasks:
     """The tasks by name; each runs once."""
-    tasks: Tasks = {f"batch {batch}": lambda batch=batch: decode(batch) for batch in batches}
+    tasks: Tasks = {name: partial(decode, *case) for name, case in cases.items()}
     tasks[f"prompt of {prefill}"] = timed(read)
     for task in tasks.values():
         task()
     return tasks
 
 
-def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+def with_transformers(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tasks:
     """transformers' model in a loop, without the overhead of generate."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -91,12 +103,13 @@ def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: 
 
     disable_progress_bar()
     torch.set_num_threads(count)
-    model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    prompt, long = (torch.tensor([random_prompt(model.config.vocab_size, n)]) for n in (CONTEXT, prefill))
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    long = torch.tensor([random_prompt(model.config.vocab_size, prefill)])
 
     @torch.inference_mode()
-    def decode(batch: int) -> float:
-        out = model(prompt.repeat(batch, 1), use_cache=True)
+    def decode(batch: int, context: int) -> float:
+        prompt = torch.tensor([random_prompt(model.config.vocab_size, context)])
+        out = model(prompt.repeat(batch, 1), use_cache=True, logits_to_keep=1)
         started = time.perf_counter()
         for _ in range(NEW):
             token = out.logits[:, -1:].argmax(-1)
@@ -107,7 +120,7 @@ def with_transformers(folder: str, batches: Sequence[int], prefill: int, count: 
     def read() -> None:
         model(long, use_cache=True, logits_to_keep=1)
 
-    return ready(decode, read, batches, prefill)
+    return ready(decode, read, cases, prefill)
 
 
 def convert(folder: str, target: str) -> None:
@@ -132,16 +145,19 @@ def convert(folder: str, target: str) -> None:
     Converter(folder).convert(target)
 
 
-def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: int) -> Tasks:
+def with_ctranslate2(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tasks:
     """CTranslate2's generator. It processes the prompt each time, so the time for one new token is subtracted."""
     import ctranslate2
 
     target = os.path.join(folder, "ctranslate2")
-    apart(convert, folder, target)
+    if not os.path.exists(target):
+        apart(convert, folder, target)
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         vocab_size = json.load(file)["vocab_size"]
-    generator = ctranslate2.Generator(target, device="cpu", intra_threads=count, compute_type="float32")
-    prompt, long = ([str(token) for token in random_prompt(vocab_size, n)] for n in (CONTEXT, prefill))
+    generator = ctranslate2.Generator(target, device="cpu", intra_threads=count, compute_type=dtype)
+
+    def words(n: int) -> list[str]:
+        return [str(token) for token in random_prompt(vocab_size, n)]
 
     def seconds(tokens: list[str], batch: int, new: int) -> float:
         started = time.perf_counter()
@@ -150,10 +166,10 @@ def with_ctranslate2(folder: str, batches: Sequence[int], prefill: int, count: i
         )
         return time.perf_counter() - started
 
-    def decode(batch: int) -> float:
-        return seconds(prompt, batch, 1 + NEW) - seconds(prompt, batch, 1)
+    def decode(batch: int, context: int) -> float:
+        return seconds(words(context), batch, 1 + NEW) - seconds(words(context), batch, 1)
 
-    return ready(decode, lambda: seconds(long, 1, 1), batches, prefill)
+    return ready(decode, lambda: seconds(words(prefill), 1, 1), cases, prefill)
 
 
 def bfloat16_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
@@ -178,14 +194,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = options.add_argument
     add("--preset", default="gpt2", choices=tuple(PRESETS), help="sizes of the model [%(default)s]")
     add("--batch", type=positive, nargs="+", default=[1, 5], metavar="B", help="batch sizes [1 5]")
+    add("--context", type=positive, default=900, metavar="T", help="tokens of the longer context [%(default)s]")
     add("--prompt", type=positive, default=512, metavar="T", help="tokens in the prompt [%(default)s]")
     add("--checkpoint", metavar="DIR", help="a trained model, to measure the effect of bfloat16 on its loss")
     add("--data", metavar="NAME", help="the data set for this: a name in data/, or a folder")
     add("--windows", type=positive, default=20, metavar="N", help="use its first N windows [%(default)s]")
     given = options.parse_args(arguments)
     config = GPT2Config.preset(given.preset)
-    if max(given.prompt, CONTEXT + 1 + NEW) > config.n_positions:
-        options.error(f"--prompt {given.prompt}: the model's context is {config.n_positions} tokens")
+    for option, needed in (("prompt", max(given.prompt, CONTEXT + 1 + NEW)), ("context", given.context + 1 + NEW)):
+        if needed > config.n_positions:
+            options.error(
+                f"--{option} {getattr(given, option)} needs {needed} positions; the model has {config.n_positions}"
+            )
     if (given.checkpoint is None) != (given.data is None):
         options.error("--checkpoint and --data must be used together")
     loss = None
@@ -202,24 +222,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Contender]:
-    """The installed programs, and the bytes that each reads per token: all weights except the position embedding."""
-    read = (config.n_parameters - config.n_positions * config.n_embd) * NEW
+    """The installed programs, and the bytes that each reads per token."""
+    cases = cases_of(given)
+    weights = config.n_parameters - config.n_positions * config.n_embd
 
-    def works(itemsize: int) -> dict[str, Work]:
-        found = {f"batch {batch}": Work(tokens=batch * NEW, read=itemsize * read) for batch in given.batch}
+    def works(weight_bytes: int, cache_bytes: int = 4) -> dict[str, Work]:
+        found = {}
+        for name, (batch, context) in cases.items():
+            cached = 2 * config.n_layer * config.n_embd * (context + NEW // 2)  # keys and values of a text, on average
+            read = NEW * (weight_bytes * weights + cache_bytes * batch * cached)
+            found[name] = Work(tokens=batch * NEW, read=read)
         flops = given.prompt * config.flops_per_token(given.prompt) / 3
         flops -= 2 * (given.prompt - 1) * config.vocab_size * config.n_embd  # only the logits of the last position
         return found | {f"prompt of {given.prompt}": Work(tokens=given.prompt, flops=flops)}
 
-    arguments = (folder, given.batch, given.prompt, given.threads)
+    arguments = (folder, cases, given.prompt, given.threads)
     found = [
         Contender("tinygrad2 float32", ours, (*arguments, "float32"), works(4)),
         Contender("tinygrad2 bfloat16", ours, (*arguments, "bfloat16"), works(2)),
     ]
-    peers = {"transformers": (with_transformers, "torch"), "CTranslate2": (with_ctranslate2, "torch", "transformers")}
-    for name, (make, *needed) in peers.items():
+    peers = (  # name, other packages that it needs, function, and its work for each dtype
+        ("CTranslate2", ("torch", "transformers"), with_ctranslate2, {"float32": works(4), "int8": works(1)}),
+        ("transformers", ("torch",), with_transformers, {"float32": works(4), "bfloat16": works(2, 2)}),
+    )
+    for name, needed, make, work in peers:
         if len(versions(name.lower(), *needed)) == 1 + len(needed):
-            found.append(Contender(name, make, arguments, works(4), peer=True))
+            found += [Contender(f"{name} {t}", make, (*arguments, t), work[t], peer=True) for t in work]
     return found
 
 

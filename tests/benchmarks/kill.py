@@ -101,7 +101,7 @@ def start(out: Path, log: Path, mode: str, k: int) -> int:
 
 
 def wait(pid: int, seconds: float) -> int:
-    """Kill a process after this time if it still runs. Returns its exit status, which is negative for a signal."""
+    """Kill a process after this time if it is still running. Returns its exit status, negative for a signal."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -206,7 +206,7 @@ def finish(job: subprocess.Popen, limit: float) -> str:
         return job.communicate(timeout=limit)[1].decode()
     except subprocess.TimeoutExpired:
         job.kill()
-        raise SystemExit(f"FAILED: the job still ran {limit:.0f} s later") from None
+        raise SystemExit(f"FAILED: the job was still running {limit:.0f} s later") from None
 
 
 def outlived(pids: list[int]) -> list[int]:

@@ -50,6 +50,13 @@ def train(tree: Path, out: Path, ranks: int, options: list[str]) -> None:
         sys.exit(f"{tree}: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
+def adamw(tree: Path) -> list[str]:
+    """The option for AdamW, which earlier versions use by default; some do not have the option."""
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=tree, env=env, capture_output=True, text=True)
+    return ["--optimizer", "adamw"] if "--optimizer" in done.stdout else []
+
+
 def results(out: Path) -> dict[str, Any]:
     """The rows of the log, and every array of the last checkpoint."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -98,14 +105,14 @@ def main() -> int:
             for tree in (other, ROOT):
                 out = work / f"out-{len(found)}"
                 shutil.rmtree(out, ignore_errors=True)
-                train(tree, out, ranks, [*data, *more])
+                train(tree, out, ranks, [*data, *more, *adamw(tree)])
                 found.append(results(out))
             said = difference(*found, tolerance=options.zero_tolerance if "--zero" in more else 0.0)
             failed += bool(said)
             print(f"{case:20} {said or 'the same bits'}", flush=True)
         if not options.only or "resume" in options.only:
             whole, resumed = work / "whole", work / "resumed"
-            train(other, whole, 1, data)
+            train(other, whole, 1, [*data, *adamw(other)])
             shutil.copytree(whole, resumed, symlinks=True)
             shutil.rmtree(resumed / f"ckpt-{STEPS:06d}")
             train(ROOT, resumed, 1, data)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt2 import GPT2, GPT2Config
-from tests.benchmarks import alternate, bfloat16, decode, ops, plan, small, train_step
+from tests.benchmarks import alternate, bfloat16, decode, ops, plan, recipe, small, train_step
 from tests.benchmarks.alternate import Contender, Measured, Work
 from tinygrad2.backend import get_backend
 
@@ -199,13 +199,22 @@ def test_the_training_step(small_limits, tmp_path, capsys):
 @pytest.mark.slow
 def test_decoding(small_limits, tmp_path):
     out = tmp_path / "decode.json"
-    options = ["--preset", "nano", "--batch", "1", "3", "--prompt", "60", "--rounds", "1", "--json", str(out)]
-    assert decode.main(options) == 0
-    tasks = json.loads(out.read_text())["tasks"]
-    assert tasks.keys() == {"batch 1", "batch 3", "prompt of 60"}
+    options = ["--preset", "nano", "--batch", "1", "3", "--context", "31", "--prompt", "60", "--rounds", "1"]
+    assert decode.main([*options, "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    tasks, config = record["tasks"], GPT2Config.preset("nano")
+    assert tasks.keys() == {"batch 1", "batch 3", "batch 1, context of 31", "prompt of 60"}
     wide, half = (tasks["batch 3"][f"tinygrad2 {dtype}"] for dtype in ("float32", "bfloat16"))
-    assert wide["bytes_per_s"] * wide["median"] == pytest.approx(2 * half["bytes_per_s"] * half["median"])
+    weights = (config.n_parameters - config.n_positions * config.n_embd) * decode.NEW
+    difference = wide["bytes_per_s"] * wide["median"] - half["bytes_per_s"] * half["median"]
+    assert difference == pytest.approx(2 * weights)  # caches are float32 in both
     assert wide["tokens_per_s"] == pytest.approx(3 * decode.NEW / wide["median"])
+    longer, shorter = (tasks[name]["tinygrad2 float32"] for name in ("batch 1, context of 31", "batch 1"))
+    difference = longer["bytes_per_s"] * longer["median"] - shorter["bytes_per_s"] * shorter["median"]
+    assert difference == pytest.approx(decode.NEW * 4 * 2 * config.n_layer * config.n_embd * (31 - decode.CONTEXT))
+    versions = record["versions"]
+    assert ("CTranslate2 int8" in tasks["batch 1"]) == ({"ctranslate2", "torch", "transformers"} <= versions.keys())
+    assert ("transformers bfloat16" in tasks["batch 1"]) == ({"torch", "transformers"} <= versions.keys())
 
 
 @pytest.mark.slow
@@ -252,7 +261,7 @@ def test_what_bfloat16_costs(tmp_path):
         (train_step.main, ["--rounds", "0"], "argument --rounds: is 0; expected 1 or more"),
         (train_step.main, ["--block", "2000"], "--block 2000 is longer than the model's context of 1024 tokens"),
         (train_step.main, ["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere/"),
-        (decode.main, ["--preset", "nano"], "--prompt 512: the model's context is 64 tokens"),
+        (decode.main, ["--preset", "nano"], "--prompt 512 needs 512 positions; the model has 64"),
         (decode.main, ["--data", "x"], "--checkpoint and --data must be used together"),
     ],
 )
@@ -301,3 +310,42 @@ def test_two_runs_are_compared_by_their_smoothed_and_final_losses():
     found = bfloat16.differences(wide, narrow)
     assert found["training"] == pytest.approx(0.003)
     assert found["validation"] == pytest.approx(0.005)
+
+
+def recipe_rows(losses, seconds):
+    """The log of a run of 100 steps per loss, each evaluated at its last step."""
+    rows = [{"step": step, "seconds": seconds} for step in range(1, 100 * len(losses) + 1)]
+    for i, loss in enumerate(losses):
+        rows[100 * i + 99]["val_loss"] = loss
+    return rows
+
+
+def test_the_seconds_to_a_loss_are_counted_to_the_first_evaluation_that_reaches_it():
+    found = recipe.summary(recipe_rows([1.7, 1.55, 1.56, 1.5], 0.25), 1.55)
+    assert (found["steps"], found["seconds"], found["final_loss"]) == (400, 100, 1.5)
+    assert (found["steps_to_target"], found["seconds_to_target"]) == (200, 50)
+    never = recipe.summary(recipe_rows([1.7, 1.6], 0.5), 1.55)
+    assert (never["steps_to_target"], never["seconds_to_target"]) == (None, None)
+    old, new = ({"recipe": name, "seed": 1} for name in (recipe.OLD, recipe.NEW))
+    runs = [{**old, **never}, {**new, **found}, {**old, **found}, {**new, **never}]
+    assert recipe.ratios(runs) == [50 / 100, None]  # against all seconds of a run that does not reach it
+    widths = {len(text) for text in (recipe.heading(1.55), *map(recipe.line, runs))}
+    assert len(widths) == 1
+    assert recipe.line(runs[0]).split()[-2:] == ["never", "1.6000"]
+
+
+@pytest.mark.slow
+def test_recipes_are_compared_by_the_losses_that_train_py_logs(workspace, tmp_path, capsys):
+    out = tmp_path / "recipe.json"
+    options = ["--data", "text", "--max-iters", "4", "--seeds", "3", "4", "--target", "5.6", "--json", str(out)]
+    assert recipe.main(options) == 0
+    record = json.loads(out.read_text())
+    runs = record["runs"]
+    assert [(run["recipe"], run["seed"]) for run in runs] == [
+        (name, seed) for seed in (3, 4) for name in (recipe.OLD, recipe.NEW)
+    ]
+    assert all(run["steps"] == run["steps_to_target"] == 4 for run in runs)
+    assert len({run["final_loss"] for run in runs}) == 4
+    assert record["ratios"] == recipe.ratios(runs)
+    assert f"{recipe.NEW:<15}     4       4" in capsys.readouterr().out
+    assert recipe.main([*options, "--target", "0.1"]) == 1  # not reached

@@ -581,11 +581,11 @@ def test_stdin_starts_over_after_an_interruption(tmp_path, monkeypatch):
 
 def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("my.txt").write_text("some text\n" * 50)
+    Path("my.txt").write_text("some text\n" * 100)
     assert main(["my.txt", "--tokenizer", "bytes", "--val-fraction", "0.1"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"data/my: 1 documents, 452 training and 50 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
+        r"data/my: 1 documents, 902 training and 100 validation tokens, 1\.00 bytes per token, \d+\.\d s", output[0]
     )
     assert output[1] == "next: python train.py --data my --out-dir out-my"
     Path("in.d").mkdir()
@@ -610,6 +610,27 @@ def test_existing_data_set_is_rejected_or_renamed(tmp_path, capsys):
     assert main([*arguments, "--fresh"]) == 0
     assert contents(tmp_path / "out.1") == old
     assert contents(tmp_path / "out.2") == contents(tmp_path / "out") != old
+
+
+@pytest.mark.parametrize("closed", ["|", ">"])
+def test_an_output_error_does_not_end_it(tmp_path, closed):
+    (tmp_path / "a.txt").write_text("some text\n" * 200)
+    command = f"{sys.executable} {ROOT}/data/prepare.py a.txt --fresh --tokenizer bytes --out set "
+    command += "| true; exit ${PIPESTATUS[0]}" if closed == "|" else "> /dev/full"
+    for _ in range(2):  # the second time, the set is renamed, which is printed before the new set is complete
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "set" / MANIFEST).is_file()
+
+
+def test_a_set_below_one_window_names_a_block_size_that_fits(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 30)
+    assert main(["a.txt", "--tokenizer", "bytes", "--out", "tiny"]) == 0
+    size = min(TokenDataset.open(Path("tiny"), split).tokens for split in SPLITS) - 1
+    assert 0 < size < 64
+    end = f"next: python train.py --data tiny --out-dir out-tiny --block-size {size}\n"
+    assert capsys.readouterr().out.endswith(end)
 
 
 def test_two_at_once(tmp_path):

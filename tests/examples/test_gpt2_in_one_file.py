@@ -294,7 +294,7 @@ def fails(capsys, *arguments):
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert len(lines) == 1, output.err
-    assert lines[0].startswith("gpt2_in_one_file.py: ")
+    assert lines[0].startswith("gpt2_in_one_file.py: error: ")
     return lines[0]
 
 
@@ -314,7 +314,10 @@ def test_it_trains_saves_and_samples(text, tmp_path, capsys, monkeypatch):
     assert losses[0] == pytest.approx(5.2, abs=0.4)  # from log 257 = 5.55, after one step
     assert losses[-1] < losses[0] - 1
     for _ in range(2):
-        assert one_file.main(["sample", "--model", str(out), "-p", "7 times", "--tokens", "20", "--seed", "5"]) == 0
+        assert (
+            one_file.main(["sample", "--checkpoint", str(out), "-p", "7 times", "--max-tokens", "20", "--seed", "5"])
+            == 0
+        )
     first, second = re.findall(r"7 times.*?(?=7 times|\Z)", capsys.readouterr().out, re.DOTALL)
     assert first == second
     assert one_file.main(["train", str(text), "--steps", "1", "--batch-size", "4", "--init", str(out)]) == 0
@@ -322,7 +325,7 @@ def test_it_trains_saves_and_samples(text, tmp_path, capsys, monkeypatch):
 
 
 def test_the_model_in_checkpoint_is_the_default(capsys):
-    assert one_file.main(["sample", "-p", "Return the", "--tokens", "12", "--temperature", "0"]) == 0
+    assert one_file.main(["sample", "-p", "Return the", "--max-tokens", "12", "--temperature", "0"]) == 0
     found = capsys.readouterr().out
     model = GPT2.from_pretrained(CHECKPOINT)
     prompt = list(b"Return the")
@@ -345,7 +348,7 @@ def test_a_text_may_exceed_the_context(saved):
 
 
 def test_a_character_of_several_bytes_is_printed_whole(saved, capsys):
-    assert one_file.main(["sample", "--model", str(saved[0]), "-p", "größer", "--tokens", "0"]) == 0
+    assert one_file.main(["sample", "--checkpoint", str(saved[0]), "-p", "größer", "--max-tokens", "0"]) == 0
     assert capsys.readouterr().out == "größer\n"
 
 
@@ -359,7 +362,7 @@ def test_wrong_input_is_one_line(text, tmp_path, capsys):
     assert "--learning-rate" in fails(capsys, "train", text, "--learning-rate", "nan")
     assert "invalid int value: 'many'" in fails(capsys, "train", text, "--steps", "many")
     assert "try a lower --learning-rate" in fails(capsys, "train", text, "--steps", "40", "--learning-rate", "1e30")
-    assert "config.json" in fails(capsys, "sample", "--model", tmp_path / "empty")
+    assert "config.json" in fails(capsys, "sample", "--checkpoint", tmp_path / "empty")
     assert "--temperature" in fails(capsys, "sample", "--temperature", "-1")
     assert "--top-k" in fails(capsys, "sample", "--top-k", "0")
     assert "arguments are required" in fails(capsys)
@@ -393,7 +396,7 @@ DAMAGES = {
 def test_a_damaged_model_is_one_line(damage, saved, capsys):
     damaging, message = DAMAGES[damage]
     damaging(saved[0])
-    assert message in fails(capsys, "sample", "--model", saved[0])
+    assert message in fails(capsys, "sample", "--checkpoint", saved[0])
 
 
 def test_truncated_weights_are_one_line(saved, capsys):
@@ -401,11 +404,23 @@ def test_truncated_weights_are_one_line(saved, capsys):
     data = file.read_bytes()
     for length in (0, 4, 8, 60, len(data) - 100):
         file.write_bytes(data[:length])
-        assert "not a valid safetensors file" in fails(capsys, "sample", "--model", saved[0])
+        assert "not a valid safetensors file" in fails(capsys, "sample", "--checkpoint", saved[0])
 
 
 def test_as_a_script(saved):
-    command = [sys.executable, SOURCE, "sample", "--model", saved[0], "-p", "a", "--tokens", "3", "--seed", "1"]
+    command = [
+        sys.executable,
+        SOURCE,
+        "sample",
+        "--checkpoint",
+        saved[0],
+        "-p",
+        "a",
+        "--max-tokens",
+        "3",
+        "--seed",
+        "1",
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=saved[0], check=True)
     assert ran.stdout.startswith("a")
     assert ran.stderr == ""

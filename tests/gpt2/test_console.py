@@ -123,6 +123,22 @@ def test_clock(seconds, text):
     assert console.clock(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (89, "89 s"),
+        (1400, "23 min"),
+        (5399, "90 min"),
+        (18_700, "5.2 h"),
+        (2e5, "2.3 days"),
+        (1e9, "11,574.1 days"),
+    ],
+)
+def test_duration(seconds, text):
+    assert console.duration(seconds) == text
+
+
 # Text on a terminal --------------------------------------------------------------------------------------------------
 
 

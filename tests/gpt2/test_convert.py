@@ -64,7 +64,9 @@ def run(*arguments, code=0):
 def test_the_command(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "a")
     run(tmp_path / "a", tmp_path / "b.pt", "--to", "pt")
-    assert capsys.readouterr().out == f"{tmp_path / 'b.pt'}: written from {tmp_path / 'a'}\n"
+    written, command = capsys.readouterr().out.splitlines()
+    assert written == f"{tmp_path / 'b.pt'}: written from {tmp_path / 'a'}"
+    assert command == f"next: python sample.py --checkpoint {tmp_path / 'b.pt'}"
     run(tmp_path / "b.pt", tmp_path / "c", "--to", "hf", "--activation", "gelu", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert (config["activation_function"], config["torch_dtype"]) == ("gelu", "bfloat16")

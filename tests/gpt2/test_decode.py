@@ -222,7 +222,7 @@ def test_the_operations_compute_what_the_kernel_does_not_support(device, monkeyp
     small = GPT2Config(n_embd=36, n_head=6, n_layer=1, vocab_size=9)
     for other in (GPT2(small, device="cuda"), GPT2(CONFIG, device="cuda", dtype="float64"), GPT2(CONFIG)):
         other.fused_decode = True
-        assert KVCache(other, 1, 8).decoder is None
+        assert Decoder.fitting(other, KVCache(other, 1, 8)) is None
     limited(monkeypatch, model, shared_memory=32 << 10)
     assert KVCache(model, MAX_TEXTS, 8).decoder is None
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpt2 import doctor
-from gpt2.doctor import MISSING, OK, WRONG, Finding
+from gpt2.doctor import OK, OPTIONAL, WRONG, Finding
 from tinygrad2 import machine
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +80,12 @@ def test_this_machine_can_train(capsys, gpt2_files, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    verdicts = {line.split()[1]: line.split()[0] for line in lines if line.startswith((OK, MISSING, WRONG))}
+    verdicts = {line.split()[1]: line.split()[0] for line in lines if line.startswith((OK, OPTIONAL, WRONG))}
     assert list(verdicts) == list(doctor.PROBES)
     assert {verdicts[name] for name in ("python", "packages", "blas", "memory", "tokenizer", "folders", "disk")} == {OK}
     assert lines[-1].startswith("to train on this machine: ")
     assert "train.py" in lines[-1]
-    remedies = sum(line.lstrip().startswith("-> ") for line in lines)
+    remedies = sum(line.lstrip().startswith("-> ") and "threads are slower" not in line for line in lines)
     assert remedies == sum(verdict != OK for verdict in verdicts.values())
 
 
@@ -93,7 +93,7 @@ def test_only_needed_parts_change_the_exit_status(capsys, monkeypatch):
     fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
     for finding, status, last in (
         (Finding(WRONG, "broken", "mend it"), 0, "to train on this machine: "),
-        (Finding(MISSING, "away", "get it", needed=True), 0, "to train on this machine: "),
+        (Finding(OPTIONAL, "away", "get it", needed=True), 0, "to train on this machine: "),
         (Finding(WRONG, "broken", "mend it", needed=True), 1, "fix these first: part"),
     ):
         monkeypatch.setattr(doctor, "PROBES", {**fine, "part": lambda finding=finding: finding})
@@ -107,7 +107,7 @@ def test_if_python_is_too_old_nothing_else_is_checked(capsys, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     assert doctor.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("wrong    python")
+    assert lines[0].startswith("wrong     python")
     assert "install Python 3.11 or newer" in lines[1]
     assert lines[2:] == ["", "fix these first: python"]
 
@@ -207,6 +207,17 @@ def test_a_blas_limited_to_one_thread_is_detected(monkeypatch):
     assert finding.remedy == "unset OPENBLAS_NUM_THREADS"
 
 
+def test_threads_that_are_slower_than_one_are_explained(answers):
+    openblas = {"internal_api": "openblas", "version": "1", "num_threads": 2}
+    found = {"mkl": None, "speed": 5e10, "on_one_thread": 9e10, "libraries": [openblas]}
+    answers(BLAS=found)
+    finding = doctor.probe_blas()
+    assert (finding.verdict, finding.text) == (OK, "openblas 1, 2 threads, 50 GFLOP/s in float32 (90 on one thread)")
+    assert finding.remedy.startswith("2 threads are slower than one: other programs use the cores")
+    answers(BLAS={**found, "on_one_thread": 5.4e10})
+    assert doctor.probe_blas().remedy == ""
+
+
 @pytest.mark.parametrize(
     ("said", "verdict", "text"),
     [
@@ -267,7 +278,7 @@ def test_a_missing_or_disabled_numba_is_detected(monkeypatch, tmp_path, answers)
     with monkeypatch.context() as injected:
         injected.setenv("PYTHONPATH", str(tmp_path))
         finding = doctor.probe_numba()
-    assert finding.verdict == MISSING
+    assert finding.verdict == OPTIONAL
     assert finding.text.startswith("ImportError: Numba needs NumPy 2.2 or less; plain NumPy is used")
     with monkeypatch.context() as injected:
         injected.setenv("TINYGRAD2_KERNELS", "reference")
@@ -327,7 +338,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             {"error": "OSError: libcuda.so.1"},
             [],
             None,
-            MISSING,
+            OPTIONAL,
             "no NVIDIA driver; CuPy is not",
             "needed for a GPU only",
         ),
@@ -335,16 +346,16 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             {"error": "OSError: x"},
             ["cupy-cuda13x"],
             None,
-            MISSING,
+            OPTIONAL,
             "CuPy (cupy-cuda13x) is installed",
             "needed for a GPU only",
         ),
         ({"error": "no answer within 60 s"}, [], None, WRONG, "the NVIDIA driver fails: no answer", "nvidia-smi"),
-        ({**DRIVER_13, "status": 999}, [], None, MISSING, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
-        ({**DRIVER_13, "gpus": 0}, [], None, MISSING, "reports no GPU (status 0)", "nvidia-smi"),
+        ({**DRIVER_13, "status": 999}, [], None, OPTIONAL, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
+        ({**DRIVER_13, "gpus": 0}, [], None, OPTIONAL, "reports no GPU (status 0)", "nvidia-smi"),
         ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: too old", "CUDA 12 or 13"),
-        (DRIVER_13, [], None, MISSING, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
-        ({**DRIVER_13, "version": 12040}, [], None, MISSING, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
+        (DRIVER_13, [], None, OPTIONAL, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
+        ({**DRIVER_13, "version": 12040}, [], None, OPTIONAL, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
         ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "built for CUDA 13", "[cuda12]"),
         (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "conflict", "uninstall -y cupy cupy-cuda13x, then"),
         (
@@ -451,7 +462,7 @@ def test_a_vocabulary_that_cannot_be_downloaded_is_reported_as_missing(monkeypat
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     finding = doctor.probe_tokenizer()
-    assert (finding.verdict, finding.needed) == (MISSING, False)
+    assert (finding.verdict, finding.needed) == (OPTIONAL, False)
     assert "could not be downloaded" in finding.text
     assert str(tmp_path) in finding.remedy
 

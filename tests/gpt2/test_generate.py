@@ -171,6 +171,48 @@ def test_choose_sorts_no_more_than_necessary(spread, sampling):
     assert choose(logits, draws, **sampling).tolist() == expected
 
 
+def by_sorting(logits, draw, temperature, top_k=None, top_p=None):
+    """choose for one row, by sorting the whole vocabulary, with the same exponentials."""
+    scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
+    if top_k is not None and top_k < len(logits):
+        order = np.argsort(-logits, kind="stable")
+        order = order[logits[order] >= logits[order[top_k - 1]]]
+    else:
+        order = np.argsort(-scaled, kind="stable")
+    weights = np.exp(scaled[order]).astype(np.float64)
+    sums = np.cumsum(weights / weights.sum())
+    if top_p is not None:
+        sums = sums[: np.searchsorted(sums, top_p) + 1]
+        draw *= sums[-1]
+    rank = min(np.searchsorted(sums, draw, side="right"), (weights[: len(sums)] > 0).sum() - 1)
+    return order[rank]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("size", [1, 2, 7, 1009, 50257])
+def test_choose_equals_sorting_the_vocabulary(seed, size):
+    """Random logits of any spread, with ties and -inf, and random options. (The sizes are prime: otherwise a sum of
+    equal probabilities could equal top_p, and the rounding of the sums would decide.)"""
+    R = np.random.default_rng([seed, size])
+    logits = (R.choice([0, 1e-6, 1e-3, 0.3, 1, 3, 10, 100]) * R.standard_normal(size)).astype(R.choice(["f", "d"]))
+    if seed % 3 == 0:
+        logits = np.round(logits, R.integers(0, 2))
+    if seed % 4 == 0:
+        logits[R.random(size) < R.choice([0.1, 0.9])] = -np.inf
+        logits[R.integers(size)] = 1
+    logits += R.choice([0, 1e4, -1e20])
+    for temperature in (1e-9, 0.1, 0.8, 1, 1e6):
+        for top_k in (None, 1, 50, int(R.integers(1, size + 2))):
+            for top_p in (None, 1e-9, 0.5, 0.95, 1.0, 1 - R.random()):
+                draws = [0.0, *R.random(2)]
+                with np.errstate(over="ignore"):
+                    expected = [by_sorting(logits, draw, temperature, top_k, top_p) for draw in draws]
+                found = choose(np.tile(logits, (3, 1)), np.array(draws), temperature, top_k, top_p)
+                assert found.tolist() == expected, (temperature, top_k, top_p)
+                if size == 50257 and top_k not in (None, 50):
+                    break  # (sorting takes long)
+
+
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )

@@ -208,11 +208,11 @@ def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"<|user|>": 3}, r"<\|user\|> has the id 3, which is not the one"),
-        ({"<|user|>": -1}, r"<\|user\|> has the id -1, which is not the one"),
-        ({"<|user|>": 1 << 40}, r"<\|user\|> has the id 1099511627776, which is not the one"),
-        ({"<|user|>": "x"}, r"<\|user\|> has the id x, which is not the one"),
-        ({"<|user|>": SIZE, "<|bot|>": SIZE}, rf"<\|bot\|> has the id {SIZE}, which is not the one"),
+        ({"<|user|>": 3}, r"<\|user\|> has the id 3; expected its id in the vocabulary"),
+        ({"<|user|>": -1}, r"<\|user\|> has the id -1; expected its id in the vocabulary"),
+        ({"<|user|>": 1 << 40}, r"<\|user\|> has the id 1099511627776; expected its id in the vocabulary"),
+        ({"<|user|>": "x"}, r"<\|user\|> has the id x; expected its id in the vocabulary"),
+        ({"<|user|>": SIZE, "<|bot|>": SIZE}, rf"<\|bot\|> has the id {SIZE}; expected its id in the vocabulary"),
         ({"": SIZE}, "expected some text"),
         ([], "added_tokens.json: expected a JSON object"),
     ],

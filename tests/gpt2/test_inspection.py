@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -444,6 +445,29 @@ def test_the_maps_follow_the_colours_of_the_page(browser, pages):
     assert light[0] != dark[0]
     assert light[1] != dark[1]
     assert [line for line in said if "willReadFrequently" not in line] == []
+
+
+@pytest.mark.extras("playwright")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_logit_lens_starts_at_the_left_with_whole_names(browser, pages, width):
+    page, _, _ = opened(browser, pages["usual"], width)
+    lens = page.locator('[data-part="lens"]')
+    assert lens.evaluate("box => box.scrollLeft") == 0
+    assert page.eval_on_selector_all(".lens .row", "rows => rows.every(row => row.scrollWidth <= row.clientWidth)")
+    shown = lens.evaluate("box => box.clientWidth - box.querySelector('.row').offsetWidth")
+    assert shown > 200
+    for cell in (page.locator(".lens thead th:not(.row)").first, page.locator(".lens thead th:not(.row)").last):
+        cell.evaluate("cell => cell.click()")
+    assert (lens.evaluate("box => box.scrollLeft") > 0) == lens.evaluate("box => box.scrollWidth > box.clientWidth")
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [("a\n b", "a b"), ("word " * 12, "word " * 11 + "word"), ("words " * 12, "words " * 9 + "words\u2026")],
+)
+def test_a_title_that_is_cut_ends_in_dots(text, title):
+    found = re.search("<title>Inside the model: (.*)</title>", inspection.inspector_page({"text": text}))
+    assert found[1] == title
 
 
 @pytest.mark.extras("playwright")

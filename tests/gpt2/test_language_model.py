@@ -64,7 +64,14 @@ def trained(workspace):
     """A Bigram after 60 steps, and the rows that were logged."""
     train, validation = (TokenDataset.open(Path("data/text"), split) for split in ("train", "val"))
     tokenizer = train.tokenizer()
-    given = {"batch_size": 8, "block_size": 32, "max_iters": 60, "learning_rate": 0.03, "eval_iters": 4}
+    given = {
+        "batch_size": 8,
+        "block_size": 32,
+        "max_iters": 60,
+        "learning_rate": 0.03,
+        "eval_iters": 4,
+        "optimizer": "adamw",
+    }
     options = resolve_options(given, GPT2Config.preset("nano"))
     options.total_batch_size = 8 * 32
     model = Bigram(BigramConfig(tokenizer.vocab_size))

@@ -87,12 +87,30 @@ def test_the_page_shows_the_run(tmp_path):
     assert "300 of 300 steps" in page.texts["header"][0]
     assert page.texts["dd"][0] == "2.1100 at step 300"
     assert page.texts["dd"][1] == "2.0101 mean of the last 6"
-    assert page.texts["dd"][-1] == "2:30 min in steps"
+    assert page.texts["dd"][-1] == "2 min in steps"
     assert page.texts["pre"][-1] == "python train.py '--data=a b' --profile"
     assert "from step 0 (cpu, a processor, 2 threads)" in page.texts["li"][0]
-    assert {"max_iters300", "learning_rate0.001", "seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
+    assert {"--max-iters300", "--learning-rate0.001", "--seed1337", "n_layer4", "pathdata/text", "threads2"} <= {
         *page.texts["tr"]
     }
+
+
+def test_nats_per_token_are_related_to_bits_per_byte(tmp_path):
+    text = report.report_page(report.Run.load(make_run(tmp_path / "out", data={"bytes per token": 4.0})))
+    assert "so 1 nat per token is 1 / (4 ln\u00a02) = 0.3607 bits per byte." in text
+    assert "1 nat per token" not in report.report_page(report.Run.load(make_run(tmp_path / "unknown")))
+
+
+def test_options_are_shown_as_they_are_typed_in_the_groups_of_help(tmp_path):
+    options = {"max_iters": 300, "profile": True, "zero": False, "seed": 7, "init": None, "of_another_version": "x"}
+    page = page_of(make_run(tmp_path / "out", options=options))
+    titles = [title for title in page.texts["h3"] if title.startswith("Options: ")]
+    assert titles == [
+        f"Options: {group}" for group in ("model", "data and batches", "optimizer", "output", "computation", "others")
+    ]
+    rows = ["--init-", "--max-iters300", "--zerooff", "--profileon", "--seed7", "--of-another-versionx"]
+    assert [row for row in page.texts["tr"] if row.startswith("--")] == rows
+    assert [found["class"] for tag, found in page.found if tag == "tr" and found.get("class")] == ["given"]
 
 
 def test_everything_in_a_run_is_shown_as_text(tmp_path):
@@ -363,6 +381,19 @@ def test_training_spends_at_most_a_hundredth_of_its_time_on_the_page(tmp_path, m
     assert len(written) == 4
 
 
+def test_training_updates_the_page_every_30_seconds(tmp_path, monkeypatch):
+    clock, written = [100.0], []
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(report, "write", lambda text, file: written.append(clock[0]))
+    writer = report.Writer(make_run(tmp_path / "out"), pytest.fail)
+    assert writer.is_old()
+    for _ in range(70):
+        if writer.is_old():
+            writer.update()
+        clock[0] += 1
+    assert written == [100.0, 130.0, 160.0]
+
+
 def test_a_page_that_cannot_be_written_does_not_end_a_run(tmp_path):
     out = make_run(tmp_path / "out")
     (out / report.REPORT).mkdir()
@@ -379,7 +410,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert report.main(["a"]) == 0
     assert report.main(["a", "b"]) == 0
     assert report.main(["a", "b", "--output", "both.html"]) == 0
-    assert capsys.readouterr().out.split() == ["a/report.html", "comparison.html", "both.html"]
+    pages = ["a/report.html", "comparison.html", "both.html"]
+    assert capsys.readouterr().out.splitlines() == [f"page: {page}; open it in a browser" for page in pages]
     assert "<h1>a</h1>" in (tmp_path / "a" / "report.html").read_text()
     assert "<h1>2 runs compared</h1>" in (tmp_path / "both.html").read_text()
 

@@ -77,7 +77,7 @@ def test_it_prints_its_address_and_ctrl_c_ends_it_during_a_stream():
     with urllib.request.urlopen(request, timeout=60) as stream:
         assert stream.readline().startswith(b"data: ")
         began = time.monotonic()
-        assert end(process) == (130, "gpt2.serve: interrupted\n")
+        assert end(process) == (0, "stopped\n")
         assert time.monotonic() - began < 5  # one second on an idle machine
 
 
@@ -217,6 +217,21 @@ def test_a_text_is_generated_and_inspected(visit, expected_text, width, scheme):
     assert min(page.eval_on_selector_all(".play *", sizes)) >= 12
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(251, 250, 248)" if scheme == "light" else "rgb(20, 23, 28)")
+
+
+@IN_BROWSER
+@pytest.mark.parametrize(("width", "rows"), [(390, [3, 2]), (1280, [3, 2]), (1600, [5])])
+def test_no_setting_is_alone_in_its_row(visit, width, rows):
+    tops = visit(width).eval_on_selector_all(".settings label", "all => all.map(label => label.offsetTop)")
+    assert [tops.count(top) for top in sorted(set(tops))] == rows
+
+
+@IN_BROWSER
+def test_the_page_shows_that_the_inspector_is_at_work(visit):
+    page = visit()
+    page.route("**/inspect", lambda route: None)  # no answer
+    generate(page, "Return the", 5)
+    page.get_by_text(re.compile(r"^Looking inside the model\u2026 [1-9]\d* s$")).wait_for()
 
 
 @IN_BROWSER

@@ -20,7 +20,7 @@ Fault = tuple[str, str, str]  # the arguments of `inject` after the source
 
 def inject(source: str, function: str, old: str, new: str) -> str:
     """`source` with `old` replaced by `new` everywhere in `function`: the name of a function, struct, class or
-    constant, or several with commas between them.
+    constant, or several, separated by commas.
 
     Any whitespace in `old` matches any other. Raises AssertionError if there is nothing to replace.
     """

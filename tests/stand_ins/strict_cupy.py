@@ -512,7 +512,7 @@ class Event:
 class Stream:
     """A stream. All streams share one queue of copies, in launch order.
 
-    others_seen  the number of launches when the event of another stream was recorded that this one last waited for.
+    others_seen  how many launches had been made when another stream recorded the event that this one last waited for.
     """
 
     _made = 0
@@ -558,7 +558,7 @@ class Stream:
 
 
 class GPU:
-    """One of the devices, which all have the properties of an H200. Each thread has a current one, at first 0."""
+    """One of the devices, which all have the properties of an H200. Each thread has a current one, initially 0."""
 
     compute_capability = "90"
     current = threading.local()

@@ -8,7 +8,7 @@ import pytest
 from tests.stand_ins import cudasim
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some twenty kernels are compiled
+pytestmark = pytest.mark.slow  # about twenty kernels are compiled
 
 COMMON = (cuda.FOLDER / "common.cuh").read_text(encoding="utf-8")
 KERNELS = """
@@ -161,7 +161,7 @@ def test_a_hang_or_fault_stops_with_a_message(name, fault, instead, message):
     arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
     code = injected(name, fault, instead)
     y = np.zeros(128, np.float32)
-    if message is None:  # a barrier that some warps skip: a GPU may go on, with the wrong numbers
+    if message is None:  # a barrier that some warps skip: a GPU may continue with wrong numbers
         outputs = results(name, code, X, 128)
         assert not all(np.array_equal(y, X[:128][::-1]) for y in outputs)
         return

@@ -17,7 +17,7 @@ except RuntimeError:
     pytest.skip("NVRTC is not installed: pip install -e '.[cuda-check]'", allow_module_level=True)
 from tests.stand_ins import ptxsim  # noqa: E402
 
-pytestmark = pytest.mark.slow  # some twenty kernels are compiled
+pytestmark = pytest.mark.slow  # about twenty kernels are compiled
 
 MODULE = """
 .version 8.0

@@ -68,7 +68,7 @@ class ThreadComm:
 
 
 def on_ranks(size, function):
-    """[function(comm) for each rank], at the same time."""
+    """[function(comm) for each rank], run concurrently."""
     board, barrier = [None] * size, threading.Barrier(size, timeout=20)
     results, errors = [None] * size, []
 

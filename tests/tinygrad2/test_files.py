@@ -45,6 +45,17 @@ def test_a_link_is_replaced_even_if_it_is_broken(tmp_path):
     assert entries(tmp_path) == ["best"]
 
 
+def test_a_folder_is_made_unless_its_name_belongs_to_something_else(tmp_path):
+    for _ in range(2):
+        files.make_folder(tmp_path / "a" / "b")
+    assert entries(tmp_path / "a") == ["b"]
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name, found in (("file", "a file"), ("broken", "a link to nowhere, which does not exist")):
+        with pytest.raises(FileExistsError, match=f"{name}: {found}; expected a folder"):
+            files.make_folder(tmp_path / name)
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("make", ["write_text", "mkdir"])
 def test_an_error_leaves_the_old_content(tmp_path, error, make):

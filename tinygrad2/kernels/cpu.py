@@ -33,7 +33,7 @@ from numba.np.numpy_support import from_dtype
 
 from tinygrad2 import blas, memory, random, reference, threads
 from tinygrad2.array import Array
-from tinygrad2.kernels import gemv, onednn, pool
+from tinygrad2.kernels import cached_attention, gemv, onednn, pool
 from tinygrad2.kernels.bfloat16 import as_float32, bits, cast, convert, narrow, wide
 from tinygrad2.kernels.token_runs import token_runs
 from tinygrad2.precision import sum_dtype
@@ -963,12 +963,102 @@ def attention_backward(
     return dqkv
 
 
+CACHE_BLOCK = 512  # positions of a cache that a thread processes at a time, so that few heads suffice for many threads
+CACHE_GRAIN = 1 << 15  # minimum number of elements of the keys per thread
+
+
+@_compiled
+def _exponentials(scores: np.ndarray, n: int, scale: np.floating) -> tuple[float, float]:
+    """Replace n scores s by exp(scale s - m), with m their maximum. Returns the sum of these, and m."""
+    for j in range(n):
+        scores[j] *= scale
+    largest = _largest(scores, n)
+    shift = scores.dtype.type(0) if largest == -np.inf else largest
+    for j in range(n):
+        scores[j] -= shift
+    return _exp_in_place(scores, n), largest
+
+
+@_compiled
+def _combine_blocks(partial: np.ndarray, out: np.ndarray) -> None:
+    """Attention (D,) from that to each block of a cache, (blocks, D + 2): the sum of the values, each times
+    w = exp(score - m), then the sum of w, then m, the block's largest score."""
+    D = len(out)
+    largest, total = partial[0, D + 1], partial.dtype.type(0)
+    for i in range(1, len(partial)):
+        largest = max(largest, partial[i, D + 1])
+    for i in range(len(partial)):
+        factor = _exp(partial[i, D + 1] - largest)
+        total += factor * partial[i, D]
+        for d in range(D):
+            partial[i, d] *= factor
+    for d in range(D):
+        value = partial.dtype.type(0)
+        for i in range(len(partial)):
+            value += partial[i, d]
+        out[d] = narrow(value / total, out)
+
+
+@functools.cache
+def cached_attention_tasks(bits: int, D: int) -> tuple[pool.CompiledTask, pool.CompiledTask]:
+    """Compile the two tasks of attention_cached for one more token of each text: parts start ... stop - 1 of its work.
+    Both have the arguments: the addresses of qkv (B, 3 C), cache, the results for each block (B, H, blocks, D + 2), and
+    out (B, C); then B, H, the capacity of the cache, the position of the token, and the number of parts."""
+    zero = np.float32(0) if bits == 32 else np.uint16(0)
+
+    def attend(arguments: int, start: int, stop: int) -> None:
+        a = carray(pool.pointer(arguments, np.int64(0)), (9,))
+        B, H, capacity, position, parts = a[4], a[5], a[6], a[7], a[8]
+        qkv = carray(pool.pointer(a[0], zero), (B, 3, H, D))
+        cache = carray(pool.pointer(a[1], zero), (2, B, H, capacity, D))
+        blocks = position // CACHE_BLOCK + 1
+        partial = carray(pool.pointer(a[2], np.float32(0)), (B, H, blocks, D + 2))
+        q, scores, scale = np.empty(D, np.float32), np.empty(CACHE_BLOCK, np.float32), np.float32(1 / math.sqrt(D))
+        for unit in range(B * H * blocks * start // parts, B * H * blocks * stop // parts):
+            head, block = unit // blocks, unit % blocks
+            b, h, first, last = head // H, head % H, block * CACHE_BLOCK, min((block + 1) * CACHE_BLOCK, position + 1)
+            for d in range(D):
+                q[d] = wide(qkv[b, 0, h, d])
+            if last == position + 1:
+                cache[0, b, h, position] = qkv[b, 1, h]
+                cache[1, b, h, position] = qkv[b, 2, h]
+            result, n = partial[b, h, block], last - first
+            keys, values = cache[0, b, h, first:].ctypes.data, cache[1, b, h, first:].ctypes.data
+            cached_attention.scores(bits, D, q.ctypes.data, keys, n, scores.ctypes.data)
+            result[D], result[D + 1] = _exponentials(scores, n, scale)
+            cached_attention.weighted_sum(bits, D, scores.ctypes.data, values, n, result.ctypes.data)
+
+    def combine(arguments: int, start: int, stop: int) -> None:
+        a = carray(pool.pointer(arguments, np.int64(0)), (9,))
+        B, H, position, parts = a[4], a[5], a[7], a[8]
+        blocks = position // CACHE_BLOCK + 1
+        partial = carray(pool.pointer(a[2], np.float32(0)), (B * H, blocks, D + 2))
+        out = carray(pool.pointer(a[3], zero), (B * H, D))
+        for head in range(B * H * start // parts, B * H * stop // parts):
+            _combine_blocks(partial[head], out[head])
+
+    return pool.task(attend), pool.task(combine)
+
+
 def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: int) -> np.ndarray:
-    q, k, v = split_heads(np.ascontiguousarray(qkv), 3, n_head)
+    qkv = np.ascontiguousarray(qkv)
+    _, B, H, capacity, D = cache.shape
     end = length + qkv.shape[1]
-    cache[0, :, :, length:end] = k
-    cache[1, :, :, length:end] = v
-    return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
+    vectors = cache.dtype in (np.float32, bfloat16) and cached_attention.supports(D) and cache.flags.c_contiguous
+    if qkv.shape[1] > 1 or not vectors:
+        q, k, v = split_heads(qkv, 3, n_head)
+        cache[0, :, :, length:end] = k
+        cache[1, :, :, length:end] = v
+        return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
+    out = memory.empty((B, 1, H * D), qkv.dtype)
+    partial = memory.empty((B, H, length // CACHE_BLOCK + 1, D + 2), np.float32)
+    parts = len(threads.parts(B * H * end, max(1, CACHE_GRAIN // D)))
+    addresses = (blas.address(array) for array in (qkv, cache, partial, out))
+    arguments = np.array([*addresses, B, H, capacity, length, parts], dtype=np.int64)
+    attend, combine = cached_attention_tasks(8 * qkv.itemsize, D)
+    pool.each_compiled(attend, arguments, [(i, i + 1) for i in range(parts)])
+    pool.each_compiled(combine, arguments, [(0, parts)])
+    return out
 
 
 if not (blas.NUMPYS.calls or blas.chosen().calls):  # no BLAS library has a C interface: use the reference

@@ -29,55 +29,59 @@ GRAIN = 1 << 16  # minimum number of weights per thread
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
 
 
-def _vector() -> ir.VectorType:
+def vector_type() -> ir.VectorType:
     return ir.VectorType(_FLOAT, LANES)
 
 
-def _at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
+def at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
     """A pointer of type `kind` to element `index`, of `size` bytes each, from an address."""
     return builder.inttoptr(builder.add(address, builder.mul(index, _WORD(size))), kind.as_pointer())
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
+def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
     """LANES weights, starting at an index, as a float32 vector."""
     if bits == 32:
-        return builder.load(_at(builder, address, index, 4, _vector()), align=4)
-    halves = builder.load(_at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
+        return builder.load(at(builder, address, index, 4, vector_type()), align=4)
+    halves = builder.load(at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
     integers = ir.VectorType(ir.IntType(32), LANES)
-    return builder.bitcast(builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), _vector())
+    return builder.bitcast(
+        builder.shl(builder.zext(halves, integers), ir.Constant(integers, [16] * LANES)), vector_type()
+    )
 
 
 def _weights(
-    builder: ir.IRBuilder, address: ir.Value, distance: ir.Value, index: ir.Value, bits: int
+    builder: ir.IRBuilder, address: ir.Value, distance: ir.Value, index: ir.Value, bits: int, depth: int
 ) -> list[ir.Value]:
-    """LANES weights from each of DEPTH rows; the weights of the next DEPTH rows are prefetched."""
+    """LANES weights from each of `depth` rows. If there are several, those of the next rows are prefetched; rows that
+    are read one after the other are prefetched better by the processor itself."""
     byte, flag = ir.IntType(8), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     vectors = []
-    for d in range(DEPTH):
-        later = builder.add(builder.mul(_WORD(DEPTH + d), distance), index)
-        place = _at(builder, address, later, bits // 8, byte)
-        builder.call(prefetch, [place, flag(0), flag(3), flag(1)])  # for reading, keep in all caches, data cache
-        vectors.append(_load(builder, address, builder.add(builder.mul(_WORD(d), distance), index), bits))
+    for d in range(depth):
+        if depth > 1:
+            later = builder.add(builder.mul(_WORD(depth + d), distance), index)
+            place = at(builder, address, later, bits // 8, byte)
+            builder.call(prefetch, [place, flag(0), flag(3), flag(1)])  # for reading, keep in all caches, data cache
+        vectors.append(load(builder, address, builder.add(builder.mul(_WORD(d), distance), index), bits))
     return vectors
 
 
-def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     """A vector with all elements equal to one number."""
-    undefined, first = ir.Constant(_vector(), ir.Undefined), ir.IntType(32)(0)
+    undefined, first = ir.Constant(vector_type(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(_vector(), [_vector()] * 3)
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(vector_type(), [vector_type()] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
 
-def _total(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+def lane_sum(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """The sum of a vector's elements, by pairwise halving."""
-    kind = ir.FunctionType(_FLOAT, [_FLOAT, _vector()])
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, vector_type()])
     add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
     return builder.call(add, [_FLOAT(0.0), vector], fastmath=("reassoc",))
 
@@ -86,6 +90,7 @@ def _plain(
     builder: ir.IRBuilder,
     rows: int,
     bits: int,
+    depth: int,
     x: ir.Value,
     ldx: ir.Value,
     w: ir.Value,
@@ -94,17 +99,17 @@ def _plain(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, j] += the sum over d < DEPTH of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
-    indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(DEPTH)] for r in range(rows)]
-    numbers = [[builder.load(_at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
-    factors = [[_spread(builder, number) for number in row] for row in numbers]
+    """y[r, j] += the sum over d < depth of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
+    indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(depth)] for r in range(rows)]
+    numbers = [[builder.load(at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
+    factors = [[spread(builder, number) for number in row] for row in numbers]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
-        weights = _weights(builder, w, ldw, j, bits)
+        weights = _weights(builder, w, ldw, j, bits, depth)
         for r in range(rows):
-            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, _vector())
+            place = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), j), 4, vector_type())
             total = builder.load(place, align=4)
             for factor, weight in zip(factors[r], weights, strict=True):
-                total = _fma(builder, factor, weight, total)
+                total = fma(builder, factor, weight, total)
             builder.store(total, place, align=4)
 
 
@@ -112,6 +117,7 @@ def _transposed(
     builder: ir.IRBuilder,
     rows: int,
     bits: int,
+    depth: int,
     x: ir.Value,
     ldx: ir.Value,
     w: ir.Value,
@@ -120,20 +126,20 @@ def _transposed(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < DEPTH."""
-    zero = ir.Constant(_vector(), [0.0] * LANES)
-    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(DEPTH)] for _ in range(rows)]
+    """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < depth."""
+    zero = ir.Constant(vector_type(), [0.0] * LANES)
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(depth)] for _ in range(rows)]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
-        weights = _weights(builder, w, ldw, j, bits)
+        weights = _weights(builder, w, ldw, j, bits, depth)
         for r in range(rows):
-            numbers = _load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
-            for d in range(DEPTH):
+            numbers = load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
+            for d in range(depth):
                 place = totals[r][d]
-                builder.store(_fma(builder, numbers, weights[d], builder.load(place)), place)
+                builder.store(fma(builder, numbers, weights[d], builder.load(place)), place)
     for r in range(rows):
-        for d in range(DEPTH):
-            place = _at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
-            builder.store(builder.fadd(builder.load(place), _total(builder, builder.load(totals[r][d]))), place)
+        for d in range(depth):
+            place = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
+            builder.store(builder.fadd(builder.load(place), lane_sum(builder, builder.load(totals[r][d]))), place)
 
 
 @intrinsic(prefer_literal=True)
@@ -141,6 +147,7 @@ def _multiply(
     typing_context: Context,
     bits: types.Type,
     transposed: types.Type,
+    depth: types.Type,
     left: types.Type,
     x: types.Type,
     ldx: types.Type,
@@ -156,19 +163,19 @@ def _multiply(
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
     ) -> ir.Value:
-        left, *rest = arguments[2:]
+        left, *rest = arguments[3:]
         taken = builder.select(builder.icmp_signed("<", left, _WORD(ROWS)), left, _WORD(ROWS))
         end = builder.append_basic_block()
         choice = builder.switch(taken, end)
         for rows in range(1, ROWS + 1):
             with builder.goto_block(builder.append_basic_block()):
                 choice.add_case(_WORD(rows), builder.block)
-                loop(builder, rows, bits.literal_value, *rest)
+                loop(builder, rows, bits.literal_value, depth.literal_value, *rest)
                 builder.branch(end)
         builder.position_at_end(end)
         return taken
 
-    return types.int64(bits, transposed, *[types.int64] * 8), generate
+    return types.int64(bits, transposed, depth, *[types.int64] * 8), generate
 
 
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
@@ -194,7 +201,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
                 m = 0
                 while m < M:
                     rows, weights = x + 4 * (m * K + k), w + size * (k * N + first)
-                    m += _multiply(bits, False, M - m, rows, K, weights, N, sums.ctypes.data + 4 * m * ld, ld, n)
+                    m += _multiply(bits, False, DEPTH, M - m, rows, K, weights, N, sums.ctypes.data + 4 * m * ld, ld, n)
             for m in range(M):
                 for j in range(n):
                     ys[m, first + j] += sums[m, j]
@@ -210,14 +217,19 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (N, K))
-        whole, n = start + (stop - start) // DEPTH * DEPTH, K // LANES * LANES
+        # Several rows of w at a time, so that each load from x serves them all, or one if there are few rows of x.
+        whole, n = start if M <= ROWS else start + (stop - start) // DEPTH * DEPTH, K // LANES * LANES
         for j in range(start, whole, DEPTH):
-            m = 0
+            m, weights = 0, w + size * j * K
             while m < M:
-                m += _multiply(bits, True, M - m, x + 4 * m * K, K, w + size * j * K, K, y + 4 * (m * N + j), N, n)
+                m += _multiply(bits, True, DEPTH, M - m, x + 4 * m * K, K, weights, K, y + 4 * (m * N + j), N, n)
+        for j in range(whole, stop):
+            m, weights = 0, w + size * j * K
+            while m < M:
+                m += _multiply(bits, True, 1, M - m, x + 4 * m * K, K, weights, K, y + 4 * (m * N + j), N, n)
         for m in range(M):
             for j in range(start, stop):
-                for k in range(n if j < whole else 0, K):
+                for k in range(n, K):
                     ys[m, j] += xs[m, k] * wide(ws[j, k])
 
     return pool.task(columns_of_w if by_columns else rows_of_w)
@@ -234,12 +246,23 @@ def supports(x: np.ndarray, weight: np.ndarray) -> bool:
 
 def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
     """y += x weight: x (M, K) and y (M, N) row-major; weight (K, N), row- or column-major, float32 or bfloat16."""
-    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
-    if kind not in _tasks:
-        _tasks[kind] = _task(*kind)
     K, N = weight.shape
     addresses = (blas.address(array) for array in (x, weight, y))
     arguments = np.array([*addresses, len(x), K, N], dtype=np.int64)
-    # Split at multiples of LANES, since the remainder after the last whole vector is summed in another order.
+    pool.each_compiled(task_for(weight), arguments, ranges(weight))
+
+
+def task_for(weight: np.ndarray) -> pool.CompiledTask:
+    """The task of add_product for weights of this dtype and layout."""
+    kind = (8 * weight.itemsize, not weight.flags.c_contiguous)
+    if kind not in _tasks:
+        _tasks[kind] = _task(*kind)
+    return _tasks[kind]
+
+
+def ranges(weight: np.ndarray) -> list[tuple[int, int]]:
+    """The columns of this weight, divided among the threads, at multiples of LANES, since the remainder after the last
+    whole vector is summed in another order."""
+    K, N = weight.shape
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
-    pool.each_compiled(_tasks[kind], arguments, [(a * LANES, min(b * LANES, N)) for a, b in pieces])
+    return [(a * LANES, min(b * LANES, N)) for a, b in pieces]

@@ -103,7 +103,7 @@ def _pause(typing_context: Context) -> Intrinsic:
 
 
 @intrinsic
-def _call(
+def call(
     typing_context: Context, function: types.Type, arguments_: types.Type, start: types.Type, stop: types.Type
 ) -> Intrinsic:
     """Call function(arguments, start, stop) by its address."""
@@ -162,7 +162,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
             function = _load(slot + 8 * FUNCTION)
             if function == PYTHON:
                 return ticket
-            _call(function, _load(slot + 8 * ARGUMENTS), _load(slot + 8 * START), _load(slot + 8 * STOP))
+            call(function, _load(slot + 8 * ARGUMENTS), _load(slot + 8 * START), _load(slot + 8 * STOP))
             _store(slot + 8 * DONE, ticket)
             last = ticket
             spins = 0
@@ -202,8 +202,33 @@ def _post(slots: int, count: int) -> None:
 def _post_and_run(slots: int, count: int, function: int, arguments: int, start: int, stop: int, max_spins: int) -> bool:
     """Post the tasks, compute the part start ... stop - 1 on the calling thread, then wait."""
     _post(slots, count)
-    _call(function, arguments, start, stop)
+    call(function, arguments, start, stop)
     return _wait(slots, count, max_spins)
+
+
+@compiled
+def _run_steps(table: int, width: int, first: int, count: int, slots: int, concurrent: bool, max_spins: int) -> int:
+    """Run the steps first ... count - 1 of a table; see `table`. Returns count, or the number of the next step if the
+    workers have not finished the one before, and must be waited for; not if it is the last: then -count.
+
+    concurrent  whether the parts run on the workers; otherwise they run in order, on this thread."""
+    for step in range(first, count):
+        row = table + 8 * width * step
+        function, arguments, parts = _load(row), _load(row + 8), _load(row + 16)
+        for part in range(1, parts):
+            start, stop = _load(row + 24 + 16 * part), _load(row + 32 + 16 * part)
+            if concurrent:
+                slot = slots + 8 * WORDS * (part - 1)
+                _store(slot + 8 * FUNCTION, function)
+                _store(slot + 8 * ARGUMENTS, arguments)
+                _store(slot + 8 * START, start)
+                _store(slot + 8 * STOP, stop)
+            else:
+                call(function, arguments, start, stop)
+        workers = parts - 1 if concurrent else 0
+        if not _post_and_run(slots, workers, function, arguments, _load(row + 24), _load(row + 32), max_spins):
+            return step + 1 if step + 1 < count else -count
+    return count
 
 
 class _Worker:
@@ -345,6 +370,39 @@ def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tu
         finally:
             if not ended:
                 _wait_for(workers)
+    finally:
+        _busy.release()
+
+
+def table(steps: list[tuple[int, np.ndarray, list[tuple[int, int]]]]) -> np.ndarray:
+    """Compiled tasks (address, arguments, ranges) for run_table, one row each. The arguments must be kept."""
+    width = 3 + 2 * max(len(ranges) for _, _, ranges in steps)
+    rows = np.zeros((len(steps), width), dtype=np.int64)
+    for row, (address, arguments, ranges) in zip(rows, steps, strict=True):
+        row[:3] = address, arguments.ctypes.data, len(ranges)
+        row[3 : 3 + 2 * len(ranges)] = np.ravel(ranges)
+    return rows
+
+
+def run_table(table: np.ndarray) -> None:
+    """Like `each_compiled` for one task after the other, without Python between them."""
+    place, width, count, spins = table.ctypes.data, table.shape[1], len(table), _spins()
+    parts = int(table[:, 2].max())
+    if parts == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
+        _run_steps(place, width, 0, count, _slots.ctypes.data, False, spins)
+        return
+    try:
+        workers, done = _get_workers(parts - 1), 0
+        for worker in workers:
+            worker.wake_up()
+        while 0 <= done < count:
+            ended = False
+            try:
+                done = _run_steps(place, width, done, count, _slots.ctypes.data, True, spins)
+                ended = done == count
+            finally:
+                if not ended:
+                    _wait_for(workers)
     finally:
         _busy.release()
 

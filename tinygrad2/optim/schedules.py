@@ -11,7 +11,11 @@ def constant(step: int, *, lr: float, warmup: int = 0) -> float:
 
 
 def linear(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int) -> float:
-    """Linear warm-up, then a straight line from lr at `warmup` to min_lr at `decay_steps`, then min_lr."""
+    """Linear warm-up, then a straight line from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
+
+    lr(step) = min_lr + (lr - min_lr) (1 - p), where p is the progress from 0 to 1.
+    Source: arXiv:2310.07831; with min_lr 0: arXiv:2502.15938.
+    """
     if step < warmup:
         return constant(step, lr=lr, warmup=warmup)
     return min_lr + (lr - min_lr) * (1 - _progress(step, warmup, decay_steps))
@@ -31,6 +35,7 @@ def cosine(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int
 def wsd(step: int, *, lr: float, min_lr: float, warmup: int, stable_steps: int, decay_steps: int) -> float:
     """Warm-up, stable, decay: linear warm-up, lr until `stable_steps`, then a straight line to min_lr at `decay_steps`.
 
+    lr(step) = min_lr + (lr - min_lr) (1 - p), where p is the progress from 0 to 1 of the decay.
     All steps count from the start of training. Up to `stable_steps` the rate does not depend on the length of
     the training, so a run can be continued from any step before the decay, or decayed from there.
     Source: arXiv:2404.06395, section 4.2.

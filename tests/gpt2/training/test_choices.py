@@ -60,6 +60,9 @@ def test_a_full_run_of_nano_keeps_its_defaults():
     options, notes = fitted({})
     assert notes == []
     names = ("max_iters", "warmup_iters", "eval_interval", "save_interval", "log_interval")
+    assert [options[name] for name in names] == [600, 40, 120, 120, 50]
+    options, notes = fitted({"optimizer": "adamw"})
+    assert notes == []
     assert [options[name] for name in names] == [3000, 100, 500, 500, 50]
 
 
@@ -70,7 +73,13 @@ def test_a_short_run_warms_up_in_a_tenth_of_its_steps_and_is_evaluated(preset, s
     assert options["warmup_iters"] <= steps / 10
     assert 1 <= options["eval_interval"] <= max(1, steps / 5)
     assert options["max_iters"] == steps
-    assert bool(notes) == (steps <= 1000)
+    assert bool(notes) == (steps < (600 if preset == "nano" else 7150))
+
+
+def test_warm_up_takes_at_most_a_tenth_of_an_explicit_decay():
+    options, notes = fitted({"lr_decay_iters": 50})
+    assert options["warmup_iters"] == 5
+    assert notes == ["--warmup-iters 5 (1/10 of the decay)"]
 
 
 def test_given_options_are_kept():
@@ -132,13 +141,13 @@ def test_a_step_has_the_same_tokens_on_any_number_of_ranks(ranks):
     note = options.fit_batch({}, ranks)
     sequences = options.total_batch_size // options.block_size
     assert sequences == options.micro_steps(ranks) * ranks * options.batch_size
-    assert sequences == -(-8 // ranks) * ranks
-    assert (note == "") == (sequences == 8)
+    assert sequences == -(-16 // ranks) * ranks
+    assert (note == "") == (sequences == 16)
 
 
 def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
     given = {"total_batch_size": 64 * 64}
-    for ranks, batch, micro in ((1, 8, 8), (4, 8, 2), (16, 4, 1), (64, 1, 1)):
+    for ranks, batch, micro in ((1, 16, 4), (2, 16, 2), (16, 4, 1), (64, 1, 1)):
         options = resolve_options(given, NANO)
         assert options.fit_batch(given, ranks) == ""
         assert (options.batch_size, options.micro_steps(ranks)) == (batch, micro)
@@ -161,7 +170,7 @@ def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
     ],
 )
 def test_a_rate_that_rises_again_is_announced(workspace, capsys, again, rises):
-    run("--max-iters", "20", "--eval-interval", "20")
+    run("--max-iters", "20", "--eval-interval", "20", "--optimizer", "adamw")
     capsys.readouterr()
     assert train.main(again) == 0
     said = capsys.readouterr().out
@@ -174,6 +183,17 @@ def test_a_rate_that_rises_again_is_announced(workspace, capsys, again, rises):
             pytest.approx(rates[20], rel=0.05),
         )
         assert "--lr-decay-iters 20 keeps it at 3.0e-04" in line[0]
+
+
+def test_a_rate_that_rises_from_0_is_announced_without_a_way_to_keep_it(workspace, capsys):
+    run("--max-iters", "10")
+    assert train.main(["--max-iters", "20"]) == 0
+    line = re.search(r"rate       .* ends at step 20; (.*)\n", capsys.readouterr().out)
+    assert line[1] == "--learning-rate X sets a lower peak"
+    assert train.main(["--max-iters", "22", "--lr-schedule", "wsd"]) == 0  # requested explicitly
+    assert "rises again" not in capsys.readouterr().out
+    assert train.main(["--max-iters", "24", "--lr-decay-iters", "10"]) == 0
+    assert [row["lr"] for row in rows("out")[22:]] == [0, 0]
 
 
 # Early stop

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2 import Tokenizer
 from gpt2.training import display
-from gpt2.training.display import describe_schedule, say_sample, suggested_prompt, typed_command
+from gpt2.training.display import describe_schedule, sample_command, say_sample, suggested_prompt, typed_command
 from gpt2.training.options import Options
 from tests.training_runs import QUICK, ROOT, run
 from tinygrad2 import checkpoint, machine
@@ -53,23 +54,25 @@ def test_the_opening_lines(workspace, capsys, monkeypatch):
     assert re.fullmatch(data, lines["data"])
     assert lines["batch"] == "96 tokens per step = 2 sequences x 16 tokens x 3 micro-steps"
     assert lines["steps"] == "4, which is 0.01 epochs"
-    assert lines["lr"] == "warm-up to 3.0e-03 over 2 steps, cosine decay to 3.0e-04 at step 4"
-    assert lines["optimizer"] == "adamw, weight decay 0.1, gradient clipping 1.0"
+    assert lines["lr"] == "warm-up to 1.0e-02 over 2 steps, linear decay to 0.0e+00 at step 4"
+    assert lines["optimizer"] == "muon, weight decay 0.1, gradient clipping 1.0"
     output = "out/: a checkpoint every 2 steps (the last 2 and the best are kept), an evaluation every 4 steps"
     assert lines["output"] == output
     assert re.fullmatch(r"validation loss .*: unigram \d\.\d{4}, bigram \d\.\d{4}", lines["baselines"])
 
 
 @pytest.mark.parametrize(
-    ("warmup", "steps", "text"),
+    ("schedule", "warmup", "text"),
     [
-        (1, 10, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
-        (0, 10, "from 1.0e-03, cosine decay to 1.0e-04 at step 10"),
-        (100, 10, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
+        ("cosine", 1, "warm-up to 1.0e-03 over 1 step, cosine decay to 1.0e-04 at step 10"),
+        ("linear", 0, "from 1.0e-03, linear decay to 1.0e-04 at step 10"),
+        ("wsd", 2, "warm-up to 1.0e-03 over 2 steps, constant until step 8, linear decay to 1.0e-04 at step 10"),
+        ("wsd", 100, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
     ],
 )
-def test_the_schedule_in_words(warmup, steps, text):
-    options = Options(learning_rate=1e-3, min_lr=1e-4, warmup_iters=warmup, max_iters=steps, lr_decay_iters=steps)
+def test_the_schedule_in_words(schedule, warmup, text):
+    rates = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": warmup, "lr_decay_iters": 10}
+    options = Options(lr_schedule=schedule, max_iters=10, **rates)
     assert describe_schedule(options) == text
 
 
@@ -77,7 +80,8 @@ class Ids:
     """A text with the interface of TokenDataset."""
 
     def __init__(self, tokenizer, text):
-        self.ids = tokenizer.encode(text)
+        text, end, _ = text.partition("<|endoftext|>")
+        self.ids = np.array([*tokenizer.encode(text), *(tokenizer.end_ids if end else ())])
         self.tokens = len(self.ids)
 
     def read(self, start, count):
@@ -89,14 +93,59 @@ class Ids:
     [
         ("cut line\n\nto be or not to be\nThe king is dead, long\n", "The king is"),
         ("cut line\nx = 3; y = 4\nit can be made from\n", "it can be"),
-        ('cut line\n$HOME `rm` "quoted" text\nx\n', ""),
-        ("one line only, without an end", ""),
+        ('cut line\n$HOME `rm` "quoted" text\nx\n', '$HOME `rm` "quoted" text'),
+        ("one line only, without an end", "one line only, without an end"),
+        ("cut\n-x = 3;\n春眠不觉晓处处闻啼鸟\n夜来风雨声\n", "春眠不觉晓处处闻啼鸟"),
+        ("cut\n" + 50 * "x" + "\n;\n", 40 * "x"),
+        ("cut\na word<|endoftext|>\n", "a word"),
+        ("\n\n\x07\n", ""),
         ("cut\nWörter mit Umlauten sind erlaubt\n", "Wörter mit Umlauten"),
     ],
 )
 def test_the_suggested_prompt_is_from_the_data(text, prompt):
     tokenizer = Tokenizer.load("bytes")
     assert suggested_prompt(Ids(tokenizer, text), tokenizer) == prompt
+
+
+def test_a_prompt_in_a_command_is_quoted():
+    assert sample_command(Path("out"), "The king") == 'python sample.py --checkpoint out -p "The king"'
+    assert sample_command(Path("a b"), "$HOME's") == """python sample.py --checkpoint 'a b' -p '$HOME'"'"'s'"""
+    assert sample_command(Path("out")) == "python sample.py --checkpoint out"
+
+
+class Clock:
+    """A Trainer, as far as StepLines needs it, of steps with given durations."""
+
+    def __init__(self, max_iters, log_interval, first_step=1):
+        self.options = Options(max_iters=max_iters, log_interval=log_interval)
+        self.first_step, self.profiler, self.now = first_step, None, 0.0
+
+    def elapsed(self):
+        return self.now
+
+    def run(self, seconds):
+        """Print the lines of steps that take these times."""
+        lines = display.StepLines(self)
+        row = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "seconds": 1.0, "comm_seconds": 0, "tokens_per_s": 1.0}
+        for i, duration in enumerate(seconds):
+            self.now += duration
+            lines.add(row | {"step": self.first_step + i})
+
+
+def printed_steps(capsys):
+    return [line.split()[1] + line.partition(" tok/s")[2] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_estimated_time_leaves_out_the_first_step(capsys):
+    Clock(max_iters=10, log_interval=4).run([500, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    assert printed_steps(capsys) == ["1/10", "4/10 | eta 0:06", "8/10 | eta 0:02", "10/10 | eta 0:00"]
+
+
+def test_slow_steps_are_printed_every_30_seconds(capsys):
+    Clock(max_iters=100, log_interval=50, first_step=11).run([1] + 6 * [12])
+    assert printed_steps(capsys) == ["11/100", "14/100 | eta 17:12", "17/100 | eta 16:36"]
+    Clock(max_iters=100, log_interval=50).run([40, 40, 40])
+    assert len(printed_steps(capsys)) == 3
 
 
 def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from tests.gpt2.formats.test_torch_optimizer import state
 from tests.training_runs import assert_same_run, newest_arrays, run
 from tinygrad2 import checkpoint, optim
 
-SHORT = ["--max-iters", "4", "--warmup-iters", "2"]
+SHORT = ["--max-iters", "4", "--warmup-iters", "2", "--optimizer", "adamw"]
 NANOGPT = {  # settings in nanoGPT's train.py
     "dataset": "text", "batch_size": 2, "block_size": 16, "gradient_accumulation_steps": 3, "max_iters": 9,
     "learning_rate": 2e-3, "min_lr": 1e-4, "warmup_iters": 2, "lr_decay_iters": 9, "weight_decay": 0.1, "beta1": 0.9,
@@ -107,10 +107,10 @@ def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
 
 
 def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
-    run(*SHORT, "--out-dir", "a", "--optimizer", "sgd")
+    run("--max-iters", "4", "--out-dir", "a")
     to("pt", "a", "a.pt")
     assert (
-        "the state of the run was not converted: a/ckpt-000004: its optimizer is sgd; nanoGPT supports only AdamW"
+        "the state of the run was not converted: a/ckpt-000004: its optimizer is muon; nanoGPT supports only AdamW"
         in capsys.readouterr().err
     )
     assert "optimizer" not in torch_file.read_pickle(workspace / "a.pt")

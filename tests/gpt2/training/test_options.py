@@ -30,6 +30,7 @@ def example(f):
         "dtype": "float64",
         "recompute": "block",
         "eval": "lambada",
+        "lr_schedule": "wsd",
         "optimizer": "muon",
     }
     return {int: "3", float: "0.25", str: texts.get(f.name, "cpu")}[f.metadata["kind"]]
@@ -148,7 +149,52 @@ def test_implied_options():
     nano, small = resolve_options({}, NANO), resolve_options({"preset": "gpt2"}, SMALL)
     assert (nano.block_size, small.block_size) == (NANO.n_positions, 1024)
     assert nano.lr_decay_iters == nano.max_iters
-    assert nano.min_lr == nano.learning_rate / 10
+    assert (nano.min_lr, small.min_lr) == (0, small.learning_rate / 10)
+    assert resolve_options({"lr_schedule": "cosine"}, NANO).min_lr == nano.learning_rate / 10
+    assert resolve_options({"lr_schedule": "wsd", "preset": "gpt2"}, SMALL).min_lr == 0
     assert resolve_options({"max_iters": 7}, NANO).lr_decay_iters == 7
-    assert resolve_options({"init": "somewhere"}, NANO).learning_rate == nano.learning_rate / 10
+    assert resolve_options({"init": "somewhere"}, NANO).learning_rate == pytest.approx(3e-4)
     assert resolve_options({"init": "somewhere", "learning_rate": 1e-3}, NANO).learning_rate == 1e-3
+
+
+CHOSEN = ("optimizer", "lr_schedule", "learning_rate", "min_lr", "warmup_iters", "max_iters", "eval_interval")
+EARLIER = ("cosine", 3e-3, 3e-4, 100, 3000, 500)  # the defaults of small models without Muon
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "expected"),
+    [
+        ({}, NANO, ("muon", "linear", 1e-2, 0, 40, 600, 120)),
+        ({"optimizer": "muon"}, NANO, ("muon", "linear", 1e-2, 0, 40, 600, 120)),
+        ({"optimizer": "adamw"}, NANO, ("adamw", *EARLIER)),
+        ({"optimizer": "sgd"}, NANO, ("sgd", *EARLIER)),
+        ({"init": "model"}, NANO, ("adamw", "cosine", 3e-4, 3e-5, 100, 3000, 500)),
+        ({"init": "model", "optimizer": "muon"}, NANO, ("muon", "cosine", 3e-4, 3e-5, 100, 3000, 500)),
+        ({"recipe": "paper"}, NANO, ("adamw", "cosine", 2.5e-4, 0, 2000, 3000, 500)),
+        ({"recipe": "modern"}, NANO, ("adamw", "cosine", 6e-4, 6e-5, 715, 3000, 500)),
+        ({"recipe": "modern", "optimizer": "muon"}, NANO, ("muon", "cosine", 6e-4, 6e-5, 715, 3000, 500)),
+        ({}, SMALL, ("adamw", "cosine", 6e-4, 6e-5, 715, 19_073, 250)),
+        ({"optimizer": "muon"}, SMALL, ("muon", "cosine", 6e-4, 6e-5, 715, 19_073, 250)),
+    ],
+)
+def test_the_defaults_depend_on_the_size_the_optimizer_the_recipe_and_init(given, config, expected):
+    options = resolve_options(given, config)
+    assert tuple(getattr(options, name) for name in CHOSEN) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", [0.1, 0.5, 0.5 * (1 + 0.5**0.5), 0.5, 0.5 * (1 - 0.5**0.5), 0.0]),
+        ("linear", [0.1, 0.5, 0.75, 0.5, 0.25, 0.0]),
+        ("wsd", [0.1, 0.5, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_the_learning_rate_of_each_schedule(schedule, rates):
+    """In the warm-up (10 steps), at a quarter, a half and three quarters of the decay to step 110, and at its end."""
+    options = Options(lr_schedule=schedule, learning_rate=1.0, min_lr=0.0, warmup_iters=10, lr_decay_iters=110)
+    assert [options.learning_rate_at(step) for step in (0, 4, 35, 60, 85, 110)] == pytest.approx(rates)
+    assert options.learning_rate_at(9) == options.learning_rate_at(10) == 1.0
+    assert options.stable_iters == 88
+    wsd = [Options(**{**options.__dict__, "lr_schedule": "wsd"}).learning_rate_at(step) for step in (88, 99, 110, 111)]
+    assert wsd == pytest.approx([1.0, 0.5, 0.0, 0.0])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gpt2.generate import stream_text
 from gpt2.training import options, setup
 from gpt2.training.run import RunOptions
 from gpt2.training.tasks import TASKS
-from tests.training_runs import QUICK, TEXT, one_line, rows, run, update_checksums
+from tests.training_runs import QUICK, TEXT, assert_same_run, one_line, rows, run, update_checksums
 from tinygrad2 import blas, checkpoint, machine
 
 
@@ -136,7 +137,8 @@ BAD = {
     "too little data": (
         make_small,
         ["--data", "small", "--block-size", "64"],
-        r"the split val has \d+ tokens; a block size of 64 requires 64 \+ 1 = 65",
+        r"small: the splits have \d+ \(train\) and \d\d \(val\) tokens; --block-size 64 needs at least 65 in each: use "
+        r"--block-size \d\d or less, or about \d times as much text",
     ),
     "a batch that does not divide": (
         None,
@@ -250,16 +252,54 @@ def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, mo
     for folder in ("newer", "older"):
         assert train.main(["--out-dir", folder, "--max-iters", "4"]) == 0
         start = json.loads(Path(folder, "starts.jsonl").read_text().splitlines()[-1])["options"]
-        assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 3e-3, 3e-3 / 10)
+        assert (start["beta2"], start["learning_rate"], start["min_lr"]) == (0.95, 1e-2, 0)
         assert start["lr_decay_iters"] == 4  # follows --max-iters
+
+
+@pytest.mark.parametrize("stored", ["defaults", "starts", "nothing"])
+def test_a_run_of_a_version_with_other_defaults_keeps_adamw_and_its_cosine(workspace, stored):
+    run("--max-iters", "2", "--optimizer", "adamw", "--out-dir", "today")
+    run("--max-iters", "2", "--optimizer", "adamw")
+    state, starts = Path("out/ckpt-000002/trainer.json"), Path("out/starts.jsonl")
+    values, start = json.loads(state.read_text()), json.loads(starts.read_text())
+    del values["options"]["optimizer"], start["given"]["optimizer"]  # it was the default
+    for settings in (values["defaults"], start["options"]):
+        del settings["lr_schedule"]  # there was no such option
+        settings["optimizer"] = "adamw"
+    if stored != "defaults":
+        del values["defaults"]
+    state.write_text(json.dumps(values))
+    update_checksums(state.parent)
+    starts.write_text(json.dumps(start) + "\n")
+    if stored == "nothing":
+        starts.unlink()
+    for folder in ("today", "out"):
+        assert train.main(["--max-iters", "4", "--out-dir", folder]) == 0
+    now = json.loads(starts.read_text().splitlines()[-1])["options"]
+    assert (now["optimizer"], now["lr_schedule"], now["momentum"]) == ("adamw", "cosine", None)
+    assert (now["learning_rate"], now["min_lr"]) == (3e-3, 3e-3 / 10)
+    if stored != "nothing":  # (without a record, the steps of the warm-up are unknown too)
+        assert_same_run("today", "out")
+
+
+def test_a_schedule_is_remembered_and_can_be_changed(workspace):
+    run("--max-iters", "4", "--lr-schedule", "wsd", "--learning-rate", "1e-3", "--warmup-iters", "0")
+    assert train.main(["--max-iters", "10"]) == 0
+    assert [row["lr"] for row in rows("out")[4:]] == pytest.approx([1e-3] * 5 + [5e-4])
+    assert train.main(["--max-iters", "12", "--lr-schedule", "cosine"]) == 0
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 12)) / 2 for step in (10, 11)]
+    assert [row["lr"] for row in rows("out")[10:]] == pytest.approx(cosine)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is for --optimizer adamw and muon only; this run has sgd"),
-        (["--momentum", "0.8"], "--momentum is for --optimizer muon and sgd only; this run has adamw"),
-        (["--optimizer", "muon", "--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
+        (
+            ["--optimizer", "adamw", "--momentum", "0.8"],
+            "--momentum is for --optimizer muon and sgd only; this run has",
+        ),
+        (["--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
         (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
     ],
 )
@@ -272,7 +312,7 @@ def test_options_of_another_optimizer_are_rejected(workspace, capsys, options, m
 def test_the_optimizer_of_a_run_stays(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
-    assert "--optimizer adamw; it cannot be resumed with sgd" in capsys.readouterr().err
+    assert "--optimizer muon; it cannot be resumed with sgd" in capsys.readouterr().err
 
 
 # A model's vocabulary and the data's
@@ -331,7 +371,15 @@ def test_data_with_added_tokens_that_the_model_does_not_have(own_text, capsys):
     GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
     Tokenizer.load("bytes").save_hugging_face(Path("other"), 16)
     assert train.main(["--init", "other", "--data", "own", *QUICK, "--max-iters", "1"]) == 1
-    assert "prepare the data with the model's tokenizer" in one_line(capsys)
+    assert "prepare the data with the model's tokenizer, --tokenizer other" in one_line(capsys)
+
+
+def test_data_of_another_tokenizer_names_the_models(own_text, gpt2_files, capsys):
+    GPT2(GPT2Config.preset("nano")).save_pretrained("model")
+    Tokenizer.load("bytes").save("model")
+    prepare(["data/text.txt"], "gpt2", "data/words")
+    assert train.main(["--init", "model", "--data", "words", *QUICK]) == 1
+    assert "the model's tokenizer, --tokenizer bytes" in one_line(capsys)
 
 
 def test_a_new_model_takes_the_ids_of_its_data(own_text):

@@ -373,3 +373,65 @@ def test_set_count_sets_the_number_of_threads(set_threads):
         seen = []
         pool.each(lambda a, b, seen=seen: seen.append(threading.get_ident()), threads.parts(100, 1))
         assert len(set(seen)) == count
+
+
+# Tables of tasks ------------------------------------------------------------------------------------------------------
+
+
+@cfunc(types.void(types.int64, types.int64, types.int64))
+def shift(arguments, start, stop):
+    """arguments: the addresses of a row of words and of the next row, whose element i becomes 3 a[n - 1 - i] + i."""
+    a = carray(_words(arguments), (3,))
+    before, after = carray(_words(a[0]), (a[2],)), carray(_words(a[1]), (a[2],))
+    for i in range(start, stop):
+        after[i] = 3 * before[a[2] - 1 - i] + i
+
+
+def chained(steps, parts, size=60):
+    """A table of steps, each of which reads what other threads wrote in the step before, and the expected rows."""
+    rows = np.zeros((steps + 1, size), dtype=np.int64)
+    arguments = [np.array([rows[i].ctypes.data, rows[i + 1].ctypes.data, size], dtype=np.int64) for i in range(steps)]
+    count = [parts if i % 3 else 1 for i in range(steps)]  # some steps have fewer parts
+    ranges = [[(size * k // n, size * (k + 1) // n) for k in range(n)] for n in count]
+    expected = [rows[0]]
+    with np.errstate(over="ignore"):
+        for _ in range(steps):
+            expected.append(3 * expected[-1][::-1] + np.arange(size))
+    return rows, arguments, pool.table(list(zip([shift.address] * steps, arguments, ranges, strict=True))), expected
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_the_steps_of_a_table_run_one_after_the_other(parts):
+    rows, _arguments, table, expected = chained(200, parts)
+    for pause in (0, 0, 5 * pool.SPIN_SECONDS):  # after a pause the workers sleep
+        rows[1:] = 0
+        time.sleep(pause)
+        pool.run_table(table)
+        np.testing.assert_array_equal(rows, expected)
+
+
+def test_workers_that_fall_asleep_within_a_table_are_woken():
+    slow, words = 30_000_000, np.zeros(3, dtype=np.int64)  # longer than workers spin
+    alone = np.array([words[:1].ctypes.data, slow], dtype=np.int64)
+    both = np.array([words[1:].ctypes.data, 1], dtype=np.int64)
+    table = pool.table([(count_up.address, a, r) for a, r in ((both, TWO), (alone, [(0, 1)])) for _ in range(2)])
+    pool.run_table(table)
+    np.testing.assert_array_equal(words, [2, 2, 2])
+    pool.run_table(pool.table([(count_up.address, *row) for row in ((alone, [(0, 1)]), (both, TWO), (both, TWO))]))
+    np.testing.assert_array_equal(words, [3, 4, 4])
+
+
+def test_a_table_inside_a_task_or_while_the_pool_is_busy_runs_in_place():
+    rows, _arguments, table, expected = chained(20, 2)
+    errors = []
+
+    def task(start, stop):
+        try:
+            if start == 1:
+                pool.run_table(table)
+        except BaseException as error:
+            errors.append(error)
+
+    pool.each(task, TWO)
+    assert not errors
+    np.testing.assert_array_equal(rows, expected)

@@ -1,0 +1,159 @@
+"""Measure which statements of tinygrad2/ and gpt2/ the tests execute: python tests/coverage_report.py [PART ...]
+
+    python tests/coverage_report.py                   all parts of CI, one after the other, then the report (hours)
+    python tests/coverage_report.py fast mpi          these parts; what earlier calls have measured is kept and added
+    python tests/coverage_report.py --report          only the report, of what has been measured so far
+    python tests/coverage_report.py --tests ARGS...   other tests: the rest are arguments of pytest
+
+Processes that the tests start are measured too. Functions that Numba compiles do not count, since Python does not
+execute their bodies ([tool.coverage] in pyproject.toml). The data are in build/coverage/; remove the folder to start
+over. The report is written to docs/coverage.md, between its two marks, and as JSON to
+tests/benchmarks/results/coverage.json. Failing tests are reported, but do not end the measurement: it makes every
+process slower, and some tests have limits of time.
+
+The exit status is 1 if less than 90 % of a package is covered, or if five lines or more of a function are neither
+covered nor explained by REASONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PAGE = ROOT / "build" / "coverage", ROOT / "docs" / "coverage.md"
+RESULT = ROOT / "tests" / "benchmarks" / "results" / "coverage.json"
+MARKS = "<!-- measured -->", "<!-- end of what was measured -->"
+LEAST = 90.0  # percent of each package
+FEW = 5  # lines of a function; fewer than these need no reason
+PACKAGES = ("tinygrad2", "gpt2")
+
+# The tests of .ci/run, by pytest's -m.
+PARTS = {
+    "fast": "not slow and not gpu and not mpi",
+    "mpi": "mpi",
+    "slow": "(slow or extras or parity) and not gpu and not mpi",
+}
+
+# Why functions are not covered: a pattern of FILE: FUNCTION, and the reason. The first one that matches counts.
+REASONS: tuple[tuple[str, str], ...] = ()
+
+
+def measure(selection: Sequence[str]) -> None:
+    """Run pytest under coverage. The data of every process are added to those that are there."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COVERAGE_FILE": str(DATA / "data")}
+    command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", *selection]
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if status:
+        print(f"pytest {' '.join(selection)}: status {status}; the report contains what was executed", flush=True)
+
+
+def combined() -> dict[str, Any]:
+    """The combined report of all data, as `coverage json` writes it."""
+    environment = {**os.environ, "COVERAGE_FILE": str(DATA / "combined")}
+    coverage = [sys.executable, "-m", "coverage"]
+    subprocess.run(
+        [*coverage, "combine", "--keep", "--quiet", *map(str, DATA.glob("data.*"))],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
+    out = DATA / "report.json"
+    subprocess.run([*coverage, "json", "--quiet", "-o", str(out)], cwd=ROOT, env=environment, check=True)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def missing(report: dict[str, Any]) -> dict[str, list[int]]:
+    """The lines that no test executed, by FILE: FUNCTION; those outside functions by FILE."""
+    return {
+        f"{name}: {function}" if function else name: found["missing_lines"]
+        for name, file in sorted(report["files"].items())
+        for function, found in file["functions"].items()
+        if found["missing_lines"]
+    }
+
+
+def reason_of(place: str, lines: list[int]) -> str:
+    """Why these lines are not covered; "" if there is no reason."""
+    few = f"fewer than {FEW} lines each, listed in tests/benchmarks/results/{RESULT.name}" if len(lines) < FEW else ""
+    return next((reason for pattern, reason in REASONS if re.match(pattern, place)), few)
+
+
+def percent(covered: int, statements: int) -> float:
+    return 100 * covered / statements if statements else 100.0
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The rows of docs/coverage.md: packages, files below LEAST, and what is not covered, by reason."""
+    files = report["files"]
+    lines = ["| | statements | covered |", "|---|---|---|"]
+    for package in PACKAGES:
+        rows = [file["summary"] for name, file in files.items() if name.startswith(f"{package}/")]
+        statements, covered = (sum(row[key] for row in rows) for key in ("num_statements", "covered_lines"))
+        lines.append(f"| `{package}/` | {statements:,} | {percent(covered, statements):.1f} % |")
+    for name, file in sorted(files.items()):
+        row = file["summary"]
+        if row["percent_covered"] < LEAST:
+            lines.append(f"| `{name}` | {row['num_statements']:,} | {row['percent_covered']:.1f} % |")
+    lines += ["", "| not covered | lines | reason |", "|---|---|---|"]
+    by_reason: dict[str, dict[str, int]] = {}
+    for place, numbers in missing(report).items():
+        by_reason.setdefault(reason_of(place, numbers), {})[place] = len(numbers)
+    for reason, places in sorted(by_reason.items(), key=lambda item: -sum(item[1].values())):
+        few = reason.startswith("fewer than")
+        names = f"{len(places):,} functions" if few else ", ".join(f"`{place}`" for place in places)
+        lines.append(f"| {names} | {sum(places.values()):,} | {reason} |")
+    return lines
+
+
+def write(report: dict[str, Any]) -> bool:
+    """Write the page and the JSON file, and print the totals. Returns whether everything is covered or explained."""
+    date, lines = datetime.date.today().isoformat(), table(report)
+    places = missing(report)
+    record = {
+        "benchmark": "coverage",
+        "date": date,
+        "files": {name: file["summary"]["percent_covered"] for name, file in sorted(report["files"].items())},
+        "missing": {place: ", ".join(map(str, numbers)) for place, numbers in places.items()},
+    }
+    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    measured = "\n".join([f"Measured on {date}.", "", *lines])
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{measured}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    unexplained = [place for place, numbers in places.items() if not reason_of(place, numbers)]
+    print(*lines[2 : 2 + len(PACKAGES)], sep="\n")
+    print(*(f"no reason given: {place}" for place in unexplained), f"written to {PAGE}", sep="\n")
+    totals = [float(line.split("|")[3].strip(" %")) for line in lines[2 : 2 + len(PACKAGES)]]
+    return min(totals) >= LEAST and not unexplained
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} [all]")
+    parser.add_argument("--report", action="store_true", help="only the report")
+    parser.add_argument(
+        "--tests", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of pytest instead of parts"
+    )
+    given = parser.parse_args(arguments)
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
+    if given.tests is not None:
+        measure(given.tests)
+    elif not given.report:
+        for part in given.parts or PARTS:
+            measure(["-m", PARTS[part]])
+    return 0 if write(combined()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The report of what the tests execute. (The measurement itself takes hours and is not part of CI.)"""
+
+from pathlib import Path
+
+import pytest
+
+from tests import coverage_report
+
+ROOT = Path(__file__).parents[1]
+
+
+def file_report(statements, functions):
+    missing = sorted(line for lines in functions.values() for line in lines)
+    covered = statements - len(missing)
+    summary = {
+        "num_statements": statements,
+        "covered_lines": covered,
+        "percent_covered": 100 * covered / statements,
+    }
+    return {
+        "summary": summary,
+        "missing_lines": missing,
+        "functions": {name: {"missing_lines": lines} for name, lines in functions.items()},
+    }
+
+
+@pytest.fixture
+def report():
+    return {
+        "files": {
+            "tinygrad2/a.py": file_report(100, {"f": [50, 51], "C.g": [7, 9, 10, 11, 12], "": [1]}),
+            "gpt2/b.py": file_report(10, {"h": [3, 4, 5, 6, 7], "": []}),
+        }
+    }
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    page = tmp_path / "coverage.md"
+    page.write_text(f"before\n{coverage_report.MARKS[0]}\nold\n{coverage_report.MARKS[1]}\nafter\n")
+    monkeypatch.setattr(coverage_report, "PAGE", page)
+    monkeypatch.setattr(coverage_report, "RESULT", tmp_path / "coverage.json")
+    return page
+
+
+def test_missing_lines_are_grouped_by_function(report):
+    assert coverage_report.missing(report) == {
+        "gpt2/b.py: h": [3, 4, 5, 6, 7],
+        "tinygrad2/a.py: f": [50, 51],
+        "tinygrad2/a.py: C.g": [7, 9, 10, 11, 12],
+        "tinygrad2/a.py": [1],
+    }
+
+
+def test_the_page_has_packages_files_and_reasons(report, page, monkeypatch, capsys):
+    monkeypatch.setattr(coverage_report, "REASONS", ((r"tinygrad2/a\.py: C", "a reason"),))
+    assert not coverage_report.write(report)  # gpt2/ is below 90 %, and h has no reason
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| `tinygrad2/` | 100 | 92.0 % |" in text
+    assert "| `gpt2/` | 10 | 50.0 % |\n| `gpt2/b.py` | 10 | 50.0 % |" in text  # the file is below 90 %, too
+    assert "| `tinygrad2/a.py: C.g` | 5 | a reason |" in text
+    assert "| 2 functions | 3 | fewer than 5 lines each" in text
+    assert "no reason given: gpt2/b.py: h\n" in capsys.readouterr().out
+
+
+def test_everything_explained_and_covered_passes(report, page, monkeypatch):
+    monkeypatch.setattr(coverage_report, "REASONS", ((r".*", "a reason"),))
+    assert not coverage_report.write(report)
+    report["files"]["gpt2/b.py"] = file_report(50, {"h": [3, 4, 5, 6, 7]})
+    assert coverage_report.write(report)
+
+
+def test_the_parts_are_those_of_ci():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert '"not quick and not slow and not gpu and not mpi"' in ci  # the quick tests are run by README's command
+    assert coverage_report.PARTS["fast"] == "not slow and not gpu and not mpi"
+    assert f"-m {coverage_report.PARTS['mpi']} " in ci
+    assert f'-m "{coverage_report.PARTS["slow"]}"' in ci

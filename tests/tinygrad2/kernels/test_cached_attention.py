@@ -1,0 +1,111 @@
+"""Attention of one more token to a key-value cache, kernels/cpu.py and kernels/cached_attention.py, against float64."""
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from tinygrad2 import reference
+
+cpu = pytest.importorskip("tinygrad2.kernels.cpu")
+from numba import cfunc  # noqa: E402
+
+from tinygrad2.kernels import cached_attention, gemv, pool  # noqa: E402
+
+EDGE = cpu.CACHE_BLOCK
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, bfloat16], ids=["float32", "bfloat16"])
+
+
+@pytest.fixture
+def eight_lanes(monkeypatch):
+    """The width of vectors without AVX-512, compiled here and not kept on disk."""
+    for module in (gemv, cached_attention):
+        monkeypatch.setattr(module, "LANES", 8)
+    monkeypatch.setattr(pool, "cfunc", lambda signature, cache: cfunc(signature))
+    cpu.cached_attention_tasks.cache_clear()
+    yield
+    cpu.cached_attention_tasks.cache_clear()
+
+
+def given(dtype, B=1, H=3, D=64, capacity=EDGE + 70, seed=0):
+    R = np.random.default_rng(seed)
+    return R.normal(size=(B, 1, 3 * H * D)).astype(dtype), R.normal(size=(2, B, H, capacity, D)).astype(dtype)
+
+
+def check(qkv, cache, position, bound=None):
+    """The result, after comparing it with the reference; positions that are not in use do not matter."""
+    H, cache = cache.shape[2], cache.copy()
+    cache[:, :, :, position:] = np.nan
+    wide = cache.astype(np.float64)
+    expected = reference.attention_cached(qkv.astype(np.float64), wide, position, H)
+    found = cpu.attention_cached(qkv, cache, position, H)
+    assert found.dtype == qkv.dtype
+    assert found.shape == expected.shape
+    np.testing.assert_array_equal(cache.astype(np.float64), wide)
+    error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
+    assert error <= (bound or (1e-6 if qkv.dtype == np.float32 else 4e-3))
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 4, 63, EDGE - 1, EDGE, EDGE + 1, EDGE + 69])
+def test_it_equals_the_reference_at_the_edges_of_groups_and_blocks(dtype, position):
+    for B, H, D in ((1, 3, 64), (2, 1, 32), (3, 2, 128), (2, 2, 20)):  # the loops do not support the last size
+        check(*given(dtype, B, H, D), position)
+
+
+@DTYPES
+def test_vectors_of_eight(dtype, eight_lanes):
+    for position in (0, 6, EDGE + 5):
+        check(*given(dtype, D=64), position)
+        check(*given(dtype, D=24), position)
+
+
+@DTYPES
+def test_the_number_of_threads_changes_no_bit(dtype, set_threads):
+    qkv, cache = given(dtype, B=2, capacity=3 * EDGE)
+    outcomes = []
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        outcomes.append(check(qkv, cache, 3 * EDGE - 7).view(np.uint8))
+    for outcome in outcomes[1:]:
+        np.testing.assert_array_equal(outcome, outcomes[0])
+
+
+@DTYPES
+def test_other_texts_in_the_batch_change_no_bit(dtype):
+    qkv, cache = given(dtype, B=3)
+    together = check(qkv, cache, EDGE + 3)
+    for b in range(3):
+        alone = check(qkv[b : b + 1], cache[:, b : b + 1], EDGE + 3)
+        np.testing.assert_array_equal(alone[0].view(np.uint8), together[b].view(np.uint8))
+
+
+def test_scores_of_any_size_and_a_block_that_counts_for_nothing():
+    """Scores far from each other, so that all keys of the first block or of the second have weight 0."""
+    qkv, cache = given(np.float32, H=1, seed=3)
+    qkv[:] = np.abs(qkv) * 30
+    for sign in (1, -1):
+        far = cache.copy()
+        far[0, 0, 0, :EDGE] = sign * np.abs(far[0, 0, 0, :EDGE])
+        far[0, 0, 0, EDGE:] = -sign * np.abs(far[0, 0, 0, EDGE:])
+        check(qkv, far, EDGE + 40, bound=1e-5)
+
+
+def test_keys_of_minus_infinity_have_no_weight():
+    qkv, cache = given(np.float32, H=1)
+    qkv[:] = np.abs(qkv)
+    cache[0, 0, 0, :EDGE] = -np.inf
+    check(qkv, cache, EDGE + 40)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", [0, 1], ids=["keys", "values"])
+def test_what_is_not_finite_shows(kind, bad):
+    qkv, cache = given(np.float32, H=2)
+    cache[kind, 0, 0, 5, 7] = bad
+    qkv[:] = np.abs(qkv)
+    with np.errstate(invalid="ignore"):
+        expected = reference.attention_cached(qkv.astype("d"), cache.astype("d"), EDGE + 9, 2)
+    found = cpu.attention_cached(qkv, cache, EDGE + 9, 2)
+    assert not np.isfinite(expected).all()
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
