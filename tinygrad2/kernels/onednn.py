@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from tinygrad2 import machine
 
 PACKAGE = "onednn-cpu-gomp"
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
+# The most recently used primitives that are kept: a training run has about 40, and texts of every length have new ones.
+KEPT = 256
 
 # Constants of dnnl_types.h and dnnl_common_types.h.
 _CPU, _IN_ORDER, _USER_SCRATCHPAD = 1, 1, 1
@@ -79,9 +82,12 @@ class OneDnn:
         def __getattr__(self, name: str) -> Any: ...
 
     def new(self, function: str, *arguments: Any) -> ctypes.c_void_p:
-        """The object that this function creates. (Objects are kept until the process ends.)"""
+        """The object that this function creates. It is destroyed when Python releases the pointer that is returned."""
         result = _POINTER()
         getattr(self, function)(ctypes.byref(result), *arguments)
+        kind = function.partition("_create")[0].removeprefix("matmul_")
+        finalizer = weakref.finalize(result, self.library[f"dnnl_{kind}_destroy"], _POINTER(result.value))
+        finalizer.atexit = False
         return result
 
 
@@ -120,10 +126,10 @@ def _file() -> Path | None:
 _Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, bool]
 
 
-@functools.cache
-def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None], int]:
-    """The primitive of a product; the memory descriptors of source, weights, destination, bias and scratchpad; and the
-    size of the scratchpad in bytes."""
+@functools.lru_cache(KEPT)
+def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None], int, ctypes.c_void_p]:
+    """The primitive of a product; the memory descriptors of source, weights, destination, bias and scratchpad; the
+    size of the scratchpad in bytes; and the owner of its descriptor."""
     dnn = library()
     assert dnn is not None
     (m, n, k), strides, dtype, add, biased = key
@@ -142,7 +148,7 @@ def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None]
         dnn.primitive_attr_set_post_ops(attributes, after)
     made = dnn.new("matmul_primitive_desc_create", dnn.engine, source, weights, bias, destination, attributes)
     scratch = _POINTER(dnn.query_md(made, _QUERY_SCRATCHPAD, 0))
-    return dnn.new("primitive_create", made), [source, weights, destination, bias, scratch], dnn.md_size(scratch)
+    return dnn.new("primitive_create", made), [source, weights, destination, bias, scratch], dnn.md_size(scratch), made
 
 
 class _Thread(threading.local):
@@ -158,16 +164,18 @@ class _Thread(threading.local):
         self.plans: dict[_Key, tuple[Any, ...]] = {}
 
     def plan(self, key: _Key) -> tuple[Any, ...]:
-        """The primitive, the memory objects of source, weights, destination and bias, and all arguments."""
-        primitive, descriptions, size = _primitive(key)
+        """The primitive, the memory objects of source, weights, destination, bias and scratchpad, and all arguments."""
+        primitive, descriptions, size, _ = _primitive(key)
         if size > self.scratch.nbytes:
             self.scratch = np.empty(size, np.uint8)
             self.plans.clear()  # they contain the address of the old scratchpad
+        elif len(self.plans) == KEPT:
+            del self.plans[next(iter(self.plans))]  # the oldest
         memories = [d and self.dnn.new("memory_create", d, self.dnn.engine, None) for d in descriptions]
         self.dnn.memory_set_data_handle(memories[4], self.scratch.ctypes.data)
         numbers = (_SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD)
         present = [_Argument(number, memory) for number, memory in zip(numbers, memories, strict=True) if memory]
-        return primitive, memories[:4], len(present), (_Argument * len(present))(*present)
+        return primitive, memories, len(present), (_Argument * len(present))(*present)
 
 
 _thread: _Thread | None = None  # created with the first product
@@ -189,7 +197,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bi
         plan = here.plan(key)
         here.plans[key] = plan
     primitive, memories, count, arguments = plan
-    for memory, array in zip(memories, (a, b, out, bias), strict=True):
+    for memory, array in zip(memories, (a, b, out, bias), strict=False):  # the last is the scratchpad
         if array is not None:
             here.dnn.memory_set_data_handle(memory, array.ctypes.data)
     here.dnn.primitive_execute(primitive, here.stream, count, arguments)

@@ -1,6 +1,7 @@
 """Products by oneDNN, on a processor with instructions for bfloat16, and why it is not used on others."""
 
 import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def test_nan_and_infinity_show(library):
     assert np.isnan(out[1]).all()
     assert np.isinf(np.delete(out, 1, axis=0)[:, 4]).all()
     assert (np.delete(np.delete(out, 1, axis=0), 4, axis=1) == 8).all()
+
+
+def test_only_the_latest_primitives_are_kept(library):
+    """Prompts have many lengths, and each has its own primitives."""
+    b, kept = np.eye(8, dtype=bfloat16), []
+    for rows in range(1, onednn.KEPT + 20):
+        a, out = R.normal(size=(rows, 8)).astype(bfloat16), np.empty((rows, 8), np.float32)
+        onednn.product(a, b, out)
+        np.testing.assert_array_equal(out, a.astype(np.float32))
+        primitive, memories, *_ = next(reversed(onednn._thread.plans.values()))
+        kept.append([weakref.ref(primitive), *map(weakref.ref, filter(None, memories))])
+    alive = [any(object() is not None for object in objects) for objects in kept]
+    assert alive == [False] * 19 + [True] * onednn.KEPT
+    assert onednn._primitive.cache_info().currsize <= onednn.KEPT
 
 
 def test_a_product_that_is_impossible_raises(library):
