@@ -98,13 +98,17 @@ def test_each_operation_multiplies_in_the_requested_precision(products, plain):
                 lambda tf32: ops.linear(x, w, tf32=tf32),
                 lambda tf32: ops.logits(x, table, tf32=tf32),
                 lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], tf32=tf32),
-                lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], 2, tf32=tf32),
+                lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], 2, tf32=tf32),  # all in the forward pass
                 lambda tf32: ops.attention(qkv, 2, 0.1, Key(0), tf32),
             ):
                 y = call(tf32)
-                assert set(products()) == {name}
+                forward = products()
                 y.backward(cuda.asarray(np.ones(y.shape, np.float32)))
-                assert set(products()) == {name}
+                backward = products()
+                assert set(forward) == {name} == set(forward + backward)
+                assert forward.total() + backward.total() >= 3
+                ops.lm_head_gradients(x, table, [0, 1, 2, 3], 1.0, 2, tf32)
+                assert products() == {name: 6}  # three per chunk
                 ((x @ w) * 2).sum().backward()  # the operator is never in TF32
                 assert set(products()) == {"float32"}
             with no_grad():
