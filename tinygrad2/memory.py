@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike
 
 SMALL = 1 << 16  # bytes; below this size NumPy's allocator is as fast
 GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple of it, so that arrays of similar size can share blocks
+FITS = 1.01  # a free block that is larger by at most this factor is used too
 LINE = 64  # bytes of a cache line: the alignment of arrays
 SLACK = 2.0  # the pool keeps at most this multiple of the maximum memory in use
 
@@ -35,9 +36,9 @@ class MemoryPool:
         """A block of at least `nbytes`, to be returned with give_back()."""
         size = -(-nbytes // GRANULE) * GRANULE + LINE
         with self._lock:
-            blocks = self._free.get(size)
-            block = blocks.pop() if blocks else self._new(size)
-            self.used += size
+            fitting = [found for found in self._free if size <= found <= FITS * size and self._free[found]]
+            block = self._free[min(fitting)].pop() if fitting else self._new(size)
+            self.used += block.size
             self.most_used = max(self.most_used, self.used)
         return block
 

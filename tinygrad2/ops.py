@@ -395,11 +395,11 @@ def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) 
 
 
 def _chunks(rows: int, head_rows: int) -> list[slice]:
-    """Rows in chunks of at most head_rows, of nearly equal sizes, so that memory is reused."""
+    """Rows in chunks of at most head_rows, of nearly equal sizes, the largest first, so that memory is reused."""
     if head_rows < 1:
         raise ValueError(f"lm_head: head_rows is {head_rows}; expected 1 or more")
     count = -(-rows // head_rows)
-    stops = [rows * i // count for i in range(count + 1)]
+    stops = [-(-rows * i // count) for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
 

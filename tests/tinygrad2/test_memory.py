@@ -48,6 +48,16 @@ def test_memory_is_reused_when_the_last_view_is_gone(pool):
     assert pool.held == held
 
 
+def test_a_slightly_larger_free_block_is_used(pool):
+    pool.give_back(pool.take(10_000_000))
+    held = pool.held
+    block = pool.take(9_930_000)
+    assert (pool.held, pool.used) == (held, block.size)
+    pool.give_back(block)
+    pool.take(9_800_000)  # too small for this block
+    assert pool.held > held
+
+
 def test_the_memory_of_two_arrays_does_not_overlap(pool):
     arrays = [memory.empty((n,), np.int32) for n in range(20_000, 30_000, 500)]
     for i, array in enumerate(arrays):
