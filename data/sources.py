@@ -205,7 +205,7 @@ class Csv(TextFile):
                 if offset - start > RECORD_BYTES or items > RECORD_ITEMS:
                     raise ValueError(
                         f"{self.path}: line {_line_number(self, start)}: a record of more than {RECORD_BYTES >> 20} "
-                        f"MiB, or of more than {RECORD_ITEMS:,} fields and lines; is a quote not closed?"
+                        f"MiB, or of more than {RECORD_ITEMS:,} fields and lines; is there an unclosed quote?"
                     )
                 yield decoded(line, begin, str(self)).removeprefix("" if begin else "\ufeff")
 

@@ -39,12 +39,12 @@ autodoc_type_aliases = {name: name for name in ("ArrayLike", "DTypeLike", "Preci
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
-ARGUMENT = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*) {2,}(\S.*)")  # a line "name  what it is" of a docstring
+ARGUMENT = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*) {2,}(\S.*)")  # a docstring line of the form "name  what it is"
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")  # a link that leaves its folder
 
 
 def escaped(text: str) -> str:
-    """Plain text in reStructuredText; what is between backticks is code."""
+    """Escape plain text for reStructuredText; text between backticks becomes code."""
     parts = re.split(r"`+([^`]+)`+", text)
     parts[::2] = [re.sub(r"([\\*_|`])", r"\\\1", part) for part in parts[::2]]
     parts[1::2] = [rf"\ ``{part}``\ " for part in parts[1::2]]
@@ -52,7 +52,7 @@ def escaped(text: str) -> str:
 
 
 def restructured(lines: list[str]) -> list[str]:
-    """A docstring of plain text in reStructuredText.
+    """Convert a plain-text docstring to reStructuredText.
 
     Lines "name  what it is", with indented continuations, become a definition list; other indented lines, which are
     formulas and tables, become literal blocks; examples stay as they are.
@@ -79,7 +79,7 @@ def restructured(lines: list[str]) -> list[str]:
 
 
 def process_docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = restructured(lines) if lines != ["Call self as a function."] else []  # Python's own, of a __call__
+    lines[:] = restructured(lines) if lines != ["Call self as a function."] else []  # Python's default for __call__
 
 
 def process_signature(
@@ -87,8 +87,8 @@ def process_signature(
 ) -> tuple[str | None, str | None]:
     """Signatures as a reader needs them.
 
-    The arguments of a class are those of __init__, not of its metaclass. A method as a function takes x, not self. The
-    type variable of the methods, T, is Tensor.
+    The arguments of a class are those of __init__, not of its metaclass. A method that is also a
+    function takes x, not self. The methods' type variable T is shown as Tensor.
     """
     if what == "class" and signature and signature.startswith("(*args"):
         arguments = inspect.signature(value.__init__, bound_method=True, type_aliases=autodoc_type_aliases)
@@ -101,7 +101,7 @@ def process_signature(
 
 
 def drop_links(folder: Path, text: str) -> str:
-    """A page without its links to files that are not in this folder: their names instead."""
+    """Replace a page's links to files outside this folder by the names of these files."""
 
     def name(link: re.Match[str]) -> str:
         file = (folder / link[2]).resolve()

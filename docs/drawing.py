@@ -1,6 +1,6 @@
-"""What the scripts that draw pictures for these pages have in common: SVG files that follow the reader's colour scheme.
+"""Helpers shared by the scripts that draw the figures of these pages, as SVG files that follow the reader's color scheme.
 
-They need matplotlib (`pip install -e ".[examples]"`).
+The scripts need matplotlib (`pip install -e ".[examples]"`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RC = {
     "svg.fonttype": "none", "svg.hashsalt": "tutorial", "font.family": "sans-serif", "font.size": 9,
     "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
-Axes = Any  # of matplotlib
+Axes = Any  # matplotlib.axes.Axes
 
 
 def figure_of(width: float, height: float) -> tuple[Any, Axes]:
@@ -33,7 +33,7 @@ def figure_of(width: float, height: float) -> tuple[Any, Axes]:
 
 
 def canvas(width: float, height: float, right: float, top: float) -> tuple[Any, Axes]:
-    """A figure without axes, for boxes and arrows; its coordinates go from 0 to right and from 0 to top."""
+    """A figure with hidden axes, for boxes and arrows; x runs from 0 to `right`, and y from 0 to `top`."""
     figure, axes = figure_of(width, height)
     axes.set(xlim=(0, right), ylim=(0, top))
     axes.axis("off")
@@ -58,7 +58,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 def write(figure: Any, path: Path) -> None:
-    """Write an SVG file. The colours of ink and paper become variables, which the style sets for light and for dark."""
+    """Write an SVG file. INK and PAPER become CSS variables, which STYLE sets for light and dark mode."""
     buffer = io.StringIO()
     figure.tight_layout(pad=0.6)
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -325,7 +325,7 @@ class GPT2:
         return x + self.linear(f"{name}.mlp.c_proj", hidden)
 
     def logits(self, ids: Array) -> Tensor:
-        """ids (B, T) -> (B, T, V), the scores of each next token."""
+        """ids (B, T) -> (B, T, V), the scores for the next token at each position."""
         wte, wpe, T = self.parameters["wte.weight"], self.parameters["wpe.weight"], ids.shape[1]
         if self.config.n_positions < T:
             raise ValueError(f"GPT2: {T} tokens given; the context is {self.config.n_positions}")

@@ -13,11 +13,11 @@ Four things differ from GPT-2 (Touvron et al., arXiv:2307.09288):
 
 The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
 sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and see the same 400 batches
-of the documentation that ships with Python, at the same learning rates. After one or two minutes, this prints about
+of the documentation that ships with Python, at the same learning rates. After one or two minutes, this prints something like
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 
-and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 by Muon, to 1.52.
+and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 with Muon, to 1.52.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def draw(reports: dict[str, list[tuple[int, float, float]]], file: Path) -> None
     except ImportError:
         print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # renders to files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files and needs no display
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for name, rows in reports.items():
         steps, _, losses = zip(*rows, strict=True)

@@ -10,7 +10,7 @@ letter, the network predicts the next one from its state, a vector that it updat
     n = tanh(x W_n + r * (h U_n) + b_n)          the new content
     h = z * h + (1 - z) * n                      (Cho et al., arXiv:1406.1078, in PyTorch's form)
 
-Uniform probabilities have a loss of log 27 = 3.30 nats. After about half a minute, this prints about
+Uniform probabilities have a loss of log 27 = 3.30 nats. After about half a minute, this prints something like
 
     loss 1.33 on the words, 1.91 on words that it has not seen
 
@@ -119,7 +119,7 @@ def draw(model: GRU, reports: list[tuple[int, float, float]], file: Path) -> Non
     except ImportError:
         print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # renders to files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files and needs no display
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     steps, seen, unseen = zip(*reports, strict=True)
     left.plot(steps, seen, label="words")

@@ -10,12 +10,12 @@ This is the Transformer of Vaswani et al. (arXiv:1706.03762), with one layer on 
 each position attends to all others. The decoder writes the output, one digit at a time. In its cross-attention, the
 queries come from the output positions, and the keys and values from the input positions: the weights show which inputs
 each output was computed from. There are 10^8 inputs per command, and every batch is new, so the network learns the
-tasks and cannot memorize the answers. After about half a minute, this prints about
+tasks and cannot memorize the answers. After about half a minute, this prints something like
 
     correct: 100.0% of 500 new inputs reversed, 99.8% sorted
 
-and saves a plot as seq2seq_attention.png. To reverse, each output attends to one position, along a diagonal; to sort,
-it attends to digits of similar size, and to the command.
+and saves a plot as seq2seq_attention.png. When reversing, each output attends to one position, along a
+diagonal; when sorting, it attends to digits of similar value, and to the command.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Inputs (B, S) and the outputs so far (B, T) -> logits (B, T, V) of each next output."""
+    """Inputs (B, S) and the outputs so far (B, T) -> logits (B, T, V) for the next output at each position."""
 
     def __init__(self) -> None:
         self.digits, self.places = nn.Embedding(V, C), nn.Embedding(DIGITS + 1, C)
@@ -106,7 +106,7 @@ def shifted(outputs: np.ndarray) -> np.ndarray:
 
 
 def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
-    """The most probable outputs, one at a time: each is an input for predicting the next one."""
+    """Greedy decoding: each output is the most probable one, and then an input for predicting the next one."""
     outputs = np.full((len(inputs), 1), START)
     while outputs.shape[1] <= DIGITS:
         with no_grad():
@@ -116,7 +116,7 @@ def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
 
 
 def correct(model: Transformer, count: int = 500) -> tuple[float, float]:
-    """The fraction of new inputs, `count` per command, that are reversed and sorted without errors."""
+    """The fractions of new inputs, `count` per command, that are reversed and that are sorted without errors."""
     inputs, expected = make_batch(2 * count, np.random.default_rng(1))
     right = (solve(model, inputs) == expected).all(axis=1)
     return float(right[:count].mean()), float(right[count:].mean())
@@ -137,13 +137,13 @@ def train(model: Transformer, steps: int) -> None:
 
 
 def draw(model: Transformer, file: Path) -> None:
-    """Save a plot of the cross-attention weights, averaged over the heads, for one input with both commands."""
+    """Save a plot of the cross-attention weights, averaged over the heads, for the same digits with each command."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # renders to files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files and needs no display
     digits = [3, 1, 4, 1, 5, 9, 2, 6]
     inputs = np.array([[REVERSE, *digits], [SORT, *digits]])
     outputs = solve(model, inputs)

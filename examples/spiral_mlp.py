@@ -3,7 +3,7 @@
     python examples/spiral_mlp.py
 
 Three classes of 200 points each lie on the arms of a spiral, so no straight line separates them. Two hidden layers
-of 64 units with ReLU learn the regions in 400 steps, in a few seconds. This prints about
+of 64 units with ReLU learn the regions in 400 steps, in a few seconds. This prints something like
 
     accuracy 0.998 on 600 training points, 0.980 on 600 new ones
 
@@ -57,13 +57,13 @@ def train(model: nn.Sequential, x: np.ndarray, y: np.ndarray, steps: int) -> Non
 
 
 def draw(model: nn.Sequential, x: np.ndarray, y: np.ndarray, file: Path) -> None:
-    """Save a plot of the predicted classes in the plane, as colors, and the points."""
+    """Save a plot of the points over the decision regions, colored by predicted class."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print('no plot: matplotlib is not installed; pip install -e ".[examples]"')
         return
-    pyplot.switch_backend("Agg")  # renders to files, without a screen
+    pyplot.switch_backend("Agg")  # renders to files and needs no display
     axis = np.linspace(-1.2, 1.2, 300, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1)  # (300, 300, 2)
     regions = predict(model, grid.reshape(-1, 2)).reshape(300, 300)

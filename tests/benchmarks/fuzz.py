@@ -4,7 +4,7 @@ Each case takes a valid input (a model file of some format, a data set, a tokeni
 in one of the formats of data/sources.py, a journal, a task file, options in TOML), changes one of its files, and reads
 it. A correct outcome is a one-line ValueError or OSError that names the file or its folder, or a valid result: shapes
 as in the config, ids within the vocabulary, text that survives encoding. Any other exception is wrong, and so is a case
-that takes more than 2 seconds of processor time or 1 GB of memory (the system ends the process), or executes, imports,
+that takes more than 2 seconds of CPU time or 1 GB of memory (the system ends the process), or executes, imports,
 writes or connects to anything, which an audit hook detects.
 
 Prints a table; the exit status is 1 if anything was wrong. A case depends only on the seed and its number:
@@ -65,7 +65,7 @@ from gpt2.training.tasks import TASKS, load_items  # noqa: E402
 from tinygrad2 import Key, optim  # noqa: E402
 from tinygrad2.checkpoint import save_arrays  # noqa: E402
 
-SECONDS, MEMORY = 2, 1 << 30  # of the processor, and of memory in addition to the program, for one case
+SECONDS, MEMORY = 2, 1 << 30  # CPU time, and memory in addition to the program, for one case
 WAIT = 60  # seconds until a case that waits for something is ended
 LONGEST = 1000  # maximum number of characters in an error
 CONFIG = GPT2Config(vocab_size=257, n_positions=8, n_embd=4, n_layer=2, n_head=2)
@@ -709,9 +709,7 @@ def fuzz(
                     outcomes[name]["wrong"] += 1
                     progress.update()
                     ended = signal.Signals(-code).name if code < 0 else f"status {code}"
-                    wrong.append(
-                        f"case {number} ({name}): ended by {ended} (SIGPROF: after {SECONDS} s of the processor)"
-                    )
+                    wrong.append(f"case {number} ({name}): ended by {ended} (SIGPROF: after {SECONDS} s of CPU time)")
                 first = number + 1
     return outcomes, wrong
 

@@ -88,7 +88,7 @@ TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resi
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how often."""
+    """What is measured, and the number of repetitions."""
 
     model: GPT2Config
     block_size: int = 1024

@@ -1,5 +1,5 @@
-"""Small files that describe large data, and damaged journals: data/prepare.py ends with one line, in little time and
-memory."""
+"""Small files that expand to large data, which data/prepare.py rejects with one line, in little time and memory; and
+damaged journals, without which it starts over."""
 
 import gzip
 import json
@@ -16,12 +16,12 @@ from data.prepare import JOURNAL, NO_FILTERS, Job, State, main
 from data.sources import find_sources
 from gpt2.tokenizer import Tokenizer
 
-MEMORY, SECONDS = 500 << 20, 2  # in addition to this process; of the processor
+MEMORY, SECONDS = 500 << 20, 2  # beyond the memory of this process; CPU time
 PIECES = 255 << 20
 
 
 def ended(arguments, output):
-    """Run the command in a child process: its exit status, seconds of the processor, bytes of memory, and output."""
+    """Run the command in a child process. Returns its exit status, CPU seconds, peak memory in bytes, and output."""
     pid = os.fork()
     if not pid:
         status = 99
@@ -45,7 +45,7 @@ def resident():
 
 
 def compressed(name, *pieces):
-    """A file compressed with gzip: each piece is (bytes, how often)."""
+    """A file compressed with gzip: each piece is (bytes, number of repetitions)."""
 
     def make(folder):
         with gzip.open(folder / name, "wb", 1) as file:
@@ -95,7 +95,7 @@ HOSTILE = {
     ),
     "a field of many lines": (
         compressed("a.csv.gz", (b'text,b\n"', 1), (b"a\n", PIECES // 2)),
-        "line 2: a record of .* is a quote not closed",
+        "line 2: a record of .* is there an unclosed quote",
     ),
     "a large page": (parquet(20, 90 << 20), "a page of 94,371,8.. bytes; expected at most 33,554,432"),
 }
@@ -124,7 +124,7 @@ def test_a_small_file_of_large_records(tmp_path, case):
 
 @pytest.mark.extras("pyarrow")
 def test_a_large_dictionary_is_not_repeated_in_memory(tmp_path):
-    """Twenty rows of 4 MB each, which are stored once."""
+    """Twenty identical rows of 4 MiB; the value is stored once."""
     file = tmp_path / parquet(20, 4 << 20)(tmp_path)
     texts = [
         document.open().read()

@@ -262,7 +262,7 @@ def task_for(weight: np.ndarray) -> pool.CompiledTask:
 
 def ranges(weight: np.ndarray) -> list[tuple[int, int]]:
     """The columns of this weight, divided among the threads, at multiples of LANES, since the remainder after the last
-    whole vector is summed in another order."""
+    whole vector is summed in a different order."""
     K, N = weight.shape
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
     return [(a * LANES, min(b * LANES, N)) for a, b in pieces]

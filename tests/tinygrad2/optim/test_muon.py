@@ -141,7 +141,7 @@ def stepped(comm, shared, max_norm=None, dtype="float32", steps=3):
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_any_number_of_ranks_computes_the_same_bits(monkeypatch, size, shared, dtype):
     monkeypatch.setattr(params, "BUCKET_SIZE", 200)
-    # Where the state is sharded, the norm is summed in another order: here nothing is clipped by it.
+    # Where the state is sharded, the norm is summed in a different order: here nothing is clipped by it.
     max_norm = None if shared else 0.5
     parameters, state = stepped(None, False, max_norm, dtype)
     for found, own_state in on_ranks(size, lambda comm: stepped(comm, shared, max_norm, dtype)):
