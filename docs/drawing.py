@@ -1,4 +1,4 @@
-"""Helpers shared by the scripts that draw the figures of these pages, as SVG files that follow the reader's color scheme.
+"""Shared by the scripts that draw the figures of these pages: SVG files that follow the reader's color scheme.
 
 The scripts need matplotlib (`pip install -e ".[examples]"`).
 """

@@ -13,7 +13,8 @@ Four things differ from GPT-2 (Touvron et al., arXiv:2307.09288):
 
 The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
 sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and see the same 400 batches
-of the documentation that ships with Python, at the same learning rates. After one or two minutes, this prints something like
+of the documentation that ships with Python, at the same learning rates. After a minute or two, this prints
+something like
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 

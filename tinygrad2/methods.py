@@ -764,7 +764,7 @@ class Methods(Generic[T]):
         fits = at.ndim == self.ndim and all(
             i == along or m <= n for i, (m, n) in enumerate(zip(at.shape, self.shape, strict=True))
         )
-        _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape}, except for axis {axis}")
+        _check(fits, f"gather: index has shape {at.shape}; expected at most {self.shape}, except along axis {axis}")
         return self._gather(along, at)
 
     def _gather(self, axis: int, at: Any) -> T:
@@ -880,7 +880,7 @@ def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
     along = axis_of("concatenate", axis, first.ndim)
     for i, x in enumerate(tensors):
         if x.ndim == 0 or x.ndim != first.ndim or _without(x.shape, along) != _without(first.shape, along):
-            expected = f"{first.shape}, except for axis {axis}" if first.ndim else "one axis or more"
+            expected = f"{first.shape}, except along axis {axis}" if first.ndim else "one axis or more"
             raise ValueError(f"concatenate: tensor {i} has shape {x.shape}; expected {expected}")
     ends = numpy.cumsum([x.shape[along] for x in tensors]).tolist()
     places = tuple((*(slice(None),) * along, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False))

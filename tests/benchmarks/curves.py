@@ -6,7 +6,7 @@ rates and clipping, in float32 on the CPU, on the documentation that ships with 
 
     tinygrad2      train.py
     PyTorch        transformers' GPT-2 and torch.optim.AdamW
-    PyTorch, SDPA  the same with another implementation of attention, whose sums are in a different order: the distance of
+    PyTorch, SDPA  the same with another implementation of attention, with a different order of sums: the distance of
                    PyTorch from itself, which rounding explains
 
 Prints the distances between the curves, writes a JSON file to results/; `python docs/pictures.py` draws them. The exit

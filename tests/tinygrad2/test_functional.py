@@ -94,7 +94,7 @@ ERRORS = [
     (
         lambda: X.gather(1, [0, 1]),
         ValueError,
-        r"gather: index has shape \(2,\); expected at most \(2, 3\), except for axis 1",
+        r"gather: index has shape \(2,\); expected at most \(2, 3\), except along axis 1",
     ),
     (lambda: X.gather(1, [[-1]]), IndexError, "gather: index -1 is out of range"),
     (lambda: functional.one_hot([-1], 3), IndexError, "one_hot: index -1 is out of range"),
