@@ -64,7 +64,7 @@ def main() -> int:
             processor = row.processor
             print(f"{processor}, {row.date}")
         ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row.ratio)
-        print(f"  {row.work:<32}{row.name:<24}{row.tokens_per_s:>8,.1f} tokens/s   {ratio} times {row.peer}")
+        print(f"  {row.work:<44}{row.name:<24}{row.tokens_per_s:>8,.1f} tokens/s   {ratio} times {row.peer}")
     return 0
 
 
