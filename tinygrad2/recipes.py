@@ -2,7 +2,7 @@
 
 The results of GELU and LayerNorm are functions of arrays that their own backward passes save. The linear layer that
 reads such a result would save it too. With a recipe it computes the result again: a step of GPT-2 saves 10 instead of
-16 arrays per layer, takes 1 to 2 % longer, and has the same bits. Source: arXiv:2205.05198 (selective recomputation).
+16 arrays per layer, and has the same bits. Source: arXiv:2205.05198 (selective recomputation).
 """
 
 from __future__ import annotations
