@@ -57,7 +57,7 @@ def test_the_report(capsys):
     assert "batch      524,288 tokens per step = 64 x 1,024 tokens x 1 (micro-steps) x 8 (ranks)\n" in text
     for name in ("weights", "gradients", "moments", "activations", "logits", "buffers", "libraries", "total"):
         assert re.search(rf"^  {name} +[\d.]+$", text, re.M)
-    assert re.search(r"^  available +141.000  it fits, and so does any --batch-size up to \d+$", text, re.M)
+    assert re.search(r"^  available +141.000  sufficient for any --batch-size up to \d+$", text, re.M)
     for name in ("products up", "attention backward", "layernorm forward", "cross entropy", "optimizer"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+% +[\d,]+ +[\d.]+ +[\d.]+$", text, re.M)
     assert re.search(r"^  communication +[\d.]+ +[\d.]+%  of [\d.]+ ms; the rest overlaps", text, re.M)
@@ -139,14 +139,14 @@ def test_other_optimizers(optimizer, capsys):
 
 def test_a_model_that_does_not_fit(capsys):
     text = printed(capsys, "--preset", "gpt2-xl", "--device", "rtx-4090")
-    assert re.search(r"available +24.000  it does not fit, nor does --batch-size 1; see --recompute block", text)
+    assert re.search(r"available +24.000  too small, even for --batch-size 1; see --recompute block", text)
     text = printed(capsys, "--preset", "gpt2", "--device", "rtx-4090", "--batch-size", "512")
     assert re.search(
-        r"it does not fit; --batch-size \d+ or less does \(\d+ takes the same tokens per step in \d+ micro-s", text
+        r"too small; --batch-size \d+ or less fits \(\d+ processes the same tokens per step in \d+ micro-s", text
     )
     text = printed(capsys, *STEP, "--ranks", "8", "--batch-size", "16")
     assert re.search(
-        r"it fits, and so does any --batch-size up to \d+ \(64 takes the same .* step in 1 micro-step\)\n", text
+        r"sufficient for any --batch-size up to \d+ \(64 processes the same .* step in 1 micro-step\)\n", text
     )
 
 
