@@ -80,7 +80,7 @@ def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic():
 
 
 def test_an_unknown_precision_of_a_card():
-    with pytest.raises(ValueError, match="H200 has no known peak in float64; choose one of float32, tf32, bfloat16"):
+    with pytest.raises(ValueError, match="the peak of H200 in float64 is unknown; choose one of float32"):
         cost_model.gpu("H200", "float64")
 
 
