@@ -1,4 +1,4 @@
-"""A page in a real browser: its console output and its requests."""
+"""Open a page in a real browser, and record its console output and its requests."""
 
 HOSTILE = (
     "</pre></script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"> & \x1b[2J"
@@ -6,7 +6,7 @@ HOSTILE = (
 
 
 def opened(browser, file, width=360, scheme="light"):
-    """(the page, its console output, its requests)."""
+    """Open a file. Returns (the page, its console output, its requests)."""
     page = browser.new_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))

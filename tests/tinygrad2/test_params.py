@@ -19,7 +19,7 @@ def arena_of(**arrays):
     return ParameterArena((name, Parameter(np.array(values, dtype="float32"))) for name, values in arrays.items())
 
 
-def test_the_regions_contain_every_parameter_once():
+def test_the_regions_contain_each_parameter_once():
     model = GPT2(CONFIG)
     before = {name: p.data.copy() for name, p in model.named_parameters()}
     arena = model.arena()
@@ -49,12 +49,12 @@ def test_parameters_are_views_of_the_flat_buffers():
 
 
 @pytest.mark.parametrize("key", [None, Key(0)])
-def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
+def test_parameters_are_stored_in_the_order_of_their_final_gradients(key):
     model = GPT2(CONFIG)
     arena, fired = model.arena(), []
     for name, p in model.named_parameters():
         p.leaf.on_final = lambda name=name: fired.append(name)
-    for _ in range(2):  # the same every time
+    for _ in range(2):  # the order is the same every time
         fired.clear()
         model.loss(TOKENS, TOKENS, key).backward()
         assert len(fired) == len(arena.parameters)
@@ -63,7 +63,7 @@ def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
     assert fired[-1] == list(arena.regions[0].where)[-1] == "wte.weight"
 
 
-def test_a_hook_gets_the_final_gradient():
+def test_a_hook_sees_the_final_gradient():
     model, seen = GPT2(CONFIG), {}
     model.arena()
     for name, p in model.named_parameters():
@@ -75,7 +75,7 @@ def test_a_hook_gets_the_final_gradient():
 
 
 @pytest.mark.parametrize("size", [1, 150, 500, 10**6])
-def test_buckets_are_runs_of_whole_parameters(monkeypatch, size):
+def test_buckets_are_runs_of_complete_parameters(monkeypatch, size):
     monkeypatch.setattr(params, "BUCKET_SIZE", size)
     arena = GPT2(CONFIG).arena()
     for region in arena.regions:
