@@ -121,7 +121,7 @@ THEIRS = {
     "scaled_dot_product_attention, bias": lambda t, q, k, v, bias: t.nn.functional.scaled_dot_product_attention(
         q, k, v, bias, enable_gqa=True
     ),
-    "scaled_dot_product_attention, causal, dropout": None,  # the random numbers differ
+    "scaled_dot_product_attention, causal, dropout": None,  # PyTorch draws different random numbers
     "l1_loss": lambda t, a, b: t.nn.functional.l1_loss(a, b + 9, reduction="sum"),
     "nll_loss": lambda t, x: t.nn.functional.nll_loss(x.reshape(10, 11), t.as_tensor(TARGETS).reshape(10)),
     "binary_cross_entropy": lambda t, p, y: t.nn.functional.binary_cross_entropy(p / 4, y / 4),

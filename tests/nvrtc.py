@@ -39,7 +39,7 @@ FLOAT32_ONLY = ("75",)  # no bfloat16
 TYPES = ("bf16", "float")
 ITEMSIZE = {"bf16": 2, "float": 4}
 WIDTHS = (768, 1024, 1280, 1600)
-HEAD_SIZES = (64, 80, 128)  # GPT-2's, and others
+HEAD_SIZES = (64, 80, 128)  # those of GPT-2, and others
 Defines = dict[str, Any]
 
 

@@ -54,7 +54,7 @@ def conf():
 
 
 @pytest.mark.extras("sphinx")
-def test_a_docstring_becomes_restructured_text(conf):
+def test_a_docstring_is_converted_to_restructured_text(conf):
     text = """y = x W^T, a product with *args and `code`.
 
     dV = (P M)^T dO,    dP = ...
@@ -81,7 +81,7 @@ Raises ValueError.
 
 
 @pytest.mark.extras("sphinx")
-def test_links_to_files_outside_docs_become_names(conf):
+def test_links_to_files_outside_docs_are_replaced_by_names(conf):
     text = "[the model](../gpt2/model.py), [`train.py`](../train.py#L3), [a page](gpu.md), [up](../docs/gpu.md)"
     expected = "the model (`gpt2/model.py`), `train.py`, [a page](gpu.md), [up](../docs/gpu.md)"
     assert conf.drop_links(DOCS, text) == expected

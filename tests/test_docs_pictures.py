@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWN = ("rooms", "op", "ranks")  # by the script alone
-MEASURED = ("speed", "curves-nano", "curves-gpt2")  # from saved results, which may be newer than the pictures
+DRAWN = ("rooms", "op", "ranks")  # drawn by the script alone
+MEASURED = ("speed", "curves-nano", "curves-gpt2")  # drawn from saved results, which may be newer
 
 
 def test_every_picture_is_shown_once_with_a_description():

@@ -145,9 +145,9 @@ def test_own_text_in_two_languages_is_learned_and_exported_to_transformers(tmp_p
 
     prepare_it = (ROOT / "data" / "prepare.py", "own.jsonl", "--tokenizer", "hf", "--special-tokens")
     assert "next: python" in run(*prepare_it, folder=tmp_path)
-    said = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
-    first = float(re.search(r"step 0: validation loss ([\d.]+), before training", said)[1])
-    best = float(re.search(r"best validation loss ([\d.]+)", said)[1])
+    output = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
+    first = float(re.search(r"step 0: validation loss ([\d.]+), before training", output)[1])
+    best = float(re.search(r"best validation loss ([\d.]+)", output)[1])
     assert best < 1 < 9 < first
     run("-m", "gpt2.convert", "out", "back", "--to", "hf", folder=tmp_path)
 

@@ -11,7 +11,7 @@ import tinygrad2
 
 ROOT = Path(__file__).parent.parent
 
-# The layers of each package, lowest first. A module imports only from lower layers. The name of a folder (a room)
+# The layers of each package, lowest first. A module imports only from lower layers. The name of a subpackage
 # stands for all modules in it, which may import each other without cycles.
 ENGINE = (
     ("missing_names",),
@@ -58,7 +58,7 @@ RANK = {
     for rank, row in enumerate(rows)
     for name in row
 }
-ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
+SUBPACKAGES = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")
 # The level of each package: the engine does not import the model, and the model does not import the scripts.
 PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "examples": 3, "tests": 4}
 # The engine's modules that gpt2 and the scripts may import, in addition to the names that the package exports.
@@ -116,7 +116,7 @@ def imports(source):
 
 
 def target_of(module, name, modules):
-    """The module that an import reaches: `from package import module` reaches the module, not the package."""
+    """The imported module: `from package import module` imports the module, not the package."""
     for candidate in (f"{module}.{name}", f"{module}.{name}.__init__", module):
         if candidate in modules:
             return candidate
@@ -124,13 +124,13 @@ def target_of(module, name, modules):
 
 
 def rank_of(module):
-    """The layer of a module or of its room; None if it is not in any layer."""
+    """The layer of a module or of its subpackage; None if it is not in any layer."""
     return next((rank for name, rank in RANK.items() if module == name or module.startswith(f"{name}.")), None)
 
 
-def room_of(module):
-    """The module's folder if that is a room, else the module itself."""
-    return next((room for room in ROOMS if module.startswith(f"{room}.")), module)
+def subpackage_of(module):
+    """The module's subpackage, if it is in one of SUBPACKAGES; otherwise the module itself."""
+    return next((name for name in SUBPACKAGES if module.startswith(f"{name}.")), module)
 
 
 def violations(modules):
@@ -164,7 +164,7 @@ def forbidden(module, package, top, target, name):
         lower, upper = rank_of(target), rank_of(module)
         if lower is None or upper is None:
             return "a module without a layer"
-        if lower >= upper and room_of(module) != room_of(target):
+        if lower >= upper and subpackage_of(module) != subpackage_of(target):
             return "not a lower layer"
     if top == "tinygrad2" != package and not is_public(target, name):
         return "not public"

@@ -63,7 +63,7 @@ def user(prepared, tmp_path, monkeypatch):
 
 
 class Job:
-    """`mpirun -n RANKS python train.py OPTIONS`, after `patch`; killed after `limit` seconds."""
+    """`mpirun -n RANKS python train.py OPTIONS`. Each rank first runs `patch`. It is killed after `limit` seconds."""
 
     def __init__(self, ranks, *options, patch="", limit=90, env=None, launcher=None):
         program = ["-c", PROGRAM.format(patch)] if patch is not None else [str(ROOT / "train.py")]
@@ -81,20 +81,20 @@ class Job:
         self.ends_at = time.monotonic() + limit
 
     def end(self, status=0):
-        """Wait for the job. `status` is the expected exit status, or None for any nonzero one. Returns both outputs."""
+        """Wait for the job. `status` is the expected exit status, or None for any but 0. Returns (stdout, stderr)."""
         try:
             got = self.process.wait(self.ends_at - time.monotonic())
         except subprocess.TimeoutExpired:
             pytest.fail("the job hung\n" + "\n".join(self.kill()))
-        assert got == status or (status is None and got), "\n".join(self.said())
-        return self.said()
+        assert got == status or (status is None and got), "\n".join(self.outputs())
+        return self.outputs()
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        return self.said()
+        return self.outputs()
 
-    def said(self):
+    def outputs(self):
         for file in self.files:
             file.seek(0)
         return [file.read() for file in self.files]
@@ -149,8 +149,9 @@ optim.AdamW.step = recorded
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float64"), ("muon", "float64")])
 def test_one_two_and_four_ranks_compute_the_same_results(user, optimizer, dtype):
     """Ranks x micro-steps: 1 x 4, 2 x 2 and 4 x 1, with dropout; also with sharded optimizer state."""
-    again = ["--recompute", "block"]
-    layouts = (("1", 1, []), ("2", 2, []), ("4", 4, []), ("z2", 2, ["--zero"]), ("z4", 4, ["--zero"]), ("r2", 2, again))
+    recompute = ["--recompute", "block"]
+    layouts = [("1", 1, []), ("2", 2, []), ("4", 4, []), ("r2", 2, recompute)]
+    layouts += [("z2", 2, ["--zero"]), ("z4", 4, ["--zero"])]
     for name, ranks, more in layouts:
         options = [*SAME, "--optimizer", optimizer, "--dtype", dtype, *more]
         run(ranks, *options, "--out-dir", name, patch=FIRST_GRADIENTS)
@@ -280,13 +281,13 @@ def assert_resumes(out="out"):
 
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         ("RuntimeError('power cut')", "rank {rank} of 4:\nTraceback"),
         ("ValueError('data: a bad shard')", "train.py: error: data: a bad shard\n"),
     ],
 )
-def test_an_error_on_one_rank_ends_all_ranks_and_is_printed(user, rank, error, said):
+def test_an_error_on_one_rank_ends_all_ranks_and_is_printed(user, rank, error, expected):
     code = f"""
 indices = SampleOrder.indices
 def failing(self, first, count):
@@ -297,8 +298,8 @@ SampleOrder.indices = failing
 """
     began = time.monotonic()
     _, err = run(4, *LONG, patch=code, status=1, limit=60)
-    assert said.format(rank=rank) in err
-    assert err.count(error.split("'")[1]) <= 2  # once as the error, once in the source line in a traceback
+    assert expected.format(rank=rank) in err
+    assert err.count(error.split("'")[1]) <= 2  # in the error, and in the source line of a traceback
     assert time.monotonic() - began < 30
     assert_resumes()
 
@@ -406,10 +407,12 @@ def broken(self, *args):
 GPT2.loss = broken
 """
     options = ["--batch-size", "1", "--max-iters", "6", *more]
-    said, _ = run(4, *options, patch=code)
-    assert said.count("step 3/6 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged") == 1
-    assert said.count("the first value that is not finite: ") == 1  # printed by rank 1
-    assert said.count("python -m gpt2.replay out/bad-step-3") == 1
+    output, _ = run(4, *options, patch=code)
+    assert (
+        output.count("step 3/6 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged") == 1
+    )
+    assert output.count("the first value that is not finite: ") == 1  # printed by rank 1
+    assert output.count("python -m gpt2.replay out/bad-step-3") == 1
     assert [loss is None for loss in losses("out")] == [False, False, True, False, False, False]
     keys = checkpoint.load_arrays(Path("out/bad-step-3/batch.safetensors"))["keys"]
     assert keys.tolist() == [[2, 0], [2, 1], [2, 2], [2, 3]]  # the keys of all ranks
@@ -519,9 +522,9 @@ for context in contexts:
 """
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8", "--device", "cuda"]
     for more in ([], ["--zero"]):
-        for folder, said in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
+        for folder, path in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
             out, _ = run(2, *quick, *more, "--out-dir", folder, patch=code.format(direct=folder == "direct"))
-            assert f"all-reduce {said}\n" in out
+            assert f"all-reduce {path}\n" in out
         np.testing.assert_allclose(losses("direct"), losses("host"), rtol=1e-6)
         assert distance(arrays("direct"), arrays("host")) < 1e-5
         shutil.rmtree("direct"), shutil.rmtree("host")
@@ -623,5 +626,7 @@ def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
 def test_the_recorded_command_includes_mpirun():
     program = "from gpt2.training.display import typed_command; print(typed_command(None, 2))"
     command = [MPIRUN, "-n", "2", "--oversubscribe", sys.executable, "-c", program]
-    told = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
-    assert told == [shlex.join(["mpirun", *command[1:]])] * 2
+    recorded = subprocess.run(
+        command, env=ENV, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.splitlines()
+    assert recorded == [shlex.join(["mpirun", *command[1:]])] * 2

@@ -89,23 +89,23 @@ def test_the_wheel_can_prepare_data_train_and_sample(installed, tmp_path):
     env = environment(installed)
     (tmp_path / "my.txt").write_text("".join(f"{i} times {i + 1} is {i * (i + 1)}\n" for i in range(2000)))
     module = [installed, "-m"]
-    said = call(*module, "gpt2.prepare", "my.txt", "--tokenizer", "bytes", cwd=tmp_path, env=env)
-    assert "next: python -m gpt2.train --data my" in said
+    output = call(*module, "gpt2.prepare", "my.txt", "--tokenizer", "bytes", cwd=tmp_path, env=env)
+    assert "next: python -m gpt2.train --data my" in output
     quick = ["--data", "my", "--max-iters", "3", "--eval-iters", "1", "--threads", "1"]
-    said += call(*module, "gpt2.train", *quick, cwd=tmp_path, env=env)
-    assert "next: python -m gpt2.sample --checkpoint out" in said
-    said += call(*module, "gpt2.train", cwd=tmp_path, env=env)
-    said += call(*module, "gpt2.train", "--lr", "1", cwd=tmp_path, env=env, status=2)
-    assert "gpt2.train: error: unknown option --lr" in said
-    said += call(*module, "gpt2.sample", "-p", "7 times", "-m", "5", cwd=tmp_path, env=env)
-    assert "model: out/ckpt-000003" in said
-    said += call(*module, "gpt2.evaluate", "out", "--data", "my", cwd=tmp_path, env=env)
-    said += call(*module, "gpt2.train", "--data", "none", "--fresh", cwd=tmp_path, env=env, status=1)
-    said += call(*module, "gpt2.doctor", cwd=tmp_path, env=env)
-    assert "to train on this machine: python -m gpt2.train" in said
-    assert MESSAGES_OF_FILES.findall(said) == []
-    assert str(ROOT) not in said
-    for file in re.findall(r"(/[\w./-]+\.(?:py|toml))\b", said):
+    output += call(*module, "gpt2.train", *quick, cwd=tmp_path, env=env)
+    assert "next: python -m gpt2.sample --checkpoint out" in output
+    output += call(*module, "gpt2.train", cwd=tmp_path, env=env)
+    output += call(*module, "gpt2.train", "--lr", "1", cwd=tmp_path, env=env, status=2)
+    assert "gpt2.train: error: unknown option --lr" in output
+    output += call(*module, "gpt2.sample", "-p", "7 times", "-m", "5", cwd=tmp_path, env=env)
+    assert "model: out/ckpt-000003" in output
+    output += call(*module, "gpt2.evaluate", "out", "--data", "my", cwd=tmp_path, env=env)
+    output += call(*module, "gpt2.train", "--data", "none", "--fresh", cwd=tmp_path, env=env, status=1)
+    output += call(*module, "gpt2.doctor", cwd=tmp_path, env=env)
+    assert "to train on this machine: python -m gpt2.train" in output
+    assert MESSAGES_OF_FILES.findall(output) == []
+    assert str(ROOT) not in output
+    for file in re.findall(r"(/[\w./-]+\.(?:py|toml))\b", output):
         assert Path(file).exists(), file
 
 
@@ -113,5 +113,5 @@ def test_the_installed_version_is_correct(installed, tmp_path):
     assert gpt2.__version__ == tinygrad2.__version__
     printed = "gpt2.__version__, tinygrad2.__version__, m.version('tinygrad2')"
     code = f"import gpt2, tinygrad2, importlib.metadata as m; print({printed})"
-    said = call(installed, "-c", code, cwd=tmp_path, env=environment(installed))
-    assert said.split() == 3 * [tinygrad2.__version__]
+    output = call(installed, "-c", code, cwd=tmp_path, env=environment(installed))
+    assert output.split() == 3 * [tinygrad2.__version__]

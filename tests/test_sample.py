@@ -54,9 +54,9 @@ def test_a_damaged_newest_checkpoint_is_skipped(user, capsys):
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
-    said = run(capsys, "-m", "2").err
-    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in said
-    assert "model: out/ckpt-000001" in said
+    output = run(capsys, "-m", "2").err
+    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in output
+    assert "model: out/ckpt-000001" in output
 
 
 def test_the_prompt_is_continued_and_the_seed_determines_the_text(user, capsys):
@@ -90,16 +90,16 @@ def test_samples_are_printed_in_order_and_the_first_one_does_not_depend_on_their
 
 def test_greedy_text_longer_than_the_context(user, capsys):
     model = save_model("checkpoint")
-    said = run(capsys, "-p", "ab", "-m", "100", "-t", "0").out
+    output = run(capsys, "-p", "ab", "-m", "100", "-t", "0").out
     (expected,) = model.generate(list(b"ab"), 100, stop=256, temperature=0)
-    assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
+    assert output == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
 def test_a_prompt_longer_than_the_context_is_reported(user, capsys):
     save_model("checkpoint")
     assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
-    said = run(capsys, "-p", 33 * "a", "-m", "2").err
-    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model reads only the last 32\n"
+    output = run(capsys, "-p", 33 * "a", "-m", "2").err
+    assert output == "model: checkpoint\nthe prompt has 33 tokens; the model reads only the last 32\n"
 
 
 def test_a_stop_string_ends_the_text(user, capsys):
@@ -298,9 +298,9 @@ def test_too_many_samples_for_the_memory_are_rejected_with_the_number_that_fits(
     monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
     # 10 positions with 2 x 16 values, 3 prompt tokens with 19 x 16 values, 257 logits: 7,241 bytes per sample.
-    said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
-    assert said.out == ""
-    assert said.err.splitlines()[1:] == [
+    output = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
+    assert output.out == ""
+    assert output.err.splitlines()[1:] == [
         "sample.py: error: out of memory: 1,000,000 samples of 10 tokens need 1.28 keys and values + 3.65 activations "
         "+ 2.31 logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
     ]
@@ -366,10 +366,10 @@ def test_the_damaged_tensor_is_named(user, capsys, value):
     model.h[0].ln_1.bias.data = values
     model.save_pretrained("damaged")
     Path("damaged/manifest.json").unlink()
-    said = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
+    output = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
     found = "its weights are damaged: parameter h.0.ln_1.bias [3] is "
     error = "sample.py: error: generate: the model's logits are not finite numbers"
-    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in said
+    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in output
 
 
 # Sources of the prompt
@@ -411,9 +411,9 @@ def interactive(monkeypatch, capsys, lines, *options, code=0):
 def test_an_interactive_session(user, capsys, monkeypatch):
     save_model("checkpoint")
     texts = [run(capsys, "-p", prompt, "-m", "4", "-t", "0").out for prompt in ("first", "one", "two")]
-    said = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
-    assert said.out == "".join(texts)
-    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in said.err
+    output = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
+    assert output.out == "".join(texts)
+    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in output.err
     assert interactive(monkeypatch, capsys, ["one", "two"]).out == "".join(texts[1:])
     assert "interrupted" in interactive(monkeypatch, capsys, [KeyboardInterrupt], code=130).err
 

@@ -20,7 +20,7 @@ from tinygrad2 import checkpoint
 
 
 def interrupt_at(monkeypatch, position, error):
-    """Make the data loader fail at this sample."""
+    """Make the data loader fail at this sample. Returns a function that undoes the change."""
     original = SampleOrder.indices
 
     def indices(self, first, count):
@@ -81,9 +81,9 @@ def test_a_finished_run_is_reported_and_can_be_continued(workspace, capsys):
     run("--max-iters", "2")
     capsys.readouterr()
     assert train.main([]) == 0
-    said = capsys.readouterr().out
-    assert "the run in out/ is already finished (2 steps)" in said
-    assert "--max-iters 4 continues it, --fresh starts a new run" in said
+    output = capsys.readouterr().out
+    assert "the run in out/ is already finished (2 steps)" in output
+    assert "--max-iters 4 continues it, --fresh starts a new run" in output
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 
@@ -141,10 +141,10 @@ def test_an_error_in_the_report_does_not_stop_the_run(workspace, capsys, monkeyp
 
 def test_help_needs_no_data_and_is_fast():
     began = time.perf_counter()
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert "--batch-size" in said
+    assert "--batch-size" in output
     assert time.perf_counter() - began < 10
 
 

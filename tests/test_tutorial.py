@@ -49,11 +49,11 @@ def differs(printed, expected):
     printed, expected = SPEED.sub("tokens/s", printed), SPEED.sub("tokens/s", expected)
     if [text.split() for text in NUMBER.split(printed)] != [text.split() for text in NUMBER.split(expected)]:
         return f"printed {printed!r}; the page says {expected!r}"
-    for found, said in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
-        a, b = (float(number.replace(",", "")) for number in (found, said))
-        exact = not {".", "e"} & {*found, *said}
+    for found, shown in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
+        a, b = (float(number.replace(",", "")) for number in (found, shown))
+        exact = not {".", "e"} & {*found, *shown}
         if a != b and (exact or max(abs(a), abs(b)) > 1e-8) and (exact or not math.isclose(a, b, rel_tol=0.02)):
-            return f"printed {found}; the page says {said}, in {expected!r}"
+            return f"printed {found}; the page says {shown}, in {expected!r}"
     return None
 
 

@@ -118,7 +118,7 @@ class _Function:
         ]
         threads = re.search(r"\.maxntid (\d+)", attributes)
         self.bound = int(threads[1]) if threads else 1024
-        self.types: dict[str, str] = {}  # of registers
+        self.types: dict[str, str] = {}  # of registers, by their prefix
         self.lines = list(self._lines(body))
 
     def __str__(self) -> str:

@@ -254,15 +254,15 @@ def test_zero_d_gradients_are_summed(times):
 
 
 def test_into_is_none_if_no_gradient_is_needed():
-    asked = []
+    buffers = []
 
     def backward(saved, dy, into):
-        asked.append(into(1))
+        buffers.append(into(1))
         return dy, dy
 
     x, constant = leaf([1.0]), Tensor(np.ones(1))
     record(x.data + constant.data, (x, constant), backward).backward()
-    assert asked == [None]
+    assert buffers == [None]
     assert x.grad == 1
 
 
@@ -386,7 +386,7 @@ class TestChangedData:
             gradients.append(p.grad.copy())
         np.testing.assert_array_equal(*gradients)
 
-    def test_may_happen_before_the_forward_pass(self):
+    def test_before_the_forward_pass_is_allowed(self):
         p, optimizer = self.parameter(2, 2)
         for _ in range(3):
             optimizer.zero_grad()

@@ -49,7 +49,7 @@ def device():
 
 @pytest.fixture(params=["rules", pytest.param("rules and names", marks=pytest.mark.extras("cupy"))])
 def checked_device(request):
-    """Once without CuPy, and once with every name and argument checked against the installed CuPy."""
+    """The stand-in, once without CuPy, and once with names and arguments checked against the installed CuPy."""
     real = pytest.importorskip("cupy") if "names" in request.param else None
     with strict_cupy.registered(real) as counters:
         yield counters
@@ -410,13 +410,13 @@ def test_a_skipped_step_is_stored_and_explained_in_the_same_way_on_the_device(us
     """On the device, the next step's gradients already exist when the host receives the result of the skipped step."""
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     spoil_steps(monkeypatch, 2)
-    said = []
+    reports = []
     for place in ("cpu", "cuda"):
         run(place, place, 6, "--eval-interval", "0", "--log-interval", "1")
         lines = capsys.readouterr().out.replace(f"{place}/", "").splitlines()
-        said.append(lines[next(i for i, line in enumerate(lines) if "step 3/6 | skipped" in line) :][:4])
-    assert said[0] == said[1]
-    assert "spoil after h.2.mlp.c_proj" in said[0][1]
+        reports.append(lines[next(i for i, line in enumerate(lines) if "step 3/6 | skipped" in line) :][:4])
+    assert reports[0] == reports[1]
+    assert "spoil after h.2.mlp.c_proj" in reports[0][1]
     assert log("cpu") == log("cuda")
     assert_same(saved("cpu"), saved("cuda"))
     for file in ("model.safetensors", "batch.safetensors", "step.json"):
@@ -495,7 +495,7 @@ def test_the_time_of_a_step_excludes_other_work(user, monkeypatch, place):
     spoil_steps(monkeypatch, 2)
     run("out", place, 6, "--eval-interval", "0", "--save-interval", "5", "--max-bad-steps", "2")
     assert [row["seconds"] for row in read_log(Path("out/log.jsonl"))] == [100] * 6
-    assert max(slow) == (1 if place == "cuda" else 0)  # only a device delivers the results of a step late
+    assert max(slow) == (1 if place == "cuda" else 0)  # only a device returns the results of a step late
 
 
 def test_training_explains_the_memory_needed_if_memory_runs_out(user, monkeypatch, capsys):

@@ -389,7 +389,7 @@ class StagedEcho(Echo):
 
 
 def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
-    """(losses and norms of three steps, parameters, number of hidden waits on the host, NCCL)."""
+    """(losses and norms of three steps, parameters, number of implicit synchronizations, NCCL)."""
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
         options = {"ranks": comm} if make is muon else {}
@@ -557,13 +557,13 @@ def test_nccl_uses_a_fixed_order_unless_the_user_chooses_an_algorithm(monkeypatc
 
 def mpi_rank(others):
     """Rank 0 of an MPIComm, and a list of the places that it sends to the other ranks."""
-    comm, asked = MPIComm.__new__(MPIComm), []
+    comm, sent = MPIComm.__new__(MPIComm), []
     comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(
-        allgather=lambda place: asked.append(place) or [place, *(other(place) for other in others)],
+        allgather=lambda place: sent.append(place) or [place, *(other(place) for other in others)],
         bcast=lambda identity: identity,
     )
-    return comm, asked
+    return comm, sent
 
 
 @pytest.mark.parametrize(
@@ -580,15 +580,15 @@ def test_nccl_is_used_if_every_rank_has_nccl_and_its_own_gpu(others, direct):
     with strict_cupy.registered():
         on = backend.get_backend("cuda")
         with fake_nccl.installed(fake_nccl.Echo()):
-            comm, asked = mpi_rank(others)
+            comm, sent = mpi_rank(others)
             assert isinstance(comm.nccl(on), NcclComm) == direct
             assert comm.nccl(on) is comm.nccl(on)
-            assert len(asked) == 1
-            assert asked[0].endswith(" 0000:00:00.0")
+            assert len(sent) == 1
+            assert sent[0].endswith(" 0000:00:00.0")
             assert comm.nccl(backend.get_backend("cpu")) is None
-        comm, asked = mpi_rank(others)
+        comm, sent = mpi_rank(others)
         assert comm.nccl(on) is None  # this rank has no NCCL
-        assert asked == [None]
+        assert sent == [None]
 
 
 @pytest.mark.extras("cupy")

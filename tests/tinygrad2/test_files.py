@@ -147,7 +147,7 @@ def kill(process):
 
 
 def message_of(file):
-    """The error message of a lock that is taken."""
+    """The error message for a lock that another owner holds."""
     with pytest.raises(ValueError, match="lock: ") as caught, files.Lock(file, "out"):
         pass
     return str(caught.value)

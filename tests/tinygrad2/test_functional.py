@@ -255,7 +255,7 @@ def test_cross_entropy_is_nan_if_all_targets_are_ignored_as_in_pytorch():
     assert np.isnan(loss.item())
 
 
-def test_all_lists_every_function():
+def test_the_export_list_contains_every_function():
     own = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"} - {
         "axis_of",
         "backend_of",

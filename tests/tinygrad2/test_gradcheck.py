@@ -111,14 +111,14 @@ def test_every_gradient_is_correct(case):
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize(("kernel", "part"), INJECTED)
-def test_an_error_of_a_thousandth_in_a_kernel_is_detected(monkeypatch, kernel, part, damage):
+def test_a_relative_error_of_one_thousandth_in_a_kernel_is_detected(monkeypatch, kernel, part, damage):
     monkeypatch.setattr(KERNELS, kernel, injected(getattr(KERNELS, kernel), part, damage))
     assert caught(kernel.removesuffix("_backward"))
 
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_an_error_of_a_thousandth_outside_the_kernels_is_detected(monkeypatch, name, damage):
+def test_a_relative_error_of_one_thousandth_outside_the_kernels_is_detected(monkeypatch, name, damage):
     right = getattr(WITHOUT_KERNELS[name], name)
 
     def wrong(*arguments):
@@ -136,7 +136,7 @@ WITH_A_SLOPE = """
 
 
 @pytest.mark.parametrize("name", WITH_A_SLOPE.split())
-def test_an_error_of_a_thousandth_in_a_slope_is_detected(monkeypatch, name):
+def test_a_relative_error_of_one_thousandth_in_a_slope_is_detected(monkeypatch, name):
     right = methods.Slope.__call__
 
     def wrong(self, saved, dy, into):

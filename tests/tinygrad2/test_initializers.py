@@ -8,7 +8,7 @@ from tinygrad2 import nn
 
 
 class Chain(nn.Module):
-    """A module of modules that were constructed separately."""
+    """A module that contains separately constructed modules."""
 
     def __init__(self, *modules):
         self.modules_in_order = list(modules)

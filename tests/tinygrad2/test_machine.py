@@ -69,7 +69,7 @@ def test_a_limit_that_cannot_be_read_is_ignored(tmp_path, text):
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(None, 8), (0.5, 1), (1.5, 2), (3.0, 3), (7.2, 8), (64.0, 8)])
-def test_a_cpu_quota_is_rounded_up_to_a_number_of_threads(monkeypatch, quota, threads):
+def test_the_number_of_threads_is_the_cpu_quota_rounded_up(monkeypatch, quota, threads):
     """gpt2.doctor recommends the same number (see test_doctor.py)."""
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     monkeypatch.setattr(machine, "cores", lambda: set(range(8)))

@@ -64,7 +64,7 @@ def kernels(request):
             yield on_cupy(get_backend("cuda").kernels)
         elif request.param == "cuda":
             stack.enter_context(strict_cupy.registered())
-            table = on_device.made()
+            table = on_device.make_kernels()
             table._reference = get_backend("cuda").kernels
             yield on_cupy(Overrides(table))
         else:
@@ -226,7 +226,7 @@ def test_attention_in_bfloat16_with_large_scores(power):
     For scores up to 2^15, the rounding error of lse is smaller than that of bfloat16, 2^-9.
     """
     qkv, dout = (x.astype(bfloat16) for x in attention_problem(2.0**power))
-    table = on_device.made()
+    table = on_device.make_kernels()
     out, lse = table.attention_forward(strict_cupy.ndarray(qkv), 1, 0.0, None)
     dqkv = table.attention_backward(strict_cupy.ndarray(dout), strict_cupy.ndarray(qkv), out, lse, 1, 0.0, None)
     right_out, right_lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)

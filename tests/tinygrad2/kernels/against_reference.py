@@ -71,9 +71,9 @@ def unaligned(array):
     """A copy of a matrix whose address is one element past a 16-byte boundary; other values are returned unchanged."""
     if not isinstance(array, np.ndarray) or array.ndim != 2:
         return array
-    room = np.empty(array.size + 1, array.dtype)
-    room[1:] = array.reshape(-1)
-    return room[1:].reshape(array.shape)
+    memory = np.empty(array.size + 1, array.dtype)
+    memory[1:] = array.reshape(-1)
+    return memory[1:].reshape(array.shape)
 
 
 def check_unaligned(cases):

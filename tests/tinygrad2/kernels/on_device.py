@@ -31,7 +31,7 @@ def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=Fal
     return out
 
 
-def made():
+def make_kernels():
     """The kernels' launchers, with matrix products by NumPy."""
     table = cuda.CudaKernels(Simulated(), reference)
     table.gemm = gemm

@@ -1,4 +1,4 @@
-"""Attention of a new token to a key-value cache (kernels/cpu.py, kernels/cached_attention.py), against float64."""
+"""kernels/cached_attention.py: attention of a new token to a key-value cache, compared with float64."""
 
 import numpy as np
 import pytest

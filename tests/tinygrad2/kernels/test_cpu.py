@@ -225,7 +225,7 @@ SUMS = {  # positions of the results that are float32
     "attention_forward": {1},
     "cross_entropy_forward": {0, 1},
     "lm_head_forward": {0},
-    "embedding_forward": {0},  # rounded by the operation, which knows the type of the activations
+    "embedding_forward": {0},  # the operation rounds it to the dtype of the activations
     "embedding_backward": {0, 1},
 }
 UPDATES = ("squared_norm", "muon_momentum", "orthogonalize", "muon_step", "sgd_step", "adamw_step")  # float32 only
@@ -367,5 +367,5 @@ def test_the_kernel_table_overrides_some_functions_and_keeps_the_others():
 def test_the_kernel_table_depends_on_the_environment(before, module):
     code = f"{before}\nfrom tinygrad2.backend import get_backend\nprint(get_backend().kernels.gelu_forward.__module__)"
     env = {key: value for key, value in os.environ.items() if key != "TINYGRAD2_KERNELS"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert said.stdout.strip() == module
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == module

@@ -37,7 +37,7 @@ def distance(a, b):
 
 
 def step(device, dtype, **options):
-    """Make one training step. Returns the loss, the norm, the gradients, the model, and the number of hidden waits."""
+    """Make one training step. Returns the loss, the norm, the gradients, the model, and the count of implicit syncs."""
     model = GPT2(CONFIG, device=device, dtype=dtype, **options)
     optimizer = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     loss = model.loss(*batch(), Key(3, 1, first_sample=5)) * 0.5
@@ -120,9 +120,9 @@ def test_generation_uses_the_bfloat16_copies(device):
     assert logits.dtype.name == "bfloat16"
     assert distance(logits.numpy(), true.numpy()) < BOUND
     (tokens,) = model.generate(list(range(10)), 12, temperature=0)
-    (again,) = model.generate(list(range(10)), 12, temperature=0, cache=False)
+    (uncached,) = model.generate(list(range(10)), 12, temperature=0, cache=False)
     assert len(tokens) == 12
-    assert tokens[0] == again[0]
+    assert tokens[0] == uncached[0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""kernels/attention_cached.cu on the simulator, against reference.py in float64."""
+"""kernels/attention_cached.cu on the simulator, compared with reference.py in float64."""
 
 import types
 
@@ -43,14 +43,14 @@ def test_cached_attention_is_bit_identical_with_every_schedule(compiled, monkeyp
 
 
 def test_unsupported_dtypes_and_layouts_use_the_reference():
-    asked = kernels(types.SimpleNamespace(attention_cached=lambda qkv, cache, *rest: "reference"))
+    fallback = kernels(types.SimpleNamespace(attention_cached=lambda qkv, cache, *rest: "reference"))
     cache = activations(2, 1, 1, 8, 16)
     for qkv, other in [
         (activations(1, 1, 48, dtype=np.float32), cache),
         (activations(1, 1, 48), cache[:, :, :, ::2]),
         (activations(1, 1, 48, dtype=np.float64), cache.astype("d")),
     ]:
-        assert asked.attention_cached(qkv, other, 0, 1) == "reference"
+        assert fallback.attention_cached(qkv, other, 0, 1) == "reference"
 
 
 FAULTS = [

@@ -1,4 +1,4 @@
-"""kernels/attention_forward.cu on the simulator, against reference.py in float64."""
+"""kernels/attention_forward.cu on the simulator, compared with reference.py in float64."""
 
 import types
 
@@ -103,9 +103,9 @@ def test_nan_affects_only_queries_that_see_it(compiled):
 
 @pytest.mark.parametrize(("dtype", "D"), [(np.float64, 16), (np.float32, 16), (bfloat16, 20), (bfloat16, 144)])
 def test_unsupported_arguments_use_the_reference(dtype, D):
-    asked = types.SimpleNamespace(attention_forward=lambda *arguments: arguments)
+    fallback = types.SimpleNamespace(attention_forward=lambda *arguments: arguments)
     arguments = activations(1, 3, 3 * D, dtype=dtype), 1, 0.1, KEY
-    assert kernels(asked).attention_forward(*arguments) == arguments
+    assert kernels(fallback).attention_forward(*arguments) == arguments
 
 
 FAULTS = [

@@ -9,7 +9,7 @@ from ml_dtypes import bfloat16
 from tests.stand_ins import cudasim
 from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
-from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules, wide
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, make_kernels, on_device, schedules, wide
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py ru
 @pytest.fixture
 def kernels():
     device.reset()
-    yield made()
+    yield make_kernels()
     assert device.syncs == 0
 
 
@@ -136,10 +136,10 @@ def test_the_mean_of_many_rows(kernels):
 
 def test_float64_uses_the_reference():
     calls = []
-    asked = types.SimpleNamespace(
+    fallback = types.SimpleNamespace(
         **{name: lambda *_, name=name: calls.append(name) for name in ("lm_head_forward", "lm_head_backward")}
     )
-    table = cuda.CudaKernels(library, asked)
+    table = cuda.CudaKernels(library, fallback)
     x, weight, targets = on_device(np.ones((3, 8)), np.ones((9, 8)), np.zeros(3, int))
     table.lm_head_forward(x, weight, targets)
     table.lm_head_backward(None, x, x, weight, None)

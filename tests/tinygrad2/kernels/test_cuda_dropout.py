@@ -14,7 +14,7 @@ from tinygrad2.kernels import cuda
 KEY = Key(0x1234_5678_9ABC_DEF0, step=7, first_sample=0, site=5)
 
 
-def made():
+def make_kernels():
     def poisoned(shape, dtype):
         size = int(np.prod(shape))
         return np.full(size + 16, np.nan, dtype)[:size].reshape(shape)  # 16 more, to detect writes past the end
@@ -26,7 +26,7 @@ def made():
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(cudasim, "schedule", 0)
-    return made()
+    return make_kernels()
 
 
 def check(kernels, dtype, shape, first_sample, rate=0.3, offset=0):
@@ -98,7 +98,7 @@ FAULTS = [
 
 
 def check_all():
-    kernels = made()
+    kernels = make_kernels()
     for first_sample in (0, 1, 3, 2**40 + 1):
         check(kernels, bfloat16, (3, 5), first_sample)
         check(kernels, bfloat16, (2, 2051), first_sample)

@@ -1,4 +1,4 @@
-"""kernels/embedding.cu on the simulator, against reference.py in float64 on the same numbers."""
+"""kernels/embedding.cu on the simulator, compared with reference.py in float64 on the same numbers."""
 
 import types
 
@@ -8,7 +8,7 @@ from ml_dtypes import bfloat16
 
 from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
-from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, make_kernels, on_device, schedules
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py ru
 @pytest.fixture
 def kernels():
     device.reset()
-    yield made()
+    yield make_kernels()
     assert device.syncs == 0
 
 
@@ -104,10 +104,10 @@ def test_embedding_backward_skips_gradients_that_are_not_needed(kernels):
 
 def test_float64_uses_the_reference():
     calls = []
-    asked = types.SimpleNamespace(
+    fallback = types.SimpleNamespace(
         **{name: lambda *_, name=name: calls.append(name) for name in ("embedding_forward", "embedding_backward")}
     )
-    table = cuda.CudaKernels(library, asked)
+    table = cuda.CudaKernels(library, fallback)
     tokens, rows = on_device(np.zeros(3, int), np.ones((9, 8)))
     table.embedding_forward(tokens, rows, None, 0)
     table.embedding_backward(rows, None, 0, None, None)
@@ -136,7 +136,8 @@ def forward_is_right(kernels):
 
 
 def backward_is_right(kernels):
-    tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)  # runs and chunks end differently
+    # Some chunk boundaries are at the ends of runs, others are inside runs.
+    tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)
     compute, right = embedding_gradients(kernels, tokens, bfloat16, 16)
     return all(error(*pair) < 1e-6 for pair in zip(schedules(compute), right, strict=True))
 

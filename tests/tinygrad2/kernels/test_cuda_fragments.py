@@ -64,7 +64,7 @@ def fragments():
 CUTE = fragments()
 
 
-def taken(values, matrix):
+def fragments_of(values, matrix):
     """The elements of an array that each lane has in its registers. A register contains two 16-bit elements."""
     rows, columns = np.moveaxis(CUTE[matrix], -1, 0)
     return np.ascontiguousarray(values[rows, columns])
@@ -87,18 +87,18 @@ def kernel(request, tmp_path):
 def test_mma_fragments_match_cute(kernel):
     draw = np.random.default_rng(0)
     a, b, c = (draw.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (8, 16), (16, 8)))
-    left, right = (taken(x.astype(bfloat16), name).view(np.uint32) for x, name in ((a, "A"), (b, "B")))
+    left, right = (fragments_of(x.astype(bfloat16), name).view(np.uint32) for x, name in ((a, "A"), (b, "B")))
     d = np.zeros((32, 4), np.float32)
-    kernel("product", d, left, right, taken(c, "C"))
-    np.testing.assert_array_equal(d, taken(a @ b.T + c, "C"))
+    kernel("product", d, left, right, fragments_of(c, "C"))
+    np.testing.assert_array_equal(d, fragments_of(a @ b.T + c, "C"))
 
 
 def test_ldmatrix_fragments_match_cute(kernel):
     matrix = np.arange(256, dtype=np.uint16).reshape(32, 8)
     plain, transposed = (np.zeros((32, 4), np.uint32) for _ in range(2))
     kernel("load", plain, transposed, matrix.view(bfloat16))
-    np.testing.assert_array_equal(plain.view(np.uint16), taken(matrix, "ldmatrix"))
-    np.testing.assert_array_equal(transposed.view(np.uint16), taken(matrix, "ldmatrix.trans"))
+    np.testing.assert_array_equal(plain.view(np.uint16), fragments_of(matrix, "ldmatrix"))
+    np.testing.assert_array_equal(transposed.view(np.uint16), fragments_of(matrix, "ldmatrix.trans"))
 
 
 def test_attention_fragments_match_cute(kernel):
@@ -107,7 +107,7 @@ def test_attention_fragments_match_cute(kernel):
     tile = np.arange(256, dtype=np.uint16).reshape(16, 16)
     left, right, right_of_transposed = (np.zeros((32, 4), np.uint32) for _ in range(3))
     kernel("factors", left, right, right_of_transposed, tile.view(bfloat16))
-    np.testing.assert_array_equal(left.view(np.uint16), taken(tile, "A"))
+    np.testing.assert_array_equal(left.view(np.uint16), fragments_of(tile, "A"))
     for found, columns in ((right, tile.T), (right_of_transposed, tile)):
-        expected = np.concatenate([taken(columns[:8], "B"), taken(columns[8:], "B")], axis=1)
+        expected = np.concatenate([fragments_of(columns[:8], "B"), fragments_of(columns[8:], "B")], axis=1)
         np.testing.assert_array_equal(found.view(np.uint16), expected)

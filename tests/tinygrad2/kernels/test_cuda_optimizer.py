@@ -21,10 +21,10 @@ def poisoned(shape, dtype):
 
 @pytest.fixture
 def kernels():
-    return made()
+    return make_kernels()
 
 
-def made():
+def make_kernels():
     library = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
     return cuda.CudaKernels(library, reference)
 
@@ -168,7 +168,7 @@ FAULTS = [
 
 
 def check(monkeypatch):
-    kernels = made()
+    kernels = make_kernels()
     for n in (3, 1024, 4097):
         test_squared_norm_agrees_with_the_reference(kernels, n)
     for n in (6, 1024):

@@ -67,14 +67,14 @@ def differ(a, b):
 def test_models_with_different_precisions_do_not_affect_each_other(products, plain, precisions, options):
     expected = {precision: alone(precision, plain, **options) for precision in precisions}
     for a, b in itertools.combinations(expected.values(), 2):
-        assert min(differ(a, b)[1:]) > 1e-6  # in every gradient
+        assert min(differ(a, b)[1:]) > 1e-6  # every gradient differs
         assert max(differ(a[:2], b[:2])) < 1e-2
     for order in (precisions, precisions[::-1]):
         with strict_cupy.registered(plain=plain):
             models = {precision: GPT2(CONFIG, device="cuda", dtype=precision, **options) for precision in order}
             products()
             losses = {}
-            for precision, model in models.items():  # all forward passes, then all backward passes
+            for precision, model in models.items():  # all forward passes run before all backward passes
                 losses[precision] = launch(model)
                 assert set(products()) == {precision} - {"bfloat16"}
             for precision, model in models.items():
@@ -110,7 +110,7 @@ def test_each_operation_multiplies_in_the_requested_precision(products, plain):
                 assert set(forward) == {name} == set(forward + backward)
                 assert forward.total() + backward.total() >= 3
                 ops.lm_head_gradients(x, table, [0, 1, 2, 3], 1.0, 2, tf32)
-                assert products() == {name: 6}  # three per chunk
+                assert products() == {name: 6}  # three products per chunk
                 ((x @ w) * 2).sum().backward()  # operators never use TF32
                 assert set(products()) == {"float32"}
             with no_grad():

@@ -178,10 +178,10 @@ def test_the_next_process_uses_the_cached_code(tmp_path):
         "print([task.cache_hits for task in gemv._tasks.values()])\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    said = [
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout
         for _ in range(2)
     ]
-    assert said == ["[0, 0]\n", "[1, 1]\n"]
+    assert outputs == ["[0, 0]\n", "[1, 1]\n"]

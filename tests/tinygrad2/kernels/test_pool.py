@@ -107,7 +107,7 @@ def test_an_error_in_a_part_is_raised_after_all_parts_have_ended(where, error):
     assert usable()
 
 
-def test_one_part_needs_no_thread():
+def test_one_part_runs_on_the_calling_thread():
     seen = []
     pool.each(lambda a, b: seen.append((a, b, threading.get_ident())), [(3, 9)])
     assert seen == [(3, 9, threading.get_ident())]

@@ -14,8 +14,8 @@ def test_equal_tokens_form_runs_in_a_stable_order(vocabulary):
     order, ordered = sort_tokens(tokens)
     np.testing.assert_array_equal(order, np.argsort(flat, kind="stable"))
     np.testing.assert_array_equal(ordered, np.sort(flat))
-    again, first, ids = token_runs(tokens)
-    np.testing.assert_array_equal(again, order)
+    order_of_runs, first, ids = token_runs(tokens)
+    np.testing.assert_array_equal(order_of_runs, order)
     for found, expected in zip((ids, first), np.unique(ordered, return_index=True), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert {array.dtype for array in (order, ordered, first, ids)} == {np.dtype(np.int64)}
