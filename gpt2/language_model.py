@@ -77,7 +77,14 @@ class LanguageModel(Protocol):
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar."""
 
     def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
-        """What loss(tokens, targets, key).backward(dloss) does, for training. Returns the loss."""
+        """Add the gradients of dloss * loss(tokens, targets, key) to those of the parameters. Returns the loss.
+
+        Training calls this for each micro-batch. A model can have a method that needs less memory, as GPT2 has.
+        Any other model takes this one: `backward = LanguageModel.backward`.
+        """
+        loss = self.loss(tokens, targets, key)
+        loss.backward(dloss)
+        return loss.data
 
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shapes of a cache's arrays, one per layer, for `batch` texts of up to `capacity` tokens."""
