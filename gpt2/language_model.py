@@ -78,7 +78,14 @@ class LanguageModel(Protocol):
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar."""
 
     def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
-        """Equivalent to loss(tokens, targets, key).backward(dloss), possibly with less memory. Returns the loss."""
+        """Equivalent to loss(tokens, targets, key).backward(dloss), possibly with less memory. Returns the loss.
+
+        Training calls it for each micro-batch. Unless a model has its own method, as GPT2 has, it uses this one:
+        `backward = LanguageModel.backward`.
+        """
+        loss = self.loss(tokens, targets, key)
+        loss.backward(dloss)
+        return loss.data
 
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shapes of a cache's arrays, one per layer, for `batch` texts of up to `capacity` tokens."""

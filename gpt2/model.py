@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import Ends, Sampling, complete
-from gpt2.language_model import Cache
+from gpt2.language_model import Cache, LanguageModel
 from gpt2.trace import trace as trace_model
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
@@ -206,11 +206,12 @@ class GPT2(nn.Module):
         return ops.lm_head(x, self.wte.weight, targets, self.head_rows, tf32)
 
     def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
-        """loss(tokens, targets, key).backward(dloss), with less memory for the logits. Returns the loss."""
-        if getattr(self.loss, "__func__", None) is not _LOSS:  # overridden, for example in a subclass
-            loss = self.loss(tokens, targets, key)
-            loss.backward(dloss)
-            return loss.data
+        """loss(tokens, targets, key).backward(dloss), with less memory for the logits. Returns the loss.
+
+        If `loss` is overridden, in a subclass or on the instance, this is LanguageModel.backward.
+        """
+        if type(self).loss is not GPT2.loss or "loss" in vars(self):
+            return LanguageModel.backward(self, tokens, targets, key, dloss)
         tf32 = self.precision.tf32
         return ops.lm_head_gradients(self.features(tokens, key), self.wte.weight, targets, dloss, self.head_rows, tf32)
 
@@ -247,9 +248,6 @@ class GPT2(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the folder `path`, in the Hugging Face layout."""
         huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
-
-
-_LOSS = GPT2.loss
 
 
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
