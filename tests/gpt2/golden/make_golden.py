@@ -119,9 +119,7 @@ def main():
         arrays |= {f"final.{name}": p.detach() for name, p in named_parameters(model).items()}
         settings = json.dumps({**OPTIMIZER, "max_norm": MAX_NORM})
         save_file(arrays, folder / "expected.safetensors", metadata={"optimizer": settings})
-        print(
-            f"{activation}: peak {peak:.2f}, losses {losses[0]:.2f} to {losses[-1]:.2f}, norms from {min(norms):.1f}"
-        )
+        print(f"{activation}: peak {peak:.2f}, losses {losses[0]:.2f} to {losses[-1]:.2f}, norms from {min(norms):.1f}")
 
 
 if __name__ == "__main__":

@@ -155,4 +155,4 @@ def test_requirements_on_a_gpu_are_met_here(device, case, precision, bound):
 @pytest.mark.parametrize("precision", test_gpu.BOUNDS)
 def test_requirements_on_a_model_on_a_gpu_are_met_here(device, precision):
     there = get_backend("cuda")
-    test_gpu.test_logits_loss_and_every_gradient_equal_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)
+    test_gpu.test_logits_loss_and_gradients_agree_with_the_cpu(there, precision, test_gpu.SMALL, 2, 40, 1)
