@@ -155,4 +155,4 @@ def test_the_kernel_tests_for_a_gpu_pass_in_the_simulator(device, case, precisio
 @pytest.mark.parametrize("precision", test_gpu.BOUNDS)
 def test_the_model_test_for_a_gpu_passes_in_the_simulator(device, precision):
     there = get_backend("cuda")
-    test_gpu.test_logits_loss_and_every_gradient_equal_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)
+    test_gpu.test_logits_loss_and_gradients_agree_with_the_cpu(there, precision, test_gpu.SMALL, 2, 40, 1)
