@@ -49,10 +49,12 @@ class Precision:
 
     @property
     def parameter_bytes(self) -> int:
+        """Bytes per parameter."""
         return numpy.dtype(self.parameters).itemsize
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes per activation."""
         return numpy.dtype(self.activations).itemsize
 
     def dtype_of(self, ndim: int) -> str:

@@ -70,14 +70,17 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The length of each axis."""
         return self.data.shape
 
     @property
     def dtype(self) -> numpy.dtype:
+        """The dtype of the elements, such as float32."""
         return self.data.dtype
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return self.data.ndim
 
     @property
@@ -87,10 +90,12 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def backend(self) -> Backend:
+        """The backend that computes with this tensor."""
         return backend_of(self.data)
 
     @property
     def device(self) -> str:
+        """Where the elements are: "cpu" or "cuda"."""
         return backend_of(self.data).device
 
     @property

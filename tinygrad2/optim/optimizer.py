@@ -115,6 +115,7 @@ class Optimizer(ABC):
 
     @property
     def kernels(self) -> Any:
+        """The functions that update arrays on the device of the parameters."""
         return self._arena.backend.kernels
 
     def _zeros(self, n: int) -> Array:
@@ -137,6 +138,7 @@ class Optimizer(ABC):
             yield bucket.region, bucket.start + start, bucket.start + stop
 
     def decay_of(self, part: Part) -> float:
+        """The weight decay of a part: 0 for biases and gains."""
         return self.weight_decay if part.region.name == "decay" else 0.0
 
     def zero_grad(self) -> None:
