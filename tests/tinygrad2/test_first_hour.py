@@ -128,7 +128,7 @@ REFUSED = {
     "view of another size": (
         lambda: X.view(4),
         ValueError,
-        r"reshape: the tensor has shape \(2, 3\), 6 elements; they do",
+        r"reshape: the tensor has shape \(2, 3\), 6 elements, which do",
     ),
     "view of fractions": (lambda: X.view(2.0, 3), TypeError, "reshape: the arguments are 2.0, 3; expected integers"),
     "item of several": (lambda: X.item(), ValueError, r"item\(\): the tensor has shape \(2, 3\); expected one element"),
@@ -244,12 +244,12 @@ REFUSED = {
     "targets of floats": (
         lambda: tg.cross_entropy(X, Tensor([0, 1])),
         TypeError,
-        "cross_entropy: targets have dtype float32; expected integers, or a share of each class",
+        "cross_entropy: targets have dtype float32; expected integers, or a probability for each class",
     ),
     "classes in the middle": (
         lambda: tg.cross_entropy(CUBE, np.zeros((2, 4), int), reduction="sum"),
         ValueError,
-        r"cross_entropy: targets has shape \(2, 4\); expected \(2, 3\), as the classes are the last axis",
+        r"cross_entropy: targets has shape \(2, 4\); expected \(2, 3\), since the classes are the last axis",
     ),
     "a target out of range": (
         lambda: tg.cross_entropy(X, [0, 3]),
@@ -285,7 +285,7 @@ REFUSED = {
     "a state of another shape": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"first.bias": np.ones(2)}),
         ValueError,
-        r"load_state_dict: first.bias has shape \(2,\); expected \(3,\), the parameter's",
+        r"load_state_dict: first.bias has shape \(2,\); expected \(3,\), the parameter's shape",
     ),
     "a state with another name": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"extra": np.ones(2)}),
