@@ -168,7 +168,7 @@ REFUSED = {
     "a list of results": (
         lambda: Tensor([X[0, 0], 1.0]),
         TypeError,
-        r"Tensor: the list contains a Tensor that needs a gradient, .* use stack\(\) or concatenate\(\)",
+        r"Tensor: the list contains a Tensor that requires a gradient, .* use stack\(\) or concatenate\(\)",
     ),
     "a list of results as an operand": (
         lambda: X[0] * [X[0, 0], 1.0, 2.0],
