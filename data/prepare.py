@@ -637,7 +637,7 @@ def _estimate(
         f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is fast enough"
     )
     if 0.9 * need > free:
-        raise ValueError(f"{shards.work}: not enough disk space; free some, or choose another disk with --out")
+        raise ValueError(f"{shards.work}: not enough disk space; free some space, or choose another disk with --out")
 
 
 def _load_journal(shards: Shards, job: Job, say: Callable[[str], None]) -> State:

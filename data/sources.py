@@ -220,8 +220,8 @@ class Csv(TextFile):
     def _no_csv(self, offset: int, delimiter: str, reason: str) -> ValueError:
         marks = DELIMITERS.get(delimiter, repr(delimiter))
         return ValueError(
-            f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected fields separated "
-            f"by {marks}, as many as in the header, in quotes if they contain {marks}, quotes or newlines"
+            f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected as many fields "
+            f"as in the header, separated by {marks}, in quotes if they contain {marks}, quotes or newlines"
         )
 
 
@@ -538,7 +538,7 @@ def find_sources(
             sources += HUB_SETS[name].sources()
         elif name == "-":
             if "-" in map(str, sources):
-                raise ValueError("source -: stdin is named twice, but can be read only once")
+                raise ValueError("source -: stdin is listed twice, but can be read only once")
             sources.append(Stdin(encoding))
         elif path.is_dir():
             found, skipped = _files_in(path)
@@ -593,7 +593,7 @@ def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
         listed = ", ".join(f"{source} ({reason})" for source, reason in wrong[:NAMED_FILES])
         more = ", ..." if len(wrong) > NAMED_FILES else ""
         several = f"{len(wrong)} of {len(texts)} files are not {expected}: {listed}{more}"
-        advice = "name another --encoding" if encoding else "name the --encoding, such as cp1252 or utf-16"
+        advice = "specify another --encoding" if encoding else "specify the --encoding, such as cp1252 or utf-16"
         raise ValueError(
             (several if len(wrong) > 1 else f"{wrong[0][0]}: {wrong[0][1]}")
             + f"; {advice}, or convert the text to UTF-8, for example with iconv"

@@ -65,7 +65,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("sample", "--checkpoint lfs", "git lfs pull"),
     ("sample", "--checkpoint model --prompt-file latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); convert"),
     ("sample", "--checkpoint model --prompt-file nowhere.txt", "nowhere.txt: No such file or directory"),
-    ("data.prepare", "latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); name the --encoding, such as cp1252"),
+    ("data.prepare", "latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); specify the --encoding, such as cp1252"),
     ("data.prepare", "nowhere.txt", "nowhere.txt: no such file or folder; expected a path"),
     ("data.prepare", "a.csv", "a.csv: no column 'text' (--text-column); the columns are 'id', 'body'"),
     ("data.prepare", "picture.png", "picture.png: not text; expected text in UTF-8"),
@@ -83,7 +83,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("gpt2.inspect", "--checkpoint nowhere", "nowhere"),
     # Numbers too large for any machine, and paths that cannot be written.
     ("train", "--data text --batch-size 100000000", "out of memory: "),
-    ("train", "--data text --threads 100000", "threads: the number is 100,000; expected 1 to 1,024"),
+    ("train", "--data text --threads 100000", "threads: the number of threads is 100,000; expected 1 to 1,024"),
     (
         "train",
         "--data text --block-size 100000",

@@ -120,7 +120,7 @@ class Backend:
         """Why this device does not support a precision, with attention heads of this size; None if it does."""
         wanted = Precision.of(precision)
         if wanted.copies and _cpu_overrides() is None:
-            return f"{wanted.name} needs the compiled kernels, which need Numba (python -m gpt2.doctor says why not)"
+            return f"{wanted.name} needs the compiled kernels, which need Numba (see python -m gpt2.doctor)"
         return f"{wanted.name} needs a GPU" if wanted.tf32 else None
 
     def slow_reason(self, precision: PrecisionLike) -> str | None:

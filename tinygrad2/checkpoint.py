@@ -59,7 +59,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a file in this folder")
         kinds = {key: type(value) for key, value in expected.items()} if isinstance(expected, dict) else {}
         if kinds != {"bytes": int, "sha256": str}:
-            raise CheckpointError(f"{folder / MANIFEST}: its entry for {name} is not valid; expected bytes and sha256")
+            raise CheckpointError(f"{folder / MANIFEST}: the entry for {name} is not valid; expected bytes and sha256")
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing")

@@ -50,7 +50,7 @@ ABORT_TIMEOUT = 5.0  # seconds to wait for an abort before the process exits any
 # process. mpirun inside a Slurm job step takes precedence over the step.
 LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
-    ("PMI_SIZE", "PMI_RANK"),  # MPICH and its relatives
+    ("PMI_SIZE", "PMI_RANK"),  # MPICH and its derivatives
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # srun
 )
 
@@ -450,13 +450,13 @@ def _join(size: int, rank: int) -> MPIComm:
         library = MPI.Get_library_version().split(",")[0]
         if not any(os.environ.get(name) for name, _ in LAUNCHERS[:-1]):
             raise ValueError(
-                f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in a shell "
-                f"of srun --pty use `srun --overlap -n {size} python ...`, or for one process unset "
-                f"SLURM_STEP_NUM_TASKS; in a job use srun --mpi=pmix, or the mpirun of that MPI"
+                f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in an "
+                f"srun --pty shell, use `srun --overlap -n {size} python ...`, or unset SLURM_STEP_NUM_TASKS for a "
+                f"single process; in a job, use srun --mpi=pmix, or the mpirun of that MPI"
             )
         raise ValueError(
-            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: it is not the "
-            f"MPI of the mpirun that started them; use the mpirun of that MPI, or install only one of the two"
+            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}, since they were "
+            f"started by the mpirun of a different MPI; use the mpirun of {library}, or install only one MPI"
         )
     comm = MPIComm(MPI)
     threads.set_count(comm.threads)
@@ -483,7 +483,7 @@ def fail(line: str, code: int) -> int:
     rank = comm.rank if _world else _launched()[1]
     time.sleep(min(rank, 2))
     if rank:
-        line = f"rank {rank}: {line}"  # rank 0 has not failed
+        line = f"rank {rank}: {line}"  # reached only if rank 0 has not ended the job
     print(line, file=sys.stderr, flush=True)
     comm.abort(code)
     return code

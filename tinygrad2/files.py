@@ -76,7 +76,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "a file"
-        raise FileExistsError(f"{path}: {found}; expected a folder, or a name that is not in use") from None
+        raise FileExistsError(f"{path}: {found}; expected a folder, or a path that does not exist") from None
 
 
 def remove(path: Path) -> None:
@@ -217,7 +217,7 @@ class Lock:
         if content.get("machine") != (machine() if locked else None) and "process" in content and abs(age) < FRESH:
             raise ValueError(
                 f"{self.file}: {owner} was using {self.what} {max(0, age):.0f} s ago, and this file system may not "
-                f"share locks between hosts; wait for it to end, or if it has been killed, for {FRESH - age:.0f} s"
+                f"share locks between hosts; wait for it to end, or if it was killed, wait {FRESH - age:.0f} s"
             )
         self.stale = os.fstat(handle).st_size > 0
         started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -116,7 +116,7 @@ def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     given = _tensors("stack", tensors)
     for i, x in enumerate(given):
         if x.shape != given[0].shape:
-            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, as the first")
+            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, like tensor 0")
     at = axis_of("stack", axis, given[0].ndim + 1)
     return methods.concatenate([x.unsqueeze(at) for x in given], at)
 
@@ -432,13 +432,13 @@ def _same_shape(op: str, x: Operand, target: Operand) -> tuple[Tensor, Tensor]:
 
 
 def mse_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """(input - target)^2, reduced by "mean" or "sum", or not at all ("none")."""
+    """(input - target)^2. reduction: "mean", "sum", or "none" for all elements."""
     a, b = _same_shape("mse_loss", input, target)
     return _reduced("mse_loss", (a - b).square(), reduction)
 
 
 def l1_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """|input - target|, reduced by "mean" or "sum", or not at all ("none")."""
+    """|input - target|. reduction: "mean", "sum", or "none" for all elements."""
     a, b = _same_shape("l1_loss", input, target)
     return _reduced("l1_loss", (a - b).abs(), reduction)
 
@@ -474,12 +474,12 @@ def cross_entropy(
     expected = logits.shape if shares else logits.shape[:-1]
     if shares and values.shape == logits.shape[:-1]:
         raise TypeError(
-            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a share of each class"
+            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a probability for each class"
         )
     for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
         if shape != fit:
             raise ValueError(
-                f"cross_entropy: {name} has shape {shape}; expected {fit}, as the classes are the last axis"
+                f"cross_entropy: {name} has shape {shape}; expected {fit}, since the classes are the last axis"
             )
     terms = -logits.log_softmax() * weights
     if shares:
@@ -499,7 +499,7 @@ def cross_entropy(
 
 
 def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") -> Tensor:
-    """-log_probabilities[target], reduced by "mean" or "sum", or not ("none"): (..., V) and integer targets (...)."""
+    """-log_probabilities[target], for (..., V) and integer targets (...). reduction: "mean", "sum" or "none"."""
     x = _tensor(log_probabilities)
     at = _tensor(numpy.asarray(targets) if isinstance(targets, list | tuple | int) else targets)
     if x.ndim == 0 or at.shape != x.shape[:-1]:

@@ -119,7 +119,7 @@ def processor() -> str:
 
 
 def processor_model() -> str:
-    """The name, family, model and instruction sets of the processor. If they are equal, code runs at the same speed."""
+    """An identifier of processors with equal performance: their name, family, model and instruction sets."""
     numbers = _cpu_info("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
     return " ".join([processor(), *numbers, f"{zlib.crc32(' '.join(sorted(cpu_features())).encode()):08x}"])
 

@@ -542,7 +542,7 @@ class Methods(Generic[T]):
         """The n-th differences of consecutive elements along `axis`."""
         along = axis_of("diff", axis, self.ndim)
         _check(
-            self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape} and n is {n}; expected an axis, n >= 0"
+            self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape}, n is {n}; expected an axis and n >= 0"
         )
         y, before = self[...], (slice(None),) * along
         for _ in range(n):

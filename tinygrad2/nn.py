@@ -82,7 +82,7 @@ class Module(State, metaclass=ModuleType):
             for layer in layers:
                 if reason := layer.unsupported_reason(backend, wanted or layer.precision):
                     raise ValueError(
-                        f"{type(layer).__name__}: {reason}; pass another precision too, as in to('cpu', 'float32')"
+                        f"{type(layer).__name__}: {reason}; also pass another precision, as in to('cpu', 'float32')"
                     )
         if wanted is not None:
             for layer in layers:

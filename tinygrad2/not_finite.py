@@ -174,7 +174,7 @@ def damage(model: HasParameters, function: Callable[[], object] | None = None) -
     if function is not None:
         with no_grad():
             checker.run(function)
-    return f"its weights are finite; the first bad value: {checker.origin or 'not found again'}"
+    return f"its weights are finite; the first bad value: {checker.origin or 'could not be reproduced'}"
 
 
 def largest(x: Array | Tensor) -> float:

@@ -117,7 +117,7 @@ class Parameter(Tensor):
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
             raise TypeError(f"{what} has dtype {array.dtype}; expected floats, integers or booleans")
         if array.shape != self._data.shape:
-            raise ValueError(f"{what} has shape {array.shape}; expected {self._data.shape}, the parameter's")
+            raise ValueError(f"{what} has shape {array.shape}; expected {self._data.shape}, the parameter's shape")
         return array
 
     def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:

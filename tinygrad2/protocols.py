@@ -208,8 +208,8 @@ class Protocols:
     def __repr__(self: Any) -> str:
         values = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=200, edgeitems=3)
         source = None if self._edge is None else self._edge[0]
-        made_by = None if source is None or isinstance(source, Leaf) else source.operation
-        last = f", made by {made_by}" if made_by else ", requires_grad=True" if self.requires_grad else ""
+        operation = None if source is None or isinstance(source, Leaf) else source.operation
+        last = f", operation={operation}" if operation else ", requires_grad=True" if self.requires_grad else ""
         return f"{type(self).__name__}({values}, shape={self.shape}, dtype={self.dtype}, device={self.device}{last})"
 
     def __format__(self: Any, spec: str) -> str:

@@ -342,7 +342,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             y = self.data.reshape(wanted)
         except ValueError:
             raise ValueError(
-                f"reshape: the tensor has shape {self.shape}, {self.size} elements; they do not fit in {wanted}"
+                f"reshape: the tensor has shape {self.shape}, {self.size} elements, which do not fit in {wanted}"
             ) from None
         return record(y, (self,), _reshape_backward, (self.shape,))
 
@@ -353,7 +353,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         if len(axes) == 2 and (order == (0, 1) or len(order) < self.ndim):  # PyTorch would swap two axes
             raise ValueError(f"transpose: the axes are {axes}; use swapaxes{axes}, or transpose(order) with all axes")
         if len(order) != self.ndim:
-            raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
+            raise ValueError(f"transpose: the axes are {order}; expected each of the {self.ndim} axes once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
     # For methods.py, which this file imports --------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def set_count(n: int) -> None:
     """Use n threads from now on, including in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
     global _count
     if not 1 <= n <= MAX_COUNT:
-        raise ValueError(f"threads: the number is {n:,}; expected 1 to {MAX_COUNT:,}")
+        raise ValueError(f"threads: the number of threads is {n:,}; expected 1 to {MAX_COUNT:,}")
     with _lock:
         if not _users:
             _restore()

@@ -129,7 +129,7 @@ def test_functions_of_integers_that_return_integers():
         (
             lambda i, b: i.reshape(2, 2),
             ValueError,
-            r"^reshape: the tensor has shape \(3,\), 3 elements; they do",
+            r"^reshape: the tensor has shape \(3,\), 3 elements, which do",
         ),
         (lambda i, b: i.reshape(-1, -1), ValueError, r"^reshape: the tensor has shape \(3,\)"),
         (lambda i, b: i.reshape(3.0), TypeError, r"^reshape: the arguments are 3.0; expected integers, or a tuple"),

@@ -192,7 +192,7 @@ def test_a_lock_file_of_another_host_is_valid_while_its_heartbeat_is_recent(tmp_
     foreign(file)
     assert re.fullmatch(
         rf"{file}: process 12 on node7, started 2026-01-02 03:04:05, was using out 0 s ago, and this file system may "
-        r"not share locks between hosts; wait for it to end, or if it has been killed, for \d+ s",
+        r"not share locks between hosts; wait for it to end, or if it was killed, wait \d+ s",
         message_of(file),
     )
     old = time.time() - files.FRESH

@@ -128,7 +128,7 @@ RAISES = {
     "view with another size": (
         lambda: X.view(4),
         ValueError,
-        r"reshape: the tensor has shape \(2, 3\), 6 elements; they do",
+        r"reshape: the tensor has shape \(2, 3\), 6 elements, which do",
     ),
     "view with floats": (lambda: X.view(2.0, 3), TypeError, "reshape: the arguments are 2.0, 3; expected integers"),
     "item of several elements": (
@@ -180,7 +180,7 @@ RAISES = {
     "a list of Tensors": (
         lambda: Tensor([X[0, 0], 1.0]),
         TypeError,
-        r"Tensor: the list contains a Tensor that needs a gradient, .* use stack\(\) or concatenate\(\)",
+        r"Tensor: the list contains a Tensor that requires a gradient, .* use stack\(\) or concatenate\(\)",
     ),
     "a list of Tensors as an operand": (
         lambda: X[0] * [X[0, 0], 1.0, 2.0],
@@ -264,12 +264,12 @@ RAISES = {
     "float targets": (
         lambda: tg.cross_entropy(X, Tensor([0, 1])),
         TypeError,
-        "cross_entropy: targets have dtype float32; expected integers, or a share of each class",
+        "cross_entropy: targets have dtype float32; expected integers, or a probability for each class",
     ),
     "classes on the middle axis": (
         lambda: tg.cross_entropy(CUBE, np.zeros((2, 4), int), reduction="sum"),
         ValueError,
-        r"cross_entropy: targets has shape \(2, 4\); expected \(2, 3\), as the classes are the last axis",
+        r"cross_entropy: targets has shape \(2, 4\); expected \(2, 3\), since the classes are the last axis",
     ),
     "a target out of range": (
         lambda: tg.cross_entropy(X, [0, 3]),
@@ -309,7 +309,7 @@ RAISES = {
     "a state of another shape": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"first.bias": np.ones(2)}),
         ValueError,
-        r"load_state_dict: first.bias has shape \(2,\); expected \(3,\), the parameter's",
+        r"load_state_dict: first.bias has shape \(2,\); expected \(3,\), the parameter's shape",
     ),
     "a state with another name": (
         lambda: MLP().load_state_dict(MLP().state_dict() | {"extra": np.ones(2)}),

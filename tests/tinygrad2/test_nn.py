@@ -187,12 +187,12 @@ def test_an_unsupported_precision_is_rejected_without_changes():
             ),
             ("bfloat16", "bfloat16 needs the CUDA kernels"),
         ):
-            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; pass another precision too, as in to"):
+            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; also pass another precision, as in to"):
                 model.to(precision=precision)
         assert {p.dtype.name for p in model.parameters()} == {"float32"}
         assert model.table.precision is FLOAT32
         model.to(precision="tf32")
-        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; pass another precision too"):
+        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; also pass another precision"):
             model.to("cpu")
         assert {p.backend.device for p in model.parameters()} == {"cuda"}
         assert model.to("cpu", "bfloat16_weights").table.weight.dtype.name == "bfloat16"

@@ -117,7 +117,7 @@ def test_assigning_data_writes_into_the_arena():
     np.testing.assert_array_equal(arena.regions[0].values, [7, 8])
     assert np.shares_memory(w.data, arena.regions[0].values)
     assert w.dtype == "float32"
-    with pytest.raises(ValueError, match=r"^parameter: data has shape \(2,\); expected \(1, 2\), the parameter's$"):
+    with pytest.raises(ValueError, match=r"^parameter: data has shape \(2,\); expected \(1, 2\), the parameter's"):
         w.data = np.zeros(2)
 
 

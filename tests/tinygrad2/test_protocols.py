@@ -298,4 +298,4 @@ def test_an_operation_is_named_after_its_backward_function():
 
     a = leaf(A)
     y = record(a.data**2, (a,), my_square_backward, saved=(a.data,))
-    assert repr(y).endswith("made by my_square)")
+    assert repr(y).endswith("operation=my_square)")

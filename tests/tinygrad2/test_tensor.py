@@ -241,10 +241,10 @@ def test_repr_shows_values_shape_dtype_device_and_the_operation():
     assert repr(Tensor([1.0])) == "Tensor([1.], shape=(1,), dtype=float32, device=cpu)"
     assert repr(x) == "Tensor([1.], shape=(1,), dtype=float32, device=cpu, requires_grad=True)"
     for y, operation in ((x * x, "multiply"), (x[0], "getitem"), (ops.linear(x, Tensor([[1.0]])), "linear")):
-        assert repr(y).endswith(f", device=cpu, made by {operation})")
+        assert repr(y).endswith(f", device=cpu, operation={operation})")
     y = (x * x).sum()
     y.backward()
-    assert repr(y) == "Tensor(1., shape=(), dtype=float32, device=cpu, made by sum)"
+    assert repr(y) == "Tensor(1., shape=(), dtype=float32, device=cpu, operation=sum)"
     assert len(repr(Tensor(np.zeros((1000, 1000))))) < 500
 
 

@@ -51,8 +51,7 @@ __device__ __forceinline__ void right_factor(unsigned (&b)[4], const bf16* tile,
 }
 
 // Write the results of a warp times a factor, as rows first + row ... first + row + 16 M - 1 of a (T, D) matrix with
-// row stride `stride`. They are staged in rows row ... row + 16 M - 1 of a tile, so that a lane writes 16 bytes at
-// once.
+// row stride `stride`. They are staged in rows row ... row + 16 M - 1 of a tile, so that a lane writes 16 bytes.
 template <int M>
 __device__ __forceinline__ void store_rows(bf16* matrix, bf16* tile, const float (&sum)[M][D / 8][4], float factor,
                                            int row, int first, int T, int stride) {
@@ -98,8 +97,7 @@ __device__ __forceinline__ bool dropout_keeps(const PhiloxKey& key, unsigned thr
 }
 // The same for the result of an mma: 16 rows of queries by 8 columns of keys. Lane l holds elements 0 to 3: columns
 // 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, then of row l / 4 + 8. Returns a mask in which bit i is set if element i is
-// kept. `corner` is the index of the top-left element; its column is a multiple of 4. All lanes of the warp must call
-// it.
+// kept. `corner` is the index of the top-left element; its column is a multiple of 4. All lanes of a warp must call it.
 __device__ __forceinline__ unsigned dropout_keeps_fragment(const PhiloxKey& key, unsigned threshold,
                                                            unsigned long long corner, int T) {
   int lane = threadIdx.x % 32, odd = lane % 2;
@@ -119,7 +117,7 @@ __device__ __forceinline__ unsigned dropout_keeps_fragment(const PhiloxKey& key,
   }
   return kept;
 }
-// The same for the transposed result, 16 rows of keys by 8 columns of queries; `corner` as above.
+// The same for the transposed result: 16 rows of keys by 8 columns of queries. `corner` is as above.
 __device__ __forceinline__ unsigned dropout_keeps_transposed(const PhiloxKey& key, unsigned threshold,
                                                              unsigned long long corner, int T) {
   int lane = threadIdx.x % 32;

@@ -1,6 +1,6 @@
 #include "common.cuh"
-// Attention of new tokens to earlier tokens, for generation. qkv (B, T, 3, H, D), at positions length ... length + T -
-// 1; cache (2, B, H, capacity, D); out (B, T, H, D). All are REAL, with any head size D.
+// Attention of new tokens to earlier tokens, for generation. qkv (B, T, 3, H, D), for positions from `length` on;
+// cache (2, B, H, capacity, D); out (B, T, H, D). All are REAL, with any head size D.
 constexpr int VEC = D % Pack<REAL>::N ? 1 : Pack<REAL>::N;  // elements per access
 constexpr int VECS = D / VEC;                              // accesses per row of the cache
 constexpr int group_size() {                               // lanes per key: the smallest power of two that covers its row

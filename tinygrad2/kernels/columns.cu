@@ -24,9 +24,9 @@ column_sums(float* __restrict__ partial, const REAL* __restrict__ x, int rows) {
   store_partial(partial, sum);
 }
 
-// first += sum of partial[0] over its rows; second += sum of partial[1] over its rows; partial is (gridDim.y, parts,
-// C). A block processes 32 columns; each of its 32 warps processes every 32nd row. For a LayerNorm with C = 768 it
-// reads 1.6 MB from the L2 cache, which takes less time than a launch.
+// Add the sums over the rows of partial[0] and partial[1] to `first` and `second`; partial is (gridDim.y, parts, C). A
+// block processes 32 columns, and each of its 32 warps every 32nd row. For a LayerNorm with C = 768, the kernel reads
+// 1.6 MB from the L2 cache, which takes less time than a launch.
 extern "C" __global__ void __launch_bounds__(1024)
 add_partials(float* __restrict__ first, float* __restrict__ second, const float* __restrict__ partial, int parts) {
   __shared__ float sums[32][32];

@@ -24,8 +24,7 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 #endif
 #if __CUDA_ARCH__ >= 800
-// Load four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix l /
-// 8.
+// Load four 8 x 8 matrices of 16-bit elements from shared memory. Lane l has the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

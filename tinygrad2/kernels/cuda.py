@@ -145,8 +145,8 @@ def ordering_event(cuda: Any, stream: Any = None) -> Any:
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator. If `supported` returns true for the same arguments, the launcher is called; otherwise the reference
-    function of the same name is called."""
+    """A decorator that calls the launcher if `supported` returns true for the same arguments, and otherwise the
+    reference function of the same name."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         name = launcher.__name__
@@ -357,7 +357,7 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // BLOCK_ROWS)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # without waiting for the device
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # does not wait for the device
             where = ordered, numpy.int32(rows)
             launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:

@@ -9,7 +9,7 @@ constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N;
 constexpr int WARPS = 8, ROW_WARPS = C <= 768 ? 1 : C <= 1536 ? 2 : C <= 3072 ? 4 : 8;
 constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
 constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
-constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64: values whose squares overflow are multiplied by it
+constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64, the scale for values whose squares overflow
 
 template <class T>
 using Vec = Pack<T, VEC>;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
-    float total[1] = {}, squares[2] = {};  // sums of (x - mean)^2, and of its multiple by SMALL^2
+    float total[1] = {}, squares[2] = {};  // squares: sums of (x - mean)^2, and of its multiple by SMALL^2
     Vec<REAL> in[PER_LANE], more[PER_LANE];  // all loads are issued before the first is used
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
