@@ -96,7 +96,7 @@ FAULTS = {
     ),
     "only one set of slots": ("layernorm", "backward", "row_sums(sums, slots[stage])", "row_sums(sums, slots[0])"),
     "only the first warp of a row": ("layernorm", "row_sums", "w < ROW_WARPS", "w < 1"),
-    "a missing barrier": ("layernorm", "store_partial", "__syncthreads(); // at first", "// at first"),
+    "a missing barrier": ("layernorm", "store_partial", "group++) { __syncthreads();", "group++) {"),
     "a row of sums is stored too early": (
         "layernorm", "store_partial", "__syncthreads(); for (int c = threadIdx.x;", "for (int c = threadIdx.x;"
     ),
