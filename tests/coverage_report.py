@@ -68,7 +68,9 @@ def combined() -> dict[str, Any]:
         check=True,
     )
     out = DATA / "report.json"
-    subprocess.run([*coverage, "json", "--quiet", "-o", str(out)], cwd=ROOT, env=environment, check=True)
+    # Errors to ignore: files of copies of the repository that tests made and have removed.
+    command = [*coverage, "json", "--quiet", "--ignore-errors", "-o", str(out)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return json.loads(out.read_text(encoding="utf-8"))
 
 
