@@ -455,8 +455,8 @@ def _join(size: int, rank: int) -> MPIComm:
                 f"single process; in a job, use srun --mpi=pmix, or the mpirun of that MPI"
             )
         raise ValueError(
-            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}, since they were "
-            f"started by the mpirun of a different MPI; use the mpirun of {library}, or install only one MPI"
+            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: they were "
+            f"started by the mpirun of a different MPI; use the mpirun of mpi4py's MPI, or install only one MPI"
         )
     comm = MPIComm(MPI)
     threads.set_count(comm.threads)

@@ -137,7 +137,7 @@ class PyTorchNames:
         return self[mask]
 
     def unbind(self: Any, dim: builtins.int = 0) -> tuple[Any, ...]:
-        """The slices along `dim`, without this axis."""
+        """The slices along `dim`, which is removed, as a tuple."""
         return tuple(self.moveaxis(dim, 0))
 
     def logcumsumexp(self: Any, dim: builtins.int) -> Any:
@@ -171,7 +171,7 @@ class PyTorchNames:
         return self.numpy().tolist()
 
     def contiguous(self: Any) -> Any:
-        """x itself: every tensor can be read as it is."""
+        """x itself; operations accept any memory layout."""
         return self
 
     def float(self: Any) -> Any:

@@ -90,12 +90,12 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def backend(self) -> Backend:
-        """The backend that computes with this tensor."""
+        """The backend of the data."""
         return backend_of(self.data)
 
     @property
     def device(self) -> str:
-        """Where the elements are: "cpu" or "cuda"."""
+        """The device of the data: "cpu" or "cuda"."""
         return backend_of(self.data).device
 
     @property

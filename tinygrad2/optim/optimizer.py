@@ -115,7 +115,7 @@ class Optimizer(ABC):
 
     @property
     def kernels(self) -> Any:
-        """The functions that update arrays on the device of the parameters."""
+        """The kernels for the device of the parameters."""
         return self._arena.backend.kernels
 
     def _zeros(self, n: int) -> Array:
