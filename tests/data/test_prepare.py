@@ -341,7 +341,7 @@ def test_lack_of_disk_space_is_reported_before_the_work_starts(tmp_path, monkeyp
     monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("work was started"))
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: error: {tmp_path / 'out.partial'}: not enough disk space; free some, or choose "
+        f"data/prepare.py: error: {tmp_path / 'out.partial'}: not enough disk space; free some space, or choose "
         "another disk with --out\n"
     )
 
@@ -669,7 +669,7 @@ BAD = [  # files by name, arguments, part of the error message
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is not UTF-8 (0xbf)"),
-    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; name the --encoding, such as cp1252"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; specify the --encoding, such as cp1252"),
     ({"a.txt": "some text".encode("utf-16-be")}, ["a.txt"], "a.txt: UTF-16, not UTF-8"),
     (
         {"a.txt": b"\xe9", "b.txt": b"b"},
@@ -697,7 +697,7 @@ BAD = [  # files by name, arguments, part of the error message
     ({"a.txt": b"a"}, ["a.txt", "--threads", "0"], "--threads is 0; expected at least 1"),
     ({"a.txt": b"a"}, ["a.txt", "--out", "a.txt/x"], "a.txt/x.partial: Not a directory"),
     ({"a.txt": b"a"}, ["a.txt", "--min-bytes", "-1"], "--min-bytes is -1; expected at least 0"),
-    ({}, ["-", "-"], "source -: stdin is named twice"),
+    ({}, ["-", "-"], "source -: stdin is listed twice"),
     (
         {},
         ["-", "--drop-duplicates"],

@@ -106,7 +106,7 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("top_k", 0, "top_k is 0; expected an integer from 1"),
         ("seed", -1, "seed is -1; expected an integer from 0"),
         ("seed", 2**64, "seed is 18446744073709551616"),
-        ("stop", [""], "stop: expected a string or a list of strings, none of them empty"),
+        ("stop", [""], "stop: expected a non-empty string or a list of non-empty strings"),
         ("stop", ["a"] * 5, "stop: expected at most 4 strings"),
         ("stop", "a" * 1001, "stop: expected at most 4 strings of at most 1000 characters"),
         ("logprobs", 21, "logprobs is 21; expected an integer from 0 to 20"),

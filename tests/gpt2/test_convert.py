@@ -84,7 +84,7 @@ def test_errors_are_one_line_and_leave_no_file(model, tmp_path, capsys):
         ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: already exists"),
         ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a torch.save file"),
         ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
-        ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
+        ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c supports only GELU's tanh form"),
         ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c does not support float16"),
         ([tmp_path / "a", tmp_path / "no" / "y", "--to", "pt"], "the folder"),
     ):

@@ -81,7 +81,7 @@ def test_time_of_a_kernel_is_the_maximum_of_arithmetic_and_memory_traffic():
 
 
 def test_an_unknown_precision_is_an_error():
-    with pytest.raises(ValueError, match="H200 has no known peak in float64; choose one of float32, tf32, bfloat16"):
+    with pytest.raises(ValueError, match="the peak of H200 in float64 is unknown; choose one of float32"):
         cost_model.gpu("H200", "float64")
 
 

@@ -222,7 +222,7 @@ def test_the_report_explains_threads_that_are_slower_than_one(answers):
     ("said", "verdict", "text"),
     [
         ({"speed": 1e9, "libraries": []}, WRONG, "NumPy has no optimized BLAS library: 1 GFLOP/s"),
-        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library that threadpoolctl does not know"),
+        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library that threadpoolctl does not recognize"),
         (
             {"speed": 9e11, "libraries": [], "mkl": "2026.2.0"},
             OK,
@@ -267,7 +267,7 @@ def test_a_setting_that_slows_openblas_down_is_detected(monkeypatch):
     monkeypatch.setattr(doctor, "ask", answer)
     finding = doctor.probe_blas()
     assert finding.verdict == WRONG
-    assert finding.text.endswith("OPENBLAS_CORETYPE=Haswell slows it down; without, it reaches 400 GFLOP/s")
+    assert finding.text.endswith("OPENBLAS_CORETYPE=Haswell slows it down; unset, it reaches 400 GFLOP/s")
     assert finding.remedy == "unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE"
     found["speed"] = 3.9e11
     assert doctor.probe_blas().verdict == OK
@@ -340,7 +340,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             None,
             OPTIONAL,
             "no NVIDIA driver; CuPy is not",
-            "needed for a GPU only",
+            "needed only for a GPU",
         ),
         (
             {"error": "OSError: x"},
@@ -348,14 +348,14 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             None,
             OPTIONAL,
             "CuPy (cupy-cuda13x) is installed",
-            "needed for a GPU only",
+            "needed only for a GPU",
         ),
         ({"error": "no answer within 60 s"}, [], None, WRONG, "the NVIDIA driver fails: no answer", "nvidia-smi"),
         ({**DRIVER_13, "status": 999}, [], None, OPTIONAL, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
         ({**DRIVER_13, "gpus": 0}, [], None, OPTIONAL, "reports no GPU (status 0)", "nvidia-smi"),
-        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: too old", "CUDA 12 or 13"),
-        (DRIVER_13, [], None, OPTIONAL, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
-        ({**DRIVER_13, "version": 12040}, [], None, OPTIONAL, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
+        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver for CUDA 11.8: too old", "CUDA 12 or 13"),
+        (DRIVER_13, [], None, OPTIONAL, "2 GPUs, driver for CUDA 13.0; CuPy is not installed", "[cuda13]"),
+        ({**DRIVER_13, "version": 12040}, [], None, OPTIONAL, "driver for CUDA 12.4; CuPy is not", "[cuda12]"),
         ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "built for CUDA 13", "[cuda12]"),
         (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "conflict", "uninstall -y cupy cupy-cuda13x, then"),
         (
@@ -368,7 +368,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
         ),
         (DRIVER_13, ["cupy-cuda13x"], {**WORKS, "right": False}, WRONG, "a matrix product is wrong", "[cuda13]"),
         (DRIVER_13, ["cupy-cuda13x"], WORKS, OK, "CuPy 14.2.0, H200, 140.0 of 150.0 GB free", ""),
-        (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver of CUDA 13.0", ""),
+        (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver for CUDA 13.0", ""),
     ],
 )
 def test_findings_for_gpu_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy, verdict, text, remedy):
@@ -386,7 +386,7 @@ def test_findings_for_gpu_driver_and_cupy(answers, monkeypatch, driver, wheels, 
 def test_a_hidden_gpu_is_reported_as_hidden(answers, monkeypatch):
     answers(DRIVER={**DRIVER_13, "status": 100, "gpus": 0})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor.probe_gpu().remedy == "needed for a GPU only: CUDA_VISIBLE_DEVICES hides it"
+    assert doctor.probe_gpu().remedy == "needed only for a GPU: CUDA_VISIBLE_DEVICES hides it"
 
 
 LAUNCHER = """#!/bin/sh

@@ -85,7 +85,7 @@ def test_bfloat16_weights_are_compared_with_float32(user, tmp_path, capsys, monk
     assert narrow["lambada"] != plain["lambada"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[:4] == lines
-    assert printed[4] == "the same with weights in bfloat16:"
+    assert printed[4] == "with weights in bfloat16:"
     assert printed[5].startswith("data/text val: ")
     assert f"change the loss by {narrow['loss_difference']:+.6f} nats per token" in printed[-1]
     assert f"({plain['data']['loss']:.6f} before)" in printed[-1]

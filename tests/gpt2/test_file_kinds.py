@@ -107,7 +107,7 @@ def test_models_are_not_mistaken_for_other_files(tmp_path):
 FOLDERS = {
     "adapter": (
         {"adapter_config.json": json.dumps({"base_model_name_or_path": "gpt2"}), "adapter_model.safetensors": "x"},
-        "an adapter (peft, LoRA) of gpt2, not a whole model; merge it",
+        "an adapter (peft, LoRA) of gpt2, not a complete model; merge it",
     ),
     "openai": ({"hparams.json": "{}", "model.ckpt.index": "x", "encoder.json": "{}"}, "a TensorFlow checkpoint"),
     "flax": ({"flax_model.msgpack": "x", "vocab.json": "{}"}, "flax_model.msgpack is a Flax model"),
@@ -153,7 +153,7 @@ def test_a_truncated_file_is_reported_as_truncated(tmp_path):
     random_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="its last tensor does not end where the file ends; the download"):
+    with pytest.raises(ValueError, match="its last tensor does not end at the end of the file; the download"):
         GPT2.from_pretrained(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_tokens_that_a_model_does_not_have_are_dropped(folder, implementation):
         ({"<|user|>": 1 << 40}, r"<\|user\|> has the id 1099511627776; expected its id in the vocabulary"),
         ({"<|user|>": "x"}, r"<\|user\|> has the id x; expected its id in the vocabulary"),
         ({"<|user|>": SIZE, "<|bot|>": SIZE}, rf"<\|bot\|> has the id {SIZE}; expected its id in the vocabulary"),
-        ({"": SIZE}, "expected some text"),
+        ({"": SIZE}, "expected a string"),
         ([], "added_tokens.json: expected a JSON object"),
     ],
 )

@@ -321,11 +321,11 @@ def test_tokens_are_shown_with_their_surprise_and_expected_tokens(browser, pages
     assert panel.locator("h3").text_content() == "Token 5: “e”"
     titles = panel.locator("h4").all_text_contents()
     if data["words"]["3"]["begins"] >= 0.5:
-        assert titles[0] == "Expected here, a whole word (the text has “be”)"
+        assert titles[0] == "Expected word (the text has “be”)"
     else:
         assert titles[-1].startswith("Expected words where “be” begins")
     tokens.nth(0).click()
-    assert "nothing before it" in panel.text_content()
+    assert "no tokens before it" in panel.text_content()
     assert said == []
 
 
@@ -416,9 +416,9 @@ def test_the_logit_lens_shows_the_prediction_of_every_layer(browser, pages, data
         page.locator(".lens thead td, .lens thead th:not(.row)").nth(t).click()
         label = data["labels"][str(predicted[2, t])].replace(" ", "␣")
         hint = page.locator('[data-part="lens-text"]').text_content()
-        assert hint.startswith(f"After “{TEXT[t].replace(' ', '␣')}” (token {t + 1}) the model predicts “{label}” (")
+        assert hint.startswith(f"After “{TEXT[t].replace(' ', '␣')}” (token {t + 1}), the model predicts “{label}” (")
         since = 2 if predicted[1, t] != predicted[2, t] else 1 if predicted[0, t] != predicted[2, t] else 0
-        assert ("Layer 1 would say", "since layer 1", "since the embedding")[2 - since] in hint
+        assert ("Layer 1 would predict", "from layer 1 on", "from the embedding on")[2 - since] in hint
     assert page.locator(".chips span.mono").count() == 8
     assert page.locator(".chart polyline").count() == 6
     assert said == []

@@ -295,23 +295,31 @@ def test_backward_equals_the_backward_pass_of_the_loss(monkeypatch):
         assert np.linalg.norm(chunks[1][name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
 
 
-def test_backward_uses_an_overridden_loss(monkeypatch):
+class Doubling:
+    def loss(self, tokens, targets, key=None):
+        return super().loss(tokens, targets, key) * 2
+
+
+class Doubled(Doubling, GPT2):
+    """GPT2 with another loss, which a class without `backward` defines."""
+
+
+class DoubledByHand(Doubled):
+    def backward(self, tokens, targets, key=None, dloss=1.0):
+        return 2 * GPT2(self.config).backward(tokens, targets, key, dloss)
+
+
+def test_backward_uses_an_overridden_loss():
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 32))
-    usual = GPT2.loss
-
-    class Doubled(GPT2):
-        def loss(self, tokens, targets, key=None):
-            return super().loss(tokens, targets, key) * 2
-
-    model, doubled = GPT2(config), Doubled(config)
-    loss = model.backward(tokens, targets, KEY)
-    assert doubled.backward(tokens, targets, KEY) == 2 * loss
+    model, doubled, tripled, by_hand = GPT2(config), Doubled(config), GPT2(config), DoubledByHand(config)
+    loss = model.backward(tokens, targets, KEY, 0.5)
+    assert doubled.backward(tokens, targets, KEY, 0.5) == 2 * loss
     np.testing.assert_array_equal(doubled.wpe.weight.grad, 2 * model.wpe.weight.grad)
-    doubled.loss = lambda tokens, targets, key: usual(doubled, tokens, targets, key) * 3
-    assert doubled.backward(tokens, targets, KEY) == 3 * loss
-    monkeypatch.setattr(GPT2, "loss", lambda *arguments: usual(*arguments) * 4)
-    assert model.backward(tokens, targets, KEY) == 4 * loss
+    tripled.loss = lambda tokens, targets, key: GPT2.loss(tripled, tokens, targets, key) * 3
+    assert tripled.backward(tokens, targets, KEY, 0.5) == 3 * loss
+    assert by_hand.backward(tokens, targets, KEY, 0.5) == 2 * loss
+    assert by_hand.wpe.weight.grad is None  # of the method above, not of LanguageModel
 
 
 def test_recomputing_layer_results_is_bit_identical(monkeypatch):

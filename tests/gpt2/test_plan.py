@@ -57,7 +57,7 @@ def test_printed_report(capsys):
     assert "batch      524,288 tokens per step = 64 x 1,024 tokens x 1 (micro-steps) x 8 (ranks)\n" in text
     for name in ("weights", "gradients", "moments", "activations", "logits", "buffers", "libraries", "total"):
         assert re.search(rf"^  {name} +[\d.]+$", text, re.M)
-    assert re.search(r"^  available +141.000  it fits, and so does any --batch-size up to \d+$", text, re.M)
+    assert re.search(r"^  available +141.000  sufficient for any --batch-size up to \d+$", text, re.M)
     for name in ("products up", "attention backward", "layernorm forward", "cross entropy", "optimizer"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+% +[\d,]+ +[\d.]+ +[\d.]+$", text, re.M)
     assert re.search(r"^  communication +[\d.]+ +[\d.]+%  of [\d.]+ ms; the rest overlaps", text, re.M)
@@ -139,14 +139,14 @@ def test_plans_for_other_optimizers(optimizer, capsys):
 
 def test_the_report_states_whether_the_model_fits(capsys):
     text = printed(capsys, "--preset", "gpt2-xl", "--device", "rtx-4090")
-    assert re.search(r"available +24.000  it does not fit, nor does --batch-size 1; see --recompute block", text)
+    assert re.search(r"available +24.000  too small, even for --batch-size 1; see --recompute block", text)
     text = printed(capsys, "--preset", "gpt2", "--device", "rtx-4090", "--batch-size", "512")
     assert re.search(
-        r"it does not fit; --batch-size \d+ or less does \(\d+ takes the same tokens per step in \d+ micro-s", text
+        r"too small; --batch-size \d+ or less fits \(\d+ processes the same tokens per step in \d+ micro-s", text
     )
     text = printed(capsys, *STEP, "--ranks", "8", "--batch-size", "16")
     assert re.search(
-        r"it fits, and so does any --batch-size up to \d+ \(64 takes the same .* step in 1 micro-step\)\n", text
+        r"sufficient for any --batch-size up to \d+ \(64 processes the same .* step in 1 micro-step\)\n", text
     )
 
 
@@ -188,7 +188,7 @@ def test_device_cuda_is_the_gpu_of_this_machine(capsys, monkeypatch):
         (["--preset", "gtp2"], "--preset is gtp2; expected nano, .*; did you mean gpt2?"),
         (["--device", "h200", "--ranks", "0"], "--ranks is 0; expected more than 0"),
         (["--device", "h200", "--link", "-1"], "--link is -1.0; expected more than 0"),
-        (["--device", "h200", "--dtype", "float64"], "H200 has no known peak in float64; choose one of float32, tf32"),
+        (["--device", "h200", "--dtype", "float64"], "the peak of H200 in float64 is unknown; choose one of"),
         (["--device", "cpu", "--dtype", "tf32"], "--dtype tf32 needs a GPU"),
         (
             ["--device", "h200", "--dtype", "bfloat16", "--n-embd", "60", "--n-head", "3"],

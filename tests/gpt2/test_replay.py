@@ -43,8 +43,8 @@ def inject(name, index, value):
 
 def test_replay_prints_the_same_lines_as_the_run(skipped, capsys):
     lines = replayed(capsys)
-    assert lines[0].startswith("out/bad-step-2: step 2, whose loss was ")
-    assert lines[0].endswith(" and its gradient's norm not finite; float32 on cpu")
+    assert lines[0].startswith("out/bad-step-2: step 2; its loss was ")
+    assert lines[0].endswith(", and its gradient norm not finite; float32 on cpu")
     assert lines[1:] == skipped
     assert skipped[0].startswith(f"{FIRST}spoil after h.2.mlp.c_proj, backward pass: the gradient of the result of ")
 

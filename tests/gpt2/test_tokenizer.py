@@ -219,12 +219,12 @@ def test_a_damaged_saved_folder_is_rejected(tiny, tmp_path, damage, message):
     [
         (HF_VOCAB, "[]", "expected one JSON object"),
         (HF_VOCAB, "{", "expected one JSON object"),
-        (HF_VOCAB, '{"日": 0}', "represents no byte"),
-        (HF_VOCAB, '{"a": 0}', "line 2 .* does not make the next token"),
-        (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes make 257 tokens"),
-        (HF_MERGES, "th e\nt h\n", "line 2 .* does not make the next token"),
-        (HF_MERGES, "t h\nt x\n", "line 2 .* does not make the next token"),
-        (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not make the next token"),
+        (HF_VOCAB, '{"日": 0}', "does not represent a byte"),
+        (HF_VOCAB, '{"a": 0}', "line 2 .* does not form the next token"),
+        (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes form 257 tokens"),
+        (HF_MERGES, "th e\nt h\n", "line 2 .* does not form the next token"),
+        (HF_MERGES, "t h\nt x\n", "line 2 .* does not form the next token"),
+        (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not form the next token"),
     ],
 )
 @pytest.mark.usefixtures("without_tokenizers")
@@ -323,11 +323,11 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
         ("pre_tokenizer", [1], "expected one JSON object with a model"),
         ("model", 3, "expected one JSON object with a model"),
         ("model.vocab", {"a": {}}, "expected one JSON object of tokens and ids"),
-        ("model.vocab", {"\u65e5": 0}, "represents no byte"),
+        ("model.vocab", {"\u65e5": 0}, "does not represent a byte"),
         ("model.merges", {"t": "h"}, "its model is 'BPE'"),
-        ("model.merges", ["th e", "t h"], "merge 2 .* does not make the next token"),
-        ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not make the next token"),
-        ("model.merges", ["t h"], "1 merges and 256 bytes make 257 tokens; tokenizer.json has 258 besides"),
+        ("model.merges", ["th e", "t h"], "merge 2 .* does not form the next token"),
+        ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not form the next token"),
+        ("model.merges", ["t h"], "1 merges and 256 bytes form 257 tokens; tokenizer.json has 258 besides"),
     ],
 )
 @pytest.mark.usefixtures("without_tokenizers")
@@ -414,8 +414,8 @@ def test_unknown_names_and_incomplete_folders_are_errors(tmp_path):
         Tokenizer.load(tmp_path)
     for name, message in (
         ("tokenizer.model", "tokenizer.model is a SentencePiece model: save it with transformers as tokenizer.json"),
-        ("vocab.bpe", "vocab.bpe is there, encoder.json is missing"),
-        ("vocab.json", "vocab.json is there, merges.txt is missing"),
+        ("vocab.bpe", "vocab.bpe exists, but encoder.json is missing"),
+        ("vocab.json", "vocab.json exists, but merges.txt is missing"),
     ):
         (tmp_path / name).write_text("{}")
         with pytest.raises(FileNotFoundError, match=message):

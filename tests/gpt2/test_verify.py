@@ -235,7 +235,7 @@ def rewritten(file, cases=None, **arrays):
     ("change", "said"),
     [
         ({"0__logits": None}, "0/logits"),
-        ({"0__loss": np.zeros(3)}, "the reference has loss of shape (3,); this model computes ()"),
+        ({"0__loss": np.zeros(3)}, "the reference's loss has shape (3,); this model's has ()"),
         ({"cases": "[{]"}, "its list of cases is damaged"),
         ({"cases": '[{"model": null}]'}, "its list of cases is damaged"),
     ],

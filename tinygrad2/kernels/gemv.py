@@ -1,8 +1,8 @@
-"""Products of a few rows with a large matrix, y += x w, limited by memory bandwidth: most of the work of generation.
+"""Products of a few rows with a large matrix, y += x w. They are memory-bound and take most of the time of generation.
 
-BLAS is optimized for matrices whose elements are used many times. Here each weight is read once, for all rows of x, so
-the time is the time to read w. The two vectorized loops are LLVM IR, built with llvmlite, since the compiler does not
-generate them from plain loops. Weights are float32, or bfloat16 (the upper half of a float32), with half the bytes.
+BLAS is optimized for matrices whose elements are reused many times. Here each weight is read once, for all rows of x,
+so the run time is the time to read w. The two vectorized loops are LLVM IR, built with llvmlite, since the compiler
+does not generate them from plain loops. Weights are float32 or bfloat16 (the upper half of a float32).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tinygrad2.kernels import pool
 from tinygrad2.kernels.bfloat16 import wide
 
 _WIDE = binding.get_host_cpu_features().get("avx512f", False)
-LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x at a time, limited by the registers
-DEPTH = 4  # rows of w, or of its transpose, at a time
-COLUMNS = 1024  # columns of w at a time, so that DEPTH rows of them stay in the L1 cache for all rows of x
+LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x per pass, limited by the registers
+DEPTH = 4  # rows of w, or of its transpose, per pass
+COLUMNS = 1024  # columns of w per pass, so that DEPTH rows of them stay in the L1 cache for all rows of x
 GRAIN = 1 << 16  # minimum number of weights per thread
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
@@ -34,12 +34,12 @@ def vector_type() -> ir.VectorType:
 
 
 def at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
-    """A pointer of type `kind` to element `index`, of `size` bytes each, from an address."""
+    """A pointer of type `kind` to element `index` of an array at an address, with elements of `size` bytes."""
     return builder.inttoptr(builder.add(address, builder.mul(index, _WORD(size))), kind.as_pointer())
 
 
 def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
-    """LANES weights, starting at an index, as a float32 vector."""
+    """LANES weights from `index` on, as a float32 vector."""
     if bits == 32:
         return builder.load(at(builder, address, index, 4, vector_type()), align=4)
     halves = builder.load(at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
@@ -52,8 +52,8 @@ def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -
 def _weights(
     builder: ir.IRBuilder, address: ir.Value, distance: ir.Value, index: ir.Value, bits: int, depth: int
 ) -> list[ir.Value]:
-    """LANES weights from each of `depth` rows. If there are several, those of the next rows are prefetched; rows that
-    are read one after the other are prefetched better by the processor itself."""
+    """LANES weights from each of `depth` rows. With several rows, the weights of the next rows are prefetched; with
+    one, the access is sequential, and the processor's own prefetcher does better."""
     byte, flag = ir.IntType(8), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -62,13 +62,13 @@ def _weights(
         if depth > 1:
             later = builder.add(builder.mul(_WORD(depth + d), distance), index)
             place = at(builder, address, later, bits // 8, byte)
-            builder.call(prefetch, [place, flag(0), flag(3), flag(1)])  # for reading, keep in all caches, data cache
+            builder.call(prefetch, [place, flag(0), flag(3), flag(1)])  # read, high temporal locality, data cache
         vectors.append(load(builder, address, builder.add(builder.mul(_WORD(d), distance), index), bits))
     return vectors
 
 
 def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector with all elements equal to one number."""
+    """Broadcast a number to a vector."""
     undefined, first = ir.Constant(vector_type(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
@@ -99,7 +99,7 @@ def _plain(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, j] += the sum over d < depth of x[r, d] w[d, j], for r < rows and j < n, a multiple of LANES."""
+    """y[r, j] += sum over d < depth of x[r, d] w[d, j], for r < rows and j < n; n is a multiple of LANES."""
     indices = [[builder.add(builder.mul(_WORD(r), ldx), _WORD(d)) for d in range(depth)] for r in range(rows)]
     numbers = [[builder.load(at(builder, x, index, 4, _FLOAT)) for index in row] for row in indices]
     factors = [[spread(builder, number) for number in row] for row in numbers]
@@ -126,7 +126,7 @@ def _transposed(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < depth."""
+    """y[r, d] += sum over j < n of x[r, j] w[d, j], for r < rows and d < depth; n is a multiple of LANES."""
     zero = ir.Constant(vector_type(), [0.0] * LANES)
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(depth)] for _ in range(rows)]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(LANES), inc=True) as (j, _):
@@ -157,7 +157,8 @@ def _multiply(
     ldy: types.Type,
     n: types.Type,
 ) -> pool.Intrinsic:
-    """Run the loop for the next min(left, ROWS) rows of x, where `left` rows remain. Returns the number of rows."""
+    """Run the loop for the next min(left, ROWS) rows of x, where `left` is the number of remaining rows. Returns the
+    number of rows processed."""
     loop = _transposed if transposed.literal_value else _plain
 
     def generate(
@@ -179,8 +180,8 @@ def _multiply(
 
 
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
-    """The task for columns start ... stop - 1 of w. Its arguments are the addresses of x, w and y, then M, K and N."""
-    # Numba's disk cache is keyed by the values of closure variables; only numbers are equal in other processes.
+    """Compile the task for columns start ... stop - 1 of w. Its arguments: the addresses of x, w, y, then M, K, N."""
+    # Numba's disk cache is keyed by the values of closure variables. Only numbers compare equal across processes.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments: int, start: int, stop: int) -> None:
@@ -188,10 +189,10 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (K, N))
-        columns = COLUMNS if M > 2 else 4 * COLUMNS  # with so few rows, longer runs of w are read faster
+        columns = COLUMNS if M > 2 else 4 * COLUMNS  # with one or two rows of x, longer runs of w are read faster
         whole, ld = K - K % DEPTH, columns + LANES
-        # Sum in a buffer, since rows of y may be a multiple of 4096 bytes apart: they would evict each other from the
-        # cache, and a load from w would wait for a store to y whose address ends in the same 12 bits (4K aliasing).
+        # Accumulate in a buffer, since rows of y may be a multiple of 4096 bytes apart. They would evict each other
+        # from the cache, and a load from w would stall on a store to y with the same low 12 bits (4K aliasing).
         sums = np.empty((M, ld), dtype=np.float32)
         for first in range(start, stop, columns):
             last = min(first + columns, stop)
@@ -205,7 +206,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
             for m in range(M):
                 for j in range(n):
                     ys[m, first + j] += sums[m, j]
-                for j in range(first + n, last):  # the remainders at the edges
+                for j in range(first + n, last):  # remainders at the edges
                     for k in range(whole):
                         ys[m, j] += xs[m, k] * wide(ws[k, j])
                 for k in range(whole, K):
@@ -217,7 +218,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[3], a[4], a[5]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (N, K))
-        # Several rows of w at a time, so that each load from x serves them all, or one if there are few rows of x.
+        # Process DEPTH rows of w per pass, so that each load from x is used DEPTH times; one row if x has few rows.
         whole, n = start if M <= ROWS else start + (stop - start) // DEPTH * DEPTH, K // LANES * LANES
         for j in range(start, whole, DEPTH):
             m, weights = 0, w + size * j * K
@@ -261,8 +262,8 @@ def task_for(weight: np.ndarray) -> pool.CompiledTask:
 
 
 def ranges(weight: np.ndarray) -> list[tuple[int, int]]:
-    """The columns of this weight, divided among the threads, at multiples of LANES, since the remainder after the last
-    whole vector is summed in a different order."""
+    """Divide the columns of this weight among the threads, at multiples of LANES: the remainder after the last complete
+    vector is summed in a different order."""
     K, N = weight.shape
     pieces = threads.parts(-(-N // LANES), max(64, GRAIN // max(1, K)) // LANES)
     return [(a * LANES, min(b * LANES, N)) for a, b in pieces]

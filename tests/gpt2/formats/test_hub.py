@@ -94,7 +94,7 @@ def test_a_named_model_is_downloaded_once(model, tmp_path):
     assert again.stdout == first.stdout != ""
 
 
-UNREACHABLE = "sample.py: error: gpt2: it could not be downloaded from the Hugging Face hub"
+UNREACHABLE = "sample.py: error: gpt2: it could not be downloaded from the Hugging Face Hub"
 
 
 @pytest.mark.extras("huggingface_hub")

@@ -50,13 +50,13 @@ def test_bfloat16_files_are_read_and_written(model, tmp_path):
     [
         (1, 4, "version 4"),
         (1, 1, "version 1"),
-        (2, 17, "from its header"),
+        (2, 17, "according to its header"),
         (3, 400, "the padded vocabulary has 384 tokens"),
-        (4, 2**31 - 1, "from its header"),
+        (4, 2**31 - 1, "according to its header"),
         (4, -1, "n_layer is -1"),
         (5, 3, "is not a multiple"),
-        (6, 2**30, "from its header"),
-        (7, 2**31 - 1, "from its header"),
+        (6, 2**30, "according to its header"),
+        (7, 2**31 - 1, "according to its header"),
     ],
 )
 def test_an_invalid_header_is_rejected(word, value, message, model, tmp_path):

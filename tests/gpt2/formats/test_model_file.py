@@ -144,7 +144,7 @@ def test_other_heads_are_ignored_and_reported(prefix, model, tmp_path, capsys):
     assert_equal(model, GPT2.from_pretrained(tmp_path))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"{tmp_path / 'model.safetensors'}: left out, since they are not part of the language model: "
+        f"{tmp_path / 'model.safetensors'}: ignored, since they are not part of the language model: "
     )
     assert f"{outer}v_head.summary.0" in line
     assert line.endswith(" and 1 more")
@@ -169,7 +169,7 @@ def test_a_bias_of_the_output_layer_is_rejected_unless_it_is_zero(name, model, t
     [
         (
             "base_model.model.h.0.attn.c_attn.lora_A.default.weight",
-            "it has an adapter besides its weights (peft, LoRA)",
+            "it has an unmerged adapter (peft, LoRA)",
         ),
         ("h.1.mlp.c_fc.qweight", "it has quantized weights (GPTQ, AWQ), which are not supported"),
         ("h.1.mlp.c_fc.weight_scale", "it has quantized weights, which are not supported"),
@@ -236,7 +236,7 @@ def test_tensors_that_share_their_memory_are_rejected(model, tmp_path):
     sizes = {"n_layer": layers, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 257}
     torch_file.write_pickle(tmp_path / "x.pt", {"model": tree, "model_args": sizes})
     begin = time.process_time()
-    with pytest.raises(ValueError, match=r"its tensors need 1,.* bytes, but it has .*: several share their memory"):
+    with pytest.raises(ValueError, match=r"its tensors need 1,.* bytes, but it has .*: several tensors share memory"):
         model_file.open_model(tmp_path / "x.pt")
     assert time.process_time() - begin < 5
 

@@ -10,6 +10,7 @@ import pytest
 
 import train
 from gpt2 import GPT2
+from gpt2.language_model import LanguageModel
 from gpt2.training import bad_step, trainer
 from gpt2.training.run import RunFolder, read_log
 from tests.spoiled import spoil_steps
@@ -119,6 +120,7 @@ def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(wor
         return result
 
     monkeypatch.setattr(GPT2, "loss", infinite_once)
+    monkeypatch.setattr(GPT2, "backward", LanguageModel.backward)  # of this loss
     run("--max-iters", "3", "--save-interval", "1", "--keep", "5")
     assert len(calls) == 2  # the step itself, and its repetition with checks
     row = strict_rows("out/log.jsonl")[1]
