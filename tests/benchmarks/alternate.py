@@ -384,7 +384,7 @@ def positive(text: str) -> int:
 def new_file(text: str) -> Path:
     """Parse the file name of an option; its folder must exist."""
     if not (path := Path(text)).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}/")
+        raise argparse.ArgumentTypeError(f"the folder {path.parent}/ does not exist")
     return path
 
 

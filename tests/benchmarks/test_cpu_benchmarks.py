@@ -260,7 +260,7 @@ def test_bfloat16_weights_change_the_loss_only_slightly(tmp_path):
     [
         (train_step.main, ["--rounds", "0"], "argument --rounds: is 0; expected 1 or more"),
         (train_step.main, ["--block", "2000"], "--block 2000 is longer than the model's context of 1024 tokens"),
-        (train_step.main, ["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere/"),
+        (train_step.main, ["--json", "nowhere/x.json"], "argument --json: the folder nowhere/ does not exist"),
         (decode.main, ["--preset", "nano"], "--prompt 512 needs 512 positions; the model has 64"),
         (decode.main, ["--data", "x"], "--checkpoint and --data must be used together"),
     ],

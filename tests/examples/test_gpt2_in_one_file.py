@@ -160,7 +160,7 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("config", [GPT2Config(**SIZES, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0), None])
-def test_logits_loss_and_gradients_equal_the_engines(config):
+def test_logits_loss_and_gradients_agree_with_the_engine(config):
     engine, model = twins("float64", config)
     rng = np.random.default_rng(2)
     ids, targets = rng.integers(model.config.vocab_size, size=(2, 3, min(40, model.config.n_positions)))
@@ -183,8 +183,8 @@ def test_logits_loss_and_gradients_equal_the_engines(config):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
 )
-def test_ten_training_losses_equal_the_engines(dtype, bound):
-    """Starting from checkpoint/, on the same batches, with AdamW, clipping and the schedule."""
+def test_losses_of_ten_steps_agree_with_the_engine(dtype, bound):
+    """Both models start from checkpoint/ and use the same batches, AdamW, clipping and learning rates."""
     engine, model = twins(dtype)
     ids = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8)
     theirs, ours = optim.AdamW(engine, betas=(0.9, 0.95), weight_decay=0.1), one_file.AdamW(model.parameters)

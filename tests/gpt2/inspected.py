@@ -9,7 +9,7 @@ CONFIG = GPT2Config(n_layer=2, n_head=3, n_embd=24, n_positions=160, vocab_size=
 TEXT = "to be, or not to be"
 
 
-def made(config=CONFIG, scale=8.0, seed=1):
+def make_model(config=CONFIG, scale=8.0, seed=1):
     """A model whose attention is far from uniform."""
     model = GPT2(config, seed=seed)
     for _, parameter in model.named_parameters():

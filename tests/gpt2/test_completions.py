@@ -205,30 +205,30 @@ def test_a_prompt_is_scored_if_max_tokens_is_0(model):
     assert answer_of(model, prompt="", max_tokens=0, echo=True)["choices"][0]["text"] == ""
 
 
-def fed(ids, stop=(), last=None):
-    """The pieces that a choice returns for these tokens."""
+def feed(ids, stop=(), last=None):
+    """Add these tokens to a choice. Returns its pieces."""
     choice = Choice(0, TextPieces(BYTES, BYTES.end_ids, stop), BYTES.end_ids)
     return [choice.add(TokenInfo(i, 0), last=at == last) for at, i in enumerate(ids)]
 
 
 def test_a_character_of_several_tokens_is_one_piece():
-    first, second, third = fed("aé".encode())
+    first, second, third = feed("aé".encode())
     assert (first.text, second) == ("a", None)
     assert third.text == "é"
     assert [(token.id, token.start) for token in third.tokens] == [(0xC3, 1), (0xA9, 1)]
-    (only,) = fed(b"\xc3", last=0)
+    (only,) = feed(b"\xc3", last=0)
     assert (only.text, only.finish, len(only.tokens)) == ("\ufffd", "length", 1)
 
 
 def test_a_stop_string_and_its_tokens_are_removed():
-    found = [piece for piece in fed(b"xabyabc", stop=["abc"]) if piece]
+    found = [piece for piece in feed(b"xabyabc", stop=["abc"]) if piece]
     assert "".join(piece.text for piece in found) == "xaby"
     assert bytes(token.id for piece in found for token in piece.tokens) == b"xaby"
     assert [piece.finish for piece in found][-1] == "stop"
 
 
 def test_end_of_text_is_not_part_of_the_text():
-    a, end = fed([97, BYTES.end_of_text])
+    a, end = feed([97, BYTES.end_of_text])
     assert (a.text, end.text, end.tokens, end.finish, end.ending.id) == ("a", "", [], "stop", BYTES.end_of_text)
 
 

@@ -97,7 +97,7 @@ def test_other_model_sizes(device, config):
     assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
 
 
-def limited(monkeypatch, model, **changes):
+def set_limits(monkeypatch, model, **changes):
     """Change these limits of the model's GPU."""
     limits = model.backend.cuda.limits()._replace(**changes)
     monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
@@ -108,7 +108,7 @@ def limited(monkeypatch, model, **changes):
 @pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five clusters, of which two have no head
 def test_results_do_not_depend_on_the_number_of_processors(device, monkeypatch, processors, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
-    limited(monkeypatch, model, processors=processors, capability=capability)
+    set_limits(monkeypatch, model, processors=processors, capability=capability)
     logits, _ = logits_of(model, tokens, 1)
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 1)[0]) < BOUNDS["float32"]
 
@@ -118,7 +118,7 @@ def test_results_do_not_depend_on_the_number_of_processors(device, monkeypatch, 
 def test_no_more_clusters_are_launched_than_can_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
-    limited(monkeypatch, model, processors=40)
+    set_limits(monkeypatch, model, processors=40)
     cache = KVCache(model, 1, 8)
     with no_grad():
         next_logits(model, tokens[:, :5], cache)
@@ -140,7 +140,7 @@ def test_hardware_clusters_are_not_used_if_none_can_run(device):
 @pytest.mark.parametrize("capability", [8, 9])
 def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 12)
-    limited(monkeypatch, model, processors=24, capability=capability)
+    set_limits(monkeypatch, model, processors=24, capability=capability)
     monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)
     logits, _ = logits_of(model, tokens, 5)
     assert distance(logits, logits_of(model_of(device="cpu"), tokens, 5)[0]) < BOUNDS["float32"]
@@ -173,7 +173,7 @@ def test_greedy_tokens_equal_those_on_the_cpu(device, monkeypatch, samples, capa
     """The tokens are chosen on the device, also beyond the context of 32 tokens, and without ids of the padding."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
-    limited(monkeypatch, model, processors=24, capability=capability)
+    set_limits(monkeypatch, model, processors=24, capability=capability)
     positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that tokens vary
     for of in (model, there):
         of.wpe.weight.data = of.backend.asarray(positions)
@@ -224,7 +224,7 @@ def test_unsupported_models_use_the_operations(device, monkeypatch):
     for other in (GPT2(small, device="cuda"), GPT2(CONFIG, device="cuda", dtype="float64"), GPT2(CONFIG)):
         other.fused_decode = True
         assert Decoder.fitting(other, KVCache(other, 1, 8)) is None
-    limited(monkeypatch, model, shared_memory=32 << 10)
+    set_limits(monkeypatch, model, shared_memory=32 << 10)
     assert KVCache(model, MAX_TEXTS, 8).decoder is None
 
 
@@ -242,7 +242,7 @@ def test_the_kernel_is_used_only_if_selected(device):
 def test_blocks_that_cannot_all_run_at_once_are_an_error(device, monkeypatch, capability):
     device.blocks = 0
     model = model_of()
-    limited(monkeypatch, model, capability=capability)
+    set_limits(monkeypatch, model, capability=capability)
     with pytest.raises(ValueError, match="do not fit on this GPU; generate with --decode ordinary"):
         list(generate(model, [5, 9, 2], 3, temperature=0))
 
@@ -351,7 +351,7 @@ def test_injected_faults_are_detected(device, monkeypatch, fault):
     # 8 processors: two heads per cluster; 24: a cluster without heads; 2: two blocks with all heads in several steps.
     runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:
-        limited(monkeypatch, model, processors=processors)
+        set_limits(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
             found = logits_of(model, tokens, 3)[0]

@@ -303,7 +303,7 @@ def test_nccl_accepts_the_calls(cuda, dtype):
     np.testing.assert_array_equal(cuda.to_host(values), np.full(1 << 20, 2.0**21 - 2))
 
 
-def test_free_memory_includes_cached_blocks(cuda):
+def test_free_memory_reflects_allocations(cuda):
     pool = cuda.np.get_default_memory_pool()
     pool.free_all_blocks()
     free, total = cuda.memory()

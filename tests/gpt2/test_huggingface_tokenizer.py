@@ -305,7 +305,7 @@ def test_a_bos_token_is_added_only_to_prompts(folder):
     assert len(tokenizer.encode("he")) == 1
 
 
-def test_settings_of_prefix_spaces_in_other_components():
+def test_prefix_space_settings_of_other_components():
     metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}
     assert with_prefix_space({"type": "Sequence", "pretokenizers": [metaspace]}, False)["pretokenizers"] == [
         {**metaspace, "prepend_scheme": "never", "add_prefix_space": False}

@@ -9,7 +9,7 @@ import pytest
 from gpt2 import GPT2Config, Tokenizer, inspect
 from gpt2.generate import generate
 from tests.browsing import HOSTILE
-from tests.gpt2.inspected import CONFIG, TEXT, data_of, made
+from tests.gpt2.inspected import CONFIG, TEXT, data_of, make_model
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return made()
+    return make_model()
 
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
+    path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path
 
@@ -40,7 +40,7 @@ def test_a_summary_and_the_path_of_the_page_are_printed(folder, tmp_path, capsys
     out = tmp_path / "page.html"
     status, lines, errors = run(capsys, "-p", TEXT, "--checkpoint", folder, "--out", out)
     assert (status, errors) == (0, [])
-    assert lines[0] == f"model: {folder}, {CONFIG.summary()}, {made().n_parameters():,} parameters"
+    assert lines[0] == f"model: {folder}, {CONFIG.summary()}, {make_model().n_parameters():,} parameters"
     assert re.fullmatch(r"19 tokens, \d+\.\d{3} bits per byte", lines[1])
     assert re.fullmatch(r"most surprising .*; (expected|it was the first choice, before) '.*%", lines[2])
     assert lines[3].startswith("heads by what they look at: ")
@@ -130,7 +130,7 @@ def test_errors_print_one_line(tmp_path, capsys, monkeypatch, arguments, status,
     ],
 )
 def test_the_error_for_damaged_weights_names_them(tmp_path, capsys, name, value, message):
-    model = made()
+    model = make_model()
     parameter = dict(model.named_parameters())[name]
     values = parameter.numpy().copy()
     values.flat[5:] = value if math.isfinite(value) else values.flat[5:]
@@ -147,7 +147,7 @@ def test_the_error_for_damaged_weights_names_them(tmp_path, capsys, name, value,
 @pytest.mark.slow
 def test_the_page_of_1024_tokens_with_12_layers_and_heads_is_smaller_than_8_mb(gpt2_files, tmp_path, capsys):
     config = GPT2Config(n_layer=12, n_head=12, n_embd=48, n_positions=1024, vocab_size=50257)
-    made(config).save_pretrained(tmp_path)
+    make_model(config).save_pretrained(tmp_path)
     text = " ".join(str(i * i) for i in range(1000))
     assert run(capsys, "-p", text, "--checkpoint", tmp_path, "--out", tmp_path / "page.html")[0] == 0
     assert len(data_of(tmp_path / "page.html")["tokens"]) == 1024

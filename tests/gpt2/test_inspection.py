@@ -11,7 +11,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer, inspect, inspection
 from gpt2.generate import KVCache
 from gpt2.page import write
 from tests.browsing import HOSTILE, opened
-from tests.gpt2.inspected import TEXT, data_of, made
+from tests.gpt2.inspected import TEXT, data_of, make_model
 from tests.stand_ins import strict_cupy
 from tinygrad2 import no_grad
 
@@ -23,12 +23,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return made()
+    return make_model()
 
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("made")
+    path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path
 
@@ -251,7 +251,7 @@ def test_results_on_a_device_equal_those_on_the_cpu(data, folder, tokenizer):
 def test_words_at_the_end_of_the_context(tokenizer):
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=257)
     text = "to be or not 2be"
-    found = inspection.inspect(made(config), tokenizer, tokenizer.encode(text).tolist(), 16, "a model")
+    found = inspection.inspect(make_model(config), tokenizer, tokenizer.encode(text).tolist(), 16, "a model")
     assert [int(at) for at in found["words"]] == [3, 6, 9, 13]
     assert all(1 <= len(word["words"]) <= inspection.WORDS for word in found["words"].values())
 

@@ -355,7 +355,7 @@ def test_the_page_reports_that_the_server_does_not_respond(browser, tmp_path):
 
 
 @IN_BROWSER
-def test_two_pages_generate_at_once(visit, expected_text):
+def test_two_pages_generate_concurrently(visit, expected_text):
     pages = [visit(), visit()]
     for page, prompt in zip(pages, ("Return the", "class "), strict=True):
         generate(page, prompt, 60)

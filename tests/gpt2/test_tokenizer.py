@@ -139,7 +139,7 @@ def test_merges_are_read_without_a_final_newline_and_with_windows_line_ends(tiny
         assert Tokenizer.load(tiny).fingerprint == expected
 
 
-def test_an_edited_file_is_read_again(tiny):
+def test_an_edited_file_is_reloaded(tiny):
     before = Tokenizer.load(tiny)
     vocab = json.loads((tiny / HF_VOCAB).read_text())
     vocab = {token: i for i, token in enumerate(token for token in vocab if token != "the")}

@@ -60,7 +60,7 @@ def test_the_file_contains_the_entries_that_nanogpt_reads(workspace):
 
 @pytest.fixture
 def from_nanogpt(workspace):
-    """A checkpoint as nanoGPT writes it with --compile, and its model and state."""
+    """A checkpoint as nanoGPT writes it after compilation, and its model and state."""
     model = random_model(activation_function="gelu", n_positions=32)
     for parameter in model.parameters():
         parameter.data = parameter.data * 0.1
@@ -89,7 +89,7 @@ def test_a_nanogpt_checkpoint_is_resumed(from_nanogpt, workspace, capsys):
     assert Tokenizer.for_model(find_model(workspace / "out", print), 257).name == "bytes"
 
 
-def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
+def test_a_file_without_optimizer_state_cannot_be_converted_to_a_run(workspace, capsys):
     random_model().save_pretrained("hf")
     convert.convert("hf", "a.pt", "pt")
     convert.convert("hf", "a.bin", "llmc")
@@ -106,7 +106,7 @@ def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
     assert convert.main(["a.pt", "out", "--to", "run", "--dtype", "float16"]) == 1
 
 
-def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
+def test_the_state_of_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
     run("--max-iters", "4", "--out-dir", "a")
     convert_to("pt", "a", "a.pt")
     assert (
