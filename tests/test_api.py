@@ -1,4 +1,4 @@
-"""The API reference: its examples and those of docstrings run, and Sphinx builds it with every public name."""
+"""The API reference: its examples and those in docstrings run, and Sphinx builds it with every public name."""
 
 import doctest
 import importlib
@@ -46,7 +46,7 @@ IMPORTED = {
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=str)
-def test_examples_print_what_they_say(file):
+def test_examples_print_the_output_shown(file):
     if file.suffix == ".rst":
         failed, tried = doctest.testfile(str(ROOT / file), module_relative=False)
     else:
@@ -55,7 +55,7 @@ def test_examples_print_what_they_say(file):
     assert failed == 0
 
 
-def test_the_functions_and_the_checks_have_examples():
+def test_functional_gradcheck_and_gpt2_have_examples():
     assert {Path("tinygrad2/functional.py"), Path("tinygrad2/gradcheck.py"), Path("docs/api/gpt2.rst")} <= {*EXAMPLES}
 
 
@@ -86,7 +86,7 @@ def conf():
 
 
 @pytest.mark.extras("sphinx")
-def test_a_docstring_becomes_restructured_text(conf):
+def test_a_docstring_is_converted_to_restructured_text(conf):
     text = """y = x W^T, a product with *args and `code`.
 
     dV = (P M)^T dO,    dP = ...
@@ -113,7 +113,7 @@ Raises ValueError.
 
 
 @pytest.mark.extras("sphinx")
-def test_links_that_leave_the_folder_become_names(conf):
+def test_links_to_files_outside_docs_are_replaced_by_names(conf):
     text = "[the model](../gpt2/model.py), [`train.py`](../train.py#L3), [a page](gpu.md), [up](../docs/gpu.md)"
     expected = "the model (`gpt2/model.py`), `train.py`, [a page](gpu.md), [up](../docs/gpu.md)"
     assert conf.drop_links(DOCS, text) == expected

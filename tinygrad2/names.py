@@ -1,4 +1,5 @@
-"""PyTorch's names for Tensor's operators and NumPy-style methods: x.add(y) is x + y, x.clamp(0, 1) is x.clip(0, 1)."""
+"""PyTorch's names for the operators and NumPy-style methods of Tensor: x.add(y) is x + y, x.clamp(0, 1) is
+x.clip(0, 1)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = F
 
     x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves weight and x. If x is a result of
     gelu or layernorm and C_out is at least backend.recompute_outputs, saves a recipe to recompute x instead of x.
-    tf32  multiply float32 in TF32, here and in the backward pass.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     check_tensors("linear", x)
@@ -60,7 +60,7 @@ def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     """y = x W^T: an output layer tied to the token embedding.
 
     x (..., C), weight (V, C) -> (..., V). Saves x and weight.
-    tf32  multiply float32 in TF32, here and in the backward pass.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     check_tensors("logits", x)
@@ -200,7 +200,7 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     qkv (B, T, 3 * n_head * D), the result of one linear layer -> (B, T, n_head * D).
     If a key is given, dropout at `rate` is applied to the attention weights. Saves qkv, the result and row statistics
     of shape (B, H, T), but no T x T array.
-    tf32  multiply float32 in TF32, here and in the backward pass.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
     Raises ValueError if qkv cannot be split into heads, or if the device does not support TF32.
     """
     rate = check_rate("attention", rate, key)
@@ -227,7 +227,7 @@ def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: 
 
     qkv (B, T, 3 * n_head * D) at positions `length` and up; cache (2, B, n_head, capacity, D), modified in place
     -> (B, T, n_head * D).
-    tf32  multiply float32 in TF32.
+    tf32  compute float32 matrix products in TF32.
     Raises RuntimeError if a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
@@ -304,7 +304,7 @@ def lm_head(
     first contains the logits and then their gradient. Raises ValueError for a target outside [0, V).
     head_rows  maximum number of rows (out of N) processed at a time. The buffer then has only head_rows rows and is not
                saved. If gradients are recorded, those of x and weight are computed immediately and saved instead.
-    tf32       multiply float32 in TF32, here and in the backward pass.
+    tf32       compute float32 matrix products in TF32, here and in the backward pass.
     """
     w, ids = _check_head(x, weight, targets)
     if ids.size == 0:
@@ -334,7 +334,7 @@ def lm_head_gradients(
     """loss = lm_head(x, weight, targets); loss.backward(dloss), using less memory. Returns loss.data.
 
     The logits of a chunk of rows are immediately replaced by their gradients, and the gradient of a parameter is added
-    directly to its buffer. So neither the (N, V) logits nor a (V, C) gradient are ever allocated.
+    directly to its buffer. So neither the (N, V) logits nor a (V, C) gradient is ever allocated.
     head_rows  maximum number of rows processed at a time. None: as many as fit in backend.logits_bytes.
     """
     w, ids = _check_head(x, weight, targets)

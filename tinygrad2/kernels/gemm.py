@@ -120,7 +120,7 @@ class Gemm:
         scale        one float32 on the device; the host does not wait for it.
         tf32         round float32 operands to a 10-bit mantissa and multiply on tensor cores.
 
-        Raises ValueError for invalid arguments or if cuBLASLt is missing, RuntimeError if it fails.
+        Raises ValueError for invalid arguments or if cuBLASLt is missing, and RuntimeError if cuBLASLt fails.
         """
         a, transpose_a = self._row_major(a, transpose_a)
         b, transpose_b = self._row_major(b, transpose_b)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a large matrix, y += x w. They are memory-bound, and account for most of generation.
+"""Products of a few rows with a large matrix, y += x w. They are memory-bound and take most of the time of generation.
 
 BLAS is optimized for matrices whose elements are reused many times. Here each weight is read once, for all rows of x,
 so the run time is the time to read w. The two vectorized loops are LLVM IR, built with llvmlite, since the compiler

@@ -1,6 +1,6 @@
 """The thread pool for computation on the CPU. Idle workers spin briefly before they sleep.
 
-Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels run. An idle worker therefore spins for
+Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels take. An idle worker therefore spins for
 about a millisecond first, so it starts immediately within a training step or between two generated tokens. A task is a
 Python function (see `each`) or compiled code (see `each_compiled`). Compiled code starts and ends without the GIL.
 
