@@ -22,6 +22,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,29 @@ PARTS = {
 }
 
 # Why functions are not covered: (pattern for FILE: FUNCTION, reason). The first pattern that matches is used.
-REASONS: tuple[tuple[str, str], ...] = ()
+GPU = "needs an NVIDIA GPU: `pytest -m gpu` executes it"
+ENDS = "the process ends in it, by MPI_Abort or a signal, and writes no data; `pytest -m mpi` tests the effect"
+REASONS: tuple[tuple[str, str], ...] = (
+    (r"tinygrad2/kernels/cuda\.py: driver$", GPU),
+    (r"tinygrad2/kernels/cuda\.py: CudaKernels\.(launch_alone|blocks_at_once|clusters_at_once|properties)$", GPU),
+    (r"tinygrad2/backend\.py: Cuda\.(launch_alone|blocks_at_once|clusters_at_once|limits|address)$", GPU),
+    (
+        r"tinygrad2/machine\.py: nvidia_driver$",
+        "needs NVIDIA's driver; what calls it is tested with its possible results",
+    ),
+    (
+        r"tinygrad2/distributed\.py: MPIComm\.nccl$",
+        "needs a GPU for each rank; tests/stand_ins/nccl.py stands in for NCCL",
+    ),
+    (r"tinygrad2/distributed\.py: MPIComm\.(abort|_leave)$", ENDS),
+    (r"tinygrad2/distributed\.py: _join$", "needs Slurm, or the mpirun of another MPI than mpi4py's"),
+    (
+        r"tinygrad2/files\.py: (_try_lock|flush_entry|Lock\.release)$",
+        "branches for Windows, and for file systems without locks",
+    ),
+    (r"tinygrad2/blas\.py: _mkl$", "needs MKL, which no part installs"),
+    (r"gpt2/formats/hub\.py: download$", "needs a network"),
+)
 
 
 def measure(selection: Sequence[str]) -> None:
@@ -53,6 +76,8 @@ def measure(selection: Sequence[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COVERAGE_FILE": str(DATA / "data")}
     command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", *selection]
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    with (DATA / "measured").open("a", encoding="utf-8") as file:
+        file.write(f"`pytest {shlex.join(selection)}`\n")
     if status:
         print(f"pytest {' '.join(selection)}: status {status}; the report covers what was executed", flush=True)
 
@@ -130,11 +155,14 @@ def write(report: dict[str, Any]) -> bool:
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    measured = "\n".join([f"Measured on {date}.", "", *lines])
+    commands = (DATA / "measured").read_text(encoding="utf-8").splitlines()
+    measured = "\n".join([f"Measured on {date}, with {', '.join(dict.fromkeys(commands))}.", "", *lines])
     PAGE.write_text(f"{before}{MARKS[0]}\n\n{measured}\n\n{MARKS[1]}{after}", encoding="utf-8")
     unexplained = [place for place, numbers in places.items() if not reason_of(place, numbers)]
     print(*lines[2 : 2 + len(PACKAGES)], sep="\n")
-    print(*(f"no reason given: {place}" for place in unexplained), f"written to {PAGE}", sep="\n")
+    unused = [pattern for pattern, _ in REASONS if not any(re.match(pattern, place) for place in places)]
+    print(*(f"no reason given: {place}" for place in unexplained), sep="\n")
+    print(*(f"reason not needed: {pattern}" for pattern in unused), f"written to {PAGE}", sep="\n")
     totals = [float(line.split("|")[3].strip(" %")) for line in lines[2 : 2 + len(PACKAGES)]]
     return min(totals) >= LEAST and not unexplained
 

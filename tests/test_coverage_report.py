@@ -1,5 +1,7 @@
 """The coverage report. (The measurement itself takes hours and is not part of CI.)"""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,8 @@ def page(tmp_path, monkeypatch):
     page = tmp_path / "coverage.md"
     page.write_text(f"before\n{coverage_report.MARKS[0]}\nold\n{coverage_report.MARKS[1]}\nafter\n")
     monkeypatch.setattr(coverage_report, "PAGE", page)
+    monkeypatch.setattr(coverage_report, "DATA", tmp_path)
+    (tmp_path / "measured").write_text("`pytest -m mpi`\n`pytest -m 'not slow'`\n`pytest -m mpi`\n")
     monkeypatch.setattr(coverage_report, "RESULT", tmp_path / "coverage.json")
     return page
 
@@ -53,9 +57,11 @@ def test_missing_lines_are_grouped_by_function(report):
 
 
 def test_the_page_lists_packages_files_and_reasons(report, page, monkeypatch, capsys):
-    monkeypatch.setattr(coverage_report, "REASONS", ((r"tinygrad2/a\.py: C", "a reason"),))
+    reasons = (r"tinygrad2/a\.py: C", "a reason"), (r"tinygrad2/a\.py: covered$", "another")
+    monkeypatch.setattr(coverage_report, "REASONS", reasons)
     assert not coverage_report.write(report)  # gpt2/ is below 90 %, and h has no reason
     text = page.read_text()
+    assert ", with `pytest -m mpi`, `pytest -m 'not slow'`.\n" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
@@ -63,7 +69,33 @@ def test_the_page_lists_packages_files_and_reasons(report, page, monkeypatch, ca
     assert "| `gpt2/` | 10 | 50.0 % |\n| `gpt2/b.py` | 10 | 50.0 % |" in text  # the file is below 90 % too
     assert "| `tinygrad2/a.py: C.g` | 5 | a reason |" in text
     assert "| 2 functions | 3 | fewer than 5 lines each" in text
-    assert "no reason given: gpt2/b.py: h\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no reason given: gpt2/b.py: h\n" in said
+    assert r"reason not needed: tinygrad2/a\.py: covered$" in said.splitlines()
+
+
+def functions_of(node, prefix=""):
+    """The names of the functions in a syntax tree, as coverage writes them."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        if isinstance(child, ast.FunctionDef):
+            yield f"{prefix}{child.name}"
+        yield from functions_of(child, f"{prefix}{child.name}." if named else prefix)
+
+
+def test_reasons_are_of_functions_that_exist():
+    files = [file for package in coverage_report.PACKAGES for file in (ROOT / package).rglob("*.py")]
+    places = {
+        f"{file.relative_to(ROOT).as_posix()}: {name}"
+        for file in files
+        for name in functions_of(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert "tinygrad2/backend.py: Cuda.limits" in places
+    for pattern, reason in coverage_report.REASONS:
+        assert pattern.endswith("$"), f"{pattern}: matches names that begin with it, too"
+        found = sorted(place for place in places if re.match(pattern, place))
+        assert len(found) == pattern.count("|") + 1, f"{pattern}: found {found}"
+        assert all(coverage_report.reason_of(place, [*range(coverage_report.FEW)]) == reason for place in found)
 
 
 def test_a_report_passes_if_coverage_is_high_and_gaps_are_explained(report, page, monkeypatch):
