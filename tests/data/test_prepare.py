@@ -674,7 +674,7 @@ BAD = [  # files by name, arguments, part of the error message
     (
         {"a.txt": b"\xe9", "b.txt": b"b"},
         ["a.txt", "b.txt", "--encoding", "utf-32"],
-        "byte 0 is not UTF-32 (0xe9); name an",
+        "byte 0 is not UTF-32 (0xe9); specify an",
     ),
     ({"a.txt": b"a"}, ["a.txt", "--encoding", "latin-0"], "--encoding latin-0: unknown; expected a name that Python"),
     ({"a.txt": b"a"}, ["a.txt", "--encoding", "base64"], "--encoding base64: unknown; expected a name that Python"),
