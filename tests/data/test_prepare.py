@@ -858,7 +858,7 @@ def test_a_vocabulary_of_characters_separates_nothing_and_has_no_special_tokens(
     with pytest.raises(ValueError, match=r"--special-tokens: the tokenizer .* has no special tokens"):
         make([tmp_path / "a.txt"], tmp_path / "b", tmp_path / "meta.pkl", special_tokens=True)
     (tmp_path / "b.txt").write_text("abd")
-    with pytest.raises(ValueError, match="the vocabulary of 4 characters has no 'd'"):
+    with pytest.raises(ValueError, match="'d' is not in the vocabulary of 4 characters"):
         make([tmp_path / "b.txt"], tmp_path / "b", tmp_path / "meta.pkl")
 
 
