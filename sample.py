@@ -3,7 +3,7 @@
 The prompt is an argument, a file, stdin, or typed line by line (-i). Without --checkpoint, the model is the one in
 checkpoint/, or else the newest checkpoint in out/, or else an untrained model. If the text becomes longer than the
 model's context, the first half of the context is dropped and the rest is processed again. A sample ends at the model's
-end-of-text token, even if that is its first token; if it has no visible text, a line on stderr says so.
+end-of-text token, even if that is its first token. If a sample has no visible text, a line on stderr reports it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinygrad2.backend import get_backend, silence_compile_notice
 
 MODELS = (
     "a model folder, a file (.safetensors, .pt, PyTorch's or llm.c's .bin), the out-dir of a run, or gpt2, "
-    "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded [default: checkpoint/, then out/]"
+    "gpt2-medium, gpt2-large or gpt2-xl (downloaded if needed) [default: checkpoint/, then out/]"
 )
 
 
@@ -39,18 +39,18 @@ def command_line() -> Parser:
         "-p",
         "--prompt",
         metavar="TEXT",
-        help="text to continue, - for stdin [default: none; the model begins a new text]",
+        help="text to continue, or - for stdin [default: none; the model begins a new text]",
     )
     group.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="continue the text in a UTF-8 file, - for stdin; a final newline is removed [default: none]",
+        help="UTF-8 file with the text to continue, or - for stdin; a final newline is removed [default: none]",
     )
     group.add_argument(
         "-i",
         "--interactive",
         action="store_true",
-        help="continue each line that you type, until Ctrl-D; Ctrl-C ends the text that is being printed",
+        help="continue each line that you type, until Ctrl-D; Ctrl-C stops the current text",
     )
     group.add_argument("-m", "--max-tokens", type=int, default=200, metavar="N", help="maximum number of new tokens")
     group.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="number of continuations")
@@ -58,7 +58,7 @@ def command_line() -> Parser:
         "--stop",
         action="append",
         metavar="TEXT",
-        help="stop before this text; may be given several times [default: none]",
+        help="stop before this text; may be repeated [default: none]",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -71,7 +71,7 @@ def command_line() -> Parser:
         "--top-p",
         type=float,
         metavar="P",
-        help="sample only from the most probable tokens whose probabilities add up to P [default: all]",
+        help="sample only from the most probable tokens whose probabilities sum to P [default: all]",
     )
     group.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed: the same seed gives the same text"
@@ -85,7 +85,7 @@ def command_line() -> Parser:
 
 
 def instead_of(argument: str) -> str:
-    """Advice for a positional argument: it is a text file, a model, or a prompt."""
+    """Advice for a positional argument, which may be a text file, a model, or a prompt."""
     path = Path(argument)
     flag = "--prompt-file" if path.suffix in (".txt", ".md") else "--checkpoint"
     return f"; use {flag if path.exists() else '-p'} {console.quoted(argument)}"
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.checkpoint == "":
         parser.error("--checkpoint is empty; expected a model")
     if "" in options.stop:
-        parser.error("--stop is empty; expected some text")
+        parser.error("--stop is empty; expected a text")
     try:
         check_sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_prompt(options: argparse.Namespace) -> str:
-    """The prompt: the argument, or the text of a file or stdin. Raises ValueError if it is not UTF-8."""
+    """The prompt: the option's value, or the text of a file or stdin. Raises ValueError if it is not UTF-8."""
     file = "-" if options.prompt == "-" else options.prompt_file
     if file is None:
         return (options.prompt or "").removeprefix("\ufeff")
@@ -139,19 +139,19 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def sample(options: argparse.Namespace) -> int:
-    """Print the samples for the prompt in the options; with --interactive, also for each line that is typed."""
+    """Print the samples for the prompt in the options. With --interactive, also print samples for each typed line."""
     model, tokenizer = load_model(options)
     decode.set_decode(model, options.decode)
     if options.prompt or not options.interactive:
         print_samples(model, tokenizer, options)
     if options.interactive:
-        print_error("type a prompt and Enter; an empty line begins a new text, Ctrl-D ends")
+        print_error("type a prompt and press Enter; an empty line begins a new text, Ctrl-D exits")
     while options.interactive:
         try:
             options.prompt = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             break
-        options.seed = (options.seed + 1) % 2**64  # another text for the same prompt
+        options.seed = (options.seed + 1) % 2**64  # so that the same prompt gives another text
         try:
             print_samples(model, tokenizer, options)
         except KeyboardInterrupt:
@@ -176,9 +176,9 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
         top_p=options.top_p,
         seed=options.seed,
     )
-    # The first two tokens call all kernels, so the message that they are being compiled comes before the text.
+    # The first two tokens call all kernels, so the notice about compiling them is printed before the text.
     pieces = chain(list(islice(pieces, options.samples + 1)), pieces)
-    silence_compile_notice()  # a long text may need more kernels
+    silence_compile_notice()  # a long text may need to compile more kernels
     continuations = [""] * options.samples
 
     def print_heading(i: int) -> None:
@@ -186,7 +186,7 @@ def print_samples(model: GPT2, tokenizer: Tokenizer, options: argparse.Namespace
             print(f"--- sample {i + 1} of {options.samples} ---")
 
     print_heading(0)
-    with TextPrinter() as printer:  # the first sample is printed while it is generated, the rest of the batch later
+    with TextPrinter() as printer:  # the first sample is printed while it is generated; the others follow
         printer.write(options.prompt)
         for i, piece in pieces:
             continuations[i] += piece
@@ -218,7 +218,7 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
 
 
 def report_empty(i: int, continuations: Sequence[str], options: argparse.Namespace) -> None:
-    """Say so if sample i has no visible text after the prompt."""
+    """Print a line if sample i has no visible text after the prompt."""
     if options.max_tokens and not continuations[i].strip():
         sys.stdout.flush()
         name = f"sample {i + 1}" if options.samples > 1 else "the sample"
@@ -226,14 +226,14 @@ def report_empty(i: int, continuations: Sequence[str], options: argparse.Namespa
 
 
 def check_memory(model: GPT2, samples: int, prompt: int, new: int) -> None:
-    """Raise MemoryError, before anything is allocated, if these samples need more memory than is free."""
+    """Raise MemoryError before anything is allocated if these samples need more memory than is free."""
     itemsize = model.precision.activation_bytes
     need = model.config.memory_to_generate(samples, prompt, new, itemsize)
     free, total = model.backend.memory() or machine.memory() or (math.inf, math.inf)
     if sum(need.values()) <= free:
         return
     parts = " + ".join(f"{value / 1e9:,.2f} {name}" for name, value in need.items())
-    fitting = int(samples * 0.9 * free / sum(need.values()))  # a tenth is left for temporary arrays
+    fitting = int(samples * 0.9 * free / sum(need.values()))  # leaves a tenth for temporary arrays
     raise MemoryError(
         f"out of memory: {samples:,} samples of {min(prompt + new, model.config.n_positions):,} tokens need {parts} = "
         f"{sum(need.values()) / 1e9:,.2f} GB; {free / 1e9:,.2f} of {total / 1e9:,.2f} GB are free; "

@@ -1,6 +1,6 @@
-"""The wheel contains train.py, sample.py and data/prepare.py as gpt2.train, gpt2.sample and gpt2.prepare.
+"""Adds train.py, sample.py and data/prepare.py to the wheel, as gpt2.train, gpt2.sample and gpt2.prepare.
 
-In the repository they are scripts. Everything else about the package is in pyproject.toml.
+In the repository they are scripts. The other settings of the package are in pyproject.toml.
 """
 
 from pathlib import Path

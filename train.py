@@ -1,4 +1,4 @@
-"""Train GPT-2. Without options, train the nano model on the documentation that ships with Python.
+"""Train GPT-2. Without options, train the nano model on the documentation included with Python.
 
 A run resumes from the newest checkpoint in its out-dir, if there is one. Ctrl-C finishes the micro-step and saves.
 """
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps that are not finite are skipped
 def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> int:
-    """Set up a new or resumed run from the given options, and train."""
+    """Set up a new or resumed run with the given options, and train."""
     fresh = given.pop("fresh", False)
     saved = None if fresh else folder.resume(display.say)
     options, config, run_options = setup.resumed_run(given, saved) if saved else setup.new_run(given)
@@ -80,18 +80,18 @@ def train(folder: RunFolder, given: OptionValues, comm: Comm, command: str) -> i
 def training_loop(
     trainer: Trainer, tasks: Questions, run_options: RunOptions, stop: StopRequest, page: report.Writer, watch: Watch
 ) -> Path | None:
-    """Train until the last step, or until a stop is requested on a rank. Returns the last checkpoint written."""
+    """Train until the last step, or until a rank is requested to stop. Returns the last checkpoint written, or None."""
     options, progress, folder, comm = trainer.options, trainer.progress, trainer.folder, trainer.comm
     written, lines = None, display.StepLines(trainer)
     trainer.restart_clock()
     while progress.step < options.max_iters and not trainer.stopping:
         with setup.explain_memory(trainer.model.config, options, comm.size), watch.step():
-            # Forward, loss and backward of each micro-step; all-reduce of the gradients; the learning rate of this
-            # step; clipping; the optimizer's update; zero_grad.
-            made = trainer.step(lambda: stop.requested)
+            # Forward, loss and backward of each micro-step; all-reduce of the gradients; learning rate of the step;
+            # gradient clipping; the optimizer's update; zero_grad.
+            completed = trainer.step(lambda: stop.requested)
         step = progress.step
         last = step == options.max_iters
-        evaluating = made and (last or every(options.eval_interval, step))
+        evaluating = completed and (last or every(options.eval_interval, step))
         saving = last or trainer.stopping or every(options.save_interval, step)
 
         for row in trainer.finished_steps(wait=evaluating or saving):
@@ -122,15 +122,15 @@ def training_loop(
 
 
 def every(interval: int, step: int) -> bool:
-    """Whether an action that is due every `interval` steps (0 for never) is due after this step."""
+    """Whether an action with this interval in steps (0 for never) is due after `step`."""
     return interval > 0 and step % interval == 0
 
 
 def prepare_pydoc() -> None:
-    """Prepare the default data set, if it does not exist yet."""
+    """Prepare the default data set if it does not exist."""
     folder = Path("data/pydoc")
     if not folder.exists():
-        display.say(f"no data set yet: preparing {folder} from the documentation of this Python")
+        display.say(f"no data set yet: preparing {folder} from Python's documentation")
         prepare(["pydoc"], "bytes", folder)
 
 

@@ -1,4 +1,4 @@
-"""Sphinx: the pages of this folder, and a reference of the public names from their docstrings.
+"""Sphinx configuration: the pages in this folder, and a reference of the public names from their docstrings.
 
 pip install -e ".[docs]" && sphinx-build -W docs build/docs
 """
@@ -22,11 +22,11 @@ author = "the authors of tinygrad2"
 version = release = tinygrad2.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "myst_parser"]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
-exclude_patterns = ["README.md"]  # index.rst takes its place
+exclude_patterns = ["README.md"]  # replaced by index.rst
 html_theme = "furo"
 html_title = f"tinygrad2 {release}"
 html_copy_source = False
-myst_heading_anchors = 4  # the fragments that GitHub gives headings
+myst_heading_anchors = 4  # generate the same anchors as GitHub
 myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]
 smartquotes = False
@@ -39,8 +39,8 @@ autodoc_type_aliases = {name: name for name in ("ArrayLike", "DTypeLike", "Preci
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
-ARGUMENT = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*) {2,}(\S.*)")  # a docstring line of the form "name  what it is"
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")  # a link that leaves its folder
+ARGUMENT = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*) {2,}(\S.*)")  # a docstring line of the form "name  description"
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")  # a link to a file outside its folder
 
 
 def escaped(text: str) -> str:
@@ -54,11 +54,11 @@ def escaped(text: str) -> str:
 def restructured(lines: list[str]) -> list[str]:
     """Convert a plain-text docstring to reStructuredText.
 
-    Lines "name  what it is", with indented continuations, become a definition list; other indented lines, which are
-    formulas and tables, become literal blocks; examples stay as they are.
+    Lines of the form "name  description", with indented continuation lines, become a definition list. Other indented
+    lines, which are formulas and tables, become literal blocks. Examples are unchanged.
     """
     found: list[str] = []
-    kind = ""  # of the line before
+    kind = ""  # the kind of the previous line
     for line in lines:
         argument = ARGUMENT.match(line)
         if not line:
@@ -85,10 +85,10 @@ def process_docstring(app: Any, what: str, name: str, value: Any, options: Any, 
 def process_signature(
     app: Any, what: str, name: str, value: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """Signatures as a reader needs them.
+    """Make signatures readable.
 
-    The arguments of a class are those of __init__, not of its metaclass. A method that is also a
-    function takes x, not self. The methods' type variable T is shown as Tensor.
+    The arguments of a class are those of __init__ instead of its metaclass. A method that is also a function takes x
+    instead of self. The type variable T of the methods is shown as Tensor.
     """
     if what == "class" and signature and signature.startswith("(*args"):
         arguments = inspect.signature(value.__init__, bound_method=True, type_aliases=autodoc_type_aliases)
@@ -101,7 +101,7 @@ def process_signature(
 
 
 def drop_links(folder: Path, text: str) -> str:
-    """Replace a page's links to files outside this folder by the names of these files."""
+    """Replace a page's links to files outside this folder with the names of these files."""
 
     def name(link: re.Match[str]) -> str:
         file = (folder / link[2]).resolve()

@@ -1,4 +1,4 @@
-"""Shared by the scripts that draw the figures of these pages: SVG files that follow the reader's color scheme.
+"""Helpers for the scripts that draw the figures of these pages: SVG files that follow the reader's color scheme.
 
 The scripts need matplotlib (`pip install -e ".[examples]"`).
 """

@@ -1,9 +1,9 @@
-"""The pictures of these pages, as SVG files next to this one, from the results in tests/benchmarks/results/.
+"""Draws the pictures of these pages, as SVG files in this folder, from the results in tests/benchmarks/results/.
 
-    python docs/pictures.py                  # all
-    python docs/pictures.py speed op         # these
+    python docs/pictures.py                  # all pictures
+    python docs/pictures.py speed op         # only these
 
-They need matplotlib (`pip install -e ".[examples]"`) and follow the reader's colour scheme, light or dark.
+Needs matplotlib (`pip install -e ".[examples]"`). The pictures follow the reader's light or dark colour scheme.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OUT = DOCS
 
 
 def curves(preset: str) -> None:
-    """The result of tests/benchmarks/curves.py: the curves, and below them their distances, averaged over steps."""
+    """The results of tests/benchmarks/curves.py: the curves, and below them their differences, averaged over steps."""
     (*_, record) = kept.records("curves-" + preset)
     window = max(1, record["steps"] // 100)
 
@@ -83,7 +83,7 @@ def short(processor: str) -> str:
 
 
 def rooms(name: str) -> None:
-    """What the packages consist of, from the bottom up."""
+    """The parts of the packages, from the bottom up."""
     figure, axes = canvas(8, 5.2, 16, 10.4)
     rows = (
         (
@@ -110,7 +110,7 @@ def rooms(name: str) -> None:
 
 
 def op(name: str) -> None:
-    """An operation: its forward pass records a node, its backward pass consumes it."""
+    """An operation: the forward pass records a node, and the backward pass uses it."""
     figure, axes = canvas(8, 3.7, 16, 7.4)
     for x, y, width, text in (
         (2.2, 5.6, 3.6, "ops.layernorm\n(x, weight, bias)"),
@@ -138,7 +138,7 @@ def op(name: str) -> None:
 
 
 def ranks(name: str) -> None:
-    """When the gradients of each layer are summed over the ranks."""
+    """A timeline of the all-reduce of each layer's gradients."""
     figure, axes = canvas(8, 2.9, 16, 5.8)
     axes.text(0, 4.6, "each rank", va="center")
     axes.text(0, 2.9, "the network", va="center")

@@ -1,12 +1,12 @@
-"""Take the screenshots for the documentation: `python docs/screenshot.py PAGE` (of gpt2.report, inspect or serve).
+"""Take the screenshots for the documentation: `python docs/screenshot.py PAGE` (of report, inspect or serve).
 
 Report (out/report.html, after `python train.py`): docs/report.png and, in dark colours, docs/report-dark.png. They show
 the loss, and below it the first, middle and last sample, from left to right.
 Inspector (after `python -m gpt2.inspect -p "Return the list of lines"`): docs/inspect.png shows the surprise of each
 token, what was expected, and the attention of one head. The rest of the page is hidden.
-gpt2.serve (its address, while `python -m gpt2.serve` runs): docs/serve.png shows a text with the alternatives of one
+gpt2.serve (the URL, while `python -m gpt2.serve` is running): docs/serve.png shows a text with the alternatives of a
 token, and the inspector next to it.
-Requires the extra [browser] and Chromium: the system's, or `playwright install chromium`.
+Requires the extra [browser] and Chromium (the system's, or from `playwright install chromium`).
 """
 
 import shutil
@@ -41,14 +41,14 @@ ARRANGE_INSPECTOR = """() => {
 
 
 def play(page: Page) -> None:
-    """Generate a text and choose a token of it."""
+    """Generate a text, and select one of its tokens."""
     page.get_by_label("Prompt").fill("Return the list of")
     page.get_by_label("Length").fill("120")
     page.get_by_role("button", name="Generate").click()
     page.wait_for_selector(".inspector", timeout=120_000)
     page.wait_for_selector('[data-play="waiting"]', state="hidden")
     page.locator(".piece").nth(5).click()
-    page.evaluate("document.querySelector('[data-play=count]').remove()")  # the speed of this machine
+    page.evaluate("document.querySelector('[data-play=count]').remove()")  # it shows the speed of this machine
     page.evaluate("document.querySelector('.play').scrollTop = 0")
     page.wait_for_timeout(500)  # the inspector fades in
 

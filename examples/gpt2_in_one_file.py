@@ -6,13 +6,14 @@
 
 Read it from top to bottom:
 
-    1. The tape         what a gradient is, and how a program computes it, from the end to the beginning
-    2. The operations   eight of them, each with its formula and the derivation of its backward pass
-    3. The model        GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), no dropout
-    4. The optimizer    AdamW, gradient clipping, and the learning rate of each step
-    5. The files        config.json and model.safetensors, which Hugging Face's transformers reads and writes too
-    6. Training         on the bytes of a file
-    7. Sampling         new text, token by token
+    1. The tape         what a gradient is, and how a program computes it by running backwards
+    2. The operations   eight operations, each with its formula and the derivation of its backward pass
+    3. The model        GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), without
+                        dropout
+    4. The optimizer    AdamW, gradient clipping, and the learning-rate schedule
+    5. The files        config.json and model.safetensors, as in Hugging Face's transformers
+    6. Training         training on the bytes of a file
+    7. Sampling         generating text token by token
     8. The command line
 
 Comments give the shapes: B sequences of T tokens, C channels, H heads of D = C / H channels, V token ids.
@@ -37,26 +38,26 @@ import numpy as np
 
 Array = np.ndarray
 Rng = np.random.Generator
-END_OF_TEXT = 256  # the token id after the ids of the 256 bytes
+END_OF_TEXT = 256  # the id that follows the ids of the 256 bytes
 
 # 1. The tape ----------------------------------------------------------------------------------------------------------
 #
-# Training minimizes a loss L, a single number computed from millions of parameters. The gradient of L with respect to
-# an array x has the shape of x. This file calls it dx:
+# Training minimizes a loss L, which is a single number computed from millions of parameters. The gradient of L with
+# respect to an array x has the shape of x. In this file, it is called dx:
 #
 #     dx[i] = ∂L/∂x[i]        how much L increases per unit of x[i], while everything else is unchanged
 #
-# One could measure it: change x[i] by a small h and compute L again, once for every parameter. The chain rule gives all
-# of dx in a single backward pass. If y = f(x), and L depends on x only through y,
+# One could measure it by changing x[i] by a small h and computing L again, once for every parameter. The chain rule
+# gives all of dx in a single backward pass. If y = f(x), and L depends on x only through y, then
 #
 #     dx[i] = sum_j dy[j] ∂y[j]/∂x[i]
 #
-# so an operation f only has to turn dy, the gradient of its result, into dx, the gradient of its input. That is its
-# backward pass; section 2 derives one for each operation. If x is used several times, each use contributes a dx, and
-# the contributions are added.
+# so an operation f only has to compute dx, the gradient of its input, from dy, the gradient of its result. This is its
+# backward pass; section 2 derives it for each operation. If x is used several times, each use contributes a dx, and the
+# contributions are added.
 #
-# The tape is the record of what was computed from what: each result keeps its inputs and its backward pass. Running the
-# backward passes from the loss back to the parameters is called backpropagation.
+# The tape is the record of the computation: each result stores its inputs and its backward pass. Running the backward
+# passes from the loss to the parameters is called backpropagation.
 
 Backward = Callable[[Array], tuple[Array, ...]]
 _numbers = itertools.count()
@@ -67,8 +68,8 @@ class Tensor:
 
     data      the values.
     grad      the gradient of the loss with respect to `data`, once `backward` has run.
-    parents   the tensors that it was computed from; none for a parameter.
-    function  its backward pass, which takes dy and returns one gradient per parent.
+    parents   the tensors from which it was computed; empty for a parameter.
+    function  the backward pass, which takes dy and returns one gradient per parent.
 
     >>> x = Tensor(3.0)
     >>> loss = x + x + x
@@ -90,12 +91,12 @@ class Tensor:
         return matmul(self, other)
 
     def backward(self) -> None:
-        """Compute the gradients of this tensor, a loss with one element, with respect to everything it depends on.
+        """Compute the gradients of this tensor, a loss with one element, with respect to all tensors it depends on.
 
         The gradients of parameters are added to `grad`. Those of intermediate results are freed, and so is the tape.
         """
         if self.function is None or self.data.size != 1:
-            raise ValueError(f"backward: expected one element, computed from others; the shape is {self.data.shape}")
+            raise ValueError(f"backward: expected a computed tensor with one element; the shape is {self.data.shape}")
         found: dict[int, Tensor] = {}
         stack = [self]
         while stack:
@@ -104,8 +105,8 @@ class Tensor:
                 found[tensor.number] = tensor
                 stack += tensor.parents
         self.grad = np.ones_like(self.data)  # dL / dL
-        # From the last number to the first: when a tensor is visited, all tensors computed from it have been visited,
-        # and its gradient is complete.
+        # Visit the tensors in descending order of their numbers. When a tensor is visited, all tensors computed from it
+        # have been visited, so its gradient is complete.
         for number in sorted(found, reverse=True):
             tensor = found.pop(number)
             if tensor.function is not None:
@@ -120,13 +121,13 @@ def freed(dy: Array) -> tuple[Array, ...]:
 
 # 2. The operations ----------------------------------------------------------------------------------------------------
 #
-# Each operation computes y and defines `backward`, which can use the results of the forward pass and turns dy into the
-# gradients of the inputs. The derivations write out one element and then give the matrix form.
+# Each operation computes y and defines `backward`, which computes the gradients of the inputs from dy and can use the
+# results of the forward pass. The derivations consider one element first, and then give the matrix form.
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """y = a + b. If b has fewer axes than a, it is added to every row, like a bias."""
-    # y[n,i] = a[n,i] + b[i]. Its derivatives are 1, so da = dy. b[i] is used in every row n, so db[i] = sum_n dy[n,i].
+    # y[n,i] = a[n,i] + b[i]. The derivatives are 1, so da = dy. b[i] is used in every row n, so db[i] = sum_n dy[n,i].
     axes = tuple(range(a.data.ndim - b.data.ndim))
     if a.data.shape[len(axes) :] != b.data.shape:
         raise ValueError(f"add: shapes {a.data.shape} and {b.data.shape}; expected equal shapes, or the last axes of a")
@@ -135,8 +136,8 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
     """y = x w, the product with a matrix: (..., I) (I, O) -> (..., O)."""
-    # y[n,o] = sum_i x[n,i] w[i,o].  x[n,i] is in every y[n,o], with the factor w[i,o]:  dx[n,i] = sum_o dy[n,o] w[i,o].
-    # w[i,o] is in y[n,o] of every row n, with the factor x[n,i]:  dw[i,o] = sum_n x[n,i] dy[n,o].
+    # y[n,o] = sum_i x[n,i] w[i,o]. Every y[n,o] contains x[n,i] with the factor w[i,o]: dx[n,i] = sum_o dy[n,o] w[i,o].
+    # The y[n,o] of every row n contains w[i,o] with the factor x[n,i]: dw[i,o] = sum_n x[n,i] dy[n,o].
     # As matrices: dx = dy w^T and dw = x^T dy.
     rows = x.data.reshape(-1, x.data.shape[-1])  # one product of large matrices is faster than B smaller ones
 
@@ -148,7 +149,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 
 
 def transpose(x: Tensor) -> Tensor:
-    """y = x^T, of a matrix."""
+    """y = x^T, for a matrix x."""
     # y[i,j] = x[j,i], so dx[j,i] = dy[i,j].
     return Tensor(x.data.T, (x,), lambda dy: (dy.T,))
 
@@ -175,7 +176,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     #     ∂xhat[j]/∂x[i] = ((1 if i = j else 0) - 1 / C - xhat[i] xhat[j] / C) / std
     # and with dxhat = dy weight, the sum over j of dxhat[j] times this is
     #     dx[i] = (dxhat[i] - mean of dxhat - xhat[i] * mean of (dxhat xhat)) / std.
-    # Two components of the gradient are removed: those that would only shift x, or only scale it.
+    # The two components of the gradient that would only shift x, or only scale it, are removed.
     centered = x.data - x.data.mean(axis=-1, keepdims=True)
     std = np.sqrt((centered**2).mean(axis=-1, keepdims=True) + eps)
     xhat = centered / std
@@ -191,9 +192,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """y = x (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3): near 0 for x << 0, near x for x >> 0.
+    """y = x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3): near 0 for x << 0, and near x for x >> 0.
 
-    It approximates x times the normal distribution function. Source: Hendrycks and Gimpel, arXiv:1606.08415.
+    It approximates x times the cumulative normal distribution. Source: Hendrycks and Gimpel, arXiv:1606.08415.
     """
     # By the product rule, with t = tanh u and ∂t/∂x = (1 - t^2) ∂u/∂x:   dx = dy (1 + t + x (1 - t^2) ∂u/∂x) / 2.
     a = math.sqrt(2 / math.pi)
@@ -208,8 +209,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def softmax(x: Array) -> Array:
-    """p[i] = exp(x[i]) / sum_j exp(x[j]) along the last axis: turns any numbers into probabilities."""
-    e = np.exp(x - x.max(axis=-1, keepdims=True))  # a common shift cancels, and prevents overflow of exp
+    """p[i] = exp(x[i]) / sum_j exp(x[j]) along the last axis: converts any numbers to probabilities."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))  # a common shift cancels out, and prevents overflow of exp
     return e / e.sum(axis=-1, keepdims=True)
 
 
@@ -221,11 +222,11 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
         S = q k^T / sqrt(D), with -inf where s > t;  P = softmax(S);  out = P v.
     Source: Vaswani et al., arXiv:1706.03762, section 3.2.
     """
-    # out = P v and S = q k^T / sqrt(D) are products of matrices (see matmul):
+    # out = P v and S = q k^T / sqrt(D) are matrix products (see matmul):
     #     dP = dout v^T,  dv = P^T dout,  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D).
-    # Between them is the softmax of each row, with the derivative ∂P[j]/∂S[i] = P[j] ((1 if i = j else 0) - P[i]), so
+    # Between them is the softmax of each row. Its derivative is ∂P[j]/∂S[i] = P[j] ((1 if i = j else 0) - P[i]), so
     #     dS[i] = P[i] (dP[i] - sum_j dP[j] P[j]).
-    # Where S is -inf, P is 0 and so is dS: no gradient flows back from the future either.
+    # Where S is -inf, P and dS are 0, so no gradient flows between a position and later positions.
     B, T, C = qkv.data.shape[0], qkv.data.shape[1], qkv.data.shape[2] // 3
     D = C // n_head
     q, k, v = qkv.data.reshape(B, T, 3, n_head, D).transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -248,7 +249,7 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 
     In nats: 0 if every target is predicted with certainty, log V if all V tokens are equally probable.
     """
-    # -log p[t] = log(sum_j exp(x[j])) - x[t]. The first term has the derivative p[i], the second 1 where i = t:
+    # -log p[t] = log(sum_j exp(x[j])) - x[t]. The derivative of the first term is p[i], that of x[t] is 1 where i = t:
     #     dx[i] = dy (p[i] - (1 if i = t else 0)) / N, for the mean over N targets.
     x, t = logits.data.reshape(-1, logits.data.shape[-1]), targets.reshape(-1)
     n, top = np.arange(len(t)), x.max(axis=-1)
@@ -264,15 +265,15 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 
 # 3. The model ---------------------------------------------------------------------------------------------------------
 #
-# A language model reads tokens and predicts, at each position, which token comes next. GPT-2 represents a position by a
-# vector of C channels, which starts as the sum of a token embedding and a position embedding. Each layer adds to it
-# twice: the output of attention to earlier positions, and the output of the MLP for the vector itself. At the end, its
-# dot products with the embeddings of all tokens are the logits, which softmax turns into probabilities.
+# A language model reads tokens and predicts the next token at each position. GPT-2 represents a position by a vector
+# with C channels, which starts as the sum of a token embedding and a position embedding. Each layer adds two vectors to
+# it: the output of attention to earlier positions, and the output of the MLP for the vector itself. At the end, the dot
+# products of the vector with the embeddings of all tokens are the logits, which softmax converts to probabilities.
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, with their names in config.json. The defaults train in minutes on a laptop."""
+    """The sizes of a model, with their names in config.json. With the defaults, it trains in minutes on a laptop."""
 
     vocab_size: int = 257  # V
     n_positions: int = 64  # the context: the maximum T
@@ -293,7 +294,7 @@ class Config:
 
 
 class GPT2:
-    """The model: its sizes, and its parameters by name. It computes in the dtype of its parameters."""
+    """The model: its sizes, and its parameters by name. All computations use the dtype of the parameters."""
 
     def __init__(self, config: Config, arrays: dict[str, Array]):
         self.config = config
@@ -301,10 +302,10 @@ class GPT2:
 
     @staticmethod
     def random(config: Config, rng: Rng) -> GPT2:
-        """A new model to train: small random matrices, biases of 0, gains of 1."""
+        """A new model to train, with small random matrices, biases of 0, and gains of 1."""
         arrays = {}
         for name, shape in config.shapes():
-            # 2 n_layer matrices add to the vector; the smaller scale keeps its variance independent of n_layer.
+            # 2 n_layer matrices add to the vector. The smaller scale makes its variance independent of n_layer.
             std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
             ones_or_zeros = np.full(shape, float(name.endswith("weight")))
             arrays[name] = (ones_or_zeros if len(shape) == 1 else rng.normal(0, std, shape)).astype(np.float32)
@@ -343,13 +344,14 @@ class GPT2:
 
 
 class AdamW:
-    """Adam with decoupled weight decay: each parameter p, with gradient g, moves by about lr at step t = 1, 2, ...
+    """Adam with decoupled weight decay. A parameter p with gradient g changes by about lr at step t = 1, 2, ...
 
         m = b1 m + (1 - b1) g            a running mean of the gradient
         v = b2 v + (1 - b2) g^2          a running mean of its square
         p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
 
-    m and v start at 0; dividing by 1 - b^t corrects for that. Only matrices decay, not biases and gains.
+    m and v start at 0; the division by 1 - b^t corrects for this. Weight decay applies only to matrices, not to biases
+    and gains.
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
     """
 
@@ -359,9 +361,9 @@ class AdamW:
         self.v = {name: np.zeros_like(p.data) for name, p in parameters.items()}
 
     def step(self, lr: float, max_norm: float = 1.0) -> float:
-        """Update every parameter and clear its gradient. Returns the norm of the total gradient.
+        """Update every parameter and clear its gradient. Returns the global norm of the gradient.
 
-        max_norm  a gradient with a larger norm is scaled down to this norm, to limit the effect of an unusual batch.
+        max_norm  a larger gradient is scaled down to this norm, to limit the effect of an unusual batch.
         """
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
@@ -378,7 +380,7 @@ class AdamW:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up to `peak`, then cosine decay to peak / 10."""
+    """The learning rate of a step, counted from 0: linear warm-up to `peak`, followed by cosine decay to peak / 10."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -387,11 +389,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 # 5. The files ---------------------------------------------------------------------------------------------------------
 #
-# A model is a folder: config.json has the sizes, and model.safetensors the parameters, with Hugging Face's names.
+# A model is a folder: config.json contains the sizes, and model.safetensors the parameters, with Hugging Face's names.
 
 
 def read_safetensors(file: Path) -> dict[str, Array]:
-    """The arrays in a file: 8 bytes with the length of a JSON header, the header, then all values."""
+    """The arrays in a file. It contains 8 bytes with the length of a JSON header, the header, and all values."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     try:
@@ -411,13 +413,13 @@ def read_safetensors(file: Path) -> dict[str, Array]:
 
 
 def write_safetensors(file: Path, arrays: dict[str, Array]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     start = 0
     for name, array in arrays.items():
         header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, start + 4 * array.size]}
         start += 4 * array.size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # so that the values start at a multiple of 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
@@ -425,7 +427,7 @@ def write_safetensors(file: Path, arrays: dict[str, Array]) -> None:
 
 
 def load(folder: Path) -> GPT2:
-    """Load the model in a folder. Its tokens must be the bytes and an end-of-text token."""
+    """Load the model in a folder. Its vocabulary must consist of the bytes and an end-of-text token."""
     file = folder / "config.json"
     try:
         values = json.loads(file.read_bytes())
@@ -434,18 +436,18 @@ def load(folder: Path) -> GPT2:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: not valid JSON, or a size is missing: {error}") from None
     if not valid or values.get("activation_function") != "gelu_new":
-        raise ValueError(f"{file}: expected sizes above 0, n_embd a multiple of n_head, vocab_size 257, and gelu_new")
+        raise ValueError(f"{file}: expected positive sizes, n_embd a multiple of n_head, vocab_size 257, and gelu_new")
     file = folder / "model.safetensors"
     arrays = {name.removeprefix("transformer."): array for name, array in read_safetensors(file).items()}
     for name, shape in config.shapes():
         if name not in arrays or arrays[name].shape != shape:
             got = f"has shape {arrays[name].shape}" if name in arrays else "is missing"
-            raise ValueError(f"{file}: {name} {got}; expected shape {shape}, from config.json")
+            raise ValueError(f"{file}: {name} {got}; expected shape {shape}, according to config.json")
     return GPT2(config, arrays)
 
 
 def save(folder: Path, model: GPT2) -> None:
-    """Write the files that `load` and GPT2LMHeadModel.from_pretrained in transformers read."""
+    """Write the files that `load`, and GPT2LMHeadModel.from_pretrained in transformers, can read."""
     folder.mkdir(parents=True, exist_ok=True)
     constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     end, rates = ("bos_token_id", "eos_token_id"), ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -459,23 +461,23 @@ def save(folder: Path, model: GPT2) -> None:
 
 
 def batch(ids: Array, size: int, T: int, rng: Rng) -> tuple[Array, Array]:
-    """`size` random windows of T tokens, and the targets: the same windows, shifted by one token."""
+    """`size` random windows of T tokens, and their targets: the same windows shifted by one token."""
     starts = rng.integers(0, len(ids) - T, size)
     windows = ids[starts[:, None] + np.arange(T + 1)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
 def train_step(model: GPT2, optimizer: AdamW, ids: Array, targets: Array, lr: float) -> float:
-    """One step: forward, backward, update. Returns the loss before the update."""
+    """Run one step: forward, backward, update. Returns the loss before the update."""
     loss = model.loss(ids, targets)
     loss.backward()
     optimizer.step(lr)
     return float(loss.data)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite is an error below
+@np.errstate(over="ignore", invalid="ignore")  # a non-finite loss is reported as an error below
 def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng) -> None:
-    """Train on all ids except the last tenth, which is used to measure how well the model predicts unseen text."""
+    """Train on all ids except the last tenth, which measures how well the model predicts unseen text."""
     T, n = model.config.n_positions, len(ids) - len(ids) // 10
     if len(ids) // 10 <= T:
         raise ValueError(f"the text has {len(ids):,} bytes; expected at least {10 * (T + 1):,} for a context of {T}")
@@ -496,15 +498,15 @@ def train(model: GPT2, ids: Array, steps: int, size: int, peak: float, rng: Rng)
 
 
 def sample(model: GPT2, ids: Sequence[int], temperature: float, top_k: int | None, rng: Rng) -> Iterator[int]:
-    """Continue `ids` indefinitely: predict the next token, draw one, append it, repeat.
+    """Continue `ids` indefinitely: predict the next token, sample it, append it, and repeat.
 
-    temperature  divides the logits: below 1, probable tokens become more probable; 0 always selects the most probable.
-    top_k        draw only from the top_k most probable tokens; None means all.
+    temperature  divides the logits. Below 1, probable tokens become more probable; 0 always selects the most probable.
+    top_k        sample only from the top_k most probable tokens; None means all tokens.
     """
     ids = list(ids)
     while True:
-        window = np.array([ids[-model.config.n_positions :]])  # (1, T); the model's context limits the input
-        logits = model.logits(window).data[0, -1].astype(np.float64)  # (V,), for the token after the last
+        window = np.array([ids[-model.config.n_positions :]])  # (1, T), limited by the model's context
+        logits = model.logits(window).data[0, -1].astype(np.float64)  # (V,), for the next token
         if top_k is not None and top_k < len(logits):
             logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
         greedy = temperature == 0
@@ -519,7 +521,7 @@ TRAINED, OUT = Path(__file__).parents[1] / "checkpoint", Path("out-one-file")
 
 def run_train(options: argparse.Namespace) -> None:
     if options.steps < 1 or options.batch_size < 1 or not 0 < options.learning_rate < math.inf:
-        raise ValueError("expected --steps, --batch-size and --learning-rate above 0")
+        raise ValueError("expected positive values of --steps, --batch-size and --learning-rate")
     ids, rng = np.frombuffer(options.file.read_bytes(), np.uint8), np.random.default_rng(options.seed)
     model = load(options.init) if options.init else GPT2.random(Config(), rng)
     n = sum(p.data.size for p in model.parameters.values())
@@ -540,7 +542,7 @@ def run_sample(options: argparse.Namespace) -> None:
     print(text.decode(prompt), end="", flush=True)
     new = sample(model, [*prompt] or [END_OF_TEXT], options.temperature, options.top_k, rng)
     for i in itertools.takewhile(lambda i: i != END_OF_TEXT, itertools.islice(new, options.max_tokens)):
-        print(text.decode(bytes([i])), end="", flush=True)  # a character is printed once its last byte is known
+        print(text.decode(bytes([i])), end="", flush=True)  # a character is printed when its last byte is known
     print(text.decode(b"", final=True))
 
 
@@ -556,8 +558,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training.set_defaults(run=run_train)
     add = training.add_argument
     add("file", type=Path, metavar="FILE", help="any text")
-    add("--init", type=Path, metavar="MODEL", help="continue from this model folder [default: random weights]")
-    add("--out", type=Path, default=OUT, metavar="FOLDER", help="where to save the model [default: %(default)s]")
+    add("--init", type=Path, metavar="MODEL", help="start from the model in this folder [default: random weights]")
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="folder for the model [default: %(default)s]")
     add("--steps", type=int, default=1000, metavar="N", help="number of steps [default: %(default)s]")
     add("--batch-size", type=int, default=16, metavar="N", help="sequences per step [default: %(default)s]")
     add("--learning-rate", type=float, default=2e-3, metavar="X", help="peak learning rate [default: %(default)s]")

@@ -1,24 +1,25 @@
-"""A Llama-style model and GPT-2, trained by the same Trainer on the same batches.
+"""Trains a Llama-style model and GPT-2 with the same Trainer on the same batches.
 
     python examples/llama.py
 
-Four things differ from GPT-2 (Touvron et al., arXiv:2307.09288):
+The Llama-style model differs from GPT-2 in four ways (Touvron et al., arXiv:2307.09288):
 
-    RMSNorm            instead of LayerNorm: no mean is subtracted, and there is no bias (arXiv:1910.07467)
-    rotary embedding   queries and keys are rotated by angles proportional to their positions, so their dot products
-                       depend on relative positions; there is no position embedding (arXiv:2104.09864)
-    SwiGLU             silu(x W) * (x V), then a third matrix, instead of GELU between two matrices (arXiv:2002.05202)
-    grouped queries    several query heads share one key-value head, which makes the key-value cache smaller
-                       (grouped-query attention, arXiv:2305.13245)
+    RMSNorm                  replaces LayerNorm: no mean is subtracted, and there is no bias (arXiv:1910.07467)
+    rotary embedding         queries and keys are rotated by angles proportional to their positions, so their dot
+                             products depend on relative positions; there is no position embedding (arXiv:2104.09864)
+    SwiGLU                   silu(x W) * (x V), followed by a third matrix, replaces GELU between two matrices
+                             (arXiv:2002.05202)
+    grouped-query attention  several query heads share one key-value head, which makes the key-value cache smaller
+                             (arXiv:2305.13245)
 
 The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
-sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and see the same 400 batches
-of the documentation that ships with Python, at the same learning rates. After a minute or two, this prints
+sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and are trained on the same
+400 batches of the documentation included with Python, with the same learning rates. After a minute or two, this prints
 something like
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 
-and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 with Muon, to 1.52.
+and saves a plot of both losses as llama.png. `python train.py` trains the same GPT-2 with Muon to a loss of 1.52.
 """
 
 from __future__ import annotations
@@ -105,14 +106,17 @@ class Block(nn.Module):
         return x + self.down(self.gate(h).silu() * self.up(h))
 
     def attention(self, x: Tensor, past: tuple[Any, int] | None) -> Tensor:
-        """past: the layer's key-value cache, (2, B, K, capacity, D), and the number of positions in use."""
+        """Causal attention.
+
+        past  the layer's key-value cache, (2, B, K, capacity, D), and the number of positions in use.
+        """
         B, T, C = x.shape
         D, before = self.config.head_size, past[1] if past else 0
         q, k, v = (
             layer(x).reshape(B, T, -1, D).transpose(0, 2, 1, 3) for layer in (self.query, self.key, self.value)
-        )  # (B, H, T, D); keys and values have K heads
+        )  # (B, H, T, D); keys and values have K heads instead of H
         q, k = functional.rotary_embedding(q, before), functional.rotary_embedding(k, before)
-        if past:  # generation: add the new keys and values to those of the preceding tokens
+        if past:  # generation: append the new keys and values to the cache
             cache = past[0][:, :, :, : before + T]
             cache[0, :, :, before:], cache[1, :, :, before:] = k.data, v.data
             k, v = Tensor(cache[0]), Tensor(cache[1])
@@ -167,10 +171,11 @@ class Llama(nn.Module):
 
 
 def train(model: LanguageModel, data: Path, steps: int, scratch: Path) -> list[tuple[int, float, float]]:
-    """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss)."""
+    """Train with the project's Trainer. Returns (step, mean training loss since the last report, validation loss) for
+    each report."""
     splits = TokenDataset.open(data, "train"), TokenDataset.open(data, "val")
     # The options of train.py for GPT-2 nano with --optimizer adamw (batches of 8 sequences, a cosine schedule), except
-    # the number of steps and of evaluation batches.
+    # the numbers of steps and of evaluation batches.
     changes = {"optimizer": "adamw", "max_iters": steps, "warmup_iters": min(100, steps // 4), "eval_iters": 25}
     options = resolve_options(changes, GPT2Config.preset("nano"))
     folder = RunFolder(scratch)
@@ -230,7 +235,7 @@ def main() -> None:
         data = options.data or Path(scratch) / "pydoc"
         if options.data is None:
             prepare = [sys.executable, ROOT / "data/prepare.py", "pydoc", "--tokenizer", "bytes", "--out", data]
-            print("preparing the documentation that ships with Python", flush=True)
+            print("preparing the documentation included with Python", flush=True)
             subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
         models: dict[str, LanguageModel] = {"Llama": Llama(LlamaConfig()), "GPT-2": GPT2(GPT2Config.preset("nano"))}
         reports = {}

@@ -1,18 +1,18 @@
-"""A gated recurrent unit learns words from Python's documentation, letter by letter, and invents new ones.
+"""A gated recurrent unit learns words from Python's documentation, letter by letter, and invents new words.
 
     python examples/name_gru.py
 
-It learns from the words of 4 to 12 letters in pydoc's topics, which ship with Python: about 2,500 words. At each
-letter, the network predicts the next one from its state, a vector that it updates with every letter:
+It is trained on the words of 4 to 12 letters in pydoc's topics, which are included with Python: about 2,500 words. At
+each letter, the network predicts the next letter from its state, a vector that it updates with every letter:
 
-    z = sigmoid(x W_z + h U_z + b_z)             how much of the old state is kept
-    r = sigmoid(x W_r + h U_r + b_r)             how much of the old state enters the new content
+    z = sigmoid(x W_z + h U_z + b_z)             the fraction of the old state that is kept
+    r = sigmoid(x W_r + h U_r + b_r)             the fraction of the old state that enters the new content
     n = tanh(x W_n + r * (h U_n) + b_n)          the new content
     h = z * h + (1 - z) * n                      (Cho et al., arXiv:1406.1078, in PyTorch's form)
 
 Uniform probabilities have a loss of log 27 = 3.30 nats. After about half a minute, this prints something like
 
-    loss 1.33 on the words, 1.91 on words that it has not seen
+    loss 1.33 on the training words, 1.91 on unseen words
 
 and saves plots of the losses and of the letter embeddings, in which vowels are close together, as name_gru.png.
 """
@@ -28,14 +28,14 @@ import numpy as np
 
 from tinygrad2 import Tensor, functional, nn, no_grad, optim
 
-LETTERS = ".abcdefghijklmnopqrstuvwxyz"  # the dot begins and ends a word
+LETTERS = ".abcdefghijklmnopqrstuvwxyz"  # a dot marks the beginning and the end of a word
 V = len(LETTERS)
 LONGEST = 12
 PADDING = -1  # the target after the end of a word, which the loss ignores
 
 
 class GRU(nn.Module):
-    """Letter ids (B, T) -> logits (B, T, V) of each next letter."""
+    """Letter ids (B, T) -> logits (B, T, V) of the next letter at each position."""
 
     def __init__(self, width: int = 128):
         self.embedding = nn.Embedding(V, 32)
@@ -45,7 +45,8 @@ class GRU(nn.Module):
         self.width = width
 
     def update(self, x: Tensor, h: Tensor) -> Tensor:
-        """The state after one more letter: x (B, 3 C) is the letter's contribution to the sums, h (B, C) the state."""
+        """The state after the next letter. x (B, 3 C) is the letter's contribution to the sums, and h (B, C) is the
+        previous state."""
         C, u = self.width, self.of_state(h)
         z = (x[:, :C] + u[:, :C]).sigmoid()
         r = (x[:, C : 2 * C] + u[:, C : 2 * C]).sigmoid()
@@ -53,7 +54,7 @@ class GRU(nn.Module):
         return z * h + (1 - z) * n
 
     def __call__(self, ids: np.ndarray) -> Tensor:
-        x = self.of_input(self.embedding(ids))  # (B, T, 3 C), for all letters at once
+        x = self.of_input(self.embedding(ids))  # (B, T, 3 C), for all letters together
         h = Tensor(np.zeros((len(ids), self.width), dtype=np.float32))
         states = []
         for t in range(ids.shape[1]):
@@ -82,7 +83,7 @@ def encode(words: list[str]) -> np.ndarray:
 
 
 def train(model: GRU, words: np.ndarray, unseen: np.ndarray, steps: int) -> list[tuple[int, float, float]]:
-    """Returns (step, loss on the batches since the last report, loss on unseen words) for each report."""
+    """Train the model. Returns (step, loss on the batches since the last report, loss on unseen words) by report."""
     optimizer, rng, reports, losses = optim.AdamW(model, weight_decay=0.1), np.random.default_rng(0), [], []
     for step in range(1, steps + 1):
         optimizer.lr = optim.cosine(step - 1, lr=5e-3, min_lr=5e-4, warmup=50, decay_steps=steps)
@@ -105,7 +106,7 @@ def invent(model: GRU, count: int, rng: np.random.Generator) -> list[str]:
     while not ended.all() and ids.shape[1] <= LONGEST:
         with no_grad():
             logits = model(ids).numpy()[:, -1].astype(np.float64)  # (count, V); all letters are processed again
-        noise = rng.gumbel(size=logits.shape)  # the largest of logits + Gumbel noise is a draw from the softmax
+        noise = rng.gumbel(size=logits.shape)  # the argmax of logits + Gumbel noise is a sample from the softmax
         chosen = (logits + noise).argmax(axis=1)
         ended |= chosen == 0
         ids = np.concatenate([ids, np.where(ended, 0, chosen)[:, None]], axis=1)
@@ -113,7 +114,7 @@ def invent(model: GRU, count: int, rng: np.random.Generator) -> list[str]:
 
 
 def draw(model: GRU, reports: list[tuple[int, float, float]], file: Path) -> None:
-    """Save plots of the losses and of two principal components of the letter embeddings."""
+    """Save plots of the losses and of the first two principal components of the letter embeddings."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -153,12 +154,12 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(words))
     encoded = encode([words[i] for i in order])
     seen, unseen = encoded[:-300], encoded[-300:]
-    print(f"{len(seen):,} words to learn from, {len(unseen)} to test on; uniform probabilities: loss {np.log(V):.2f}")
+    print(f"{len(seen):,} training words, {len(unseen)} test words; loss of uniform probabilities: {np.log(V):.2f}")
     model = GRU()
     reports = train(model, seen, unseen, options.steps)
     new = [word for word in invent(model, 40, np.random.default_rng(1)) if word not in words]
     print(f"{len(new)} of 40 words are new: {', '.join(new)}")
-    print(f"loss {reports[-1][1]:.2f} on the words, {reports[-1][2]:.2f} on words that it has not seen")
+    print(f"loss {reports[-1][1]:.2f} on the training words, {reports[-1][2]:.2f} on unseen words")
     draw(model, reports, options.picture)
 
 

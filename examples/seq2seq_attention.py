@@ -6,11 +6,12 @@ The input is a command and eight digits; the output is the same digits, reversed
 
     R 3 1 4 1 5 9 2 6  ->  6 2 9 5 1 4 1 3            S 3 1 4 1 5 9 2 6  ->  1 1 2 3 4 5 6 9
 
-This is the Transformer of Vaswani et al. (arXiv:1706.03762), with one layer on each side. The encoder reads the input;
-each position attends to all others. The decoder writes the output, one digit at a time. In its cross-attention, the
-queries come from the output positions, and the keys and values from the input positions: the weights show which inputs
-each output was computed from. There are 10^8 inputs per command, and every batch is new, so the network learns the
-tasks and cannot memorize the answers. After about half a minute, this prints something like
+This is the Transformer of Vaswani et al. (arXiv:1706.03762), with one layer each in the encoder and the decoder. The
+encoder reads the input; each position attends to all positions. The decoder writes the output, one digit at a time. In
+its cross-attention, the queries come from the output positions, and the keys and values from the input positions, so
+the weights show from which inputs each output was computed. There are 10^8 inputs per command, and every batch is new,
+so the network cannot memorize the answers and has to learn the tasks. After about half a minute, this prints something
+like
 
     correct: 100.0% of 500 new inputs reversed, 99.8% sorted
 
@@ -35,16 +36,17 @@ C, H = 64, 4  # channels, and attention heads
 
 
 class Attention(nn.Module):
-    """Each position of x attends to the positions of `source`: x (B, T, C), source (B, S, C) -> (B, T, C)."""
+    """Multi-head attention from each position of x to the positions of `source`: x (B, T, C), source (B, S, C) ->
+    (B, T, C)."""
 
     def __init__(self) -> None:
         self.query, self.key, self.value, self.output = (nn.Linear(C, C) for _ in range(4))
-        self.weights = np.empty(0)  # the weights in the last call, for the plot: (B, H, T, S)
+        self.weights = np.empty(0)  # the weights of the last call, (B, H, T, S), for the plot
 
     def __call__(self, x: Tensor, source: Tensor, causal: bool = False) -> Tensor:
         q, k, v = split_heads(self.query(x)), split_heads(self.key(source)), split_heads(self.value(source))
         scores = q @ k.transpose(0, 1, 3, 2) * (1 / math.sqrt(C / H))  # (B, H, T, S)
-        if causal:  # position t must not see t + 1, ..., which it has to predict
+        if causal:  # position t must not see the later positions, which it has to predict
             scores = scores.masked_fill(np.triu(np.ones(scores.shape[-2:], dtype=bool), 1), -np.inf)
         weights = ops.softmax(scores)
         self.weights = weights.numpy()
@@ -93,7 +95,8 @@ class Transformer(nn.Module):
 
 
 def make_batch(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (count, 1 + DIGITS), the first half with the command to reverse, and correct outputs (count, DIGITS)."""
+    """Inputs (count, 1 + DIGITS), of which the first half have the command to reverse, and the correct outputs
+    (count, DIGITS)."""
     digits = rng.integers(10, size=(count, DIGITS))
     command = np.where(np.arange(count) < count // 2, REVERSE, SORT)[:, None]
     outputs = np.where(command == REVERSE, digits[:, ::-1], np.sort(digits, axis=1))
@@ -101,12 +104,12 @@ def make_batch(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def shifted(outputs: np.ndarray) -> np.ndarray:
-    """The input of the decoder for predicting each output: START, then all outputs except the last."""
+    """The input of the decoder for predicting each output: START, followed by all outputs except the last."""
     return np.concatenate([np.full((len(outputs), 1), START), outputs[:, :-1]], axis=1)
 
 
 def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
-    """Greedy decoding: each output is the most probable one, and then an input for predicting the next one."""
+    """Decode greedily: each output is the most probable digit, and becomes an input for predicting the next output."""
     outputs = np.full((len(inputs), 1), START)
     while outputs.shape[1] <= DIGITS:
         with no_grad():
@@ -116,7 +119,7 @@ def solve(model: Transformer, inputs: np.ndarray) -> np.ndarray:
 
 
 def correct(model: Transformer, count: int = 500) -> tuple[float, float]:
-    """The fractions of new inputs, `count` per command, that are reversed and that are sorted without errors."""
+    """The fractions of new inputs, `count` per command, that are reversed and sorted without errors."""
     inputs, expected = make_batch(2 * count, np.random.default_rng(1))
     right = (solve(model, inputs) == expected).all(axis=1)
     return float(right[:count].mean()), float(right[count:].mean())
@@ -137,7 +140,7 @@ def train(model: Transformer, steps: int) -> None:
 
 
 def draw(model: Transformer, file: Path) -> None:
-    """Save a plot of the cross-attention weights, averaged over the heads, for the same digits with each command."""
+    """Save a plot of the cross-attention weights, averaged over the heads, for the same digits with both commands."""
     try:
         from matplotlib import pyplot
     except ImportError:

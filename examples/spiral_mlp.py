@@ -2,10 +2,10 @@
 
     python examples/spiral_mlp.py
 
-Three classes of 200 points each lie on the arms of a spiral, so no straight line separates them. Two hidden layers
-of 64 units with ReLU learn the regions in 400 steps, in a few seconds. This prints something like
+Three classes of 200 points each lie on the arms of a spiral, so straight lines cannot separate them. Two hidden layers
+of 64 units with ReLU learn the regions in 400 steps, which take a few seconds. This prints something like
 
-    accuracy 0.998 on 600 training points, 0.980 on 600 new ones
+    accuracy 0.998 on 600 training points, 0.980 on 600 new points
 
 and saves a plot of the points and the predicted class of every point in the plane as spiral_mlp.png.
 """
@@ -24,7 +24,7 @@ CLASSES = len(COLORS)
 
 
 def spiral(points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """`points` points per class, (N, 2), and their classes, (N,). Each arm turns by 6 radians, with noise."""
+    """Generate `points` points per class, (N, 2), and their classes, (N,). Each arm turns by 6 radians, with noise."""
     radius = np.linspace(0.05, 1, points)
     places, classes = [], []
     for arm in range(CLASSES):
@@ -45,7 +45,7 @@ def accuracy(model: nn.Sequential, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def train(model: nn.Sequential, x: np.ndarray, y: np.ndarray, steps: int) -> None:
-    """Every step uses all points, since there are few."""
+    """Train the model. Every step uses all points, since there are only a few."""
     optimizer = optim.AdamW(model, lr=0.01, weight_decay=0.01)
     for step in range(1, steps + 1):
         loss = ops.cross_entropy(model(Tensor(x)), y)
@@ -101,7 +101,7 @@ def main() -> None:
     train(model, x, y, options.steps)
     print(
         f"accuracy {accuracy(model, x, y):.3f} on {len(y)} training points, "
-        f"{accuracy(model, new_x, new_y):.3f} on {len(new_y)} new ones"
+        f"{accuracy(model, new_x, new_y):.3f} on {len(new_y)} new points"
     )
     draw(model, x, y, options.picture)
 

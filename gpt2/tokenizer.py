@@ -1,5 +1,5 @@
-"""Encode text as token ids, and decode ids to text. tiktoken computes GPT-2's byte-level BPE; the library
-`tokenizers`, if it is installed, runs any tokenizer in a Hugging Face folder."""
+"""Encodes text as token ids, and decodes ids to text. tiktoken computes GPT-2's byte-level BPE. If the library
+`tokenizers` is installed, it runs any tokenizer in a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from gpt2.huggingface_tokenizer import (
 from tinygrad2.checkpoint import JsonObject
 
 VOCABULARY_FILE, RANKS_FILE = "vocabulary.json", "vocabulary.tiktoken"  # written by `save`
-CHARACTERS_FILE = "meta.pkl"  # nanoGPT's file for a vocabulary of characters
+CHARACTERS_FILE = "meta.pkl"  # nanoGPT's file with a vocabulary of characters
 BUILT_IN = ("bytes", "gpt2")
 
-# GPT-2's pre-tokenizer: before bytes are merged, it splits text (Radford et al., 2019, section 2.2) into contractions,
-# words, numbers and punctuation, each with the space before it, and whitespace. The possessive quantifiers, as in
-# tiktoken, are faster and give the same pieces.
+# GPT-2's pre-tokenizer. Before bytes are merged, it splits text (Radford et al., 2019, section 2.2) into contractions,
+# words, numbers and punctuation, each with the preceding space, and whitespace. The possessive quantifiers are from
+# tiktoken; they are faster and give the same pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-BYTES_PATTERN = r"(?s:.+)"  # no split: this vocabulary has no merges
-NO_ID = (1 << 32) - 1  # stands for a missing id in a fingerprint
+BYTES_PATTERN = r"(?s:.+)"  # does not split, since this vocabulary has no merges
+NO_ID = (1 << 32) - 1  # represents a missing id in a fingerprint
 
 
 class Encoding(Protocol):
@@ -64,24 +64,28 @@ class Encoding(Protocol):
     def byte_level(self) -> bool: ...
 
     def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
-        """The ids (uint32) of a text. continues: whether it follows another part of the same text."""
+        """The ids (uint32) of a text.
+
+        special_tokens  whether added tokens are recognized.
+        continues       whether the text follows another part of the same text.
+        """
 
     def identity(self) -> bytes:
-        """The bytes that, together with the tokens, determine the ids."""
+        """Bytes that, together with the tokens, determine the ids."""
 
 
 class Tokenizer:
-    """A vocabulary: ids 0 ... vocab_size - 1, each for a byte string, and the rule that splits text into these.
+    """A vocabulary that maps ids 0 ... vocab_size - 1 to byte strings, and the rule that splits text into these.
 
     name         "bytes", "gpt2", or the name of the file or folder that it was loaded from.
     vocab_size   the number of ids, including added tokens.
-    added        the added tokens, such as <|endoftext|>. `encode` treats them as plain text by default; in a prompt,
-                 each is one token.
-    end_of_text  the id that separates documents, and ends a generated text; None for a vocabulary of characters.
+    added        the added tokens, such as <|endoftext|>. By default, `encode` treats their text as plain text; in a
+                 prompt, it becomes the added token.
+    end_of_text  the id that separates documents and ends a generated text; None for a vocabulary of characters.
     end_ids      every id that ends a generated text, end_of_text first.
     begin        the id that starts a text generated without a prompt.
 
-    Create one with `Tokenizer.load`.
+    Use `Tokenizer.load` to create a tokenizer.
     """
 
     def __init__(
@@ -96,8 +100,8 @@ class Tokenizer:
         plain: BytePairs | None = None,
         portable: bool = True,
     ):
-        """plain     an encoding by tiktoken with the same ids for plain text as `encoding`; None if there is none.
-        portable  whether tiktoken computes the ids of prompts too, so that `save` can write its files."""
+        """plain     an encoding by tiktoken that gives the same ids for plain text as `encoding`, or None.
+        portable  whether tiktoken also gives the same ids for prompts, so that `save` can write files for it."""
         self.name, self.added = name, tuple(added)
         self._encoding, self._plain, self._built_in, self._portable = encoding, plain, built_in, portable
         if isinstance(encoding, BytePairs):
@@ -122,7 +126,7 @@ class Tokenizer:
 
     @cached_property
     def unused_ids(self) -> list[int]:
-        """The ids below vocab_size that have no token."""
+        """The ids below vocab_size to which no token belongs."""
         return [] if len(self.tokens) == self.vocab_size else sorted(set(range(self.vocab_size)) - self.tokens.keys())
 
     @cached_property
@@ -133,17 +137,17 @@ class Tokenizer:
 
     @staticmethod
     def load(name: str | Path) -> Tokenizer:
-        """The tokenizer called `name`.
+        """Load a tokenizer by name or path.
 
-        "bytes"   256 bytes and <|endoftext|>; needs no file.
+        "bytes"   256 bytes and <|endoftext|>; no file is needed.
         "gpt2"    GPT-2's vocabulary, which tiktoken downloads once to TIKTOKEN_CACHE_DIR (by default a temporary
                   folder).
-        a path    a .tiktoken file (lines of base64 token and rank), used with GPT-2's pattern, with the first unused id
-                  as <|endoftext|>; a Hugging Face folder with tokenizer.json, or with vocab.json and merges.txt (or
-                  encoder.json and vocab.bpe), with its added tokens; nanoGPT's meta.pkl; or a folder written by
-                  `save`.
+        a path    a .tiktoken file (lines with a base64 token and a rank), for which GPT-2's pattern is used, and the
+                  first unused id is <|endoftext|>; a Hugging Face folder with tokenizer.json, or with vocab.json and
+                  merges.txt (or encoder.json and vocab.bpe), including its added tokens; nanoGPT's meta.pkl; or a
+                  folder written by `save`.
 
-        Raises ValueError or FileNotFoundError for an unknown name and for files that are not a valid vocabulary.
+        Raises ValueError or FileNotFoundError if the name is unknown or the files are not a valid vocabulary.
         """
         path = Path(name)
         if name == "bytes":
@@ -167,24 +171,25 @@ class Tokenizer:
                 f"{HF_MERGES}, and {CHARACTERS_FILE}{incomplete(path)}"
             )
         raise FileNotFoundError(
-            f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or of "
-            f"a folder with {HF_VOCAB} and {HF_MERGES}, {HF_TOKENIZER} or {CHARACTERS_FILE}"
+            f"tokenizer {str(name)!r} is unknown; choose {', '.join(BUILT_IN)}, or the path of a .tiktoken file or a "
+            f"folder with {HF_VOCAB} and {HF_MERGES}, {HF_TOKENIZER} or {CHARACTERS_FILE}"
         )
 
     @staticmethod
     def for_model(folder: str | Path, vocab_size: int) -> Tokenizer:
-        """The tokenizer of the model in `folder`: the one saved there, or else the built-in one of this size.
+        """The tokenizer of the model in `folder`: the tokenizer saved there, or else the built-in tokenizer of this
+        size.
 
-        For a model file, the tokenizer saved next to it, unless only a built-in one has the right size. Added tokens
-        whose ids are outside the model's vocabulary are omitted. Raises ValueError if no tokenizer of this size is
-        known, or if the one in the folder has more tokens than the model.
+        For a model file, it is the tokenizer saved next to the file, unless only a built-in tokenizer has the right
+        size. Added tokens whose ids are outside the model's vocabulary are omitted. Raises ValueError if no tokenizer
+        of this size is known, or if the tokenizer in the folder has more tokens than the model.
         """
         folder, is_file = (Path(folder).parent, True) if Path(folder).is_file() else (Path(folder), False)
         names = (VOCABULARY_FILE, HF_MERGES, OPENAI_MERGES, HF_TOKENIZER, CHARACTERS_FILE)
         saved = any((folder / name).is_file() for name in names)
         tokenizer = Tokenizer.load(folder) if saved else None
         if tokenizer is None or (is_file and tokenizer.vocab_size != vocab_size):
-            built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)  # the last is padded
+            built_in = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)  # 50304 is padded
             tokenizer = Tokenizer.load(built_in) if built_in else tokenizer
         if tokenizer is None:
             raise ValueError(
@@ -193,7 +198,7 @@ class Tokenizer:
             )
         limited = tokenizer if tokenizer.vocab_size <= vocab_size else tokenizer._limited(vocab_size)
         if limited.vocab_size > vocab_size:
-            raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}")
+            raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; the model has {vocab_size}")
         return limited
 
     def _limited(self, vocab_size: int) -> Tokenizer:
@@ -218,9 +223,9 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The identity of the vocabulary for plain text: SHA-256 (hex) of the pattern, the tokens in order of their
-        ids, and the id of <|endoftext|>. It does not depend on the name or format of the file, or on other added
-        tokens."""
+        """The identity of the vocabulary for plain text: the SHA-256 hash, in hexadecimal, of the pattern, the tokens
+        in the order of their ids, and the id of <|endoftext|>. It does not depend on the name or format of the file, or
+        on other added tokens."""
         encoding = self._plain or self._encoding
         if isinstance(encoding, LibraryEncoding):
             return hashlib.sha256(encoding.identity()).hexdigest()
@@ -234,7 +239,8 @@ class Tokenizer:
         return sha.hexdigest()
 
     def includes(self, other: Tokenizer) -> bool:
-        """Whether every id of `other` is the same token here, so that a model of this tokenizer can use its data."""
+        """Whether every id of `other` is the same token in this tokenizer, so that a model with this tokenizer can use
+        data of `other`."""
         added = {(token.content, token.id) for token in self.added}
         ids = self.tokens.keys()
         return self.fingerprint == other.fingerprint and all(
@@ -245,9 +251,9 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: bool = False, continues: bool = False) -> np.ndarray:
         """The ids (uint32) of `text`. Lone surrogates, which are not valid in UTF-8, become U+FFFD. Releases the GIL.
 
-        special_tokens  encode the text of each added token as one token; otherwise it is plain text.
-        continues       the text follows another part of the same text, so a tokenizer that adds a leading space to
-                        each text does not add one here.
+        special_tokens  encode the text of each added token as one token; otherwise, treat it as plain text.
+        continues       whether the text follows another part of the same text. If so, a tokenizer that adds a leading
+                        space to a text does not add one.
 
         Raises ValueError for a character that is not in a vocabulary of characters.
         """
@@ -270,7 +276,7 @@ class Tokenizer:
 
     @cached_property
     def _added_pattern(self) -> re.Pattern[str]:
-        """Matches an added token, the longest if several begin at the same character."""
+        """Matches an added token; if several begin at the same character, the longest."""
         texts = sorted(self._added_ids, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, texts))})")
 
@@ -279,8 +285,8 @@ class Tokenizer:
         return {token.content: token.id for token in self.added}
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """The ids of a prompt. Added tokens are recognized, and the tokens that the tokenizer adds around a text, such
-        as a begin token, are included."""
+        """The ids of a prompt. Added tokens are recognized, and tokens that the tokenizer adds before or after a text,
+        such as a begin token, are included."""
         if not isinstance(self._encoding, LibraryEncoding):
             return self.encode(text, special_tokens=True)
         try:
@@ -296,7 +302,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of `ids`, for streaming, since a character may span several tokens. If the tokenizer is not
-        byte-level, the bytes that each token adds when it follows another token.
+        byte-level, these are the bytes that each token adds when it follows another token.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -312,8 +318,8 @@ class Tokenizer:
         return array.tolist()
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that `load(folder)` reads: name, fingerprint, added tokens, and the tokens unless they are
-        built in."""
+        """Write the files that `load(folder)` reads: the name, the fingerprint, the added tokens, and the tokens unless
+        they are built in."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         described: JsonObject = self.describe()
@@ -334,7 +340,7 @@ class Tokenizer:
         (folder / VOCABULARY_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def save_hugging_face(self, folder: str | Path, n_positions: int) -> None:
-        """Write the files that transformers reads: tokenizer_config.json, and vocab.json with merges.txt, or
+        """Write the files that transformers reads: tokenizer_config.json, and either vocab.json and merges.txt, or
         tokenizer.json.
 
         n_positions  the model's context length, which transformers stores with the tokenizer.
@@ -383,7 +389,8 @@ class Tokenizer:
 class BytePairs:
     """Byte-level BPE, computed by tiktoken.
 
-    pattern  splits text into pieces, within which bytes are merged;  ids  the ids of the merged tokens.
+    pattern  splits text into pieces, within which bytes are merged.
+    ids      the ids of the tokens.
     """
 
     byte_level = True
@@ -403,7 +410,7 @@ class BytePairs:
 
 
 class Characters:
-    """One token per character, as in nanoGPT's first example.
+    """An encoding with one token per character, as in nanoGPT's first example.
 
     characters  the characters, by id.
     """
@@ -423,7 +430,7 @@ class Characters:
             return np.array([self._ids[character] for character in text], np.uint32)
         except KeyError as error:
             raise ValueError(
-                f"tokenizer: the vocabulary of {len(self.characters)} characters has no {error.args[0]!r}"
+                f"tokenizer: {error.args[0]!r} is not in the vocabulary of {len(self.characters)} characters"
             ) from None
 
     def identity(self) -> bytes:
@@ -433,8 +440,8 @@ class Characters:
 def _make(
     name: str, ranks: dict[bytes, int], path: Path, pattern: str = GPT2_PATTERN, built_in: bool = False
 ) -> Tokenizer:
-    """The tokenizer with these tokens. Their ranks are their ids, and pairs of lower rank merge first. <|endoftext|>
-    gets the first unused id."""
+    """The tokenizer with these tokens. Their ranks are their ids, and pairs with a lower rank are merged first.
+    <|endoftext|> gets the first unused id."""
     mark = AddedToken(END_OF_TEXT, _first_free(ranks.values()))
     _check_ids(ranks, [mark], path)
     return Tokenizer(name, _byte_pairs(name, ranks, pattern), [mark], built_in=built_in)
@@ -452,34 +459,36 @@ def _first_free(ids: Iterable[int]) -> int:
 
 
 def _check_ids(ranks: dict[bytes, int], added: Sequence[AddedToken], path: Path) -> None:
-    """Raise ValueError unless each byte has a token, and each id has a token or an added token."""
+    """Raise ValueError unless each byte has a token, and each id belongs to a token or an added token."""
     ids = set(ranks.values())
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"tokenizer {path}: byte {missing[0]} has no token; expected one for each of the 256 bytes")
+        raise ValueError(
+            f"tokenizer {path}: byte {missing[0]} has no token; expected a token for each of the 256 bytes"
+        )
     others = {token.id for token in added}
     below = {i for i in others if i < max(ids)}
     if len(ids) != len(ranks) or ids & others or min(ids) < 0 or max(ids) + 1 != len(ids) + len(below):
         raise ValueError(
             f"tokenizer {path}: the {len(ranks)} tokens have ids up to {max(ids)}; expected every id from 0 once, "
-            f"except at most one, which is that of {END_OF_TEXT}"
+            f"except at most one, the id of {END_OF_TEXT}"
         )
 
 
 def _download_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, a cache that is not writable, a wrong checksum
+    except (OSError, ValueError) as error:  # no network, a cache that is not writable, or a wrong checksum
         raise FileNotFoundError(
-            f"tokenizer gpt2: its vocabulary could not be downloaded ({type(error).__name__}); connect once, or set "
-            f"TIKTOKEN_CACHE_DIR to a folder that has tiktoken's two files, or pass a folder with {HF_VOCAB} and "
+            f"tokenizer gpt2: its vocabulary could not be downloaded ({type(error).__name__}); connect to the network "
+            f"once, set TIKTOKEN_CACHE_DIR to a folder with tiktoken's two files, or pass a folder with {HF_VOCAB} and "
             f"{HF_MERGES}"
         ) from None
 
 
 def _load_hugging_face(path: Path) -> Tokenizer:
-    """Use `tokenizers` if it is installed. If tiktoken computes the same ids for plain text, `save` writes files for
-    tiktoken, which needs no other package."""
+    """Load a Hugging Face tokenizer, with the library `tokenizers` if it is installed. If tiktoken computes the same
+    ids, `save` writes files for tiktoken, so the saved tokenizer does not need the library."""
     files = read_files(path)
     name = files.file.resolve().parent.name
     plain, reason, portable = None, None, True
@@ -526,7 +535,7 @@ def _load_saved(folder: Path) -> Tokenizer:
         tokenizer = tokenizer._with(tokenizer._encoding, tokenizer.added if added is None else added, begin, ends)
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
-            f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}, expected "
+            f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}; expected "
             f"{fingerprint[:12]}; a file has been changed; restore it from a backup"
         )
     return tokenizer
@@ -535,7 +544,7 @@ def _load_saved(folder: Path) -> Tokenizer:
 def _saved_vocabulary(
     folder: Path, name: str, characters: list[str] | None, added: Sequence[AddedToken] | None
 ) -> Tokenizer:
-    """The vocabulary in a folder written by `save`, without the added tokens that it lists."""
+    """The vocabulary in a folder that `save` wrote, without the listed added tokens."""
     ranks_file = folder / RANKS_FILE
     if characters is not None:
         return Tokenizer(name, Characters(characters))
@@ -557,7 +566,7 @@ def _saved_vocabulary(
 
 
 def _read_characters(file: Path) -> list[str]:
-    """The characters of nanoGPT's meta.pkl, by id."""
+    """The characters in nanoGPT's meta.pkl, by id."""
     meta = pickles.read_plain(file)
     characters = meta.get("itos") if isinstance(meta, dict) else None
     listed = [characters.get(i) for i in range(len(characters))] if isinstance(characters, dict) else None
@@ -584,12 +593,14 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"tokenizer {file}: line {number} is not a base64 token and a rank") from None
+            raise ValueError(
+                f"tokenizer {file}: line {number} is not valid; expected a base64 token and a rank"
+            ) from None
     return ranks
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that merge into `token`: the result of applying all merges of lower rank to its bytes."""
+    """The two tokens that merge into `token`: the result of applying all merges with a lower rank to its bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]

@@ -1,7 +1,7 @@
-"""Verify the whole model: compare it with PyTorch, or its gradients with finite differences.
+"""Verify the complete model: compare it with PyTorch, or its gradients with finite differences.
 
-A comparison covers the residual stream after each part of each layer, the logits, the loss, the gradient of each
-parameter, and the text from greedy decoding (see gpt2/parity.py).
+The comparison with PyTorch covers the residual stream after each part of each layer, the logits, the loss, the gradient
+of each parameter, and the text from greedy decoding (see gpt2/parity.py).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from tinygrad2.checkpoint import JsonObject, save_arrays, write_json
 from tinygrad2.gradcheck import check
 
 BOUND = 1e-6
-SCALE = 0.2  # scales the step of `check`, which is meant for values around 1: this model has larger derivatives
+SCALE = 0.2  # scales the step of `check`, which is chosen for values around 1; this model has larger derivatives
 FORMS = {"gelu_new": "tanh form", "gelu": "exact form"}
-BATCH, LENGTH = 3, 9  # shorter than the context, so the last positions are not used and get no gradient
+BATCH, LENGTH = 3, 9  # shorter than the context, so the last positions are unused and have no gradient
 
 
 def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
-    """A float64 GPT-2 with dropout in which every parameter affects the loss: random gains and biases, matrices that
-    preserve the size of the activations, and queries and keys so large that attention is far from uniform. (With
-    initial weights, the gradients of attention are tiny.)
+    """A float64 GPT-2 with dropout in which every parameter affects the loss. It has random gains and biases, matrices
+    that preserve the size of the activations, and queries and keys that are large enough to make attention far from
+    uniform. (With the usual initial weights, the gradients of attention are tiny.)
     """
     config = GPT2Config(
         vocab_size=31,
@@ -67,17 +67,17 @@ def small_model(activation: str, seed: int = 0, device: str = "cpu") -> GPT2:
 
 
 def gradient_errors(model: GPT2, seed: int = 0) -> dict[str, float]:
-    """The relative error of the gradient of model.loss, with dropout, for each parameter, against finite differences.
+    """The relative error of the gradient of model.loss (with dropout) compared with finite differences, by parameter.
 
-    The bias of queries, keys and values is checked as one parameter. The gradient of its middle third is zero (a
-    constant added to every key shifts all scores of a row equally), so its own relative error would be meaningless.
+    The biases of queries, keys and values are checked as one parameter. The gradient of the key bias is zero, since
+    adding a constant to every key shifts all scores of a row equally, so its relative error alone would be meaningless.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
     text = numpy.random.default_rng(seed).integers(model.config.vocab_size, size=(BATCH, LENGTH + 1))
     key = Key(seed, step=1, first_sample=BATCH)
 
     def loss(*values: Tensor) -> Tensor:
-        """model.loss at parameters SCALE * values, with the gradients of the model's own backward pass."""
+        """model.loss with parameters SCALE * values, and the gradients of the model's own backward pass."""
         for parameter, value in zip(parameters, values, strict=True):
             parameter.data = SCALE * value.data
         model.zero_grad()
@@ -95,7 +95,8 @@ def _scaled(saved: tuple[Array | None, ...], dy: Array, into: object) -> tuple[A
 
 
 def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
-    """Check both forms of GELU and print a row for each parameter. Returns whether all errors are within BOUND."""
+    """Check the gradients with both forms of GELU, and print a row for each parameter. Returns whether all errors are
+    within BOUND."""
     failed = 0
     say("gradients of a small GPT-2 with dropout, float64, against finite differences")
     for activation, form in FORMS.items():
@@ -110,7 +111,7 @@ def verify_gradients(seed: int = 0, device: str = "cpu") -> bool:
     return not failed
 
 
-COMPARISONS = "cases"  # the key of a JSON list in a reference file's metadata; the arrays of a case are NUMBER/NAME
+COMPARISONS = "cases"  # the metadata key of the list of cases in a reference file; a case's arrays are NUMBER/NAME
 Expected = Callable[[str], numpy.ndarray]  # returns the reference result with a name
 
 
@@ -118,7 +119,7 @@ Expected = Callable[[str], numpy.ndarray]  # returns the reference result with a
 class Comparison:
     """The weights of a comparison, and the libraries that computed the reference.
 
-    model        a folder or a name; None for random weights, given by preset, activation and seed.
+    model        a folder or a name; None for random weights, which preset, activation and seed determine.
     fingerprint  the fingerprint of the weights.
     reference    the names and versions of the libraries.
     """
@@ -141,7 +142,7 @@ class Comparison:
 
 
 def requested(options: argparse.Namespace) -> list[Comparison]:
-    """The cases for --against MODEL or --preset."""
+    """The cases that --against MODEL or --preset selects."""
     if options.against is not None:
         return [Comparison(options.against, None, None, options.seed, options.dtype)]
     forms = [options.activation] if options.activation else FORMS
@@ -149,7 +150,7 @@ def requested(options: argparse.Namespace) -> list[Comparison]:
 
 
 def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]:
-    """This engine's model, and the results of transformers with the same weights."""
+    """This engine's model for a case, and the results of transformers with the same weights."""
     with tempfile.TemporaryDirectory() as copy:
         source: str | Path = copy
         if case.model is None:
@@ -167,7 +168,7 @@ def live(case: Comparison, device: str) -> tuple[GPT2, dict[str, numpy.ndarray]]
 
 
 def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> None:
-    """Write the results of transformers for these cases to a file."""
+    """Write a reference file: the results of transformers for these cases."""
     arrays: dict[str, numpy.ndarray] = {}
     for number, case in enumerate(cases):
         arrays |= {f"{number}/{name}": values for name, values in live(case, device)[1].items()}
@@ -176,7 +177,7 @@ def write_reference(path: Path, cases: Sequence[Comparison], device: str) -> Non
 
 
 def is_reference(path: Path) -> bool:
-    """Whether a file was written by `write_reference`, rather than being a model."""
+    """Whether a file was written by `write_reference`; if not, it is a model."""
     try:
         with safe_open(path, framework="numpy") as file:
             return COMPARISONS in (file.metadata() or {})
@@ -185,10 +186,10 @@ def is_reference(path: Path) -> bool:
 
 
 def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Comparison, GPT2, Expected]]:
-    """The cases in a reference file, each with this engine's model with the same weights.
+    """The cases in a reference file, each with this engine's model that has the same weights, and the expected results.
 
-    folder  the model's folder, if it has moved since the recording.
-    Raises ValueError if the file is damaged, or if the weights differ from the recorded ones.
+    folder  the model's folder, if it has been moved since the recording.
+    Raises ValueError if the file is damaged, or if the weights differ from the recorded weights.
     """
     with safe_open(path, framework="numpy") as file:
         try:
@@ -202,7 +203,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Compar
                 case.model = folder or case.model
                 model = GPT2.from_pretrained(find_model(Path(case.model), print_error), device, case.dtype)
             if parity.fingerprint(model) != case.fingerprint:
-                raise ValueError(f"{path}: recorded with other weights than those of {case}; record it again")
+                raise ValueError(f"{path}: the weights of {case} differ from the recorded weights; record it again")
 
             def expected(name: str, number: int = number) -> numpy.ndarray:
                 try:
@@ -214,7 +215,7 @@ def stored(path: Path, device: str, folder: str | None) -> Iterator[tuple[Compar
 
 
 def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2, Expected]]:
-    """The cases that the options select, one after the other."""
+    """Yield the cases that the options select, with this engine's model and the expected results."""
     if options.against is not None and is_reference(Path(options.against)):
         yield from stored(Path(options.against), options.device, options.model)
     else:
@@ -224,7 +225,7 @@ def comparisons(options: argparse.Namespace) -> Iterator[tuple[Comparison, GPT2,
 
 
 def verify_parity(options: argparse.Namespace) -> JsonObject:
-    """Compare, print a table for each case, and return the contents of the --json file; "ok" is the overall result."""
+    """Compare each case and print a table. Returns the contents of the --json file; "ok" is the overall result."""
     reports = []
     for case, model, expected in comparisons(options):
         rows, same_text = parity.compare(model, expected)
@@ -236,7 +237,7 @@ def verify_parity(options: argparse.Namespace) -> JsonObject:
             say(f"{row.name:{width}}{row.largest:15.1e}{row.relative:10.1e}{row.bound:8.0e}  {verdict}")
         say(f"{'text':{width}}{'the same' if same_text else 'different':>33}  {'ok' if same_text else 'DIFFERS'}")
         first = next((row.name for row in rows if not row.ok), None if same_text else "text")
-        say(f"the first that differs: {first}" if first else "everything agrees")
+        say(f"first difference: {first}" if first else "everything agrees")
         reports.append({**asdict(case), "device": model.backend.device, "ok": first is None, "first_deviation": first,
                         "same_text": same_text, "rows": [asdict(row) for row in rows]})  # fmt: skip
     return {"ok": all(report["ok"] for report in reports), "cases": reports}
@@ -248,27 +249,27 @@ def command_line() -> Parser:
     group.add_argument(
         "--against",
         metavar="MODEL|FILE",
-        help="this engine against transformers with the weights of MODEL (a folder, or a name such as gpt2); or, "
-        "without PyTorch, against a FILE written by --record on a machine that has it [default: off]",
+        help="compare with transformers, with the weights of MODEL (a folder, or a name such as gpt2); or, without "
+        "PyTorch, with a FILE that --record wrote on a machine with PyTorch [default: off]",
     )
     group.add_argument(
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help=f"the same with random weights: {', '.join(PRESETS)} [default: off]",
+        help=f"compare with transformers, with random weights: {', '.join(PRESETS)} [default: off]",
     )
     group.add_argument(
         "--gradients",
         action="store_true",
-        help="every gradient of a small GPT-2 with dropout, in float64, against finite differences",
+        help="compare every gradient of a small GPT-2 with dropout, in float64, with finite differences",
     )
     group = parser.add_argument_group("how to compare")
-    group.add_argument("--activation", choices=FORMS, help="with --preset: only this form of GELU [default: both]")
+    group.add_argument("--activation", choices=FORMS, help="with --preset: the form of GELU [default: both]")
     group.add_argument("--dtype", choices=tuple(parity.BOUNDS), default="float32", help="dtype of both computations")
     group.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the weights, the tokens and the directions"
     )
-    group.add_argument("--device", choices=DEVICES, default="cpu", help="where this engine computes")
+    group.add_argument("--device", choices=DEVICES, default="cpu", help="the device of this engine")
     group.add_argument(
         "--model", metavar="FOLDER", help="with --against FILE: the model's folder [default: as recorded]"
     )
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not comparing and not options.gradients:
         parser.error("nothing to verify; pass --against, --preset or --gradients")
     if options.against is not None and options.preset is not None:
-        parser.error("--against selects weights, --preset creates random ones; pass only one of them")
+        parser.error("--against selects weights, and --preset creates random weights; pass only one of them")
     for name, file in (("--record", options.record), ("--json", options.json)):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{name} {file}: the folder {file.parent}/ does not exist")

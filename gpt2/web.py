@@ -1,8 +1,8 @@
-"""The web service of one model: its page, OpenAI's completions API, and protection from other web pages.
+"""The web service for a model: its page, OpenAI's completions API, and protection from other web pages.
 
-The service is for programs and browsers on this machine. A page of another site that is open in the same browser can
-also send requests to it. Each request must therefore name this host (which prevents DNS rebinding), must not have the
-Origin of another site, and must be JSON if it has a body (which a form cannot send). There are no cookies.
+The service is for programs and browsers on this machine, but a page of another site that is open in the same browser
+can also send requests to it. Each request must therefore name this host (which prevents DNS rebinding), must not have
+the Origin of another site, and must be JSON if it has a body (which a form cannot send). There are no cookies.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# Returns the inspector's data for the tokens, of which the first `prompt` were given.
+# inspect(tokens, prompt) returns the inspector's data; the first `prompt` tokens are the prompt.
 Inspect = Callable[[Sequence[int], int], JsonObject]
 FreeMemory = Callable[[], float]
 
@@ -79,7 +79,10 @@ class Service:
         self._page, self._label, self._inspect, self._memory = page, label, inspect, memory
 
     def app(self, hosts: Sequence[str]) -> Guard:
-        """The ASGI application. hosts: the accepted values of the header Host, such as localhost:8000."""
+        """The ASGI application.
+
+        hosts  the accepted values of the header Host, such as localhost:8000.
+        """
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -122,7 +125,8 @@ class Service:
         return JSONResponse(answer.whole())
 
     async def generate(self, request: HTTPRequest) -> Response:
-        """For the page: lines of JSON, first the prompt, then each piece with the alternatives of its tokens."""
+        """Generate for the page: the response consists of lines of JSON, first the prompt, then each piece with the
+        alternatives of its tokens."""
         values = await body_of(request)
         asked = self._parse({**values, "logprobs": CHOICES})
         if len(asked.prompts) > 1 or asked.n > 1 or asked.echo:
@@ -134,7 +138,7 @@ class Service:
         return StreamingResponse(lines(results, head, self._shown), media_type="application/x-ndjson")
 
     async def inspect(self, request: HTTPRequest) -> Response:
-        """The inspector's data for a text: {"tokens": ids, "prompt": how many of them were given}."""
+        """The inspector's data for a text: {"tokens": ids, "prompt": the number of prompt tokens}."""
         values = await body_of(request)
         tokens, prompt = values.get("tokens"), values.get("prompt", 0)
         if not isinstance(tokens, list) or not tokens:
@@ -153,7 +157,7 @@ class Service:
         return Response(text, media_type="application/json")
 
     def _parse(self, values: JsonObject) -> Request:
-        """The request. Raises RequestError if there is not enough memory for it."""
+        """Parse a request. Raises RequestError if it is not valid, or needs more memory than is free."""
         config: GPT2Config = self.model.config
         asked = parse_request(values, self.model, self.tokenizer, self.name)
         longest = max(map(len, asked.prompts))
@@ -162,14 +166,15 @@ class Service:
             tokens = min(longest + asked.max_tokens, config.n_positions)
             raise RequestError(
                 f"out of memory: {asked.n} choices of {tokens:,} tokens need {need / 1e9:,.2f} GB; {free / 1e9:,.2f} "
-                "GB are free; request fewer",
+                "GB are free; request fewer choices or tokens",
                 "n",
                 503,
             )
         return asked
 
     def _shown(self, token: TokenInfo) -> JsonObject:
-        """A token for the page. top: id, label, log-probability, and the complete characters in it."""
+        """A token for the page. Each entry of "top" is an id, its label, its log-probability, and its complete
+        characters."""
         top = [
             [i, self._label(i), logprob, self.tokenizer.decode_bytes([i]).decode("utf-8", "ignore")]
             for i, logprob in token.top
@@ -177,14 +182,14 @@ class Service:
         return {"id": token.id, "label": self._label(token.id), "logprob": token.logprob, "top": top}
 
     def _run(self, request: HTTPRequest, start: Callable[[], Iterator[object]]) -> AsyncIterator[Any]:
-        """Submit a job. Returns its results. When the client disconnects, the job is cancelled.
+        """Submit a job, and return an iterator over its results. The job is cancelled if the client disconnects.
 
-        Raises RequestError if the worker is busy. Iterating raises the job's exceptions, and ClientDisconnect.
+        Raises RequestError if the worker is busy. The iterator raises the job's exceptions, and ClientDisconnect.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def deliver(result: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed if the server has ended
+            with suppress(RuntimeError):  # the loop is closed if the server has stopped
                 loop.call_soon_threadsafe(queue.put_nowait, result)
 
         job = self.worker.submit(start, deliver)
@@ -209,13 +214,13 @@ class Service:
 
 
 async def disconnected(request: HTTPRequest) -> None:
-    """Wait until the client disconnects. The body must have been read."""
+    """Wait until the client disconnects. The body must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def body_of(request: HTTPRequest) -> JsonObject:
-    """The JSON object in the body. Raises RequestError if it is too long, too slow or not valid."""
+    """The JSON object in the body. Raises RequestError if the body is too long, arrives too slowly, or is not valid."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -229,7 +234,7 @@ async def body_of(request: HTTPRequest) -> JsonObject:
 
 
 async def events(results: AsyncIterator[Piece], answer: Answer, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error ends the stream, as an event with the format of an error response."""
+    """Yield server-sent events. An error ends the stream; its event has the format of an error response."""
     try:
         async for piece in results:
             yield f"data: {json.dumps(answer.chunk(piece))}\n\n"
@@ -243,7 +248,7 @@ async def events(results: AsyncIterator[Piece], answer: Answer, usage: bool) -> 
 async def lines(
     results: AsyncIterator[Piece], head: JsonObject, shown: Callable[[TokenInfo], JsonObject]
 ) -> AsyncIterator[str]:
-    """Lines of JSON for the page. An error is the last line."""
+    """Yield lines of JSON for the page. An error is reported in the last line."""
     yield json.dumps(head) + "\n"
     try:
         async for piece in results:
@@ -254,7 +259,7 @@ async def lines(
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Convert any error to one with a status and a message for the client."""
+    """Convert any error to a RequestError, with a status and a message for the client."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
@@ -266,8 +271,8 @@ def as_request_error(error: Exception) -> RequestError:
 
 async def failed(request: HTTPRequest, error: Exception) -> Response:
     """The response to a request that raised an error."""
-    told = as_request_error(error)
-    return JSONResponse(told.describe(), told.status)
+    converted = as_request_error(error)
+    return JSONResponse(converted.describe(), converted.status)
 
 
 Message = dict[str, Any]
@@ -299,7 +304,7 @@ class Guard:
                 await response(scope, receive, send_with_headers)
 
     def rejection(self, request: HTTPRequest) -> RequestError | None:
-        """Why a request is rejected, or None."""
+        """The reason for which a request is rejected, or None."""
         headers = request.headers
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
@@ -317,7 +322,8 @@ class Guard:
 
 
 class Server(uvicorn.Server):
-    """Ends immediately on Ctrl-C: open streams are closed, and the worker stops after its current token."""
+    """A server that stops immediately on Ctrl-C. Open streams are closed, and the worker stops after its current
+    token."""
 
     def __init__(self, app: Any, worker: Worker):
         super().__init__(

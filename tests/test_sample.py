@@ -413,7 +413,7 @@ def test_an_interactive_session(user, capsys, monkeypatch):
     texts = [run(capsys, "-p", prompt, "-m", "4", "-t", "0").out for prompt in ("first", "one", "two")]
     output = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
     assert output.out == "".join(texts)
-    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in output.err
+    assert "type a prompt and press Enter; an empty line begins a new text, Ctrl-D exits" in output.err
     assert interactive(monkeypatch, capsys, ["one", "two"]).out == "".join(texts[1:])
     assert "interrupted" in interactive(monkeypatch, capsys, [KeyboardInterrupt], code=130).err
 

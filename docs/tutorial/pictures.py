@@ -1,9 +1,9 @@
-"""The pictures of the tutorial, as SVG files next to this one. They need matplotlib (`pip install -e ".[examples]"`).
+"""Draws the pictures of the tutorial, as SVG files in this folder. Needs matplotlib (`pip install -e ".[examples]"`).
 
-    python docs/tutorial/pictures.py              # all, in less than a minute
-    python docs/tutorial/pictures.py gelu loss    # these
+    python docs/tutorial/pictures.py              # all pictures, in less than a minute
+    python docs/tutorial/pictures.py gelu loss    # only these
 
-A picture follows the colour scheme, light or dark, of the browser that shows it.
+The pictures follow the light or dark colour scheme of the browser.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def attention(name: str) -> None:
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
     p = one_file.softmax(np.where(np.tri(T, dtype=bool), scores, -np.inf))
     entropy = -(p * np.log(np.maximum(p, 1e-9))).sum(axis=(1, 2))
-    p = p[int(np.argsort(entropy)[len(entropy) // 2])]  # neither the sharpest head nor the flattest
+    p = p[int(np.argsort(entropy)[len(entropy) // 2])]  # the head with the median entropy
     figure, axes = canvas(4.6, 4.4, T + 2, T + 2)
     for t in range(T):
         for s in range(T):
@@ -229,7 +229,7 @@ def windows(name: str) -> None:
 
 
 def training(name: str) -> None:
-    """The run of page 9, by the functions of examples/gpt2_in_one_file.py."""
+    """The run on page 9, computed by the functions of examples/gpt2_in_one_file.py."""
     text = "".join(f"{i} times {i + 1} is {i * (i + 1)}.\n" for i in range(500))
     rng = np.random.default_rng(0)
     model = one_file.GPT2.random(one_file.Config(n_positions=32, n_embd=32, n_layer=2, n_head=4), rng)

@@ -1,5 +1,5 @@
-"""Training steps that were skipped because their loss or gradient was not finite: saving one, and running it again with
-checks to find the cause."""
+"""Training steps that were skipped because their loss or gradient was not finite: saves such a step, and repeats it
+with checks to find the cause."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Span = tuple[Timestamp, Timestamp]
 MESSAGE = 4096  # length in bytes of the message that each rank sends to the others
 STEP, BATCH = "step.json", "batch.safetensors"
 PATTERN = "bad-step-*"
-GROWN = 1e3  # absolute value of weights that have grown too large
-CHECKPOINTS = 4  # disk space for a checkpoint (weights and two moments) and a bad step, in units of the weights' size
+GROWN = 1e3  # weights with a larger absolute value have grown too large
+CHECKPOINTS = 4  # disk space for a checkpoint (weights, two moments) and a bad step, in units of the weights' size
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Training(Protocol):
 class BadStep:
     """A skipped step.
 
-    step             its number, from 1.
-    loss, grad_norm  its loss and gradient norm; None where not finite.
-    lr               its learning rate.
+    step             the number of the step, from 1.
+    loss, grad_norm  the loss and the gradient norm; None if not finite.
+    lr               the learning rate.
     options          all options of the run.
-    batches          the batches of all its micro-steps and ranks, in the order of the global batch.
+    batches          the batches of all micro-steps and ranks, in the order of the global batch.
     """
 
     step: int
@@ -78,15 +78,15 @@ class BadStep:
     def write(self, out: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path | None:
         """Write the step and the model to a folder in `out`, completely or not at all.
 
-        Returns the folder, or None if such a folder already exists. Raises OSError if there is no space for it and one
-        more checkpoint.
+        Returns the folder, or None if `out` already contains a bad step. Raises OSError if there is not enough disk
+        space for the folder and one more checkpoint.
         """
         if any(out.glob(PATTERN)):
             return None
         folder = out / f"bad-step-{self.step}"
         need = CHECKPOINTS * sum(p.data.nbytes for _, p in model.named_parameters())
         if shutil.disk_usage(out).free < need or write_error(out):
-            raise OSError(f"{folder}: not written: less than {need / 1e9:.2f} GB of disk space is free")
+            raise OSError(f"{folder}: not written, because less than {need / 1e9:.2f} GB of disk space is free")
         with checkpoint.writing(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save(partial)
@@ -99,7 +99,7 @@ class BadStep:
 
 
 def read(folder: Path) -> BadStep:
-    """Read a folder written by BadStep.write. Raises CheckpointError naming the file that is damaged."""
+    """Read a folder that BadStep.write wrote. Raises CheckpointError, which names the damaged file."""
     if not (folder / STEP).is_file():
         raise CheckpointError(f"{folder}: not a skipped step; expected the folder bad-step-N of a run, with {STEP}")
     checkpoint.verify(folder)
@@ -120,10 +120,10 @@ def read(folder: Path) -> BadStep:
 
 
 def explain(model: LanguageModel, batches: Iterable[Batch], count: int, lr: float) -> tuple[bool, list[str]]:
-    """Run a step's batches again with every value checked. Returns whether a value was not finite, and lines to print.
+    """Repeat a step's batches and check every value. Returns whether a value was not finite, and the lines to print.
 
-    count  the number of batches in the step, over which its loss is averaged.
-    The gradients are added to the model's.
+    count  the number of batches in the step, over which the loss is averaged.
+    The gradients are added to those of the model.
     """
     checker = Checker(model)
     for batch in batches:
@@ -146,15 +146,15 @@ def _lines(checker: Checker, model: LanguageModel, lr: float) -> Iterator[str]:
     origin = checker.origin
     if origin is None:
         yield (
-            f"every value is finite when the step is run again in {model.precision.name} on {model.backend.device}: "
-            f"the cause is another precision or device, code that has changed, or a fault of the hardware"
+            f"every value is finite when the step is repeated in {model.precision.name} on {model.backend.device}: "
+            f"the cause is a different precision or device, changed code, or a hardware fault"
         )
     else:
         yield f"this suggests {_cause(origin, model, lr)}"
 
 
 def _cause(origin: Place, model: LanguageModel, lr: float) -> str:
-    """What the first bad value suggests, and what to do."""
+    """The cause that the first bad value suggests, and what to do about it."""
     sizes = {name: largest(p.data) for name, p in model.named_parameters()}
     widest = max(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else math.inf)
     lower = f"too high a --learning-rate (it was {lr:.2e})"
@@ -163,15 +163,18 @@ def _cause(origin: Place, model: LanguageModel, lr: float) -> str:
     if sizes[widest] > GROWN or origin.parameter:
         return f"weights that have grown too large, up to {sizes[widest]:.2g} in {widest}: {lower}"
     if model.precision.name == "bfloat16":
-        return f"an overflow of bfloat16 if gpt2.replay --dtype float32 finds no such value, else {lower}"
+        return f"an overflow of bfloat16 if gpt2.replay --dtype float32 finds no such value, otherwise {lower}"
     function = f"the {'backward function' if origin.phase == 'backward' else 'computation'} of {origin.operation}"
     if math.isnan(origin.value):
         return f"an error in {function}, or an overflow inside it if gpt2.replay --dtype float64 finds no such value"
-    return f"an overflow if gpt2.replay --dtype float64 finds no such value, with {lower}; else an error in {function}"
+    return (
+        f"an overflow if gpt2.replay --dtype float64 finds no such value, with {lower}; otherwise an error in "
+        f"{function}"
+    )
 
 
 def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
-    """Write a skipped step to the out-dir, if it is the first one there, and run it again with checks."""
+    """Write a skipped step to the out-dir, unless it already contains one, and repeat the step with checks."""
     options, comm = trainer.options, trainer.comm
     count = options.micro_steps(comm.size) * comm.size
     backend, regions = trainer.model.backend, trainer.model.arena().regions
@@ -186,33 +189,34 @@ def explain_step(trainer: Training, launched: LaunchedStep) -> list[str]:
             folder = step.write(trainer.folder.path, trainer.model, trainer.tokenizer)
         except OSError as error:
             return [str(error)]
-        return [f"python -m gpt2.replay {folder} runs the step again with checks"] if folder else []
+        return [f"to repeat the step with checks: python -m gpt2.replay {folder}"] if folder else []
 
     found = False
     lines: list[str]
     try:
-        grads = [backend.to_host(region.grads).copy() for region in regions]  # on a GPU, already those of the next step
+        # On a GPU, the gradients already belong to the next step.
+        grads = [backend.to_host(region.grads).copy() for region in regions]
         try:
             found, lines = explain(trainer.model, batches(range(comm.rank, count, comm.size)), count, launched.lr)
         finally:
             for region, values in zip(regions, grads, strict=True):
                 region.grads[...] = backend.asarray(values)
     except MemoryError:
-        lines = ["out of memory when the step is run again with checks"]
+        lines = ["out of memory when repeating the step with checks"]
     text = "\n".join(lines).encode()[: MESSAGE - 1]
     packed = np.frombuffer(bytes([found]) + text.ljust(MESSAGE - 1), np.uint8)
     reports = [row.tobytes() for row in comm.all_gather(packed)]
-    report = next((report for report in reports if report[0]), reports[0])  # of the first rank that found it
+    report = next((report for report in reports if report[0]), reports[0])  # from the first rank that found the value
     return report[1:].decode(errors="ignore").strip().splitlines() + comm.from_root(write)
 
 
 def too_many(trainer: Training, launched: LaunchedStep) -> str:
-    """The error after too many skipped steps in a row."""
+    """The error message after too many consecutive skipped steps."""
     loss, norm = launched.numbers or (math.nan, math.nan)
     count, limit, finding = trainer.progress.bad_steps, trainer.options.max_bad_steps, "; ".join(trainer.explanation)
     return (
-        f"step {launched.step}: the loss is {loss} and the gradient's norm {norm}; the step was skipped, the "
-        f"weights are unchanged. This is number {count} in a row, and --max-bad-steps is {limit}. "
+        f"step {launched.step}: the loss is {loss} and the gradient norm {norm}; the step was skipped, and the "
+        f"weights are unchanged. This is skipped step {count} in a row, and --max-bad-steps is {limit}. "
         f"{trainer.folder.last_checkpoint()} The first skipped step: {finding}"
     )
 
@@ -222,9 +226,10 @@ class LaunchedStep:
     """A step whose loss and gradient norm may not have arrived from the device yet.
 
     samples  the number of sequences trained on before the step.
-    spans    spans of device time that add up to its duration: from the end of the previous step to its own end.
-    waited   seconds that it waited for other ranks.
-    numbers  the loss and the gradient norm, once they have arrived.
+    spans    spans of device time whose sum is the duration of the step: from the end of the previous step to its end.
+    waited   the number of seconds that the step waited for other ranks.
+    update   the span of the optimizer's update.
+    numbers  the loss and the gradient norm, or None until they have arrived.
     """
 
     step: int
@@ -235,11 +240,11 @@ class LaunchedStep:
     result: PendingScalars
     spans: list[Span]
     waited: float
-    update: Span  # before the optimizer's update and after it
+    update: Span
     numbers: tuple[float, ...] | None = None
 
     def row(self, backend: Backend, profiled: bool) -> JsonObject:
-        """Its row in log.jsonl; if the run is profiled, with the time of the optimizer."""
+        """The row of the step in log.jsonl, which includes the time of the optimizer if the run is profiled."""
         assert self.numbers is not None
         seconds = sum(backend.seconds(*span) for span in self.spans)
         loss, norm = self.numbers

@@ -1,11 +1,11 @@
 """Token data sets on disk, the order of samples in training, and baseline losses.
 
-A data set is a folder: manifest.json, vocabulary.json (the tokenizer), and the shards train-00000.bin, ...,
-val-00000.bin, ...: raw little-endian ids, uint16, or uint32 if the vocabulary has more than 65536 tokens.
-`data/prepare.py` writes it.
+A data set is a folder with manifest.json, vocabulary.json (the tokenizer), and the shards train-00000.bin, ... and
+val-00000.bin, ... A shard contains raw little-endian ids, in uint16, or in uint32 if the vocabulary has more than 65536
+tokens. `data/prepare.py` writes data sets.
 
-A folder without a manifest may contain shards of other GPT-2 programs: uint16 ids of GPT-2's vocabulary, or of the
-characters in nanoGPT's meta.pkl.
+A folder without a manifest may contain shards of other GPT-2 programs, with uint16 ids of GPT-2's vocabulary or of the
+characters in nanoGPT's meta.pkl:
 
 nanoGPT        train.bin, val.bin: raw ids
 build-nanogpt  NAME_train_000001.npy, ..., NAME_val_000000.npy: one-dimensional arrays
@@ -33,7 +33,7 @@ from tinygrad2.random import DATA_SITE, Key, permutation
 MANIFEST = "manifest.json"
 FORMAT = 1  # version of the manifest
 SPLITS = ("train", "val")
-CHECKED_BYTES = 256 << 20  # the checksums of splits up to this size are verified whenever they are opened
+CHECKED_BYTES = 256 << 20  # the checksums of splits up to this size are verified each time a split is opened
 PREPARE = f"{console.script('prepare')} SOURCE..."
 FOREIGN = re.compile(r"(?:.*_)?(train|val)(?:_.*)?\.(bin|npy)")
 FOREIGN_VOCABULARY = {"name": "gpt2", "vocab_size": 50257}
@@ -41,18 +41,18 @@ LLMC_HEADER_BYTES, LLMC_TOKENS_MAGIC, LLMC_LLAMA_TOKENS_MAGIC = 1024, 20240520, 
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 4096  # blocks covered by the fingerprint of another program's shard
 BASELINE_TOKENS = 10_000_000
 MAX_VOCAB = 1 << 31
-MAX_BIGRAM_VOCAB = 4096  # larger vocabularies have no bigram baseline: its table has vocab_size^2 entries
+MAX_BIGRAM_VOCAB = 4096  # maximum for the bigram baseline, since its table has vocab_size^2 entries
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype of stored ids below `vocab_size`."""
+    """The dtype in which ids below `vocab_size` are stored."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def find_dataset(data: str | Path) -> Path:
-    """The folder of `--data NAME|PATH`: data/NAME in the current directory, or else the path itself.
+    """The folder that `--data NAME|PATH` selects: data/NAME in the current directory, or else the path itself.
 
-    Raises FileNotFoundError with a list of the data sets in data/.
+    Raises FileNotFoundError, which lists the data sets in data/, if there is none.
     """
     for folder in (Path("data") / data, Path(data)):
         if _is_dataset(folder):
@@ -81,9 +81,9 @@ def _foreign_files(folder: Path, split: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Shard:
-    """`tokens` ids of a data set in a file, starting at byte `offset`.
+    """A file with `tokens` ids of a data set, starting at byte `offset`.
 
-    It is read, not memory-mapped: if the file of a memory map shrinks, reading the map kills the process.
+    The file is read instead of memory-mapped: if a memory-mapped file shrinks, reading it kills the process.
     """
 
     file: Path
@@ -95,26 +95,26 @@ class Shard:
         return self.tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """At most `count` ids, starting at position `start`. Raises ValueError if the file has become shorter."""
+        """Read at most `count` ids, starting at position `start`. Raises ValueError if the file has become shorter."""
         count = min(count, self.tokens - start)
         ids = np.fromfile(self.file, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
         if len(ids) < count:
             expected = self.offset + self.tokens * self.dtype.itemsize
             raise ValueError(
                 f"{self.file}: the shard has shrunk from {expected} to {self.file.stat().st_size} bytes since it was "
-                f"opened; do not change the data during a run: put the file back, or prepare the data again"
+                f"opened; do not change the data during a run: restore the file, or prepare the data again"
             )
         return ids
 
 
 class TokenDataset:
-    """One split of a data set: a sequence of `tokens` ids, cut into windows of block_size + 1.
+    """One split of a data set: a sequence of `tokens` ids, which is read in windows of block_size + 1 ids.
 
     path        the folder.
     manifest    manifest.json as a dict: format, tokenizer {name, fingerprint, vocab_size}, dtype, documents, bytes,
                 tokens {split: count}, shards [{file, split, tokens, sha256}], split_rule, sources. For shards of
-                another program: tokenizer {name, vocab_size}, and the split's shards, with the sha256 of the size and
-                some blocks.
+                another program: tokenizer {name, vocab_size}, and the shards of the split, whose sha256 covers the size
+                and some blocks.
     vocab_size  the number of ids; `read` raises ValueError for larger ids.
     """
 
@@ -129,8 +129,8 @@ class TokenDataset:
     def open(path: str | Path, split: str) -> TokenDataset:
         """Open the split "train" or "val" of the data set in the folder `path`.
 
-        Raises FileNotFoundError for a missing folder, manifest or shard, and ValueError for a damaged or empty one. The
-        checksums of splits larger than CHECKED_BYTES are not verified.
+        Raises FileNotFoundError if the folder, the manifest or a shard is missing, and ValueError if one is damaged or
+        the split is empty. The checksums of splits larger than CHECKED_BYTES are not verified.
         """
         path = Path(path)
         if split not in SPLITS:
@@ -148,14 +148,14 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the split's tokens: SHA-256 (hex) of the checksums of its shards."""
+        """The identity of the split's tokens: the SHA-256 hash, in hexadecimal, of the checksums of its shards."""
         sums = "".join(entry["sha256"] for entry in self.manifest["shards"] if entry["split"] == self.split)
         return hashlib.sha256(sums.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the ids: the one in the folder, or GPT-2's for shards of another program.
+        """The tokenizer of the ids: the tokenizer in the folder, or for shards of another program, GPT-2's.
 
-        Raises ValueError if the saved one is not the one in the manifest.
+        Raises ValueError if the saved tokenizer is not the tokenizer in the manifest.
         """
         if self.manifest["tokenizer"] is FOREIGN_VOCABULARY:
             return Tokenizer.load("gpt2")
@@ -178,9 +178,12 @@ class TokenDataset:
         return (self.tokens - 1) // block_size
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids start ... start + count - 1 in the stored dtype. Raises ValueError naming the shard of an invalid id."""
+        """The ids at positions start ... start + count - 1, in the stored dtype. Raises ValueError, which names the
+        shard, for an invalid id."""
         if not 0 <= start <= start + count <= self.tokens:
-            raise ValueError(f"{self.path}: read({start}, {count}) is outside the {self.tokens} tokens of {self.split}")
+            raise ValueError(
+                f"{self.path}: read({start}, {count}) is out of range; {self.split} has {self.tokens} tokens"
+            )
         pieces = []
         k = int(np.searchsorted(self._starts, start, side="right")) - 1
         while count > 0:
@@ -196,16 +199,17 @@ class TokenDataset:
         return np.concatenate(pieces) if pieces else np.empty(0, self._shards[0].dtype)
 
     def batch(self, indices: Sequence[int] | np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows at `indices` as (tokens, targets): int64, (len(indices), block_size), with targets one id ahead.
+        """The windows at `indices` as (tokens, targets), both (len(indices), block_size) in int64. A target is the id
+        that follows its token.
 
         Window i covers the ids i * block_size ... i * block_size + block_size, so every id is a target exactly once,
-        except the first one and those after the last complete window.
+        except the first id and those after the last complete window.
         """
         windows = self.windows(block_size)
         rows = np.empty((len(indices), block_size + 1), dtype=np.int64)
         for row, i in zip(rows, indices, strict=True):
             if not 0 <= i < windows:
-                raise ValueError(f"{self.path}: window {i} is outside the {windows} of {self.split}")
+                raise ValueError(f"{self.path}: window {i} is out of range; {self.split} has {windows} windows")
             row[:] = self.read(int(i) * block_size, block_size + 1)
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
@@ -256,7 +260,7 @@ def _open_shard(file: Path, entry: JsonObject, dtype: np.dtype, verify: bool) ->
     got, expected = file.stat().st_size, entry["tokens"] * dtype.itemsize
     if got != expected or not expected:
         raise ValueError(
-            f"{file}: the shard has {got} bytes, expected {expected} ({entry['tokens']} tokens of "
+            f"{file}: the shard has {got} bytes; expected {expected} ({entry['tokens']} tokens of "
             f"{dtype.itemsize} bytes); it is truncated or from another data set; recreate it: {PREPARE} --fresh"
         )
     if verify and file_sha256(file) != entry["sha256"]:
@@ -273,14 +277,14 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
             f"{path}: no file of the split {split}; expected {split}.bin, *_{split}_*.bin or *_{split}_*.npy"
         )
     if len({file.suffix for file in files}) > 1:
-        raise ValueError(f"{path}: the split {split} has .npy and .bin files; keep one kind in the folder")
+        raise ValueError(f"{path}: the split {split} has .npy and .bin files; keep only one kind in the folder")
     vocabulary: JsonObject = FOREIGN_VOCABULARY
     if (path / CHARACTERS_FILE).exists():
         try:
             vocabulary = Tokenizer.load(path / CHARACTERS_FILE).describe()
         except ValueError as error:
             raise ValueError(
-                f"{error}; the ids are not from GPT-2's vocabulary; prepare the text itself instead: {PREPARE}"
+                f"{error}; the ids are not from GPT-2's vocabulary; prepare the original text instead: {PREPARE}"
             ) from None
     shards: list[Shard] = [_open_array(file) if file.suffix == ".npy" else _open_bin(file) for file in files]
     entries = [
@@ -291,7 +295,7 @@ def _open_foreign(path: Path, split: str) -> TokenDataset:
 
 
 def _open_array(file: Path) -> Shard:
-    """A build-nanogpt shard. Raises ValueError unless it is a one-dimensional array of uint16."""
+    """Open a build-nanogpt shard. Raises ValueError unless it is a one-dimensional uint16 array."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError:
@@ -300,18 +304,18 @@ def _open_array(file: Path) -> Shard:
         raise ValueError(f"{file}: not a valid .npy file, or truncated ({type(error).__name__})") from None
     if not isinstance(array, np.memmap) or array.dtype != "<u2" or array.ndim != 1 or not array.size:
         got = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
-        raise ValueError(f"{file}: {got}; expected a one-dimensional array of uint16, as build-nanogpt writes")
+        raise ValueError(f"{file}: {got}; expected a one-dimensional uint16 array, as written by build-nanogpt")
     return Shard(file, array.dtype, len(array), array.offset)
 
 
 def _open_bin(file: Path) -> Shard:
-    """An llm.c shard if it starts with the magic number, which is not a pair of GPT-2 ids, else a nanoGPT shard.
-    Raises ValueError if the size of the file is wrong."""
+    """Open a .bin shard: an llm.c shard if it starts with the magic number, which cannot be a pair of GPT-2 ids, or
+    else a nanoGPT shard. Raises ValueError if the size of the file is wrong."""
     size = file.stat().st_size
     header = np.fromfile(file, "<i4", 256)
     magic = int(header[0]) if len(header) else 0
     if magic == LLMC_LLAMA_TOKENS_MAGIC:
-        raise ValueError(f"{file}: these are llm.c's ids for Llama 3; expected GPT-2's (header {LLMC_TOKENS_MAGIC})")
+        raise ValueError(f"{file}: llm.c's ids for Llama 3; expected ids for GPT-2 (header {LLMC_TOKENS_MAGIC})")
     if magic != LLMC_TOKENS_MAGIC:
         if size % 2 or not size:
             raise ValueError(f"{file}: {size} bytes; expected raw uint16 ids, two bytes each")
@@ -319,14 +323,16 @@ def _open_bin(file: Path) -> Shard:
     version, tokens = (int(value) for value in header[1:3]) if len(header) == 256 else (0, 0)
     if version != 1 or tokens < 1 or size != LLMC_HEADER_BYTES + 2 * tokens:
         raise ValueError(
-            f"{file}: llm.c's header says version {version} and {tokens} ids, in {size} bytes; expected version 1 and "
-            f"{LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged; copy it again"
+            f"{file}: llm.c's header declares version {version} and {tokens} ids, but the file has {size} bytes; "
+            f"expected version 1 and {LLMC_HEADER_BYTES} + 2 * ids bytes; the file is truncated or damaged; copy it "
+            f"again"
         )
     return Shard(file, np.dtype("<u2"), tokens, LLMC_HEADER_BYTES)
 
 
 def _sampled_sha256(shard: Shard) -> str:
-    """SHA-256 (hex) of the number of ids and 16 blocks of 4 KiB, evenly spaced from the first to the last."""
+    """The SHA-256 hash, in hexadecimal, of the number of ids and of 16 evenly spaced blocks of 4 KiB, including the
+    first and the last block."""
     sha = hashlib.sha256(len(shard).to_bytes(8, "little"))
     block = FINGERPRINT_BLOCK_BYTES // shard.dtype.itemsize
     for start in np.linspace(0, max(0, len(shard) - block), FINGERPRINT_BLOCKS).astype(int):
@@ -335,15 +341,15 @@ def _sampled_sha256(shard: Shard) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """The SHA-256 hash of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class SampleOrder:
-    """The order of `n` samples in training: an endless sequence of epochs, each a permutation of 0 ... n-1.
+    """The order of `n` samples in training: an infinite sequence of epochs, each a permutation of 0 ... n-1.
 
-    Position p is sample i = p % n of epoch e = p // n, that is permutation(Key(seed, step=e, site=DATA_SITE), n)[i]: a
+    Position p is sample i = p % n of epoch e = p // n, which is permutation(Key(seed, step=e, site=DATA_SITE), n)[i], a
     fixed function of (seed, e, i). The sample at a position therefore does not depend on how a run is split into
     micro-steps, ranks and restarts, and each sample occurs exactly once per epoch.
     """
@@ -373,13 +379,13 @@ class SampleOrder:
 
 
 def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
-    """Cross-entropies in nats per token, on `val`, of n-gram models of `train`.
+    """The cross-entropies on `val`, in nats per token, of n-gram models of `train`.
 
-    unigram  p(b) = (n(b) + 1) / (N + V), where n(b) of N targets are b, and the vocabulary has V ids
-    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), where n(a, b) targets b follow a; only for V <= 4096
+    unigram  p(b) = (n(b) + 1) / (N + V), where n(b) of N targets are b, and the vocabulary has V ids.
+    bigram   p(b | a) = (n(a, b) + 1) / (n(a) + V), where n(a, b) targets b follow a; only for V <= 4096.
 
-    Add-one (Laplace) smoothing. Every id of a split except the first is a target; at most the first 10 million ids are
-    used.
+    The models use add-one (Laplace) smoothing. Every id of a split except the first is a target. At most the first 10
+    million ids are used.
     """
     V = train.vocab_size
     order = 2 if V <= MAX_BIGRAM_VOCAB else 1
@@ -398,7 +404,7 @@ def baselines(train: TokenDataset, val: TokenDataset) -> dict[str, float]:
 
 
 def bytes_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
-    """The mean number of bytes per target, with targets as in `baselines`. loss / (log(2) * bytes_per_token) is in bits
+    """The mean number of bytes per target, for the targets of `baselines`. loss / (log(2) * bytes_per_token) is in bits
     per byte, which is comparable between tokenizers."""
     counts = _counts(data, 1)
     ids = np.flatnonzero(counts)

@@ -1,4 +1,4 @@
-"""The lines that train.py prints, and the record of each start for the report."""
+"""The output of train.py, and the record of each start for the report."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from gpt2.training.trainer import Trainer
 from tinygrad2 import blas, machine, threads
 from tinygrad2.checkpoint import JsonObject
 
-PRINT_SECONDS = 30.0  # maximum time between the lines of steps, if the steps are shorter
-PROMPT_TOKENS = 4096  # the suggested prompt comes from this many tokens at the start of the validation data
+PRINT_SECONDS = 30.0  # maximum time between two printed steps, if the steps themselves are shorter
+PROMPT_TOKENS = 4096  # number of tokens at the start of the validation data that are searched for a prompt
 PROMPT_LENGTH = 40  # maximum number of characters
 
 
 def baseline_losses(trainer: Trainer) -> dict[str, float]:
-    """The losses of n-gram models by name, at the start of a new run only, since they are recorded once."""
+    """The losses of n-gram models, by name. Empty for a resumed run, since they are recorded only once."""
     return {} if trainer.progress.step else baselines(trainer.train, trainer.validation)
 
 
 def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, float]) -> None:
-    """Print the model, the data, the batch, the schedule, notes about chosen values, and the `losses` of n-gram
+    """Print the model, the data, the batch, the schedule, notes about the chosen values, and the `losses` of n-gram
     models."""
     model, options, comm, train = trainer.model, trainer.options, trainer.comm, trainer.train
     per_step, count = options.total_batch_size or 0, threads.count()
@@ -53,7 +53,7 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
         say(f"all-reduce {'GPU to GPU (NCCL)' if direct else 'through host memory'}")
     if comm.idle_cores:
         idle = f"{_plural(comm.idle_cores, 'core')} of this machine idle"
-        say(f"cores      {idle}: the launcher bound the ranks to the others; mpirun --bind-to none uses all")
+        say(f"cores      {idle}: the launcher bound the ranks to the other cores; mpirun --bind-to none uses all cores")
     say(
         f"data       {train.path}: {train.tokens:,} training tokens, {trainer.validation.tokens:,} validation tokens "
         f"(tokenizer {trainer.tokenizer.name}, vocabulary {trainer.tokenizer.vocab_size:,})"
@@ -81,7 +81,7 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
 
 
 def describe_schedule(options: Options) -> str:
-    """The learning-rate schedule in words."""
+    """Describe the learning-rate schedule in words."""
     peak, warmup = f"{options.learning_rate:.1e}", options.warmup_iters
     if warmup >= options.max_iters:
         last = options.learning_rate_at(options.max_iters - 1)
@@ -101,8 +101,8 @@ def _interval(steps: int) -> str:
 
 
 def start_record(trainer: Trainer, command: str, machine: dict[str, str], losses: dict[str, float]) -> JsonObject:
-    """The command, options, model, data and machine of this start, the validation loss before training and the `losses`
-    of n-gram models, for the report."""
+    """The record of a start for the report: command, options, model, data, machine, the validation loss before
+    training, and the `losses` of n-gram models."""
     model, train = trainer.model, trainer.train
     return {
         "command": command,
@@ -129,25 +129,25 @@ def start_record(trainer: Trainer, command: str, machine: dict[str, str], losses
 
 
 def typed_command(arguments: Sequence[str] | None, ranks: int) -> str:
-    """The command line of this run as it was typed, including the launcher if there are several ranks.
+    """The command line of this run as the user typed it, including the launcher if there are several ranks.
 
-    arguments  the arguments of main; None for those of the process.
+    arguments  the arguments of main; None for the arguments of the process.
     """
     own = sys.orig_argv if arguments is None else ["python", "train.py", *arguments]
     if ranks == 1:
         return shlex.join(own)
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-    except OSError:  # not Linux, or not allowed
+    except OSError:  # not Linux, or no permission
         words = [""]
     launcher = Path(words[0]).name
     if launcher in ("prterun", "mpirun", "mpiexec", "orterun", "mpiexec.hydra", "srun"):
-        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5's mpirun
+        return shlex.join(["mpirun" if launcher == "prterun" else launcher, *words[1:]])  # Open MPI 5
     return shlex.join(["srun" if "SLURM_STEP_ID" in os.environ else "mpirun", "-n", str(ranks), *own])
 
 
 class StepLines:
-    """Prints a line for some of the steps: the first, every --log-interval, the last, those that were skipped, and one
+    """Prints a line for some of the steps: the first, the last, every --log-interval steps, skipped steps, and a step
     that ends PRINT_SECONDS or more after the previous line."""
 
     def __init__(self, trainer: Trainer):
@@ -156,7 +156,7 @@ class StepLines:
         self._first_end: float | None = None  # when the first step ended
 
     def add(self, row: JsonObject) -> None:
-        """Print the line of a step, if it is due."""
+        """Print the line of a step if it is due."""
         options, step, now = self._trainer.options, row["step"], self._trainer.elapsed()
         ends = step in (self._trainer.first_step, options.max_iters)
         if ends or "skipped" in row or step % options.log_interval == 0 or now - self._printed >= PRINT_SECONDS:
@@ -166,7 +166,7 @@ class StepLines:
             self._first_end = now
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """The estimated time after this step. It leaves out the first step, which compiles and allocates."""
+        """The estimated time from this step to the end. The first step, which compiles and allocates, is excluded."""
         if self._first_end is None:
             return None
         per_step = (now - self._first_end) / (step - self._trainer.first_step)
@@ -174,11 +174,11 @@ class StepLines:
 
 
 def say_step(row: JsonObject, trainer: Trainer, seconds_left: float | None) -> None:
-    """Print the line of a step, with the estimated time left if known; for a skipped step, the reason."""
+    """Print the line of a step with the estimated remaining time, if known. For a skipped step, print the reason."""
     steps = trainer.options.max_iters
     if "skipped" in row:
         say(
-            f"step {row['step']:,}/{steps:,} | skipped: the loss is {row['loss']} and the gradient's norm "
+            f"step {row['step']:,}/{steps:,} | skipped: the loss is {row['loss']} and the gradient norm "
             f"{row['grad_norm']}; the weights are unchanged"
         )
         for line in trainer.explanation if row["step"] == trainer.first_skipped else ():
@@ -208,7 +208,7 @@ def say_tasks(row: JsonObject, questions: Questions) -> None:
 
 
 def say_sample(val_loss: float, is_best: bool, text: str) -> None:
-    """Print the loss of an evaluation, and a sample with visible control characters."""
+    """Print the loss of an evaluation, and a sample with control characters escaped."""
     say(f"  validation loss {val_loss:.4f}{' (the best so far)' if is_best else ''}. A sample:")
     shown = console.visible(text) or "(empty: the model generated no visible text)"
     say(console.wrapped(shown, console.terminal_width(), indent="    "))
@@ -224,7 +224,7 @@ def say_early_stop(trainer: Trainer) -> None:
     """Print why training ends before the last step."""
     stop, best = _plural(trainer.options.early_stop, "evaluation"), trainer.progress.best
     assert best is not None
-    say(f"early stop: no lower validation loss in {stop} since step {best['step']:,}; --early-stop 0 would continue")
+    say(f"early stop: no lower validation loss in {stop} since step {best['step']:,}; --early-stop 0 continues the run")
 
 
 def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
@@ -249,13 +249,13 @@ def say_end(trainer: Trainer, written: Path | None, page: Path) -> None:
 
 
 def suggested_prompt(data: TokenDataset, tokenizer: Tokenizer) -> str:
-    """The first words of a line of the data: preferably of one that begins with three words of letters, the first with
-    a capital; "" if no line has printable text."""
+    """The first words of a line of the data, preferably a line that begins with three words of letters and a capital.
+    Returns "" if no line has printable text."""
     text = tokenizer.decode(data.read(0, min(data.tokens, PROMPT_TOKENS)).tolist())
     for end in tokenizer.end_ids:
         text = text.replace(tokenizer.decode([end]), "\n")
     lines = text.splitlines()
-    lines = lines[1:] or lines  # the first may be cut
+    lines = lines[1:] or lines  # the first line may be incomplete
     starts = [" ".join(line.split()[:3]) for line in lines if len(line.split()) > 3]
     plain = [start for start in starts if len(start) <= PROMPT_LENGTH and all(map(str.isalpha, start.split()))]
     if plain:

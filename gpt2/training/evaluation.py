@@ -1,4 +1,4 @@
-"""A model's loss on token data sets, and its results on tasks; the ranks of a job share the work."""
+"""Evaluates a model: its loss on token data sets, and its results on tasks. The ranks of a job share the work."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def summed_loss(
     block_size: int,
     show_after: float | None = None,
 ) -> float:
-    """The loss in nats, summed over all targets of these windows (not averaged, so that sums can be added).
+    """The loss in nats, summed (not averaged, so that sums can be added) over all targets of these windows.
 
-    show_after  seconds after which progress is shown on a terminal; None: never.
+    show_after  the number of seconds after which progress is shown on a terminal, or None for never.
     """
     total = 0.0
     firsts = range(0, len(windows), batch_size)
     with no_grad():
-        hidden = None if show_after is not None else True  # None: shown on a terminal
+        hidden = None if show_after is not None else True  # for tqdm, None means shown on a terminal
         for first in tqdm(firsts, data.split, unit=" batches", leave=False, delay=show_after or 0, disable=hidden):
             indices = windows[first : first + batch_size]
             total += model.loss(*data.batch(indices, block_size)).item() * len(indices) * block_size
@@ -52,7 +52,7 @@ def mean_loss(
 ) -> float:
     """The mean loss in nats per token over the first `batches` batches of windows, or all windows if there are fewer.
 
-    Every window has the same weight, even in an incomplete last batch. The ranks of `comm` divide the windows.
+    Every window has the same weight, even in an incomplete last batch. The windows are divided among the ranks.
     """
     windows = range(min(data.windows(block_size), batches * batch_size))
     own = windows[slice(*share(len(windows), comm.rank, comm.size))]
@@ -69,25 +69,26 @@ def evaluate_data(
     block_size: int,
     batches: int | None = None,
 ) -> dict[str, float]:
-    """The results on the first `batches` batches of windows of a data set, by default on all of them.
+    """The results on the first `batches` batches of windows of a data set, by default on all windows.
 
-    loss           nats per token;  perplexity  its exponential.
-    bits_per_byte  the number of bits that the model needs to encode the targets, per byte of their text: comparable
+    loss           in nats per token.
+    perplexity     exp(loss).
+    bits_per_byte  the number of bits that the model needs to encode the targets, per byte of their text; comparable
                    between tokenizers. The end-of-text token between documents adds bits but no bytes.
     tokens, bytes  the size of the targets.
 
-    Raises ValueError if the data set was made with another tokenizer.
+    Raises ValueError if the data set was prepared with a different tokenizer.
     """
-    made_with = data.tokenizer()
-    if not tokenizer.includes(made_with):
+    data_tokenizer = data.tokenizer()
+    if not tokenizer.includes(data_tokenizer):
         raise ValueError(
-            f"{data.path}: prepared with the tokenizer {made_with.name}; expected the model's, {tokenizer.name}: "
+            f"{data.path}: prepared with the tokenizer {data_tokenizer.name}; expected the model's, {tokenizer.name}: "
             "prepare the data with the model's tokenizer"
         )
     count = data.windows(block_size)
     windows = range(count if batches is None else min(count, batches * batch_size))
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
-    length_of[[i for i in (made_with.end_of_text, tokenizer.end_of_text) if i is not None]] = 0
+    length_of[[i for i in (data_tokenizer.end_of_text, tokenizer.end_of_text) if i is not None]] = 0
     tokens, chunk = len(windows) * block_size, 1 << 20
     pieces = (data.read(1 + first, min(chunk, tokens - first)) for first in range(0, tokens, chunk))
     text_bytes = sum(int(length_of[piece].sum()) for piece in pieces)
@@ -110,7 +111,7 @@ def evaluate_task(
 ) -> dict[str, float]:
     """The task's metrics on these items, the number of items, and the number that exceed the model's context.
 
-    The ranks of `comm` divide the items.
+    The items are divided among the ranks.
     """
     own = score(task, model, tokenizer, items[comm.rank :: comm.size], batch_size)
     totals = comm.all_gather(np.array(list(own.values()))).sum(axis=0)
@@ -119,7 +120,7 @@ def evaluate_task(
 
 
 def describe_task(task: Task, results: dict[str, float]) -> str:
-    """One line with the metrics; accuracies have their standard error."""
+    """The metrics in one line. Accuracies are followed by their standard error."""
     n, parts = results["items"], []
     for name in results.keys() - {"items", "cut"}:
         value = results[name]

@@ -1,4 +1,4 @@
-"""Conversion of runs to and from nanoGPT checkpoints: optimizer state, step, best loss and options."""
+"""Converts runs to and from nanoGPT checkpoints: optimizer state, step, best loss and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2.training.run import OPTIMIZER, TRAINER, Best, Progress, RunState, read
 from tinygrad2 import checkpoint
 from tinygrad2.checkpoint import JsonObject
 
-# Options that have the same names in nanoGPT.
+# Options with the same names in nanoGPT.
 SAME_NAMES = (
     "batch_size",
     "block_size",
@@ -38,7 +38,7 @@ UNKNOWN_DATA = ""  # the fingerprint of data that the file does not identify
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of train.py, including the state of its run."""
+    """Whether a folder is a checkpoint of train.py that includes the state of its run."""
     return (folder / TRAINER).is_file() and (folder / OPTIMIZER).is_file()
 
 
@@ -69,7 +69,7 @@ def read_run(folder: Path, config: GPT2Config) -> TrainingState:
 def write_run(
     folder: Path, config: GPT2Config, arrays: dict[str, Stored], tokenizer: Tokenizer | None, state: TrainingState
 ) -> None:
-    """Write the out-dir of a run that train.py resumes, with one checkpoint."""
+    """Write an out-dir with one checkpoint, from which train.py can resume the run."""
     folder.mkdir()
     with checkpoint.writing(folder / checkpoint.name(state.step)) as partial:
         huggingface.write(partial, config, {name: stored.read() for name, stored in arrays.items()})
@@ -81,7 +81,7 @@ def write_run(
 
 
 def _trainer(folder: Path, state: TrainingState) -> JsonObject:
-    """The contents of trainer.json for a run of another program, whose training data is not known."""
+    """The contents of trainer.json for a run of another program, whose training data is unknown."""
     options = _options(state)
     tokens = options.get("total_batch_size", 0) * state.step
     best: Best | None = None
@@ -92,7 +92,7 @@ def _trainer(folder: Path, state: TrainingState) -> JsonObject:
 
 
 def _options(state: TrainingState) -> OptionValues:
-    """The options with which train.py continues a nanoGPT run."""
+    """The options with which train.py resumes a nanoGPT run."""
     given: OptionValues = {"beta1": state.betas[0], "beta2": state.betas[1], "weight_decay": state.weight_decay}
     kinds: dict[str, Any] = {f.name: f.metadata["kind"] for f in fields(Options)}
     for name in SAME_NAMES:

@@ -1,4 +1,4 @@
-"""The options of train.py: one table defines the flags, their help, the keys of a TOML file, and the allowed values."""
+"""The options of train.py. One table defines the flags, their help, the keys of a TOML file, and the allowed values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OptionValues = dict[str, Any]  # option values by name, with the types of the fi
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
-TOML_BYTES = 1 << 14  # of a file of options
-SHOWN = 80  # characters of a name or a value that a message shows
+TOML_BYTES = 1 << 14  # maximum size of a TOML file with options
+SHOWN = 80  # maximum number of characters of a name or a value in a message
 TOO_LARGE = 2**31  # upper bound for any number of steps, tokens or bytes
 
 
 class UsageError(ValueError):
-    """An option is invalid, or options contradict each other; the message says which, and why."""
+    """An option is invalid, or options contradict each other. The message names the options and the reason."""
 
 
 def _option(
@@ -74,12 +74,12 @@ def _some_of(default: str | None, unit: str, help: str, choices: Sequence[str]) 
 
 @dataclass
 class Options:
-    """All options of train.py. Where the default is None, `resolve_options` derives the value from other options; only
-    options whose type includes None may stay None."""
+    """All options of train.py. If a default is None, `resolve_options` derives the value from other options. Only
+    options whose type includes None may remain None."""
 
-    preset: str = _one_of("nano", "NAME", "sizes of the model: {}", tuple(PRESETS))
-    n_layer: int = _positive(None, int, "N", "layers of a new model [default: the preset's]")
-    n_head: int = _positive(None, int, "N", "attention heads of a new model [default: the preset's]")
+    preset: str = _one_of("nano", "NAME", "model sizes: {}", tuple(PRESETS))
+    n_layer: int = _positive(None, int, "N", "number of layers of a new model [default: the preset's]")
+    n_head: int = _positive(None, int, "N", "number of attention heads of a new model [default: the preset's]")
     n_embd: int = _positive(None, int, "N", "embedding size of a new model [default: the preset's]")
     recipe: str | None = _one_of(
         None, "NAME", "published training options, as defaults: {} [default: none]", ("paper", "modern")
@@ -90,11 +90,11 @@ class Options:
         "fine-tune this model: a folder or file (as for sample.py's --checkpoint), an out-dir, or a name such as gpt2 "
         "[default: train a new model]",
     )
-    device: str = _one_of("auto", "NAME", "where to compute: {}", DEVICES)
+    device: str = _one_of("auto", "NAME", "the device to use: {}", DEVICES)
     threads: int | None = _positive(None, int, "N", "number of CPU threads [default: the number of available cores]")
     dtype: str = _one_of("float32", "NAME", "precision of the computation: {} (tf32 needs a GPU)", TRAINING)
     data: str | None = _text(
-        None, "NAME", "the data set: a name in data/, or a folder [default: pydoc for nano and micro, else required]"
+        None, "NAME", "data set: a name in data/, or a folder [default: pydoc for nano and micro, otherwise required]"
     )
     out_dir: str = _text("out", "FOLDER", "folder for the checkpoints, the log and the report")
     fresh: bool = _option(False, bool, "", "rename an existing out-dir and start a new run, instead of resuming")
@@ -105,11 +105,11 @@ class Options:
         "sequences per micro-step and rank; without --total-batch-size, sequences per step, divided among the ranks",
     )
     block_size: int = _positive(
-        None, int, "TOKENS", "tokens per sequence; a new model gets at least this context [default: the preset's]"
+        None, int, "TOKENS", "tokens per sequence; a new model's context is at least this [default: the preset's]"
     )
     recompute: str = _one_of("none", "NAME", "what to recompute in the backward pass, to save memory: {}", RECOMPUTE)
     head_rows: int | None = _positive(
-        None, int, "ROWS", "number of tokens whose logits are computed at a time; fewer use less memory [default: all]"
+        None, int, "ROWS", "number of tokens whose logits are computed at a time, to save memory [default: all]"
     )
     total_batch_size: int | None = _positive(
         None,
@@ -118,7 +118,7 @@ class Options:
         "tokens per step; determines the number of micro-steps (gradient accumulation) [default: one micro-step]",
     )
     max_iters: int = _positive(
-        None, int, "STEPS", "number of steps of the whole run; with --init at most 3 epochs of the data"
+        None, int, "STEPS", "total number of steps of the run; with --init, at most 3 epochs of the data"
     )
     eval_interval: int = _at_least_0(None, int, "STEPS", "steps between evaluations; 0: only at the end")
     eval_iters: int = _positive(None, int, "BATCHES", "batches per evaluation of the validation loss")
@@ -131,12 +131,12 @@ class Options:
     )
     save_interval: int = _at_least_0(None, int, "STEPS", "steps between checkpoints; 0: only at the end")
     log_interval: int = _positive(
-        None, int, "STEPS", "steps between printed lines, fewer if they take more than 30 s (log.jsonl has every step)"
+        None, int, "STEPS", "steps between printed lines; at most 30 s pass between lines (log.jsonl has every step)"
     )
     keep: int = _positive(2, int, "N", "number of checkpoints to keep, in addition to the best")
-    learning_rate: float = _positive(None, float, "X", "peak learning rate; a tenth of that with --init")
+    learning_rate: float = _positive(None, float, "X", "peak learning rate; with --init, a tenth of the default")
     min_lr: float = _at_least_0(
-        None, float, "X", "learning rate at the end of the decay [default: a tenth of the peak for cosine, else 0]"
+        None, float, "X", "learning rate at the end of the decay [default: for cosine a tenth of the peak, else 0]"
     )
     warmup_iters: int = _at_least_0(None, int, "STEPS", "steps of linear warm-up; at most a tenth of the steps")
     lr_decay_iters: int = _positive(None, int, "STEP", "step at which the rate reaches min-lr [default: max-iters]")
@@ -161,10 +161,10 @@ class Options:
     nesterov: bool = _option(False, bool, "", "Nesterov momentum (sgd)")
     grad_clip: float = _at_least_0(1.0, float, "NORM", "clip the gradient to this global norm; 0: no clipping")
     max_bad_steps: int = _positive(
-        3, int, "N", "end the run after N consecutive steps skipped because the loss or gradient was not finite"
+        3, int, "N", "stop the run after N consecutive steps that were skipped because of a non-finite loss or gradient"
     )
     hang_timeout: int = _at_least_0(
-        0, int, "SECONDS", "end the job when a step takes longer than this; 0: only report it, with every rank's stack"
+        0, int, "SECONDS", "end the job if a step takes longer than this; 0: only print the stacks of every rank"
     )
     dropout: float | None = _fraction(
         None, "dropout rate of embeddings, attention and residuals [default: the preset's or the model's]"
@@ -176,7 +176,7 @@ class Options:
     )
 
     def micro_steps(self, ranks: int) -> int:
-        """Micro-steps per step on each rank. Raises UsageError if that is not a whole number."""
+        """The number of micro-steps per step on each rank. Raises UsageError if it is not an integer."""
         B, T = self.batch_size, self.block_size
         micro = B * T * ranks
         total = self.total_batch_size or micro
@@ -196,18 +196,18 @@ class Options:
         return total // micro
 
     def fit_batch(self, given: OptionValues, ranks: int) -> str:
-        """Set the tokens per step, if not set, and derive the batch of each rank from them. Returns a note, or "".
+        """Set the tokens per step, if not set, and derive the batch size of each rank from it. Returns a note, or "".
 
         A step has the same tokens on any number of ranks: --batch-size sequences, rounded up to a multiple of the
-        number of ranks, of which each rank takes its share. With --total-batch-size, a given --batch-size is kept.
-        Raises UsageError if the batch does not divide the tokens per step.
+        number of ranks, and divided among the ranks. With --total-batch-size, a given --batch-size is kept. Raises
+        UsageError if the batch size does not divide the tokens per step evenly.
         """
         note = ""
         if self.total_batch_size is None:
             sequences = math.ceil(self.batch_size / ranks) * ranks
             self.total_batch_size = sequences * self.block_size
             if sequences > self.batch_size:
-                note = f"{self.batch_size} sequences per step do not divide among {ranks} ranks; {sequences} are used"
+                note = f"{self.batch_size} sequences per step cannot be divided among {ranks} ranks; using {sequences}"
         if not {"batch_size", "total_batch_size"} <= given.keys():
             total, unit = self.total_batch_size, self.block_size * ranks
             fitting = (batch for batch in range(self.batch_size, 0, -1) if total % (batch * unit) == 0)
@@ -216,11 +216,11 @@ class Options:
         return note
 
     def stops_early(self, step: int, best_step: int) -> bool:
-        """Whether --early-stop ends the run after the evaluation at `step`; the best one was at `best_step`."""
+        """Whether --early-stop stops the run after the evaluation at `step`, if the best one was at `best_step`."""
         return 0 < self.early_stop <= (step - best_step) / max(1, self.eval_interval)
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then the decay of --lr-schedule."""
+        """The learning rate of a step, counted from 0: a linear warm-up, followed by the decay of --lr-schedule."""
         lr, min_lr, warmup, last = self.learning_rate, self.min_lr, self.warmup_iters, self.lr_decay_iters
         match self.lr_schedule:
             case "cosine":
@@ -238,13 +238,13 @@ class Options:
         return self.lr_decay_iters - self.lr_decay_iters // 5
 
 
-# Defaults that depend on the size of the model. Those of small models are for runs of a few minutes on a CPU.
+# Defaults that depend on the size of the model. The defaults of small models are for runs of a few minutes on a CPU.
 SMALL_MODEL = 20_000_000  # parameters
 SIZE_DEFAULTS: dict[str, OptionValues] = {
     "small": {
         "optimizer": "muon",
         "lr_schedule": "linear",
-        "batch_size": 16,  # smaller steps reach a higher loss in the same time: orthogonalization costs the same
+        "batch_size": 16,  # smaller batches reach a higher loss in the same time: orthogonalization takes as long
         "block_size": 1024,
         "max_iters": 600,
         "learning_rate": 1e-2,
@@ -268,7 +268,7 @@ SIZE_DEFAULTS: dict[str, OptionValues] = {
     },
 }
 
-# What differs for small models with another optimizer than Muon, with a recipe or with --init.
+# Different defaults for small models with an optimizer other than Muon, with a recipe, or with --init.
 SMALL_ADAMW: OptionValues = {
     "optimizer": "adamw",
     "lr_schedule": "cosine",
@@ -315,11 +315,11 @@ RECIPES: dict[str, OptionValues] = {
 
 REMOVED_OPTIONS = ("tensorboard",)  # options of earlier versions, which old checkpoints may contain
 MODEL_SIZES = ("n_layer", "n_head", "n_embd")
-# Derived from other options or from the model if they are not given.
+# Options that are derived from other options or from the model if they are not given.
 DERIVED_OPTIONS = ("lr_decay_iters", "min_lr", *MODEL_SIZES)
 
 FINE_TUNING_EPOCHS = 3
-# Defaults that are limited to this fraction of the number of steps.
+# Defaults that are limited to the number of steps divided by this number.
 PART_OF_STEPS = {"warmup_iters": 10, "eval_interval": 5, "save_interval": 2, "log_interval": 10}
 
 # Options that only some optimizers use.
@@ -329,9 +329,9 @@ OPTIMIZER_OPTIONS = {
     "momentum": ("muon", "sgd"),
     "nesterov": ("sgd",),
 }
-# A run can only be resumed with the same values of these. Of dtype, only the dtype of the parameters must be the same;
-# the precision of the computation and the device may change. The data must also be the same. It is identified by its
-# fingerprint, so its folder may be renamed.
+# A run can only be resumed with the same values of these options. For dtype, only the dtype of the parameters must be
+# the same; the precision of the computation and the device may change. The data must also be the same. It is identified
+# by its fingerprint, so its folder may be renamed.
 FIXED_OPTIONS = ("preset", *MODEL_SIZES, "init", "block_size", "dtype", "seed", "optimizer")
 
 
@@ -364,9 +364,9 @@ def flag(name: str) -> str:
 
 
 def command_line(description: str | None) -> Parser:
-    """The parser of train.py. Its result contains only the options that are given."""
+    """The parser of train.py. Its result contains only the given options."""
     note = (
-        f"Where two defaults are listed, the second is for models of {SMALL_MODEL:,} parameters or more. A resumed run "
+        f"If two defaults are listed, the second is for models with {SMALL_MODEL:,} parameters or more. A resumed run "
         "keeps its options, except those that are given again."
     )
     parser = Parser(console.script("train"), description, epilog=note, familiar=familiar_options.TRAIN)
@@ -380,11 +380,11 @@ def command_line(description: str | None) -> Parser:
 
 
 def add_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
-    """Add the flags of these options to a command line. Those that are not given are left out of what it parses."""
+    """Add the flags of these options to a command line. The parsed result contains only the given options."""
     by_name = {f.name: f for f in fields(Options)}
     for f in (by_name[name] for name in names):
         kind: type = f.metadata["kind"]
-        # (--no-... turns off a flag that a resumed run was started with)
+        # BooleanOptionalAction adds --no-NAME, which turns off a flag that a resumed run was started with.
         form: dict[str, Any] = {"type": kind, "metavar": f.metadata["unit"]}
         form = {"action": argparse.BooleanOptionalAction} if kind is bool else form
         text = _help(f.name, f.metadata["help"], f.default).replace("%", "%%")
@@ -419,7 +419,7 @@ def _read_toml(path: Path) -> OptionValues:
             raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {TOML_BYTES:,}")
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        encoding = ", write it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         reason = error.strerror if isinstance(error, OSError) else f"not valid TOML ({error}){encoding}"
         raise UsageError(f"{path}: {reason}") from None
     given = {}
@@ -443,7 +443,7 @@ def _read_toml(path: Path) -> OptionValues:
 
 
 def validate_options(given: OptionValues) -> OptionValues:
-    """Raise UsageError for a value that has the wrong type or is out of range; returns `given`."""
+    """Return `given`. Raises UsageError if a value has the wrong type or is out of range."""
     for f in fields(Options):
         value, allowed = given.get(f.name), f.metadata["allowed"]
         if value is not None and type(value) is not f.metadata["kind"]:
@@ -457,10 +457,11 @@ def validate_options(given: OptionValues) -> OptionValues:
 
 
 def default_options(given: OptionValues, config: GPT2Config, earlier: bool = False) -> OptionValues:
-    """The default values: the recipe's, or else those for the size of the model, or else the general ones. Without
-    DERIVED_OPTIONS (see `resolve_options`).
+    """The default values: those of the recipe, or else those for the size of the model, or else the general ones.
+    DERIVED_OPTIONS are not included (see `resolve_options`).
 
-    earlier  whether the run is of an earlier version that did not store its defaults: all had AdamW and a cosine.
+    earlier  whether the run is from an earlier version, which did not store the defaults; all such runs used AdamW and
+             a cosine schedule.
     """
     size = "small" if config.n_parameters < SMALL_MODEL else "large"
     by_size = dict(SIZE_DEFAULTS[size])
@@ -468,7 +469,7 @@ def default_options(given: OptionValues, config: GPT2Config, earlier: bool = Fal
     if size == "small" and (earlier or not muon):
         by_size |= SMALL_ADAMW
     recipe = dict(RECIPES[given["recipe"]]) if given.get("recipe") else {}
-    for values in (by_size, recipe):  # at most the model's context
+    for values in (by_size, recipe):  # limit block_size to the model's context
         if "block_size" in values:
             values["block_size"] = min(values["block_size"], config.n_positions)
     if recipe and "block_size" not in given and recipe["block_size"] < 1024:
@@ -482,7 +483,7 @@ def default_options(given: OptionValues, config: GPT2Config, earlier: bool = Fal
 
 
 def model_config(given: OptionValues) -> GPT2Config:
-    """The config of a new model: the preset's, with the given sizes, and a context of at least --block-size."""
+    """The config of a new model: the preset with the given sizes, and a context of at least --block-size."""
     config = GPT2Config.preset(given.get("preset", Options.preset))
     sizes = {name: given[name] for name in MODEL_SIZES if name in given}
     heads, size = (sizes.get(name, getattr(config, name)) for name in ("n_head", "n_embd"))
@@ -494,12 +495,12 @@ def model_config(given: OptionValues) -> GPT2Config:
 
 
 def _nearest(number: int, factor: int) -> int:
-    """The multiple of `factor` that is nearest to `number`, but at least `factor`."""
+    """The positive multiple of `factor` that is nearest to `number`."""
     return max(1, round(number / factor)) * factor
 
 
 def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, data_tokens: int) -> list[str]:
-    """Limit the defaults of a new run by its data and its number of steps. Returns a note for each change.
+    """Limit the defaults of a new run based on its data and its number of steps. Returns a note for each change.
 
     Fine-tuning takes at most FINE_TUNING_EPOCHS epochs; see PART_OF_STEPS for the other limits.
     """
@@ -514,8 +515,8 @@ def fit_to_data(given: OptionValues, defaults: OptionValues, step_tokens: int, d
         most = decay // part if name == "warmup_iters" else max(1, steps // part)
         if name not in given and defaults[name] > most:
             defaults[name] = most
-            whole = "decay" if name == "warmup_iters" and decay < steps else "steps"
-            notes.append(f"{flag(name)} {most:,} (1/{part} of the {whole})")
+            total = "decay" if name == "warmup_iters" and decay < steps else "steps"
+            notes.append(f"{flag(name)} {most:,} (1/{part} of the {total})")
     return notes
 
 
@@ -523,7 +524,7 @@ def check_optimizer(given: OptionValues, optimizer: str) -> None:
     """Raise UsageError if an option is given that only other optimizers use."""
     for name, users in OPTIMIZER_OPTIONS.items():
         if given.get(name) not in (None, False) and optimizer not in users:
-            raise UsageError(f"{flag(name)} is for --optimizer {' and '.join(users)} only; this run has {optimizer}")
+            raise UsageError(f"{flag(name)} is only for --optimizer {' and '.join(users)}; this run has {optimizer}")
 
 
 def check_schedule(given: OptionValues) -> None:
@@ -536,16 +537,18 @@ def check_schedule(given: OptionValues) -> None:
 
 
 def resolve_options(given: OptionValues, config: GPT2Config, defaults: OptionValues | None = None) -> Options:
-    """All options: as given, or else the defaults, or else derived from other options. Options of other versions, which
-    a resumed run may have, are ignored.
+    """All options. A value is the given one, or else the default, or else derived from other options. A resumed run may
+    have options of other versions, which are ignored.
 
-    defaults  the defaults that a resumed run was started with, perhaps of another version; None for the current ones.
+    defaults  the defaults with which a resumed run was started, possibly by another version; None for the current ones.
     """
     values = {**(default_options(given, config) if defaults is None else defaults), **given}
     values.setdefault("lr_decay_iters", values["max_iters"])
-    schedule = values.get("lr_schedule", Options.lr_schedule)  # a cosine in runs of earlier versions
+    schedule = values.get("lr_schedule", Options.lr_schedule)  # earlier versions had only cosine
     values.setdefault("min_lr", values["learning_rate"] / 10 if schedule == "cosine" else 0.0)
     for name in MODEL_SIZES:
         values.setdefault(name, getattr(config, name))
     known = {f.name for f in fields(Options)}
-    return Options(**{name: value for name, value in values.items() if name in known})  # not those of other versions
+    return Options(
+        **{name: value for name, value in values.items() if name in known}
+    )  # ignores options of other versions

@@ -1,4 +1,4 @@
-"""Check that all ranks of a job have the same code, options and data."""
+"""Checks that all ranks of a job have the same code, options and data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(comm: Comm, options: Options, splits: Sequence[TokenDataset]) -> Non
     """
     if comm.size == 1:
         return
-    # The code first: another version may have other options.
+    # Compare the code first, since another version may have other options.
     _compare(comm, {"the code of tinygrad2 and gpt2": code_version(), "NumPy": np.__version__})
     data = {f"the data, {split.split}": f"{split.path}, fingerprint {split.fingerprint}" for split in splits}
     same = {name: split.fingerprint for name, split in zip(data, splits, strict=True)}
@@ -37,8 +37,8 @@ def compare(comm: Comm, options: Options, splits: Sequence[TokenDataset]) -> Non
 def _compare(comm: Comm, shown: dict[str, str], same: dict[str, str] | None = None) -> None:
     """Raise UsageError if a value differs between ranks.
 
-    shown  the values of this rank by name, as they appear in the message.
-    same   the values to compare instead, by name: the paths of the data, for example, may differ between ranks.
+    shown  the values of this rank by name, as shown in the message.
+    same   values to compare instead of `shown`, by name. For example, the paths of the data may differ between ranks.
     """
     compared = shown | (same or {})
     rows = [hashlib.sha256(compared[name].encode()).digest() + _cut(text) for name, text in shown.items()]
@@ -59,7 +59,7 @@ def _cut(text: str) -> bytes:
 
 
 def code_version() -> str:
-    """The version of the code: Python's, and the first digits of the SHA-256 of all its files."""
+    """The version of the code, the first digits of the SHA-256 hash of all its files, and the version of Python."""
     sha = hashlib.sha256()
     for folder in PACKAGES:
         for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):

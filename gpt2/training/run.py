@@ -31,7 +31,7 @@ from tinygrad2.distributed import Comm, SoloComm
 ALONE = SoloComm()
 LOG, SAMPLES, STARTS = "log.jsonl", "samples.jsonl", "starts.jsonl"  # one row per step, sample, and start
 OPTIMIZER, LOCK = "optimizer.safetensors", ".lock"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that a retry does not fix
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors for which a retry does not help
 
 
 class Best(TypedDict):
@@ -43,14 +43,14 @@ class Best(TypedDict):
 
 @dataclass
 class Progress:
-    """How far a run has trained.
+    """The progress of a run.
 
     step       number of completed steps.
-    samples    number of sequences trained on: the position in the data order, for any batch size.
+    samples    number of sequences trained on, which is the position in the data order, for any batch size.
     tokens     number of tokens trained on.
     seconds    time spent in steps.
     best       the best evaluation so far, or None.
-    bad_steps  number of skipped steps in a row, up to the last step.
+    bad_steps  number of consecutive skipped steps, up to the last step.
     """
 
     step: int = 0
@@ -62,16 +62,18 @@ class Progress:
 
     @property
     def best_step(self) -> int:
-        """The step of the best evaluation; this step if there is none."""
+        """The step of the best evaluation, or the current step if there is none."""
         return self.best["step"] if self.best else self.step
 
 
 @dataclass
 class RunOptions:
-    """The options that a run keeps when it is resumed: those given to it, and the defaults of the others.
+    """The options that a run keeps when it is resumed.
 
-    notes  lines about what was chosen and why, printed at the start of the run.
-    blas   see RunState; set by setup.choose_blas.
+    options   the given options.
+    defaults  the defaults of the other options.
+    notes     lines that explain the chosen values, printed at the start of the run.
+    blas      see RunState; set by setup.choose_blas.
     """
 
     options: OptionValues
@@ -90,12 +92,12 @@ class RunState:
     """The state of a run in a checkpoint, without the arrays.
 
     options   the options given to the run.
-    defaults  the defaults of the other options when it was started, which later versions must not change; None if
+    defaults  the defaults of the other options when the run was started, which later versions do not change; None if
               unknown.
     data      the fingerprint of the training data.
     blas      the name and title of the BLAS library, and the processor; None if unknown.
-    unknown   fields that another version wrote, at the top level (under "") and in `progress`; they are written back
-              unchanged. Unknown options and defaults stay in `options` and `defaults`.
+    unknown   fields that another version wrote, at the top level (under "") and in `progress`. They are written back
+              unchanged. Unknown options and defaults remain in `options` and `defaults`.
     """
 
     folder: Path
@@ -114,7 +116,7 @@ class RunState:
         return {**values, **self.unknown.get("", {}), "progress": progress}
 
     def unknown_names(self) -> list[str]:
-        """The names of all fields that this version does not know."""
+        """The names of all fields that are unknown to this version."""
         known = {f.name for f in fields(Options)}
         options = {"options": self.options, "defaults": self.defaults or {}}
         names = [f"{part}.{name}" for part, values in options.items() for name in values if name not in known]
@@ -122,19 +124,20 @@ class RunState:
 
 
 class RunFolder:
-    """`out/`: logs, and checkpoints ckpt-000100 and so on, of which the newest, the best and the last few are kept.
+    """The folder of a run, `out/`. It contains the logs and the checkpoints, ckpt-000100 and so on; the best checkpoint
+    and the most recent ones are kept.
 
-    Every rank of `comm` has a RunFolder and makes the same calls; only rank 0 writes.
+    Every rank of `comm` has a RunFolder and makes the same calls, but only rank 0 writes.
 
     say           prints a line.
-    unfinished    whether the previous process was killed, so that the report may lag behind the log.
-    lacks_sample  whether the step at which the folder was opened was evaluated, but its sample is missing.
+    unfinished    whether the previous process was killed, so that the report may be behind the log.
+    lacks_sample  whether the step from which the run continues was evaluated, but its sample is missing.
     """
 
     def __init__(self, path: str | Path, comm: Comm = ALONE, say: Callable[[str], None] = console.say):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out-dir {self.path} is a file; name a folder")
+            raise UsageError(f"--out-dir {self.path} is a file; expected a folder")
         self.comm, self.say = comm, say
         self.unfinished = self.lacks_sample = False
         self._opened_at = 0
@@ -144,7 +147,7 @@ class RunFolder:
 
     @contextmanager
     def taken(self) -> Iterator[RunFolder]:
-        """Lock the folder, before anything in it is read. Creates the folder if it does not exist.
+        """Lock the folder before anything in it is read. The folder is created if it does not exist.
 
         Raises ValueError if another process has locked it.
         """
@@ -167,7 +170,8 @@ class RunFolder:
         files.clean(self.path)
 
     def resume(self, say: Callable[[str], None]) -> RunState | None:
-        """The state in the newest intact checkpoint, or None if there is no checkpoint. Damaged ones are reported."""
+        """The state in the newest intact checkpoint, or None if there is no checkpoint. Damaged checkpoints are
+        reported."""
         return self.comm.from_root(lambda: self.newest(say))
 
     def newest(self, say: Callable[[str], None]) -> RunState | None:
@@ -182,7 +186,7 @@ class RunFolder:
                 continue
             if names := state.unknown_names():
                 listed = ", ".join(names)
-                say(f"{folder / TRAINER}: fields of another version are kept, and have no effect here: {listed}")
+                say(f"{folder / TRAINER}: fields of another version are kept, but have no effect here: {listed}")
             self._unknown = state.unknown
             return state
         if folders:
@@ -200,9 +204,10 @@ class RunFolder:
     def opened(self, progress: Progress, run_options: RunOptions) -> Iterator[None]:
         """Prepare the folder for a run that continues after `progress`, and open its log.
 
-        Rows after that step are removed from the logs, since these steps will be repeated; so is the record of a start
-        from that step. Later checkpoints are damaged; they are renamed, so that none of them counts as the newest. What
-        a killed process left undone is completed: the link to the best checkpoint, and the deletion of old ones.
+        Rows after that step are removed from the logs, since these steps will be repeated, and so is the record of a
+        start from that step. Later checkpoints are damaged, so they are renamed, and none of them is used as the newest
+        checkpoint. If a process was killed before it updated the link to the best checkpoint and deleted old
+        checkpoints, this is done now.
         """
         if self.comm.rank:
             yield
@@ -223,9 +228,9 @@ class RunFolder:
             self._log = None
 
     def catch_up(self, sample: Callable[[int], str], seed: int, update_report: Callable[[bool], None]) -> None:
-        """Complete what a killed process left unfinished after the checkpoint at which the folder was opened.
+        """Write the sample and the report that a killed process did not write after the current checkpoint.
 
-        sample         returns a text sampled from this checkpoint's model with a given seed.
+        sample         returns a text that is sampled from this checkpoint's model with a given seed.
         seed           the run's seed; the seed of a sample is seed + step.
         update_report  report.Writer.update; called with True, which always writes the report.
         """
@@ -238,7 +243,7 @@ class RunFolder:
             update_report(True)
 
     def _cut(self, name: str, step: int) -> JsonObject:
-        """Remove the rows of a log after `step`. Returns the last row; empty if there is none.
+        """Remove the rows of a log after `step`. Returns the last remaining row, or {} if there is none.
 
         A log that cannot be read is renamed.
         """
@@ -247,29 +252,29 @@ class RunFolder:
             kept = [row for row in read_log(log) if row["step"] <= step]
         except OSError as error:
             aside = log.rename(files.free_name(log.with_name(f"damaged-{name}")))
-            self.say(f"{log}: {error.strerror}; renamed to {aside}, a new one is started")
+            self.say(f"{log}: {error.strerror}; it was renamed to {aside}, and a new log is started")
             kept = []
         with files.atomic_write(log) as partial:
             partial.write_text("".join(checkpoint.to_json(row) + "\n" for row in kept), encoding="utf-8")
         return kept[-1] if kept else {}
 
     def _tidy(self, progress: Progress, run_options: RunOptions) -> None:
-        """Point the link `best` to the best checkpoint, then delete old ones."""
+        """Point the link `best` to the best checkpoint, and delete old checkpoints."""
         best = set() if progress.best is None else {checkpoint.name(progress.best["step"])}
         for name in best:
             if (self.path / name).is_dir():
-                # (Some file systems have no links, and on Windows only administrators can create them, so code that
-                # opens out/best reads trainer.json instead.)
+                # Some file systems do not support links, and on Windows only administrators can create them, so code
+                # that opens out/best reads trainer.json instead.
                 with suppress(OSError), files.atomic_write(self.path / BEST) as new:
                     new.symlink_to(name, target_is_directory=True)
         for line in checkpoint.prune(self.path, run_options.keep, best):
             self.say(line)
 
     def _check_folder(self) -> None:
-        """Lock the folder again if it was removed or renamed."""
+        """If the folder was removed or renamed, create and lock a new one."""
         if self._lock is None or self._lock.held():
             return
-        self.say(f"{self.path}/ was removed or renamed; training continues in a new folder of this name")
+        self.say(f"{self.path}/ was removed or renamed; training continues in a new folder with this name")
         self._lock.release()
         self._take()
         if self._log is not None:
@@ -285,9 +290,9 @@ class RunFolder:
         run_options: RunOptions,
         data: str,
     ) -> Path:
-        """Write the checkpoint of the current step, point the link `best` to the best one, and delete old ones.
+        """Write the checkpoint of the current step, point the link `best` to the best checkpoint, and delete old ones.
 
-        After a disk error, unless the disk is full, writing is retried once.
+        After a disk error, writing is retried once, unless the disk is full.
 
         data  the fingerprint of the training data.
         """
@@ -300,7 +305,7 @@ class RunFolder:
 
         def write() -> None:
             self._check_folder()
-            if self._log is not None:  # no checkpoint is ahead of its log, even after a power failure
+            if self._log is not None:  # so that no checkpoint is ahead of its log, even after a power failure
                 with files.naming(self.path / LOG):
                     os.fsync(self._log.fileno())
             with checkpoint.writing(folder) as partial:
@@ -329,7 +334,7 @@ class RunFolder:
             raise checkpoint.CheckpointError(f"{file}: {error}") from None
 
     def log(self, step: int, **row: object) -> None:
-        """Append the row of a step to the log; a number that is not finite is written as null."""
+        """Append the row of a step to the log. Numbers that are not finite are written as null."""
         if self._log is None:
             return
         self._check_folder()
@@ -342,7 +347,7 @@ class RunFolder:
         self._append(SAMPLES, step=step, text=text)
 
     def log_start(self, step: int, **details: object) -> None:
-        """Append a record of a start after `step`, for the report: options, model, data, machine."""
+        """Append the record of a start after `step`, for the report: options, model, data, machine."""
         self._append(STARTS, step=step, time=round(time.time()), **details)
 
     def _append(self, name: str, **row: object) -> None:
@@ -354,7 +359,7 @@ class RunFolder:
                 os.fsync(file.fileno())
 
     def set_aside(self) -> Path | None:
-        """Rename the folder, unless it is empty, so that a new run can use its name; returns the new name."""
+        """Rename the folder, unless it is empty, so that a new run can use its name. Returns the new name, or None."""
         return self.comm.from_root(self._set_aside)
 
     def _set_aside(self) -> Path | None:
@@ -374,7 +379,8 @@ class RunFolder:
 
 
 def read_state(folder: Path) -> RunState:
-    """The state in a checkpoint. Raises CheckpointError if trainer.json is not in the form that RunFolder.save writes.
+    """The state in a checkpoint. Raises CheckpointError if trainer.json does not have the form that RunFolder.save
+    writes.
 
     Fields that another version wrote are kept in RunState.unknown.
     """
@@ -398,11 +404,11 @@ def read_state(folder: Path) -> RunState:
             _check_count(f"progress.{name}", getattr(progress, name))
         _check_count("optimizer_steps", values.get("optimizer_steps"))
         if not _is_number(progress.seconds) or progress.seconds < 0:
-            raise ValueError(f"progress.seconds is {progress.seconds!r:.80}; expected a number of at least 0")
+            raise ValueError(f"progress.seconds is {progress.seconds!r:.80}; expected a non-negative number")
         progress.best = _read_best(progress.best)
         blas = _read_blas(values.get("blas"))
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{file}: not a valid file of train.py: {error}") from None
+        raise checkpoint.CheckpointError(f"{file}: not written by train.py, or damaged: {error}") from None
     names = {f.name for f in fields(RunState)} - {"folder", "unknown"}
     unknown = {
         "": {name: value for name, value in values.items() if name not in names},
@@ -422,7 +428,7 @@ def _is_number(value: object) -> bool:
 
 
 def _read_best(best: object) -> Best | None:
-    """Progress.best. Raises ValueError if `best` is neither None nor of that form."""
+    """Parse Progress.best. Raises ValueError if it does not have the expected form."""
     if best is None:
         return None
     if not isinstance(best, dict) or not _is_number(best.get("val_loss")):
@@ -432,7 +438,7 @@ def _read_best(best: object) -> Best | None:
 
 
 def _read_blas(blas: object) -> dict[str, str] | None:
-    """RunState.blas. Raises ValueError if `blas` is neither None nor of that form."""
+    """Parse RunState.blas. Raises ValueError if it does not have the expected form."""
     if blas is None:
         return None
     if not isinstance(blas, dict) or not all(isinstance(blas.get(key), str) for key in ("name", "title", "processor")):
@@ -441,7 +447,8 @@ def _read_blas(blas: object) -> dict[str, str] | None:
 
 
 def _first_defaults(out: Path) -> OptionValues | None:
-    """The options with which a run was started, from starts.jsonl: checkpoints of earlier versions have no defaults."""
+    """The options with which a run was started, from starts.jsonl, since checkpoints of earlier versions do not contain
+    the defaults."""
     starts = read_log(out / STARTS)
     options = starts[0].get("options") if starts else None
     if not isinstance(options, dict):
@@ -451,7 +458,7 @@ def _first_defaults(out: Path) -> OptionValues | None:
 
 
 def read_log(path: Path) -> list[JsonObject]:
-    """The rows of a log, samples or starts. Invalid lines, such as one truncated by a crash, are skipped."""
+    """The rows of the log, the samples or the starts. Invalid lines, for example truncated by a crash, are skipped."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

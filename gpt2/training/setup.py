@@ -1,4 +1,4 @@
-"""What happens before the first step of a run: options, config, data, model and optimizer."""
+"""Sets up a run before its first step: options, config, data, model and optimizer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Splits = tuple[TokenDataset, TokenDataset, Tokenizer]
 
 
 def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
-    """The options and the model's config of a new run, from the given options."""
+    """The options and the model config of a new run, from the given options."""
     if "init" in given:
         if extra := [flag(name) for name in ("preset", *MODEL_SIZES) if name in given]:
             raise UsageError(f"--init determines the sizes of the model; remove {' and '.join(extra)}")
@@ -66,11 +66,11 @@ def new_run(given: OptionValues) -> tuple[Options, GPT2Config, RunOptions]:
 
 
 def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Config, RunOptions]:
-    """The options and the model's config of a resumed run. Options given now take precedence over earlier ones."""
+    """The options and the model config of a resumed run. Options given now take precedence over earlier options."""
     config = model_file.load_config(saved.folder)
     merged = {**saved.options, **given}
     first_defaults = saved.defaults or default_options(saved.options, config, earlier=True)
-    # The defaults are those of the first start. A recipe given now applies to all options that were never given.
+    # The defaults are those of the first start, unless a recipe is given now. It applies to options never given before.
     defaults = default_options(merged, config) if "recipe" in given else first_defaults
     before = resolve_options(saved.options, config, first_defaults)
     options = resolve_options(merged, config, defaults)
@@ -89,7 +89,7 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
 
 
 def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
-    """A note if the learning rate rises after `step`, because a resumed run has a longer schedule."""
+    """A note if the learning rate increases after `step` because the resumed run has a longer schedule."""
     was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
     if step < before.warmup_iters or now <= 1.1 * was:
         return []
@@ -100,13 +100,13 @@ def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
         else "--learning-rate X sets a lower peak"
     )
     return [
-        f"rate       the learning rate was {was:.1e} at step {step:,} and rises again to {now:.1e}: its decay now "
-        f"ends at step {options.lr_decay_iters:,}; {keep}"
+        f"rate       the learning rate was {was:.1e} at step {step:,} and increases again to {now:.1e}, because its "
+        f"decay now ends at step {options.lr_decay_iters:,}; {keep}"
     ]
 
 
 def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
-    """The config with --dropout, if given, as the rate of embeddings, attention and residuals."""
+    """The config with the rate --dropout, if given, for embeddings, attention and residuals."""
     if options.dropout is None:
         return config
     rate = options.dropout
@@ -114,9 +114,9 @@ def _with_dropout(config: GPT2Config, options: Options) -> GPT2Config:
 
 
 def settle_options(options: Options, run_options: RunOptions, saved: RunState | None, ranks: int) -> None:
-    """Set the options that depend on others, on the number of ranks, on the device or on the processor.
+    """Set the options that depend on other options, the number of ranks, the device or the processor.
 
-    Raises UsageError for options that contradict each other.
+    Raises UsageError if options contradict each other.
     """
     if options.min_lr > options.learning_rate:
         raise UsageError(f"--min-lr {options.min_lr:g} is more than --learning-rate {options.learning_rate:g}")
@@ -124,7 +124,7 @@ def settle_options(options: Options, run_options: RunOptions, saved: RunState | 
         raise UsageError("--early-stop needs evaluations during the run; expected an --eval-interval of 1 or more")
     if note := options.fit_batch(run_options.options, ranks):
         run_options.notes.append(f"batch      {note}")
-    if "total_batch_size" not in run_options.options:  # kept on any number of ranks
+    if "total_batch_size" not in run_options.options:  # recorded, so that it is the same on any number of ranks
         run_options.defaults["total_batch_size"] = options.total_batch_size
     settle_precision(options, run_options, saved)
     if options.threads:
@@ -132,17 +132,17 @@ def settle_options(options: Options, run_options: RunOptions, saved: RunState | 
 
 
 def settle_precision(options: Options, run_options: RunOptions, saved: RunState | None) -> None:
-    """Compute in float32 if the device does not support --dtype, or only by slower arithmetic.
+    """Use float32 if the device does not support --dtype, or supports it only with slower arithmetic.
 
-    A new run records this, and computes in float32 wherever it is resumed. A run that has been computed in the slower
-    precision continues in it.
+    A new run records this, and uses float32 wherever it is resumed. A run that was started in the slower precision
+    keeps it.
     """
     backend = get_backend(options.device)
     reason = backend.unsupported_reason(options.dtype)
     slow = None if reason else backend.slow_reason(options.dtype)
     begun = saved is not None and saved.options.get("dtype") == options.dtype
     if slow and begun:
-        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 from the same values, and the run is "
+        say(f"--dtype {options.dtype}: {slow}; products are computed in float32 from the same values, so the run is "
             f"slower than with --dtype float32")  # fmt: skip
     elif reason or slow:
         say(f"--dtype {reason or f'{options.dtype}: {slow}'}; computing in float32")
@@ -152,8 +152,8 @@ def settle_precision(options: Options, run_options: RunOptions, saved: RunState 
 
 
 def choose_blas(options: Options, run_options: RunOptions, saved: RunState | None, comm: Comm) -> None:
-    """Choose the BLAS library: for a resumed run on the same processor the one that it used, since another one
-    rounds differently; otherwise the fastest. Rank 0 decides for all ranks on processors like its own."""
+    """Choose the BLAS library. A resumed run on the same processor uses the same library again, since another library
+    rounds differently. Otherwise, the fastest is used. Rank 0 decides for all ranks that have the same processor."""
 
     if get_backend(options.device).cuda:
         return
@@ -170,12 +170,12 @@ def choose_blas(options: Options, run_options: RunOptions, saved: RunState | Non
     run_options.blas = {"name": blas.chosen().name, "title": title, "processor": machine.processor_model()}
     if saved and saved.blas and (saved.blas["title"], saved.blas["processor"]) != (title, machine.processor_model()):
         elsewhere = "" if saved.blas["processor"] == machine.processor_model() else " on another processor"
-        note = f"products   until here by {saved.blas['title']}{elsewhere}, now by {title}: roundings differ"
+        note = f"products   until now by {saved.blas['title']}{elsewhere}, from now on by {title}: rounding differs"
         run_options.notes.append(note)
 
 
 def fit_options(options: Options, run_options: RunOptions, data_tokens: int) -> None:
-    """Limit the defaults of a new run by the size of its data (see fit_to_data)."""
+    """Limit the defaults of a new run based on the size of its data (see fit_to_data)."""
     given, defaults = run_options.options, run_options.defaults
     notes = fit_to_data(given, defaults, options.total_batch_size or 1, data_tokens)
     for name in ("max_iters", *PART_OF_STEPS):
@@ -192,8 +192,8 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     """
     if options.data is None:
         raise UsageError(
-            f"--data is missing: prepare a data set, for example `{console.script('prepare')} my.txt --out data/mine`, "
-            f"then use --data mine"
+            f"--data is missing: prepare a data set, for example with `{console.script('prepare')} my.txt --out "
+            f"data/mine`, then use --data mine"
         )
     path = find_dataset(options.data)
     data, validation = TokenDataset.open(path, "train"), TokenDataset.open(path, "val")
@@ -208,7 +208,7 @@ def open_data(options: Options, saved: RunState | None) -> Splits:
     if saved and saved.data not in (UNKNOWN_DATA, data.fingerprint):
         raise UsageError(
             f"{data.path} is not the data that {saved.folder.parent}/ was trained on: it is another data set, or the "
-            f"same one prepared differently. Use another --out-dir, or --fresh to start a new run (the "
+            f"same data set prepared differently. Use another --out-dir, or --fresh to start a new run (the "
             f"folder is renamed, not deleted)"
         )
     return data, validation, data.tokenizer()
@@ -223,7 +223,7 @@ def load_questions(options: Options, comm: Comm) -> Questions:
 def build_trainer(
     options: Options, config: GPT2Config, data: Splits, folder: RunFolder, saved: RunState | None
 ) -> Trainer:
-    """The Trainer, with an optimizer and a model that is new or loaded from a checkpoint or a model file."""
+    """Create the Trainer, with an optimizer, and a model that is new or loaded from a checkpoint or a model file."""
     ranks.compare(folder.comm, options, data[:2])
     source = saved.folder if saved else model_file.find_model(Path(options.init), say) if options.init else None
     config, tokenizer = with_vocabulary(config, data[2], source, options.preset)
@@ -246,7 +246,7 @@ def build_trainer(
 
 
 def trained(saved: RunState, options: Options) -> tuple[LanguageModel, Tokenizer]:
-    """The model in a checkpoint, in the precision of its run, and its tokenizer."""
+    """Load the model in a checkpoint, in the precision of its run, and its tokenizer."""
     dtype = "float32" if get_backend(options.device).unsupported_reason(options.dtype) else options.dtype
     return GPT2.from_pretrained(saved.folder, options.device, dtype), Tokenizer.load(saved.folder)
 
@@ -260,7 +260,7 @@ def measure_first_loss(trainer: Trainer) -> None:
 
 
 def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim.Optimizer:
-    """The optimizer selected by --optimizer, for the model's parameters."""
+    """Create the optimizer that --optimizer selects, for the model's parameters."""
     shared_by = comm if options.zero else None
     decay, betas, momentum = options.weight_decay, (options.beta1, options.beta2), options.momentum
     match options.optimizer:
@@ -285,11 +285,11 @@ def build_optimizer(model: LanguageModel, options: Options, comm: Comm) -> optim
 def with_vocabulary(
     config: GPT2Config, tokenizer: Tokenizer, source: Path | None, preset: str
 ) -> tuple[GPT2Config, Tokenizer]:
-    """The config and the tokenizer of a model to be trained on data of `tokenizer`.
+    """The config and the tokenizer of a model that will be trained on data of `tokenizer`.
 
-    A new model of BYTE_PRESETS gets the vocabulary of the data. A loaded model keeps its vocabulary, its tokenizer and
-    its begin and end ids: it may have added tokens that the data does not use, and more ids than its tokenizer
-    (padding). Raises UsageError if the data's ids stand for other tokens in the model.
+    A new model with one of BYTE_PRESETS gets the vocabulary of the data. A loaded model keeps its vocabulary, its
+    tokenizer and its begin and end ids: it may have added tokens that the data does not use, and more ids than its
+    tokenizer (padding). Raises UsageError if the data's ids represent other tokens in the model.
     """
     ends = tokenizer.end_ids
     if source is None and (preset in BYTE_PRESETS or config.vocab_size == tokenizer.vocab_size):
@@ -300,14 +300,14 @@ def with_vocabulary(
         if own.includes(tokenizer):
             return config.with_ids(own.begin if own.end_ids else None, own.end_ids), own
     raise UsageError(
-        f"the data was prepared with tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected that of "
+        f"the data was prepared with tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens); expected the one of "
         f"{source or f'the preset {preset}'} ({config.vocab_size:,} tokens): prepare the data with the model's "
         f"tokenizer, --tokenizer {_tokenizer_option(source, config.vocab_size, tokenizer.name)}"
     )
 
 
 def _tokenizer_option(source: Path | None, vocab_size: int, other: str) -> str:
-    """The value of data/prepare.py's --tokenizer for a model; not `other`, the name of a tokenizer that differs."""
+    """The value of data/prepare.py's --tokenizer for a model, but never `other`, the name of a different tokenizer."""
     if source is None:
         return "gpt2"
     try:
@@ -319,7 +319,7 @@ def _tokenizer_option(source: Path | None, vocab_size: int, other: str) -> str:
 
 
 def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -> Step:
-    """What memory_model.py needs to know of a run."""
+    """The step of a run, as input to memory_model.py."""
     return Step(
         config,
         options.batch_size,
@@ -337,9 +337,10 @@ def planned_step(config: GPT2Config, options: Options, ranks: int, cuda: bool) -
 
 @contextmanager
 def explain_memory(config: ModelConfig, options: Options, ranks: int) -> Iterator[None]:
-    """Turn a MemoryError into one that lists the memory that a step of GPT-2 needs, and what would fit.
+    """A context that converts a MemoryError to one that lists the memory that a step of GPT-2 needs, and suggests
+    options that fit.
 
-    Raises it before the block if a step needs more memory than the device has.
+    It raises the error before the block runs if a step needs more memory than the device has.
     """
     if not isinstance(config, GPT2Config):
         yield
@@ -356,7 +357,7 @@ def explain_memory(config: ModelConfig, options: Options, ranks: int) -> Iterato
 
 
 def _remedy(step: Step, memory: tuple[float, float]) -> str:
-    """What is free, and the options with which a step fits the device."""
+    """The free memory, and the options with which a step fits in the device's memory."""
     free, total = memory
     line = f"; {free / 1e9:.2f} of the device's {total / 1e9:.2f} GB are free"
     fitting = min(largest_batch(step, total), step.batch_size - 1)

@@ -1,4 +1,4 @@
-"""Signals that request a run to finish its micro-step, save and stop."""
+"""Handles the signals that request a run to finish its micro-step, save and stop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SignalHandler = Callable[[int, FrameType | None], object] | int | None  # what s
 
 
 class StopRequest:
-    """Sets `requested` on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (the terminal was closed; nohup ignores it); a
-    second one has its usual effect immediately.
+    """Sets `requested` on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (the terminal was closed; nohup ignores it). A
+    second signal has its usual effect immediately.
 
-    Only the main thread can install signal handlers: in other threads `requested` stays False.
+    Only the main thread can install signal handlers; in other threads, `requested` remains False.
 
     verbose  acknowledge the request on standard error.
     """
@@ -33,7 +33,8 @@ class StopRequest:
         self._before: dict[int, SignalHandler] = {}
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # ignored after &
+                # Background jobs (&) ignore SIGINT.
+                if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
                     self._before[number] = signal.signal(number, self._request)
         return self
 
@@ -45,5 +46,5 @@ class StopRequest:
         self.requested = True
         signal.signal(number, self._before[number])
         if self.verbose:
-            with suppress(OSError):  # not print, since the signal may have interrupted a print
+            with suppress(OSError):  # print is not used here, since the signal may have interrupted a print
                 os.write(2, b"stopping after this micro-step or compilation, then saving (repeat to stop at once)\n")

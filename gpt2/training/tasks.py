@@ -1,10 +1,11 @@
-"""Zero-shot tasks: HellaSwag and LAMBADA. Both score endings of a context by the model's loss.
+"""Zero-shot tasks: HellaSwag and LAMBADA. Both score the endings of a context by the model's loss.
 
-HellaSwag  Zellers et al., arXiv:1905.07830: which of four endings continues a text. Completion style, as in Karpathy's
-           build-nanogpt and llm.c: each ending is read after the context, and the answer is the ending with the lowest
-           loss, summed over its tokens (acc) or averaged (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm 0.2955.
+HellaSwag  Zellers et al., arXiv:1905.07830: decide which of four endings continues a text. In the completion style of
+           Karpathy's build-nanogpt and llm.c, each ending is appended to the context, and the answer is the ending with
+           the lowest loss, summed over its tokens (acc) or averaged (acc_norm). GPT-2 124M has acc 0.2859 and acc_norm
+           0.2955.
 LAMBADA    Paperno et al., arXiv:1606.06031, in the version that OpenAI published with GPT-2: predict the last word of a
-           passage. acc is the share of words that greedy decoding predicts; perplexity is exp(mean nats per word).
+           passage. acc is the fraction of words that greedy decoding predicts; perplexity is exp(mean nats per word).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tinygrad2.checkpoint import JsonObject
 from tinygrad2.files import atomic_write
 from tinygrad2.not_finite import damage
 
-LINE_BYTES = 1 << 20  # of a line of a task's file; the published ones have less than 4,000
+LINE_BYTES = 1 << 20  # maximum length of a line in a task's file; in the published files it is less than 4,000
 TIMEOUT = 30  # seconds to wait for a response from a server
 
 
@@ -47,8 +48,8 @@ class Item(NamedTuple):
 class Task:
     """A published set of questions.
 
-    url, sha256  the address and the checksum of its file.
-    item         creates an Item from the JSON object of a line; raises an error other than OSError if it is invalid.
+    url, sha256  the URL and the checksum of its file.
+    item         creates an Item from the JSON object in a line; raises an error other than OSError if it is invalid.
     expected     the format of a line, for the error message.
     metrics      computes the metrics from the sums that `score` returns.
     """
@@ -65,7 +66,7 @@ Questions = list[tuple[Task, list[Item]]]  # the tasks that are scored, with the
 
 
 def _hellaswag_item(line: JsonObject) -> Item:
-    context, endings, label = line["ctx"], line["endings"], int(line["label"])  # in some copies the label is a string
+    context, endings, label = line["ctx"], line["endings"], int(line["label"])  # the label is a string in some copies
     if not isinstance(context, str) or not isinstance(endings, list) or not 0 <= label < len(endings):
         raise ValueError
     return Item(context, tuple(" " + ending for ending in endings), label)
@@ -84,7 +85,7 @@ TASKS = {
             "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
             "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
             _hellaswag_item,
-            '{"ctx": text, "endings": [text, ...], "label": the index of the right one}',
+            '{"ctx": text, "endings": [text, ...], "label": the index of the correct ending}',
             lambda s: {"acc_norm": s["right_by_mean"] / s["items"], "acc": s["right_by_sum"] / s["items"]},
         ),
         Task(
@@ -110,11 +111,11 @@ def cache_folder() -> Path:
 
 
 def load_items(task: Task, file: str | Path | None = None, limit: int | None = None) -> list[Item]:
-    """The task's items, from `file`, or by default from the published file, which is downloaded at first use.
+    """Load the task's items from `file`, or by default from the published file, which is downloaded on first use.
 
-    limit  the maximum number of items, evenly spaced in the file (which may be sorted).
+    limit  the maximum number of items; they are evenly spaced in the file, which may be sorted.
 
-    Raises OSError if the file cannot be read or downloaded, and ValueError naming an invalid line.
+    Raises OSError if the file cannot be read or downloaded, and ValueError, which names the line, if one is invalid.
     """
     path = Path(file) if file else _download(task)
     items, number = [], 0
@@ -125,7 +126,7 @@ def load_items(task: Task, file: str | Path | None = None, limit: int | None = N
                     raise ValueError(f"more than {LINE_BYTES} bytes")
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
-                    items.append(task.item(json.loads(line.decode())))  # (of bytes, json guesses the encoding)
+                    items.append(task.item(json.loads(line.decode())))  # given bytes, json would guess the encoding
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise ValueError(f"{path}: line {number} is not a question of {task.name}; expected {task.expected}") from None
     if not items:
@@ -143,7 +144,7 @@ def _download(task: Task) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            atomic_write(path, suffix=str(os.getpid())) as partial,  # another process may be downloading it too
+            atomic_write(path, suffix=str(os.getpid())) as partial,  # another process may be downloading the same file
             urllib.request.urlopen(task.url, timeout=TIMEOUT) as response,
             partial.open("wb") as out,
         ):
@@ -158,13 +159,14 @@ def _download(task: Task) -> Path:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
             f"{task.name}: {task.url} could not be downloaded ({reason}); connect to the network once, save the "
-            f"file as {path}, or set XDG_CACHE_HOME to another folder of downloads"
+            f"file as {path}, or set XDG_CACHE_HOME to another folder with downloads"
         ) from None
     return path
 
 
 class _Row(NamedTuple):
-    """Token ids, of which the last `length` are an ending; `cut` if the beginning was cut off to fit the context."""
+    """The token ids of a context and an ending. The ending has `length` ids. `cut` is whether the beginning was removed
+    so that the rest fits in the model's context."""
 
     ids: np.ndarray
     length: int
@@ -188,15 +190,17 @@ def _rows(item: Item, tokenizer: Tokenizer, context_length: int) -> list[_Row]:
 def score(
     task: Task, model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int
 ) -> dict[str, float]:
-    """Sums over the items, from which the task computes its metrics (sums over disjoint sets of items can be added).
+    """Sums over the items, from which the task computes its metrics. Sums over disjoint sets of items can be added.
 
     items          the number of items.
-    right_by_sum   items whose correct ending has the lowest total loss;  right_by_mean  the lowest loss per token.
-    nats           the total loss of the correct endings;  greedy  how many of them greedy decoding would generate.
-    cut            items whose beginning was cut off to fit the model's context.
+    right_by_sum   the number of items whose correct ending has the lowest total loss.
+    right_by_mean  the number of items whose correct ending has the lowest loss per token.
+    nats           the total loss of the correct endings.
+    greedy         the number of correct endings that greedy decoding would generate.
+    cut            the number of items whose beginning was removed to fit the model's context.
 
-    batch_size  endings per batch, longest first. They are padded on the right, which does not change a causal model's
-                results at earlier positions.
+    batch_size  the number of endings per batch, longest first. They are padded on the right, which does not affect the
+                results of a causal model at earlier positions.
     Raises ValueError if a loss is not finite.
     """
     rows = [_rows(item, tokenizer, model.config.n_positions) for item in items]
@@ -223,9 +227,9 @@ def score(
 
 
 def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
-    """The loss in nats of each row's ending, and how many of its tokens greedy decoding would choose, both (B,).
+    """The loss in nats of each row's ending, and the number of its tokens that greedy decoding would choose, both (B,).
 
-    The output layer is by far the widest, so it is computed only at the positions of the endings.
+    The output layer is by far the widest layer, so it is computed only at the positions of the endings.
     """
     lengths = np.array([row.length for row in rows])
     tokens = np.zeros((len(rows), max(len(row.ids) for row in rows) - 1), dtype=np.int64)
@@ -236,9 +240,9 @@ def _score_rows(model: LanguageModel, rows: Sequence[_Row]) -> tuple[np.ndarray,
     target = np.concatenate([row.ids[-row.length :] for row in rows]).astype(np.int64)
     upload = model.backend.upload
     with no_grad():
-        x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), N tokens in all endings
+        x = model.features(tokens)[upload(line_of), upload(position)]  # (N, C), for the N tokens in all endings
         logits = model.head(x)  # (N, V)
-        shifted = logits - logits.max(axis=-1, keepdims=True)  # so that a common offset costs no precision
+        shifted = logits - logits.max(axis=-1, keepdims=True)  # a large common offset would reduce the precision
         target_logits = shifted[upload(np.arange(len(target))), upload(target)]
         losses = (shifted.exp().sum(axis=-1).log() - target_logits).numpy().astype(np.float64)
         greedy = target_logits.numpy() == 0

@@ -33,9 +33,9 @@ SHOW_AFTER = 2.0  # seconds before a step or an evaluation shows its progress
 class Trainer:
     """A model in training.
 
-    model, optimizer, options     any LanguageModel, its optimizer, and the options of train.py.
+    model, optimizer, options     a LanguageModel, its optimizer, and the options of train.py.
     train, validation, tokenizer  the data.
-    folder                        the out-dir, for checkpoints; its `comm` connects the ranks that train together.
+    folder                        the out-dir, for checkpoints; its `comm` connects the ranks of the job.
     progress                      the counters of the run, updated by every step.
     """
 
@@ -53,34 +53,34 @@ class Trainer:
         self.folder, self.comm, self.progress = folder, folder.comm, progress
         self.gradient_sum = GradientSum(model, self.comm, share_only=options.zero)
         self.order = SampleOrder(self.train.windows(options.block_size), options.seed)
-        self.first_step = progress.step + 1  # since this start
+        self.first_step = progress.step + 1  # the first step after this start
         self.profiler = Profiler(model.backend) if options.profile else None
-        self.stopping = False  # a rank was requested to stop
+        self.stopping = False  # whether a rank was requested to stop
         self.loss_before: float | None = None  # the validation loss before the first step of a new run
         self._launched: deque[LaunchedStep] = deque()  # steps whose loss has not arrived from the device yet
         self.first_skipped: int | None = None  # the first step that was skipped since this start
-        self.explanation: list[str] = []  # why it was skipped
+        self.explanation: list[str] = []  # the reason why it was skipped
         cuda = model.backend.cuda
         self._peak = cuda.peak(model.precision) if cuda else None  # TFLOP/s, if known
         self._started = time.perf_counter()
         self._mark, self._waited = model.backend.timestamp(), self.comm.waited
-        self._spans: list[Span] = []  # of the time of the step that is being launched
+        self._spans: list[Span] = []  # spans of time of the step that is being launched
 
     def step(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
-        """Launch one step. `finished_steps` returns its loss: on a GPU the host does not wait for it here.
-
-        stop_requested  whether this rank is requested to stop; called after each micro-step. If any rank is, `stopping`
-                        is set on all, and an incomplete step is dropped. Returns whether the step was completed.
+        """Launch one step. Returns whether it was completed. `finished_steps` returns its loss, since on a GPU the host
+        does not wait for the loss here.
+        stop_requested  returns whether this rank is requested to stop; called after each micro-step. If any rank is,
+                        `stopping` is set on all ranks, and an incomplete step is discarded.
         """
         # The first step also compiles and allocates, so it is not profiled.
         with self.profiler if self.profiler and self.progress.step >= self.first_step else nullcontext():
-            # 1. Forward and backward: gradients of the mean loss are summed over the micro-steps and the ranks.
+            # 1. Forward and backward: the gradients of the mean loss are summed over the micro-steps and the ranks.
             if (summed := self.accumulate_gradients(stop_requested)) is None:
                 self.optimizer.zero_grad()
                 self.stopping = True
                 return False
             loss, step_tokens, stopping = summed
-            # If the previous step was skipped, its weights have not been changed yet.
+            # Receive the previous losses before the weights change again, to examine a skipped step with its weights.
             for launched in self._launched:
                 self._receive(launched)
             # 2. The learning rate of this step.
@@ -105,37 +105,37 @@ class Trainer:
         return True
 
     def accumulate_gradients(self, stop_requested: Callable[[], bool]) -> tuple[Array | float, float, float] | None:
-        """Accumulate the gradients of the step's mean loss. Returns, over all ranks, the mean loss, the number of
-        tokens and of ranks that are requested to stop; None if there was such a rank before the last micro-step."""
+        """Accumulate the gradients of the step's mean loss. Returns the mean loss and the number of tokens over all
+        ranks, and the number of ranks requested to stop; None if that was before the last micro-step."""
         options, rank, size = self.options, self.comm.rank, self.comm.size
         micro_steps = options.micro_steps(size)
         share = 1 / (micro_steps * size)
         loss: Array | float = 0.0
-        hidden = True if rank or micro_steps == 1 else None  # None: shown on a terminal
+        hidden = True if rank or micro_steps == 1 else None  # for tqdm, None means shown on a terminal
         for micro in tqdm(range(micro_steps), "micro-steps", leave=False, delay=SHOW_AFTER, disable=hidden):
             if micro and self.comm.all_gather(np.array(stop_requested())).any():
                 return None
             batch = self.batch(self.progress.step, self.progress.samples, micro * size + rank)
             if micro == micro_steps - 1:
-                self.gradient_sum.start()  # the all-reduce of final gradients overlaps with the backward pass
+                self.gradient_sum.start()  # the all-reduce of complete gradients overlaps with the backward pass
             loss = loss + share * self.model.backward(batch.tokens, batch.targets, batch.key, share)
         own_tokens = micro_steps * options.batch_size * options.block_size
         mean_loss, step_tokens, stopping = self.gradient_sum.finish(loss, own_tokens, stop_requested())
         return mean_loss, step_tokens, stopping
 
     def batch(self, step: int, samples: int, position: int) -> Batch:
-        """The batch at a position in the global batch of a step, after so many steps and samples before it."""
+        """The batch at a position in the global batch of the step that follows `step` steps and `samples` samples."""
         first_sample = position * self.options.batch_size
         indices = self.order.indices(samples + first_sample, self.options.batch_size)
         tokens, targets = self.train.batch(indices, self.options.block_size)
         return Batch(Key(self.options.seed, step, first_sample), tokens, targets)
 
     def finished_steps(self, wait: bool) -> Iterator[JsonObject]:
-        """Yield a log row for each step whose loss has arrived; on a GPU, that is one step later unless `wait`.
+        """Yield a log row for each step whose loss has arrived: on a GPU one step later, unless `wait` is set.
 
         If the optimizer skipped the step because its loss or gradient norm is not finite, the row has "skipped".
-        `explanation` says what went wrong in the first such step.
-        Raises ValueError after `max_bad_steps` of them in a row.
+        `explanation` describes the cause in the first skipped step.
+        Raises ValueError after `max_bad_steps` consecutive skipped steps.
         """
         while self._launched and (wait or len(self._launched) > 1 or self._launched[0].result.ready()):
             launched = self._launched.popleft()
@@ -150,14 +150,14 @@ class Trainer:
                 raise ValueError(too_many(self, launched))
 
     def _receive(self, launched: LaunchedStep) -> None:
-        """Wait for the loss and the norm of a step, before the parameters are updated again. All ranks get the same."""
+        """Wait for the loss and the norm of a step, which are the same on all ranks. If it was skipped, explain it."""
         if launched.numbers is not None:
             return
         launched.numbers = tuple(launched.result.get())
         finite = all(map(math.isfinite, launched.numbers))
         self.progress.bad_steps = 0 if finite else self.progress.bad_steps + 1
         if not finite and self.first_skipped is None:
-            self._spans.append((self._mark, self.model.backend.timestamp()))  # which end before the explanation
+            self._spans.append((self._mark, self.model.backend.timestamp()))  # excludes the explanation
             self.first_skipped, self.explanation = launched.step, explain_step(self, launched)
             self._mark = self.model.backend.timestamp()
 
@@ -177,7 +177,7 @@ class Trainer:
         return mean_loss(self.model, self.validation, *sizes, self.comm, SHOW_AFTER)
 
     def evaluate(self, questions: Questions) -> dict[str, float]:
-        """The validation loss `val_loss`, and the tasks' metrics; updates `progress.best`."""
+        """Compute the validation loss `val_loss` and the metrics of the tasks, and update `progress.best`."""
         found = {"val_loss": self.validation_loss()}
         for task, items in questions:
             results = evaluate_task(task, self.model, self.tokenizer, items, self.options.batch_size, self.comm)

@@ -1,4 +1,4 @@
-"""Detect steps that take far too long: print the stacks of every rank, and end the job after a time limit."""
+"""Detects steps that take far too long: prints the stacks of every rank, and ends the job after a time limit."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tinygrad2.distributed import Comm
 
 POLL = 1.0  # seconds between checks
 SLOW, LEAST = 20.0, 60.0  # a step is reported after SLOW times the median, but not before LEAST seconds
-MEDIAN_OF = 100  # steps
+MEDIAN_OF = 100  # number of steps over which the median is computed
 GRACE = 2.0  # seconds to wait for the other ranks' reports before the job ends
 STDERR = 2  # the file descriptor
 
 
 class Watch:
-    """Watches the steps of this rank in a background thread: `with watch:` around training, `with watch.step():` around
-    each step.
+    """Watches the steps of this rank in a background thread. Use `with watch:` around training, and `with
+    watch.step():` around each step.
 
-    Each rank watches its own steps. If one is stuck, the others wait in the same step, so every rank reports where it
-    is: the stacks of its threads, on standard error. A heartbeat cannot detect this, since it continues while a step
-    never ends. (Code that never releases the GIL blocks this thread, but also the heartbeat, so the other ranks end the
+    Each rank watches its own steps. If one rank hangs, the others wait in the same step, so every rank prints the
+    stacks of its threads to standard error. A heartbeat cannot detect this, since it continues while a step hangs.
+    (Code that never releases the GIL blocks this thread, but it also blocks the heartbeat, so the other ranks end the
     job.)
 
-    end_after  the job ends with status 1 if a step takes longer than this, in seconds; 0: never.
-    describe   returns a sentence for that error, such as the name of the last checkpoint.
+    end_after  if a step takes longer than this number of seconds, the job ends with status 1; 0 for never.
+    describe   returns a sentence for that error message, such as the name of the last checkpoint.
     """
 
     def __init__(self, comm: Comm, end_after: float, describe: Callable[[], str] = lambda: ""):
@@ -44,7 +44,7 @@ class Watch:
 
     @staticmethod
     def of(trainer: Trainer) -> Watch:
-        """A watch with the options of a run."""
+        """Create a watch with the options of a run."""
         return Watch(trainer.comm, trainer.options.hang_timeout, trainer.folder.last_checkpoint)
 
     def __enter__(self) -> Watch:
@@ -78,7 +78,7 @@ class Watch:
             if not self._running or self._steps != watched:
                 watched, elapsed, reported = self._steps, 0.0, False
                 continue
-            elapsed += min(gap, 2 * POLL)  # time during which the whole job was suspended does not count
+            elapsed += min(gap, 2 * POLL)  # exclude time during which the job was suspended
             limit = self._limit()
             ends = 0 < self._end_after <= elapsed
             if ends or (elapsed > limit and not reported):

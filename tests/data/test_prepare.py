@@ -858,7 +858,7 @@ def test_a_character_vocabulary_has_no_end_of_text_or_special_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"--special-tokens: the tokenizer .* has no special tokens"):
         make([tmp_path / "a.txt"], tmp_path / "b", tmp_path / "meta.pkl", special_tokens=True)
     (tmp_path / "b.txt").write_text("abd")
-    with pytest.raises(ValueError, match="the vocabulary of 4 characters has no 'd'"):
+    with pytest.raises(ValueError, match="'d' is not in the vocabulary of 4 characters"):
         make([tmp_path / "b.txt"], tmp_path / "b", tmp_path / "meta.pkl")
 
 

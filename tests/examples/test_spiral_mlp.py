@@ -10,8 +10,8 @@ from examples import spiral_mlp
 
 def test_spiral_mlp_classifies_new_points(run):
     printed = run("spiral_mlp")
-    seen, new = re.search(r"accuracy (\S+) on 600 training points, (\S+) on 600 new ones", printed).groups()
-    assert float(seen) == pytest.approx(0.998, abs=0.005)  # as stated in the script's docstring
+    seen, new = re.search(r"accuracy (\S+) on 600 training points, (\S+) on 600 new points", printed).groups()
+    assert float(seen) == pytest.approx(0.998, abs=0.005)  # as in the docstring
     assert float(new) == pytest.approx(0.980, abs=0.01)
 
 

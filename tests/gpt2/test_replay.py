@@ -79,7 +79,7 @@ def test_all_values_are_finite_without_the_fault(skipped, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     lines = replayed(capsys, "--json", "found.json")
     found = json.loads(Path("found.json").read_text())
-    assert lines[1].startswith("every value is finite when the step is run again in float32 on cpu: the cause is ")
+    assert lines[1].startswith("every value is finite when the step is repeated in float32 on cpu: the cause is ")
     assert found == {"step": 2, "dtype": "float32", "device": "cpu", "found": False, "lines": lines[1:]}
 
 

@@ -430,7 +430,7 @@ def test_the_error_for_a_failed_download_suggests_a_remedy(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(FileNotFoundError, match="connect once, or set TIKTOKEN_CACHE_DIR") as caught:
+    with pytest.raises(FileNotFoundError, match="connect to the network once, set TIKTOKEN_CACHE_DIR") as caught:
         Tokenizer.load("gpt2")
     assert "\n" not in str(caught.value)
 
@@ -456,5 +456,5 @@ def test_the_tokenizer_for_a_model_file(tmp_path, gpt2_files):
     assert Tokenizer.for_model(tmp_path / "model.pt", 300).name == "bytes"
     assert Tokenizer.for_model(tmp_path / "model.pt", 50257).name == "gpt2"
     assert Tokenizer.for_model(tmp_path / "model.pt", 50304).name == "gpt2"
-    with pytest.raises(ValueError, match="the tokenizer has 257 tokens, the model only 99"):
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens; the model has 99"):
         Tokenizer.for_model(tmp_path / "model.pt", 99)

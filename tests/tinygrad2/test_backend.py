@@ -458,7 +458,7 @@ def test_training_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     run("out", "cuda", 5, "--eval-interval", "0", "--save-interval", "0", "--max-bad-steps", "1", code=1)
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"train.py: error: step 3: the loss is nan and the gradient's norm nan; the step was skipped, the weights.*"
+        r"train.py: error: step 3: the loss is nan and the gradient norm nan; the step was skipped, and the weights.*"
         r"This is number 1 in a row, and --max-bad-steps is 1\. There is no checkpoint yet\. .*\n",
         error,
     )
@@ -466,7 +466,7 @@ def test_training_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     calls.clear()
     run("again", "cuda", 5, "--eval-interval", "0", "--save-interval", "0")
     lines = capsys.readouterr().out.splitlines()
-    assert "step 3/5 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged" in lines
+    assert "step 3/5 | skipped: the loss is nan and the gradient norm nan; the weights are unchanged" in lines
     rows = read_log(Path("again/log.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in rows if "skipped" in row] == [3]

@@ -133,10 +133,10 @@ def test_views_of_a_storage_are_read(geometry, expected, file):
         ({"shape": (1,) * 9, "strides": (1,) * 9}, "in a way that torch.save does not"),
         ({"count": 7}, "data/0 has 24 bytes; expected 28"),
         ({"count": 2**62}, "data/0 has 24 bytes; expected"),
-        ({"count": -6}, "memory in a way"),
+        ({"count": -6}, "storage in a way"),
         ({"key": "1"}, "no entry data/1"),
         ({"key": "../data.pkl"}, "no entry data/../data.pkl"),
-        ({"key": 0}, "memory in a way"),
+        ({"key": 0}, "storage in a way"),
         ({"kind": "ComplexFloatStorage"}, "torch.ComplexFloatStorage"),
     ],
 )

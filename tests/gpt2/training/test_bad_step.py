@@ -37,10 +37,10 @@ def test_a_skipped_step_is_logged_and_training_continues(workspace, monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     skipped = [i for i, line in enumerate(lines) if "skipped" in line]
     assert [lines[i].split(" | ")[0] for i in skipped] == ["step 3/8", "step 6/8"]
-    assert re.search(r"the loss is [\d.]+ and the gradient's norm nan; the weights are unchanged$", lines[skipped[0]])
+    assert re.search(r"the loss is [\d.]+ and the gradient norm nan; the weights are unchanged$", lines[skipped[0]])
     assert lines[skipped[0] + 1].startswith(f"  {SPOILED}")
     assert "this suggests an error in the backward function of spoil" in lines[skipped[0] + 2]
-    assert lines[skipped[0] + 3] == "  python -m gpt2.replay out/bad-step-3 runs the step again with checks"
+    assert lines[skipped[0] + 3] == "  to repeat the step with checks: python -m gpt2.replay out/bad-step-3"
     assert sum("the first value" in line for line in lines) == 1
     logged = strict_rows("out/log.jsonl")
     assert [row["step"] for row in logged] == list(range(1, 9))
@@ -157,7 +157,7 @@ def test_a_bad_step_is_not_written_if_disk_space_is_low(workspace, monkeypatch, 
     monkeypatch.setattr(bad_step.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     spoil_steps(monkeypatch, 2)
     run("--max-iters", "4", "--save-interval", "4")
-    assert "  out/bad-step-3: not written: less than 0.01 GB of disk space is free" in capsys.readouterr().out
+    assert "  out/bad-step-3: not written, because less than 0.01 GB of disk space is free" in capsys.readouterr().out
     assert not list(Path("out").glob("*bad-step*"))
 
 
@@ -182,7 +182,7 @@ def test_lack_of_memory_for_the_checks_does_not_stop_the_run(workspace, monkeypa
     monkeypatch.setattr(bad_step, "explain", too_much)
     spoil_steps(monkeypatch, 2)
     run("--max-iters", "4", "--save-interval", "4")
-    assert "  out of memory when the step is run again with checks" in capsys.readouterr().out
+    assert "  out of memory when repeating the step with checks" in capsys.readouterr().out
     assert Path("out/bad-step-3").is_dir()
 
 

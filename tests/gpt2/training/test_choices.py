@@ -175,7 +175,7 @@ def test_a_learning_rate_that_rises_again_is_reported(workspace, capsys, again, 
     assert train.main(again) == 0
     said = capsys.readouterr().out
     rates = [row["lr"] for row in rows("out")]
-    line = re.search(r"rate       the learning rate was (\S+) at step 20 and rises again to (\S+): .*", said)
+    line = re.search(r"rate       the learning rate was (\S+) at step 20 and increases again to (\S+): .*", said)
     assert bool(line) == rises
     if line:
         assert (float(line[1]), float(line[2])) == (
@@ -191,7 +191,7 @@ def test_a_learning_rate_that_rises_from_0_is_reported(workspace, capsys):
     line = re.search(r"rate       .* ends at step 20; (.*)\n", capsys.readouterr().out)
     assert line[1] == "--learning-rate X sets a lower peak"
     assert train.main(["--max-iters", "22", "--lr-schedule", "wsd"]) == 0  # requested explicitly
-    assert "rises again" not in capsys.readouterr().out
+    assert "increases again" not in capsys.readouterr().out
     assert train.main(["--max-iters", "24", "--lr-decay-iters", "10"]) == 0
     assert [row["lr"] for row in rows("out")[22:]] == [0, 0]
 
@@ -204,7 +204,7 @@ def test_a_run_stops_early_and_can_be_continued(workspace, monkeypatch, capsys):
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(losses))
     run("--max-iters", "100", "--eval-interval", "2", "--early-stop", "3")
     said = capsys.readouterr().out
-    assert "early stop: no lower validation loss in 3 evaluations since step 4; --early-stop 0 would continue" in said
+    assert "early stop: no lower validation loss in 3 evaluations since step 4; --early-stop 0 continues" in said
     assert "done: 10 steps" in said
     assert sorted(path.name for path in Path("out").glob("ckpt-*"))[-1] == "ckpt-000010"
     assert Path("out/best").resolve().name == "ckpt-000004"

@@ -75,8 +75,8 @@ def test_rows_of_a_batch_are_in_the_order_of_the_indices(folder):
 
 
 @pytest.mark.parametrize("bad", [9, -1])
-def test_a_window_out_of_range_is_an_error(folder, bad):
-    with pytest.raises(ValueError, match=f"window {bad} is outside the 9 of train"):
+def test_batch_refuses_a_window_outside(folder, bad):
+    with pytest.raises(ValueError, match=f"window {bad} is out of range; train has 9 windows"):
         TokenDataset.open(folder, "train").batch([0, bad], 4)
 
 
@@ -133,8 +133,8 @@ def flip_a_byte(folder):
         (lambda f: edit_manifest(f, lambda m: m.update(dtype="uint32")), "dtype uint32; expected .* dtype uint16"),
         (lambda f: edit_manifest(f, lambda m: m.update(shards=[])), "the split train is empty"),
         (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin: the shard is missing"),
-        (lambda f: (f / "train-00003.bin").write_bytes(b"12345"), "has 5 bytes, expected 14"),
-        (lambda f: (f / "train-00000.bin").write_bytes(bytes(40)), "has 40 bytes, expected 20"),
+        (lambda f: (f / "train-00003.bin").write_bytes(b"12345"), "has 5 bytes; expected 14"),
+        (lambda f: (f / "train-00000.bin").write_bytes(bytes(40)), "has 40 bytes; expected 20"),
         (flip_a_byte, "train-00002.bin: the shard's checksum differs"),
     ],
 )
@@ -281,16 +281,16 @@ THREE = np.arange(3, dtype="<u2")
         (write_bytes("x_train.bin", llmc_header(3)[:9]), "version 0 and 0 ids, in 9 bytes"),
         (
             write_bytes("x_train.bin", llmc_header(3, 20240801, 7)),
-            "these are llm.c's ids for Llama 3; expected GPT-2's",
+            "llm.c's ids for Llama 3; expected ids for GPT-2",
         ),
         (write_bytes("x_train_1.npy", b""), "x_train_1.npy: not a valid .npy file, or truncated"),
         (write_bytes("x_train_1.npy", b"\x93NUMPY\x01\0\x0a\0{'descr': ["), "not a valid .npy file, or truncated"),
         (write_bytes("x_train_1.npy", b"cos\nsystem\n(S'true'\ntR."), "not a valid .npy file, or truncated"),
         (
             save_array("x_train_1.npy", THREE.astype("<i8")),
-            "int64, shape (3,); expected a one-dimensional array of uint16",
+            "int64, shape (3,); expected a one-dimensional uint16 array",
         ),
-        (save_array("x_train_1.npy", THREE.reshape(1, 3)), "uint16, shape (1, 3); expected a one-dimensional array"),
+        (save_array("x_train_1.npy", THREE.reshape(1, 3)), "uint16, shape (1, 3); expected a one-dimensional"),
         (save_array("x_train_1.npy", THREE[:0]), ".npy"),
         (
             lambda folder: nanogpt(folder, THREE, THREE) or (folder / "meta.pkl").write_bytes(b""),

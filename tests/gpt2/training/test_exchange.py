@@ -123,7 +123,7 @@ def test_invalid_options_are_rejected(from_nanogpt, workspace, capsys):
     assert "max-iters is -3" in capsys.readouterr().err
     torch_file.write_pickle(workspace / "bad.pt", tree | {"trainer": json.dumps({"progress": 3})})
     assert convert.main(["bad.pt", "out", "--to", "run"]) == 1
-    assert "trainer.json: not a valid file of train.py" in capsys.readouterr().err
+    assert "trainer.json: not written by train.py" in capsys.readouterr().err
 
 
 def torch_model(config):
@@ -225,5 +225,5 @@ def test_read_run_reads_a_checkpoint_and_rejects_invalid_files(workspace):
     found = read_run(folder, GPT2.from_pretrained(folder).config)
     assert (found.step, found.optimizer_steps, found.betas, found.weight_decay) == (4, 4, (0.9, 0.95), 0.1)
     (folder / "trainer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"not a valid file of train\.py"):
+    with pytest.raises(ValueError, match=r"not written by train\.py"):
         read_run(folder, GPT2.from_pretrained(folder).config)

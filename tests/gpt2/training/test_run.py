@@ -327,7 +327,7 @@ def test_fields_of_another_version_are_reported_and_kept(workspace, capsys):
     capsys.readouterr()
     run("--max-iters", "3")
     assert (
-        f"{file}: fields of another version are kept, and have no effect here: options.lookahead, defaults.rotary, "
+        f"{file}: fields of another version are kept, but have no effect here: options.lookahead, defaults.rotary, "
         "ema, progress.epochs\n" in capsys.readouterr().out
     )
     kept = json.loads(Path("out/ckpt-000003/trainer.json").read_text())
@@ -340,7 +340,7 @@ def test_fields_of_another_version_are_reported_and_kept(workspace, capsys):
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("progress", "seconds", "x", "progress.seconds is 'x'; expected a number of at least 0"),
+        ("progress", "seconds", "x", "progress.seconds is 'x'; expected a non-negative number"),
         ("progress", "samples", -5, "progress.samples is -5; expected an integer from 0"),
         ("progress", "tokens", True, "progress.tokens is True; expected an integer from 0"),
         ("progress", "step", 2**70, "expected an integer from 0 to 2**63 - 1"),
@@ -428,7 +428,7 @@ def test_a_log_that_cannot_be_read_is_renamed(workspace, capsys, monkeypatch):
     monkeypatch.setattr(io, "open", unreadable)
     run("--max-iters", "3")
     said = capsys.readouterr().out
-    assert "out/log.jsonl: Input/output error; renamed to out/damaged-log.jsonl, a new one is started\n" in said
+    assert "out/log.jsonl: Input/output error; it was renamed to out/damaged-log.jsonl, and a new log is" in said
     assert [row["step"] for row in rows("out")] == [3]
     assert [row["step"] for row in read_log(Path("out/damaged-log.jsonl"))] == [1, 2]
 

@@ -112,7 +112,7 @@ BAD = {
     "a truncated shard": (
         lambda folder: damage_shard(folder, lambda data: data[:-10]),
         [],
-        r"train-00000\.bin: the shard has [\d,]+ bytes, expected",
+        r"train-00000\.bin: the shard has [\d,]+ bytes; expected",
     ),
     "a changed shard": (
         lambda folder: damage_shard(folder, lambda data: bytes([data[0] ^ 1]) + data[1:]),
@@ -163,12 +163,12 @@ BAD = {
     "an out-dir that is a file": (
         lambda folder: (folder / "taken").write_text("x"),
         ["--out-dir", "taken"],
-        r"--out-dir taken is a file; name a folder",
+        r"--out-dir taken is a file; expected a folder",
     ),
     "an out-dir that is a file, with --fresh": (
         lambda folder: (folder / "taken").write_text("x"),
         ["--out-dir", "taken", "--fresh"],
-        r"--out-dir taken is a file; name a folder",
+        r"--out-dir taken is a file; expected a folder",
     ),
     "init with sizes": (
         None,
@@ -294,12 +294,12 @@ def test_a_resumed_run_keeps_its_schedule_unless_it_is_changed(workspace):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is for --optimizer adamw and muon only; this run has sgd"),
+        (["--optimizer", "sgd", "--beta1", "0.8"], "--beta1 is only for --optimizer adamw and muon; this run has sgd"),
         (
             ["--optimizer", "adamw", "--momentum", "0.8"],
-            "--momentum is for --optimizer muon and sgd only; this run has",
+            "--momentum is only for --optimizer muon and sgd; this run has",
         ),
-        (["--nesterov"], "--nesterov is for --optimizer sgd only; this run has muon"),
+        (["--nesterov"], "--nesterov is only for --optimizer sgd; this run has muon"),
         (["--optimizer", "adam"], "--optimizer is adam; expected adamw, muon, sgd"),
     ],
 )
@@ -438,7 +438,7 @@ def test_the_blas_library_is_printed_and_stored_in_the_checkpoint(workspace, cap
     [
         ({}, "mkl", ""),  # although NumPy's would be chosen here
         ({"processor": "P"}, "numpy", "until here by MKL 9.9 on another processor, now by OpenBLAS"),
-        ({"title": "MKL 8"}, "mkl", "until here by MKL 8, now by MKL 9.9: roundings differ"),
+        ({"title": "MKL 8"}, "mkl", "until now by MKL 8, from now on by MKL 9.9: rounding differs"),
         ({"name": "atlas", "title": "ATLAS"}, "numpy", "until here by ATLAS, now by OpenBLAS"),
     ],
 )
